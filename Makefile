@@ -1,0 +1,34 @@
+# make demo   sets up .venv and draws a picture from the embedded checkpoint
+# make test   the same set-up, then the whole test suite
+# make lint   ruff        make types   mypy --strict on lens_core        make clean   removes .venv
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types clean
+
+demo: .venv/ready
+	$(BIN)/lens generate "two red circles left of a blue star" --seed 7 --output demo.png
+
+test: .venv/ready-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready-dev
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv
+
+# The two stamps: a set-up runs again only when what it installs has changed.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/ready-dev: .venv/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@

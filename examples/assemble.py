@@ -1,0 +1,37 @@
+"""Put a pipeline together from its parts by hand, and draw with it: `python examples/assemble.py [file.png]`.
+
+This is what `LensPipeline.from_pretrained` does by name. Do it yourself to replace a part, or to look inside one.
+"""
+
+import sys
+
+from lens_flow.euler import Euler
+from lens_flux2.vae import Flux2VAE
+from lens_gpt_oss.encoder import GptOssEncoder
+from lens_mmdit.model import LensTransformer2DModel
+
+from lens_core.catalog import Catalog
+from lens_core.checkpoint import describe, fetch
+from lens_core.config import structure
+from lens_core.pipeline import LensPipeline
+
+file = sys.argv[1] if len(sys.argv) > 1 else "assemble.png"
+
+catalog = Catalog.installed()
+folder = fetch("tiny:", catalog)
+description = describe(folder, catalog)
+configs = {kind: part["config"] for kind, part in description["components"].items()}
+
+# Parts with weights are read from their sub-folders of the checkpoint; each config is checked on the way.
+vae = Flux2VAE.load(folder, structure(Flux2VAE.Config, configs["vae"]))
+text_encoder = GptOssEncoder.load(folder, structure(GptOssEncoder.Config, configs["text_encoder"]))
+backbone = LensTransformer2DModel.load(folder, structure(LensTransformer2DModel.Config, configs["backbone"]))
+sampler = Euler(structure(Euler.Config, configs["sampler"]))
+
+pipeline = LensPipeline(vae.eval(), text_encoder.eval(), backbone.eval(), sampler, presets=description["presets"])
+text = pipeline.encode(["a green square"])
+print(f"text features: {list(text.features.shape)} = [prompt, tapped layer, token, channel]")
+print(f"latents: {vae.channels} channels, one cell for {vae.downscale} x {vae.downscale} px")
+
+pipeline("a green square", seed=3).images[0].save(file)
+print(file)

@@ -1,0 +1,67 @@
+"""What Acme's components promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lens_acme
+import pytest
+import torch
+from lens_acme.contrast import Contrast
+from lens_acme.words import HashedWords
+
+from lens_core.catalog import Catalog
+from lens_core.config import Use, build
+from lens_core.protocols import Reward, TextEncoder
+from lens_core.types import CheckpointError, ConfigError, Prompt
+
+
+def encoder(**options: int) -> HashedWords:
+    torch.manual_seed(0)
+    return HashedWords(HashedWords.Config(**{"rows": 512, "width": 8, "max_words": 5, **options}))
+
+
+def test_both_components_are_found_by_name() -> None:
+    catalog = Catalog.of(lens_acme)
+    assert build(catalog, "text_encoder", Use("hashed_words"))[1] is HashedWords
+    assert build(catalog, "reward", Use("lens_acme:contrast"))[1] is Contrast
+    assert isinstance(encoder(), TextEncoder) and isinstance(Contrast(Contrast.Config()), Reward)
+
+
+def test_a_prompt_is_encoded_alike_alone_and_among_others() -> None:
+    text = encoder().encode(["A red cat.", "red", ""])
+    assert text.features.shape == (3, 1, 4, 8)
+    assert text.mask.sum(1).tolist() == [4, 1, 0]
+    assert torch.equal(text.features[1:2, :, :1], encoder().encode(["RED"]).features)
+    assert not torch.equal(text.features[0, 0, 0], text.features[0, 0, 1])
+
+
+def test_word_order_counts_and_long_prompts_are_cut() -> None:
+    one, other = encoder().encode(["cat red"]), encoder().encode(["red cat"])
+    assert not torch.equal(one.features, other.features)
+    assert encoder().encode(["a b c d e f g"]).mask.shape == (1, 5)
+    assert encoder().encode([""]).mask.shape == (1, 0)
+
+
+def test_weights_survive_the_disk_and_damage_is_told(tmp_path: Path) -> None:
+    first = encoder()
+    first.save(tmp_path)
+    again = HashedWords.load(tmp_path, first.config)
+    assert torch.equal(first.encode(["a cat"]).features, again.encode(["a cat"]).features)
+    with pytest.raises(CheckpointError, match="has the shape"):
+        HashedWords.load(tmp_path, HashedWords.Config(rows=511, width=8, max_words=5))
+
+
+def test_contrast_is_the_spread_of_luma() -> None:
+    images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
+    images[1, :, :2] = 255  # half black, half white: the spread is 127.5
+    images[2, 2, :2] = 255  # blue counts 0.114
+    scores = Contrast(Contrast.Config(full=127.5)).score(images, [Prompt("")] * 3)
+    assert [s.value for s in scores] == pytest.approx([0, 1, 0.114], abs=1e-5)
+    assert Contrast(Contrast.Config()).score(images, [Prompt("")] * 3)[1].value == 1.0
+
+
+@pytest.mark.parametrize("wrong", [{"full": 0.0}, {"full": 200.0}])
+def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="full is"):
+        Contrast.Config(**wrong)

@@ -1,0 +1,270 @@
+"""Strict configuration: recipes and configs become frozen attrs objects, and all problems are told at once.
+
+Unknown keys, wrong types and `"false"` for a bool are errors; `1e-4`, which YAML reads as a string, is a number.
+A component is named by `use`; its other keys are the fields of its Config: `{use: flux2, latent_channels: 8}`.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
+import cattrs
+from attrs import field, frozen
+from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
+
+from lens_core.catalog import Catalog
+from lens_core.types import ConfigError, LensError, did_you_mean
+
+T = TypeVar("T")
+
+
+@frozen
+class Use:
+    """A named component with the options of its Config, as a recipe writes it."""
+
+    use: str
+    options: dict[str, Any] = field(factory=dict)
+
+
+class _WrongType(ValueError):
+    pass
+
+
+def _exactly(kind: type[Any], words: str) -> Any:
+    def check(value: Any, _: Any) -> Any:
+        if type(value) is not kind:
+            raise _WrongType(f"must be {words}, not {value!r}")
+        return value
+
+    return check
+
+
+def _number(value: Any, _: Any) -> float:
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)  # YAML 1.1 reads 1e-4 as a string
+    if type(value) not in (int, float):
+        raise _WrongType(f"must be a number, not {value!r}")
+    return float(value)
+
+
+def _use(value: Any, _: Any) -> Use:
+    if isinstance(value, str):
+        return Use(value)
+    if not isinstance(value, Mapping) or not isinstance(value.get("use"), str):
+        raise _WrongType(f"must name a component (`flux2`, or `{{use: flux2, …}}`), not {value!r}")
+    return Use(value["use"], {k: v for k, v in value.items() if k != "use"})
+
+
+def _is_tuple(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple
+
+
+def _tuple(value: Any, hint: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        raise _WrongType(f"must be a list, not {value!r}")
+    args = typing.get_args(hint)
+    kinds = [args[0]] * len(value) if len(args) == 2 and args[1] is ... else list(args)
+    if len(kinds) != len(value):
+        raise _WrongType(f"must have {len(kinds)} items, not {len(value)}")
+    return tuple(_CONVERTER.structure(v, k) for v, k in zip(value, kinds, strict=True))
+
+
+def _is_optional(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in typing.get_args(hint)
+
+
+def _optional(value: Any, hint: Any) -> Any:
+    rest = [a for a in typing.get_args(hint) if a is not type(None)]
+    if value is None:
+        return None
+    problems: list[Exception] = []
+    for kind in rest:
+        try:
+            return _CONVERTER.structure(value, kind)
+        except Exception as error:  # the next alternative may fit
+            problems.append(error)
+    raise problems[0]
+
+
+_CONVERTER = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
+_CONVERTER.register_structure_hook(bool, _exactly(bool, "true or false"))
+_CONVERTER.register_structure_hook(int, _exactly(int, "a whole number"))
+_CONVERTER.register_structure_hook(str, _exactly(str, "text"))
+_CONVERTER.register_structure_hook(float, _number)
+_CONVERTER.register_structure_hook(Use, _use)
+_CONVERTER.register_structure_hook_func(_is_tuple, _tuple)
+_CONVERTER.register_structure_hook_func(_is_optional, _optional)
+
+
+def _problems(error: BaseException, path: str, cls: Any) -> list[str]:
+    """Flatten cattrs' nested groups into lines, each with its path."""
+    if isinstance(error, ClassValidationError):
+        fields = {f.name: f.type for f in attrs.fields(error.cl)} if attrs.has(error.cl) else {}
+        lines: list[str] = []
+        for inner in error.exceptions:
+            note = next((n for n in getattr(inner, "__notes__", []) if hasattr(n, "name")), None)
+            name = note.name if note is not None else None
+            lines += _problems(inner, f"{path}.{name}" if name else path, fields.get(name or "", error.cl) or error.cl)
+        return lines
+    if isinstance(error, IterableValidationError):
+        lines = []
+        for inner in error.exceptions:
+            note = next((n for n in getattr(inner, "__notes__", []) if hasattr(n, "index")), None)
+            lines += _problems(inner, f"{path}[{note.index}]" if note is not None else path, cls)
+        return lines
+    if isinstance(error, ForbiddenExtraKeysError):
+        names = [f.name for f in attrs.fields(error.cl)]
+        return [
+            f"{path}.{key}: unknown.{did_you_mean(key, names)} Fields: {', '.join(names) or 'none'}."
+            for key in sorted(map(str, error.extra_fields))
+        ]
+    if isinstance(error, KeyError):
+        key = f".{error.args[0]}"  # cattrs names the missing field itself
+        return [f"{path.removesuffix(key)}{key}: missing"]
+    if isinstance(error, ConfigError):
+        return [f"{path}: {p}" for p in error.problems]
+    return [f"{path}: {' '.join(str(error).split())}"]
+
+
+def structure(cls: type[T], data: Any, path: str = "$") -> T:
+    """`data` as a `cls`, or a ConfigError that lists every problem with its path."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path}: must be a mapping, not {data!r}")
+    try:
+        return _CONVERTER.structure(data, cls)
+    except Exception as error:
+        raise ConfigError(_problems(error, path, cls)) from error
+
+
+def unstructure(config: Any) -> dict[str, Any]:
+    """The plain mapping that `structure` would read back."""
+    return typing.cast("dict[str, Any]", _plain(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Use):
+        return {"use": value.use, **_plain(value.options)}
+    if attrs.has(type(value)):
+        return {f.name: _plain(getattr(value, f.name)) for f in attrs.fields(type(value))}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+@frozen
+class Parts:
+    """The pipeline that a recipe starts from: a checkpoint, parts by name, or a checkpoint with parts replaced."""
+
+    start: str | None = None  # checkpoint URI
+    vae: Use | None = None
+    text_encoder: Use | None = None
+    backbone: Use | None = None
+    sampler: Use | None = None
+    guidance_scale: float | None = None  # presets that the checkpoint will carry; None: those of `start`
+    steps: int | None = None
+    base_resolution: int | None = None  # px, side of the square that an aspect ratio keeps the area of
+
+
+@frozen
+class Training:
+    """What the loop does around a method."""
+
+    steps: int  # optimizer steps in all
+    lr: float = 1e-4
+    warmup: int = 0  # steps of linear warm-up
+    decay: float = 0.0  # share of the run, at its end, over which lr falls linearly to 0
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    clip: float = 1.0  # largest gradient norm; 0 does not clip
+    ema: float = 0.0  # decay of the weights' moving average, which is what is saved; 0 keeps none
+    precision: str = "fp32"  # fp32 | bf16 (autocast over fp32 master weights)
+    compile: bool = False  # torch.compile each role; needs a C++ compiler on CPUs
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
+    log_every: int = 20  # steps between log lines
+    bad_steps: int = 5  # non-finite steps in a row before the run stops
+    weights: str = "fp32"  # fp32 | bf16: how the finished model is stored
+    threads: int = 0  # torch threads; 0 leaves them alone
+
+    def __attrs_post_init__(self) -> None:
+        problems = []
+        if self.steps < 1:
+            problems.append(f"steps must be at least 1, not {self.steps}")
+        if self.precision not in ("fp32", "bf16"):
+            problems.append(f"precision must be fp32 or bf16, not {self.precision!r}")
+        if self.weights not in ("fp32", "bf16"):
+            problems.append(f"weights must be fp32 or bf16, not {self.weights!r}")
+        if not 0 <= self.decay <= 1:
+            problems.append(f"decay is a share in [0, 1], not {self.decay}")
+        if not 0 <= self.ema < 1:
+            problems.append(f"ema must be in [0, 1), not {self.ema}")
+        if min(self.save_every, self.keep, self.log_every, self.bad_steps) < 1:
+            problems.append("save_every, keep, log_every and bad_steps must be at least 1")
+        if problems:
+            raise ConfigError(problems)
+
+
+@frozen
+class Recipe:
+    """One training run."""
+
+    method: Use
+    dataset: Use
+    train: Training
+    pipeline: Parts = field(factory=Parts)
+    seed: int = 0
+
+
+def build(catalog: Catalog, kind: str, use: Use, path: str = "$") -> tuple[str, type[Any], Any]:
+    """(qualified name, class, config) of the component that `use` names, its options checked."""
+    try:
+        entry = catalog.find(kind, use.use)
+    except LensError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return entry.name, entry.cls, structure(entry.cls.Config, use.options, path)
+
+
+def read_recipe(path: Path, catalog: Catalog) -> Recipe:
+    """The recipe in a YAML file, checked whole: its own fields and the options of every component it names."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such recipe") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    problems: list[str] = []
+    recipe: Recipe | None = None
+    try:
+        recipe = structure(Recipe, data)
+    except ConfigError as error:
+        problems += error.problems
+    for kind, value, where in _named(data if isinstance(data, Mapping) else {}):
+        try:
+            build(catalog, kind, _use(value, None), where)
+        except ConfigError as error:
+            problems += error.problems
+        except _WrongType:
+            pass  # told above
+    if problems or recipe is None:
+        raise ConfigError([f"{path}: {p}" for p in problems])
+    return recipe
+
+
+def _named(data: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+    parts = data.get("pipeline")
+    inner = parts if isinstance(parts, Mapping) else {}
+    return [(k, data[k], f"$.{k}") for k in ("method", "dataset") if k in data] + [
+        (k, inner[k], f"$.pipeline.{k}")
+        for k in ("vae", "text_encoder", "backbone", "sampler")
+        if inner.get(k) is not None
+    ]

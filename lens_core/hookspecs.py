@@ -1,0 +1,88 @@
+"""The hooks, on one page. `from lens_core import hookimpl` marks an implementation.
+
+Providers take no arguments, are called once, on the first look-up of their kind, and return `{short name: class}`.
+Heavy imports belong inside their bodies. Resolvers answer the first question somebody can answer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pluggy
+
+ENTRY_POINTS = "lens.v1"
+"""The entry-point group; the API version is in its name."""
+
+spec = pluggy.HookspecMarker("lens")
+hookimpl = pluggy.HookimplMarker("lens")
+
+
+@spec
+def lens_vaes() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
+    """Autoencoders between pixels and latents."""
+
+
+@spec
+def lens_text_encoders() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
+    """Encoders from prompts to features."""
+
+
+@spec
+def lens_backbones() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
+    """Networks that predict the velocity."""
+
+
+@spec
+def lens_samplers() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
+    """Integrators from noise to data."""
+
+
+@spec
+def lens_rewards() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
+    """Judges of one picture."""
+
+
+@spec
+def lens_reasoners() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
+    """Rewriters of prompts."""
+
+
+@spec
+def lens_methods() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
+    """Training algorithms."""
+
+
+@spec
+def lens_datasets() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
+    """Sources of training batches."""
+
+
+@spec
+def lens_curators() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
+    """Filters and captioners."""
+
+
+@spec
+def lens_benchmarks() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
+    """Held-out prompts with their judges."""
+
+
+@spec
+def lens_generators() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
+    """Anything that turns prompts into pictures, a remote API for instance."""
+
+
+@spec
+def lens_llms() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
+    """Language models to chat with."""
+
+
+@spec(firstresult=True)
+def lens_fetch(uri: str) -> Path | None:
+    """Where the checkpoint called `uri` lies on this disk, or None. Local paths and Hub names are the core's, last."""
+
+
+@spec(firstresult=True)
+def lens_describe(folder: Path) -> dict[str, Any] | None:
+    """The `lens.json` that `folder`, which has none, would have had; None if its layout is unknown to you."""

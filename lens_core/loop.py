@@ -1,0 +1,298 @@
+"""The one training loop. It owns optimizers, isolation of roles, clipping, schedules, EMA and checkpoints.
+
+It never sees an architecture; methods never see a device or an optimizer. A run is a folder:
+`recipe.json`, `log.jsonl`, `checkpoints/step-N/` and, at the end, `model/`, which `from_pretrained` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from lens_core import checkpoint
+from lens_core.catalog import Catalog
+from lens_core.config import Recipe, Training, build, unstructure
+from lens_core.pipeline import LensPipeline
+from lens_core.types import CheckpointError, ConfigError, LensError, Loss, NumericalError
+
+SCHEMA = 1
+"""The version of a training checkpoint."""
+
+
+def rate(train: Training, step: int) -> float:
+    """The learning rate's factor at `step` (0-based): linear warm-up, then 1, then linear decay to 0 over `decay`."""
+    warm = min(1.0, (step + 1) / train.warmup) if train.warmup else 1.0
+    start = train.steps * (1 - train.decay)
+    return warm if step < start else warm * (train.steps - step) / (train.steps - start)
+
+
+@frozen
+class Report:
+    """What a run ends with."""
+
+    steps: int
+    seconds: float
+    losses: Mapping[str, float]
+    model: Path | None
+
+
+class Run:
+    """One training run in a folder. `Run(recipe, catalog, out).train()` starts it, or goes on where it stopped."""
+
+    def __init__(self, recipe: Recipe, catalog: Catalog, out: Path, say: Callable[[str], None] | None = None) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+
+        self.recipe, self.catalog, self.out = recipe, catalog, out
+        self.train_config = recipe.train
+        self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        if recipe.train.threads:
+            torch.set_num_threads(recipe.train.threads)
+        self.accelerator = Accelerator(mixed_precision="no")  # its precision is one a process; ours is one a run
+        set_seed(recipe.seed)  # before anything is built: initial weights are part of the recipe
+        self.pipeline = LensPipeline.from_parts(recipe.pipeline, catalog).to(self.accelerator.device)
+        _, method, config = build(catalog, "method", recipe.method, "$.method")
+        self.method = method(config, self.pipeline)
+        _, dataset, config = build(catalog, "dataset", recipe.dataset, "$.dataset")
+        self.dataset = dataset(config)
+        self.nets: dict[str, nn.Module] = dict(self.method.roles())
+        for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.backbone):
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        self.rng = torch.Generator().manual_seed(recipe.seed)
+        self.optimizers = {
+            role: torch.optim.AdamW(
+                net.parameters(),
+                lr=recipe.train.lr,
+                betas=recipe.train.betas,
+                weight_decay=recipe.train.weight_decay,
+                fused=True,
+            )
+            for role, net in self.nets.items()
+        }
+        self.ema: dict[str, dict[str, Tensor]] = {
+            role: {k: v.detach().clone() for k, v in net.state_dict().items()}
+            for role, net in self.nets.items()
+            if recipe.train.ema
+        }
+        self.step = 0
+        self.bad = dict.fromkeys(self.nets, 0)  # non-finite steps in a row, by role
+        self._stop = False
+
+    # ---- the loop ---------------------------------------------------------------------------------------------
+
+    def train(self) -> Report:
+        """Run to the end. Ctrl-C and SIGTERM save first, then stop. Raises NumericalError after too many bad steps."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._same_recipe()
+        self._resume()
+        config = self.train_config
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        steps = self.method.steps(self.dataset.batches(rank, world), self.nets, self.rng)
+        start, first = time.monotonic(), self.step
+        averages: dict[str, list[float]] = {}
+        with self._signals():
+            while self.step < config.steps and not self._stop:
+                micro = self._next(steps)
+                for role in self.method.turns(self.step):
+                    for name, value in self._turn(role, micro).items():
+                        averages.setdefault(f"{role}/{name}", []).append(value)
+                self.method.after_step(self.step, self.nets)
+                self.step += 1
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    self._log(averages, time.monotonic() - start, self.step - first)
+                    last = {k: sum(v) / len(v) for k, v in averages.items() if v}
+                    averages = {}
+                if self.step % config.save_every == 0 or self.step == config.steps or self._stop:
+                    self.save()
+        if self.step < config.steps:
+            self.say(f"stopped at step {self.step} of {config.steps}; the same command goes on from here")
+            return Report(self.step, time.monotonic() - start, {}, None)
+        model = self.export()
+        return Report(self.step, time.monotonic() - start, last if self.step > first else {}, model)
+
+    def _autocast(self) -> torch.autocast:
+        half = self.train_config.precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=half)
+
+    def _next(self, steps: Iterator[Sequence[Any]]) -> Sequence[Any]:
+        with self._autocast():
+            micro = next(steps, None)
+        if not micro:
+            raise LensError(f"the method had nothing to learn from at step {self.step}; check the dataset")
+        return micro
+
+    def _turn(self, role: str, micro: Sequence[Any]) -> dict[str, float]:
+        """One optimizer step of one role: only it has gradients."""
+        net, optimizer, config = self.nets[role], self.optimizers[role], self.train_config
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * rate(config, self.step)
+        net.requires_grad_(True).train()
+        optimizer.zero_grad(set_to_none=True)
+        parts: dict[str, float] = {}
+        for batch in micro:
+            with self._autocast():
+                loss: Loss = self.method.loss(role, self.nets, batch, self.rng)
+            (loss.total / len(micro)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            for name, value in {"loss": loss.total, **loss.parts}.items():
+                parts[name] = parts.get(name, 0.0) + float(value.detach()) / len(micro)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip or math.inf)
+        if math.isfinite(parts["loss"]) and bool(torch.isfinite(norm)):
+            optimizer.step()
+            self._average(role)
+            self.bad[role] = 0
+        else:
+            self.bad[role] += 1
+            self.say(f"step {self.step}: {role} has a non-finite loss or gradient; skipped ({self.bad[role]} in a row)")
+            if self.bad[role] >= config.bad_steps:
+                raise NumericalError(
+                    f"{self.bad[role]} non-finite steps in a row of {role} at step {self.step}; lower train.lr"
+                )
+            parts = {}
+        net.requires_grad_(False).eval()
+        return {**parts, "grad_norm": float(norm)} if parts else {}
+
+    def _average(self, role: str) -> None:
+        if role not in self.ema:
+            return
+        # A young average would remember the initial weights: its decay grows with the step.
+        decay = min(self.train_config.ema, (1 + self.step) / (10 + self.step))
+        for name, value in self.nets[role].state_dict().items():
+            if value.dtype.is_floating_point:
+                self.ema[role][name].lerp_(value.detach().to(self.ema[role][name].dtype), 1 - decay)
+            else:
+                self.ema[role][name].copy_(value)
+
+    def _log(self, averages: Mapping[str, list[float]], seconds: float, done: int) -> None:
+        values = {k: round(sum(v) / len(v), 6) for k, v in averages.items() if v}
+        pace = seconds / done
+        left = (self.train_config.steps - self.step) * pace
+        line = {"step": self.step, "seconds": round(seconds, 1), "steps_per_second": round(1 / pace, 3), **values}
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if not k.endswith("grad_norm"))
+        self.say(
+            f"step {self.step}/{self.train_config.steps}  {shown}  {1 / pace:.2f} steps/s  {left / 60:.1f} min left"
+        )
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------
+
+    def _folders(self) -> list[Path]:
+        return sorted((self.out / "checkpoints").glob("step-*"))
+
+    def save(self) -> Path:
+        """Write all that resuming needs; a checkpoint appears whole, under its final name, or not at all."""
+        tensors: dict[str, Tensor] = {"rng": self.rng.get_state(), "torch_rng": torch.get_rng_state()}
+        for role, net in self.nets.items():
+            tensors |= {f"net/{role}/{k}": v for k, v in net.state_dict().items()}
+            tensors |= {f"ema/{role}/{k}": v for k, v in self.ema.get(role, {}).items()}
+            for index, slots in self.optimizers[role].state_dict()["state"].items():
+                tensors |= {f"optimizer/{role}/{index}/{k}": torch.as_tensor(v) for k, v in slots.items()}
+        method = self.method.state_dict()
+        tensors |= {f"method/{k}": v for k, v in method.items() if isinstance(v, Tensor)}
+        state = {
+            "schema": SCHEMA,
+            "step": self.step,
+            "dataset": self.dataset.state_dict(),
+            "method": {k: v for k, v in method.items() if not isinstance(v, Tensor)},
+        }
+        final = self.out / "checkpoints" / f"step-{self.step:07d}"
+        partial = final.with_name(f".{final.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        checkpoint.save_tensors(partial / "state.safetensors", {k: v.clone() for k, v in tensors.items()})
+        checkpoint.write_json(partial / "state.json", state)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in self._folders()[: -self.train_config.keep]:
+            shutil.rmtree(old)
+        return final
+
+    def _resume(self) -> None:
+        for folder in reversed(self._folders()):
+            try:
+                state = checkpoint.read_json(folder / "state.json")
+                tensors = checkpoint.read_tensors(folder / "state.safetensors")
+                if state.get("schema") != SCHEMA:
+                    raise CheckpointError(f"{folder}: is of schema {state.get('schema')!r}; this Lens reads {SCHEMA}")
+            except CheckpointError as error:
+                self.say(f"{folder.name} is damaged, so the one before it is used: {error}")
+                continue
+            self._restore(state, tensors)
+            self.say(f"resumed at step {self.step} from {folder}")
+            return
+
+    def _restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.method.load_state_dict({**state["method"], **under("method/")})
+        self.dataset.load_state_dict(state["dataset"])
+        for role, net in self.nets.items():
+            net.load_state_dict(under(f"net/{role}/"))
+            if role in self.ema:
+                self.ema[role] = under(f"ema/{role}/")
+            slots: dict[int, dict[str, Tensor]] = {}
+            for name, value in under(f"optimizer/{role}/").items():
+                index, _, slot = name.partition("/")
+                slots.setdefault(int(index), {})[slot] = value
+            groups = self.optimizers[role].state_dict()["param_groups"]
+            self.optimizers[role].load_state_dict({"state": slots, "param_groups": groups})
+        self.rng.set_state(tensors["rng"])
+        torch.set_rng_state(tensors["torch_rng"])
+        self.step = int(state["step"])
+
+    def export(self) -> Path:
+        """Write the pipeline, with averaged weights where there are any, as a checkpoint in `model/`."""
+        for role, average in self.ema.items():
+            self.nets[role].load_state_dict(average)
+        if self.train_config.weights == "bf16":
+            self.pipeline.to(dtype=torch.bfloat16)
+        self.pipeline.save_pretrained(self.out / "model")
+        return self.out / "model"
+
+    def _same_recipe(self) -> None:
+        path = self.out / "recipe.json"
+        now = json.loads(json.dumps(unstructure(self.recipe)))
+        if path.is_file() and self._folders():
+            before = checkpoint.read_json(path)
+            changed = sorted(k for k in now.keys() | before.keys() if now.get(k) != before.get(k))
+            if changed:
+                raise ConfigError(
+                    f"{self.out}: was begun with another recipe ({', '.join(changed)} differ); choose a new --out"
+                )
+        checkpoint.write_json(path, now)
+
+    def _signals(self) -> _Signals:
+        return _Signals(self)
+
+
+class _Signals:
+    """While open, SIGTERM and Ctrl-C ask the run to save and stop after the step at hand."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        def ask(*_: Any) -> None:
+            self.run._stop = True
+
+        try:
+            self.before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:
+            self.before = {}  # not the main thread: signals are somebody else's
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

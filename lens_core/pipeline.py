@@ -1,0 +1,400 @@
+"""Prompt to picture: text encoder, sampler, guided velocity over the backbone, VAE."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from attrs import field, frozen
+from torch import Tensor, nn
+
+from lens_core import checkpoint, flow
+from lens_core.catalog import Catalog
+from lens_core.config import Parts, Use, build, unstructure
+from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError, Text, did_you_mean
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+WEIGHTY = ("vae", "text_encoder", "backbone")
+PARTS = (*WEIGHTY, "sampler")
+
+
+@frozen
+class Result:
+    """What a pipeline returns: `.images` (PIL pictures, or what `output_type` asked for), seeds and settings."""
+
+    images: Any
+    seeds: tuple[int, ...]
+    settings: Mapping[str, Any] = field(factory=dict)
+
+
+def to_images(pixels: Tensor) -> Tensor:
+    """Pixels [B,3,H,W] in [-1, 1] -> Images uint8."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Images uint8 [B,3,H,W] -> Pixels float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_pil(images: Tensor) -> list[Image]:
+    """Images uint8 [B,3,H,W] -> PIL pictures."""
+    from PIL import Image as pil
+
+    return [pil.fromarray(i.permute(1, 2, 0).cpu().numpy()) for i in images]
+
+
+def _dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if name is None or name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(name, torch.dtype):
+        return name
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigError(f"no dtype is called {name!r}.{did_you_mean(name, known)}")
+    return known[name]
+
+
+class LensPipeline:
+    """The parts of a text-to-image model, put together. `uses` remembers by what name and config each was built."""
+
+    def __init__(
+        self,
+        vae: Any = None,
+        text_encoder: Any = None,
+        backbone: Any = None,
+        sampler: Any = None,
+        *,
+        presets: Mapping[str, Any] | None = None,
+        uses: Mapping[str, Use] | None = None,
+        source: str = "",
+        version: str = "",
+        plugins: Mapping[str, str] | None = None,
+    ) -> None:
+        self.vae, self.text_encoder, self.backbone, self.sampler = vae, text_encoder, backbone, sampler
+        self.presets: dict[str, Any] = {"steps": 20, "guidance_scale": 5.0, **(presets or {})}
+        self.uses = dict(uses or {})
+        self.source, self.version = source, version
+        self.plugins = dict(plugins or {})
+        self.device = torch.device("cpu")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        uri: str | Path,
+        *,
+        catalog: Catalog | None = None,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        parts: Sequence[str] = PARTS,
+    ) -> Self:
+        """Read a checkpoint: a folder, a Hub id `org/name[@revision]`, or a plugin's name such as `tiny:`.
+
+        `dtype` defaults to float32 on CPUs and bfloat16 elsewhere. Raises CheckpointError or ConfigError, in one line.
+        """
+        catalog = catalog or Catalog.installed()
+        where = _device(device)
+        kind = _dtype(dtype or torch_dtype, where)
+        folder = checkpoint.fetch(str(uri), catalog)
+        described = checkpoint.describe(folder, catalog)
+        components = described["components"]
+        found: dict[str, Any] = {}
+        uses: dict[str, Use] = {}
+        for part in PARTS:
+            if part not in components or part not in parts:
+                continue
+            use = Use(components[part]["use"], dict(components[part].get("config", {})))
+            path = f"{folder}/lens.json: components.{part}"
+            name, component, config = build(catalog, part, use, path)
+            if part in WEIGHTY:
+                _refuse(component, kind)
+                found[part] = component.load(folder, config, dtype=kind).eval()
+            else:
+                found[part] = component(config)
+            uses[part] = Use(name, use.options)
+        pipeline = cls(
+            **found,
+            presets=described.get("presets", {}),
+            uses=uses,
+            source=str(uri),
+            version=checkpoint.digest(folder),
+            plugins=described.get("plugins", {}),
+        )
+        return pipeline.to(where)
+
+    @classmethod
+    def from_parts(cls, parts: Parts, catalog: Catalog) -> Self:
+        """What a recipe's `pipeline` describes: parts of a checkpoint, new parts by name, or both. Weights float32."""
+        start = (
+            cls.from_pretrained(parts.start, catalog=catalog, dtype=torch.float32, device="cpu")
+            if parts.start
+            else cls()
+        )
+        for kind in PARTS:
+            use = getattr(parts, kind)
+            if use is not None:
+                name, component, config = build(catalog, kind, use, f"$.pipeline.{kind}")
+                setattr(start, kind, component(config))
+                start.uses[kind] = Use(name, unstructure(config))
+        wanted = {k: getattr(parts, k) for k in ("steps", "guidance_scale", "base_resolution")}
+        start.presets |= {k: v for k, v in wanted.items() if v is not None}
+        start.plugins = {
+            n: v for n in sorted({u.use.partition(":")[0] for u in start.uses.values()}) if (v := catalog.version(n))
+        }
+        return start
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move every part with weights. float16 is refused where the backbone refuses it."""
+        if dtype is not None and self.backbone is not None:
+            _refuse(type(self.backbone), dtype)
+        for part in WEIGHTY:
+            module = getattr(self, part)
+            if isinstance(module, nn.Module):
+                module.to(device=device, dtype=dtype)
+        if device is not None:
+            self.device = torch.device(device)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the diffusers folder layout and `lens.json`. The description comes last: without it nothing is read."""
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        if any(root.iterdir()) and not (root / "lens.json").is_file():
+            raise CheckpointError(f"{root}: is not empty and not a checkpoint; choose a new folder")
+        (root / "lens.json").unlink(missing_ok=True)
+        for part in WEIGHTY:
+            if getattr(self, part) is not None:
+                getattr(self, part).save(root)
+        index: dict[str, Any] = {"_class_name": "LensPipeline"}
+        index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]} if self.sampler is not None else {}
+        index |= {"vae": ["diffusers", "AutoencoderKLFlux2"]} if self.vae is not None else {}
+        if self.text_encoder is not None:
+            index |= {"text_encoder": ["transformers", "LensGptOssEncoder"]}
+            index |= {"tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
+        index |= {"transformer": ["diffusers", "LensTransformer2DModel"]} if self.backbone is not None else {}
+        checkpoint.write_json(root / "model_index.json", index)
+        checkpoint.write_json(
+            root / "lens.json",
+            {
+                "format": checkpoint.FORMAT,
+                "components": {k: {"use": u.use, "config": unstructure(u.options)} for k, u in self._named().items()},
+                "presets": self.presets,
+                "plugins": self.plugins,
+            },
+        )
+
+    def _named(self) -> dict[str, Use]:
+        missing = [p for p in PARTS if getattr(self, p) is not None and p not in self.uses]
+        if missing:
+            raise LensError(
+                f"{missing[0]} was put in by hand: say how to find it again, uses={{{missing[0]!r}: Use(…)}}"
+            )
+        return {p: self.uses[p] for p in PARTS if getattr(self, p) is not None}
+
+    # ---- generation -------------------------------------------------------------------------------------------
+
+    def size(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        aspect_ratio: str | None = None,
+        base_resolution: int | None = None,
+    ) -> tuple[int, int]:
+        """(height, width) in px: as given, or the preset bucket for width:height, or the nearest on the VAE's grid."""
+        grid = self.vae.downscale
+        if height is not None or width is not None:
+            if aspect_ratio is not None:
+                raise ConfigError("give height and width, or an aspect ratio, not both")
+            high = (height if height is not None else width) or 0
+            wide = (width if width is not None else height) or 0
+            for label, value in (("height", high), ("width", wide)):
+                if value < grid or value % grid:
+                    near = max(grid, round(value / grid) * grid)
+                    raise ConfigError(f"{label} {value} is not a multiple of {grid} px, the VAE's grid; use {near}")
+            return high, wide
+        base = base_resolution or int(self.presets.get("base_resolution", 1024))
+        ratio = aspect_ratio or "1:1"
+        table = self.presets.get("sizes", {}).get(str(base), {})
+        if ratio in table:
+            return int(table[ratio][0]), int(table[ratio][1])
+        try:
+            across, down = (float(p) for p in ratio.split(":"))
+            shape = math.sqrt(across / down)
+            if not 0.1 <= shape * shape <= 10:
+                raise ValueError
+        except (ValueError, ZeroDivisionError) as error:
+            raise ConfigError(
+                f"aspect ratio {ratio!r} must be width:height between 1:10 and 10:1, such as 3:2"
+            ) from error
+        return max(grid, round(base / shape / grid) * grid), max(grid, round(base * shape / grid) * grid)
+
+    def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
+        """Initial noise [B,C,h,w] float32, one generator a row, drawn packed as [h*w, C]: the reference's order."""
+        h, w = size
+        rows = [
+            torch.randn(h * w, self.vae.channels, generator=g, device=g.device, dtype=torch.float32).to(self.device)
+            for g in generators
+        ]
+        return torch.stack(rows).transpose(1, 2).reshape(len(rows), self.vae.channels, h, w)
+
+    def velocity(self, text: Text, negative: Text | None, guidance_scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """(x, t) -> v, guided. At scale 1 the unconditional pass is not run."""
+        dtype = next(self.backbone.parameters()).dtype
+
+        def predict(x: Tensor, t: Tensor, words: Text) -> Tensor:
+            out: Tensor = self.backbone(x.to(dtype), t, words)
+            return out.float()
+
+        def guided(x: Tensor, t: Tensor) -> Tensor:
+            cond = predict(x, t, text)
+            if guidance_scale == 1.0:
+                return cond
+            unwanted = negative or Text.empty(len(text), text.features.shape[1], text.features.shape[3], text.features)
+            return flow.guide(cond, predict(x, t, unwanted), guidance_scale)
+
+        return guided
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Prompts -> Text in the backbone's dtype, on the pipeline's device."""
+        text: Text = self.text_encoder.encode(list(prompts))
+        return text.to(self.device, next(self.backbone.parameters()).dtype)
+
+    @torch.no_grad()
+    def sample(
+        self, text: Text, noise: Tensor, steps: int, guidance_scale: float, negative: Text | None = None
+    ) -> Iterator[tuple[float, Tensor]]:
+        """(t, x) after each step, ending at t = 0. Raises NumericalError rather than go on with non-finite latents."""
+        for number, (t, x) in enumerate(
+            self.sampler.walk(self.velocity(text, negative, guidance_scale), noise, steps), 1
+        ):
+            if not bool(torch.isfinite(x).all()):
+                dtype = next(self.backbone.parameters()).dtype
+                raise NumericalError(
+                    f"the latents left the finite numbers at step {number} of {steps} in {dtype}; try float32"
+                )
+            yield t, x
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        aspect_ratio: str | None = None,
+        base_resolution: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | Sequence[int] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], Any] | None = None,
+    ) -> Result:
+        """Draw. Image i of a call with `seed=s` has the seed s + i, and is the picture that `seed=s + i` alone draws.
+
+        `output_type`: "pil", "pt" (uint8 [B,3,H,W]), "np" (uint8 [B,H,W,3]) or "latent" ([B,C,h,w]).
+        Raises ConfigError for sizes, counts and types; NumericalError for non-finite latents.
+        """
+        if output_type not in ("pil", "pt", "np", "latent"):
+            raise ConfigError(f"output_type must be pil, pt, np or latent, not {output_type!r}")
+        absent = [f"no {p.replace('_', ' ')}" for p in PARTS if getattr(self, p) is None]
+        if absent:
+            raise LensError(f"there is {' and '.join(absent)} in this pipeline; add what it takes to draw")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ConfigError("there is no prompt")
+        if num_images_per_prompt < 1:
+            raise ConfigError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}")
+        prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
+        count = len(prompts)
+        steps = int(self.presets["steps"] if num_inference_steps is None else num_inference_steps)
+        scale = float(self.presets["guidance_scale"] if guidance_scale is None else guidance_scale)
+        high, wide = self.size(height, width, aspect_ratio, base_resolution)
+        grid = (high // self.vae.downscale, wide // self.vae.downscale)
+        generators, seeds = self._generators(generator, seed, count)
+        text = self.encode(prompts)
+        negative = None
+        if negative_prompt and scale != 1.0:
+            unwanted = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
+            if len(unwanted) not in (count, count // num_images_per_prompt):
+                raise ConfigError(
+                    f"{len(unwanted)} negative prompts do not fit {count} pictures; give one, or one each"
+                )
+            if len(unwanted) != count:
+                unwanted = [p for p in unwanted for _ in range(num_images_per_prompt)]
+            negative = self.encode(unwanted)
+            wanted = torch.tensor([bool(p) for p in unwanted], device=self.device)[:, None]
+            negative = Text(negative.features * wanted[:, None, :, None], negative.mask & wanted)  # "" has no tokens
+        noise = self.noise(generators, grid) if latents is None else latents.to(self.device, torch.float32)
+        if tuple(noise.shape) != (count, self.vae.channels, *grid):
+            raise ConfigError(f"latents must be {[count, self.vae.channels, *grid]}, not {list(noise.shape)}")
+        x = noise
+        for number, (t, x) in enumerate(self.sample(text, noise, steps, scale, negative)):
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, number, t, {"latents": x})
+        settings = {
+            "height": high, "width": wide, "steps": steps, "guidance_scale": scale,
+            "negative_prompt": negative_prompt or "", "model": self.source, "model_hash": self.version,
+            **(self.text_encoder.provenance() if hasattr(self.text_encoder, "provenance") else {}),
+        }  # fmt: skip
+        if output_type == "latent":
+            return Result(x, seeds, settings)
+        images = to_images(self.decode(x))
+        if output_type == "np":
+            return Result(images.permute(0, 2, 3, 1).cpu().numpy(), seeds, settings)
+        return Result(images if output_type == "pt" else to_pil(images), seeds, settings)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents [B,C,h,w] -> pixels [B,3,H,W], in the VAE's dtype."""
+        pixels: Tensor = self.vae.decode(z.to(next(self.vae.parameters()).dtype))
+        return pixels
+
+    def _generators(
+        self,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        seed: int | Sequence[int] | None,
+        count: int,
+    ) -> tuple[list[torch.Generator], tuple[int, ...]]:
+        if generator is not None:
+            if seed is not None:
+                raise ConfigError("give a generator or a seed, not both")
+            several = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
+            if len(several) != count:
+                raise ConfigError(f"{len(several)} generators do not fit {count} pictures; give one, or one each")
+            return several, tuple(g.initial_seed() for g in several)
+        if seed is None:
+            seed = secrets.randbelow(2**32)
+        seeds = tuple(seed + i for i in range(count)) if isinstance(seed, int) else tuple(seed)
+        if len(seeds) != count:
+            raise ConfigError(f"{len(seeds)} seeds do not fit {count} pictures; give one, or one each")
+        return [torch.Generator().manual_seed(s) for s in seeds], seeds
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"no device is called {str(device)!r}; use cpu, cuda or cuda:1") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{device}: this machine has no CUDA device that torch can use; use cpu")
+    return found
+
+
+def _refuse(component: Any, dtype: torch.dtype) -> None:
+    reason = component.refuses(dtype) if hasattr(component, "refuses") else None
+    if reason:
+        raise ConfigError(reason)

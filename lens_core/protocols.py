@@ -1,0 +1,163 @@
+"""What a component must offer, one protocol a kind. Shapes, units and letters are those of `lens_core.types`.
+
+A component is a class with a nested, frozen attrs `Config`, built as `cls(config)`. Whatever carries weights (VAE,
+text encoder, backbone) is an `nn.Module` that can `save(folder)` itself into the sub-folders of a checkpoint and be
+read back with `load(folder, config, dtype)`, both through `lens_core.checkpoint`, so that files are checked once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
+
+from lens_core.types import Batch, Drop, Loss, Message, Prompt, Record, Score, Text
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class Component(Protocol):
+    """Anything a plugin offers by name."""
+
+    Config: ClassVar[type[Any]]
+
+
+@runtime_checkable
+class Weighty(Protocol):
+    """A component with weights. `folder` is the checkpoint's root; each component knows its own sub-folders."""
+
+    def save(self, folder: Path) -> None: ...
+
+    @classmethod
+    def load(cls, folder: Path, config: Any, dtype: torch.dtype | None = None) -> Self: ...
+
+
+@runtime_checkable
+class VAE(Weighty, Protocol):
+    """Pictures to latents and back. `downscale` is pixels per latent cell; latents have about unit variance."""
+
+    channels: int
+    downscale: int
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B,3,H,W] in [-1, 1] -> z [B,C,h,w]."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z [B,C,h,w] -> pixels [B,3,H,W], about [-1, 1]; not clamped."""
+
+
+@runtime_checkable
+class TextEncoder(Weighty, Protocol):
+    """Prompts to features. `layers` is L, `width` is D; `provenance` is what a picture must record (a pinned date)."""
+
+    layers: int
+    width: int
+
+    def encode(self, prompts: Sequence[str]) -> Text: ...
+
+
+@runtime_checkable
+class Backbone(Weighty, Protocol):
+    """An `nn.Module` that predicts the velocity. float16 may be refused through `refuses(dtype) -> str | None`."""
+
+    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+        """x [B,C,h,w], t float32 [B] in [0, 1], text -> v [B,C,h,w] = noise - data."""
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Integrates a velocity from noise (t = 1) to data (t = 0)."""
+
+    def times(self, size: tuple[int, int], steps: int) -> Tensor:
+        """Latent grid (h, w) -> float32 [steps + 1], falling from 1 to 0."""
+
+    def walk(
+        self, velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int
+    ) -> Iterator[tuple[float, Tensor]]:
+        """noise [B,C,h,w] -> (t, x) after each step; the last has t = 0. `velocity` sees x and t float32 [B]."""
+
+
+@runtime_checkable
+class Reward(Protocol):
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Sequence[Score]:
+        """Images uint8 [B,3,H,W] -> one Score each."""
+
+
+@runtime_checkable
+class Reasoner(Protocol):
+    def refine(self, prompts: Sequence[str]) -> list[str]: ...
+
+
+@runtime_checkable
+class LLM(Protocol):
+    def chat(self, messages: Sequence[Message]) -> str: ...
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Endless, seeded, resumable. `state_dict` counts what was handed out, so reading ahead does no harm."""
+
+    def batches(self, rank: int, world: int) -> Iterator[Batch]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Curator(Protocol):
+    def judge(self, records: Sequence[Record]) -> Sequence[Record | Drop]: ...
+
+
+@runtime_checkable
+class Benchmark(Protocol):
+    """Held-out prompts and their judge. Scores are in [0, 1], one list a task."""
+
+    def prompts(self) -> Sequence[Prompt]: ...
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Sequence[Score]:
+        """Images uint8 [B,3,H,W] -> one Score each; `lens_core.evaluation` gathers them by task."""
+
+
+@runtime_checkable
+class Generator(Protocol):
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
+        """-> Images uint8 [B,3,H,W]; row i depends on prompt i and seed i alone."""
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A training algorithm without a loop, built as `cls(config, pipeline)`. It never sees a device or an optimizer."""
+
+    def roles(self) -> Mapping[str, nn.Module]:
+        """Who can learn, by name."""
+
+    def steps(
+        self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
+    ) -> Iterator[Sequence[Any]]:
+        """One item an optimizer step: its micro-batches. Pulls from `batches` lazily, never ahead."""
+
+    def turns(self, step: int) -> Sequence[str]:
+        """Who learns in this step, in order."""
+
+    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Any, rng: torch.Generator) -> Loss: ...
+    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+KINDS: dict[str, tuple[str, type[Any]]] = {
+    "vae": ("lens_vaes", VAE),
+    "text_encoder": ("lens_text_encoders", TextEncoder),
+    "backbone": ("lens_backbones", Backbone),
+    "sampler": ("lens_samplers", Sampler),
+    "reward": ("lens_rewards", Reward),
+    "reasoner": ("lens_reasoners", Reasoner),
+    "method": ("lens_methods", Method),
+    "dataset": ("lens_datasets", Dataset),
+    "curator": ("lens_curators", Curator),
+    "benchmark": ("lens_benchmarks", Benchmark),
+    "generator": ("lens_generators", Generator),
+    "llm": ("lens_llms", LLM),
+}
+"""Kind -> (the hook that provides it, what its classes must offer)."""

@@ -1,0 +1,153 @@
+"""The words every part of Lens speaks: prompts, texts, batches, scores, and the errors that name their cure.
+
+Shapes: B batch, C latent channels, h w latent grid, L tapped encoder layers, T tokens, D width, H W pixels.
+The dtype tells the unit: uint8 is a picture, float pixels in [-1, 1] exist only around the VAE.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from attrs import field, frozen
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class LensError(Exception):
+    """Something a user can mend. The message names the thing, its neighbour and the next step, in one line."""
+
+
+class ConfigError(LensError):
+    """A recipe or a config is wrong. `problems` holds every problem found, each with its path."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class CheckpointError(LensError):
+    """A checkpoint or one of its files cannot be used: missing, truncated, foreign, or of the wrong shape."""
+
+
+class NumericalError(LensError):
+    """A computation left the finite numbers, or would."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'flux2'?"` if something known is close to `word`, else the list of what is known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" Known: {', '.join(names)}." if names else ""
+
+
+@frozen
+class Prompt:
+    """What a picture is asked to show. `task` groups prompts in a benchmark; `data` is what a judge needs to know."""
+
+    text: str
+    id: int = 0
+    task: str = ""
+    data: Mapping[str, Any] = field(factory=dict)
+
+
+@frozen
+class Message:
+    """One turn of a chat. `images` are PNG files in memory."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    images: tuple[bytes, ...] = ()
+
+
+@frozen
+class Score:
+    """A reward's verdict on one picture. A failure is never a zero: `value` is None unless `status` is "ok"."""
+
+    status: Literal["ok", "abstain", "failed"]
+    value: float | None = None
+    components: Mapping[str, float] = field(factory=dict)
+    evidence: str = ""
+
+    def __attrs_post_init__(self) -> None:
+        if (self.status == "ok") != (self.value is not None):
+            raise ValueError(f"a score that is {self.status!r} cannot have the value {self.value!r}")
+
+
+@frozen
+class Text:
+    """Encoded prompts: `features` [B,L,T,D], `mask` bool [B,T], True where a token counts. T may be 0."""
+
+    features: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return int(self.features.shape[0])
+
+    def __getitem__(self, rows: slice) -> Text:
+        return Text(self.features[rows], self.mask[rows])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Text:
+        return Text(self.features.to(device=device, dtype=dtype), self.mask.to(device=device))
+
+    @staticmethod
+    def empty(batch: int, layers: int, width: int, like: Tensor) -> Text:
+        """The empty negative prompt: no tokens at all, with the device and dtype of `like`."""
+        return Text(like.new_zeros(batch, layers, 0, width), like.new_zeros(batch, 0).bool())
+
+    @staticmethod
+    def cat(texts: Sequence[Text]) -> Text:
+        """Stack texts along the batch, padding each on the right to the longest."""
+        import torch
+        from torch.nn.functional import pad
+
+        longest = max(t.mask.shape[1] for t in texts)
+        gaps = [longest - t.mask.shape[1] for t in texts]
+        return Text(
+            torch.cat([pad(t.features, (0, 0, 0, gap)) for t, gap in zip(texts, gaps, strict=True)]),
+            torch.cat([pad(t.mask, (0, gap)) for t, gap in zip(texts, gaps, strict=True)]),
+        )
+
+
+@frozen
+class Batch:
+    """Training samples of one size. `images` uint8 [B,3,H,W] (None where only captions count); `captions` one each.
+
+    `keys` name the samples for caches: equal keys mean equal images. An empty tuple forbids caching.
+    """
+
+    images: Tensor | None
+    captions: tuple[str, ...]
+    keys: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+@frozen
+class Loss:
+    """`total` is what is minimised (a scalar with a gradient); `parts` is what is logged (detached scalars)."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(factory=dict)
+
+
+@frozen
+class Record:
+    """One picture with its words on the way into a training store."""
+
+    image: bytes
+    caption: str
+    data: Mapping[str, Any] = field(factory=dict)
+
+
+@frozen
+class Drop:
+    """A curator's refusal of a record, with its reason."""
+
+    reason: str

@@ -1,0 +1,24 @@
+"""Rectified flow: straight paths between noise (t = 1) and data (t = 0).
+
+`euler` (euler.py) is the published sampler and its schedule; `flow_matching` (matching.py) is pre-training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lens_core import hookimpl
+
+
+@hookimpl
+def lens_samplers() -> dict[str, type[Any]]:
+    from lens_flow.euler import Euler
+
+    return {"euler": Euler}
+
+
+@hookimpl
+def lens_methods() -> dict[str, type[Any]]:
+    from lens_flow.matching import FlowMatching
+
+    return {"flow_matching": FlowMatching}

@@ -1,0 +1,164 @@
+"""The method `flow_matching`: pre-training by rectified-flow velocity regression (paper, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from lens_core import flow
+from lens_core.types import Batch, ConfigError, LensError, Loss, Text
+
+if TYPE_CHECKING:
+    from lens_core.pipeline import LensPipeline
+
+CACHE = 2 * 1024**3  # bytes that each of the two caches may hold; the oldest entries make room
+
+
+@frozen
+class Sample:
+    """A micro-batch: clean latents `z` [B,C,h,w] and the captions' text."""
+
+    z: Tensor
+    text: Text
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+
+class FlowMatching:
+    """Mean squared error between the backbone's velocity at x_t and noise - data, for t logit-normal.
+
+    The mean of logit(t) is linear in the latent cells of the picture: larger pictures need more noise.
+    """
+
+    @frozen
+    class Config:
+        caption_dropout: float = 0.1  # share of captions replaced by the empty prompt, which guidance needs
+        base_tokens: int = 256  # latent cells at which logit(t) has the mean base_shift
+        base_shift: float = 0.5
+        max_tokens: int = 4096  # latent cells at which logit(t) has the mean max_shift
+        max_shift: float = 1.15
+        std: float = 1.0  # of logit(t)
+        cache_latents: bool = False  # keep the latents of pictures that have keys, in memory
+        cache_texts: bool = False  # keep encoded captions in memory, for datasets that repeat them
+
+        def __attrs_post_init__(self) -> None:
+            if not 0 <= self.caption_dropout <= 1:
+                raise ConfigError(f"flow_matching: caption_dropout is {self.caption_dropout}; it must be in [0, 1]")
+            if not 0 < self.base_tokens < self.max_tokens:
+                raise ConfigError(
+                    f"flow_matching: base_tokens is {self.base_tokens}; it must be positive and below max_tokens "
+                    f"({self.max_tokens})"
+                )
+            if self.std <= 0:
+                raise ConfigError(f"flow_matching: std is {self.std}; it must be positive")
+
+        def logit_mean(self, tokens: int) -> float:
+            """The mean of logit(t) for pictures of `tokens` latent cells."""
+            share = (tokens - self.base_tokens) / (self.max_tokens - self.base_tokens)
+            return self.base_shift + share * (self.max_shift - self.base_shift)
+
+    def __init__(self, config: Config, pipeline: LensPipeline) -> None:
+        self.config = config
+        self.pipeline = pipeline
+        self._latents = Cache()
+        self._texts = Cache()
+
+    def roles(self) -> Mapping[str, nn.Module]:
+        backbone: Any = self.pipeline.backbone
+        return {"backbone": backbone}
+
+    def steps(
+        self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
+    ) -> Iterator[Sequence[Sample]]:
+        """One encoded batch a step. Raises LensError where a batch has no pictures."""
+        for batch in batches:
+            yield (Sample(self._encode_images(batch), self._encode_captions(batch)),)
+
+    def turns(self, step: int) -> Sequence[str]:
+        return ("backbone",)
+
+    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
+        """`rng` gives, in this order: t, the noise, and whose caption is dropped."""
+        z = batch.z.float()
+        normal = torch.randn(len(z), generator=rng)
+        noise = torch.randn(z.shape, generator=rng).to(z.device)
+        dropped = torch.rand(len(z), generator=rng) < self.config.caption_dropout
+        t = (self.config.std * normal + self.config.logit_mean(z.shape[2] * z.shape[3])).sigmoid().to(z.device)
+        v = nets[role](flow.mix(z, noise, t), t, _drop(batch.text.to(z.device), dropped))
+        total = (v.float() - flow.velocity(z, noise)).square().mean()
+        return Loss(total, {"loss": total.detach()})
+
+    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+    # What is cached is encoded alone: it must not depend on its neighbours, or a resumed run, whose cache starts
+    # empty, would differ in the last bits.
+
+    @torch.no_grad()
+    def _encode_images(self, batch: Batch) -> Tensor:
+        if batch.images is None:
+            raise LensError("flow_matching: the dataset yields captions only; name one that yields pictures")
+        pixels = batch.images.float() / 127.5 - 1
+        if not (self.config.cache_latents and batch.keys):
+            z: Tensor = self.pipeline.vae.encode(pixels)
+            return z
+        height, width = pixels.shape[-2:]
+        keys = [(key, height, width) for key in batch.keys]
+        return torch.cat([self._latents.get(k, self._latent, row)[0] for k, row in zip(keys, pixels, strict=True)])
+
+    @torch.no_grad()
+    def _encode_captions(self, batch: Batch) -> Text:
+        if not self.config.cache_texts:
+            text: Text = self.pipeline.text_encoder.encode(batch.captions)
+            return text
+        return Text.cat([Text(*self._texts.get(c, self._text, c)) for c in batch.captions])
+
+    def _latent(self, row: Tensor) -> tuple[Tensor, ...]:
+        return (self.pipeline.vae.encode(row[None]),)
+
+    def _text(self, caption: str) -> tuple[Tensor, ...]:
+        text = self.pipeline.text_encoder.encode([caption])
+        return text.features, text.mask
+
+
+class Cache:
+    """Tensors by key, up to `limit` bytes; the oldest leave first."""
+
+    def __init__(self, limit: int = CACHE) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._held: dict[Any, tuple[Tensor, ...]] = {}
+
+    def get(self, key: Any, make: Callable[[Any], tuple[Tensor, ...]], source: Any) -> tuple[Tensor, ...]:
+        """What is held for `key`, else `make(source)`, which is held from now on."""
+        if key not in self._held:
+            made = make(source)
+            self._held[key] = made
+            self.bytes += _size(made)
+            while self.bytes > self.limit and self._held:
+                self.bytes -= _size(self._held.pop(next(iter(self._held))))
+            return made
+        return self._held[key]
+
+
+def _size(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _drop(text: Text, dropped: Tensor) -> Text:
+    """Empty the `dropped` [B] rows (no token counts: the empty prompt), then cut the padding that all rows share."""
+    mask = text.mask & ~dropped.to(text.mask.device)[:, None]
+    columns = mask.any(0).nonzero()
+    length = int(columns.max()) + 1 if len(columns) else 0
+    return Text(text.features[:, :, :length], mask[:, :length])

@@ -1,0 +1,24 @@
+"""The autoencoder of FLUX.2, between pixels and latents of 1/16 their height and width.
+
+`flux2` (vae.py) is the network with its patchify and its latent statistics; `autoencode` (training.py) trains one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lens_core import hookimpl
+
+
+@hookimpl
+def lens_vaes() -> dict[str, type[Any]]:
+    from lens_flux2.vae import Flux2VAE
+
+    return {"flux2": Flux2VAE}
+
+
+@hookimpl
+def lens_methods() -> dict[str, type[Any]]:
+    from lens_flux2.training import Autoencode
+
+    return {"autoencode": Autoencode}

@@ -1,0 +1,115 @@
+"""The method `autoencode`: trains the VAE by reconstruction, with a slight pull of the posterior towards N(0, 1).
+
+The latent statistics that `encode` normalises with are gathered on the way, from the posterior's mean (what `encode`
+returns), so that they follow the encoder as it changes. They are buffers of the network: saved and resumed with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from lens_core.types import Batch, ConfigError, LensError, Loss
+
+if TYPE_CHECKING:
+    from lens_core.pipeline import LensPipeline
+
+
+class Autoencode:
+    """loss = l1 |e| + l2 e^2 + edges |de| + kl KL, each a mean over its elements, for the pixel error e in [-2, 2]."""
+
+    @frozen
+    class Config:
+        l1: float = 1.0
+        l2: float = 1.0
+        edges: float = 1.0  # weighs the error's differences between neighbours, down and across: keeps edges crisp
+        kl: float = 1e-6  # weighs the divergence in nats a latent element, KL(posterior, N(0, 1))
+        statistics_momentum: float = 0.01  # weight of the newest batch in the latent statistics
+        crop: int = 0  # px, side of a random square to learn from instead of the whole picture; 0: never
+        crop_share: float = 1.0  # of the steps that crop: whole pictures teach the norms their real extent
+
+        def __attrs_post_init__(self) -> None:
+            for name in ("l1", "l2", "edges", "kl"):
+                if getattr(self, name) < 0:
+                    raise ConfigError(f"autoencode: {name} is {getattr(self, name)}; a weight must not be negative")
+            if self.l1 + self.l2 == 0:
+                raise ConfigError("autoencode: l1 and l2 are both 0; raise one, or nothing is reconstructed")
+            if self.crop < 0 or not 0 <= self.crop_share <= 1:
+                raise ConfigError(
+                    f"autoencode: crop is {self.crop} px and crop_share {self.crop_share}; "
+                    "give at least 0 px and a share in [0, 1]"
+                )
+            if not 0 < self.statistics_momentum <= 1:
+                raise ConfigError(
+                    f"autoencode: statistics_momentum is {self.statistics_momentum}; it must be in (0, 1]"
+                )
+
+    def __init__(self, config: Config, pipeline: LensPipeline) -> None:
+        vae: Any = pipeline.vae
+        if not hasattr(vae, "track"):
+            raise ConfigError(f"autoencode: trains a flux2 VAE, not a {type(vae).__name__}; name flux2 in the recipe")
+        self.config = config
+        self.vae = vae
+
+    def roles(self) -> Mapping[str, nn.Module]:
+        return {"vae": self.vae}
+
+    def steps(
+        self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
+    ) -> Iterator[Sequence[Batch]]:
+        """One batch a step, cropped in `crop_share` of them."""
+        for batch in batches:
+            side = self.config.crop
+            if side and float(torch.rand((), generator=rng)) < self.config.crop_share:
+                yield (_crop(batch, side, rng),)
+            else:
+                yield (batch,)
+
+    def turns(self, step: int) -> Sequence[str]:
+        return ("vae",)
+
+    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Batch, rng: torch.Generator) -> Loss:
+        """Folds the batch into the latent statistics, unless gradients are off. Raises LensError without pictures."""
+        if batch.images is None:
+            raise LensError("autoencode: the dataset yields captions only; name one that yields pictures")
+        size, cell = batch.images.shape, self.vae.downscale // 2
+        noise = torch.randn(size[0], self.vae.config.latent_channels, size[2] // cell, size[3] // cell, generator=rng)
+        pixels = batch.images.float() / 127.5 - 1
+        guess, mean, logvar = nets[role](pixels, noise)
+        if torch.is_grad_enabled():
+            self.vae.track(mean, self.config.statistics_momentum)
+        parts = _terms(guess.float() - pixels.to(guess.device), mean.float(), logvar.float())
+        total = sum((getattr(self.config, name) * part for name, part in parts.items()), guess.new_zeros(()).float())
+        return Loss(total, {name: part.detach() for name, part in parts.items()})
+
+    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+def _crop(batch: Batch, side: int, rng: torch.Generator) -> Batch:
+    """One random window of `side` px a picture; it has no key, for it is not the picture."""
+    if batch.images is None or min(batch.images.shape[-2:]) < side:
+        raise LensError(f"autoencode: cannot crop {side} px; lower crop, or name a dataset of larger pictures")
+    room = [n - side + 1 for n in batch.images.shape[-2:]]
+    corners = [torch.randint(n, (len(batch),), generator=rng).tolist() for n in room]
+    rows = zip(batch.images, *corners, strict=True)
+    return Batch(torch.stack([i[:, y : y + side, x : x + side] for i, y, x in rows]), batch.captions)
+
+
+def _terms(error: Tensor, mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
+    return {
+        "l1": error.abs().mean(),
+        "l2": error.square().mean(),
+        "edges": (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2,
+        "kl": (mean.square() + logvar.exp() - 1 - logvar).mean() / 2,
+    }

@@ -1,0 +1,173 @@
+"""The component `flux2`: diffusers' AutoencoderKLFlux2 with the patchify and the BatchNorm that Lens puts around it.
+
+Letters: B batch, C = 4c latent channels as the backbone sees them, c those of the network, h w the latent grid.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from attrs import asdict, fields_dict, frozen
+from diffusers import AutoencoderKLFlux2
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from lens_core.checkpoint import load_module, read_json, save_module, write_json
+from lens_core.config import structure
+from lens_core.types import CheckpointError, ConfigError, LensError
+
+FOLDER = "vae"  # where a checkpoint keeps this component
+PATCH = 2  # the network's latent pixels fold PATCH x PATCH into the channels of one cell
+FIXED: dict[str, Any] = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "patch_size": [PATCH, PATCH]}
+UNUSED = ("sample_size", "batch_norm_momentum", "force_upcast", "down_block_types", "up_block_types")
+
+
+class Flux2VAE(nn.Module):
+    """Pictures to latents of about unit variance and back; `net` is the diffusers model. Draws its first weights from
+    torch's default generator: seed it first."""
+
+    @frozen
+    class Config:
+        """The fields of the published `vae/config.json`; the defaults are the published model."""
+
+        block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # channels; every level but the last halves H, W
+        decoder_block_out_channels: tuple[int, ...] | None = None  # None: as the encoder
+        layers_per_block: int = 2
+        latent_channels: int = 32  # c
+        norm_num_groups: int = 32  # on a CPU, training is twice as fast with 16 channels a group or more
+        mid_block_add_attention: bool = True
+        use_quant_conv: bool = True
+        use_post_quant_conv: bool = True
+        batch_norm_eps: float = 1e-4
+
+        def __attrs_post_init__(self) -> None:
+            for name in ("layers_per_block", "latent_channels", "norm_num_groups"):
+                if getattr(self, name) < 1:
+                    raise ConfigError(f"vae: {name} is {getattr(self, name)}; it must be at least 1")
+            if self.batch_norm_eps <= 0:
+                raise ConfigError(f"vae: batch_norm_eps is {self.batch_norm_eps}; it must be positive")
+            for name in ("block_out_channels", "decoder_block_out_channels"):
+                widths = getattr(self, name)
+                if widths is not None and (not widths or any(n < 1 or n % self.norm_num_groups for n in widths)):
+                    raise ConfigError(
+                        f"vae: {name} is {list(widths)}; give one or more multiples of norm_num_groups "
+                        f"({self.norm_num_groups})"
+                    )
+            if self.decoder_block_out_channels and len(self.decoder_block_out_channels) != len(self.block_out_channels):
+                raise ConfigError(
+                    f"vae: decoder_block_out_channels has {len(self.decoder_block_out_channels)} levels; "
+                    f"block_out_channels has {len(self.block_out_channels)}, and both must match"
+                )
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        levels = len(config.block_out_channels)
+        self.net: Any = AutoencoderKLFlux2(
+            **asdict(config),
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+        )
+        self.channels = PATCH**2 * config.latent_channels
+        self.downscale = PATCH * 2 ** (levels - 1)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B,3,H,W] in [-1, 1] -> z [B,C,h,w]: the posterior's mode, patchified in channel order (c, row,
+        column) and normalised. Raises LensError unless H and W are multiples of `downscale`."""
+        mean, _ = self._posterior(pixels)
+        z = pixel_unshuffle(mean, PATCH)
+        return (z - self._column(self.net.bn.running_mean)) / self._std()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z [B,C,h,w] -> pixels [B,3,H,W], about [-1, 1]; not clamped."""
+        if z.ndim != 4 or z.shape[1] != self.channels:
+            raise LensError(f"vae: the latents are {list(z.shape)}; it decodes [B, {self.channels}, h, w]")
+        z = z.to(self.net.device)
+        return self._decode(pixel_shuffle(z * self._std() + self._column(self.net.bn.running_mean), PATCH))
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Training: pixels [B,3,H,W], standard normal noise [B,c,2h,2w] -> the reconstruction of a posterior sample,
+        and the posterior's mean and log variance, both [B,c,2h,2w]. No normalisation is involved."""
+        mean, logvar = self._posterior(pixels)
+        return self._decode(mean + (logvar / 2).exp() * noise.to(mean)), mean, logvar
+
+    @torch.no_grad()
+    def track(self, mean: Tensor, momentum: float) -> None:
+        """Fold posterior means [B,c,2h,2w] into the latent statistics: a plain average over the first 1/momentum calls,
+        then an exponential one. Both moments are those of the weighted mixture of all batches so far. A batch that is
+        not finite is passed over: a run that survives it must not carry it along."""
+        bn = self.net.bn
+        if not mean.isfinite().all():
+            return
+        cells = pixel_unshuffle(mean.float(), PATCH).transpose(0, 1).flatten(1)
+        bn.num_batches_tracked += 1
+        weight = max(momentum, 1 / int(bn.num_batches_tracked))
+        gap = cells.mean(1) - bn.running_mean
+        bn.running_mean += weight * gap
+        spread = (1 - weight) * bn.running_var + weight * cells.var(1, correction=0) + weight * (1 - weight) * gap**2
+        bn.running_var.copy_(spread)
+
+    def save(self, folder: Path) -> None:
+        """Write `vae/config.json` and `vae/diffusion_pytorch_model.safetensors` under `folder`, for diffusers too."""
+        write_json(folder / FOLDER / "config.json", json.loads(self.net.to_json_string()))
+        save_module(self.net, folder / FOLDER)
+
+    @classmethod
+    def load(cls, folder: Path, config: Config, dtype: torch.dtype | None = None) -> Self:
+        """Read `folder/vae`, floats as `dtype` (None: as stored). Its own config.json decides; a `config` that differs
+        from it and from the defaults is a CheckpointError, as is any foreign or damaged file."""
+        path = folder / FOLDER / "config.json"
+        stored = cls._read(path)
+        if config not in (stored, cls.Config()):
+            name = next(n for n in fields_dict(cls.Config) if getattr(config, n) != getattr(stored, n))
+            raise CheckpointError(
+                f"{path}: {name} is {getattr(stored, name)!r}, but lens.json says {getattr(config, name)!r}; mend one"
+            )
+        with torch.device("meta"):
+            vae = cls(stored)
+        load_module(vae.net, folder / FOLDER, dtype=dtype)
+        return vae
+
+    @classmethod
+    def _read(cls, path: Path) -> Config:
+        data = {k: v for k, v in read_json(path).items() if not k.startswith("_") or k == "_class_name"}
+        if (kind := data.pop("_class_name", None)) != "AutoencoderKLFlux2":
+            raise CheckpointError(f"{path} describes a {kind}, not an AutoencoderKLFlux2; choose another vae component")
+        for name, value in FIXED.items():
+            if data.pop(name, value) != value:
+                raise CheckpointError(f"{path}: {name} must be {value}; this component reads no other")
+        data = {k: v for k, v in data.items() if k not in UNUSED}
+        try:
+            return structure(cls.Config, data, str(path))
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        multiple = self.downscale
+        height, width = pixels.shape[-2:]
+        if height % multiple or width % multiple or not height or not width:
+            nearest = " x ".join(str(max(1, round(n / multiple)) * multiple) for n in (height, width))
+            raise LensError(
+                f"vae: the picture is {height} x {width} px; height and width must be multiples of {multiple}: "
+                f"the nearest is {nearest}"
+            )
+        # channels_last is twice as fast in bfloat16 on a CPU. Weights stay as they are: their layout does not survive a
+        # file, and an optimizer's state must keep the layout of its weight.
+        x = pixels.to(self.net.device, self.net.dtype, memory_format=torch.channels_last)
+        posterior = self.net.encode(x, return_dict=False)[0]
+        return posterior.mean, posterior.logvar
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        x = latents.to(self.net.dtype).contiguous(memory_format=torch.channels_last)
+        pixels: Tensor = self.net.decode(x, return_dict=False)[0]
+        return pixels
+
+    def _std(self) -> Tensor:
+        return self._column((self.net.bn.running_var + self.config.batch_norm_eps).sqrt())
+
+    @staticmethod
+    def _column(values: Tensor) -> Tensor:
+        return values.view(1, -1, 1, 1)

@@ -1,0 +1,287 @@
+"""The component `gpt_oss`: features from the residual stream of a GPT-OSS language model.
+
+Letters: B batch, S tokens of the whole rendering, T = S without its head, L tapped layers, D width, V vocabulary,
+N layers, E experts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import date as day
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from attrs import asdict, evolve, fields_dict, frozen
+from torch import Tensor, nn
+from transformers import GptOssConfig, GptOssModel, PreTrainedTokenizerFast
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+from lens_core.checkpoint import load_module, read_json, read_weights, save_module, write_json
+from lens_core.types import CheckpointError, ConfigError, LensError, Text
+from lens_gpt_oss.template import Wrapper
+
+FOLDER, TOKENIZER = "text_encoder", "tokenizer"  # where a checkpoint keeps this component
+STEM = "model"
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
+"""GPT-OSS's positions. Not configurable: published config files that leave the rope block out mean this one."""
+OURS = ("selected_layers", "date", "max_length", "experts")  # Config fields that are not the language model's
+MXFP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+class GptOssEncoder(nn.Module):
+    """Prompts, wrapped in the published conversation, to residual streams. A new one has no tokenizer: the method
+    `language_model` makes it. Draws its first weights from torch's default generator: seed it first."""
+
+    @frozen
+    class Config:
+        """The defaults are the published 20B model. All but the last four fields are those of its `config.json`."""
+
+        vocab_size: int = 201088  # V
+        hidden_size: int = 2880  # D
+        intermediate_size: int = 2880
+        num_hidden_layers: int = 24
+        num_attention_heads: int = 64
+        num_key_value_heads: int = 8
+        head_dim: int = 64
+        num_local_experts: int = 32  # E
+        num_experts_per_tok: int = 4
+        sliding_window: int = 128  # tokens; on layers 0, 2, …
+        selected_layers: tuple[int, ...] = (5, 11, 17, 23)  # 0-based, ascending; features are taken after them
+        date: str = "2026-05-20"  # YYYY-MM-DD: the day the conversation claims it is, whatever today is
+        max_length: int = 512  # tokens of the whole rendering
+        experts: str = "eager"  # transformers' kernel: eager is the fastest on a CPU, grouped_mm suits a GPU
+
+        def __attrs_post_init__(self) -> None:
+            for name, value in asdict(self).items():
+                if isinstance(value, int) and value < 1:
+                    raise ConfigError(f"gpt_oss: {name} is {value}; it must be at least 1")
+            if self.num_attention_heads % self.num_key_value_heads:
+                raise ConfigError(
+                    f"gpt_oss: num_attention_heads is {self.num_attention_heads}; "
+                    f"give a multiple of num_key_value_heads ({self.num_key_value_heads})"
+                )
+            if self.head_dim % 2:
+                raise ConfigError(f"gpt_oss: head_dim is {self.head_dim}; positions need an even one")
+            if self.num_experts_per_tok > self.num_local_experts:
+                raise ConfigError(
+                    f"gpt_oss: num_experts_per_tok is {self.num_experts_per_tok}; "
+                    f"there are only {self.num_local_experts} experts (num_local_experts)"
+                )
+            taps = self.selected_layers
+            if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= self.num_hidden_layers:
+                raise ConfigError(
+                    f"gpt_oss: selected_layers is {list(taps)}; "
+                    f"give ascending layers from 0 to {self.num_hidden_layers - 1}"
+                )
+            if self.experts not in ("eager", "grouped_mm", "batched_mm"):
+                raise ConfigError(f"gpt_oss: experts is {self.experts!r}; give eager, grouped_mm or batched_mm")
+            try:
+                canonical = day.fromisoformat(self.date).isoformat() == self.date
+            except ValueError:
+                canonical = False
+            if not canonical:
+                raise ConfigError(f"gpt_oss: date is {self.date!r}; give a day as YYYY-MM-DD")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = len(config.selected_layers)
+        self.width = config.hidden_size
+        self.model = GptOssModel(_transformers(config))
+        self.lm_head: nn.Linear | None = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        nn.init.normal_(self.lm_head.weight, std=self.model.config.initializer_range)
+        self._wrapper: Wrapper | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        return None if self._wrapper is None else self._wrapper.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        wrapper = Wrapper(tokenizer, self.config.date)
+        if len(tokenizer) > self.config.vocab_size:
+            raise ConfigError(
+                f"gpt_oss: vocab_size is {self.config.vocab_size}; the tokenizer has {len(tokenizer)} tokens: raise it"
+            )
+        least = len(wrapper.head) + len(wrapper.tail)
+        if self.config.max_length <= least:
+            raise ConfigError(
+                f"gpt_oss: max_length is {self.config.max_length}; the conversation alone takes {least}: raise it"
+            )
+        self._wrapper = wrapper
+
+    def _wrap(self) -> Wrapper:
+        if self._wrapper is None:
+            raise LensError(
+                "gpt_oss: has no tokenizer yet; train it with the language_model method or load a checkpoint"
+            )
+        return self._wrapper
+
+    @property
+    def head_length(self) -> int:
+        """How many tokens stand before the prompt (97 in the published model)."""
+        return len(self._wrap().head)
+
+    def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Prompts -> ids [B,S] of their renderings, padded on the right, and their mask, True where a token counts.
+
+        Warns when a prompt is cut to make its rendering fit `max_length`; the conversation around it stays whole.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError("prompts must be a list of one or more strings")
+        rows, cut = self._wrap().ids(prompts, self.config.max_length)
+        if any(cut):
+            worst = max(range(len(cut)), key=cut.__getitem__)
+            warnings.warn(
+                f"gpt_oss: {sum(n > 0 for n in cut)} of {len(cut)} prompts cut to fit max_length "
+                f"{self.config.max_length}; prompt {worst} lost its last {cut[worst]} tokens: shorten it",
+                stacklevel=2,
+            )
+        lengths = torch.tensor([len(row) for row in rows])
+        longest = int(lengths.max())
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask = torch.arange(longest) < lengths[:, None]
+        device = self.model.embed_tokens.weight.device
+        return ids.to(device), mask.to(device)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Prompts -> features [B,L,T,D], the residual stream after each selected layer, 0 where padded; no gradient.
+
+        T counts the prompt and what follows it; the head is dropped. Raises LensError without a tokenizer.
+        """
+        ids, mask = self.tokens(prompts)
+        head = self.head_length
+        mask = mask[:, head:]
+        features = torch.stack([tap[:, head:] for tap in self.taps(ids)], dim=1)
+        return Text(features.masked_fill(~mask[:, None, :, None], 0), mask)
+
+    def taps(self, ids: Tensor) -> list[Tensor]:
+        """ids [B,S] -> the residual stream [B,S,D] after each selected layer; no layer after the last one runs.
+
+        Padding on the right needs no mask: attention looks back only, and experts see one token at a time.
+        """
+        model, kinds, found = self.model, self.model.config.layer_types or [], []
+        x = model.embed_tokens(ids)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        rope = model.rotary_emb(x, positions)
+        about = {"config": model.config, "inputs_embeds": x, "attention_mask": None, "past_key_values": None}
+        masks = {
+            "full_attention": create_causal_mask(**about),
+            "sliding_attention": create_sliding_window_causal_mask(**about),
+        }
+        for index in range(self.config.selected_layers[-1] + 1):
+            mask = masks[kinds[index]]
+            x = model.layers[index](x, attention_mask=mask, position_ids=positions, position_embeddings=rope)
+            if index in self.config.selected_layers:
+                found.append(x)
+        return found
+
+    def forward(self, ids: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """ids [B,S] -> what comes next: logits [B,S-first,V] from position `first` on, and router logits [N,B,S,E]."""
+        if self.lm_head is None:
+            raise LensError(
+                "gpt_oss: this checkpoint has no lm_head, so it can encode but not predict; load one that has"
+            )
+        out = self.model(input_ids=ids, use_cache=False, output_router_logits=True)
+        routes = torch.stack(out.router_logits).view(self.config.num_hidden_layers, *ids.shape, -1)
+        return self.lm_head(out.last_hidden_state[:, first:]), routes
+
+    def provenance(self) -> dict[str, str]:
+        """What a picture must record to be drawn again: the pinned date."""
+        return {"date": self.config.date}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A cast to bfloat16 would round the frequencies of the positions too; they are made anew in float32.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.model.rotary_emb = GptOssRotaryEmbedding(self.model.config).to(self.model.embed_tokens.weight.device)
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write `text_encoder/` as transformers' GptOssForCausalLM and `tokenizer/`. Raises LensError without one."""
+        tokenizer = self._wrap().tokenizer
+        config = self.model.config.to_dict() | {
+            "architectures": ["GptOssForCausalLM"],
+            "dtype": str(self.model.embed_tokens.weight.dtype).removeprefix("torch."),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        write_json(folder / FOLDER / "config.json", config)
+        save_module(self, folder / FOLDER, STEM)
+        tokenizer.save_pretrained(folder / TOKENIZER)
+
+    @classmethod
+    def load(cls, folder: Path, config: Config, dtype: torch.dtype | None = None) -> Self:
+        """Read the layout that `save` writes, MXFP4 experts and sharded files included; the sizes are those on disk.
+
+        Experts in MXFP4 come out as `dtype`, or bfloat16. A file without lm_head can encode, not predict.
+        """
+        config = _on_disk(folder / FOLDER / "config.json", config)
+        if not (folder / TOKENIZER / "tokenizer.json").is_file():
+            raise CheckpointError(f"{folder / TOKENIZER / 'tokenizer.json'}: missing; fetch the checkpoint again")
+        tensors = _dequantised(read_weights(folder / FOLDER, STEM), dtype or torch.bfloat16)
+        with torch.device("meta"):
+            encoder = cls(config)
+        if "lm_head.weight" not in tensors:
+            encoder.lm_head = None
+        load_module(encoder, folder / FOLDER, STEM, dtype=dtype, tensors=tensors)
+        encoder.model.rotary_emb = GptOssRotaryEmbedding(encoder.model.config)  # no file holds it
+        encoder.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / TOKENIZER)
+        return encoder
+
+
+def _transformers(config: GptOssEncoder.Config) -> GptOssConfig:
+    sizes = {k: v for k, v in asdict(config).items() if k not in OURS}
+    # Attention sinks need eager attention on a CPU: transformers has no sdpa for this model.
+    kernels: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": config.experts}
+    return GptOssConfig(**sizes, **kernels, rope_parameters=dict(YARN))
+
+
+def _on_disk(path: Path, config: GptOssEncoder.Config) -> GptOssEncoder.Config:
+    """`config` with the sizes that `path` states. Raises CheckpointError if the file describes another architecture."""
+    disk = read_json(path)
+    sizes = {k: disk[k] for k in fields_dict(GptOssEncoder.Config) if k not in OURS and k in disk}
+    for name, size in sizes.items():
+        if type(size) is not int:
+            raise CheckpointError(f"{path}: {name} is {size!r}, which is not a whole number; fetch it again")
+    config = evolve(config, **sizes)
+    plain = _transformers(config)
+    rope = {"rope_theta": disk.get("rope_theta", YARN["rope_theta"])}
+    rope |= disk.get("rope_parameters") or disk.get("rope_scaling") or {}
+    fixed = {"model_type", "layer_types", "hidden_act", "attention_bias", "rms_norm_eps", "swiglu_limit"}
+    differ = {k for k in fixed if k in disk and disk[k] != getattr(plain, k)}
+    differ |= {k for k in YARN if k in rope and rope[k] != YARN[k]}
+    if differ:
+        raise CheckpointError(f"{path}: {', '.join(sorted(differ))} differ from GPT-OSS's; use another encoder")
+    return config
+
+
+def _dequantised(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Published experts come as `…_blocks` and `…_scales`; each pair is emptied into one plain weight."""
+    for name in [k.removesuffix("_blocks") for k in tensors if k.endswith("_blocks")]:
+        if f"{name}_scales" not in tensors:
+            raise CheckpointError(f"{name}_blocks has no {name}_scales beside it; fetch text_encoder again")
+        tensors[name] = from_mxfp4(tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales"), dtype)
+    return tensors
+
+
+def from_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Blocks uint8 [E,out,G,16] (two 4-bit floats a byte, the low one first), scales uint8 [E,out,G] (exponent + 127)
+    -> weights [E,in,out], in = 32 G. One expert at a time, so that a published layer needs no second float32 copy."""
+    table = torch.tensor(MXFP4, device=blocks.device)
+    weights = blocks.new_empty(blocks.shape[0], blocks.shape[2] * 32, blocks.shape[1], dtype=dtype)
+    for weight, block, scale in zip(weights, blocks, scales, strict=True):
+        values = torch.stack([table[(block & 15).int()], table[(block >> 4).int()]], dim=-1).flatten(-2)
+        weight.copy_(torch.ldexp(values, scale.int()[..., None] - 127).flatten(-2).T)
+    return weights

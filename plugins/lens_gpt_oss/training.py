@@ -1,0 +1,107 @@
+"""The method `language_model`: trains a `gpt_oss` encoder to predict captions in the conversation that encodes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
+
+from lens_core.types import Batch, ConfigError, Loss
+from lens_gpt_oss.encoder import GptOssEncoder
+from lens_gpt_oss.template import train_tokenizer, wrap_tokenizer
+
+if TYPE_CHECKING:
+    from lens_core.pipeline import LensPipeline
+
+
+class LanguageModel:
+    """loss = cross entropy of the tokens after the head, in nats a token, + balance * the experts' imbalance."""
+
+    @frozen
+    class Config:
+        tokenizer_batches: int = 50  # batches whose captions make the tokenizer, if the encoder has none yet
+        balance: float = 0.01  # weighs the imbalance, which is 1 when every expert gets an equal share
+
+        def __attrs_post_init__(self) -> None:
+            if self.tokenizer_batches < 1:
+                raise ConfigError(
+                    f"language_model: tokenizer_batches is {self.tokenizer_batches}; it must be at least 1"
+                )
+            if self.balance < 0:
+                raise ConfigError(f"language_model: balance is {self.balance}; a weight must not be negative")
+
+    def __init__(self, config: Config, pipeline: LensPipeline) -> None:
+        encoder: Any = pipeline.text_encoder
+        if not isinstance(encoder, GptOssEncoder):
+            raise ConfigError(
+                f"language_model: trains a gpt_oss text encoder, not a {type(encoder).__name__}; name it in the recipe"
+            )
+        self.config = config
+        self.encoder = encoder
+
+    def roles(self) -> Mapping[str, nn.Module]:
+        return {"text_encoder": self.encoder}
+
+    def steps(
+        self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
+    ) -> Iterator[Sequence[Batch]]:
+        """One batch a step. The first batches make the tokenizer if there is none, and are not learned from, so that
+        a run resumed after any step goes on with the batch it would have had."""
+        if self.encoder.tokenizer is None:
+            captions = [c for batch in islice(batches, self.config.tokenizer_batches) for c in batch.captions]
+            tokenizer = train_tokenizer(captions, self.encoder.config.vocab_size)
+            self.load_state_dict(_first_rank(_state(tokenizer)))
+        for batch in batches:
+            yield (batch,)
+
+    def turns(self, step: int) -> Sequence[str]:
+        return ("text_encoder",)
+
+    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Batch, rng: torch.Generator) -> Loss:
+        ids, mask = self.encoder.tokens(batch.captions)
+        head = self.encoder.head_length
+        logits, routes = nets[role](ids[:, :-1], head - 1)
+        counts = mask[:, head:]
+        nll = cross_entropy(logits[counts].float(), ids[:, head:][counts])
+        uneven = imbalance(routes.flatten(1, 2)[:, mask[:, :-1].flatten()], self.encoder.config.num_experts_per_tok)
+        return Loss(nll + self.config.balance * uneven, {"nll": nll.detach(), "imbalance": uneven.detach()})
+
+    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.encoder.tokenizer is None else _state(self.encoder.tokenizer)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            self.encoder.tokenizer = wrap_tokenizer(Tokenizer.from_str(state["tokenizer"]), state["chat_template"])
+
+
+def imbalance(routes: Tensor, top: int) -> Tensor:
+    """Router logits [N,tokens,E] -> E sum_e share_e probability_e, a mean over the layers N: 1 is even, E is collapse.
+
+    share is the part of the `top` choices a token that expert e gets (Switch Transformer, equations 4 to 6).
+    """
+    experts = routes.shape[-1]
+    probability = routes.float().softmax(-1).mean(1)
+    share = one_hot(routes.topk(top).indices, experts).float().mean((1, 2))
+    return experts * (share * probability).sum(-1).mean()
+
+
+def _state(tokenizer: Any) -> dict[str, Any]:
+    return {"tokenizer": tokenizer.backend_tokenizer.to_str(), "chat_template": tokenizer.chat_template}
+
+
+def _first_rank(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of rank 0: every process saw other captions, and all must speak one vocabulary."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        box = [state]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+    return state

@@ -1,0 +1,470 @@
+"""The Lens transformer: two streams of tokens, image and text, that meet in every attention (reference: lens.md, 2).
+
+B batch, N = h w image tokens, T text tokens, S = N + T, C latent channels, D inner width, H heads, E head width.
+Parameters bear the published names; the arithmetic is the published one, ordered for speed:
+what depends on t alone is shared, text that is not there is not computed, and weights of norms join the modulation.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from attrs import asdict, fields_dict, frozen
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lens_core.checkpoint import load_module, save_module, write_json
+from lens_core.types import ConfigError, NumericalError, Text, did_you_mean
+
+FREQUENCIES = 256  # channels of the sinusoidal time embedding: half cosines, then half sines
+TIME_SCALE = 1000.0  # t in [0, 1] is embedded as t * 1000
+PERIOD = 10000.0  # the slowest wave, of time and of positions alike
+SHORT = 512  # tokens up to which a CPU trains faster with the attention matrix written out
+FOLDER = "transformer"  # where a checkpoint keeps this component
+
+
+@functools.lru_cache(maxsize=64)
+def rotations(h: int, w: int, tokens: int, axes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Unit complex numbers [S, 1, E/2] that turn the queries and keys of h*w image and then `tokens` text tokens.
+
+    Image rows and columns are counted from the middle: for n of them, -(n - n//2) ... n//2 - 1; the frame is 0. Text
+    token j sits at max(h//2, w//2) + j on all three axes. Angles are taken in float64, whatever `dtype` is.
+    """
+    # A table first made under inference_mode would otherwise be an inference tensor, which training cannot use.
+    with torch.inference_mode(False), torch.no_grad():
+        rows = torch.arange(h, dtype=torch.float64) - (h - h // 2)
+        columns = torch.arange(w, dtype=torch.float64) - (w - w // 2)
+        text = torch.arange(tokens, dtype=torch.float64) + max(h // 2, w // 2)
+        image = (torch.zeros(h * w, dtype=torch.float64), rows.repeat_interleave(w), columns.repeat(h))
+        angles = [
+            torch.outer(torch.cat([positions, text]), PERIOD ** -(torch.arange(0, d, 2, dtype=torch.float64) / d))
+            for positions, d in zip(image, axes, strict=True)
+        ]
+        angle = torch.cat(angles, dim=1)[:, None]
+        return torch.polar(torch.ones_like(angle), angle).to(device=device, dtype=dtype)
+
+
+def unit(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, in the dtype of x."""
+    if x.device.type != "cpu":
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
+    # On the CPU that is a dozen passes over memory, forward and backward; these are four.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    out: Tensor = x * (norm.square() / x.shape[-1] + eps).rsqrt().to(x.dtype)
+    return out
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """With shift and scale [B,1,D], which go with x [B,N,D], the result is modulated: * (1 + scale) + shift."""
+        # Everything is cast to x's dtype: under autocast a float32 weight would pull the whole stream up to float32.
+        if shift is None or scale is None:
+            return unit(x, self.eps) * self.weight.to(x.dtype)
+        return torch.addcmul(shift.to(x.dtype), unit(x, self.eps), (self.weight * (1 + scale)).to(x.dtype))
+
+
+class _NormTurn(torch.autograd.Function):
+    """RMSNorm and rotation in float32 at least. By hand, because autograd's passes over memory take about twice as
+    long; only x and one number a head are kept for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, by: Tensor, eps: float) -> Tensor:
+        precise = x.to(by.real.dtype)
+        norm = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
+        inverse = (norm.square_() / x.shape[-1] + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, by, inverse)
+        out = (precise * inverse).mul_(weight)
+        _pairs(out).mul_(by)
+        turned: Tensor = out.to(x.dtype)
+        return turned
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, by, inverse = ctx.saved_tensors
+        grad = grad.to(by.real.dtype, copy=True, memory_format=torch.contiguous_format)
+        _pairs(grad).mul_(by.conj())
+        normed = x.to(grad.dtype) * inverse
+        along = grad * normed
+        for_weight = along.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = along.mul_(weight).mean(dim=-1, keepdim=True)
+        return grad.mul_(weight).addcmul_(normed, mean, value=-1).mul_(inverse).to(x.dtype), for_weight, None, None
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """x [...,E] seen as complex [...,E/2]: adjacent channels are a pair."""
+    return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+
+
+class TurningNorm(RMSNorm):
+    """RMSNorm of x [B,S,H,E] over E, then rotation of its channel pairs by the unit complex `by` [S,1,E/2]."""
+
+    def forward(self, x: Tensor, by: Tensor) -> Tensor:  # type: ignore[override]  # it needs positions
+        out: Tensor = _NormTurn.apply(x, self.weight, by, self.eps)  # type: ignore[no-untyped-call]  # torch's own
+        return out
+
+
+class TimeEmbedding(nn.Module):
+    """t float [B] in [0, 1] -> [B, D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.timestep_embedder = nn.ModuleDict(
+            {"linear_1": nn.Linear(FREQUENCIES, width), "linear_2": nn.Linear(width, width)}
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        first, second = self.timestep_embedder["linear_1"], self.timestep_embedder["linear_2"]
+        dtype: torch.dtype = next(first.parameters()).dtype
+        steps = torch.arange(FREQUENCIES // 2, dtype=torch.float64) / (FREQUENCIES // 2)
+        # bfloat16 holds 3 digits of t * 1000: the angles need float32 at least.
+        precise = torch.promote_types(dtype, torch.float32)
+        frequency = (TIME_SCALE * PERIOD**-steps).to(device=t.device, dtype=precise)
+        angle = torch.outer(t.to(precise), frequency)
+        waves = torch.cat([angle.cos(), angle.sin()], dim=1).to(dtype)
+        out: Tensor = second(F.silu(first(waves)))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), 8/3 as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = int(width / 3 * 8)
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return out
+
+
+class JointAttention(nn.Module):
+    """One softmax over image and text tokens, each stream with projections and norms of its own."""
+
+    def __init__(self, heads: int, head_width: int) -> None:
+        super().__init__()
+        width = heads * head_width
+        self.heads = heads
+        self.img_qkv = nn.Linear(width, 3 * width)
+        self.txt_qkv = nn.Linear(width, 3 * width)
+        self.norm_q = TurningNorm(head_width, 1e-6)
+        self.norm_k = TurningNorm(head_width, 1e-6)
+        self.norm_added_q = TurningNorm(head_width, 1e-6)
+        self.norm_added_k = TurningNorm(head_width, 1e-6)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_add_out = nn.Linear(width, width)
+
+    def forward(
+        self, img: Tensor, txt: Tensor | None, by: Tensor, mask: Tensor | None, answer_text: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """img [B,N,D], txt [B,T,D] -> the same, projected; txt None if it was, or is not wanted."""
+        count = img.shape[1]
+        q, k, v = self.img_qkv(img).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B,N,H,E] each
+        q, k = self.norm_q(q, by[:count]), self.norm_k(k, by[:count])
+        if txt is not None:
+            txt_q, txt_k, txt_v = self.txt_qkv(txt).unflatten(-1, (3, self.heads, -1)).unbind(2)
+            k = torch.cat([k, self.norm_added_k(txt_k, by[count:])], dim=1)
+            v = torch.cat([v, txt_v], dim=1)
+            if answer_text:
+                q = torch.cat([q, self.norm_added_q(txt_q, by[count:])], dim=1)
+        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        out = out.transpose(1, 2).flatten(2)
+        image = self.to_out[0](out[:, :count])
+        return image, self.to_add_out(out[:, count:]) if answer_text and txt is not None else None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k' / sqrt(E)) v for q [B,H,Q,E] and k, v [B,H,S,E]; mask bool, True where a key counts."""
+    if q.device.type != "cpu" or not torch.is_grad_enabled() or k.shape[2] > SHORT or q.dtype == torch.float64:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # torch's fused kernel is slow backwards on a CPU: for short sequences a training step takes 1.6 times as long.
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+class Block(nn.Module):
+    """Joint attention, then a SwiGLU a stream; both gated and modulated by the time alone."""
+
+    def __init__(self, heads: int, head_width: int) -> None:
+        super().__init__()
+        width = heads * head_width
+        self.img_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.txt_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.img_norm1 = RMSNorm(width, 1e-6)
+        self.img_norm2 = RMSNorm(width, 1e-6)
+        self.txt_norm1 = RMSNorm(width, 1e-6)
+        self.txt_norm2 = RMSNorm(width, 1e-6)
+        self.attn = JointAttention(heads, head_width)
+        self.img_mlp = SwiGLU(width)
+        self.txt_mlp = SwiGLU(width)
+
+    def forward(
+        self, img: Tensor, txt: Tensor | None, time: Tensor, by: Tensor, mask: Tensor | None, answer_text: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`time` [B,D] is silu of the time embedding; without `answer_text` the text stream ends here, as None."""
+        # [1] skips the SiLU of the Sequential, which all blocks would repeat.
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod[1](time).unsqueeze(1).chunk(6, dim=-1)
+        image = self.img_norm1(img, shift1, scale1)
+        text = None
+        if txt is not None:
+            txt_shift1, txt_scale1, *txt_rest = self.txt_mod[1](time).unsqueeze(1).chunk(6, dim=-1)
+            text = self.txt_norm1(txt, txt_shift1, txt_scale1)
+        image, text = self.attn(image, text, by, mask, answer_text)
+        img = torch.addcmul(img, gate1, image)
+        img = torch.addcmul(img, gate2, self.img_mlp(self.img_norm2(img, shift2, scale2)))
+        if txt is None or text is None:
+            return img, None
+        txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_rest
+        txt = torch.addcmul(txt, txt_gate1, text)
+        return img, torch.addcmul(txt, txt_gate2, self.txt_mlp(self.txt_norm2(txt, txt_shift2, txt_scale2)))
+
+
+class FinalNorm(nn.Module):
+    """LayerNorm without weights, modulated: scale first, then shift, unlike in the blocks."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 2 * width)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        scale, shift = self.linear(time).unsqueeze(1).chunk(2, dim=-1)
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6).to(scale.dtype), 1 + scale)
+
+
+class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]  # diffusers is untyped
+    """The backbone `mmdit`, and a diffusers model: `from_pretrained` and `save_pretrained` know the same files.
+
+    Built as `cls(config)`, or from the fields of a config by name. A new model predicts v = 0, and each of its blocks
+    does nothing (adaLN-zero; Peebles and Xie, 2023): modulation, `norm_out` and `proj_out` are 0, other linears uniform
+    after Glorot, biases 0, norms 1. Draws come from torch's default generator: seed it first.
+    """
+
+    to = nn.Module.to  # diffusers' own warns, at every cast, of modules to keep in float32; this model has none
+
+    @frozen
+    class Config:
+        """The fields of the published `transformer/config.json`; the defaults are the published model."""
+
+        patch_size: int = 2  # latent pixels a token is wide, folded into channels by the VAE component
+        in_channels: int = 128  # latent channels C, = patch_size^2 * out_channels
+        out_channels: int = 32  # channels of an unfolded latent pixel
+        num_layers: int = 48  # blocks
+        attention_head_dim: int = 64  # channels a head
+        num_attention_heads: int = 24
+        inner_dim: int | None = None  # width of both streams; always heads * head width
+        enc_hidden_dim: int = 2880  # width of a text feature
+        axes_dims_rope: tuple[int, ...] = (8, 28, 28)  # channels of a head that turn with frame, height, width
+        gate_mlp: bool = True  # SwiGLU
+        rms_norm: bool = True
+        multi_layer_encoder_feature: bool = True
+        selected_layer_index: tuple[int, ...] = (
+            5,
+            11,
+            17,
+            23,
+        )  # encoder layers that feed the text stream; only how many
+
+        def __attrs_post_init__(self) -> None:
+            problems = [
+                f"backbone: {name} is {getattr(self, name)}; it must be at least 1"
+                for name in ("patch_size", "out_channels", "num_layers", "num_attention_heads", "enc_hidden_dim")
+                if getattr(self, name) < 1
+            ]
+            problems += [
+                f"backbone: {name} is False; only True, as published, is implemented"
+                for name in ("gate_mlp", "rms_norm", "multi_layer_encoder_feature")
+                if not getattr(self, name)
+            ]
+            if self.inner_dim not in (None, self.width):
+                problems.append(
+                    f"backbone: inner_dim is {self.inner_dim}; it must be num_attention_heads * attention_head_dim = "
+                    f"{self.width}"
+                )
+            if self.in_channels != self.patch_size**2 * self.out_channels:
+                problems.append(
+                    f"backbone: in_channels is {self.in_channels}; it must be patch_size^2 * out_channels = "
+                    f"{self.patch_size**2 * self.out_channels}"
+                )
+            axes = self.axes_dims_rope
+            if len(axes) != 3 or any(d < 0 or d % 2 for d in axes) or sum(axes) != self.attention_head_dim:
+                problems.append(
+                    f"backbone: axes_dims_rope is {list(axes)}; it must be three even numbers that add up to "
+                    f"attention_head_dim = {self.attention_head_dim}"
+                )
+            if not self.selected_layer_index:
+                problems.append("backbone: selected_layer_index is empty; name at least one encoder layer")
+            if problems:
+                raise ConfigError(problems)
+
+        @property
+        def width(self) -> int:
+            """D."""
+            return self.num_attention_heads * self.attention_head_dim
+
+    config_name = "config.json"
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["Block"]  # diffusers: a device map keeps a block whole
+    _repeated_blocks: ClassVar = ["Block"]  # diffusers: what compile_repeated_blocks compiles
+
+    def __init__(self, config: Config | None = None, **fields: Any) -> None:
+        super().__init__()
+        c = self.Config(**fields) if config is None else config
+        self.register_to_config(**asdict(c) | {"inner_dim": c.width})
+        self.gradient_checkpointing = False
+        self.img_in = nn.Linear(c.in_channels, c.width)
+        layers = len(c.selected_layer_index)
+        self.txt_norm = nn.ModuleList([RMSNorm(c.enc_hidden_dim, 1e-5) for _ in range(layers)])
+        self.txt_in = nn.Linear(layers * c.enc_hidden_dim, c.width)
+        self.time_text_embed = TimeEmbedding(c.width)
+        self.transformer_blocks = nn.ModuleList(
+            [Block(c.num_attention_heads, c.attention_head_dim) for _ in range(c.num_layers)]
+        )
+        self.norm_out = FinalNorm(c.width)
+        self.proj_out = nn.Linear(c.width, c.in_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                if name.endswith(("_mod.1", "norm_out.linear", "proj_out")):
+                    nn.init.zeros_(module.weight)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+        """x [B,C,h,w], t float32 [B] in [0, 1], text -> v [B,C,h,w] = noise - data, in the dtype of x.
+
+        Text that counts nowhere costs nothing and changes nothing, whatever stands in its features. Raises
+        NumericalError in float16.
+        """
+        time = self._time(x, t)
+        for img in self._walk(x, time, text, len(self.transformer_blocks)):
+            last = img
+        v: Tensor = self.proj_out(self.norm_out(last, time))
+        return _grid(v, x)
+
+    def features(self, x: Tensor, t: Tensor, text: Text, blocks: Sequence[int]) -> list[Tensor]:
+        """The image stream [B,D,h,w] after each of `blocks` (0-based, in any order); nothing after them runs."""
+        depth = len(self.transformer_blocks)
+        if not blocks or min(blocks) < 0 or max(blocks) >= depth:
+            raise ConfigError(f"backbone: cannot tap blocks {list(blocks)}; name some of 0 ... {depth - 1}")
+        walk = self._walk(x, self._time(x, t), text, max(blocks) + 1)
+        taps = {n: _grid(img, x) for n, img in enumerate(walk) if n in blocks}
+        return [taps[n] for n in blocks]
+
+    @classmethod
+    def refuses(cls, dtype: torch.dtype) -> str | None:
+        """Why the model must not run in `dtype`, or None if it may."""
+        if dtype == torch.float16:
+            return "the backbone's residual streams overflow float16; use bfloat16 or float32"
+        return None
+
+    def _time(self, x: Tensor, t: Tensor) -> Tensor:
+        """silu(time embedding) [B,D]: all that modulation wants to know. Refuses float16 before any work is done."""
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        for dtype in (self.dtype, torch.get_autocast_dtype(kind) if autocast else self.dtype):
+            if reason := self.refuses(dtype):
+                raise NumericalError(reason)
+        return F.silu(self.time_text_embed(t))
+
+    def _walk(self, x: Tensor, time: Tensor, text: Text, depth: int) -> Iterator[Tensor]:
+        """The image stream [B,N,D] after each of the first `depth` blocks."""
+        h, w = x.shape[-2:]
+        img = self.img_in(x.to(self.dtype).flatten(2).transpose(1, 2))
+        txt, mask = self._text(text)
+        tokens = 0 if txt is None else txt.shape[1]
+        precise = torch.complex128 if self.dtype == torch.float64 else torch.complex64
+        by = rotations(h, w, tokens, self.config.axes_dims_rope, img.device, precise)
+        if mask is not None:
+            mask = torch.cat([mask.new_ones(len(mask), h * w), mask], dim=1)[:, None, None]
+        for n, block in enumerate(self.transformer_blocks[:depth]):
+            # Nobody reads the text stream after the last block, so it ends there: exact, and a little cheaper.
+            arguments = (img, txt, time, by, mask, n + 1 < depth)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                img, txt = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                img, txt = block(*arguments)
+            yield img
+
+    def _text(self, text: Text) -> tuple[Tensor | None, Tensor | None]:
+        """The text stream [B,T,D] and which of its tokens count, or None where there is none or all do.
+
+        Columns that count in no row are cut from the right, so a batch without any text runs no text stream.
+        """
+        layers, width = len(self.txt_norm), self.config.enc_hidden_dim
+        if text.features.ndim != 4 or text.features.shape[1::2] != (layers, width):
+            raise ConfigError(
+                f"backbone: text features are {list(text.features.shape)}, but it reads [B, {layers}, T, {width}]; "
+                "pair it with the text encoder it was made for"
+            )
+        ends = torch.arange(1, text.mask.shape[1] + 1, device=text.mask.device)
+        # One read of the device answers both questions: where does the text end, and how many tokens count?
+        end, count = torch.stack([(ends * text.mask).amax(), text.mask.sum()]).tolist() if len(ends) else (0, 0)
+        if end == 0:
+            return None, None
+        features, mask = text.features[:, :, :end].to(self.dtype), text.mask[:, :end]
+        full = count == mask.numel()
+        if not full:
+            # A masked key has weight 0, but 0 * nan is nan.
+            features = features.masked_fill(~mask[:, None, :, None], 0)
+        normed = [norm(features[:, i]) for i, norm in enumerate(self.txt_norm)]
+        return self.txt_in(torch.cat(normed, dim=-1)), None if full else mask
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """diffusers' way in: the fields of a `config.json`, whose underscored keys are diffusers' own."""
+        fields = {k: v for k, v in config.items() if not k.startswith("_")}
+        unused = {k: kwargs.pop(k) for k in list(kwargs) if k not in fields_dict(cls.Config)}
+        fields |= kwargs
+        for name in fields:
+            if name not in fields_dict(cls.Config):
+                raise ConfigError(
+                    f"backbone: no field is called {name!r}.{did_you_mean(name, fields_dict(cls.Config))}"
+                )
+        model = cls(None, **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        return (model, unused) if return_unused_kwargs else model
+
+    def save(self, folder: Path) -> None:
+        """Write `transformer/config.json` and `transformer/diffusion_pytorch_model.safetensors` under `folder`."""
+        write_json(folder / FOLDER / "config.json", json.loads(self.to_json_string()))
+        save_module(self, folder / FOLDER)
+
+    @classmethod
+    def load(cls, folder: Path, config: Config, dtype: torch.dtype | None = None) -> Self:
+        """Read `folder/transformer`, floats as `dtype` (None: as stored). Raises CheckpointError, and NumericalError
+        for float16."""
+        if dtype is not None and (reason := cls.refuses(dtype)):
+            raise NumericalError(reason)
+        with torch.device("meta"):
+            model = cls(config)
+        load_module(model, folder / FOLDER, dtype=dtype)
+        return model
+
+
+def _grid(tokens: Tensor, x: Tensor) -> Tensor:
+    """tokens [B,h*w,C] -> [B,C,h,w] in the dtype of x, which gives h and w."""
+    return tokens.transpose(1, 2).reshape(len(x), -1, *x.shape[-2:]).to(x.dtype)

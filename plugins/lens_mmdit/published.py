@@ -1,0 +1,89 @@
+"""The published checkpoint folders: the diffusers layout, whose `model_index.json` names `LensPipeline`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lens_core.checkpoint import read_json
+from lens_core.types import CheckpointError
+
+SIZES: dict[str, dict[str, tuple[int, int]]] = {
+    "1024": {
+        "1:2": (1472, 736),
+        "9:16": (1376, 768),
+        "2:3": (1248, 832),
+        "3:4": (1152, 864),
+        "1:1": (1024, 1024),
+        "4:3": (864, 1152),
+        "3:2": (832, 1248),
+        "16:9": (768, 1376),
+        "2:1": (736, 1472),
+    },
+    "1440": {
+        "1:2": (2080, 1040),
+        "9:16": (1936, 1088),
+        "2:3": (1760, 1168),
+        "3:4": (1616, 1216),
+        "1:1": (1440, 1440),
+        "4:3": (1216, 1616),
+        "3:2": (1168, 1760),
+        "16:9": (1088, 1936),
+        "2:1": (1040, 2080),
+    },
+}
+"""Base resolution -> aspect ratio, width:height -> the bucket (height, width) in px that Lens was trained on."""
+
+PRESETS: dict[str, dict[str, float]] = {
+    "turbo": {"steps": 4, "guidance_scale": 1.0},
+    "base": {"steps": 50, "guidance_scale": 5.0},
+    "": {"steps": 20, "guidance_scale": 5.0},
+}
+"""Variant, as it shows in a checkpoint's name -> how the paper samples from it. The first match wins."""
+
+
+def describe(folder: Path) -> dict[str, Any] | None:
+    """The `lens.json` of a published folder, or None if `folder` is none.
+
+    The VAE and the text encoder read their own config files. Raises CheckpointError for JSON that cannot be read and
+    for a transformer that is not Lens's. Fields of `transformer/config.json` that diffusers adds for itself (a leading
+    underscore) are left out; every other one is passed on, so that an architecture we do not know is refused by name.
+    """
+    if not (folder / "model_index.json").is_file():
+        return None
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") != "LensPipeline":
+        return None
+    path = folder / "transformer" / "config.json"
+    config = read_json(path)
+    if config.get("_class_name", "LensTransformer2DModel") != "LensTransformer2DModel":
+        raise CheckpointError(f"{path} describes a {config['_class_name']}, not a LensTransformer2DModel")
+    return {
+        "format": 1,
+        "components": {
+            "vae": {"use": "lens_flux2:flux2", "config": {}},
+            "text_encoder": {"use": "lens_gpt_oss:gpt_oss", "config": _taps(config)},
+            "backbone": {
+                "use": "lens_mmdit:mmdit",
+                "config": {k: v for k, v in config.items() if not k.startswith("_")},
+            },
+            "sampler": {"use": "lens_flow:euler", "config": {}},
+        },
+        "presets": {**_preset(_name(folder, index)), "base_resolution": 1024, "sizes": SIZES},
+    }
+
+
+def _taps(config: dict[str, Any]) -> dict[str, Any]:
+    """The backbone's file says which layers of the encoder feed it; the encoder's own file does not."""
+    return {"selected_layers": config["selected_layer_index"]} if "selected_layer_index" in config else {}
+
+
+def _name(folder: Path, index: dict[str, Any]) -> str:
+    """What the checkpoint is called. The Hub's cache keeps it two levels up: models--org--name/snapshots/<commit>."""
+    folder = folder.resolve()
+    repository = folder.parents[1].name if folder.parent.name == "snapshots" else ""
+    return f"{folder.name} {repository} {index.get('_name_or_path') or ''}".lower()
+
+
+def _preset(name: str) -> dict[str, float]:
+    return next(preset for variant, preset in PRESETS.items() if variant in name)

@@ -1,0 +1,54 @@
+"""The proving ground: a world of coloured shapes that can be drawn, told and read back exactly.
+
+scenes     what a picture shows, sampled so that train and held-out scenes share no combination
+render     a scene as anti-aliased pixels, at any size and aspect ratio
+captions   a scene in words: brief (what a benchmark would ask) and dense (about 109 words)
+reader     pixels back to facts with classical vision, and the strict judge of a prompt
+dataset    dataset `shapes`: endless or pooled training batches
+weights    the embedded checkpoints, `tiny:`
+benchmark  benchmark and reward `shapes`: the six tasks of GenEval, and words
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lens_core import hookimpl
+
+
+@hookimpl
+def lens_datasets() -> dict[str, type[Any]]:
+    from lens_shapes.dataset import ShapesDataset
+
+    return {"shapes": ShapesDataset}
+
+
+@hookimpl
+def lens_benchmarks() -> dict[str, type[Any]]:
+    from lens_shapes.benchmark import ShapesBenchmark
+
+    return {"shapes": ShapesBenchmark}
+
+
+@hookimpl
+def lens_rewards() -> dict[str, type[Any]]:
+    from lens_shapes.benchmark import ShapesReward
+
+    return {"shapes": ShapesReward}
+
+
+@hookimpl
+def lens_fetch(uri: str) -> Path | None:
+    """`tiny:` and its siblings `tiny:NAME` are checkpoints inside this package."""
+    scheme, colon, name = uri.partition(":")
+    if scheme != "tiny" or not colon:
+        return None
+    weights = Path(__file__).parent / "weights"
+    folder = weights / (name or "base")
+    if not (folder / "lens.json").is_file():
+        from lens_core.types import CheckpointError, did_you_mean
+
+        known = [f"tiny:{p.parent.name}" for p in weights.glob("*/lens.json")]
+        raise CheckpointError(f"no embedded checkpoint is called {uri!r}.{did_you_mean(uri, known)}")
+    return folder

@@ -1,0 +1,125 @@
+"""Training batches of rendered scenes. Batch i is a pure function of (seed, i), so any run can be resumed anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import field, frozen
+from numpy.typing import NDArray
+
+from lens_core.types import Batch, ConfigError, did_you_mean
+from lens_shapes.captions import brief, dense
+from lens_shapes.render import render
+from lens_shapes.scenes import TASKS, Scene, sample
+
+_SCENE, _CAPTION, _ORDER, _STYLE = range(4)  # separate streams of randomness
+
+
+class ShapesDataset:
+    """Scenes of the train split with their captions; see `Config` for what a batch holds."""
+
+    @frozen
+    class Config:
+        sizes: tuple[tuple[int, int], ...] = (
+            (128, 128),
+            (96, 160),
+            (160, 96),
+            (112, 144),
+            (144, 112),
+        )  # height, width px
+        batch: int = 64  # samples a step, all ranks together
+        count: int = 0  # scenes in the pool, drawn again in shuffled epochs; 0: every scene is new
+        dense: float = 0.2  # share of batches with dense captions; the others are brief
+        seed: int = 0
+        images: bool = True  # False: captions only
+        tasks: dict[str, float] | None = field(default=None)  # weight of each kind of scene; None: the usual mixture
+
+        def __attrs_post_init__(self) -> None:
+            if not self.sizes or any(min(size) < 64 or max(size) > 2 * min(size) for size in self.sizes):
+                raise ConfigError(
+                    f"sizes must be at least 64 px and at most 2:1, not {self.sizes}; use (128, 128), say"
+                )
+            if self.batch < 1 or self.seed < 0 or not 0 <= self.dense <= 1:
+                raise ConfigError(
+                    f"batch must be at least 1, seed at least 0 and dense in [0, 1], "
+                    f"not {self.batch}, {self.seed} and {self.dense}; mend the recipe"
+                )
+            if self.count and self.count < self.batch * len(self.sizes):
+                raise ConfigError(
+                    f"count is {self.count}, too few to fill a batch of each size; "
+                    f"use 0 or at least {self.batch * len(self.sizes)} (batch x sizes)"
+                )
+            for name, weight in (self.tasks or {}).items():
+                if name not in TASKS:
+                    raise ConfigError(f"no kind of scene is called {name!r}.{did_you_mean(name, TASKS)}")
+                if weight < 0:
+                    raise ConfigError(f"the weight of {name!r} is {weight}; use 0 or more")
+            if self.tasks is not None and not sum(self.tasks.values()) > 0:
+                raise ConfigError("tasks has no positive weight; give one kind a weight above 0, or leave tasks out")
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._handed = 0
+        self._pool: dict[int, tuple[Scene, NDArray[np.uint8] | None]] = {}
+
+    def batches(self, rank: int, world: int) -> Iterator[Batch]:
+        """Endless. Every rank sees the same size and its own slice of the same global batch."""
+        if self.config.batch % world:
+            raise ConfigError(
+                f"a batch of {self.config.batch} has no equal shares for {world} ranks; use a multiple of {world}"
+            )
+        share = self.config.batch // world
+        while True:
+            batch = self._batch(self._handed, slice(rank * share, (rank + 1) * share))
+            self._handed += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batch": self._handed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._handed = int(state["batch"])
+
+    def _rng(self, stream: int, *place: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, stream, *place])
+
+    def _batch(self, number: int, rows: slice) -> Batch:
+        config = self.config
+        size, members = self._members(number)
+        tell = dense if self._rng(_STYLE, number).random() < config.dense else brief
+        captions: list[str] = []
+        images: list[NDArray[np.uint8]] = []
+        for row in range(rows.start, rows.stop):
+            scene, image = self._sample(int(members[row]), size)
+            captions.append(tell(scene, self._rng(_CAPTION, number, row)))
+            if image is not None:
+                images.append(image)
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous() if config.images else None
+        keys = tuple(int(member) for member in members[rows]) if config.count else ()
+        return Batch(pixels, tuple(captions), keys)
+
+    def _members(self, number: int) -> tuple[tuple[int, int], NDArray[np.int64]]:
+        """The size and the scene indices of global batch `number`."""
+        config = self.config
+        if not config.count:
+            size = config.sizes[int(self._rng(_ORDER, number).integers(len(config.sizes)))]
+            return size, np.arange(number * config.batch, (number + 1) * config.batch)
+        # scene n has size n mod len(sizes) for ever; an epoch is every full batch of every size, shuffled
+        pools = [np.arange(kind, config.count, len(config.sizes)) for kind in range(len(config.sizes))]
+        slots = [(kind, turn) for kind, pool in enumerate(pools) for turn in range(len(pool) // config.batch)]
+        epoch, step = divmod(number, len(slots))
+        kind, turn = slots[int(self._rng(_ORDER, epoch).permutation(len(slots))[step])]
+        shuffled = self._rng(_ORDER, epoch, kind).permutation(pools[kind])
+        return config.sizes[kind], shuffled[turn * config.batch : (turn + 1) * config.batch]
+
+    def _sample(self, index: int, size: tuple[int, int]) -> tuple[Scene, NDArray[np.uint8] | None]:
+        if index in self._pool:
+            return self._pool[index]
+        scene = sample(self._rng(_SCENE, index), "train", tasks=self.config.tasks or TASKS)
+        image = render(scene, *size) if self.config.images else None
+        if self.config.count:
+            self._pool[index] = scene, image
+        return scene, image

@@ -1,0 +1,161 @@
+"""Recipes and configs: strict, and every problem told at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import toy
+from attrs import frozen
+
+from lens_core.catalog import Catalog
+from lens_core.config import Parts, Recipe, Training, Use, build, read_recipe, structure, unstructure
+from lens_core.types import ConfigError
+
+GOOD = """
+pipeline: {vae: blocks, text_encoder: letters, backbone: {use: mixer, width: 8}, sampler: even}
+method: {use: fit, bad: [1, 2]}
+dataset: squares
+train: {steps: 4, lr: 1e-3, betas: [0.9, 0.95]}
+"""
+
+
+@frozen
+class Sample:
+    flag: bool = False
+    count: int = 1
+    share: float = 0.5
+    name: str = "a"
+    sizes: tuple[int, ...] = (1,)
+    pair: tuple[int, float] = (1, 2.0)
+    maybe: int | None = None
+    table: dict[str, float] = attrs.field(factory=dict)
+
+
+def problems(data: Any, cls: type[Any] = Sample) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        structure(cls, data)
+    return list(caught.value.problems)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("flag", "false", "must be true or false, not 'false'"),
+        ("flag", 0, "must be true or false, not 0"),
+        ("count", 1.0, "must be a whole number, not 1.0"),
+        ("count", True, "must be a whole number, not True"),
+        ("count", "3", "must be a whole number, not '3'"),
+        ("share", "half", "must be a number, not 'half'"),
+        ("share", "1", "must be a number, not '1'"),
+        ("share", True, "must be a number, not True"),
+        ("name", 3, "must be text, not 3"),
+        ("name", None, "must be text, not None"),
+        ("sizes", 3, "must be a list, not 3"),
+        ("sizes", "12", "must be a list, not '12'"),
+        ("pair", [1], "must have 2 items, not 1"),
+        ("maybe", "x", "must be a whole number, not 'x'"),
+    ],
+)
+def test_a_wrong_type_is_refused_with_its_path(field: str, value: Any, words: str) -> None:
+    assert problems({field: value}) == [f"$.{field}: {words}"]
+
+
+def test_a_number_may_be_written_as_yaml_mistakes_it() -> None:
+    assert structure(Sample, {"share": "1e-4"}).share == 1e-4
+    assert structure(Sample, {"share": 2}).share == 2.0
+    assert type(structure(Sample, {"share": 2}).share) is float
+
+
+def test_all_problems_are_told_at_once() -> None:
+    found = problems({"flag": "false", "coutn": 3, "name": 3, "table": {"a": "b"}})
+    assert len(found) == 4
+    assert any(p.startswith("$.coutn: unknown. Did you mean 'count'? Fields: flag, count") for p in found)
+    assert {p.split(":")[0].split("[")[0] for p in found} == {"$.flag", "$.coutn", "$.name", "$.table"}
+
+
+def test_a_missing_field_is_named() -> None:
+    assert problems({}, Training) == ["$.steps: missing"]
+
+
+def test_something_else_than_a_mapping_is_refused() -> None:
+    assert problems(None) == ["$: must be a mapping, not None"]
+
+
+def test_a_config_that_refuses_its_values_is_quoted_with_its_path(catalog: Catalog) -> None:
+    with pytest.raises(ConfigError, match=r"^\$\.pipeline\.backbone: width is 0; it must be at least 1$"):
+        build(catalog, "backbone", Use("mixer", {"width": 0}), "$.pipeline.backbone")
+
+
+def test_a_recipe_is_read_whole(tmp_path: Path, catalog: Catalog) -> None:
+    recipe = read_recipe(write(tmp_path, GOOD), catalog)
+    assert recipe == Recipe(
+        method=Use("fit", {"bad": [1, 2]}),
+        dataset=Use("squares"),
+        train=Training(steps=4, lr=1e-3, betas=(0.9, 0.95)),
+        pipeline=Parts(
+            vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer", {"width": 8}), sampler=Use("even")
+        ),
+    )
+
+
+def test_the_problems_of_a_recipe_and_of_its_components_are_told_together(tmp_path: Path, catalog: Catalog) -> None:
+    text = """
+pipeline: {vae: blocs, backbone: {use: mixer, widht: 8}, start: 3}
+method: {use: fit, bad: [1, x]}
+dataset: {seed: 3}
+train: {lr: fast, epochs: 3}
+"""
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(path, catalog)
+    told = "\n".join(caught.value.problems)
+    assert all(p.startswith(f"{path}: $") for p in caught.value.problems)
+    for words in (
+        "$.pipeline.vae: no vae is called 'blocs'. Did you mean 'blocks'?",
+        "$.pipeline.backbone.widht: unknown. Did you mean 'width'?",
+        "$.pipeline.start: must be text, not 3",
+        "$.method.bad",
+        "$.dataset: must name a component",
+        "$.train.lr: must be a number, not 'fast'",
+        "$.train.epochs: unknown",
+    ):
+        assert words in told
+    assert len(caught.value.problems) == len(set(caught.value.problems)), "each problem is told once"
+
+
+@pytest.mark.parametrize("text", ["a: [", "a: \x00", "- 1", ""])
+def test_what_is_not_a_yaml_mapping_is_refused_in_one_line(text: str, tmp_path: Path, catalog: Catalog) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(write(tmp_path, text), catalog)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_or_not_utf8_is_refused(tmp_path: Path, catalog: Catalog) -> None:
+    with pytest.raises(ConfigError, match="there is no such recipe"):
+        read_recipe(tmp_path / "no.yaml", catalog)
+    (tmp_path / "latin.yaml").write_bytes("method: caf\xe9".encode("latin-1"))
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        read_recipe(tmp_path / "latin.yaml", catalog)
+
+
+def test_what_is_written_reads_back_equal(tmp_path: Path, catalog: Catalog) -> None:
+    sample = Sample(flag=True, sizes=(1, 2), pair=(3, 4.0), maybe=5, table={"a": 1.0})
+    assert structure(Sample, unstructure(sample)) == sample
+    recipe = read_recipe(write(tmp_path, GOOD), catalog)
+    assert structure(Recipe, unstructure(recipe)) == recipe
+    assert unstructure(toy.Fit.Config(bad=(1,))) == {"bad": [1], "bad_role": "backbone", "stop": -1}
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"precision": "fp16"}, {"decay": 1.5}, {"ema": 1.0}, {"keep": 0}])
+def test_training_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
+    (problem,) = problems({"steps": 1, **change}, Training)
+    assert next(iter(change)) in problem

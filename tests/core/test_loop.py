@@ -1,0 +1,248 @@
+"""The loop: exact resumption, isolation of roles, and what it does when numbers or files go bad."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from attrs import evolve
+from torch import Tensor
+
+from lens_core import checkpoint
+from lens_core.catalog import Catalog
+from lens_core.config import Parts, Recipe, Training, Use
+from lens_core.loop import Run, rate
+from lens_core.pipeline import LensPipeline
+from lens_core.types import ConfigError, LensError, NumericalError
+
+RECIPE = Recipe(
+    method=Use("fit"),
+    dataset=Use("squares"),
+    train=Training(steps=6, lr=1e-2, warmup=2, decay=0.5, ema=0.9, save_every=2, log_every=2),
+    pipeline=Parts(
+        vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer", {"width": 8}), sampler=Use("even")
+    ),
+    seed=3,
+)
+
+
+def recipe(method: dict[str, Any] | None = None, **train: Any) -> Recipe:
+    return evolve(RECIPE, method=Use("fit", method or {}), train=evolve(RECIPE.train, **train))
+
+
+class Runner:
+    """Runs recipes in a folder; `said` is what the loop had to say."""
+
+    def __init__(self, catalog: Catalog, folder: Path) -> None:
+        self.catalog, self.folder = catalog, folder
+        self.said: list[str] = []
+
+    def run(self, plan: Recipe, name: str) -> Run:
+        return Run(plan, self.catalog, self.folder / name, say=self.said.append)
+
+    def state(self, name: str, step: int) -> dict[str, Tensor]:
+        return checkpoint.read_tensors(self.folder / name / "checkpoints" / f"step-{step:07d}" / "state.safetensors")
+
+    def model(self, name: str) -> dict[str, Tensor]:
+        return checkpoint.read_weights(self.folder / name / "model" / "transformer")
+
+
+@pytest.fixture
+def runner(catalog: Catalog, tmp_path: Path) -> Runner:
+    return Runner(catalog, tmp_path)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls_and_the_model_can_be_read(runner: Runner, catalog: Catalog, tmp_path: Path) -> None:
+    report = runner.run(recipe(steps=60, log_every=10, save_every=60, ema=0.0), "a").train()
+    log = lines(tmp_path / "a")
+    assert [line["step"] for line in log] == [10, 20, 30, 40, 50, 60]
+    assert log[-1]["backbone/error"] < 0.8 * log[0]["backbone/error"]
+    assert report.steps == 60 and report.model == tmp_path / "a" / "model"
+    assert report.losses["backbone/loss"] == pytest.approx(log[-1]["backbone/loss"], abs=1e-6)
+    drawn = LensPipeline.from_pretrained(report.model, catalog=catalog)("red", height=16, width=16, seed=0)
+    assert drawn.images[0].size == (16, 16)
+
+
+@pytest.mark.parametrize("stop", [0, 2, 3])
+def test_a_stopped_run_goes_on_bit_for_bit(stop: int, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner.run(recipe(), "whole").train()
+    # The recipe of the stopped run differs only in when it stops, so its method is told by monkeypatching.
+    halted = runner.run(recipe(), "halted")
+    halted.method.config = toy.Fit.Config(stop=stop)
+    monkeypatch.setattr(toy.Fit, "halt", staticmethod(lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    report = halted.train()
+    assert (report.steps, report.model) == (stop + 1, None)
+    torch.manual_seed(99)  # whatever the next process's generators hold must not matter
+    runner.run(recipe(), "halted").train()
+    same(runner.state("whole", 6), runner.state("halted", 6))
+    same(runner.model("whole"), runner.model("halted"))
+
+
+def test_a_killed_run_goes_on_bit_for_bit_from_its_last_checkpoint(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.run(recipe(), "whole").train()
+    killed = runner.run(recipe(), "killed")
+    killed.method.config = toy.Fit.Config(stop=4)
+
+    def kill() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(toy.Fit, "halt", staticmethod(kill))
+    with pytest.raises(MemoryError):
+        killed.train()
+    runner.run(recipe(), "killed").train()
+    assert any("resumed at step 4" in line for line in runner.said)
+    same(runner.state("whole", 6), runner.state("killed", 6))
+    same(runner.model("whole"), runner.model("killed"))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "json", "gone", "schema"])
+def test_a_damaged_checkpoint_falls_back_on_the_one_before(damage: str, runner: Runner, tmp_path: Path) -> None:
+    runner.run(recipe(), "whole").train()
+    newest = tmp_path / "whole" / "checkpoints" / "step-0000006"
+    before = runner.state("whole", 6)
+    tensors, state = newest / "state.safetensors", newest / "state.json"
+    if damage == "truncate":
+        tensors.write_bytes(tensors.read_bytes()[:-10])
+    elif damage == "json":
+        state.write_text(state.read_text()[:-10])
+    elif damage == "gone":
+        tensors.unlink()
+    else:
+        state.write_text(state.read_text().replace('"schema": 1', '"schema": 2'))
+    runner.said.clear()
+    runner.run(recipe(), "whole").train()
+    assert "step-0000006" in runner.said[0] and "the one before it is used" in runner.said[0]
+    assert "resumed at step 4" in runner.said[1]
+    same(before, runner.state("whole", 6))
+
+
+def test_a_finished_run_run_again_changes_nothing(runner: Runner) -> None:
+    runner.run(recipe(), "a").train()
+    before = runner.model("a")
+    assert runner.run(recipe(), "a").train().steps == 6
+    same(before, runner.model("a"))
+
+
+def test_only_so_many_checkpoints_are_kept(runner: Runner, tmp_path: Path) -> None:
+    runner.run(recipe(), "a").train()
+    kept = sorted(p.name for p in (tmp_path / "a" / "checkpoints").iterdir())
+    assert kept == ["step-0000004", "step-0000006"]
+
+
+def test_the_seed_decides_everything(runner: Runner) -> None:
+    runner.run(recipe(), "a").train()
+    torch.manual_seed(99)
+    runner.run(recipe(), "b").train()
+    same(runner.state("a", 6), runner.state("b", 6))
+    runner.run(evolve(recipe(), seed=4), "c").train()
+    assert not torch.equal(runner.model("a")["inner.weight"], runner.model("c")["inner.weight"])
+
+
+def test_a_checkpoint_that_cannot_be_finished_is_not_seen(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runner.run(recipe(), "a")
+
+    def full(path: Path, data: object) -> None:
+        if path.name == "state.json":
+            raise checkpoint.CheckpointError("full")
+        write(path, data)
+
+    write = checkpoint.write_json
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(checkpoint.CheckpointError, match="full"):
+        run.train()
+    assert list((tmp_path / "a" / "checkpoints").glob("step-*")) == []
+
+
+def test_only_the_acting_role_has_gradients(runner: Runner) -> None:
+    run = runner.run(recipe(), "a")
+    run.train()
+    assert [role for role, _ in toy.Fit.seen[:3]] == ["critic", "backbone", "backbone"]
+    assert all(learning == {role} for role, learning in toy.Fit.seen)
+    assert not any(p.requires_grad for p in run.pipeline.vae.parameters())
+
+
+def test_parts_without_a_role_do_not_change(runner: Runner) -> None:
+    run = runner.run(recipe(), "a")
+    before = run.pipeline.text_encoder.table.weight.clone()
+    run.train()
+    assert torch.equal(run.pipeline.text_encoder.table.weight, before)
+
+
+def test_the_average_follows_its_closed_form(runner: Runner) -> None:
+    run = runner.run(recipe(steps=3, save_every=1, keep=3), "a")
+    average = run.nets["backbone"].inner.weight.detach().clone()
+    run.train()
+    for step in range(3):
+        weight = runner.state("a", step + 1)["net/backbone/inner.weight"]
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+        torch.testing.assert_close(runner.state("a", step + 1)["ema/backbone/inner.weight"], average)
+    torch.testing.assert_close(runner.model("a")["inner.weight"], average)
+
+
+def test_a_non_finite_step_is_skipped_and_told(runner: Runner, tmp_path: Path) -> None:
+    runner.run(recipe({"bad": [1, 2]}, save_every=1, keep=9), "a").train()
+    same_name = "net/backbone/inner.weight"
+    one, two, three, four = (runner.state("a", n)[same_name] for n in (1, 2, 3, 4))
+    assert torch.equal(one, two) and torch.equal(two, three) and not torch.equal(three, four)
+    assert sum("backbone has a non-finite loss or gradient; skipped" in line for line in runner.said) == 2
+    assert all(v == v for line in lines(tmp_path / "a") for v in line.values()), "no NaN is logged"
+
+
+def test_too_many_non_finite_steps_in_a_row_stop_the_run(runner: Runner) -> None:
+    # The critic's good turns in between must not hide that the backbone learns nothing.
+    with pytest.raises(NumericalError, match=r"3 non-finite steps in a row of backbone at step 3; lower train\.lr"):
+        runner.run(recipe({"bad": [1, 2, 3]}, bad_steps=3), "a").train()
+
+
+def test_a_changed_recipe_is_refused_and_named(runner: Runner) -> None:
+    runner.run(recipe(), "a").train()
+    with pytest.raises(ConfigError, match=r"was begun with another recipe \(train differ\); choose a new --out"):
+        runner.run(recipe(lr=1e-3), "a").train()
+
+
+def test_a_method_with_nothing_to_learn_from_says_so(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy.Fit, "steps", lambda *_: iter(()))
+    with pytest.raises(LensError, match="nothing to learn from at step 0"):
+        runner.run(recipe(), "a").train()
+
+
+def test_bfloat16_keeps_float32_weights(runner: Runner) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about autocast on some CPUs
+        runner.run(recipe(precision="bf16"), "a").train()
+    assert {v.dtype for v in runner.model("a").values()} == {torch.float32}
+
+
+def test_signals_are_given_back(runner: Runner) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    runner.run(recipe(), "a").train()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
+    train = Training(steps=10, warmup=2, decay=0.4)
+    assert [rate(train, s) for s in range(10)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert [rate(Training(steps=4), s) for s in range(4)] == [1.0] * 4
+    assert [rate(Training(steps=4, decay=1.0), s) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]

@@ -1,0 +1,239 @@
+"""What the pipeline promises about seeds, sizes, guidance, precision and files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lens_core import flow
+from lens_core.catalog import Catalog
+from lens_core.config import Parts, Use
+from lens_core.pipeline import LensPipeline, to_images, to_pixels
+from lens_core.types import ConfigError, LensError, NumericalError
+
+SIZE: dict[str, Any] = {"height": 32, "width": 48}
+
+
+def latents(pipeline: LensPipeline, *prompts: str, **settings: Any) -> Tensor:
+    result: Tensor = pipeline(list(prompts), output_type="latent", **{**SIZE, **settings}).images
+    return result
+
+
+def test_a_seed_draws_one_picture_alone_and_in_any_batch(pipeline: LensPipeline) -> None:
+    together = latents(pipeline, "a", "longer", "c", seed=5)
+    for i, prompt in enumerate(("a", "longer", "c")):
+        torch.testing.assert_close(together[i : i + 1], latents(pipeline, prompt, seed=5 + i), atol=1e-5, rtol=0)
+    chosen = latents(pipeline, "c", "a", seed=[7, 5])
+    torch.testing.assert_close(chosen, together[[2, 0]], atol=1e-5, rtol=0)
+
+
+def test_another_seed_and_another_prompt_draw_other_pictures(pipeline: LensPipeline) -> None:
+    first = latents(pipeline, "a", seed=1)
+    assert (first - latents(pipeline, "a", seed=2)).abs().max() > 0.1
+    assert (first - latents(pipeline, "b", seed=1)).abs().max() > 1e-3
+
+
+def test_a_seed_nobody_gave_is_told_and_draws_the_same_again(pipeline: LensPipeline) -> None:
+    result = pipeline("a", **SIZE, output_type="latent")
+    assert torch.equal(result.images, latents(pipeline, "a", seed=result.seeds[0]))
+
+
+def test_generators_stand_for_seeds(pipeline: LensPipeline) -> None:
+    given = [torch.Generator().manual_seed(s) for s in (3, 4)]
+    assert torch.equal(latents(pipeline, "a", "b", generator=given), latents(pipeline, "a", "b", seed=3))
+
+
+def test_noise_is_drawn_packed(pipeline: LensPipeline) -> None:
+    drawn = pipeline.noise([torch.Generator().manual_seed(3)], (2, 3))
+    packed = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(drawn, packed.reshape(1, 2, 3, 4).permute(0, 3, 1, 2))
+
+
+def test_given_latents_take_the_place_of_noise(pipeline: LensPipeline) -> None:
+    noise = pipeline.noise([torch.Generator().manual_seed(3)], (2, 3))
+    assert torch.equal(latents(pipeline, "a", latents=noise), latents(pipeline, "a", seed=3))
+    with pytest.raises(ConfigError, match=r"latents must be \[1, 4, 2, 3\], not \[1, 4, 3, 2\]"):
+        latents(pipeline, "a", latents=noise.mT)
+
+
+def test_several_pictures_a_prompt_have_seeds_of_their_own(pipeline: LensPipeline) -> None:
+    result = pipeline(["a", "b"], **SIZE, seed=1, num_images_per_prompt=2, output_type="latent")
+    assert result.seeds == (1, 2, 3, 4)
+    torch.testing.assert_close(result.images, latents(pipeline, "a", "a", "b", "b", seed=1))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"height": 30, "width": 32}, "height 30 is not a multiple of 16 px, the VAE's grid; use 32"),
+        ({"height": 32, "width": 0}, "width 0 is not a multiple"),
+        ({"height": -16, "width": 16}, "height -16 is not a multiple"),
+        ({"height": 32, "aspect_ratio": "1:1"}, "not both"),
+        ({"aspect_ratio": "3by2"}, "aspect ratio '3by2' must be width:height"),
+        ({"aspect_ratio": "1:0"}, "aspect ratio '1:0'"),
+        ({"aspect_ratio": "1:100"}, "between 1:10 and 10:1"),
+        ({"aspect_ratio": "nan:1"}, "aspect ratio"),
+        ({"seed": [1, 2]}, "2 seeds do not fit 1 pictures"),
+        ({"generator": torch.Generator(), "seed": 1}, "not both"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts do not fit 1 pictures"),
+        ({"output_type": "jpg"}, "output_type must be pil, pt, np or latent, not 'jpg'"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, not 0"),
+        ({"prompt": []}, "there is no prompt"),
+    ],
+)
+def test_a_call_that_makes_no_sense_is_refused(call: dict[str, Any], words: str, pipeline: LensPipeline) -> None:
+    with pytest.raises(ConfigError, match=words):
+        pipeline(**{"prompt": "a", **call})
+    assert pipeline.backbone.calls == []
+
+
+def test_aspect_ratios_are_width_to_height_and_keep_the_area(pipeline: LensPipeline) -> None:
+    high, wide = pipeline.size(aspect_ratio="2:1", base_resolution=64)
+    assert (high, wide) == (48, 96)
+    assert pipeline.size(aspect_ratio="1:2", base_resolution=64) == (96, 48)
+    assert pipeline.size(height=32) == (32, 32)
+    pipeline.presets["sizes"] = {"64": {"2:1": [32, 128]}}
+    assert pipeline.size(aspect_ratio="2:1", base_resolution=64) == (32, 128)
+
+
+def test_guidance_of_1_runs_no_unconditional_pass(pipeline: LensPipeline) -> None:
+    latents(pipeline, "abc", "d", seed=0, guidance_scale=1.0)
+    assert pipeline.backbone.calls == [(2, 3)] * 3
+    pipeline.backbone.calls.clear()
+    latents(pipeline, "abc", "d", seed=0, guidance_scale=2.0)
+    assert pipeline.backbone.calls == [(2, 3), (2, 0)] * 3, "the empty prompt has no tokens"
+
+
+def test_guidance_keeps_each_tokens_length() -> None:
+    rng = torch.Generator().manual_seed(0)
+    c, u = (torch.randn(2, 4, 3, 3, generator=rng) for _ in range(2))
+    guided = flow.guide(c, u, 5.0)
+    torch.testing.assert_close(guided.norm(dim=1), c.norm(dim=1))
+    torch.testing.assert_close(torch.cosine_similarity(guided, u + 5 * (c - u), dim=1), torch.ones(2, 3, 3))
+    assert torch.equal(flow.guide(torch.zeros(1, 4, 1, 1), torch.zeros(1, 4, 1, 1), 5.0), torch.zeros(1, 4, 1, 1))
+
+
+def test_a_negative_prompt_changes_the_picture_unless_guidance_is_off(pipeline: LensPipeline) -> None:
+    plain, kept = (latents(pipeline, "a", seed=0, guidance_scale=3.0, negative_prompt=n) for n in (None, "zzz"))
+    assert (plain - kept).abs().max() > 1e-3
+    assert torch.equal(plain, latents(pipeline, "a", seed=0, guidance_scale=3.0, negative_prompt=""))
+    off = [latents(pipeline, "a", seed=0, guidance_scale=1.0, negative_prompt=n) for n in (None, "zzz")]
+    assert torch.equal(*off)
+
+
+def test_an_empty_negative_prompt_among_others_is_still_empty(pipeline: LensPipeline) -> None:
+    mixed = latents(pipeline, "a", "a", seed=[0, 0], guidance_scale=3.0, negative_prompt=["", "zzz"])
+    torch.testing.assert_close(mixed[:1], latents(pipeline, "a", seed=0, guidance_scale=3.0))
+    torch.testing.assert_close(mixed[1:], latents(pipeline, "a", seed=0, guidance_scale=3.0, negative_prompt="zzz"))
+
+
+def test_latents_that_leave_the_finite_numbers_stop_the_run(pipeline: LensPipeline) -> None:
+    with torch.no_grad():
+        pipeline.backbone.outer.bias[0] = math.inf
+    with pytest.raises(NumericalError, match=r"step 1 of 3 in torch\.float32"):
+        latents(pipeline, "a", seed=0)
+
+
+def test_float16_is_refused_where_the_backbone_refuses_it(
+    pipeline: LensPipeline, checkpoint: Path, catalog: Catalog
+) -> None:
+    with pytest.raises(ConfigError, match="overflows in float16"):
+        pipeline.to(dtype=torch.float16)
+    for name in ("float16", torch.float16):
+        with pytest.raises(ConfigError, match="overflows in float16"):
+            LensPipeline.from_pretrained(checkpoint, catalog=catalog, dtype=name)
+    assert next(pipeline.vae.parameters()).dtype == torch.float32
+
+
+def test_bfloat16_draws_nearly_the_same_picture(pipeline: LensPipeline, checkpoint: Path, catalog: Catalog) -> None:
+    half = LensPipeline.from_pretrained(checkpoint, catalog=catalog, torch_dtype=torch.bfloat16)
+    assert next(half.backbone.parameters()).dtype == torch.bfloat16
+    assert (latents(half, "a", seed=0) - latents(pipeline, "a", seed=0)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("option", "words"), [({"dtype": "float46"}, "no dtype"), ({"device": "warp"}, "no device")])
+def test_unknown_dtypes_and_devices_are_refused(
+    option: dict[str, str], words: str, checkpoint: Path, catalog: Catalog
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        LensPipeline.from_pretrained(checkpoint, catalog=catalog, **option)  # type: ignore[arg-type]  # one of two names
+
+
+def test_a_saved_pipeline_draws_the_identical_picture(
+    pipeline: LensPipeline, checkpoint: Path, catalog: Catalog, tmp_path: Path
+) -> None:
+    again = LensPipeline.from_pretrained(checkpoint, catalog=catalog, device="cpu")
+    assert torch.equal(latents(again, "a", seed=0), latents(pipeline, "a", seed=0))
+    assert again.presets == pipeline.presets
+    assert again.uses == {
+        "vae": Use("toy:blocks"),
+        "text_encoder": Use("toy:letters"),
+        "backbone": Use("toy:mixer", {"width": 16}),
+        "sampler": Use("toy:even"),
+    }
+    again.save_pretrained(tmp_path / "third")
+    third = LensPipeline.from_pretrained(tmp_path / "third", catalog=catalog)
+    assert third.version == again.version, "a copy of a checkpoint is the same checkpoint"
+
+
+def test_parts_of_a_checkpoint_can_be_replaced(pipeline: LensPipeline, checkpoint: Path, catalog: Catalog) -> None:
+    mixed = LensPipeline.from_parts(Parts(start=str(checkpoint), backbone=Use("mixer", {"width": 8})), catalog)
+    assert torch.equal(mixed.vae.gain, pipeline.vae.gain)
+    assert mixed.backbone.inner.out_features == 8
+
+
+def test_a_part_put_in_by_hand_cannot_be_saved_without_its_name(pipeline: LensPipeline, tmp_path: Path) -> None:
+    with pytest.raises(LensError, match="vae was put in by hand"):
+        LensPipeline(vae=pipeline.vae).save_pretrained(tmp_path / "x")
+
+
+def test_a_pipeline_that_lacks_a_part_says_so(pipeline: LensPipeline) -> None:
+    with pytest.raises(LensError, match="there is no backbone and no sampler"):
+        LensPipeline(vae=pipeline.vae, text_encoder=pipeline.text_encoder)("a")
+
+
+def test_the_callback_sees_every_step(pipeline: LensPipeline) -> None:
+    seen: list[tuple[int, float]] = []
+    last: list[Tensor] = []
+
+    def look(_: Any, step: int, t: float, facts: dict[str, Any]) -> None:
+        seen.append((step, t))
+        last[:] = [facts["latents"]]
+
+    drawn = latents(pipeline, "a", seed=0, num_inference_steps=4, callback_on_step_end=look)
+    assert seen == [(0, 0.75), (1, 0.5), (2, 0.25), (3, 0.0)]
+    assert torch.equal(last[0], drawn)
+
+
+def test_output_types_are_one_picture(pipeline: LensPipeline) -> None:
+    pil, pt, array = (pipeline("a", **SIZE, seed=0, output_type=k).images for k in ("pil", "pt", "np"))
+    assert pil[0].size == (48, 32) and pt.shape == (1, 3, 32, 48) and array.shape == (1, 32, 48, 3)
+    assert pt.dtype == torch.uint8 and array.dtype == np.uint8
+    assert np.array_equal(np.asarray(pil[0]), array[0]) and np.array_equal(pt[0].permute(1, 2, 0).numpy(), array[0])
+
+
+def test_pixels_and_images_convert_exactly() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_images(to_pixels(images)), images)
+    assert to_images(torch.tensor([[[[-2.0, -1.0, 1.0, 2.0]]]])).flatten().tolist() == [0, 0, 255, 255]
+
+
+def test_the_settings_say_what_was_drawn(pipeline: LensPipeline, checkpoint: Path, catalog: Catalog) -> None:
+    again = LensPipeline.from_pretrained(checkpoint, catalog=catalog)
+    settings = again("a", **SIZE, seed=0, guidance_scale=2.0, negative_prompt="b").settings
+    assert settings == {
+        "height": 32,
+        "width": 48,
+        "steps": 3,
+        "guidance_scale": 2.0,
+        "negative_prompt": "b",
+        "model": str(checkpoint),
+        "model_hash": again.version,
+    }
+    assert len(again.version) == 16

@@ -1,0 +1,213 @@
+"""A plugin as they were written for the API `lens.v1`. Frozen: while v1 lives, it must load; never edit it.
+
+It names every v1 hook, and uses whatever v1 promised to plugin authors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from lens_core import hookimpl
+from lens_core.checkpoint import load_module, read_json, save_module, write_json
+from lens_core.types import (
+    Batch,
+    CheckpointError,
+    ConfigError,
+    Drop,
+    LensError,
+    Loss,
+    Message,
+    NumericalError,
+    Prompt,
+    Record,
+    Score,
+    Text,
+)
+
+PROMISED = (CheckpointError, LensError, NumericalError, Message, Text, load_module, read_json, save_module, write_json)
+
+
+@frozen
+class Settings:
+    size: int = 1  # px
+    names: tuple[str, ...] = ()
+    extra: dict[str, float] = field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        if self.size < 1:
+            raise ConfigError(f"fossil: size is {self.size}; it must be at least 1")
+
+
+class Base:
+    Config = Settings
+
+    def __init__(self, config: Settings, pipeline: Any = None) -> None:
+        self.config = config
+
+
+class FossilVAE(Base):
+    channels, downscale = 4, 16
+
+    def encode(self, pixels: Any) -> Any:
+        return pixels
+
+    def decode(self, z: Any) -> Any:
+        return z
+
+
+class FossilEncoder(Base):
+    layers, width = 1, 8
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        raise NotImplementedError
+
+
+class FossilBackbone(Base):
+    def forward(self, x: Any, t: Any, text: Text) -> Any:
+        return x
+
+
+class FossilSampler(Base):
+    def times(self, size: tuple[int, int], steps: int) -> Any:
+        return None
+
+    def walk(self, velocity: Any, noise: Any, steps: int) -> Iterator[tuple[float, Any]]:
+        yield 0.0, noise
+
+
+class FossilReward(Base):
+    def score(self, images: Any, prompts: Sequence[Prompt]) -> list[Score]:
+        return [Score("ok", 1.0, {"whole": 1.0}, "seen") for _ in prompts]
+
+
+class FossilReasoner(Base):
+    def refine(self, prompts: Sequence[str]) -> list[str]:
+        return list(prompts)
+
+
+class FossilMethod(Base):
+    def roles(self) -> Mapping[str, Any]:
+        return {}
+
+    def steps(self, batches: Iterator[Batch], nets: Mapping[str, Any], rng: Any) -> Iterator[Sequence[Any]]:
+        yield from ([b] for b in batches)
+
+    def turns(self, step: int) -> Sequence[str]:
+        return ()
+
+    def loss(self, role: str, nets: Mapping[str, Any], batch: Any, rng: Any) -> Loss:
+        return Loss(batch, {"part": batch})
+
+    def after_step(self, step: int, nets: Mapping[str, Any]) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class FossilDataset(Base):
+    def batches(self, rank: int, world: int) -> Iterator[Batch]:
+        yield Batch(None, ("a caption",), (7,))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class FossilCurator(Base):
+    def judge(self, records: Sequence[Record]) -> list[Record | Drop]:
+        return [Drop("too old") if r.caption == "" else r for r in records]
+
+
+class FossilBenchmark(Base):
+    def prompts(self) -> list[Prompt]:
+        return [Prompt("a trilobite", 1, "shells", {"count": 1})]
+
+    def score(self, images: Any, prompts: Sequence[Prompt]) -> list[Score]:
+        return [Score("abstain") for _ in prompts]
+
+
+class FossilGenerator(Base):
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Any:
+        return None
+
+
+class FossilLLM(Base):
+    def chat(self, messages: Sequence[Message]) -> str:
+        return messages[-1].text
+
+
+@hookimpl
+def lens_vaes() -> dict[str, type[Any]]:
+    return {"fossil": FossilVAE}
+
+
+@hookimpl
+def lens_text_encoders() -> dict[str, type[Any]]:
+    return {"fossil": FossilEncoder}
+
+
+@hookimpl
+def lens_backbones() -> dict[str, type[Any]]:
+    return {"fossil": FossilBackbone}
+
+
+@hookimpl
+def lens_samplers() -> dict[str, type[Any]]:
+    return {"fossil": FossilSampler}
+
+
+@hookimpl
+def lens_rewards() -> dict[str, type[Any]]:
+    return {"fossil": FossilReward}
+
+
+@hookimpl
+def lens_reasoners() -> dict[str, type[Any]]:
+    return {"fossil": FossilReasoner}
+
+
+@hookimpl
+def lens_methods() -> dict[str, type[Any]]:
+    return {"fossil": FossilMethod}
+
+
+@hookimpl
+def lens_datasets() -> dict[str, type[Any]]:
+    return {"fossil": FossilDataset}
+
+
+@hookimpl
+def lens_curators() -> dict[str, type[Any]]:
+    return {"fossil": FossilCurator}
+
+
+@hookimpl
+def lens_benchmarks() -> dict[str, type[Any]]:
+    return {"fossil": FossilBenchmark}
+
+
+@hookimpl
+def lens_generators() -> dict[str, type[Any]]:
+    return {"fossil": FossilGenerator}
+
+
+@hookimpl
+def lens_llms() -> dict[str, type[Any]]:
+    return {"fossil": FossilLLM}
+
+
+@hookimpl
+def lens_fetch(uri: str) -> Path | None:
+    return Path("/fossils") if uri == "fossil:" else None
+
+
+@hookimpl
+def lens_describe(folder: Path) -> dict[str, Any] | None:
+    return {"format": 1, "components": {}} if folder.name == "fossil" else None

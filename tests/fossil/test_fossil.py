@@ -1,0 +1,46 @@
+"""A plugin written for `lens.v1` loads unchanged, for as long as v1 is spoken."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import lens_fossil
+import pytest
+
+from lens_core.catalog import Catalog
+from lens_core.checkpoint import describe, fetch
+from lens_core.config import Use, build
+from lens_core.hookspecs import ENTRY_POINTS
+from lens_core.protocols import KINDS
+from lens_core.types import Record
+
+FROZEN = "d59f94b187f65215"
+
+
+def test_the_fossil_has_not_been_edited() -> None:
+    assert hashlib.sha256(Path(lens_fossil.__file__).read_bytes()).hexdigest()[:16] == FROZEN
+    assert ENTRY_POINTS == "lens.v1", "a new API version gets a fossil of its own; this one may then rest"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fossils_components_are_found_and_built(kind: str) -> None:
+    catalog = Catalog.of(lens_fossil)
+    name, cls, config = build(catalog, kind, Use("fossil", {"size": 2, "names": ["a"], "extra": {"x": 1}}))
+    assert name == "lens_fossil:fossil"
+    assert cls(config).config == lens_fossil.Settings(2, ("a",), {"x": 1.0})
+    assert catalog.plugins[0].error is None
+
+
+def test_the_fossils_resolvers_answer(tmp_path: Path) -> None:
+    catalog = Catalog.of(lens_fossil)
+    (tmp_path / "fossil").mkdir()
+    assert fetch("fossil:", catalog) == Path("/fossils")
+    assert describe(tmp_path / "fossil", catalog)["components"] == {}
+
+
+def test_the_words_of_v1_still_mean_what_they_did() -> None:
+    settings = lens_fossil.Settings()
+    assert lens_fossil.FossilCurator(settings).judge([Record(b"", "")])[0] == lens_fossil.Drop("too old")
+    assert len(next(lens_fossil.FossilDataset(settings).batches(0, 1))) == 1
+    assert lens_fossil.FossilReward(settings).score(None, [lens_fossil.Prompt("a")])[0].value == 1.0

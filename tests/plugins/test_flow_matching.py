@@ -1,0 +1,206 @@
+"""The method flow_matching: what is drawn, what is lost, what is cached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from attrs import evolve
+from lens_flow.matching import Cache, FlowMatching, Sample
+from torch import Tensor, nn
+
+from lens_core.types import Batch, ConfigError, LensError, Text
+
+
+class Recorder(nn.Module):
+    """A backbone that remembers what it saw, and answers with one number a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer = nn.Parameter(torch.tensor([0.5, -0.25]))
+
+    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+        self.x, self.t, self.text = x, t, text
+        return self.answer.view(1, 2, 1, 1).expand_as(x)
+
+
+class Averages:
+    """A VAE: 4 px cells, two channels."""
+
+    calls = 0
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        self.calls += len(pixels)
+        return nn.functional.avg_pool2d(pixels, 4)[:, :2]
+
+
+class Letters:
+    """A text encoder: one token a letter, one feature."""
+
+    calls = 0
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        self.calls += len(prompts)
+        longest = max(map(len, prompts))
+        codes = torch.tensor([[ord(c) for c in p.ljust(longest, "\0")] for p in prompts]).float()
+        return Text(codes[:, None, :, None], codes > 0)
+
+
+def method(**config: Any) -> FlowMatching:
+    pipeline = SimpleNamespace(vae=Averages(), text_encoder=Letters(), backbone=Recorder())
+    return FlowMatching(FlowMatching.Config(**config), pipeline)
+
+
+def batch(captions: tuple[str, ...] = ("abc", "de"), keys: tuple[int, ...] = (), width: int = 8) -> Batch:
+    draw = torch.Generator().manual_seed(0)
+    shape = (len(captions), 3, 8, width)
+    return Batch(torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw), captions, keys)
+
+
+def rng(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def encoded(m: FlowMatching, *batches: Batch) -> list[Sample]:
+    return [micro for step in m.steps(iter(batches), m.roles(), rng()) for micro in step]
+
+
+def many(rows: int, h: int = 4, w: int = 4) -> Sample:
+    return Sample(torch.zeros(rows, 2, h, w), Text(torch.ones(rows, 1, 1, 1), torch.ones(rows, 1, dtype=torch.bool)))
+
+
+def test_a_step_holds_the_latents_and_the_texts_of_its_batch():
+    m = method()
+    (sample,) = encoded(m, batch())
+    torch.testing.assert_close(sample.z, Averages().encode(batch().images / 127.5 - 1))
+    assert sample.text.mask.tolist() == [[True, True, True], [True, True, False]]
+    assert not sample.z.requires_grad
+
+
+def test_encoding_leaves_gradients_on_while_the_step_is_out():
+    m = method()
+    for _ in m.steps(iter([batch()]), m.roles(), rng()):
+        assert torch.is_grad_enabled()
+
+
+def test_batches_are_not_pulled_ahead():
+    m = method()
+    left = iter([batch(), batch()])
+    next(iter(m.steps(left, m.roles(), rng())))
+    assert len(list(left)) == 1
+
+
+def test_the_loss_is_the_mean_squared_error_of_the_velocity():
+    m = method(caption_dropout=0.0)
+    (sample,) = encoded(m, batch())
+    loss = m.loss("backbone", m.roles(), sample, rng())
+    draw = rng()
+    t = (0.5 + (4 - 256) / (4096 - 256) * 0.65 + torch.randn(2, generator=draw)).sigmoid()
+    noise = torch.randn(2, 2, 2, 2, generator=draw)
+    net = m.roles()["backbone"]
+    torch.testing.assert_close(net.t, t)
+    torch.testing.assert_close(net.x, torch.stack([(1 - t[i]) * sample.z[i] + t[i] * noise[i] for i in range(2)]))
+    v = torch.tensor([0.5, -0.25]).view(2, 1, 1)
+    torch.testing.assert_close(loss.total.detach(), ((v - (noise - sample.z)) ** 2).sum() / 16)
+    assert torch.equal(loss.parts["loss"], loss.total.detach())
+    loss.total.backward()
+    assert net.answer.grad.any()
+
+
+def test_the_true_velocity_has_no_loss():
+    m = method()
+    (sample,) = encoded(m, batch())
+    loss = m.loss("backbone", {"backbone": lambda x, t, text: (x - sample.z) / t.view(-1, 1, 1, 1)}, sample, rng())
+    assert float(loss.total) < 1e-9
+
+
+@pytest.mark.parametrize(("h", "w", "mean"), [(16, 16, 0.5), (64, 64, 1.15), (34, 64, 0.825)])
+def test_the_mean_of_logit_t_is_linear_in_the_latent_cells(h, w, mean):
+    assert FlowMatching.Config().logit_mean(h * w) == pytest.approx(mean)
+
+
+def test_t_is_logit_normal_with_the_shifted_mean():
+    m = method(std=0.7, base_tokens=16, base_shift=-0.3, max_tokens=17)
+    m.loss("backbone", m.roles(), many(20_000), rng())
+    logit = m.roles()["backbone"].t.double().logit()
+    assert float(logit.mean()) == pytest.approx(-0.3, abs=0.02)
+    assert float(logit.std()) == pytest.approx(0.7, abs=0.02)
+    # A normal's quartile, not only its moments.
+    assert float((logit < -0.3 - 0.7 * 0.6745).double().mean()) == pytest.approx(0.25, abs=0.02)
+
+
+def test_the_share_of_dropped_captions_is_the_configured_one():
+    m = method(caption_dropout=0.3)
+    m.loss("backbone", m.roles(), many(20_000), rng())
+    assert 1 - float(m.roles()["backbone"].text.mask.double().mean()) == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_dropped_caption_counts_no_token_and_its_padding_is_cut():
+    m = method(caption_dropout=0.5)
+    (sample,) = encoded(m, batch(("abcdef", "gh")))
+    net, lengths = m.roles()["backbone"], set()
+    for seed in range(20):
+        m.loss("backbone", m.roles(), sample, rng(seed))
+        counts = net.text.mask.sum(1).tolist()
+        assert counts[0] in (0, 6) and counts[1] in (0, 2)
+        assert net.text.mask.shape[1] == max(counts) == net.text.features.shape[2]
+        lengths.add(max(counts))
+    assert lengths == {0, 2, 6}
+
+
+def test_the_same_generator_gives_the_same_loss():
+    m = method()
+    (sample,) = encoded(m, batch())
+    first, again, other = (m.loss("backbone", m.roles(), sample, rng(s)).total for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_cached_latents_are_those_that_were_encoded():
+    plain, cached = method(), method(cache_latents=True, cache_texts=True)
+    for _ in range(2):
+        (a,), (b,) = encoded(plain, batch(keys=(5, 6))), encoded(cached, batch(keys=(5, 6)))
+        torch.testing.assert_close(a.z, b.z)
+        torch.testing.assert_close(a.text.features, b.text.features)
+        assert torch.equal(a.text.mask, b.text.mask)
+        assert torch.equal(*(m.loss("backbone", m.roles(), s, rng()).total for m, s in ((plain, a), (cached, b))))
+    assert (cached.pipeline.vae.calls, cached.pipeline.text_encoder.calls) == (2, 2)
+    assert (plain.pipeline.vae.calls, plain.pipeline.text_encoder.calls) == (4, 4)
+
+
+def test_a_picture_at_another_size_is_another_latent():
+    m = method(cache_latents=True)
+    narrow, wide = encoded(m, batch(keys=(5, 6)), batch(keys=(5, 6), width=16))
+    assert narrow.z.shape[-1] == 2 and wide.z.shape[-1] == 4
+
+
+def test_without_keys_nothing_is_cached():
+    m = method(cache_latents=True)
+    encoded(m, batch(), batch())
+    assert m.pipeline.vae.calls == 4
+
+
+def test_a_full_cache_forgets_the_oldest():
+    cache = Cache(limit=8)
+    made = []
+
+    def make(n: int) -> tuple[Tensor, ...]:
+        made.append(n)
+        return (torch.full((1,), float(n)),)
+
+    for n in (1, 2, 2, 3, 2, 1):
+        assert cache.get(n, make, n)[0].item() == n
+    assert made == [1, 2, 3, 1] and cache.bytes == 8
+
+
+def test_captions_alone_are_refused():
+    with pytest.raises(LensError, match="captions only"):
+        encoded(method(), evolve(batch(), images=None))
+
+
+@pytest.mark.parametrize("config", [{"caption_dropout": 1.5}, {"std": 0.0}, {"base_tokens": 4096}, {"base_tokens": 0}])
+def test_an_impossible_config_is_refused(config):
+    with pytest.raises(ConfigError, match="flow_matching: "):
+        FlowMatching.Config(**config)

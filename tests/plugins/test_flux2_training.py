@@ -1,0 +1,158 @@
+"""The method autoencode: its loss, and the latent statistics it gathers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from attrs import evolve
+from lens_flux2.training import Autoencode
+from lens_flux2.vae import Flux2VAE
+
+from lens_core.types import Batch, ConfigError, LensError
+
+SMALL = Flux2VAE.Config(
+    block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=2, mid_block_add_attention=False
+)
+
+
+def method(**config: float) -> Autoencode:
+    torch.manual_seed(0)
+    return Autoencode(Autoencode.Config(**config), SimpleNamespace(vae=Flux2VAE(SMALL)))
+
+
+def batch(seed: int = 0, height: int = 12, width: int = 8) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    return Batch(torch.randint(0, 256, (3, 3, height, width), dtype=torch.uint8, generator=draw), ("",) * 3)
+
+
+def rng(seed: int = 7) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_four_terms():
+    m = method(l1=0.5, l2=2.0, edges=3.0, kl=0.25)
+    loss = m.loss("vae", m.roles(), batch(), rng())
+    x = batch().images / 127.5 - 1
+    posterior = m.vae.net.encode(x).latent_dist
+    noise = torch.randn(3, 2, 6, 4, generator=rng())
+    error = m.vae.net.decode(posterior.mean + posterior.std * noise).sample - x
+    down = (error[:, :, 1:] - error[:, :, :-1]).abs().mean()
+    across = (error[..., 1:] - error[..., :-1]).abs().mean()
+    kl = posterior.kl().sum() / posterior.mean.numel()
+    expected = {"l1": error.abs().mean(), "l2": (error**2).mean(), "edges": (down + across) / 2, "kl": kl}
+    torch.testing.assert_close(dict(loss.parts), {k: v.detach() for k, v in expected.items()})
+    torch.testing.assert_close(
+        loss.total, 0.5 * expected["l1"] + 2 * expected["l2"] + 3 * expected["edges"] + 0.25 * expected["kl"]
+    )
+    assert loss.total.requires_grad and not any(part.requires_grad for part in loss.parts.values())
+
+
+def test_every_weight_learns():
+    m = method()
+    m.loss("vae", m.roles(), batch(), rng()).total.backward()
+    assert [n for n, p in m.vae.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_with_one_weight_the_statistics_are_those_of_all_cells():
+    m = method(statistics_momentum=0.1)
+    with torch.no_grad():
+        cells = [m.vae.net.encode(batch(i).images / 127.5 - 1).latent_dist.mean for i in range(4)]
+    for i in range(4):
+        m.loss("vae", m.roles(), batch(i), rng())
+    folded = torch.cat(cells).unfold(2, 2, 2).unfold(3, 2, 2).permute(1, 4, 5, 0, 2, 3).reshape(8, -1)
+    bn = m.vae.net.bn
+    torch.testing.assert_close(bn.running_mean, folded.mean(1))
+    torch.testing.assert_close(bn.running_var, folded.var(1, correction=0))
+
+
+def test_latents_have_unit_variance_after_training_on_them():
+    m = method()
+    for i in range(4):
+        m.loss("vae", m.roles(), batch(i), rng())
+    with torch.no_grad():
+        z = torch.cat([m.vae.encode(batch(i).images / 127.5 - 1) for i in range(4)]).transpose(0, 1).flatten(1)
+        eps_shrinks = m.vae.net.bn.running_var / (m.vae.net.bn.running_var + 1e-4)
+    torch.testing.assert_close(z.mean(1), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.var(1, correction=0), eps_shrinks, atol=1e-3, rtol=0)
+
+
+def test_the_newest_batch_weighs_the_momentum():
+    m = method(statistics_momentum=0.5)
+    for value in (0.0, 2.0, 4.0):
+        m.vae.track(torch.full((1, 2, 2, 2), value), 0.5)
+    bn = m.vae.net.bn
+    # weights 1/4, 1/4, 1/2 of 0, 2, 4
+    torch.testing.assert_close(bn.running_mean, torch.full((8,), 2.5))
+    torch.testing.assert_close(bn.running_var, torch.full((8,), 0.25 * 6.25 + 0.25 * 0.25 + 0.5 * 2.25))
+
+
+def test_without_gradients_the_statistics_stand_still():
+    m = method()
+    with torch.no_grad():
+        m.loss("vae", m.roles(), batch(), rng())
+    assert int(m.vae.net.bn.num_batches_tracked) == 0
+    assert torch.equal(m.vae.net.bn.running_mean, torch.zeros(8))
+
+
+def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_statistics():
+    m = method()
+    m.vae.track(torch.tensor(float("nan")).expand(1, 2, 2, 2), 0.5)
+    assert int(m.vae.net.bn.num_batches_tracked) == 0 and m.vae.net.bn.running_var.isfinite().all()
+
+
+def test_a_resumed_run_is_the_uninterrupted_one():
+    def train(m: Autoencode, steps: range) -> dict[str, torch.Tensor]:
+        optimizer = torch.optim.SGD(m.vae.parameters(), 0.1)
+        for i in steps:
+            optimizer.zero_grad()
+            m.loss("vae", m.roles(), batch(i), rng(i)).total.backward()
+            optimizer.step()
+        return m.vae.state_dict()
+
+    whole = train(method(), range(4))
+    half = {k: v.clone() for k, v in train(method(), range(2)).items()}
+    second = method()
+    second.vae.load_state_dict(half)
+    resumed = train(second, range(2, 4))
+    assert all(torch.equal(v, resumed[k]) for k, v in whole.items())
+
+
+def test_a_few_steps_make_the_reconstruction_better():
+    m = method()
+    optimizer = torch.optim.AdamW(m.vae.parameters(), 3e-3)
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = m.loss("vae", m.roles(), batch(0), rng())
+        loss.total.backward()
+        optimizer.step()
+        losses.append(float(loss.total.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_each_batch_is_one_step():
+    m = method()
+    given = [batch(0), batch(1)]
+    assert [list(micro) for micro in m.steps(iter(given), m.roles(), rng())] == [[given[0]], [given[1]]]
+    assert m.turns(0) == ("vae",) and m.roles() == {"vae": m.vae} and m.state_dict() == {}
+
+
+def test_captions_alone_are_refused():
+    m = method()
+    with pytest.raises(LensError, match="captions only"):
+        m.loss("vae", m.roles(), evolve(batch(), images=None), rng())
+
+
+def test_another_vae_is_refused():
+    with pytest.raises(ConfigError, match="not a Linear"):
+        Autoencode(Autoencode.Config(), SimpleNamespace(vae=torch.nn.Linear(1, 1)))
+
+
+@pytest.mark.parametrize(
+    "config", [{"kl": -1.0}, {"l1": 0.0, "l2": 0.0}, {"statistics_momentum": 0.0}, {"statistics_momentum": 1.5}]
+)
+def test_an_impossible_config_is_refused(config):
+    with pytest.raises(ConfigError, match="autoencode: "):
+        Autoencode.Config(**config)

@@ -1,0 +1,284 @@
+"""The backbone against its plain transcription, and what it promises about text, precision and files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import mmdit_oracle
+import pytest
+import torch
+from lens_mmdit.model import LensTransformer2DModel, rotations
+from torch import Tensor
+
+from lens_core.types import CheckpointError, ConfigError, NumericalError, Text
+
+Config = LensTransformer2DModel.Config
+TINY = Config(
+    in_channels=8,
+    out_channels=2,
+    num_layers=3,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    enc_hidden_dim=12,
+    axes_dims_rope=(4, 6, 6),
+    selected_layer_index=(1, 3),
+)
+
+
+def model(dtype: torch.dtype = torch.float32, config: Any = TINY) -> LensTransformer2DModel:
+    """A model whose every parameter counts: none is 0 or 1."""
+    net = LensTransformer2DModel(config)
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng) * (0.3 if p.ndim == 1 else p.shape[1] ** -0.5))
+            p.add_(1 if p.ndim == 1 else 0)
+    return net.to(dtype)
+
+
+def inputs(
+    batch: int = 2, h: int = 4, w: int = 4, tokens: int = 5, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Text]:
+    rng = torch.Generator().manual_seed(2)
+    x = torch.randn(batch, 8, h, w, generator=rng, dtype=torch.float64).to(dtype)
+    t = torch.rand(batch, generator=rng)
+    features = 100 * torch.randn(batch, 2, tokens, 12, generator=rng, dtype=torch.float64).to(dtype)
+    return x, t, Text(features, torch.ones(batch, tokens, dtype=torch.bool))
+
+
+def transcribed(net: LensTransformer2DModel, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    return mmdit_oracle.oracle(net.state_dict(), TINY, x, t, text.features, text.mask)
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def test_the_published_config_has_the_published_tensors() -> None:
+    with torch.device("meta"):
+        net = LensTransformer2DModel(Config())
+    d, e = 1536, 2880
+
+    def dense(name: str, out: int, into: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+    want: dict[str, tuple[int, ...]] = dense("img_in", d, 128) | dense("txt_in", d, 4 * e)
+    want |= {f"txt_norm.{i}.weight": (e,) for i in range(4)}
+    want |= dense("time_text_embed.timestep_embedder.linear_1", d, 256)
+    want |= dense("time_text_embed.timestep_embedder.linear_2", d, d)
+    for n in range(48):
+        b = f"transformer_blocks.{n}"
+        for s in ("img", "txt"):
+            want |= dense(f"{b}.{s}_mod.1", 6 * d, d) | dense(f"{b}.attn.{s}_qkv", 3 * d, d)
+            want |= {f"{b}.{s}_norm1.weight": (d,), f"{b}.{s}_norm2.weight": (d,)}
+            want |= {f"{b}.{s}_mlp.w1.weight": (4096, d), f"{b}.{s}_mlp.w3.weight": (4096, d)}
+            want |= {f"{b}.{s}_mlp.w2.weight": (d, 4096)}
+        want |= {f"{b}.attn.{s}.weight": (64,) for s in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")}
+        want |= dense(f"{b}.attn.to_out.0", d, d) | dense(f"{b}.attn.to_add_out", d, d)
+    want |= dense("norm_out.linear", 2 * d, d) | dense("proj_out", 128, d)
+
+    assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == want
+    assert len(want) == 1264
+    assert round(sum(math.prod(s) for s in want.values()) / 1e9, 3) == 4.104
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-10), (torch.float32, 5e-5)])
+@pytest.mark.parametrize(("batch", "h", "w", "tokens"), [(1, 4, 4, 5), (2, 3, 5, 1), (3, 5, 2, 7), (2, 1, 6, 3)])
+def test_it_equals_the_plain_transcription(
+    dtype: torch.dtype, near: float, batch: int, h: int, w: int, tokens: int
+) -> None:
+    net, (x, t, text) = model(dtype), inputs(batch, h, w, tokens, dtype)
+    text.mask[-1, (tokens + 1) // 2 :] = False
+    with torch.no_grad():
+        assert distance(net(x, t, text), transcribed(net, x, t, text)) < near
+
+
+def test_its_gradients_equal_those_of_the_plain_transcription() -> None:
+    net, (x, t, text) = model(torch.float64), inputs(dtype=torch.float64)
+    text.mask[0, 3:] = False
+    x.requires_grad_()
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    weights = dict(zip(names, parameters, strict=True))
+    want = torch.autograd.grad(
+        mmdit_oracle.oracle(weights, TINY, x, t, text.features, text.mask).square().sum(),
+        [x, *parameters],
+        allow_unused=True,
+    )
+    got = torch.autograd.grad(net(x, t, text).square().sum(), [x, *parameters], allow_unused=True)
+    for name, a, b in zip(["x", *names], got, want, strict=True):
+        if a is None:  # the text stream ends in the last block
+            assert name.startswith("transformer_blocks.2.") and (b is None or not b.any()), name
+        else:
+            assert b is not None and distance(a, b) < 1e-9, name
+
+
+def test_v_has_the_dtype_of_x() -> None:
+    x, t, text = inputs()
+    assert model(torch.bfloat16)(x, t, text).dtype == torch.float32
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e30])
+def test_what_stands_in_padding_never_shows(garbage: float) -> None:
+    net, (x, t, text) = model(), inputs(tokens=4)
+    longer = Text.cat([text, Text(text.features.new_zeros(1, 2, 7, 12), torch.zeros(1, 7, dtype=torch.bool))])[:2]
+    longer.features[:, :, 4:] = garbage
+    longer.mask[1, 6] = True  # keeps the gap inside, so that it is masked and not cut
+    longer.features[1, :, 6] = 1.0
+    clean = Text(longer.features.nan_to_num(0, 0, 0).masked_fill(~longer.mask[:, None, :, None], 0), longer.mask)
+    with torch.no_grad():
+        assert torch.equal(net(x, t, longer), net(x, t, clean))
+        assert distance(net(x[:1], t[:1], longer[:1]), net(x[:1], t[:1], text[:1])) == 0
+        assert distance(net(x, t, longer)[:1], net(x[:1], t[:1], text[:1])) < 1e-5
+
+
+def test_no_text_equals_text_that_is_all_masked_alone_and_beside_other_rows() -> None:
+    net, (x, t, text) = model(), inputs()
+    empty = Text.empty(2, 2, 12, like=x)
+    masked = Text(text.features, torch.zeros_like(text.mask))
+    mixed = Text(text.features, text.mask.clone())
+    mixed.mask[0] = False
+    with torch.no_grad():
+        none = net(x, t, empty)
+        assert torch.equal(net(x, t, masked), none)
+        assert distance(net(x, t, mixed)[0], none[0]) < 1e-6
+        assert distance(net(x, t, text), none) > 1e-2
+
+
+def test_no_text_runs_no_text_stream() -> None:
+    net, (x, t, _) = model(), inputs()
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if "txt" in name or "added" in name or "to_add_out" in name:
+                p.fill_(math.nan)
+        assert net(x, t, Text.empty(2, 2, 12, like=x)).isfinite().all()
+
+
+def test_text_of_another_encoder_is_refused() -> None:
+    x, t, text = inputs()
+    with pytest.raises(ConfigError, match=r"\[2, 1, 5, 12\], but it reads \[B, 2, T, 12\]"):
+        model()(x, t, Text(text.features[:, :1], text.mask))
+
+
+def test_float16_is_refused_with_the_reason() -> None:
+    x, t, text = inputs()
+    assert LensTransformer2DModel.refuses(torch.bfloat16) is None
+    with pytest.raises(NumericalError, match="overflow float16; use bfloat16"):
+        model(torch.float16)(x, t, text)
+    with pytest.raises(NumericalError, match="overflow"), torch.autocast("cpu", torch.float16):
+        model()(x, t, text)
+
+
+def test_bfloat16_and_autocast_stay_close_to_float32() -> None:
+    x, t, text = inputs(h=6, w=6)
+    net = model()
+    with torch.no_grad():
+        want = net(x, t, text)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert 0 < distance(net(x, t, text), want) < 0.03
+        assert 0 < distance(net.to(torch.bfloat16)(x, t, text), want) < 0.03
+
+
+def test_a_new_model_predicts_zero_and_every_block_is_the_identity() -> None:
+    x, t, text = inputs()
+    net = LensTransformer2DModel(TINY)
+    assert not net(x, t, text).any()
+    first, last = net.features(x, t, text, [0, 2])
+    assert torch.equal(first, last)
+
+
+def test_features_are_the_image_stream_after_the_named_blocks() -> None:
+    net, (x, t, text) = model(), inputs(h=3, w=5)
+    with torch.no_grad():
+        last, first = net.features(x, t, text, [2, 0])
+        assert first.shape == last.shape == (2, 32, 3, 5)
+        time = torch.nn.functional.silu(net.time_text_embed(t))
+        v = net.proj_out(net.norm_out(last.flatten(2).transpose(1, 2), time))
+        assert distance(v.transpose(1, 2).unflatten(2, (3, 5)), net(x, t, text)) < 1e-6
+        net.transformer_blocks[1].img_mod[1].bias.fill_(math.nan)
+        assert torch.equal(net.features(x, t, text, [0])[0], first)
+    with pytest.raises(ConfigError, match=r"cannot tap blocks \[3\]; name some of 0 ... 2"):
+        net.features(x, t, text, [3])
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    net, (x, t, text) = model(), inputs()
+    net(x, t, text).square().sum().backward()
+    want = {n: p.grad for n, p in net.named_parameters()}
+    net.zero_grad()
+    net.enable_gradient_checkpointing()
+    calls = []
+    hook = net.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    net(x, t, text).square().sum().backward()
+    hook.remove()
+    assert len(calls) == 2
+    for name, p in net.named_parameters():
+        assert (p.grad is None) == (want[name] is None)
+        assert p.grad is None or torch.equal(p.grad, want[name])
+
+
+def test_training_can_follow_inference_mode_at_the_same_size() -> None:
+    rotations.cache_clear()
+    net, (x, t, text) = model(), inputs()
+    with torch.inference_mode():
+        net(x, t, text)
+    net(x, t, text).sum().backward()
+    assert net.img_in.weight.grad is not None
+
+
+def test_only_a_new_model_draws_random_numbers_and_it_repeats() -> None:
+    torch.manual_seed(5)
+    first = LensTransformer2DModel(TINY).state_dict()
+    torch.manual_seed(5)
+    second = LensTransformer2DModel(TINY).state_dict()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    net, given = model(), inputs()
+    before = torch.get_rng_state()
+    net(*given)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_survives_the_disk(tmp_path: Path) -> None:
+    net, given = model(), inputs()
+    net.save(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "transformer").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    again = LensTransformer2DModel.load(tmp_path, TINY)
+    theirs = LensTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
+    with torch.no_grad():
+        assert torch.equal(again(*given), net(*given))
+        assert torch.equal(theirs(*given), net(*given))
+    assert LensTransformer2DModel.load(tmp_path, TINY, torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(NumericalError, match="float16"):
+        LensTransformer2DModel.load(tmp_path, TINY, torch.float16)
+    with pytest.raises(CheckpointError):
+        LensTransformer2DModel.load(tmp_path / "elsewhere", TINY)
+
+
+def test_a_config_comes_back_from_diffusers_form() -> None:
+    net = LensTransformer2DModel(TINY)
+    assert net.config["inner_dim"] == 32
+    again = LensTransformer2DModel.from_config(net.config)
+    assert again.config == net.config
+    with pytest.raises(ConfigError, match=r"no field is called 'num_layer'\. Did you mean 'num_layers'"):
+        LensTransformer2DModel.from_config({"num_layer": 3})
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"inner_dim": 1024}, "inner_dim is 1024; it must be num_attention_heads"),
+        ({"in_channels": 64}, "in_channels is 64; it must be patch_size"),
+        ({"axes_dims_rope": (8, 28, 26)}, "axes_dims_rope is .* attention_head_dim = 64"),
+        ({"axes_dims_rope": (9, 28, 27)}, "three even numbers"),
+        ({"num_layers": 0}, "num_layers is 0; it must be at least 1"),
+        ({"gate_mlp": False}, "gate_mlp is False; only True"),
+        ({"selected_layer_index": ()}, "selected_layer_index is empty"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Config(**fields)

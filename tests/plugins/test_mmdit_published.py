@@ -1,0 +1,103 @@
+"""Published folders are recognised by what they hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from lens_mmdit.published import SIZES, describe
+
+from lens_core.types import CheckpointError
+
+
+def make(folder: Path, index: str = '{"_class_name": "LensPipeline"}', config: str = '{"num_layers": 48}') -> Path:
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "model_index.json").write_text(index)
+    (folder / "transformer" / "config.json").write_text(config)
+    return folder
+
+
+def test_a_published_folder_becomes_its_lens_json(tmp_path: Path) -> None:
+    config = {
+        "_class_name": "LensTransformer2DModel",
+        "_diffusers_version": "0.37",
+        "num_layers": 48,
+        "inner_dim": 1536,
+        "selected_layer_index": [5, 11, 17, 23],
+    }
+    assert describe(make(tmp_path / "mine", config=json.dumps(config))) == {
+        "format": 1,
+        "components": {
+            "vae": {"use": "lens_flux2:flux2", "config": {}},
+            "text_encoder": {"use": "lens_gpt_oss:gpt_oss", "config": {"selected_layers": [5, 11, 17, 23]}},
+            "backbone": {
+                "use": "lens_mmdit:mmdit",
+                "config": {"num_layers": 48, "inner_dim": 1536, "selected_layer_index": [5, 11, 17, 23]},
+            },
+            "sampler": {"use": "lens_flow:euler", "config": {}},
+        },
+        "presets": {"steps": 20, "guidance_scale": 5.0, "base_resolution": 1024, "sizes": SIZES},
+    }
+
+
+def test_buckets_keep_their_area_and_their_shape() -> None:
+    for base, table in SIZES.items():
+        for ratio, (height, width) in table.items():
+            across, down = map(int, ratio.split(":"))
+            assert height % 16 == width % 16 == 0
+            assert height * width == pytest.approx(int(base) ** 2, rel=0.06)
+            assert width / height == pytest.approx(across / down, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("path", "steps", "guidance"),
+    [
+        ("Lens-Diffusers", 20, 5.0),
+        ("Lens-Turbo-Diffusers", 4, 1.0),
+        ("lens-base", 50, 5.0),
+        ("turbo/lens", 20, 5.0),
+        ("models--YuCollection--Lens-Base-Diffusers/snapshots/0123abc", 50, 5.0),
+        ("models--SceneWorks--Lens-Turbo/snapshots/0123abc", 4, 1.0),
+    ],
+)
+def test_the_name_of_the_folder_or_repository_tells_the_variant(
+    tmp_path: Path, path: str, steps: int, guidance: float
+) -> None:
+    described = describe(make(tmp_path / "here" / path))
+    assert described is not None
+    assert described["presets"]["steps"] == steps
+    assert described["presets"]["guidance_scale"] == guidance
+
+
+def test_presets_are_not_shared_between_answers(tmp_path: Path) -> None:
+    folder = make(tmp_path / "lens")
+    first = describe(folder)
+    assert first is not None
+    first["presets"]["steps"] = 1
+    assert describe(folder) != first
+
+
+def test_other_folders_are_left_to_others(tmp_path: Path) -> None:
+    assert describe(tmp_path) is None
+    assert describe(make(tmp_path / "flux", index='{"_class_name": "FluxPipeline"}')) is None
+
+
+@pytest.mark.parametrize(
+    ("index", "config"),
+    [
+        ("{", "{}"),
+        ('{"_class_name": "LensPipeline"}', "{"),
+        ('{"_class_name": "LensPipeline"}', '{"_class_name": "FluxTransformer2DModel"}'),
+    ],
+)
+def test_broken_or_foreign_json_is_a_checkpoint_error(tmp_path: Path, index: str, config: str) -> None:
+    with pytest.raises(CheckpointError):
+        describe(make(tmp_path / "lens", index, config))
+
+
+def test_a_missing_transformer_is_a_checkpoint_error(tmp_path: Path) -> None:
+    folder = make(tmp_path / "lens")
+    (folder / "transformer" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        describe(folder)

@@ -1,0 +1,162 @@
+"""The house rules: imports point down, plugins know the core and themselves, the core stays small."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lens_core import hookspecs, protocols
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = ROOT / "lens_core"
+PLUGINS = sorted(p.parent for p in (ROOT / "plugins").glob("*/__init__.py"))
+LAYERS = [
+    {"types", "flow"},
+    {"protocols"},
+    {"hookspecs"},
+    {"catalog"},
+    {"config"},
+    {"checkpoint"},
+    {"pipeline"},
+    {"loop", "curation", "evaluation", "testing"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LAZY = {"accelerate", "huggingface_hub", "yaml", "PIL", "safetensors"}  # they cost time, and most commands need none
+HEAVY = {"torch", "diffusers", "transformers"}
+
+
+def imports(path: Path, top_only: bool = False) -> Iterator[str]:
+    """Dotted names that a file imports; `from a import b` gives both `a` and `a.b`. Type-only imports do not count."""
+
+    def walk(nodes: list[ast.stmt]) -> Iterator[str]:
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}:{node.lineno}: relative import"
+                yield node.module or ""
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                continue
+            elif not (top_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+                inner = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
+                hidden = {
+                    n
+                    for f in ast.walk(node)
+                    if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
+                    for n in ast.walk(f)
+                }
+                yield from walk([n for n in inner if not (top_only and n in hidden)])
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")).body)
+
+
+def roots(path: Path, top_only: bool = False) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path, top_only)}
+
+
+@pytest.mark.parametrize("path", sorted(CORE.glob("*.py")), ids=lambda p: p.stem)
+def test_core_imports_point_down(path: Path) -> None:
+    if path.stem == "__init__":
+        assert {n for n in imports(path) if n.startswith("lens_core.")} <= {
+            "lens_core.hookspecs", "lens_core.hookspecs.hookimpl",
+        }  # fmt: skip
+        return
+    assert path.stem in LEVEL, f"give {path.name} its place in LAYERS"
+    above = [
+        n for n in imports(path)
+        if n.startswith("lens_core.") and LEVEL.get(n.split(".")[1], -1) >= LEVEL[path.stem]
+    ]  # fmt: skip
+    assert above == []
+
+
+@pytest.mark.parametrize("path", sorted(CORE.glob("*.py")), ids=lambda p: p.stem)
+def test_the_core_knows_no_plugin_and_no_model_library(path: Path) -> None:
+    used = roots(path)
+    assert used.isdisjoint({"diffusers", "transformers", "peft", *(p.name for p in PLUGINS)})
+    assert roots(path, top_only=True).isdisjoint(LAZY), "import it inside the function that needs it"
+
+
+@pytest.mark.parametrize("stem", ["types", "protocols", "hookspecs", "catalog", "config", "checkpoint", "__main__"])
+def test_discovery_costs_no_torch(stem: str) -> None:
+    assert roots(CORE / f"{stem}.py", top_only=True).isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
+def test_a_plugin_imports_the_core_and_itself(plugin: Path) -> None:
+    for path in plugin.rglob("*.py"):
+        strangers = {r for r in roots(path) if r.startswith("lens_")} - {"lens_core", plugin.name}
+        assert strangers == set(), path
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
+def test_a_plugins_init_is_its_table_of_contents(plugin: Path) -> None:
+    path = plugin / "__init__.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "say what the plugin holds"
+    assert roots(path, top_only=True) <= {"__future__", "typing", "pathlib", "lens_core"}
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+    assert functions
+    for node in tree.body:
+        assert isinstance(node, ast.Expr | ast.Import | ast.ImportFrom | ast.FunctionDef), ast.unparse(node)
+    for function in functions:
+        assert [ast.unparse(d) for d in function.decorator_list] == ["hookimpl"]
+        assert hasattr(hookspecs, function.name)
+
+
+@pytest.mark.parametrize("path", sorted([*CORE.glob("*.py"), *(ROOT / "plugins").rglob("*.py")]), ids=str)
+def test_every_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def specs() -> dict[str, object]:
+    return {n: f for n, f in vars(hookspecs).items() if hasattr(f, "lens_spec")}
+
+
+def test_every_hook_is_prefixed_and_documented() -> None:
+    assert len(specs()) == 14
+    for name, hook in specs().items():
+        assert name.startswith("lens_")
+        assert inspect.getdoc(hook), name
+
+
+def test_every_provider_hook_has_a_kind_and_takes_nothing() -> None:
+    providers = {n: f for n, f in specs().items() if n not in ("lens_fetch", "lens_describe")}
+    assert set(providers) == {hook for hook, _ in protocols.KINDS.values()}
+    for name, hook in providers.items():
+        assert not inspect.signature(hook).parameters, name  # type: ignore[arg-type]  # a function
+
+
+def test_every_entry_point_is_a_plugin_folder_and_every_folder_an_entry_point() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    points = project["project"]["entry-points"][hookspecs.ENTRY_POINTS]
+    assert points == {p.name: p.name for p in PLUGINS}
+    assert sorted(project["tool"]["setuptools"]["packages"]) == sorted(["lens_core", *points])
+
+
+def test_the_core_stays_small() -> None:
+    code = sum(
+        bool(line.strip()) and not line.strip().startswith("#")
+        for path in CORE.glob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+    )
+    assert 1000 < code < 2000, f"{code} lines"
+
+
+def test_randomness_is_an_argument() -> None:
+    # Whatever draws from a global generator cannot be resumed or batched; initial weights are drawn by torch itself.
+    drawn = re.compile(r"torch\.(rand|randn|randint|randperm|rand_like|randn_like)\((?![^\n]*generator)")
+    numpy = re.compile(r"\bnp\.random\.(?!Generator|default_rng|SeedSequence|PCG64)|^import random\b", re.M)
+    for path in [*CORE.glob("*.py"), *(ROOT / "plugins").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        found = [m.group() for m in numpy.finditer(text)]
+        found += [m.group() for m in drawn.finditer(text) if "generator" not in text[m.start() : m.start() + 200]]
+        assert found == [], path

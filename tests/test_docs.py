@@ -1,0 +1,120 @@
+"""The documentation runs: every Python block and example, every command line, every link, every signature."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import runpy
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lens_core import hookspecs
+from lens_core.__main__ import app
+from lens_core.catalog import Catalog
+from lens_core.config import read_recipe
+from lens_core.protocols import KINDS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(*languages: str) -> list[tuple[Path, int, str]]:
+    """(page, line, text) of every fenced block in one of the `languages`."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            if match[1] in languages:
+                found.append((page, text[: match.start()].count("\n") + 2, match[2]))
+    return found
+
+
+def commands() -> list[tuple[str, str]]:
+    """(where, command line) of every line of every shell block."""
+    return [
+        (f"{page.name}:{line + i}", text.removeprefix("$ "))
+        for page, line, block in blocks("bash", "console")
+        for i, text in enumerate(block.splitlines())
+        if text.strip()
+    ]
+
+
+def label(value: object) -> str:
+    return value.name if isinstance(value, Path) else str(value) if isinstance(value, int) else ""
+
+
+@pytest.mark.parametrize(("page", "line", "code"), blocks("python"), ids=label)
+def test_a_python_block_runs(page: Path, line: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType("a_block_of_the_docs")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile("\n" * (line - 1) + code, str(page), "exec"), vars(module))
+
+
+@pytest.mark.parametrize(("where", "command"), commands(), ids=lambda v: v if len(v) < 30 else "")
+def test_a_command_line_parses(where: str, command: str) -> None:
+    program, *arguments = [w for w in shlex.split(command) if not re.match(r"[A-Z_]+=", w)]
+    if program == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(arguments) <= set(targets)
+        return
+    assert program == "lens", f"{where}: a shell block holds lens and make lines only, so that each can be checked"
+    app.parse_args(arguments, exit_on_error=False, print_error=False)
+    for word in arguments:
+        assert not word.startswith("examples/") or (ROOT / word).is_file()
+
+
+def test_every_hook_is_documented_with_its_signature() -> None:
+    page = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
+    written = dict(re.findall(r"^def (lens_\w+)(\(.*?\) -> .*?): \.\.\.", page, re.MULTILINE))
+    hooks = {n: f for n, f in vars(hookspecs).items() if n.startswith("lens_")}
+    assert written == {n: str(inspect.signature(f)).replace("'", "") for n, f in hooks.items()}
+
+
+def test_the_table_of_components_is_what_the_package_offers() -> None:
+    page = (ROOT / "docs" / "components.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", page, re.MULTILINE)
+    catalog = Catalog.installed()
+    ours = {p.name for p in catalog.plugins if p.distribution == "lens-t2i"}
+    offered = {kind: {e.name for e in catalog.entries(kind) if e.plugin in ours} for kind in KINDS}
+    assert {kind: set(re.findall(r"`([\w:]+)`", cell)) for kind, cell in rows} == offered
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_internal_links_resolve(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = [t for t in re.findall(r"\]\(([^)]+)\)", text) if "://" not in t]
+    missing = [t for t in targets if not (page.parent / t.partition("#")[0]).exists()]
+    named = re.findall(r"`((?:lens_core|plugins|tests|examples|docs)/[\w./-]+)`", text)
+    missing += [n for n in named if not (ROOT / n).exists()]
+    assert missing == []
+
+
+def test_the_index_links_every_page() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = {p.name for p in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert {p for p in pages if f"]({p})" in index} == pages
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").rglob("*.yaml")), ids=label)
+def test_a_recipe_is_sound_and_explained(recipe: Path) -> None:
+    read_recipe(recipe, Catalog.installed())
+    assert recipe.name in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"), [("generate", ["a green square", "out.png"]), ("assemble", ["out.png"])]
+)
+def test_an_example_draws_a_picture(
+    script: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    runpy.run_path(str(ROOT / "examples" / f"{script}.py"), run_name="__main__")
+    with Image.open("out.png") as picture:
+        assert picture.mode == "RGB" and min(picture.size) >= 64
