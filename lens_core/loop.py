@@ -86,6 +86,10 @@ class Run:
             for role, net in self.nets.items()
             if recipe.train.ema
         }
+        if recipe.train.compile:
+            for net in self.nets.values():
+                # A stack of equal blocks compiles once, as one block; diffusers' models say which those are.
+                getattr(net, "compile_repeated_blocks", net.compile)()
         self.step = 0
         self.bad = dict.fromkeys(self.nets, 0)  # non-finite steps in a row, by role
         self._stop = False

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from attrs import asdict, evolve, fields_dict, frozen
 from torch import Tensor, nn
-from transformers import GptOssConfig, GptOssModel, PreTrainedTokenizerFast
+from transformers import DynamicCache, GptOssConfig, GptOssModel, PreTrainedTokenizerFast
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
@@ -101,7 +101,11 @@ class GptOssEncoder(nn.Module):
         self.model = GptOssModel(_transformers(config))
         self.lm_head: nn.Linear | None = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=self.model.config.initializer_range)
+        # Captions give a language model little reason to tell one colour's name from another: from the usual small
+        # weights, all colours end up within 2 % of one vector, and a backbone can hardly see which was asked for.
+        nn.init.normal_(self.model.embed_tokens.weight)
         self._wrapper: Wrapper | None = None
+        self._kept: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
@@ -119,7 +123,7 @@ class GptOssEncoder(nn.Module):
             raise ConfigError(
                 f"gpt_oss: max_length is {self.config.max_length}; the conversation alone takes {least}: raise it"
             )
-        self._wrapper = wrapper
+        self._wrapper, self._kept = wrapper, None
 
     def _wrap(self) -> Wrapper:
         if self._wrapper is None:
@@ -164,29 +168,51 @@ class GptOssEncoder(nn.Module):
         ids, mask = self.tokens(prompts)
         head = self.head_length
         mask = mask[:, head:]
-        features = torch.stack([tap[:, head:] for tap in self.taps(ids)], dim=1)
+        cache = DynamicCache([tuple(t.expand(len(ids), -1, -1, -1) for t in pair) for pair in self._head(ids.device)])
+        features = torch.stack(self._walk(ids[:, head:], cache), dim=1)
         return Text(features.masked_fill(~mask[:, None, :, None], 0), mask)
 
-    def taps(self, ids: Tensor) -> list[Tensor]:
-        """ids [B,S] -> the residual stream [B,S,D] after each selected layer; no layer after the last one runs.
+    def _walk(self, ids: Tensor, cache: DynamicCache) -> list[Tensor]:
+        """ids [B,S], after what `cache` holds, which grows by them -> the residual stream [B,S,D] after each selected
+        layer; no layer after the last one runs.
 
         Padding on the right needs no mask: attention looks back only, and experts see one token at a time.
         """
         model, kinds, found = self.model, self.model.config.layer_types or [], []
         x = model.embed_tokens(ids)
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        before = cache.get_seq_length()
+        positions = torch.arange(before, before + ids.shape[1], device=ids.device)[None]
         rope = model.rotary_emb(x, positions)
-        about = {"config": model.config, "inputs_embeds": x, "attention_mask": None, "past_key_values": None}
+        about = {"config": model.config, "inputs_embeds": x, "attention_mask": None, "past_key_values": cache}
         masks = {
             "full_attention": create_causal_mask(**about),
             "sliding_attention": create_sliding_window_causal_mask(**about),
         }
         for index in range(self.config.selected_layers[-1] + 1):
-            mask = masks[kinds[index]]
-            x = model.layers[index](x, attention_mask=mask, position_ids=positions, position_embeddings=rope)
+            x = model.layers[index](
+                x,
+                attention_mask=masks[kinds[index]],
+                position_ids=positions,
+                position_embeddings=rope,
+                past_key_values=cache,
+            )
             if index in self.config.selected_layers:
                 found.append(x)
         return found
+
+    def _head(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the head, which is the same before every prompt: most of a short prompt's cost. They are
+        kept until a weight changes; autocast and dtype count as a change."""
+        kind = device.type
+        casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        weights = list(self.model.parameters())
+        versions = [(p.dtype, p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights]
+        state = (device, casts, versions)
+        if self._kept is None or self._kept[0] != state:
+            cache = DynamicCache()
+            self._walk(torch.tensor([self._wrap().head], device=device), cache)
+            self._kept = state, [(layer.keys, layer.values) for layer in cache.layers]
+        return self._kept[1]
 
     def forward(self, ids: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """ids [B,S] -> what comes next: logits [B,S-first,V] from position `first` on, and router logits [N,B,S,E]."""
@@ -244,8 +270,10 @@ class GptOssEncoder(nn.Module):
 def _transformers(config: GptOssEncoder.Config) -> GptOssConfig:
     sizes = {k: v for k, v in asdict(config).items() if k not in OURS}
     # Attention sinks need eager attention on a CPU: transformers has no sdpa for this model.
+    # Weights start at 1 / sqrt(width), which is the published 0.02 at the published width.
+    start = config.hidden_size**-0.5
     kernels: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": config.experts}
-    return GptOssConfig(**sizes, **kernels, rope_parameters=dict(YARN))
+    return GptOssConfig(**sizes, **kernels, initializer_range=start, rope_parameters=dict(YARN))
 
 
 def _on_disk(path: Path, config: GptOssEncoder.Config) -> GptOssEncoder.Config:

@@ -380,3 +380,27 @@ def test_a_checkpoint_with_mxfp4_experts_is_read(copy: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match="_scales"):
         GptOssEncoder.load(copy, TINY)
+
+
+def test_the_head_runs_once_until_a_weight_changes() -> None:
+    encoder = build()
+    lengths: list[int] = []
+    encoder.model.layers[0].register_forward_hook(lambda _m, inputs, _o: lengths.append(inputs[0].shape[1]))
+    before = encoder.encode(PROMPTS[:1]).features
+    assert torch.equal(encoder.encode(PROMPTS[:1]).features, before)
+    own = before.shape[2]
+    assert lengths == [encoder.head_length, own, own]
+    with torch.no_grad():
+        encoder.model.layers[0].self_attn.k_proj.weight.mul_(2)
+    assert not torch.allclose(encoder.encode(PROMPTS[:1]).features, before, atol=1e-3)
+    assert lengths[3:] == [encoder.head_length, own]
+    with torch.autocast("cpu", torch.bfloat16):  # other arithmetic, other keys
+        encoder.encode(PROMPTS[:1])
+    assert lengths[5:] == [encoder.head_length, own]
+
+
+def test_words_differ_from_the_start(encoder: GptOssEncoder) -> None:
+    torch.manual_seed(0)
+    rows = torch.nn.functional.normalize(GptOssEncoder(TINY).model.embed_tokens.weight.detach(), dim=1)
+    alike = (rows @ rows.T - torch.eye(len(rows))).abs()
+    assert float(alike.mean()) < 2 / TINY.hidden_size**0.5  # as of independent random directions

@@ -104,7 +104,8 @@ def test_the_loss_falls_when_a_few_captions_are_learned_by_heart() -> None:
         loss.total.backward()
         optimizer.step()
         losses.append(float(loss.parts["nll"]))
-    assert losses[0] == pytest.approx(torch.tensor(TINY.vocab_size).log().item(), rel=0.05)  # knows nothing
+    nothing = torch.tensor(TINY.vocab_size).log().item() + 0.5  # known: logits are random, of variance 1
+    assert losses[0] == pytest.approx(nothing, rel=0.05)
     assert losses[-1] < 0.5
 
 
