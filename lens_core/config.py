@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -174,6 +174,21 @@ class Parts:
 
 
 @frozen
+class Adapter:
+    """LoRA on a role: a low-rank matrix learns beside each target layer, and the layer itself stays as it is."""
+
+    rank: int = 16
+    scale: float = 1.0  # alpha / rank, which multiplies the adapter
+    targets: tuple[str, ...] = ()  # ends of the dotted names of linear layers, such as attn.img_qkv; none: all of them
+
+    def __attrs_post_init__(self) -> None:
+        if self.rank < 1 or self.scale <= 0:
+            raise ConfigError(
+                f"an adapter's rank must be at least 1 and its scale above 0, not {self.rank} and {self.scale}"
+            )
+
+
+@frozen
 class Training:
     """What the loop does around a method."""
 
@@ -193,6 +208,7 @@ class Training:
     bad_steps: int = 5  # non-finite steps in a row before the run stops
     weights: str = "fp32"  # fp32 | bf16: how the finished model is stored
     threads: int = 0  # torch threads; 0 leaves them alone
+    adapters: dict[str, Adapter] = field(factory=dict)  # by role; a role without one is trained in full
 
     def __attrs_post_init__(self) -> None:
         problems = []
@@ -237,12 +253,14 @@ def read_recipe(path: Path, catalog: Catalog) -> Recipe:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        problems = list(_twins(root, "$", set()))
+        data = loader.construct_document(root) if root is not None else None
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: there is no such recipe") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or no such day
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    problems: list[str] = []
     recipe: Recipe | None = None
     try:
         recipe = structure(Recipe, data)
@@ -258,6 +276,27 @@ def read_recipe(path: Path, catalog: Catalog) -> Recipe:
     if problems or recipe is None:
         raise ConfigError([f"{path}: {p}" for p in problems])
     return recipe
+
+
+def _twins(node: Any, path: str, seen: set[int]) -> Iterator[str]:
+    """Every key that stands more than once in a mapping of this YAML tree; YAML itself would keep the last."""
+    import yaml
+
+    if id(node) in seen:
+        return  # an alias: it has been read where it was defined, and may hold itself
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _twins(item, f"{path}[{index}]", seen)
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, list[str]] = {}
+        for key, value in node.value:
+            name = f"{path}.{key.value}"
+            lines.setdefault(name, []).append(str(key.start_mark.line + 1))
+            yield from _twins(value, name, seen)
+        for name, places in lines.items():
+            if len(places) > 1:
+                yield f"{name}: stands in lines {' and '.join(places)}; keep one"
 
 
 def _named(data: Mapping[str, Any]) -> list[tuple[str, Any, str]]:

@@ -20,12 +20,14 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from lens_core import checkpoint
+from lens_core import adapters, checkpoint
 from lens_core.catalog import Catalog
-from lens_core.config import Recipe, Training, build, unstructure
+from lens_core.config import Recipe, Training, build, structure, unstructure
 from lens_core.pipeline import LensPipeline
 from lens_core.types import CheckpointError, ConfigError, LensError, Loss, NumericalError
 
+PREFIXES = {"backbone": "transformer", "text_encoder": "text_encoder", "vae": "vae"}
+"""What diffusers calls the parts of a pipeline, in the names of an adapter's tensors."""
 SCHEMA = 1
 """The version of a training checkpoint."""
 
@@ -67,24 +69,31 @@ class Run:
         _, dataset, config = build(catalog, "dataset", recipe.dataset, "$.dataset")
         self.dataset = dataset(config)
         self.nets: dict[str, nn.Module] = dict(self.method.roles())
-        for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.backbone):
+        for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.backbone, *self.nets.values()):
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
+        for role, adapter in recipe.train.adapters.items():
+            if role not in self.nets:
+                raise ConfigError(f"$.train.adapters: no role is called {role!r}; {', '.join(self.nets)} can learn")
+            adapters.attach(self.nets[role], adapter)
+            self.nets[role].requires_grad_(False)
+        self.learning = {
+            role: [p for name, p in net.named_parameters() if role not in recipe.train.adapters or adapters.owned(name)]
+            for role, net in self.nets.items()
+        }
         self.rng = torch.Generator().manual_seed(recipe.seed)
         self.optimizers = {
             role: torch.optim.AdamW(
-                net.parameters(),
+                self.learning[role],
                 lr=recipe.train.lr,
                 betas=recipe.train.betas,
                 weight_decay=recipe.train.weight_decay,
                 fused=True,
             )
-            for role, net in self.nets.items()
+            for role in self.nets
         }
         self.ema: dict[str, dict[str, Tensor]] = {
-            role: {k: v.detach().clone() for k, v in net.state_dict().items()}
-            for role, net in self.nets.items()
-            if recipe.train.ema
+            role: {k: v.detach().clone() for k, v in self._own(role).items()} for role in self.nets if recipe.train.ema
         }
         if recipe.train.compile:
             for net in self.nets.values():
@@ -93,6 +102,11 @@ class Run:
         self.step = 0
         self.bad = dict.fromkeys(self.nets, 0)  # non-finite steps in a row, by role
         self._stop = False
+
+    def _own(self, role: str) -> dict[str, Tensor]:
+        """The part of a role's state that its training changes: what checkpoints hold and EMA averages."""
+        net = self.nets[role]
+        return adapters.tensors(net) if role in self.train_config.adapters else net.state_dict()
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
@@ -142,7 +156,9 @@ class Run:
         net, optimizer, config = self.nets[role], self.optimizers[role], self.train_config
         for group in optimizer.param_groups:
             group["lr"] = config.lr * rate(config, self.step)
-        net.requires_grad_(True).train()
+        for parameter in self.learning[role]:
+            parameter.requires_grad_(True)
+        net.train()
         optimizer.zero_grad(set_to_none=True)
         parts: dict[str, float] = {}
         for batch in micro:
@@ -151,7 +167,7 @@ class Run:
             (loss.total / len(micro)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             for name, value in {"loss": loss.total, **loss.parts}.items():
                 parts[name] = parts.get(name, 0.0) + float(value.detach()) / len(micro)
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.learning[role], config.clip or math.inf)
         if math.isfinite(parts["loss"]) and bool(torch.isfinite(norm)):
             optimizer.step()
             self._average(role)
@@ -172,7 +188,7 @@ class Run:
             return
         # A young average would remember the initial weights: its decay grows with the step.
         decay = min(self.train_config.ema, (1 + self.step) / (10 + self.step))
-        for name, value in self.nets[role].state_dict().items():
+        for name, value in self._own(role).items():
             if value.dtype.is_floating_point:
                 self.ema[role][name].lerp_(value.detach().to(self.ema[role][name].dtype), 1 - decay)
             else:
@@ -198,8 +214,8 @@ class Run:
     def save(self) -> Path:
         """Write all that resuming needs; a checkpoint appears whole, under its final name, or not at all."""
         tensors: dict[str, Tensor] = {"rng": self.rng.get_state(), "torch_rng": torch.get_rng_state()}
-        for role, net in self.nets.items():
-            tensors |= {f"net/{role}/{k}": v for k, v in net.state_dict().items()}
+        for role in self.nets:
+            tensors |= {f"net/{role}/{k}": v for k, v in self._own(role).items()}
             tensors |= {f"ema/{role}/{k}": v for k, v in self.ema.get(role, {}).items()}
             for index, slots in self.optimizers[role].state_dict()["state"].items():
                 tensors |= {f"optimizer/{role}/{index}/{k}": torch.as_tensor(v) for k, v in slots.items()}
@@ -242,8 +258,8 @@ class Run:
 
         self.method.load_state_dict({**state["method"], **under("method/")})
         self.dataset.load_state_dict(state["dataset"])
-        for role, net in self.nets.items():
-            net.load_state_dict(under(f"net/{role}/"))
+        for role in self.nets:
+            self._load(role, under(f"net/{role}/"))
             if role in self.ema:
                 self.ema[role] = under(f"ema/{role}/")
             slots: dict[int, dict[str, Tensor]] = {}
@@ -256,10 +272,23 @@ class Run:
         torch.set_rng_state(tensors["torch_rng"])
         self.step = int(state["step"])
 
+    def _load(self, role: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `_own` gave."""
+        if tensors.keys() != self._own(role).keys():
+            raise CheckpointError(f"{self.out}: the checkpoint's {role} is another network than the recipe's")
+        self.nets[role].load_state_dict(tensors, strict=role not in self.train_config.adapters)
+
     def export(self) -> Path:
-        """Write the pipeline, with averaged weights where there are any, as a checkpoint in `model/`."""
+        """Write the pipeline, with averaged weights where there are any, as a checkpoint in `model/`.
+
+        An adapter goes to `adapters/ROLE/`, in diffusers' format, and is merged into the network that `model/` holds.
+        """
         for role, average in self.ema.items():
-            self.nets[role].load_state_dict(average)
+            self._load(role, average)
+        for role, adapter in self.train_config.adapters.items():
+            prefix = next((f for p, f in PREFIXES.items() if getattr(self.pipeline, p) is self.nets[role]), role)
+            adapters.save(self.nets[role], adapter, self.out / "adapters" / role / adapters.FILE, prefix)
+            adapters.merge(self.nets[role])
         if self.train_config.weights == "bf16":
             self.pipeline.to(dtype=torch.bfloat16)
         self.pipeline.save_pretrained(self.out / "model")
@@ -269,7 +298,10 @@ class Run:
         path = self.out / "recipe.json"
         now = json.loads(json.dumps(unstructure(self.recipe)))
         if path.is_file() and self._folders():
-            before = checkpoint.read_json(path)
+            try:  # by way of a Recipe, so that options which are newer than the run count as their defaults
+                before = json.loads(json.dumps(unstructure(structure(Recipe, checkpoint.read_json(path)))))
+            except ConfigError as error:
+                raise ConfigError(f"{path}: this Lens cannot read it; choose a new --out: {error}") from error
             changed = sorted(k for k in now.keys() | before.keys() if now.get(k) != before.get(k))
             if changed:
                 raise ConfigError(

@@ -22,12 +22,19 @@ LAYERS = [
     {"catalog"},
     {"config"},
     {"checkpoint"},
-    {"pipeline"},
+    {"pipeline", "adapters"},
     {"loop", "curation", "evaluation", "testing"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-LAZY = {"accelerate", "huggingface_hub", "yaml", "PIL", "safetensors"}  # they cost time, and most commands need none
+LAZY = {
+    "accelerate",
+    "huggingface_hub",
+    "yaml",
+    "PIL",
+    "safetensors",
+    "peft",
+}  # they cost time, and most commands need none
 HEAVY = {"torch", "diffusers", "transformers"}
 
 
@@ -79,7 +86,8 @@ def test_core_imports_point_down(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(CORE.glob("*.py")), ids=lambda p: p.stem)
 def test_the_core_knows_no_plugin_and_no_model_library(path: Path) -> None:
     used = roots(path)
-    assert used.isdisjoint({"diffusers", "transformers", "peft", *(p.name for p in PLUGINS)})
+    assert used.isdisjoint({"diffusers", "transformers", *(p.name for p in PLUGINS)})
+    assert "peft" not in used or path.stem == "adapters"  # any role can have an adapter, whatever its architecture
     assert roots(path, top_only=True).isdisjoint(LAZY), "import it inside the function that needs it"
 
 
@@ -146,9 +154,10 @@ def test_the_core_stays_small() -> None:
     code = sum(
         bool(line.strip()) and not line.strip().startswith("#")
         for path in CORE.glob("*.py")
+        if path.stem != "testing"  # for plugin authors' tests; nothing runs through it
         for line in path.read_text(encoding="utf-8").splitlines()
     )
-    assert 1000 < code < 2000, f"{code} lines"
+    assert 1000 < code < 2200, f"{code} lines"
 
 
 def test_randomness_is_an_argument() -> None:

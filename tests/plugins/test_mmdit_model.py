@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import mmdit_oracle
 import pytest
 import torch
+from lens_flow.euler import Euler
 from lens_mmdit.model import LensTransformer2DModel, rotations
 from torch import Tensor
 
+from lens_core.pipeline import LensPipeline
 from lens_core.types import CheckpointError, ConfigError, NumericalError, Text
 
 Config = LensTransformer2DModel.Config
@@ -93,6 +96,25 @@ def test_it_equals_the_plain_transcription(
     text.mask[-1, (tokens + 1) // 2 :] = False
     with torch.no_grad():
         assert distance(net(x, t, text), transcribed(net, x, t, text)) < near
+
+
+def test_twenty_guided_steps_stay_with_a_plain_double_precision_loop() -> None:
+    net, (noise, _, text) = model(), inputs(h=4, w=6, tokens=5)
+    text.mask[1, 3:] = False
+    pipeline = LensPipeline(backbone=net, sampler=Euler(Euler.Config()))
+    *_, (end, ours) = pipeline.sample(text, noise, 20, 5.0)
+
+    twin, x, tokens = model(torch.float64), noise.double(), 4 * 6
+    at_10, at_200 = 8.73809524e-5 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
+    shift = math.exp(at_10 + (at_200 - at_10) * (20 - 10) / 190)
+    times = [shift / (shift + 1 / (1 - n / 20) - 1) for n in range(20)] + [0.0]
+    for t, after in pairwise(times):
+        now = torch.full((2,), t)
+        cond = transcribed(twin, x, now, text)
+        blind = transcribed(twin, x, now, Text(text.features.double(), torch.zeros_like(text.mask)))
+        guided = blind + 5 * (cond - blind)
+        x = x + (after - t) * guided * cond.norm(dim=1, keepdim=True) / guided.norm(dim=1, keepdim=True)
+    assert end == 0 and distance(ours, x) < 5e-5
 
 
 def test_its_gradients_equal_those_of_the_plain_transcription() -> None:

@@ -1,0 +1,134 @@
+"""LoRA on a role of a run: what learns, what is written, and that other readers agree about it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attrs import evolve
+from lens_mmdit.model import LensTransformer2DModel
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors import safe_open
+from test_loop import RECIPE, Runner, runner, same
+from torch import nn
+
+from lens_core import adapters, checkpoint
+from lens_core.config import Adapter
+from lens_core.loop import Run
+from lens_core.types import ConfigError, Text
+
+__all__ = ["runner"]
+
+
+def run(runner: Runner, name: str, adapter: Adapter, **train: Any) -> Run:
+    changed = evolve(RECIPE.train, adapters={"backbone": adapter}, **train)
+    return runner.run(evolve(RECIPE, train=changed), name)
+
+
+def test_a_new_adapter_changes_nothing_and_only_it_learns(runner: Runner) -> None:
+    plain = runner.run(RECIPE, "plain").nets["backbone"].state_dict()
+    start = run(runner, "a", Adapter(rank=2), ema=0.0)
+    x, t, text = torch.randn(2, 4, 3, 3), torch.rand(2), Text(torch.randn(2, 1, 5, 8), torch.ones(2, 5).bool())
+    bare = runner.run(RECIPE, "bare").nets["backbone"]
+    assert torch.equal(start.nets["backbone"](x, t, text), bare(x, t, text))
+    start.train()
+    learned = runner.state("a", 6)
+    assert all(".lora_" in name for name in learned if name.startswith("net/backbone/"))
+    moved = checkpoint.read_weights(runner.folder / "a" / "model" / "transformer")
+    for name, layer in (("inner.weight", "inner"), ("words.weight", "words"), ("outer.weight", "outer")):
+        down, up = (learned[f"net/backbone/{layer}.lora_{side}.default.weight"] for side in "AB")
+        assert up.abs().max() > 0
+        torch.testing.assert_close(moved[name], plain[name] + up @ down)
+        assert torch.equal(moved[f"{layer}.bias"], plain[f"{layer}.bias"])
+
+
+def test_the_written_adapter_on_the_start_is_the_merged_model_to_peft_and_to_diffusers(
+    runner: Runner, tmp_path: Path
+) -> None:
+    run(runner, "a", Adapter(rank=2, scale=3.0)).train()
+    path = tmp_path / "a" / "adapters" / "backbone" / adapters.FILE
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert about["transformer.r"] == 2 and about["transformer.lora_alpha"] == 6.0
+    fresh = runner.run(RECIPE, "fresh").nets["backbone"]
+    targets = about["transformer.target_modules"]
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=6.0, target_modules=targets), fresh)
+    found = {k.removeprefix("transformer."): v for k, v in checkpoint.read_tensors(path).items()}
+    assert not set_peft_model_state_dict(fresh, found).unexpected_keys
+    adapters.merge(fresh)
+    same(fresh.state_dict(), runner.model("a"))
+
+
+def test_diffusers_reads_the_adapter_of_a_backbone(tmp_path: Path) -> None:
+    def build() -> LensTransformer2DModel:
+        torch.manual_seed(0)
+        shape = {"in_channels": 8, "out_channels": 2, "num_layers": 2, "num_attention_heads": 2}
+        model = LensTransformer2DModel(
+            **shape, attention_head_dim=8, axes_dims_rope=(2, 2, 4), enc_hidden_dim=8, selected_layer_index=(1, 3)
+        )
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        return model
+
+    ours, theirs = build(), build()
+    adapter = Adapter(rank=4, scale=0.5, targets=("attn.img_qkv", "img_mlp.w1"))
+    adapters.attach(ours, adapter)
+    for name, parameter in ours.named_parameters():
+        if adapters.owned(name):
+            nn.init.normal_(parameter)
+    assert len(adapters.tensors(ours)) == 2 * 2 * 2  # blocks, layers, A and B
+    adapters.save(ours, adapter, tmp_path / adapters.FILE, "transformer")
+    theirs.load_lora_adapter(tmp_path, weight_name=adapters.FILE, use_safetensors=True, prefix="transformer")
+    x, t = torch.randn(2, 8, 3, 3), torch.rand(2)
+    text = Text(torch.randn(2, 2, 5, 8), torch.ones(2, 5).bool())
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x, t, text), ours(x, t, text), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(build()(x, t, text), ours(x, t, text), atol=1e-2)
+        beside = ours(x, t, text)
+        adapters.merge(ours)
+        assert ours.state_dict().keys() == build().state_dict().keys()
+        torch.testing.assert_close(ours(x, t, text), beside, atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_with_an_adapter_resumes_bit_for_bit(runner: Runner) -> None:
+    run(runner, "whole", Adapter(rank=2)).train()
+    halved = run(runner, "halved", Adapter(rank=2))
+    halved.method.after_step = lambda step, nets: setattr(halved, "_stop", step == 2)  # type: ignore[method-assign]
+    assert halved.train().model is None
+    run(runner, "halved", Adapter(rank=2)).train()
+    same(runner.state("halved", 6), runner.state("whole", 6))
+    same(runner.model("halved"), runner.model("whole"))
+
+
+def test_an_adapter_that_fits_nothing_is_refused_by_name(runner: Runner) -> None:
+    with pytest.raises(ConfigError, match="no linear layer ends in 'img_qkv'; layers end in inner, outer, words"):
+        run(runner, "a", Adapter(targets=("img_qkv",)))
+    with pytest.raises(ConfigError, match="no role is called 'judge'; backbone, critic can learn"):
+        runner.run(evolve(RECIPE, train=evolve(RECIPE.train, adapters={"judge": Adapter()})), "b")
+    with pytest.raises(ConfigError, match="rank must be at least 1"):
+        Adapter(rank=0)
+    with pytest.raises(ConfigError, match="no linear layer to adapt"):
+        adapters.attach(nn.Conv2d(3, 3, 1), Adapter())
+
+
+def test_a_run_begun_before_an_option_existed_goes_on(runner: Runner) -> None:
+    first = runner.run(RECIPE, "a")
+    first.method.after_step = lambda step, nets: setattr(first, "_stop", step == 1)  # type: ignore[method-assign]
+    first.train()
+    path = runner.folder / "a" / "recipe.json"
+    data = json.loads(path.read_text())
+    del data["train"]["adapters"], data["train"]["threads"]
+    path.write_text(json.dumps(data))
+    assert runner.run(RECIPE, "a").train().steps == 6
+
+
+def test_compile_is_asked_of_every_role(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *_, **__: asked.append(self))
+    started = runner.run(evolve(RECIPE, train=evolve(RECIPE.train, compile=True)), "a")
+    assert asked == list(started.nets.values())
+    runner.run(RECIPE, "b")
+    assert len(asked) == 2
