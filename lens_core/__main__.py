@@ -66,6 +66,18 @@ def _outputs(output: Path, count: int) -> list[Path]:
     return paths
 
 
+def _lora(text: str) -> tuple[Path, float]:
+    """PATH or PATH:WEIGHT."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        place, factor = (Path(path), float(weight)) if colon else (Path(text), 1.0)
+    except ValueError:
+        place, factor = Path(text), 1.0
+    if not place.exists():
+        raise ConfigError(f"{place}: there is no such LoRA; give a .safetensors file or its folder, then :WEIGHT")
+    return place, factor
+
+
 def save_png(image: Any, path: Path, facts: dict[str, Any]) -> None:
     """Write a PIL picture whose text chunk `lens` holds the facts that drew it, as JSON."""
     from PIL.PngImagePlugin import PngInfo
@@ -90,6 +102,7 @@ def generate(
     prompts: Path | None = None,
     output: Annotated[Path, Parameter(alias="-o")] = Path("lens.png"),
     model: str = "tiny:",
+    lora: Annotated[list[str] | None, Parameter(negative="")] = None,
     seed: int | None = None,
     size: str | None = None,
     aspect_ratio: str | None = None,
@@ -111,6 +124,7 @@ def generate(
     prompts: A UTF-8 file with one prompt a line, instead of a prompt.
     output: The PNG to write; several pictures become NAME-0000.png, NAME-0001.png, …
     model: A folder, a Hub id org/name[@revision], or tiny:
+    lora: A LoRA file or folder, with a weight if you like: PATH or PATH:0.8. May be given more than once.
     seed: Picture i has the seed SEED + i. Random if not given, and printed.
     size: Height x width in px, for example 128x160.
     aspect_ratio: Width:height, for example 3:2, instead of a size.
@@ -129,7 +143,7 @@ def generate(
         raise ConfigError(f"images and batch must be at least 1, not {images} and {batch}")
     if steps is not None and steps < 1:
         raise ConfigError(f"steps must be at least 1, not {steps}")
-    paths = _outputs(output, len(texts))
+    paths, loras = _outputs(output, len(texts)), [_lora(text) for text in lora or ()]
     height, width = _size(size)
     if seed is None:
         import secrets
@@ -141,6 +155,8 @@ def generate(
 
     begun = time.perf_counter()
     pipeline = LensPipeline.from_pretrained(model, device=device, dtype=dtype)
+    for path, weight in loras:
+        pipeline.load_lora_weights(path, weight)
     loaded = time.perf_counter() - begun
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]

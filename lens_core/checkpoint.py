@@ -100,6 +100,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """The free text that a safetensors file carries beside its tensors; call `read_tensors` first, which checks it."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
 def _files(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     single = folder / f"{stem}.safetensors"

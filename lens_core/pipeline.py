@@ -12,7 +12,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
-from lens_core import checkpoint, flow
+from lens_core import adapters, checkpoint, flow
 from lens_core.catalog import Catalog
 from lens_core.config import Parts, Use, build, unstructure
 from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError, Text, did_you_mean
@@ -83,6 +83,8 @@ class LensPipeline:
         self.source, self.version = source, version
         self.plugins = dict(plugins or {})
         self.device = torch.device("cpu")
+        self.loras: list[str] = []  # what is folded into the backbone, as NAME:WEIGHT
+        self._plain: dict[str, Tensor] = {}  # the backbone's layers as they were before
 
     @classmethod
     def from_pretrained(
@@ -161,6 +163,19 @@ class LensPipeline:
         if device is not None:
             self.device = torch.device(device)
         return self
+
+    def load_lora_weights(self, path: str | Path, weight: float = 1.0) -> None:
+        """Fold a LoRA into the backbone, beside those already there. Reads the names of diffusers and PEFT, Comfy and
+        sd-scripts (`lens_core.adapters.read`). Sampling costs no more than before. Raises CheckpointError."""
+        if not math.isfinite(weight):
+            raise ConfigError(f"{path}: its weight is {weight}; give a finite number")
+        adapters.fold(self.backbone, adapters.read(Path(path).expanduser(), self.backbone), weight, self._plain)
+        self.loras.append(f"{Path(path).name}:{weight:g}")
+
+    def unload_lora_weights(self) -> None:
+        """Take every LoRA out again: the backbone's weights are bit for bit what they were."""
+        adapters.unfold(self.backbone, self._plain)
+        self.loras.clear()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the diffusers folder layout and `lens.json`. The description comes last: without it nothing is read."""
@@ -346,6 +361,7 @@ class LensPipeline:
         settings = {
             "height": high, "width": wide, "steps": steps, "guidance_scale": scale,
             "negative_prompt": negative_prompt or "", "model": self.source, "model_hash": self.version,
+            **({"loras": list(self.loras)} if self.loras else {}),
             **(self.text_encoder.provenance() if hasattr(self.text_encoder, "provenance") else {}),
         }  # fmt: skip
         if output_type == "latent":

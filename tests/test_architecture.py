@@ -22,7 +22,8 @@ LAYERS = [
     {"catalog"},
     {"config"},
     {"checkpoint"},
-    {"pipeline", "adapters"},
+    {"adapters"},
+    {"pipeline"},
     {"loop", "curation", "evaluation", "testing"},
     {"__main__"},
 ]

@@ -13,12 +13,14 @@ from lens_mmdit.model import LensTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
 from test_loop import RECIPE, Runner, runner, same
-from torch import nn
+from torch import Tensor, nn
 
 from lens_core import adapters, checkpoint
+from lens_core.catalog import Catalog
 from lens_core.config import Adapter
 from lens_core.loop import Run
-from lens_core.types import ConfigError, Text
+from lens_core.pipeline import LensPipeline
+from lens_core.types import CheckpointError, ConfigError, Text
 
 __all__ = ["runner"]
 
@@ -91,6 +93,128 @@ def test_diffusers_reads_the_adapter_of_a_backbone(tmp_path: Path) -> None:
         adapters.merge(ours)
         assert ours.state_dict().keys() == build().state_dict().keys()
         torch.testing.assert_close(ours(x, t, text), beside, atol=1e-5, rtol=1e-5)
+
+
+def backbone() -> nn.Module:
+    torch.manual_seed(0)
+    block = nn.ModuleDict({"img_qkv": nn.Linear(6, 8), "to_out": nn.ModuleList([nn.Linear(8, 4)])})
+    return nn.ModuleDict({"blocks": nn.ModuleList([block])})
+
+
+def pairs(rank: int = 2) -> dict[str, tuple[Tensor, Tensor]]:
+    rng = torch.Generator().manual_seed(1)
+    shapes = {"blocks.0.img_qkv": (6, 8), "blocks.0.to_out.0": (8, 4)}
+    return {
+        name: (torch.randn(rank, wide, generator=rng), torch.randn(tall, rank, generator=rng))
+        for name, (wide, tall) in shapes.items()
+    }
+
+
+LAYOUTS = {
+    "diffusers": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight", False),
+    "peft": ("base_model.model.{}.lora_A.default.weight", "base_model.model.{}.lora_B.default.weight", False),
+    "comfy": ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight", False),
+    "sd-scripts": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight", True),
+    "musubi": ("lora_unet_transformer_{}.lora_down.weight", "lora_unet_transformer_{}.lora_up.weight", True),
+}
+
+
+def written(path: Path, layout: str, header: dict[str, str] | None = None, **extra: Tensor) -> Path:
+    down_key, up_key, flat = LAYOUTS[layout]
+    tensors = dict(extra)
+    for name, (down, up) in pairs().items():
+        spelled = name.replace(".", "_") if flat else name
+        tensors |= {down_key.format(spelled): down, up_key.format(spelled): up}
+    checkpoint.save_tensors(path, tensors, header)
+    return path
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_names_means_the_same_change(layout: str, tmp_path: Path) -> None:
+    net, plain = backbone(), backbone()
+    adapters.fold(net, adapters.read(written(tmp_path / "a.safetensors", layout), net), 0.5, {})
+    for name, (down, up) in pairs().items():
+        was, now = plain.get_submodule(name), net.get_submodule(name)
+        torch.testing.assert_close(now.weight, was.weight + 0.5 * up @ down)
+        assert torch.equal(now.bias, was.bias)
+
+
+@pytest.mark.parametrize(
+    ("header", "extra", "scale"),
+    [
+        ({}, {}, 1.0),  # alpha is the rank
+        ({"ss_network_alpha": "6"}, {}, 3.0),
+        ({"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8})}, {}, 4.0),
+        ({"ss_network_alpha": "6"}, {"lora_unet_blocks_0_img_qkv.alpha": torch.tensor(1.0)}, 0.5),
+    ],
+)
+def test_alpha_is_the_layers_own_then_the_headers_then_the_rank(
+    header: dict[str, str], extra: dict[str, Tensor], scale: float, tmp_path: Path
+) -> None:
+    path = written(tmp_path / "a.safetensors", "sd-scripts", header, **extra)
+    assert adapters.read(path, backbone())["blocks.0.img_qkv"].scale == scale
+
+
+def test_several_are_folded_and_taken_out_exactly() -> None:
+    net, plain, kept = backbone().bfloat16(), backbone().bfloat16(), {}
+    changes = {name: adapters.Low(down, up, 1.0) for name, (down, up) in pairs().items()}
+    adapters.fold(net, changes, 0.7, kept)
+    adapters.fold(net, changes, -0.2, kept)
+    layer = "blocks.0.img_qkv"
+    expected = plain.get_submodule(layer).weight.float() + 0.5 * changes[layer].delta()
+    torch.testing.assert_close(net.get_submodule(layer).weight.float(), expected, atol=2e-2, rtol=1e-2)
+    assert not torch.equal(net.get_submodule(layer).weight, plain.get_submodule(layer).weight)
+    adapters.unfold(net, kept)
+    same(net.state_dict(), plain.state_dict())
+    assert not kept
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({"transformer.blocks.9.img_qkv.lora_A.weight": torch.ones(2, 6)}, r"1 of 5 tensors fit no layer .*blocks\.9"),
+        ({"nonsense": torch.ones(1)}, "1 of 5 tensors fit no layer .*nonsense"),
+        (
+            {"transformer.blocks.0.img_qkv.lora_A.weight": torch.ones(2, 7)},
+            r"is \[8, 6\] here, but \[8, 2\] x \[2, 7\]",
+        ),
+        ({"transformer.blocks.0.img_qkv.lora_A.weight": torch.ones(3, 6)}, "made for another model"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_whole(extra: dict[str, Tensor], says: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.safetensors", "diffusers")
+    checkpoint.save_tensors(path, checkpoint.read_tensors(path) | extra)
+    with pytest.raises(CheckpointError, match=says):
+        adapters.read(path, backbone())
+
+
+def test_half_an_adapter_and_a_broken_header_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.safetensors", "diffusers")
+    whole = checkpoint.read_tensors(path)
+    checkpoint.save_tensors(path, {k: v for k, v in whole.items() if "img_qkv.lora_B" not in k})
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.img_qkv has only its down"):
+        adapters.read(path, backbone())
+    checkpoint.save_tensors(path, whole, {"lora_adapter_metadata": "{"})
+    with pytest.raises(CheckpointError, match="header of the LoRA file cannot be read"):
+        adapters.read(path, backbone())
+
+
+def test_a_pipeline_draws_with_a_trained_lora_as_with_the_merged_model(runner: Runner, catalog: Catalog) -> None:
+    run(runner, "a", Adapter(rank=2)).train()
+    base = runner.run(RECIPE, "base").pipeline
+    merged = LensPipeline.from_pretrained(runner.folder / "a" / "model", catalog=catalog)
+
+    def draw(pipeline: LensPipeline) -> Any:
+        return pipeline("red", height=32, width=32, seed=0, num_inference_steps=4, output_type="latent")
+
+    before = draw(base).images
+    base.load_lora_weights(runner.folder / "a" / "adapters" / "backbone")
+    with_lora = draw(base)
+    assert with_lora.settings["loras"] == ["backbone:1"]
+    torch.testing.assert_close(with_lora.images, draw(merged).images, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(with_lora.images, before, atol=1e-3)
+    base.unload_lora_weights()
+    assert torch.equal(draw(base).images, before) and "loras" not in draw(base).settings
 
 
 def test_a_run_with_an_adapter_resumes_bit_for_bit(runner: Runner) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from lens_core import catalog as catalogs
 from lens_core.__main__ import main
 from lens_core.catalog import Catalog
+from lens_core.checkpoint import read_weights, save_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,25 @@ def test_a_picture_carries_what_drew_it(checkpoint: Path, capsys: pytest.Capture
     assert size == (48, 32)
     assert facts["prompt"] == "a red cat" and facts["seed"] == 7 and facts["steps"] == 3
     assert facts["model_hash"] == told["model_hash"] and told["file"] == "cat.png"
+
+
+def test_a_lora_changes_the_picture_by_its_weight(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    high, wide = read_weights(checkpoint / "transformer")["inner.weight"].shape
+    low = {
+        "transformer.inner.lora_A.weight": torch.ones(1, wide),
+        "transformer.inner.lora_B.weight": torch.ones(high, 1),
+    }
+    save_tensors(Path("a.safetensors"), low)
+    for name, loras in {"plain": (), "none": ("a.safetensors:0",), "all": ("a.safetensors",)}.items():
+        flags = [word for lora in loras for word in ("--lora", lora)]
+        assert draw(checkpoint, "a red cat", "--seed", "7", "-o", f"{name}.png", *flags) == 0
+    (_, plain, facts), (_, none, _), (_, full, told) = (look(f"{n}.png") for n in ("plain", "none", "all"))
+    assert none == plain != full
+    assert "loras" not in facts and told["loras"] == ["a.safetensors:1"]
+    capsys.readouterr()
+    assert "b.safetensors: there is no such LoRA" in refused(
+        capsys, draw(checkpoint, "x", "--lora", "b.safetensors:0.5")
+    )
 
 
 def test_pictures_do_not_depend_on_the_batch(checkpoint: Path) -> None:
