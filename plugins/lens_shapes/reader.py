@@ -7,7 +7,7 @@ colour noise of an autoencoder; what it cannot name it reports as "?", which no 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -24,20 +24,32 @@ Mask = NDArray[np.bool_]
 
 _THINGS = np.array(list(COLOURS.values()), np.float32)
 _BACKS = np.array(list(BACKGROUNDS.values()), np.float32)
-_GRID = 20  # side of a normalised mask
+_GRID = 24  # side of a normalised coverage, in cells
+_REACH = 1.05  # half of that side, in square roots of the thing's area: the tips of a star, and some room for blur
+_BLURS = (0.0, 0.5, 0.8, 1.1, 1.4)  # of the outlines, px
+_SMEARS = (0.0, 0.3, 0.55)  # of the glyphs, cells
 
 FAR = 48.0
 """RGB distance to the background from which a pixel may belong to a thing."""
+RIM = 2
+"""Width, px, of the soft edge that blur lays around a thing."""
+FAINT = 20.0
+"""RGB distance to the background under which that edge ends."""
 STRANGE = 85.0
 """RGB distance to every thing's colour from which a colour has no name."""
+BETWEEN = 0.7
+"""RGB distance to the nearest of the things' colours, as a share of that to the next one (to what lies behind), from
+which a colour lies between the two (a thing is only half drawn) and has no name."""
 LEAST = 0.0028
 """Area, in squared shorter sides, under which a spot is a blemish: a third of the smallest thing (a small star)."""
 CLEAR = 0.7
 """Correlation with the best glyph below which a letter has no name."""
 _NUDGES = tuple((down, right) for down in (0.0, -0.35, 0.35) for right in (0.0, -0.35, 0.35))
 """Where a letter is looked for about its place, in cells."""
-ALIKE = 0.74
-"""Overlap with the best outline below which a shape has no name."""
+ALIKE = 0.3
+"""Misfit (0: equal, 1.41: nothing shared) with the best outline from which a shape has no name."""
+RIVAL = 0.7
+"""Share of the next shape's misfit from which a shape lies between the two and has no name."""
 
 
 @frozen
@@ -81,15 +93,16 @@ def read(image: NDArray[np.uint8]) -> Reading:
     marks, count = ndimage.label(away > FAR)
     things: list[Seen] = []
     for number, where in enumerate(ndimage.find_objects(marks, count), start=1):
-        rows, columns = (slice(max(0, side.start - 1), side.stop + 1) for side in where)
-        mask = marks[rows, columns] == number
+        rows, columns = (slice(max(0, side.start - RIM), side.stop + RIM) for side in where)
+        near = marks[rows, columns]
+        mask = near == number
         if mask.sum() < LEAST * unit**2:
             continue
+        edge = ndimage.binary_dilation(mask, iterations=RIM) & (near == 0) & (away[rows, columns] > FAINT)
         patch, back = pixels[rows, columns], behind[rows, columns]
-        for alpha, colour in _split(patch, back, mask, away[rows, columns], unit):
-            seen = _thing(alpha, colour, rows.start, columns.start, height, width)
-            if seen is not None:
-                things.append(seen)
+        for alpha, colour, whole in _split(patch, back, mask, edge, away[rows, columns], unit):
+            if alpha.sum() >= LEAST * unit**2:
+                things.append(_thing(alpha, colour, whole, rows.start, columns.start, height, width))
     return Reading(tuple(sorted(things, key=lambda t: (t.x, t.y))), tuple(names), word, height, width)
 
 
@@ -117,6 +130,10 @@ def _background(pixels: Floats) -> tuple[list[str], Floats, Floats]:
     gaps = _gaps(smooth, colours)
     chosen = gaps.argmin(2)
     sure = gaps.min(2) < 25
+    if len(found) > 1:  # the pale rim of a stroke on one colour may resemble the other: only broad parts count
+        for number in range(2):
+            parts, _ = ndimage.label(sure & (chosen == number))
+            sure &= (parts == 0) | (np.bincount(parts.ravel()) > 0.02 * parts.size)[parts]
     if len(found) > 1 and sure.any():  # under a thing lies what lies beside it
         rows, columns = ndimage.distance_transform_edt(~sure, return_distances=False, return_indices=True)
         chosen = chosen[rows, columns]
@@ -146,8 +163,14 @@ def _ink(pixels: Floats, behind: Floats, away: Floats, unit: int) -> Floats:
 
 @cache
 def _glyphs() -> tuple[str, Floats]:
-    table = np.stack([_unit(glyph.ravel().astype(np.float32)) for glyph in GLYPHS.values()])
-    return "".join(GLYPHS), table
+    """The capitals, and each of them at several blurs as correlation rows [blurs * capitals, 35]."""
+    cell, rows = 8, []
+    for smear in _SMEARS:
+        for glyph in GLYPHS.values():
+            ink = np.pad(np.kron(glyph, np.ones((cell, cell))), cell)
+            summed = np.pad(ndimage.gaussian_filter(ink, smear * cell).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+            rows.append(_unit(_cells(summed, cell, cell, cell, cell).ravel()))
+    return "".join(GLYPHS), np.stack(rows)
 
 
 def _unit(cells: Floats) -> Floats:
@@ -159,7 +182,7 @@ def _unit(cells: Floats) -> Floats:
 def _read_word(ink: Floats, unit: int) -> str:
     """The capitals, left to right; "?" for a letter without a name; "" where nothing is written."""
     cell = CELL * unit
-    inside = ink > 0.5
+    inside = ink > 0.4
     if inside.sum() < 6 * cell**2:
         return ""
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
@@ -181,7 +204,7 @@ def _read_word(ink: Floats, unit: int) -> str:
             match = table @ _unit(grid.ravel())
             number = int(match.argmax())
             if match[number] > best[1]:
-                best = (letters[number], float(match[number]))
+                best = (letters[number % len(letters)], float(match[number]))
         word += best[0]
     return word
 
@@ -199,8 +222,11 @@ def _cells(summed: NDArray[Any], top: float, left: float, tall: float, wide: flo
     return np.asarray(total / ((y1 - y0)[:, None] * (x1 - x0)), np.float32)
 
 
-def _split(patch: Floats, back: Floats, mask: Mask, away: Floats, unit: int) -> list[tuple[Floats, str]]:
-    """A connected spot as (coverage [h,w], colour name) of each colour in it: two things that touch are still two."""
+def _split(
+    patch: Floats, back: Floats, mask: Mask, edge: Mask, away: Floats, unit: int
+) -> Iterator[tuple[Floats, str, bool]]:
+    """A connected spot with its soft edge as (coverage [h,w], colour name, whether it is drawn in full) of each colour
+    in it: two things that touch are still two."""
     distance = _gaps(patch, _THINGS)
     nearest = distance.argmin(2)
     core = ndimage.binary_erosion(mask)
@@ -212,77 +238,59 @@ def _split(patch: Floats, back: Floats, mask: Mask, away: Floats, unit: int) -> 
         solid = ndimage.binary_opening(core & (nearest == number), np.ones((3, 3)))
         if not found or solid.sum() > LEAST * unit**2:
             found.append(int(number))
-    parts = []
+    owner = np.array(found)[distance[:, :, found].argmin(2)]
     for number in found:
-        mine = mask & (np.array(found)[distance[:, :, found].argmin(2)] == number) if len(found) > 1 else mask
+        # blur pales thin parts: the half that is farthest from the background tells the colour
         inner = core & (nearest == number)
-        colour = np.median(patch[inner], axis=0) if inner.any() else np.median(patch[mine], axis=0)
-        name = list(COLOURS)[number] if np.linalg.norm(colour - _THINGS[number]) < STRANGE else "?"
+        inner &= away >= np.median(away[inner])
+        colour, behind = np.median(patch[inner], axis=0), np.median(back[inner], axis=0)
+        gap, rival = np.sort(np.linalg.norm(_THINGS - colour, axis=1))[:2]
+        name = list(COLOURS)[number] if gap < min(STRANGE, BETWEEN * rival) else "?"
         along = colour - back
         share = ((patch - back) * along).sum(2) / np.maximum((along**2).sum(2), 1.0)
-        parts.append((np.where(mine, np.clip(share, 0, 1), 0).astype(np.float32), name))
-    return parts
+        alpha = np.where((mask | edge) & (owner == number), np.clip(share, 0, 1), 0)
+        yield alpha.astype(np.float32), name, bool(gap < BETWEEN * np.linalg.norm(colour - behind))
 
 
-def _thing(alpha: Floats, colour: str, top: int, left: int, height: int, width: int) -> Seen | None:
+def _thing(alpha: Floats, colour: str, whole: bool, top: int, left: int, height: int, width: int) -> Seen:
+    """The coverage of one spot, whose corner lies at (top, left), as a thing. Only a whole one has a shape's name."""
     unit = min(height, width)
-    if alpha.sum() < LEAST * unit**2:
-        return None
-    box = _box(alpha)
-    if box is None:
-        return None
-    y0, y1, x0, x1 = box
-    seen, (shapes, bank, ratios) = _normal(alpha, box), _bank()
-    overlap = np.minimum(bank, seen).sum(1) / np.maximum(bank, seen).sum(1)
-    ratio = math.log((x1 - x0) / (y1 - y0))
-    overlap = overlap - 0.5 * np.maximum(np.abs(ratios - ratio) - 0.1, 0)
-    best = int(overlap.argmax())
-    shape = shapes[best] if overlap[best] > ALIKE else "?"
-    full = _area(shapes[best])
-    radius = math.sqrt(float(alpha.sum()) / full) / unit
+    sides, bank = _bank()
+    seen, y, x, side = _normal(alpha)
+    near = bank[np.argsort(np.abs(np.log(sides / side)))[:2]]  # [2, shapes, blurs, cells]
+    misfit = np.sqrt(np.maximum(2 - 2 * (near @ seen).max((0, 2)), 0))
+    best, next_ = np.argsort(misfit)[:2]
+    named = whole and misfit[best] < min(ALIKE, RIVAL * misfit[next_])
+    radius = side / math.sqrt(_area(SHAPES[best])) / unit
     size = min(SIZES, key=lambda name: abs(math.log(SIZES[name] / radius)))
-    return Seen(shape, colour, size, (left + (x0 + x1) / 2) / width, (top + (y0 + y1) / 2) / height, radius)
+    return Seen(SHAPES[best] if named else "?", colour, size, (left + x) / width, (top + y) / height, radius)
 
 
-def _box(alpha: Floats) -> tuple[int, int, int, int] | None:
-    inside = alpha > 0.5
-    if not inside.any():
-        return None
-    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-
-
-def _normal(alpha: Floats, box: tuple[int, int, int, int]) -> Floats:
-    """The boxed coverage, resampled to a square grid and flattened."""
-    y0, y1, x0, x1 = box
-    crop = alpha[y0:y1, x0:x1]
-    ys = (np.arange(_GRID) + 0.5) * crop.shape[0] / _GRID - 0.5
-    xs = (np.arange(_GRID) + 0.5) * crop.shape[1] / _GRID - 0.5
-    ylow, xlow = np.clip(np.floor(ys), 0, None).astype(int), np.clip(np.floor(xs), 0, None).astype(int)
-    yhigh, xhigh = np.minimum(ylow + 1, crop.shape[0] - 1), np.minimum(xlow + 1, crop.shape[1] - 1)
-    fy, fx = np.clip(ys - ylow, 0, 1)[:, None], np.clip(xs - xlow, 0, 1)[None]
-    upper = crop[np.ix_(ylow, xlow)] * (1 - fx) + crop[np.ix_(ylow, xhigh)] * fx
-    lower = crop[np.ix_(yhigh, xlow)] * (1 - fx) + crop[np.ix_(yhigh, xhigh)] * fx
-    return np.asarray(upper * (1 - fy) + lower * fy, np.float32).ravel()
+def _normal(alpha: Floats) -> tuple[Floats, float, float, float]:
+    """A coverage about its centre of mass in units of the root of its area, resampled to a grid of length one and
+    flattened; with that centre (y, x) and that root, in px. Neither hangs on single pixels, as a bounding box would."""
+    area = float(alpha.sum())
+    y, x = (float(alpha.sum(1 - axis) @ (np.arange(alpha.shape[axis]) + 0.5)) / area for axis in (0, 1))
+    side = math.sqrt(area)
+    steps = ((np.arange(_GRID) + 0.5) / _GRID * 2 - 1) * _REACH * side - 0.5
+    grid = np.stack(np.meshgrid(y + steps, x + steps, indexing="ij"))
+    cells = ndimage.map_coordinates(alpha, grid, order=1).ravel()
+    return np.asarray(cells / max(float(np.linalg.norm(cells)), 1e-6), np.float32), y, x, side
 
 
 @cache
-def _bank() -> tuple[list[str], Floats, Floats]:
-    """Every outline at several sizes and blurs, seen through the same normalisation, with log(width / height)."""
-    shapes, rows, ratios = [], [], []
-    for shape in SHAPES:
-        for radius in (5.5, 7.0, 9.0, 12.0, 17.0, 23.0):
-            for blur in (0.0, 0.7, 1.3):
-                side = int(2 * radius) + 12
-                sharp = coverage(shape, radius, side / 2, side / 2, side, side).astype(np.float32) / 255
-                alpha: Floats = ndimage.gaussian_filter(sharp, blur)
-                box = _box(alpha)
-                if box is None:  # cannot be: every outline is wider than its blur
-                    continue
-                shapes.append(shape)
-                rows.append(_normal(alpha, box))
-                ratios.append(math.log((box[3] - box[2]) / (box[1] - box[0])))
-    return shapes, np.stack(rows), np.array(ratios, np.float32)
+def _bank() -> tuple[Floats, Floats]:
+    """Every outline at several sizes (roots of areas, px: [N]) and blurs, seen through the same normalisation
+    [N, shapes, blurs, cells]."""
+    sides = 6.0 * 1.2 ** np.arange(12)
+    rows = []
+    for side in sides:
+        for shape in SHAPES:
+            radius = side / math.sqrt(_area(shape))
+            canvas = int(2 * radius) + 12
+            sharp = coverage(shape, radius, canvas / 2, canvas / 2, canvas, canvas).astype(np.float32) / 255
+            rows += [_normal(ndimage.gaussian_filter(sharp, blur))[0] for blur in _BLURS]
+    return sides.astype(np.float32), np.stack(rows).reshape(len(sides), len(SHAPES), len(_BLURS), -1)
 
 
 @cache
