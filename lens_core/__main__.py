@@ -120,23 +120,40 @@ def generate(
 
     Parameters
     ----------
-    prompt: What to draw.
-    prompts: A UTF-8 file with one prompt a line, instead of a prompt.
-    output: The PNG to write; several pictures become NAME-0000.png, NAME-0001.png, …
-    model: A folder, a Hub id org/name[@revision], or tiny:
-    lora: A LoRA file or folder, with a weight if you like: PATH or PATH:0.8. May be given more than once.
-    seed: Picture i has the seed SEED + i. Random if not given, and printed.
-    size: Height x width in px, for example 128x160.
-    aspect_ratio: Width:height, for example 3:2, instead of a size.
-    base_resolution: Side in px of the square with the same area.
-    steps: Sampler steps; the checkpoint's preset if not given.
-    guidance_scale: Strength of guidance; 1 runs no unconditional pass.
-    negative_prompt: What to keep away from.
-    images: Pictures a prompt.
-    batch: Pictures drawn at once; the pictures do not depend on it.
-    device: auto, cpu, cuda, cuda:1 …
-    dtype: auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
-    json_: Print one JSON object a picture.
+    prompt
+        What to draw.
+    prompts
+        A UTF-8 file with one prompt a line, instead of a prompt.
+    output
+        The PNG to write; several pictures become NAME-0000.png, NAME-0001.png, …
+    model
+        A folder, a Hub id org/name[@revision], or tiny:
+    lora
+        A LoRA file or folder, with a weight if you like: PATH or PATH:0.8. May be given more than once.
+    seed
+        Picture i has the seed SEED + i. Random if not given, and printed.
+    size
+        Height x width in px, for example 128x160.
+    aspect_ratio
+        Width:height, for example 3:2, instead of a size.
+    base_resolution
+        Side in px of the square with the same area.
+    steps
+        Sampler steps; the checkpoint's preset if not given.
+    guidance_scale
+        Strength of guidance; 1 runs no unconditional pass.
+    negative_prompt
+        What to keep away from.
+    images
+        Pictures a prompt.
+    batch
+        Pictures drawn at once; the pictures do not depend on it.
+    device
+        auto, cpu, cuda, cuda:1 …
+    dtype
+        auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
+    json_
+        Print one JSON object a picture.
     """
     texts = [t for t in _prompts(prompt, prompts) for _ in range(images)]
     if images < 1 or batch < 1:
@@ -200,8 +217,10 @@ def train(recipe: Path, *, out: Path | None = None) -> int:
 
     Parameters
     ----------
-    recipe: The YAML file.
-    out: The run's folder; runs/NAME-OF-RECIPE if not given.
+    recipe
+        The YAML file.
+    out
+        The run's folder; runs/NAME-OF-RECIPE if not given.
     """
     from lens_core.config import read_recipe
 
@@ -235,17 +254,28 @@ def bench(
 
     Parameters
     ----------
-    benchmark: A benchmark's name, for example shapes.
-    model: A folder, a Hub id org/name[@revision], or tiny:
-    out: The folder to write; runs/bench-NAME if not given.
-    prompts: How many prompts; the benchmark's own number if not given.
-    seed: Picture i has the seed SEED + i.
-    steps: Sampler steps; the checkpoint's preset if not given.
-    guidance_scale: The checkpoint's preset if not given.
-    size: Height x width in px.
-    batch: Pictures drawn at once.
-    device: auto, cpu, cuda, cuda:1 …
-    dtype: auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
+    benchmark
+        A benchmark's name, for example shapes.
+    model
+        A folder, a Hub id org/name[@revision], or tiny:
+    out
+        The folder to write; runs/bench-NAME if not given.
+    prompts
+        How many prompts; the benchmark's own number if not given.
+    seed
+        Picture i has the seed SEED + i.
+    steps
+        Sampler steps; the checkpoint's preset if not given.
+    guidance_scale
+        The checkpoint's preset if not given.
+    size
+        Height x width in px.
+    batch
+        Pictures drawn at once.
+    device
+        auto, cpu, cuda, cuda:1 …
+    dtype
+        auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
     """
     from lens_core.config import Use, build
 
@@ -304,7 +334,8 @@ def plugins(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = F
 
     Parameters
     ----------
-    json_: Print JSON instead of a table.
+    json_
+        Print JSON instead of a table.
     """
     from lens_core.protocols import KINDS
 
@@ -313,7 +344,7 @@ def plugins(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = F
     for plugin in catalog.plugins:
         # Asking a hook would import models; its presence tells enough, and `--json` keeps to it too.
         hooks = [k for k, (hook, _) in KINDS.items() if hasattr(plugin.module, hook)]
-        hooks += [r for r in ("lens_fetch", "lens_describe") if hasattr(plugin.module, r)]
+        hooks += [r for r in ("lens_commands", "lens_fetch", "lens_describe") if hasattr(plugin.module, r)]
         offers[plugin.name] = hooks
     if json_:
         rows = [
@@ -334,8 +365,21 @@ def plugins(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = F
     return 0
 
 
+OWN = tuple(name for name in app if not name.startswith("-"))
+
+
+def mount(catalog: Catalog) -> None:
+    """Make the plugins' commands part of `app`; what they run is imported when it is called."""
+    for name, place in catalog.commands(taken=OWN).items():
+        if name not in app:
+            app.command(place, name=name)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] not in OWN:  # a plugin's command, or help, which lists them
+        mount(Catalog.installed())
     warnings.showwarning = lambda message, *_: print(f"lens: {message}", file=sys.stderr)
     try:
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -198,6 +198,32 @@ class Catalog:
         if aside:
             message += " Set aside: " + "; ".join(f"{p.name} ({p.error})" for p in aside) + "."
         raise LensError(message)
+
+    def commands(self, taken: Collection[str] = ()) -> dict[str, str]:
+        """The commands that plugins bring: name -> "module:attribute". A name that is taken, or brought twice, is used
+        by nobody: its plugins are set aside."""
+        owners: dict[str, Plugin] = {}
+        found: dict[str, str] = {}
+        for plugin in list(self.plugins):
+            if plugin.error is not None or not hasattr(plugin.module, "lens_commands"):
+                continue
+            try:
+                offered = plugin.module.lens_commands()  # type: ignore[union-attr]  # hasattr has just asked
+                for name, place in offered.items():
+                    if not all(part.isidentifier() for part in f"{place}".replace(":", ".").split(".")):
+                        raise LensError(f'lens_commands[{name!r}] must be "module:attribute", not {place!r}')
+                    if name in taken:
+                        raise LensError(f"the command {name!r} is the core's own; give yours another name")
+                    if name in owners:
+                        both = f"two plugins bring the command {name!r}: {owners[name].name} and {plugin.name}"
+                        self._set_aside(owners[name], both)
+                        raise LensError(both)
+            except (Exception, SystemExit) as error:  # one plugin's fault stays its own
+                self._set_aside(plugin, f"in lens_commands: {_one_line(error)}")
+                continue
+            owners |= dict.fromkeys(offered, plugin)
+            found |= offered
+        return {name: place for name, place in found.items() if owners[name].error is None}
 
     def first(self, resolver: str, argument: Any) -> Any:
         """The first answer to a resolver hook, or None. A plugin that raises a LensError speaks for itself."""

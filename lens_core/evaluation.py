@@ -28,15 +28,23 @@ class Rate:
     missing: int = 0
 
 
+Z = 1.959963984540054  # standard deviations of a normal on each side of the middle 95 %
+
+
+def _interval(p: float, n: float) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share `p` of `n` (Wilson 1927)."""
+    centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def wilson(values: Sequence[float], missing: int = 0) -> Rate:
-    """The mean of verdicts in [0, 1] and its 95 % Wilson score interval (Wilson 1927). NaN where there is none."""
+    """The mean of verdicts in [0, 1] and its 95 % Wilson score interval. NaN where there is none."""
     n = len(values)
     if n == 0:
         return Rate(math.nan, 0.0, 1.0, 0, missing)
-    z, p = 1.959963984540054, sum(values) / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Rate(p, max(0.0, centre - half), min(1.0, centre + half), n, missing)
+    p = sum(values) / n
+    return Rate(p, *_interval(p, n), n, missing)
 
 
 def by_task(prompts: Sequence[Prompt], scores: Sequence[Score]) -> dict[str, Rate]:
@@ -51,15 +59,20 @@ def by_task(prompts: Sequence[Prompt], scores: Sequence[Score]) -> dict[str, Rat
 
 
 def overall(rates: Mapping[str, Rate], headline: Sequence[str]) -> Rate:
-    """The mean of the headline tasks' rates; its interval from the tasks' own variances (stratified, normal)."""
+    """The mean of the headline tasks' rates, with Wilson's interval for the effective number of pictures.
+
+    That is how many pictures of one task would give a mean as certain as this mean of tasks (Kish 1965). Its variances
+    are taken at the centres of the tasks' Wilson intervals, so that none is 0, even where all verdicts agree.
+    """
     used = [rates[t] for t in headline if t in rates and rates[t].count]
     if len(used) != len(headline):
         raise LensError("a headline task has no verdict at all; raise the number of prompts")
     value = sum(r.value for r in used) / len(used)
-    half = 1.959963984540054 * math.sqrt(sum(r.value * (1 - r.value) / r.count for r in used)) / len(used)
-    return Rate(
-        value, max(0.0, value - half), min(1.0, value + half), sum(r.count for r in used), sum(r.missing for r in used)
-    )
+    centres = [(r.value * r.count + Z * Z / 2) / (r.count + Z * Z) for r in used]
+    centre = sum(centres) / len(used)
+    variance = sum(c * (1 - c) / r.count for c, r in zip(centres, used, strict=True)) / len(used) ** 2
+    interval = _interval(value, centre * (1 - centre) / variance)
+    return Rate(value, *interval, sum(r.count for r in used), sum(r.missing for r in used))
 
 
 def draw(pipeline: LensPipeline, prompts: Sequence[Prompt], seed: int, batch: int, **settings: Any) -> Iterator[Tensor]:

@@ -78,6 +78,11 @@ def lens_llms() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec h
     """Language models to chat with."""
 
 
+@spec
+def lens_commands() -> dict[str, str]:  # type: ignore[empty-body]  # a spec has no body
+    """Commands of your own, as `lens NAME`: name -> "module:attribute" of a function or a cyclopts App."""
+
+
 @spec(firstresult=True)
 def lens_fetch(uri: str) -> Path | None:
     """Where the checkpoint called `uri` lies on this disk, or None. Local paths and Hub names are the core's, last."""

@@ -271,6 +271,11 @@ class Run:
         self.rng.set_state(tensors["rng"])
         torch.set_rng_state(tensors["torch_rng"])
         self.step = int(state["step"])
+        log = self.out / "log.jsonl"
+        if log.is_file():  # a run that was killed had logged steps that are made again now
+            lines = log.read_text(encoding="utf-8").splitlines()
+            kept = [f"{line}\n" for line in lines if _step(line) <= self.step]
+            checkpoint.write_atomic(log, lambda p: p.write_text("".join(kept), encoding="utf-8"))
 
     def _load(self, role: str, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `_own` gave."""
@@ -291,8 +296,13 @@ class Run:
             adapters.merge(self.nets[role])
         if self.train_config.weights == "bf16":
             self.pipeline.to(dtype=torch.bfloat16)
-        self.pipeline.save_pretrained(self.out / "model")
-        return self.out / "model"
+        final = self.out / "model"
+        partial = final.with_name(".model.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.pipeline.save_pretrained(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        return final
 
     def _same_recipe(self) -> None:
         path = self.out / "recipe.json"
@@ -311,6 +321,14 @@ class Run:
 
     def _signals(self) -> _Signals:
         return _Signals(self)
+
+
+def _step(line: str) -> float:
+    """The step that a line of the log is about; infinite where the line is cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class _Signals:

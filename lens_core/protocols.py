@@ -141,9 +141,28 @@ class Method(Protocol):
         """Who learns in this step, in order."""
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Any, rng: torch.Generator) -> Loss: ...
+
+    # `BaseMethod` has these three for a method that keeps nothing between steps.
     def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beyond the roles' weights: tensors, and what JSON can hold."""
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class BaseMethod:
+    """The three members that a method without a state of its own need not write: `class FlowMatching(BaseMethod)`."""
+
+    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises NotImplementedError where there is a state, which would be lost in silence."""
+        if state:
+            raise NotImplementedError(f"{type(self).__name__} saves {', '.join(state)}; write its load_state_dict")
 
 
 KINDS: dict[str, tuple[str, type[Any]]] = {

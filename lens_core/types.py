@@ -118,12 +118,15 @@ class Text:
 class Batch:
     """Training samples of one size. `images` uint8 [B,3,H,W] (None where only captions count); `captions` one each.
 
-    `keys` name the samples for caches: equal keys mean equal images. An empty tuple forbids caching.
+    `keys` name the samples for caches: equal keys mean equal images. An empty tuple forbids caching. A dataset that
+    has them encoded gives `latents` [B,C,h,w] and `text` instead, and methods encode nothing.
     """
 
     images: Tensor | None
     captions: tuple[str, ...]
     keys: tuple[int, ...] = ()
+    latents: Tensor | None = None
+    text: Text | None = None
 
     def __len__(self) -> int:
         return len(self.captions)

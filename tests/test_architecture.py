@@ -129,14 +129,14 @@ def specs() -> dict[str, object]:
 
 
 def test_every_hook_is_prefixed_and_documented() -> None:
-    assert len(specs()) == 14
+    assert len(specs()) == 15
     for name, hook in specs().items():
         assert name.startswith("lens_")
         assert inspect.getdoc(hook), name
 
 
 def test_every_provider_hook_has_a_kind_and_takes_nothing() -> None:
-    providers = {n: f for n, f in specs().items() if n not in ("lens_fetch", "lens_describe")}
+    providers = {n: f for n, f in specs().items() if n not in ("lens_commands", "lens_fetch", "lens_describe")}
     assert set(providers) == {hook for hook, _ in protocols.KINDS.values()}
     for name, hook in providers.items():
         assert not inspect.signature(hook).parameters, name  # type: ignore[arg-type]  # a function
@@ -158,7 +158,7 @@ def test_the_core_stays_small() -> None:
         if path.stem != "testing"  # for plugin authors' tests; nothing runs through it
         for line in path.read_text(encoding="utf-8").splitlines()
     )
-    assert 1000 < code < 2200, f"{code} lines"
+    assert 1000 < code < 2400, f"{code} lines"
 
 
 def test_randomness_is_an_argument() -> None:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from lens_core import hookspecs
-from lens_core.__main__ import app
+from lens_core.__main__ import app, mount
 from lens_core.catalog import Catalog
 from lens_core.config import read_recipe
 from lens_core.protocols import KINDS
@@ -64,6 +64,7 @@ def test_a_command_line_parses(where: str, command: str) -> None:
         assert set(arguments) <= set(targets)
         return
     assert program == "lens", f"{where}: a shell block holds lens and make lines only, so that each can be checked"
+    mount(Catalog.installed())
     app.parse_args(arguments, exit_on_error=False, print_error=False)
     for word in arguments:
         assert not word.startswith("examples/") or (ROOT / word).is_file()

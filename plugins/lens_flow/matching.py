@@ -10,6 +10,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from lens_core import flow
+from lens_core.protocols import BaseMethod
 from lens_core.types import Batch, ConfigError, LensError, Loss, Text
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Sample:
         return len(self.z)
 
 
-class FlowMatching:
+class FlowMatching(BaseMethod):
     """Mean squared error between the backbone's velocity at x_t and noise - data, for t logit-normal.
 
     The mean of logit(t) is linear in the latent cells of the picture: larger pictures need more noise.
@@ -93,20 +94,13 @@ class FlowMatching:
         total = (v.float() - flow.velocity(z, noise)).square().mean()
         return Loss(total, {"loss": total.detach()})
 
-    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
-
     # What is cached is encoded alone: it must not depend on its neighbours, or a resumed run, whose cache starts
     # empty, would differ in the last bits.
 
     @torch.no_grad()
     def _encode_images(self, batch: Batch) -> Tensor:
+        if batch.latents is not None:
+            return batch.latents
         if batch.images is None:
             raise LensError("flow_matching: the dataset yields captions only; name one that yields pictures")
         pixels = batch.images.float() / 127.5 - 1
@@ -119,6 +113,8 @@ class FlowMatching:
 
     @torch.no_grad()
     def _encode_captions(self, batch: Batch) -> Text:
+        if batch.text is not None:
+            return batch.text
         if not self.config.cache_texts:
             text: Text = self.pipeline.text_encoder.encode(batch.captions)
             return text

@@ -13,13 +13,14 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
+from lens_core.protocols import BaseMethod
 from lens_core.types import Batch, ConfigError, LensError, Loss
 
 if TYPE_CHECKING:
     from lens_core.pipeline import LensPipeline
 
 
-class Autoencode:
+class Autoencode(BaseMethod):
     """loss = l1 |e| + l2 e^2 + edges |de| + kl KL, each a mean over its elements, for the pixel error e in [-2, 2]."""
 
     @frozen
@@ -85,15 +86,6 @@ class Autoencode:
         parts = _terms(guess.float() - pixels.to(guess.device), mean.float(), logvar.float())
         total = sum((getattr(self.config, name) * part for name, part in parts.items()), guess.new_zeros(()).float())
         return Loss(total, {name: part.detach() for name, part in parts.items()})
-
-    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
 
 
 def _crop(batch: Batch, side: int, rng: torch.Generator) -> Batch:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from lens_core.protocols import BaseMethod
 from lens_core.types import Batch, ConfigError, Loss
 from lens_gpt_oss.encoder import GptOssEncoder
 from lens_gpt_oss.template import train_tokenizer, wrap_tokenizer
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from lens_core.pipeline import LensPipeline
 
 
-class LanguageModel:
+class LanguageModel(BaseMethod):
     """loss = cross entropy of the tokens after the head, in nats a token, + balance * the experts' imbalance."""
 
     @frozen
@@ -71,9 +72,6 @@ class LanguageModel:
         nll = cross_entropy(logits[counts].float(), ids[:, head:][counts])
         uneven = imbalance(routes.flatten(1, 2)[:, mask[:, :-1].flatten()], self.encoder.config.num_experts_per_tok)
         return Loss(nll + self.config.balance * uneven, {"nll": nll.detach(), "imbalance": uneven.detach()})
-
-    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
-        pass
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.encoder.tokenizer is None else _state(self.encoder.tokenizer)

@@ -173,3 +173,41 @@ def test_every_installed_plugin_keeps_its_contract() -> None:
         catalog.entries(kind)
     assert {p.name: p.error for p in catalog.plugins if p.error} == {}
     assert catalog.version("lens_flux2") == f"lens-t2i=={importlib.metadata.version('lens-t2i')}"
+
+
+def commanding(name: str, table: object) -> types.ModuleType:
+    @hookimpl
+    def lens_commands() -> object:
+        return table
+
+    module = types.ModuleType(name)
+    module.lens_commands = lens_commands  # type: ignore[attr-defined]
+    return module
+
+
+def test_commands_are_named_and_not_imported() -> None:
+    catalog = Catalog.of(
+        commanding("one", {"data": "no_such_module.anywhere:app"}), commanding("two", {"judge": "a:b"})
+    )
+    assert catalog.commands(taken=("train",)) == {"data": "no_such_module.anywhere:app", "judge": "a:b"}
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"train": "a:b"}, "'train' is the core's own"),
+        ({"data": "rm -rf /"}, 'must be "module:attribute"'),
+        ({"data": 3}, 'must be "module:attribute"'),
+        (["data"], "in lens_commands"),
+    ],
+)
+def test_a_command_that_cannot_be_sets_its_plugin_aside(table: object, says: str) -> None:
+    catalog = Catalog.of(commanding("bad", table), commanding("good", {"judge": "a:b"}))
+    assert catalog.commands(taken=("train",)) == {"judge": "a:b"}
+    assert says in (catalog.plugins[0].error or "") and catalog.plugins[1].error is None
+
+
+def test_a_command_that_two_plugins_bring_is_nobodys() -> None:
+    catalog = Catalog.of(*(commanding(name, {"data": "a:b"}) for name in ("one", "two")))
+    assert catalog.commands() == {}
+    assert all("two plugins bring the command 'data'" in (p.error or "") for p in catalog.plugins)

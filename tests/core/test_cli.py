@@ -213,3 +213,24 @@ def test_the_module_runs_as_a_program() -> None:
     done: Any = run("-m", "lens_core", "plugins", LENS_PLUGINS="shapes")
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["lens_shapes"]
+
+
+def test_a_plugins_command_runs_by_its_name(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from lens_core import catalog as catalogs
+from lens_core.catalog import Catalog
+import brings
+catalogs.Catalog.installed = classmethod(lambda cls: Catalog.of(brings))
+from lens_core.__main__ import main
+assert main(["weigh", "--times", "3"]) == 7
+assert main(["--help"]) == 0
+"""
+    (tmp_path / "brings.py").write_text(
+        "from lens_core import hookimpl\n@hookimpl\ndef lens_commands():\n    return {'weigh': 'scales:weigh'}\n"
+    )
+    (tmp_path / "scales.py").write_text("def weigh(*, times: int = 1) -> int:\n    return 4 + times\n")
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "weigh" in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import toy
@@ -48,7 +49,52 @@ def test_the_overall_score_is_the_mean_of_the_headline_tasks() -> None:
     total = overall(rates, ("a", "b"))
     assert total.value == 0.75
     assert total.count == 20
-    assert total.high - total.value == pytest.approx(1.959964 * math.sqrt(0.25 / 10) / 2, abs=1e-6)
+    # Wilson's closed form at p = 0.75, for the effective number of pictures n, by hand with z² = 3.841459: the centres
+    # of the tasks' intervals are 11.920729 / 13.841459 and 0.5, their mean is 0.680617
+    n = 0.680617 * 0.319383 / ((0.861234 * 0.138766 + 0.25) / 40)
+    z2 = 3.841459
+    centre, half = 0.75 + z2 / (2 * n), math.sqrt(z2 * (0.75 * 0.25 / n + z2 / (4 * n * n)))
+    assert (total.low, total.high) == pytest.approx(
+        ((centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("hits", [0, 3, 10])
+def test_the_overall_interval_of_one_task_is_its_own(hits: int) -> None:
+    rate = wilson([1.0] * hits + [0.0] * (10 - hits), missing=2)
+    total = overall({"a": rate}, ("a",))
+    assert (total.value, total.low, total.high) == pytest.approx((rate.value, rate.low, rate.high), abs=1e-12)
+    assert (total.count, total.missing) == (10, 2)
+
+
+@pytest.mark.parametrize("hits", [0, 1, 35, 70])
+def test_tasks_that_are_alike_are_one_task_of_all_their_pictures(hits: int) -> None:
+    task = wilson([1.0] * hits + [0.0] * (70 - hits))
+    total, pooled = overall(dict.fromkeys("abcdef", task), "abcdef"), wilson([1.0] * 6 * hits + [0.0] * 6 * (70 - hits))
+    assert (total.value, total.low, total.high) == pytest.approx((pooled.value, pooled.low, pooled.high), abs=1e-12)
+    assert total.high - total.low > 0.009, "not even verdicts that all agree leave no doubt"
+
+
+@pytest.mark.parametrize(
+    ("truth", "count"),
+    [
+        ((0.0, 1.0, 0.5, 0.3, 0.8, 0.95), 71),  # six tasks of 71 pictures, as in the benchmark of shapes
+        ((0.02, 0.05, 0.1, 0.02, 0.0, 0.01), 71),
+        ((0.01,) * 6, 71),
+        ((0.93, 0.97, 0.99, 0.8, 0.6, 0.9), 71),
+        ((0.9, 0.98, 1.0), 20),
+        ((0.5, 0.5), 10),
+    ],
+)
+def test_the_overall_interval_holds_the_truth_in_95_of_100_draws(truth: tuple[float, ...], count: int) -> None:
+    rates = [wilson([1.0] * hits + [0.0] * (count - hits)) for hits in range(count + 1)]
+    draws = np.random.default_rng(0).binomial(count, truth, (5000, len(truth)))
+    names = "abcdef"[: len(truth)]
+    totals = [overall({n: rates[h] for n, h in zip(names, hits, strict=True)}, names) for hits in draws.tolist()]
+    held = sum(t.low <= sum(truth) / len(truth) <= t.high for t in totals) / len(totals)
+    # Counts are whole numbers, so no interval holds the truth in exactly 95 %.
+    assert 0.945 <= held <= 0.975
+    assert all(t.low < t.high for t in totals)
 
 
 def test_a_headline_task_without_a_verdict_is_an_error() -> None:

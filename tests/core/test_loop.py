@@ -114,14 +114,18 @@ def test_a_killed_run_goes_on_bit_for_bit_from_its_last_checkpoint(
     same(runner.model("whole"), runner.model("killed"))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "json", "gone", "schema"])
+@pytest.mark.parametrize("damage", ["truncate", "halve", "empty", "zeros", "json", "gone", "schema"])
 def test_a_damaged_checkpoint_falls_back_on_the_one_before(damage: str, runner: Runner, tmp_path: Path) -> None:
     runner.run(recipe(), "whole").train()
     newest = tmp_path / "whole" / "checkpoints" / "step-0000006"
     before = runner.state("whole", 6)
     tensors, state = newest / "state.safetensors", newest / "state.json"
-    if damage == "truncate":
-        tensors.write_bytes(tensors.read_bytes()[:-10])
+    whole = tensors.read_bytes()
+    # zeros are what a power failure may leave: the length without the content
+    damaged = {"truncate": whole[:-10], "halve": whole[: len(whole) // 2], "empty": b"", "zeros": bytes(len(whole))}
+    if damage in damaged:
+        tensors.unlink()  # a new file: `before` still reads the old one
+        tensors.write_bytes(damaged[damage])
     elif damage == "json":
         state.write_text(state.read_text()[:-10])
     elif damage == "gone":

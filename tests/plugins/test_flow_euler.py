@@ -11,6 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from lens_flow.euler import Euler, published_mu
 
 from lens_core.flow import guide
+from lens_core.testing import check_sampler
 from lens_core.types import ConfigError
 
 EULER = Euler(Euler.Config())
@@ -38,9 +39,9 @@ def test_the_times_are_those_of_diffusers(size, steps):
     assert torch.equal(times, scheduler.sigmas)
 
 
-def test_times_fall_from_one_to_zero():
-    times = EULER.times((8, 8), 20)
-    assert times.shape == (21,) and times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
+@pytest.mark.parametrize("mu", [None, -1.0])
+def test_it_keeps_the_contract_of_a_sampler(mu):
+    check_sampler(Euler(Euler.Config(mu=mu)))
 
 
 def test_mu_can_be_set():
@@ -48,13 +49,6 @@ def test_mu_can_be_set():
     torch.testing.assert_close(even, torch.tensor([1, 0.75, 0.5, 0.25, 0]))
     shifted = Euler(Euler.Config(mu=math.log(3))).times((8, 8), 2)
     torch.testing.assert_close(shifted, torch.tensor([1, 0.75, 0]))
-
-
-def test_a_constant_velocity_leads_from_the_noise_to_the_data():
-    noise, data = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    walk = list(EULER.walk(lambda x, t: noise - data, noise, 7))
-    assert len(walk) == 7 and walk[-1][0] == 0.0
-    torch.testing.assert_close(walk[-1][1], data)
 
 
 def test_a_linear_velocity_is_integrated_by_products():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ from attrs import evolve
 from lens_flow.matching import Cache, FlowMatching, Sample
 from torch import Tensor, nn
 
+from lens_core.pipeline import LensPipeline
+from lens_core.testing import check_method
 from lens_core.types import Batch, ConfigError, LensError, Text
 
 
@@ -80,17 +83,10 @@ def test_a_step_holds_the_latents_and_the_texts_of_its_batch():
     assert not sample.z.requires_grad
 
 
-def test_encoding_leaves_gradients_on_while_the_step_is_out():
-    m = method()
-    for _ in m.steps(iter([batch()]), m.roles(), rng()):
-        assert torch.is_grad_enabled()
-
-
-def test_batches_are_not_pulled_ahead():
-    m = method()
-    left = iter([batch(), batch()])
-    next(iter(m.steps(left, m.roles(), rng())))
-    assert len(list(left)) == 1
+@pytest.mark.parametrize("cache", [False, True])
+def test_it_keeps_the_contract_of_a_method(cache):
+    made = partial(method, cache_latents=cache, cache_texts=cache)
+    check_method(made, [batch(keys=(5, 6)), batch(("gh", "abc"), (7, 8)), batch(keys=(5, 6))])
 
 
 def test_the_loss_is_the_mean_squared_error_of_the_velocity():
@@ -204,3 +200,11 @@ def test_captions_alone_are_refused():
 def test_an_impossible_config_is_refused(config):
     with pytest.raises(ConfigError, match="flow_matching: "):
         FlowMatching.Config(**config)
+
+
+def test_a_batch_that_is_encoded_already_is_taken_as_it_is() -> None:
+    z, text = torch.randn(2, 4, 3, 3), Text(torch.randn(2, 1, 5, 8), torch.ones(2, 5, dtype=torch.bool))
+    method = FlowMatching(FlowMatching.Config(), LensPipeline())  # which has nothing to encode with
+    batch = Batch(None, ("a", "b"), latents=z, text=text)
+    (sample,) = next(method.steps(iter([batch]), {}, torch.Generator()))
+    assert sample.z is z and sample.text is text

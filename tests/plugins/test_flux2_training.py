@@ -10,6 +10,7 @@ from attrs import evolve
 from lens_flux2.training import Autoencode
 from lens_flux2.vae import Flux2VAE
 
+from lens_core.testing import check_method
 from lens_core.types import Batch, ConfigError, LensError
 
 SMALL = Flux2VAE.Config(
@@ -102,21 +103,8 @@ def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_statistics():
     assert int(m.vae.net.bn.num_batches_tracked) == 0 and m.vae.net.bn.running_var.isfinite().all()
 
 
-def test_a_resumed_run_is_the_uninterrupted_one():
-    def train(m: Autoencode, steps: range) -> dict[str, torch.Tensor]:
-        optimizer = torch.optim.SGD(m.vae.parameters(), 0.1)
-        for i in steps:
-            optimizer.zero_grad()
-            m.loss("vae", m.roles(), batch(i), rng(i)).total.backward()
-            optimizer.step()
-        return m.vae.state_dict()
-
-    whole = train(method(), range(4))
-    half = {k: v.clone() for k, v in train(method(), range(2)).items()}
-    second = method()
-    second.vae.load_state_dict(half)
-    resumed = train(second, range(2, 4))
-    assert all(torch.equal(v, resumed[k]) for k, v in whole.items())
+def test_it_keeps_the_contract_of_a_method():
+    check_method(lambda: method(crop=8, crop_share=0.5), [batch(i) for i in range(3)])
 
 
 def test_a_few_steps_make_the_reconstruction_better():

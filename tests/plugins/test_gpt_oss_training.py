@@ -12,7 +12,7 @@ from lens_gpt_oss.encoder import GptOssEncoder
 from lens_gpt_oss.template import CHAT_TEMPLATE, CONTROLS, Wrapper, render, train_tokenizer
 from lens_gpt_oss.training import LanguageModel, imbalance
 
-from lens_core.protocols import Method
+from lens_core.testing import check_method
 from lens_core.types import Batch, CheckpointError, ConfigError
 
 CAPTIONS = tuple(
@@ -56,8 +56,9 @@ def first_step(of: LanguageModel, stream: Iterator[Batch]) -> Batch:
     return next(of.steps(stream, of.roles(), torch.Generator()))[0]
 
 
-def test_it_is_a_method() -> None:
-    assert isinstance(method(), Method)
+def test_it_keeps_the_contract_of_a_method() -> None:
+    stream = batches()
+    check_method(method, [next(stream) for _ in range(3)])
 
 
 def test_the_first_batches_make_the_tokenizer_and_are_not_learned_from() -> None:

@@ -1,0 +1,29 @@
+"""Pictures with captions, on disk and on their way into training.
+
+store      the training store: a LanceDB database with every picture, its size and its captions
+imports    fills the store from a folder, from WebDataset tars, from a Hugging Face dataset folder
+pictures   image files as upright RGB, resized and cropped to a size
+buckets    which training size a picture is for: a table of areas and aspect ratios
+dataset    dataset `store`: seeded, shuffled, resumable batches of one size
+caching    latents and text features, encoded once and kept beside the pictures
+packing    batches of mixed sizes that cost every rank the same, filled by a FLOP budget
+commands   what `lens data` can do: import, show, cache
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lens_core import hookimpl
+
+
+@hookimpl
+def lens_datasets() -> dict[str, type[Any]]:
+    from lens_data.dataset import StoreDataset
+
+    return {"store": StoreDataset}
+
+
+@hookimpl
+def lens_commands() -> dict[str, str]:
+    return {"data": "lens_data.commands:app"}

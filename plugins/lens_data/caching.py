@@ -1,0 +1,143 @@
+"""Latents and text features, computed once: a table beside the pictures, one a cache, that training reads instead.
+
+A row is a key with tensors: `z:ID:HxW` holds the latent of a picture at a size, `t:HASH` the features of a caption.
+Everything is encoded alone, so that what is cached depends neither on its neighbours nor on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from lens_core.pipeline import to_pixels
+from lens_core.types import LensError
+from lens_data import pictures
+from lens_data.buckets import Size
+from lens_data.store import Store
+
+if TYPE_CHECKING:
+    from lens_core.pipeline import LensPipeline
+
+FLUSH = 64 * 1024**2  # bytes of tensors held back before they are written
+_CHUNK = 64  # pictures read at once
+
+
+def latent_key(picture: str, size: Size) -> str:
+    return f"z:{picture}:{size[0]}x{size[1]}"
+
+
+def text_key(caption: str) -> str:
+    return f"t:{hashlib.sha256(caption.encode()).hexdigest()}"
+
+
+def encoders(pipeline: LensPipeline) -> str:
+    """A digest of the VAE's and the text encoder's weights and provenance: caches of different ones must not mix."""
+    digest = hashlib.sha256()
+    for part in (pipeline.vae, pipeline.text_encoder):
+        # What pictures must record, a pinned date for instance, changes features just as weights do.
+        digest.update(f"{type(part).__name__} {getattr(part, 'provenance', None)}".encode())
+        for name, value in part.state_dict().items() if isinstance(part, nn.Module) else ():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Cache:
+    """The cache `name` of a store as it is now. It is made where `made_by`, a digest of `encoders`, is given."""
+
+    def __init__(self, store: Store, name: str, made_by: str = "") -> None:
+        self.name = name
+        self._table = store.beside(f"cache-{name}", {"key": "string", "data": "large_binary"}, made_by)
+        if self._table is None:
+            raise LensError(f"{store.path}: has no cache {name!r}; fill it with `lens data cache`")
+        metadata = self._table.schema.metadata or {}
+        written = metadata.get(b"lens.made_by", b"").decode()
+        if made_by and written != made_by:
+            raise LensError(f"the cache {name!r} is of another VAE or text encoder; give the new one another name")
+        table = self._table.search().select(["key"]).with_row_id(True).to_arrow()
+        self._rows: dict[str, int] = dict(zip(table["key"].to_pylist(), table["_rowid"].to_pylist(), strict=True))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def get(self, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """The tensors of these keys, which must be there; none for a picture that could not be decoded."""
+        keys = set(keys)
+        if missing := keys - self._rows.keys():
+            raise LensError(f"the cache {self.name!r} lacks {len(missing)} entries; run `lens data cache` again")
+        wanted = sorted(self._rows[key] for key in keys)
+        found = self._table.take_row_ids(wanted).select(["key", "data"]).to_arrow().to_pylist()
+        return {row["key"]: from_bytes(row["data"]) if row["data"] else {} for row in found}
+
+    def add(self, rows: Mapping[str, bytes]) -> None:
+        """Append rows that are not there yet. What is added is seen when the cache is opened again."""
+        self._table.add([{"key": key, "data": data} for key, data in rows.items()])
+
+
+def fill(
+    store: Store,
+    cache: Cache,
+    pipeline: LensPipeline,
+    latents: Mapping[str, tuple[int, Size]],
+    texts: Mapping[str, str],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Encode this rank's share of what `cache` lacks: pictures (row id, size) and captions, by key.
+
+    Killed and run again, it goes on. A corrupt picture is told, and noted in the cache, so that training replaces it.
+    """
+    held: dict[str, bytes] = {}
+    size = done = corrupt = 0
+
+    def flush() -> None:
+        nonlocal size
+        if held:
+            cache.add(held)
+            say(f"cache {cache.name}: {done} encoded")
+            held.clear()
+            size = 0
+
+    lacking = sorted(k for k in (*latents, *texts) if k not in cache and int(k.split(":")[1][:15], 16) % world == rank)
+    for start in range(0, len(lacking), _CHUNK):
+        keys = lacking[start : start + _CHUNK]
+        numbers = [latents[key][0] for key in keys if key in latents]
+        rows = store.rows(numbers, "image") if numbers else {}
+        for key in keys:
+            if key in texts:
+                tensors = _text(pipeline, texts[key])
+            else:
+                number, shape = latents[key]
+                tensors = _latent(pipeline, rows[number]["image"], shape)
+                corrupt += not tensors
+            held[key] = to_bytes(tensors) if tensors else b""
+            size += len(held[key])
+            done += 1
+            if size >= FLUSH:
+                flush()
+    flush()
+    say(f"cache {cache.name}: rank {rank} of {world} is done; {done} encoded, {corrupt} corrupt pictures")
+
+
+@torch.no_grad()
+def _latent(pipeline: LensPipeline, data: bytes, size: Size) -> dict[str, Tensor]:
+    try:
+        image = pictures.fit(pictures.read(data), size)
+    except pictures.PictureError:
+        return {}
+    pixels = to_pixels(torch.from_numpy(image)[None].permute(0, 3, 1, 2))
+    return {"z": pipeline.vae.encode(pixels)[0].cpu().contiguous()}
+
+
+@torch.no_grad()
+def _text(pipeline: LensPipeline, caption: str) -> dict[str, Tensor]:
+    text = pipeline.text_encoder.encode([caption])
+    return {"features": text.features[0].cpu().contiguous(), "mask": text.mask[0].cpu().contiguous()}

@@ -1,0 +1,141 @@
+"""What `lens data` can do, as plain functions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cyclopts import App
+
+from lens_core.types import ConfigError
+from lens_data import imports
+from lens_data.buckets import LENS, Table, assign
+from lens_data.store import Store
+
+_FORMATS: dict[str, Callable[..., imports.Report]] = {
+    "folder": imports.import_folder,
+    "tars": imports.import_tars,
+    "parquet": imports.import_parquet,
+}
+
+
+def import_(
+    store: str, path: Path, *, format: str = "auto", caption: str = "dense", source: str = "", update: bool = False
+) -> int:
+    """Import pictures with captions into a training store; what cannot be used is told by reason.
+
+    Parameters
+    ----------
+    store
+        The store's folder or URI; made if it is not there.
+    path
+        A folder of pictures with captions, WebDataset tars, or a Hugging Face dataset folder.
+    format
+        folder, tars or parquet; auto looks at what is there.
+    caption
+        What a caption is that does not say so: brief or dense.
+    source
+        The name of the origin that is noted with each picture; the path's own if not given.
+    update
+        Replace the captions of pictures that the store has already.
+    """
+    if format == "auto":
+        format = _format(path)
+    if format not in _FORMATS:
+        raise ConfigError(f"no import is called {format!r}; known: auto, {', '.join(_FORMATS)}")
+    print(_FORMATS[format](store, path, caption=caption, source=source, update=update))
+    return 0
+
+
+def show(store: str) -> int:
+    """Tell what a training store holds: sources, sizes, captions, and the pictures in each bucket of Lens.
+
+    Parameters
+    ----------
+    store
+        The store's folder or URI.
+    """
+    print(summary(Store(store)))
+    return 0
+
+
+def cache(recipe: Path, *, rank: int = 0, world: int = 1) -> int:
+    """Encode once what training by a recipe would encode again and again; killed and run again, it goes on.
+
+    Parameters
+    ----------
+    recipe
+        The YAML file; its dataset is a store that names a cache, its pipeline holds the encoders.
+    rank
+        Which share of the work to do, of WORLD equal ones.
+    world
+        How many shares there are; each may run on a machine of its own.
+    """
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank {rank} must be at least 0 and below world, {world}")
+    import torch
+
+    from lens_core.catalog import Catalog
+    from lens_core.config import build, read_recipe
+    from lens_core.pipeline import LensPipeline
+    from lens_data.dataset import StoreDataset, fill_cache
+
+    catalog = Catalog.installed()
+    plan = read_recipe(recipe, catalog)
+    _, cls, config = build(catalog, "dataset", plan.dataset, "$.dataset")
+    if cls is not StoreDataset:
+        raise ConfigError(f"{recipe}: its dataset is {plan.dataset.use!r}, which has no cache; use `store`")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(plan.seed)  # as a run does, for encoders that nobody has trained
+    pipeline = LensPipeline.from_parts(plan.pipeline, catalog).to(device)
+    # As the training loop encodes: in the recipe's precision.
+    with torch.autocast(device, torch.bfloat16, enabled=plan.train.precision == "bf16"):
+        fill_cache(config, pipeline, rank, world)
+    return 0
+
+
+app = App(name="data", help="The training store: fill it, look at it, encode it once.")
+for _name, _command in (("import", import_), ("show", show), ("cache", cache)):
+    app.command(_command, name=_name)
+
+
+def _format(path: Path) -> str:
+    files = [path] if path.is_file() else path.rglob("*")
+    for file in files:
+        if file.suffix == ".parquet":
+            return "parquet"
+        if ".tar" in file.suffixes:
+            return "tars"
+    return "folder"
+
+
+def summary(store: Store, table: Table = LENS, **limits: Any) -> str:
+    """Counts by source, size, caption length and bucket of `table`, as text; `limits` are those of `assign`."""
+    rows = store.columns("height", "width", "brief", "dense", "source")
+    lines = [f"{store.path}: {len(rows)} pictures, version {store.version}"]
+    lines += [f"  {count:8}  from {source}" for source, count in sorted(Counter(rows["source"].to_pylist()).items())]
+    if not len(rows):
+        return lines[0]
+    heights, widths = (rows[name].to_numpy().astype(np.int64) for name in ("height", "width"))
+    lines += ["", f"{'':20}{'pictures':>9}{'least':>9}{'median':>9}{'most':>9}"]
+    lines += [
+        _spread("height, px", heights),
+        _spread("width, px", widths),
+        _spread("sqrt(area), px", (heights * widths) ** 0.5),
+    ]
+    for name in ("brief", "dense"):
+        words = [len(text.split()) for text in rows[name].to_pylist()]
+        lines.append(_spread(f"{name} caption, words", [n for n in words if n]))
+    found = assign(heights, widths, table, **limits)
+    lines += ["", f"{'bucket':20}{'pictures':>9}"]
+    lines += [f"{f'{h}x{w}':20}{len(m):9}" for (h, w), m in zip(found.sizes, found.members, strict=True)]
+    lines += [f"{reason:20}{count:9}" for reason, count in found.left_out.items()]
+    return "\n".join(lines)
+
+
+def _spread(name: str, values: Sequence[float] | np.ndarray[Any, Any]) -> str:
+    figures = [f"{f(values):9.0f}" for f in (np.min, np.median, np.max)] if len(values) else ["        -"] * 3
+    return f"{name:20}{len(values):9}{''.join(figures)}"

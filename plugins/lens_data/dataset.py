@@ -1,0 +1,317 @@
+"""The dataset `store`: batches of one size from a training store. Batch n is a pure function of (store, config, n).
+
+Each bucket is an endless stream: its pictures in a new order in every pass, pass after pass, cut into global batches.
+No picture is dropped at the end of a pass, so a bucket with few pictures has its turn too, only more seldom.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from attrs import evolve, frozen
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lens_core.types import Batch, ConfigError, LensError, Text
+from lens_data import pictures
+from lens_data.buckets import LENS, Size, Table, assign
+from lens_data.caching import Cache, encoders, fill, latent_key, text_key
+from lens_data.store import Store
+
+if TYPE_CHECKING:
+    from lens_core.pipeline import LensPipeline
+
+_ORDER, _SLOTS, _CAPTION, _SUBSTITUTE = range(4)  # separate streams of randomness
+_TRIES = 9  # pictures tried for one place of a batch before the store is given up
+
+
+@frozen
+class Plan:
+    """What a global batch will hold: pictures (indices into the sorted ids), and who tells its dense caption."""
+
+    number: int
+    bucket: int
+    members: NDArray[np.int64]
+    dense: NDArray[np.bool_]
+
+
+class StoreDataset:
+    """Pictures of a store in shuffled epochs, all of a batch in one bucket; see `Config`.
+
+    `corrupt` names the pictures that could not be decoded, with the reason; another of the bucket stands in for each.
+    """
+
+    @frozen
+    class Config:
+        store: str  # folder or URI of the training store
+        batch: int = 64  # samples a step, all ranks together
+        table: Table = LENS  # groups of (height, width) px, a group for each area
+        every_area: bool = False  # show a picture at each area that it fills; False: at the largest only
+        enlarge: float = 1.0  # factor by which a picture may be enlarged to fill a size
+        cut: float = 0.5  # share of a picture that the crop may cut off
+        dense: float = 1.0  # share of samples with the dense caption; the others have the brief one
+        seed: int = 0
+        cache: str = ""  # name of a cache that `lens data cache` filled: latents and text features are read instead
+        threads: int = 4  # batches that are read ahead, each in a thread of its own
+
+        def __attrs_post_init__(self) -> None:
+            problems = []
+            sides = [side for group in self.table for size in group for side in size]
+            if not sides or not all(self.table) or min(sides) < 1:
+                problems.append(f"table must hold groups of sizes in px, not {self.table}; [[[512, 512]]], say")
+            elif len({size for group in self.table for size in group}) < len(sides) // 2:
+                problems.append("table names a size twice; remove one")
+            if self.batch < 1 or self.seed < 0 or self.threads < 1:
+                problems.append(
+                    f"batch and threads must be at least 1 and seed at least 0, "
+                    f"not {self.batch}, {self.threads} and {self.seed}; mend the recipe"
+                )
+            if not (0 <= self.dense <= 1 and 0 <= self.cut < 1 and self.enlarge > 0):
+                problems.append(
+                    f"dense must be in [0, 1], cut in [0, 1) and enlarge above 0, "
+                    f"not {self.dense}, {self.cut} and {self.enlarge}; mend the recipe"
+                )
+            if not re.fullmatch(r"[\w.-]*", self.cache):
+                problems.append(f"cache is a name of letters, digits, _ . and -, not {self.cache!r}")
+            if problems:
+                raise ConfigError(problems)
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.corrupt: dict[str, str] = {}
+        self._handed = 0
+        self.store = Store(config.store)
+        self._cache = Cache(self.store, config.cache) if config.cache else None
+        self._read()
+        self._tell_what_is_left_out()
+
+    def _read(self) -> None:
+        """Sizes of all pictures and who is in which bucket. Sorted by id, so that the order of imports is no matter."""
+        table = self.store.columns("id", "height", "width").sort_by("id")
+        self._rows = table["_rowid"].to_numpy()
+        heights, widths = table["height"].to_numpy(), table["width"].to_numpy()
+        config = self.config
+        self._buckets = assign(
+            heights, widths, config.table, enlarge=config.enlarge, cut=config.cut, every_area=config.every_area
+        )
+        self._counts = np.array([len(m) for m in self._buckets.members], np.int64)
+        digest = hashlib.sha256()
+        for key in table["id"].to_pylist():
+            digest.update(key.encode())
+        self._fingerprint = digest.hexdigest()[:16]
+        self._order = lru_cache(2 * len(self._counts) + 2)(self._shuffled)
+        self._slots = lru_cache(2)(self._shuffled_slots)
+        if self._cache is not None:
+            wanted = [key for keys in self.encodings() for key in keys]
+            if lacking := sum(key not in self._cache for key in wanted):
+                raise LensError(
+                    f"{config.store}: the cache {config.cache!r} lacks {lacking} of {len(wanted)} latents and texts; "
+                    "run `lens data cache` on this recipe"
+                )
+
+    def _tell_what_is_left_out(self) -> None:
+        config, sizes = self.config, self._buckets.sizes
+        fitting = len(self._rows) - sum(self._buckets.left_out.values())
+        if fitting < config.batch:
+            why = "".join(f"; {n} are {reason}" for reason, n in self._buckets.left_out.items())
+            raise ConfigError(
+                f"{config.store}: {fitting} of {len(self._rows)} pictures fit the table, too few for a batch of "
+                f"{config.batch}{why}; lower batch, or change table, enlarge or cut"
+            )
+        if self._buckets.left_out:
+            why = " and ".join(f"{n} {reason}" for reason, n in self._buckets.left_out.items())
+            warnings.warn(f"{config.store}: of {len(self._rows)} pictures, {why} are left out", stacklevel=3)
+        empty = [f"{h}x{w}" for (h, w), n in zip(sizes, self._counts, strict=True) if not n]
+        if empty:
+            warnings.warn(
+                f"{config.store}: {len(empty)} of {len(sizes)} buckets have no picture: {', '.join(empty)}",
+                stacklevel=3,
+            )
+
+    def batches(self, rank: int, world: int) -> Iterator[Batch]:
+        """Endless. Every rank sees the same size and its own slice of the same global batch."""
+        config = self.config
+        if config.batch % world:
+            raise ConfigError(
+                f"a batch of {config.batch} has no equal shares for {world} ranks; use a multiple of {world}"
+            )
+        share = config.batch // world
+        mine = slice(rank * share, (rank + 1) * share)
+        ahead: deque[Future[tuple[Batch, dict[str, str]]]] = deque()
+        pool = ThreadPoolExecutor(config.threads, "store")
+        try:
+            number = self._handed
+            while True:
+                while len(ahead) < config.threads:
+                    ahead.append(pool.submit(self._batch, self._plan(number), mine))
+                    number += 1
+                batch, corrupt = ahead.popleft().result()
+                for key, why in corrupt.items():
+                    if key not in self.corrupt:
+                        self.corrupt[key] = why
+                        warnings.warn(f"{config.store}: picture {key} is corrupt ({why}); replaced", stacklevel=2)
+                self._handed += 1
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batch": self._handed, "version": self.store.version, "pictures": self._fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the batches of `state`, with the pictures that the store had then."""
+        if self.store.version != state["version"] and self.store.at(int(state["version"])):
+            self._read()
+        if self._fingerprint != state["pictures"]:
+            raise LensError(
+                f"{self.config.store}: holds other pictures than when the run stopped (at version {state['version']}); "
+                "bring that store back, or begin a new run"
+            )
+        self._handed = int(state["batch"])
+
+    # ---- which pictures: the schedule -----------------------------------------------------------------------------
+
+    def _rng(self, stream: int, *place: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, stream, *place])
+
+    def _plan(self, number: int) -> Plan:
+        epoch, slot = self._place(number)
+        bucket, turn = (int(n) for n in self._slots(epoch)[slot])
+        batch, count = self.config.batch, int(self._counts[bucket])
+        stream = np.arange(turn * batch, (turn + 1) * batch)
+        members = np.array([self._order(bucket, p // count)[p % count] for p in stream.tolist()])
+        dense = self._rng(_CAPTION, number).random(batch) < self.config.dense
+        return Plan(number, bucket, members, dense)
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """The epoch of global batch `number`, and its place therein. Epochs differ by a few batches in length."""
+        low, high = 0, number * self.config.batch // int(self._counts.sum()) + len(self._counts) * self.config.batch + 1
+        while high - low > 1:  # the last epoch that begins at or before `number`
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._begin(middle).sum() <= number else (low, middle)
+        return low, number - int(self._begin(low).sum())
+
+    def _begin(self, epoch: int) -> NDArray[np.int64]:
+        """How many batches each bucket has given when `epoch` begins."""
+        return epoch * self._counts // self.config.batch
+
+    def _shuffled_slots(self, epoch: int) -> NDArray[np.int64]:
+        """(bucket, its turn) of every batch of the epoch."""
+        first, last = self._begin(epoch), self._begin(epoch + 1)
+        slots = [(bucket, turn) for bucket in range(len(first)) for turn in range(first[bucket], last[bucket])]
+        return self._rng(_SLOTS, epoch).permutation(np.array(slots, np.int64).reshape(-1, 2))
+
+    def _shuffled(self, bucket: int, turn: int) -> NDArray[np.int64]:
+        return self._rng(_ORDER, bucket, turn).permutation(self._buckets.members[bucket])
+
+    def encodings(self) -> tuple[dict[str, tuple[int, Size]], dict[str, str]]:
+        """What this dataset can show and tell, by cache key: pictures (row id, size), and captions."""
+        table = self.store.columns("id", "brief", "dense").sort_by("id").to_pylist()
+        latents, texts = dict[str, tuple[int, Size]](), dict[str, str]()
+        for size, members in zip(self._buckets.sizes, self._buckets.members, strict=True):
+            for row in (table[m] for m in members):
+                latents[latent_key(row["id"], size)] = row["_rowid"], size
+                for dense, share in ((True, self.config.dense), (False, 1 - self.config.dense)):
+                    if share:
+                        texts[text_key(_caption(row, dense))] = _caption(row, dense)
+        return latents, texts
+
+    # ---- the pictures themselves: in threads ----------------------------------------------------------------------
+
+    def _batch(self, plan: Plan, mine: slice) -> tuple[Batch, dict[str, str]]:
+        """This rank's share of the plan, and which pictures were corrupt, with the reason."""
+        size = self._buckets.sizes[plan.bucket]
+        rows = self._rows_of(plan.members[mine].tolist())
+        loaded = self._load(rows.values(), size)
+        images, captions, keys, corrupt = [], [], [], dict[str, str]()
+        for place in range(mine.start, mine.stop):
+            row, image = self._sample(plan, place, size, rows[int(plan.members[place])], loaded, corrupt)
+            images.append(image)
+            captions.append(_caption(row, bool(plan.dense[place])))
+            keys.append(int(row["id"][:15], 16))
+        stacked = torch.stack(images)
+        if self._cache is None:
+            return Batch(stacked, tuple(captions), tuple(keys)), corrupt
+        texts = self._cache.get(map(text_key, captions))
+        told = [texts[text_key(caption)] for caption in captions]
+        text = Text.cat([Text(t["features"][None], t["mask"][None]) for t in told])
+        return Batch(None, tuple(captions), tuple(keys), stacked, text), corrupt
+
+    def _rows_of(self, members: list[int]) -> dict[int, dict[str, Any]]:
+        names = ("id", "brief", "dense") if self._cache else ("id", "brief", "dense", "image")
+        rows = self.store.rows([int(self._rows[m]) for m in members], *names)
+        return {m: rows[int(self._rows[m])] for m in members}
+
+    def _load(self, rows: Iterable[Mapping[str, Any]], size: Size) -> dict[str, Tensor | str]:
+        """By id: uint8 [3,H,W], or the cached latent [C,h,w]; for a corrupt picture, the reason."""
+        if self._cache is not None:
+            keys = {row["id"]: latent_key(row["id"], size) for row in rows}
+            found = self._cache.get(keys.values())
+            return {picture: found[key].get("z", "corrupt when it was cached") for picture, key in keys.items()}
+        loaded: dict[str, Tensor | str] = {}
+        for row in rows:
+            try:
+                image = pictures.fit(pictures.read(row["image"]), size)
+                loaded[row["id"]] = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+            except pictures.PictureError as error:
+                loaded[row["id"]] = str(error)
+        return loaded
+
+    def _sample(
+        self,
+        plan: Plan,
+        place: int,
+        size: Size,
+        row: dict[str, Any],
+        loaded: Mapping[str, Tensor | str],
+        corrupt: dict[str, str],
+    ) -> tuple[dict[str, Any], Tensor]:
+        """The picture at a place of the global batch; if it is corrupt, one that this place alone determines."""
+        members = self._buckets.members[plan.bucket]
+        draw = self._rng(_SUBSTITUTE, plan.number, place)
+        for _ in range(_TRIES):
+            got = loaded[row["id"]]
+            if isinstance(got, Tensor):
+                return row, got
+            corrupt[row["id"]] = got
+            other = int(draw.choice(members))
+            row = self._rows_of([other])[other]
+            loaded = self._load([row], size)
+        raise LensError(
+            f"{self.config.store}: {_TRIES} pictures drawn from the bucket {size[0]}x{size[1]} cannot be decoded; "
+            "import the sources again"
+        )
+
+
+def fill_cache(
+    config: StoreDataset.Config,
+    pipeline: LensPipeline,
+    rank: int = 0,
+    world: int = 1,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Encode what the cache `config.cache` lacks for training with this config; see `caching.fill`."""
+    if not config.cache:
+        raise ConfigError("the dataset names no cache; add `cache: NAME` to the recipe's dataset")
+    for part in (pipeline.vae, pipeline.text_encoder):
+        if part is None:
+            raise ConfigError("a cache needs a vae and a text_encoder; name them, or a start, in the recipe's pipeline")
+        if isinstance(part, nn.Module):
+            part.eval()  # as the training loop has it
+    dataset = StoreDataset(evolve(config, cache=""))
+    cache = Cache(dataset.store, config.cache, encoders(pipeline))
+    fill(dataset.store, cache, pipeline, *dataset.encodings(), rank=rank, world=world, say=say)
+
+
+def _caption(row: Mapping[str, Any], dense: bool) -> str:
+    wanted, other = ("dense", "brief") if dense else ("brief", "dense")
+    return str(row[wanted] or row[other])

@@ -1,0 +1,150 @@
+"""Batches of mixed sizes that cost every rank the same: the plan of packed training.
+
+A sample is a number of tokens, of picture and text together. In one variable-length attention call nothing is padded,
+so what is lost is only what ranks wait for the slowest of them, and what a batch stays below its FLOP budget.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from lens_core.types import ConfigError
+
+Work = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+def flops(tokens: NDArray[np.float64], width: int = 1536, layers: int = 48) -> NDArray[np.float64]:
+    """FLOPs of one forward pass of the backbone over samples of so many tokens: its linears and its attention.
+
+    A token costs 12 width^2 multiply-adds a block (qkv 3, output 1, SwiGLU 8), a pair of tokens 2 width. Training
+    costs three times as much. The modulation depends on no token and is left out.
+    """
+    return layers * (24.0 * width**2 * tokens + 4.0 * width * tokens**2)
+
+
+@frozen
+class Packs:
+    """`steps[s][r]` are the samples of rank r in step s. `rest` did not fill a step: they come first the next time."""
+
+    steps: tuple[tuple[tuple[int, ...], ...], ...]
+    rest: tuple[int, ...]
+
+
+def pack(lengths: Sequence[int], budget: float, ranks: int, work: Work = flops) -> Packs:
+    """Split samples of `lengths` tokens into steps, in their order; no rank's share of a step exceeds `budget` FLOPs.
+
+    A step takes as many of the next samples as fit, so no sample is dropped and none overtakes a step. A pure
+    function, so that every rank finds the same plan for itself. Raises ConfigError where a sample exceeds the budget.
+    """
+    costs = work(np.asarray(lengths, np.float64))
+    if ranks < 1:
+        raise ConfigError(f"packing needs at least 1 rank, not {ranks}")
+    if len(costs) and costs.max() > budget:
+        longest = int(costs.argmax())
+        raise ConfigError(
+            f"a sample of {lengths[longest]} tokens costs {costs[longest]:.3g} FLOPs, more than the budget of "
+            f"{budget:.3g}; raise the budget"
+        )
+    total = np.concatenate([[0.0], np.cumsum(costs)])
+    steps: list[tuple[tuple[int, ...], ...]] = []
+    start = 0
+    while total[-1] - total[start] > ranks * budget:
+        stop = int(np.searchsorted(total, total[start] + ranks * budget, "right")) - 1
+        shares = _share(costs[start:stop], ranks)
+        while max(float(costs[start:stop][s].sum()) for s in shares) > budget:
+            stop -= 1
+            shares = _share(costs[start:stop], ranks)
+        steps.append(tuple(tuple(start + i for i in sorted(share)) for share in shares))
+        start = stop
+    return Packs(tuple(steps), tuple(range(start, len(costs))))
+
+
+def _share(costs: NDArray[np.float64], ranks: int) -> list[list[int]]:
+    """Indices for each rank, with nearly equal sums: the dearest first to whoever has least, then swaps."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [(0.0, rank) for rank in range(ranks)]
+    for index in np.argsort(-costs, kind="stable").tolist():
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(index)
+        heapq.heappush(loads, (load + float(costs[index]), rank))
+    sums = np.array([costs[share].sum() for share in shares])
+    for _ in range(4 * ranks):
+        if not _level(costs, shares, sums):
+            break
+    return shares
+
+
+def _level(costs: NDArray[np.float64], shares: list[list[int]], sums: NDArray[np.float64]) -> bool:
+    """Swap one sample of the most loaded rank for one of another, so that the larger of the two falls most."""
+    high = int(sums.argmax())
+    best, move = sums[high] * (1 - 1e-6), None
+    for low in np.argsort(sums, kind="stable").tolist()[:8]:  # those with most room
+        if low == high:
+            continue
+        gain = costs[shares[high]][:, None] - np.append(costs[shares[low]], 0.0)  # the last: nothing comes back
+        after = np.maximum(sums[high] - gain, sums[low] + gain)
+        place = np.unravel_index(int(after.argmin()), after.shape)
+        if after[place] < best:
+            best, move = after[place], (low, *map(int, place))
+    if move is None:
+        return False
+    low, give, take = move
+    given = shares[high].pop(give)
+    taken = [shares[low].pop(take)] if take < len(shares[low]) else []
+    shares[low].append(given)
+    shares[high] += taken
+    for rank in (low, high):
+        sums[rank] = costs[shares[rank]].sum()
+    return True
+
+
+@frozen
+class Balance:
+    """How well a plan uses the ranks. All are shares; a plan of equal loads that fill the budget has 1, 0, 0 and 1."""
+
+    useful: float  # work done, of what all ranks could have done while waiting for the slowest in each step
+    imbalance: float  # mean over steps of (slowest - mean) / mean
+    worst: float  # the same for the worst step
+    filled: float  # of the budget
+
+
+def balance(loads: NDArray[np.float64], budget: float) -> Balance:
+    """Of `loads` [steps, ranks], the FLOPs of each rank in each step."""
+    slowest, mean = loads.max(1), loads.mean(1)
+    excess = slowest / mean - 1
+    return Balance(
+        float(loads.sum() / (slowest.sum() * loads.shape[1])),
+        float(excess.mean()),
+        float(excess.max()),
+        float(loads.mean() / budget),
+    )
+
+
+def compare(lengths: Sequence[int], budget: float, ranks: int, work: Work = flops) -> dict[str, Balance]:
+    """`packed` by FLOPs against ranks that fill up by `tokens`, and against `independent` buckets.
+
+    An independent rank draws a bucket (here: a length) and as many samples of it as every other rank: what the budget
+    holds of the longest. By tokens, a rank takes the next samples up to the tokens that the budget pays for at the
+    longest length.
+    """
+    tokens = np.asarray(lengths, np.float64)
+    costs = work(tokens)
+    plan = pack(lengths, budget, ranks, work)
+    packed = np.array([[costs[list(share)].sum() for share in step] for step in plan.steps])
+    each = max(1, int(budget // costs.max()))
+    same = costs[: len(costs) // ranks * ranks].reshape(-1, ranks) * each
+    limit = tokens.max() * each
+    loads, held, load = [], 0.0, 0.0
+    for n, cost in zip(tokens.tolist(), costs.tolist(), strict=True):
+        if held + n > limit:
+            loads.append(load)
+            held, load = 0.0, 0.0
+        held, load = held + n, load + cost
+    by_tokens = np.array(loads[: len(loads) // ranks * ranks]).reshape(-1, ranks)
+    plans = {"independent": same, "tokens": by_tokens, "packed": packed}
+    return {name: balance(loads, budget) for name, loads in plans.items()}

@@ -1,0 +1,156 @@
+"""Trains in processes that die by SIGKILL, goes on in others, and prints what came of it: see core/test_kill.py.
+
+    python kill_worker.py FOLDER
+
+It imports once and forks a process an attempt. A *moment* is just before one change of a file, or between the two
+halves of a file of tensors; the same run has the same moments, so a process can be told to die at the n-th.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch._dynamo  # which the first optimizer would import, in every process anew
+import toy
+from accelerate import Accelerator  # noqa: F401  # likewise
+
+from lens_core.catalog import Catalog
+from lens_core.config import Parts, Recipe, Training, Use
+from lens_core.loop import Run
+
+CATALOG = Catalog.of(toy)
+RECIPE = Recipe(
+    method=Use("fit"),
+    dataset=Use("squares"),
+    train=Training(steps=6, lr=1e-2, warmup=2, decay=0.5, ema=0.9, save_every=2, log_every=2),
+    pipeline=Parts(vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer"), sampler=Use("even")),
+    seed=3,
+)
+COUNT = 8  # moments to die at, chosen by chance; those in the middle of a file come on top
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+
+
+class Here:
+    """What the process at hand has done, and when it has to die."""
+
+    watched = False
+    moments: list[str] = []  # noqa: RUF012  # one process, one list
+    last: int | None = None  # the moment to die at
+    pause = 0.0  # seconds that a loss takes, and each half of a file
+
+
+def moment(name: str) -> None:
+    if Here.watched:
+        Here.moments.append(name)
+        if len(Here.moments) - 1 == Here.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def audit(event: str, arguments: tuple[Any, ...]) -> None:
+    written = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if event in CHANGES or written:
+        moment(event)
+
+
+def by_halves(tensors: Any, path: Any, metadata: Any = None, whole: Any = safetensors.torch.save_file) -> None:
+    """safetensors' `save_file`, which writes the first half, is seen doing so, and writes the rest."""
+    whole(tensors, path, metadata)
+    content = Path(path).read_bytes()
+    with Path(path).open("wb", buffering=0) as file:
+        file.write(content[: len(content) // 2])
+        moment("half")
+        time.sleep(Here.pause)
+        file.write(content[len(content) // 2 :])
+
+
+def slow_loss(*arguments: Any, quick: Any = toy.Fit.loss) -> Any:
+    time.sleep(Here.pause)
+    return quick(*arguments)
+
+
+def attempt(folder: Path, last: int | None = None, pause: float = 0.0, killed_after: float | None = None) -> int:
+    """Train in a process of its own: its exit code, -9 if it was killed. A whole one leaves its moments behind."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            Here.last, Here.pause, Here.watched = last, pause, True
+            run = Run(RECIPE, CATALOG, folder / "run", say=lambda line: None)
+            run.train()
+            Here.watched = False
+            (folder / "moments.json").write_text(json.dumps(Here.moments))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if killed_after is not None:
+        time.sleep(killed_after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def outcome(folder: Path) -> str:
+    """A hash of the last checkpoint and of the model, names and bytes."""
+    total, run = hashlib.sha256(), folder / "run"
+    for path in sorted(p for p in run.rglob("*") if p.is_file() and p.parent != run):
+        if path.relative_to(run).parts[0] == "model" or path.parent.name == "step-0000006":
+            total.update(str(path.relative_to(run)).encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def newest(folder: Path) -> str:
+    """The checkpoint that the next process will find."""
+    found = sorted(p.name for p in (folder / "run" / "checkpoints").glob("step-*"))
+    return found[-1] if found else ""
+
+
+def main(root: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    sys.addaudithook(audit)
+    safetensors.torch.save_file = by_halves
+    toy.Fit.loss = slow_loss  # type: ignore[method-assign]  # slower, and otherwise itself
+    whole = root / "whole"
+    assert attempt(whole) == 0
+    moments = json.loads((whole / "moments.json").read_text())
+    chance = random.Random(0)
+    halves = [n for n, name in enumerate(moments) if name == "half"]
+    chosen = {*chance.sample(range(len(moments)), COUNT), *halves}
+    sweep = []
+    for last in sorted(chosen):
+        folder = root / f"moment-{last}"
+        code, found = attempt(folder, last), newest(folder)
+        sweep.append(
+            {
+                "moment": last,
+                "change": moments[last],
+                "code": code,
+                "found": found,
+                "again": attempt(folder),
+                "is": outcome(folder),
+            }
+        )
+    # Here the blows come from outside, at any instruction; where they hit depends on the machine.
+    folder = root / "random"
+    codes = [attempt(folder, pause=0.004, killed_after=chance.uniform(0.02, 0.1)) for _ in range(6)]
+    last_code = attempt(folder)
+    return {
+        "whole": outcome(whole),
+        "sweep": sweep,
+        "random": {"codes": codes, "again": last_code, "is": outcome(folder)},
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))

@@ -1,0 +1,176 @@
+"""The cache of latents and text features: as if encoded online, filled in parts, never mixed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from itertools import islice
+from pathlib import Path
+
+import lens_data
+import lens_flow
+import numpy as np
+import pytest
+import torch
+import toy
+from lens_data import caching
+from lens_data.commands import cache
+from lens_data.dataset import StoreDataset, fill_cache
+from lens_data.store import Store
+from lens_flow.matching import FlowMatching, Sample
+from PIL import Image
+
+from lens_core.catalog import Catalog
+from lens_core.config import read_recipe
+from lens_core.loop import Run
+from lens_core.types import Batch, ConfigError, LensError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is corrupt")
+TABLE = (((32, 32), (32, 48)),)
+
+
+def row(number: int) -> dict[str, object]:
+    pixels = np.random.default_rng(number).integers(0, 256, (40, 40 + 20 * (number % 2), 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    data = file.getvalue()
+    words = {"brief": f"no {number}", "dense": f"the number {number}"}
+    facts = {"height": 40, "width": pixels.shape[1], "source": "test", "image": data}
+    return {"id": hashlib.sha256(data).hexdigest(), **facts, **words}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """20 pictures, two of them torn."""
+    rows = [row(n) for n in range(20)]
+    for n in (4, 7):
+        rows[n]["image"] = rows[n]["image"][:500]
+    Store(str(tmp_path / "store"), create=True).add(rows)
+    return tmp_path / "store"
+
+
+def config(store: Path, **changes: object) -> StoreDataset.Config:
+    return StoreDataset.Config(
+        **{"store": str(store), "table": TABLE, "batch": 4, "dense": 0.5, "cache": "c", **changes}
+    )
+
+
+def take(config: StoreDataset.Config, number: int) -> list[Batch]:
+    return list(islice(StoreDataset(config).batches(0, 1), number))
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def test_training_from_the_cache_equals_training_online(store, pipeline):
+    fill_cache(config(store), pipeline, say=quiet)
+    online = take(config(store, cache=""), 20)
+    cached = take(config(store), 20)
+    method = FlowMatching(FlowMatching.Config(), pipeline)
+    steps = method.steps(iter(online), method.roles(), torch.Generator())
+    for (sample,), before, batch in zip(steps, online, cached, strict=True):
+        assert batch.images is None and batch.captions == before.captions and batch.keys == before.keys
+        torch.testing.assert_close(batch.latents, sample.z, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(batch.text.features, sample.text.features, rtol=1e-6, atol=1e-6)
+        assert torch.equal(batch.text.mask, sample.text.mask)
+        losses = [
+            method.loss("backbone", method.roles(), s, torch.Generator().manual_seed(1)).total
+            for s in (sample, Sample(batch.latents, batch.text))
+        ]
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    assert {tuple(b.latents.shape[1:]) for b in cached} == {(4, 2, 2), (4, 2, 3)}
+    assert {c.split()[0] for b in cached for c in b.captions} == {"no", "the"}
+
+
+def test_a_corrupt_picture_is_noted_and_replaced_as_online(store, pipeline):
+    told = []
+    fill_cache(config(store), pipeline, say=told.append)
+    assert told[-1] == "cache c: rank 0 of 1 is done; 60 encoded, 2 corrupt pictures"  # 20 pictures, 40 captions
+    datasets = [StoreDataset(config(store, cache=name)) for name in ("c", "")]
+    captions = [[b.captions for b in islice(d.batches(0, 1), 20)] for d in datasets]
+    assert captions[0] == captions[1]
+    assert set(datasets[0].corrupt) == set(datasets[1].corrupt) and len(datasets[0].corrupt) == 2
+
+
+def test_a_cache_that_was_not_finished_is_refused_then_gone_on_with(store, pipeline, monkeypatch):
+    monkeypatch.setattr(caching, "FLUSH", 1)
+    encode, calls = caching._text, []
+
+    def dying(*arguments: object) -> dict[str, torch.Tensor]:
+        calls.append(arguments)
+        if len(calls) == 11:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    monkeypatch.setattr(caching, "_text", dying)
+    with pytest.raises(KeyboardInterrupt):
+        fill_cache(config(store), pipeline, say=quiet)
+    with pytest.raises(LensError, match=r"the cache 'c' lacks 50 of 60 latents and texts; run `lens data cache`"):
+        StoreDataset(config(store))
+    fill_cache(config(store), pipeline, say=quiet)
+    assert len(calls) == 11 + 30 and len(take(config(store), 3)) == 3
+    fill_cache(config(store), pipeline, say=quiet)
+    assert len(calls) == 41
+
+
+def test_ranks_share_the_work_and_the_result_is_that_of_one(store, pipeline):
+    told = []
+    for rank in (2, 0, 1):
+        fill_cache(config(store), pipeline, rank, 3, told.append)
+    fill_cache(config(store, cache="whole"), pipeline, say=quiet)
+    shares = [int(line.split("; ")[1].split()[0]) for line in told if "is done" in line]
+    assert sum(shares) == 60 and min(shares) > 8
+    for a, b in zip(take(config(store), 8), take(config(store, cache="whole"), 8), strict=True):
+        assert torch.equal(a.latents, b.latents) and torch.equal(a.text.features, b.text.features)
+
+
+def test_only_captions_that_can_be_told_are_encoded(store, pipeline):
+    told = []
+    fill_cache(config(store, dense=1.0), pipeline, say=told.append)
+    assert "; 40 encoded" in told[-1]
+    with pytest.raises(LensError, match="lacks 20 of 60"):
+        StoreDataset(config(store))
+
+
+def test_another_encoder_needs_another_cache(store, pipeline):
+    fill_cache(config(store), pipeline, say=quiet)
+    with torch.no_grad():
+        pipeline.vae.gain.add_(1)
+    with pytest.raises(LensError, match="is of another VAE or text encoder; give the new one another name"):
+        fill_cache(config(store), pipeline, say=quiet)
+    fill_cache(config(store, cache="second"), pipeline, say=quiet)
+    assert not torch.equal(take(config(store), 1)[0].latents, take(config(store, cache="second"), 1)[0].latents)
+
+
+def test_a_cache_must_be_there_and_have_a_name(store, pipeline):
+    with pytest.raises(LensError, match="has no cache 'c'; fill it with `lens data cache`"):
+        StoreDataset(config(store))
+    with pytest.raises(ConfigError, match="names no cache"):
+        fill_cache(config(store, cache=""), pipeline, say=quiet)
+    pipeline.vae = None
+    with pytest.raises(ConfigError, match="needs a vae and a text_encoder"):
+        fill_cache(config(store), pipeline, say=quiet)
+    with pytest.raises(ConfigError, match="rank 2 must be"):
+        cache(Path("recipe.yaml"), rank=2, world=2)
+
+
+def test_a_recipe_fills_its_cache_and_trains_from_its_store(store, tmp_path, monkeypatch, capsys):
+    catalog = Catalog.of(toy, lens_data, lens_flow)
+    monkeypatch.setattr(Catalog, "installed", lambda: catalog)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"""
+        pipeline: {{vae: blocks, text_encoder: letters, backbone: mixer, sampler: even, steps: 2}}
+        method: flow_matching
+        dataset: {{use: store, store: {store}, table: [[[32, 32], [32, 48]]], batch: 4, cache: c}}
+        train: {{steps: 3}}
+    """)
+    assert cache(recipe) == 0
+    assert capsys.readouterr().out.endswith("40 encoded, 2 corrupt pictures\n")
+    assert len(take(config(store, dense=1.0), 3)) == 3
+    recipe.write_text(recipe.read_text().replace(", cache: c", ""))
+    report = Run(read_recipe(recipe, catalog), catalog, tmp_path / "run", say=quiet).train()
+    assert report.steps == 3 and (tmp_path / "run" / "model" / "lens.json").is_file()
+    recipe.write_text(recipe.read_text().replace("use: store, ", "use: words, "))
+    with pytest.raises(ConfigError, match="no dataset is called 'words'"):
+        cache(recipe)

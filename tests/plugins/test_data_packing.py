@@ -1,0 +1,102 @@
+"""Packing: every rank the same work, the budget filled, nothing lost."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from lens_data.buckets import LENS
+from lens_data.packing import Packs, balance, compare, flops, pack
+
+from lens_core.types import ConfigError
+
+
+def realistic(count: int, seed: int = 0) -> list[int]:
+    """Tokens of a uniform mixture of the 27 sizes (16 px a cell), with captions of about 109 words."""
+    rng = np.random.default_rng(seed)
+    cells = np.array([h * w // 256 for group in LENS for h, w in group])[rng.integers(27, size=count)]
+    words = rng.normal(109, 30, count).clip(20, 300)
+    return (cells + 22 + 1.3 * words).astype(int).tolist()
+
+
+def budget(images: float) -> float:
+    """The cost of so many pictures of 1024^2 with 200 tokens of text."""
+    return images * float(flops(np.array([4296.0]))[0])
+
+
+def loads(plan: Packs, lengths: list[int]) -> np.ndarray:
+    costs = flops(np.array(lengths, float))
+    return np.array([[sum(costs[i] for i in share) for share in step] for step in plan.steps])
+
+
+def test_flops_are_those_counted_for_the_backbone():
+    # 512^2, 1024^2 and 1440^2 with 200 text tokens; 1024^2 without text. TFLOP, counted independently.
+    counted = [3.77, 17.12, 42.9, 16.08]
+    assert flops(np.array([1224.0, 4296.0, 8300.0, 4096.0])) / 1e12 == pytest.approx(counted, rel=2e-3)
+
+
+@pytest.mark.parametrize("images", [6, 8, 16])
+def test_64_ranks_are_balanced_and_the_budget_is_filled(images):
+    lengths = realistic(10_000)
+    found = compare(lengths, budget(images), 64)
+    packed = found["packed"]
+    assert packed.useful > 0.98 and packed.worst < 0.02 and packed.filled > 0.98
+    assert found["tokens"].useful < packed.useful and found["tokens"].worst > 0.05
+    assert found["independent"].useful < 0.6 and found["independent"].imbalance > 0.5
+
+
+def test_independent_buckets_waste_what_was_counted_for_them():
+    # Three areas of equal share, no text: the mean cost over that of the largest, which some rank of 64 always has.
+    areas = [1024, 2304, 4096]
+    mean = np.mean(flops(np.array(areas, float))) / flops(np.array([4096.0]))[0]
+    lengths = np.random.default_rng(0).choice(areas, 64 * 400).tolist()
+    assert compare(lengths, budget(4), 64)["independent"].useful == pytest.approx(mean, rel=0.01)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 64])
+def test_every_sample_is_in_one_step_and_no_step_overtakes_another(ranks):
+    lengths = realistic(1500, seed=1)
+    plan = pack(lengths, budget(3), ranks)
+    steps = [sorted(i for share in step for i in share) for step in plan.steps]
+    assert [i for step in steps for i in step] + list(plan.rest) == list(range(1500))
+    assert all(before[-1] < after[0] for before, after in pairwise(steps))
+    assert all(len(step) == ranks and all(step) for step in plan.steps)
+    assert len(plan.steps) > 2 and len(plan.rest) < len(steps[0]) + ranks
+
+
+def test_no_rank_exceeds_the_budget():
+    lengths = realistic(2000, seed=2)
+    for images in (1.2, 2.5, 7):
+        assert loads(pack(lengths, budget(images), 8), lengths).max() <= budget(images) * (1 + 1e-12)
+
+
+def test_equal_samples_are_shared_equally():
+    plan = pack([1000] * 24, 4 * float(flops(np.array([1000.0]))[0]) * 1.0001, 2)
+    assert [[len(share) for share in step] for step in plan.steps] == [[4, 4], [4, 4]] and len(plan.rest) == 8
+    assert balance(loads(plan, [1000] * 24), 1.0).imbalance == pytest.approx(0, abs=1e-12)
+
+
+def test_a_plan_is_a_pure_function_and_any_cost_will_do():
+    def length(tokens: np.ndarray) -> np.ndarray:
+        return tokens
+
+    lengths = [5, 4, 3, 3, 2, 1, 6, 6, 6]
+    plan = pack(lengths, 9.0, 2, length)
+    assert plan == pack(lengths, 9.0, 2, length)
+    assert sorted(sorted(lengths[i] for i in share) for share in plan.steps[0]) == [[1, 3, 5], [2, 3, 4]]
+    assert plan.rest == (6, 7, 8)
+
+
+def test_balance_of_loads_by_hand():
+    found = balance(np.array([[4.0, 2.0], [3.0, 3.0]]), 4.0)
+    assert found.useful == pytest.approx(12 / 14) and found.filled == pytest.approx(0.75)
+    assert found.imbalance == pytest.approx(1 / 6) and found.worst == pytest.approx(1 / 3)
+
+
+def test_a_sample_above_the_budget_is_refused():
+    with pytest.raises(ConfigError, match=r"a sample of 4296 tokens costs .* raise the budget"):
+        pack([100, 4296], budget(0.9), 2)
+    with pytest.raises(ConfigError, match="at least 1 rank"):
+        pack([100], budget(1), 0)
+    assert pack([], budget(1), 2) == Packs((), ())
