@@ -194,6 +194,7 @@ class Training:
 
     steps: int  # optimizer steps in all
     lr: float = 1e-4
+    rates: dict[str, float] = field(factory=dict)  # by role: what multiplies lr for it; 1 where none is given
     warmup: int = 0  # steps of linear warm-up
     decay: float = 0.0  # share of the run, at its end, over which lr falls linearly to 0
     betas: tuple[float, float] = (0.9, 0.99)

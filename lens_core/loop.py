@@ -72,9 +72,11 @@ class Run:
         for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.backbone, *self.nets.values()):
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
+        for option in ("adapters", "rates"):
+            for role in getattr(recipe.train, option):
+                if role not in self.nets:
+                    raise ConfigError(f"$.train.{option}: no role is called {role!r}; {', '.join(self.nets)} can learn")
         for role, adapter in recipe.train.adapters.items():
-            if role not in self.nets:
-                raise ConfigError(f"$.train.adapters: no role is called {role!r}; {', '.join(self.nets)} can learn")
             adapters.attach(self.nets[role], adapter)
             self.nets[role].requires_grad_(False)
         self.learning = {
@@ -93,7 +95,9 @@ class Run:
             for role in self.nets
         }
         self.ema: dict[str, dict[str, Tensor]] = {
-            role: {k: v.detach().clone() for k, v in self._own(role).items()} for role in self.nets if recipe.train.ema
+            role: {k: v.detach().clone() for k, v in self._own(role).items()}
+            for role, net in self.nets.items()
+            if recipe.train.ema and any(net is getattr(self.pipeline, part) for part in PREFIXES)  # what is exported
         }
         if recipe.train.compile:
             for net in self.nets.values():
@@ -155,7 +159,7 @@ class Run:
         """One optimizer step of one role: only it has gradients."""
         net, optimizer, config = self.nets[role], self.optimizers[role], self.train_config
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * rate(config, self.step)
+            group["lr"] = config.lr * config.rates.get(role, 1.0) * rate(config, self.step)
         for parameter in self.learning[role]:
             parameter.requires_grad_(True)
         net.train()

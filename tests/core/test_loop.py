@@ -250,3 +250,20 @@ def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
     assert [rate(train, s) for s in range(10)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
     assert [rate(Training(steps=4), s) for s in range(4)] == [1.0] * 4
     assert [rate(Training(steps=4, decay=1.0), s) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_a_role_can_have_a_rate_of_its_own(runner: Runner) -> None:
+    def moved(rates: dict[str, float], name: str) -> dict[str, Tensor]:
+        run = runner.run(recipe(steps=1, warmup=0, ema=0.0, rates=rates), name)
+        before = {role: torch.cat([p.detach().flatten() for p in net.parameters()]) for role, net in run.nets.items()}
+        run.train()
+        return {
+            role: torch.cat([p.detach().flatten() for p in net.parameters()]) - before[role]
+            for role, net in run.nets.items()
+        }
+
+    plain, slow = moved({}, "a"), moved({"critic": 0.25}, "b")
+    assert torch.equal(plain["backbone"], slow["backbone"])
+    torch.testing.assert_close(slow["critic"], plain["critic"] * 0.25)  # Adam's first step is the rate itself
+    with pytest.raises(ConfigError, match=r"train\.rates: no role is called 'critics'; backbone, critic can learn"):
+        runner.run(recipe(rates={"critics": 1.0}), "c")

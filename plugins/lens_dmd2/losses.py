@@ -1,0 +1,182 @@
+"""Distribution matching and what stabilises it, as pure functions (DMD2; Decoupled DMD; SenseFlow; APT).
+
+x is what the student made, [B,C,h,w]; x_t is x with noise at t [B]; velocities are the teacher's under the caption
+(cond), without it (uncond), guided, and the fake's, which follows the student. A gradient g is what x should lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from attrs import frozen
+from torch import Tensor, nn
+
+from lens_core import flow
+from lens_core.types import ConfigError
+from lens_dmd2.rollout import Velocity
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Even times to the times of a schedule: t = k u / (1 + (k - 1) u), for the shift k. Keeps 0, 1 and the order."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def unshifted(t: float, shift: float) -> float:
+    """The inverse of `shifted`."""
+    return t / (shift - (shift - 1) * t)
+
+
+def noised(x: Tensor, rng: torch.Generator, shift: float, until: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_t, t float32 [B], noise), each row at its own t <= `until`; even before the shift."""
+    t = shifted(torch.rand(len(x), generator=rng) * unshifted(until, shift), shift).to(x.device)
+    noise = torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device)
+    return flow.mix(x, noise, t), t, noise
+
+
+# ---- distribution matching ------------------------------------------------------------------------------------
+
+
+def gradient(x: Tensor, x_t: Tensor, t: Tensor, ahead: Tensor, behind: Tensor, anchor: Tensor, floor: float) -> Tensor:
+    """g = (behind's guess of the data - ahead's), over the mean distance a row of x from anchor's guess, >= `floor`.
+
+    x - g moves from where `behind` thinks the data is towards where `ahead` does. All three are velocities at x_t.
+    """
+    away = (x - flow.data_from(x_t, anchor, t)).abs().flatten(1).mean(1).clamp(min=floor)
+    return t.to(x.dtype).view(-1, 1, 1, 1) * (ahead - behind) / away.view(-1, 1, 1, 1)
+
+
+def descend(x: Tensor, g: Tensor) -> Tensor:
+    """1/2 mean (x - sg(x - g))^2 without its rounding: 1/2 mean g^2, whose gradient on x is g / numel."""
+    return 0.5 * (x - x.detach() + g.detach()).square().mean()
+
+
+@frozen
+class Views:
+    """Three ways to look at x_t; `guidance` is the teacher's own."""
+
+    cond: Velocity
+    uncond: Velocity
+    fake: Velocity
+    guidance: float
+
+    def both(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's (cond, guided) velocities."""
+        cond = self.cond(x, t)
+        return cond, cond if self.guidance == 1 else flow.guide(cond, self.uncond(x, t), self.guidance)
+
+
+@frozen
+class Matching:
+    """The gradient on x, and what predicts collapse: `gap` is the rms of teacher - fake over the teacher's,
+    `cosine` is between the two."""
+
+    g: Tensor
+    parts: Mapping[str, Tensor]
+
+
+@frozen
+class Weights:
+    """What a matching is weighed by."""
+
+    shift: float  # of the noise levels
+    floor: float  # least distance that a gradient is divided by
+    ca: float = 1.0
+    dm: float = 1.0
+
+
+@torch.no_grad()
+def joint(x: Tensor, views: Views, until: float, weights: Weights, rng: torch.Generator) -> Matching:
+    """DMD2: from the fake to the guided teacher, at noise levels over the full range."""
+    x_t, t, _ = noised(x, rng, weights.shift)
+    _, guided = views.both(x_t, t)
+    fake = views.fake(x_t, t)
+    return Matching(gradient(x, x_t, t, guided, fake, guided, weights.floor), _agreement(guided, fake))
+
+
+@torch.no_grad()
+def decoupled(x: Tensor, views: Views, until: float, weights: Weights, rng: torch.Generator) -> Matching:
+    """Decoupled DMD: CA, the engine, goes from the teacher to itself guided; DM, the shield, from fake to teacher.
+
+    The noise levels of CA are cleaner than `until`, the time of the step that made x; those of DM are not bounded.
+    `ca_dm` is the ratio of the two gradients' norms.
+    """
+    x_t, t, _ = noised(x, rng, weights.shift, until)
+    cond, guided = views.both(x_t, t)
+    ca = weights.ca * gradient(x, x_t, t, guided, cond, cond, weights.floor)
+    x_t, t, _ = noised(x, rng, weights.shift)
+    cond, fake = views.cond(x_t, t), views.fake(x_t, t)
+    dm = weights.dm * gradient(x, x_t, t, cond, fake, cond, weights.floor)
+    return Matching(ca + dm, {**_agreement(cond, fake), "ca_dm": ratio(ca, dm)})
+
+
+MATCHINGS = {"joint": joint, "decoupled": decoupled}
+"""Name -> a function of (x, views, until, weights, rng)."""
+
+
+def _agreement(teacher: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    cosine = F.cosine_similarity(teacher.flatten(1), fake.flatten(1)).mean()
+    return {"gap": ratio(teacher - fake, teacher), "cosine": cosine}
+
+
+def ratio(a: Tensor, b: Tensor) -> Tensor:
+    """Of two norms; finite where b is 0."""
+    found: Tensor = a.norm() / b.norm().clamp(min=torch.finfo(b.dtype).tiny)
+    return found
+
+
+# ---- what goes with it ----------------------------------------------------------------------------------------
+
+
+def tracking(v: Tensor, x: Tensor, noise: Tensor) -> Tensor:
+    """The fake's loss: flow matching on what the student makes."""
+    error: Tensor = v - flow.velocity(x, noise)
+    return error.square().mean()
+
+
+def real_or_fake(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's loss, of logits that are high for real pictures."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def passes_as_real(fake: Tensor) -> Tensor:
+    """The student's loss against the discriminator (non-saturating)."""
+    return F.softplus(-fake).mean()
+
+
+def approximate_r1(logits: Callable[[Tensor], Tensor], x_t: Tensor, at: Tensor, sigma: float, n: Tensor) -> Tensor:
+    """E (D(x_t) - D(x_t + sigma n))^2 / sigma^2, about the squared norm of D's gradient (APT's approximate R1).
+
+    x_t is *noised* real data, as D sees it, `at` = D(x_t), n ~ N(0, 1). D's rows must not depend on each other.
+    """
+    change: Tensor = (logits(x_t + sigma * n) - at) / sigma
+    return change.square().mean()
+
+
+def guidance_within_a_step(
+    student: Velocity, teacher: Velocity, x: Tensor, v: Tensor, t: float, after: float, u: float
+) -> Tensor:
+    """SenseFlow's ISG: the step from t to `after` in one, against the teacher to a time within it and then the student.
+
+    v is the student's velocity at (x, t) and alone has a gradient. The time is the share u in (0, 1) of the way.
+    """
+    middle = t + u * (after - t)
+    with torch.no_grad():
+        start = x.detach()
+        halfway = start + (middle - t) * teacher(start, x.new_full((len(x),), t, dtype=torch.float32))
+        target = halfway + (after - middle) * student(halfway, x.new_full((len(x),), middle, dtype=torch.float32))
+    error: Tensor = start + (after - t) * v - target
+    return error.square().mean()
+
+
+@torch.no_grad()
+def align(fake: nn.Module, student: nn.Module, keep: float) -> None:
+    """SenseFlow's IDA: fake <- keep fake + (1 - keep) student, in place, for every parameter.
+
+    Raises ConfigError for adapters: between two products of low rank, the middle of the factors is another matrix.
+    """
+    mine, theirs = dict(fake.named_parameters()), dict(student.named_parameters())
+    if mine.keys() != theirs.keys() or any("lora_" in name for name in mine):
+        raise ConfigError("dmd2: ida averages whole weights, and an adapter is learning; use ida: 1")
+    torch._foreach_lerp_(list(mine.values()), [theirs[name] for name in mine], 1 - keep)

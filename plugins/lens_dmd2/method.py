@@ -1,0 +1,290 @@
+"""The method `dmd2`: distribution matching distillation, joint or decoupled, with what keeps it stable.
+
+DMD2 (Yin et al., 2024), Decoupled DMD (Liu et al., 2025), SenseFlow (Ge et al., 2025; IDA and ISG) and approximate R1
+(Lin et al., 2025).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from lens_core import flow
+from lens_core.pipeline import to_pixels
+from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, Text, did_you_mean
+from lens_dmd2 import losses
+from lens_dmd2.heads import Heads
+from lens_dmd2.losses import MATCHINGS, Views, Weights
+from lens_dmd2.rollout import ROLLOUTS, Velocity
+
+if TYPE_CHECKING:
+    from lens_core.pipeline import LensPipeline
+
+
+@frozen
+class Sample:
+    """A micro-batch: the captions' text, the latent grid (h, w) to draw at, and real latents z [B,C,h,w] for a GAN."""
+
+    text: Text
+    size: tuple[int, int]
+    z: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+class DMD2:
+    """The pipeline's backbone becomes a student of `steps` steps without guidance; as it was, it is the teacher.
+
+    A step is one update of the generator, after `critic_steps` of the fake (a copy that follows what the student makes)
+    and, with a GAN, of the heads. The pipeline's presets become the student's. The teacher is no role and is not
+    saved: a resumed run copies it anew from the recipe's start, and refuses another one.
+    """
+
+    @frozen
+    class Config:
+        steps: int = 4  # the student's
+        guidance_scale: float | None = None  # the teacher's; None: the pipeline's own
+        rollout: str = "ode"  # ode, as the student will sample | renoise
+        matching: str = "decoupled"  # decoupled | joint
+        ca: float = 1.0  # weighs the decoupled gradient towards guidance
+        dm: float = 1.0  # weighs the decoupled gradient towards the teacher
+        shift: float = 3.0  # of the noise levels that everything is compared at; 1 is even
+        floor: float = 0.1  # least distance from the teacher's guess that gradients are divided by, in latent units
+        critic_steps: int = 5  # updates of the fake (and the heads) before each of the generator
+        warmup: int = 0  # steps at the start in which the generator waits for the fake
+        ida: float = 0.97  # share of itself that the fake keeps after each update of the generator; 1: all
+        isg: float = 0.0  # weighs intra-segment guidance; 0: none
+        gan: float = 0.0  # weighs the discriminator in the generator's loss; 0: none
+        blocks: tuple[int, ...] = ()  # of the teacher, that the discriminator reads; needed with gan
+        r1: float = 0.01  # weighs the squared norm of the discriminator's gradient at real latents
+        r1_sigma: float = 0.05  # of the differences that approximate it; below 0.03 bfloat16 rounds them away
+        sizes: tuple[tuple[int, int], ...] = ()  # px, for captions without pictures; (): the preset square
+
+        def __attrs_post_init__(self) -> None:
+            problems = [
+                f"dmd2: no {kind} is called {name!r}.{did_you_mean(name, known)}"
+                for kind, name, known in (
+                    ("rollout", self.rollout, ROLLOUTS),
+                    ("matching", self.matching, MATCHINGS),
+                )
+                if name not in known
+            ]
+            problems += [
+                f"dmd2: {name} is {getattr(self, name)}; it must be at least 1"
+                for name in ("steps", "critic_steps")
+                if getattr(self, name) < 1
+            ]
+            problems += [
+                f"dmd2: {name} is {getattr(self, name)}; it must be positive"
+                for name in ("shift", "floor", "r1_sigma")
+                if not getattr(self, name) > 0
+            ]
+            problems += [
+                f"dmd2: {name} is {getattr(self, name)}; it must not be negative"
+                for name in ("ca", "dm", "warmup", "isg", "gan", "r1")
+                if not getattr(self, name) >= 0
+            ]
+            if not 0 <= self.ida <= 1:
+                problems.append(f"dmd2: ida is {self.ida}; it is a share in [0, 1]")
+            if self.gan and not self.blocks:
+                problems.append("dmd2: gan reads the teacher's blocks; name some, at a half and three quarters, say")
+            if problems:
+                raise ConfigError(problems)
+
+    def __init__(self, config: Config, pipeline: LensPipeline) -> None:
+        scale = pipeline.presets["guidance_scale"] if config.guidance_scale is None else config.guidance_scale
+        if config.matching == "decoupled" and scale == 1:
+            raise ConfigError(
+                "dmd2: decoupled matching learns guidance, but the teacher's guidance_scale is 1; "
+                "start from a guided model, or use matching: joint"
+            )
+        self.config, self.pipeline, self.guidance = config, pipeline, float(scale)
+        self.teacher = _frozen(pipeline.backbone)
+        self._roles: dict[str, nn.Module] = {"generator": pipeline.backbone, "fake": _frozen(pipeline.backbone)}
+        if config.gan:
+            self._roles["heads"] = self._heads()
+        self._start = pipeline.version
+        pipeline.presets |= {"steps": config.steps, "guidance_scale": 1.0}
+
+    def _heads(self) -> nn.Module:
+        if not hasattr(self.teacher, "features"):
+            raise ConfigError("dmd2: gan reads features, which this backbone does not offer; use gan: 0")
+        like = next(self.teacher.parameters())
+        encoder = self.pipeline.text_encoder
+        with torch.no_grad():
+            found = self.teacher.features(
+                like.new_zeros(1, self.pipeline.vae.channels, 2, 2),
+                like.new_ones(1).float(),
+                Text.empty(1, encoder.layers, encoder.width, like),
+                self.config.blocks,
+            )
+        return Heads([f.shape[1] for f in found]).to(like.device).requires_grad_(False)
+
+    # ---- who learns, from what ---------------------------------------------------------------------------------
+
+    def roles(self) -> Mapping[str, nn.Module]:
+        return self._roles
+
+    def turns(self, step: int) -> Sequence[str]:
+        """A pure function of the step, so there is no counter to resume."""
+        critic = [role for role in self._roles if role != "generator"] * self.config.critic_steps
+        return critic if step < self.config.warmup else [*critic, "generator"]
+
+    def steps(
+        self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
+    ) -> Iterator[Sequence[Sample]]:
+        """One encoded batch a step. Where it has no pictures, `rng` picks one of the sizes; a GAN needs pictures."""
+        cell = self.pipeline.vae.downscale
+        for batch in batches:
+            z = None
+            if batch.images is not None:
+                height, width = batch.images.shape[-2:]
+                z = self._encode(batch.images) if self.config.gan else None
+            elif self.config.gan:
+                raise LensError("dmd2: the dataset yields captions only; gan needs one that yields pictures")
+            else:
+                sizes = self.config.sizes or (self.pipeline.size(),)
+                height, width = sizes[int(torch.randint(len(sizes), (), generator=rng))]
+            yield (Sample(self.pipeline.encode(batch.captions), (height // cell, width // cell), z),)
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        z: Tensor = self.pipeline.vae.encode(to_pixels(images.to(self.pipeline.device)))
+        return z.float()
+
+    # ---- losses ------------------------------------------------------------------------------------------------
+
+    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
+        """`rng` gives the exit step first, which all ranks must share, and then all noise."""
+        losses_of = {"generator": self._generator, "fake": self._fake, "heads": self._discriminator}
+        return losses_of[role](nets, batch, rng)
+
+    def _enter(
+        self, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator
+    ) -> tuple[Tensor, float, float, Velocity]:
+        """(x, t, the next time, the student): where the exit step begins, drawn evenly from the student's steps."""
+        student = _bind(nets["generator"], batch.text)
+        sampler, steps = self.pipeline.sampler, self.config.steps
+        count = int(torch.randint(steps, (), generator=rng))
+        device = batch.text.features.device
+        noise = torch.randn(len(batch), self.pipeline.vae.channels, *batch.size, generator=rng).to(device)
+        x = ROLLOUTS[self.config.rollout](sampler, student, noise, steps, count, rng)
+        t, after = sampler.times(batch.size, steps)[count : count + 2].tolist()
+        return x, t, after, student
+
+    @torch.no_grad()
+    def _made(self, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Tensor:
+        x, t, _, student = self._enter(nets, batch, rng)
+        row = x.new_full((len(x),), t)
+        return flow.data_from(x, student(x, row), row)
+
+    def _generator(self, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
+        config = self.config
+        begin, t, after, student = self._enter(nets, batch, rng)
+        row = begin.new_full((len(begin),), t)
+        v = student(begin, row)
+        x = flow.data_from(begin, v, row)
+        views = Views(
+            _bind(self.teacher, batch.text),
+            _bind(self.teacher, _nothing(batch.text)),
+            _bind(nets["fake"], batch.text),
+            self.guidance,
+        )
+        weights = Weights(config.shift, config.floor, config.ca, config.dm)
+        matching = MATCHINGS[config.matching](x.detach(), views, t, weights, rng)
+        total = losses.descend(x, matching.g)
+        parts = {**matching.parts, "x_std": x.detach().std(), "push": matching.g.square().mean().sqrt()}
+        if config.isg:
+            # A tenth of the way is kept from either end: an absolute margin would not fit the steps of large pictures.
+            u = 0.1 + 0.8 * float(torch.rand((), generator=rng))
+            isg = losses.guidance_within_a_step(student, lambda x, t: views.both(x, t)[1], begin, v, t, after, u)
+            total = total + config.isg * isg
+            parts["isg"] = isg.detach()
+        if config.gan:
+            x_t, at, _ = losses.noised(x, rng, config.shift)
+            gan = losses.passes_as_real(nets["heads"](self._features(batch.text, at)(x_t)))
+            (push,) = torch.autograd.grad(config.gan * gan, x, retain_graph=True)
+            parts |= {"gan": gan.detach(), "gan_dm": losses.ratio(push * x.numel(), matching.g)}
+            total = total + config.gan * gan
+        return Loss(total, parts)
+
+    def _fake(self, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
+        x = self._made(nets, batch, rng)
+        x_t, t, noise = losses.noised(x, rng, self.config.shift)
+        v = _bind(nets["fake"], batch.text)(x_t, t)
+        total = losses.tracking(v, x, noise)
+        # Against the best guess that sees nothing, the mean velocity: what is left to learn, as a share.
+        unexplained = total.detach() / flow.velocity(x, noise).var()
+        return Loss(total, {"unexplained": unexplained})
+
+    def _discriminator(self, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
+        if batch.z is None:
+            raise LensError("dmd2: there are no real latents to tell the student's from; use a dataset with pictures")
+        x = self._made(nets, batch, rng)
+        # Real and made meet at the same noise level under the same noise: nothing else tells them apart.
+        real_t, t, noise = losses.noised(batch.z.to(x.device), rng, self.config.shift)
+        features = self._features(batch.text, t)
+
+        def logits(x_t: Tensor) -> Tensor:
+            with torch.no_grad():
+                taps = features(x_t)
+            found: Tensor = nets["heads"](taps)
+            return found
+
+        real, fake = logits(real_t), logits(flow.mix(x, noise, t))
+        total = losses.real_or_fake(real, fake)
+        parts = {"real": real.detach().mean(), "fake": fake.detach().mean()}
+        if self.config.r1:
+            n = torch.randn(real_t.shape, generator=rng).to(x.device)
+            r1 = losses.approximate_r1(logits, real_t, real, self.config.r1_sigma, n)
+            total = total + self.config.r1 * r1
+            parts["r1"] = r1.detach()
+        return Loss(total, parts)
+
+    def _features(self, text: Text, t: Tensor) -> Callable[[Tensor], list[Tensor]]:
+        """x_t -> the taps of the frozen teacher, through which gradients reach x_t."""
+        teacher: Any = self.teacher
+        return lambda x_t: teacher.features(x_t, t, text, self.config.blocks)
+
+    # ---- between steps -----------------------------------------------------------------------------------------
+
+    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
+        if self.config.ida < 1:  # in the warm-up as well, where it keeps all: a refusal must not wait
+            keep = 1.0 if step < self.config.warmup else self.config.ida
+            losses.align(nets["fake"], nets["generator"], keep)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher's hash: its weights are those of the recipe's start."""
+        return {"teacher": self._start}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["teacher"] != self._start:
+            raise CheckpointError(
+                f"dmd2: this run was begun with the teacher {state['teacher']}, but the recipe's start is now "
+                f"{self._start}; put the old one back, or choose a new --out"
+            )
+
+
+def _frozen(net: nn.Module) -> Any:
+    return copy.deepcopy(net).requires_grad_(False).eval()
+
+
+def _bind(net: nn.Module, text: Text) -> Velocity:
+    """(x, t) -> v in the dtype of x. The teacher's two views are two passes: the one without text is the cheaper."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        v: Tensor = net(x, t, text)
+        return v.to(x.dtype)
+
+    return velocity
+
+
+def _nothing(text: Text) -> Text:
+    _, layers, _, width = text.features.shape
+    return Text.empty(len(text), layers, width, text.features)

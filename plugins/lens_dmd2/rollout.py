@@ -1,0 +1,42 @@
+"""How a student gets to the step it learns at: the first steps of its own sampling, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice, pairwise
+
+import torch
+from torch import Tensor
+
+from lens_core import flow
+from lens_core.protocols import Sampler
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""(x [B,C,h,w], t float32 [B]) -> v [B,C,h,w]."""
+
+
+@torch.no_grad()
+def ode(sampler: Sampler, velocity: Velocity, noise: Tensor, steps: int, count: int, rng: torch.Generator) -> Tensor:
+    """x after `count` of `steps` steps of the sampler itself: what the finished student will do. Draws nothing."""
+    x = noise
+    for _, x in islice(sampler.walk(velocity, noise, steps), count):  # noqa: B007 - the last one is the answer
+        pass
+    return x
+
+
+@torch.no_grad()
+def renoise(
+    sampler: Sampler, velocity: Velocity, noise: Tensor, steps: int, count: int, rng: torch.Generator
+) -> Tensor:
+    """The same times, but each step mixes its guess of the data with noise of its own (DMD2's backward simulation)."""
+    times = sampler.times((noise.shape[-2], noise.shape[-1]), steps).to(noise.device)
+    x = noise
+    for t, after in islice(pairwise(times), count):
+        row = t.expand(len(x))
+        fresh = torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device)
+        x = flow.mix(flow.data_from(x, velocity(x, row), row), fresh, after.expand(len(x)))
+    return x
+
+
+ROLLOUTS = {"ode": ode, "renoise": renoise}
+"""Name -> a function of (sampler, velocity, noise, steps, count, rng) that returns x after `count` steps."""
