@@ -234,8 +234,8 @@ class Recipe:
     """One training run."""
 
     method: Use
-    dataset: Use
     train: Training
+    dataset: Use | None = None  # where its method reads one
     pipeline: Parts = field(factory=Parts)
     seed: int = 0
 

@@ -66,8 +66,10 @@ class Run:
         self.pipeline = LensPipeline.from_parts(recipe.pipeline, catalog).to(self.accelerator.device)
         _, method, config = build(catalog, "method", recipe.method, "$.method")
         self.method = method(config, self.pipeline)
-        _, dataset, config = build(catalog, "dataset", recipe.dataset, "$.dataset")
-        self.dataset = dataset(config)
+        self.dataset: Any = None
+        if recipe.dataset is not None:
+            _, dataset, config = build(catalog, "dataset", recipe.dataset, "$.dataset")
+            self.dataset = dataset(config)
         self.nets: dict[str, nn.Module] = dict(self.method.roles())
         for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.backbone, *self.nets.values()):
             if isinstance(part, nn.Module):
@@ -121,7 +123,8 @@ class Run:
         self._resume()
         config = self.train_config
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        steps = self.method.steps(self.dataset.batches(rank, world), self.nets, self.rng)
+        batches = iter(()) if self.dataset is None else self.dataset.batches(rank, world)
+        steps = self.method.steps(batches, self.nets, self.rng)
         start, first = time.monotonic(), self.step
         averages: dict[str, list[float]] = {}
         with self._signals():
@@ -152,7 +155,7 @@ class Run:
         with self._autocast():
             micro = next(steps, None)
         if not micro:
-            raise LensError(f"the method had nothing to learn from at step {self.step}; check the dataset")
+            raise LensError(f"the method had nothing to learn from at step {self.step}; check $.dataset")
         return micro
 
     def _turn(self, role: str, micro: Sequence[Any]) -> dict[str, float]:
@@ -228,7 +231,7 @@ class Run:
         state = {
             "schema": SCHEMA,
             "step": self.step,
-            "dataset": self.dataset.state_dict(),
+            "dataset": {} if self.dataset is None else self.dataset.state_dict(),
             "method": {k: v for k, v in method.items() if not isinstance(v, Tensor)},
         }
         final = self.out / "checkpoints" / f"step-{self.step:07d}"
@@ -261,7 +264,8 @@ class Run:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         self.method.load_state_dict({**state["method"], **under("method/")})
-        self.dataset.load_state_dict(state["dataset"])
+        if self.dataset is not None:
+            self.dataset.load_state_dict(state["dataset"])
         for role in self.nets:
             self._load(role, under(f"net/{role}/"))
             if role in self.ema:

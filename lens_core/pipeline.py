@@ -76,12 +76,14 @@ class LensPipeline:
         source: str = "",
         version: str = "",
         plugins: Mapping[str, str] | None = None,
+        catalog: Catalog | None = None,
     ) -> None:
         self.vae, self.text_encoder, self.backbone, self.sampler = vae, text_encoder, backbone, sampler
         self.presets: dict[str, Any] = {"steps": 20, "guidance_scale": 5.0, **(presets or {})}
         self.uses = dict(uses or {})
         self.source, self.version = source, version
         self.plugins = dict(plugins or {})
+        self.catalog = catalog  # where its parts came from: methods find rewards and benchmarks there
         self.device = torch.device("cpu")
         self.loras: list[str] = []  # what is folded into the backbone, as NAME:WEIGHT
         self._plain: dict[str, Tensor] = {}  # the backbone's layers as they were before
@@ -128,6 +130,7 @@ class LensPipeline:
             source=str(uri),
             version=checkpoint.digest(folder),
             plugins=described.get("plugins", {}),
+            catalog=catalog,
         )
         return pipeline.to(where)
 
@@ -137,7 +140,7 @@ class LensPipeline:
         start = (
             cls.from_pretrained(parts.start, catalog=catalog, dtype=torch.float32, device="cpu")
             if parts.start
-            else cls()
+            else cls(catalog=catalog)
         )
         for kind in PARTS:
             use = getattr(parts, kind)

@@ -15,8 +15,9 @@ from lens_shapes.reader import judge, read
 from lens_shapes.scenes import GENEVAL, asked, sample
 
 
-def verdicts(images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
-    """Images uint8 [B,3,H,W] -> 1.0 where every fact asked is there, else 0.0. Prompts without facts: abstains."""
+def verdicts(images: Tensor, prompts: Sequence[Prompt], partial: bool = False) -> list[Score]:
+    """Images uint8 [B,3,H,W] -> 1.0 where every fact asked is there, else 0.0; `partial`: the share of the facts that
+    are there. Prompts without facts: abstains."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} pictures cannot answer {len(prompts)} prompts; pass one picture a prompt")
     scores = []
@@ -26,7 +27,8 @@ def verdicts(images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
             continue
         reading = read(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
         facts = judge(reading, question.data)
-        scores.append(Score("ok", float(all(facts.values())), facts, str(reading)))
+        value = sum(facts.values()) / len(facts) if partial else float(all(facts.values()))
+        scores.append(Score("ok", value, facts, str(reading)))
     return scores
 
 
@@ -71,10 +73,10 @@ class ShapesReward:
 
     @frozen
     class Config:
-        pass
+        partial: bool = False  # credit for the share of facts that are there: a weak model's pictures differ then
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
-        return verdicts(images, prompts)
+        return verdicts(images, prompts, self.config.partial)

@@ -35,6 +35,7 @@ class ShapesDataset:
         dense: float = 0.2  # share of batches with dense captions; the others are brief
         seed: int = 0
         images: bool = True  # False: captions only
+        largest: bool = False  # things as large as their number allows, instead of any size
         tasks: dict[str, float] | None = field(default=None)  # weight of each kind of scene; None: the usual mixture
 
         def __attrs_post_init__(self) -> None:
@@ -118,7 +119,7 @@ class ShapesDataset:
     def _sample(self, index: int, size: tuple[int, int]) -> tuple[Scene, NDArray[np.uint8] | None]:
         if index in self._pool:
             return self._pool[index]
-        scene = sample(self._rng(_SCENE, index), "train", tasks=self.config.tasks or TASKS)
+        scene = sample(self._rng(_SCENE, index), "train", tasks=self.config.tasks or TASKS, largest=self.config.largest)
         image = render(scene, *size) if self.config.images else None
         if self.config.count:
             self._pool[index] = scene, image

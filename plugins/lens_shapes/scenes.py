@@ -161,14 +161,21 @@ def belongs(scene: Scene, split: Split) -> bool:
 
 
 def sample(
-    rng: np.random.Generator, split: Split, task: str | None = None, tasks: Mapping[str, float] = TASKS
+    rng: np.random.Generator,
+    split: Split,
+    task: str | None = None,
+    tasks: Mapping[str, float] = TASKS,
+    largest: bool = False,
 ) -> Scene:
-    """One scene of `split`, of kind `task` or else of one drawn with the weights `tasks`. Same state, same scene."""
+    """One scene of `split`, of kind `task` or else of one drawn with the weights `tasks`. Same state, same scene.
+
+    `largest`: all things have the largest size that as many of them may have, instead of any.
+    """
     if task is None:
         names, weights = list(tasks), np.cumsum(list(tasks.values()))
         task = names[int(np.searchsorted(weights, rng.random() * weights[-1], side="right"))]
     while True:  # a fifth of the combinations is kept back, so this ends soon
-        draft = _draft(rng, task)
+        draft = _draft(rng, task, largest)
         if belongs(draft, split):
             break
     while True:
@@ -198,7 +205,7 @@ def _word(rng: np.random.Generator) -> str:
     return "".join(_pick(rng, letters[(step + (0 if vowel else 1)) % 2]) for step in range(length))
 
 
-def _draft(rng: np.random.Generator, task: str) -> Scene:
+def _draft(rng: np.random.Generator, task: str, largest: bool) -> Scene:
     """What the scene holds, before anything has a place."""
     shapes, colours = _two(rng, SHAPES), _two(rng, COLOURS)
     counts, relation, word, word_at = [1, 1], "", "", ""
@@ -222,6 +229,7 @@ def _draft(rng: np.random.Generator, task: str) -> Scene:
         relation = _pick(rng, RELATIONS)
     total = sum(counts)
     choices = ("small", "medium", "large") if total <= 2 else ("small", "medium") if total <= 4 else ("small",)
+    choices = choices[-1:] if largest else choices
     things: list[Thing] = []
     for shape, colour, count in zip(shapes, colours, counts, strict=True):
         things += [Thing(shape, colour, _pick(rng, choices), 0.0, 0.0)] * count

@@ -267,3 +267,8 @@ def test_a_role_can_have_a_rate_of_its_own(runner: Runner) -> None:
     torch.testing.assert_close(slow["critic"], plain["critic"] * 0.25)  # Adam's first step is the rate itself
     with pytest.raises(ConfigError, match=r"train\.rates: no role is called 'critics'; backbone, critic can learn"):
         runner.run(recipe(rates={"critics": 1.0}), "c")
+
+
+def test_a_recipe_without_a_dataset_is_for_methods_that_read_none(runner: Runner) -> None:
+    with pytest.raises(LensError, match=r"nothing to learn from at step 0; check \$\.dataset"):
+        runner.run(evolve(RECIPE, dataset=None), "a").train()

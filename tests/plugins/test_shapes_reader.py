@@ -12,7 +12,7 @@ from attrs import evolve
 from lens_shapes.benchmark import ShapesBenchmark, ShapesReward
 from lens_shapes.reader import judge, read, satisfies
 from lens_shapes.render import coverage, render
-from lens_shapes.scenes import COLOURS, GENEVAL, OPPOSITE, SHAPES, Scene, Thing, asked, sample
+from lens_shapes.scenes import COLOURS, GENEVAL, OPPOSITE, RELATIONS, SHAPES, Scene, Thing, asked, sample
 from scipy import ndimage
 
 from lens_core.types import ConfigError, Prompt
@@ -311,3 +311,16 @@ def test_pictures_and_prompts_must_be_equally_many():
 def test_a_wrong_benchmark_config_is_refused(wrong):
     with pytest.raises(ConfigError):
         ShapesBenchmark.Config(**wrong)
+
+
+def test_partial_credit_is_the_share_of_facts() -> None:
+    scene = sample(np.random.default_rng(3), "train", "position")
+    image = torch.from_numpy(render(scene, 96, 96)).permute(2, 0, 1)[None]
+    facts = asked(scene)
+    other = next(word for word in RELATIONS if word != facts["relation"])
+    asks = [Prompt("", 0, "position", facts), Prompt("", 1, "position", {**facts, "relation": other})]
+    pair = image.expand(2, -1, -1, -1)
+    strict = ShapesReward(ShapesReward.Config()).score(pair, asks)
+    kind = ShapesReward(ShapesReward.Config(partial=True)).score(pair, asks)
+    assert [s.value for s in strict] == [1.0, 0.0]
+    assert [s.value for s in kind] == [1.0, 0.75]  # things, counts and no word, but not the relation

@@ -170,3 +170,15 @@ def test_the_vocabulary_is_small_and_lower_case_but_for_words():
     words = set("".join(c if c.isalpha() or c == '"' else " " for c in text).split())
     assert len({w for w in words if '"' not in w}) < 500
     assert all(w == w.lower() for w in words if '"' not in w)
+
+
+def test_the_largest_things_are_what_their_number_allows() -> None:
+    allowed = {1: "large", 2: "large", 3: "medium", 4: "medium", 5: "small", 6: "small"}
+    seen = set()
+    for number in range(150):
+        scene = sample(np.random.default_rng([5, number]), "train", largest=True)
+        assert {thing.size for thing in scene.things} <= {allowed[len(scene.things)]} if scene.things else True
+        seen.add(len(scene.things))
+    assert seen == set(range(7))
+    usual = {t.size for n in range(150) for t in sample(np.random.default_rng([5, n]), "train", "single").things}
+    assert usual == set(SIZES)

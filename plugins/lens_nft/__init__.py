@@ -1,0 +1,19 @@
+"""Reinforcement learning from rewards: DiffusionNFT (arXiv 2509.16117), a policy update without likelihoods.
+
+objective  the arithmetic: advantages, the reflected velocities and their losses
+rollout    which prompts, which seeds; pictures drawn with the old policy, and judged
+method     method `diffusion_nft`
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lens_core import hookimpl
+
+
+@hookimpl
+def lens_methods() -> dict[str, type[Any]]:
+    from lens_nft.method import DiffusionNFT
+
+    return {"diffusion_nft": DiffusionNFT}

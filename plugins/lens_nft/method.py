@@ -1,0 +1,335 @@
+"""The method `diffusion_nft`: draw with the old policy, judge, and learn from both good and bad (arXiv 2509.16117)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from lens_core import flow
+from lens_core.catalog import Catalog
+from lens_core.config import Use, build
+from lens_core.types import Batch, ConfigError, LensError, Loss, Prompt, Score, Text, did_you_mean
+from lens_nft.objective import Advantages, advantages, optimality, reflected_loss, squared_distance
+from lens_nft.rollout import Order, Picture, acting, alike, chosen, diversity, draw, judge, readings, seed_of
+
+if TYPE_CHECKING:
+    from lens_core.pipeline import LensPipeline
+
+PATIENCE = 5  # rollouts in a row that a judge may spoil before the run stops
+
+
+@frozen
+class Sample:
+    """A judged picture to learn from: its optimality r is 1/2 + A / (2 advantage_clip)."""
+
+    picture: Picture
+    r: float
+
+
+@frozen
+class Lesson:
+    """A micro-batch: samples of one size, each at one time of the schedule's part `turn`.
+
+    `share` makes sums over its samples into parts of the step's mean; `facts` are logged.
+    """
+
+    samples: tuple[Sample, ...]
+    turn: int
+    share: float
+    facts: Mapping[str, Tensor]
+
+
+class DiffusionNFT:
+    """Policy optimisation on the forward process: no likelihoods, any sampler, one velocity loss.
+
+    A rollout is `prompts_per_rollout` prompts, `pictures_per_prompt` each, drawn by the *old* policy: a copy of the
+    backbone that follows it with a lag. Which prompts, their sizes, every noise and every time is a function of the
+    run's seed, the rollout's number, the prompt's id and the picture's number, so nothing depends on micro-batches,
+    and a resumed run needs two counters. The dataset is not read: a benchmark brings the prompts, whose facts rewards
+    may need.
+    """
+
+    @frozen
+    class Config:
+        prompts: Use  # a benchmark whose prompts are learned from, as in {use: shapes, split: train}
+        rewards: tuple[Use, ...]  # judges, as in [{use: shapes, weight: 1.0}]; weight is 1 if not given
+        tasks: tuple[str, ...] = ()  # of the benchmark's tasks, those whose prompts are used; (): all
+        prompts_per_rollout: int = 48
+        pictures_per_prompt: int = 24
+        sizes: tuple[tuple[int, int], ...] = ()  # height, width px, one for each prompt of a rollout; (): the preset
+        rollout_steps: int = 20
+        rollout_guidance: float = 1.0
+        train_guidance: float = 1.0
+        times: int = 9  # at how many times t each picture is learned, spread over the sampler's schedule
+        updates: int = 1  # optimizer steps a rollout, each on a part of its pictures
+        batch: int = 8  # pictures drawn, or learned, at once
+        form: Literal["x0", "velocity"] = "x0"  # x0: self-normalised, as in the paper's code; velocity: as in its text
+        beta: float = 0.1  # how far the velocity is mirrored beyond the old one; smaller is faster and less stable
+        advantage_clip: float = 5.0  # advantages beyond this, in standard deviations, count as this
+        kl: float = 1e-4  # weighs the squared distance to the velocity at the start; 0 keeps no copy of it
+        spread: Literal["group", "rollout"] = "group"  # over what rewards' standard deviation is taken
+        floor: float = 1e-4  # least standard deviation, in the reward's units; the noise of a judge that has some
+        old_wait: int = 0  # optimizer steps for which old is simply the policy of the last rollout
+        old_rise: float = 0.001  # by how much its lag grows a step from then on: old = lag old + (1 - lag) policy
+        old_limit: float = 0.5  # up to which lag; 1 freezes it
+        max_failed: float = 0.05  # share of failed verdicts beyond which a rollout is thrown away
+
+        def __attrs_post_init__(self) -> None:
+            problems = []
+            if not self.rewards:
+                problems.append("rewards is empty; name at least one")
+            if any(type(w) not in (int, float) or w <= 0 for w in (u.options.get("weight", 1.0) for u in self.rewards)):
+                problems.append("the weight of a reward must be a positive number; leave out what counts for 0")
+            if self.pictures_per_prompt < 2:
+                problems.append(f"pictures_per_prompt is {self.pictures_per_prompt}; there is no group of less than 2")
+            for name in ("prompts_per_rollout", "rollout_steps", "times", "updates", "batch"):
+                if getattr(self, name) < 1:
+                    problems.append(f"{name} is {getattr(self, name)}; it must be at least 1")
+            for name in ("beta", "advantage_clip", "floor"):
+                if getattr(self, name) <= 0:
+                    problems.append(f"{name} is {getattr(self, name)}; it must be positive")
+            for name in ("kl", "old_wait", "old_rise"):
+                if getattr(self, name) < 0:
+                    problems.append(f"{name} is {getattr(self, name)}; it must not be negative")
+            for name in ("old_limit", "max_failed"):
+                if not 0 <= getattr(self, name) <= 1:
+                    problems.append(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
+            if self.form not in ("x0", "velocity"):
+                problems.append(f"form must be x0 or velocity, not {self.form!r}")
+            if self.spread not in ("group", "rollout"):
+                problems.append(f"spread must be group or rollout, not {self.spread!r}")
+            if problems:
+                raise ConfigError([f"diffusion_nft: {p}" for p in problems])
+
+        def lag(self, steps: int) -> float:
+            """How much of the old policy stays after `steps` optimizer steps: 0 copies the new one, 1 keeps the old."""
+            return min(self.old_rise * max(0, steps - self.old_wait), self.old_limit)
+
+    def __init__(self, config: Config, pipeline: LensPipeline) -> None:
+        absent = [p for p in ("vae", "text_encoder", "backbone", "sampler") if getattr(pipeline, p) is None]
+        if absent:
+            raise ConfigError(f"diffusion_nft: the pipeline has no {absent[0]}; start from a checkpoint that can draw")
+        self.config, self.pipeline = config, pipeline
+        catalog = getattr(pipeline, "catalog", None) or Catalog.installed()  # a pipeline made by hand has none
+        _, benchmark, options = build(catalog, "benchmark", config.prompts, "$.method.prompts")
+        self.prompts = _of_tasks(benchmark(options).prompts(), config.tasks)
+        if len({p.id for p in self.prompts}) < len(self.prompts):
+            raise ConfigError(f"diffusion_nft: {config.prompts.use} has prompts of one id; a group is known by its id")
+        if len(self.prompts) < config.prompts_per_rollout:
+            raise ConfigError(
+                f"diffusion_nft: {config.prompts.use} has {len(self.prompts)} prompts, fewer than a rollout takes "
+                f"({config.prompts_per_rollout}); ask it for more, or lower prompts_per_rollout"
+            )
+        self.rewards, self.weights = _rewards(config.rewards, catalog)
+        self.sizes = [pipeline.size(*size) for size in config.sizes] or [pipeline.size()]
+        self.old = _frozen(pipeline.backbone)
+        self.base = _frozen(pipeline.backbone) if config.kl else None
+        self.rollout = 0  # its number, those that were thrown away included
+        self.update = 0  # optimizer steps made with this rollout
+        self.aborted = 0  # rollouts thrown away
+
+    def roles(self) -> Mapping[str, nn.Module]:
+        backbone: Any = self.pipeline.backbone
+        return {"backbone": backbone}
+
+    def steps(
+        self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
+    ) -> Iterator[Sequence[Lesson]]:
+        """A rollout, then its optimizer steps. `rng` gives the run's seed alone; `batches` stays where it is.
+
+        Raises LensError where a judge spoils rollout after rollout.
+        """
+        spoiled = 0
+        while True:
+            pictures = self._draw(rng.initial_seed())
+            verdicts = judge(self.rewards, pictures)
+            values, failed = readings(verdicts)
+            groups = [p.prompt.id for p in pictures]
+            over_all = self.config.spread == "rollout"
+            found = advantages(values, failed, groups, self.weights, self.config.floor, over_all)
+            if float(failed.double().mean()) > self.config.max_failed or not found.valid.any():
+                self.rollout, self.update = self.rollout + 1, 0
+                self.aborted, spoiled = self.aborted + 1, spoiled + 1
+                if spoiled >= PATIENCE:
+                    raise LensError(_lament(verdicts, spoiled))
+                continue
+            spoiled = 0
+            parts = self._lessons(pictures, found, self._facts(pictures, verdicts, failed, found))
+            yield from parts[self.update :]  # a run that stopped between them draws the same pictures again
+
+    def turns(self, step: int) -> Sequence[str]:
+        return ("backbone",)
+
+    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Lesson, rng: torch.Generator) -> Loss:
+        """The reflected loss, and kl times the squared distance to the start. Times and noise are the samples' own."""
+        config = self.config
+        z = torch.stack([s.picture.z for s in batch.samples])
+        t, noise = (part.to(z.device) for part in self._noise(batch))
+        r = torch.tensor([s.r for s in batch.samples], device=z.device)
+        text = Text.cat([s.picture.text for s in batch.samples])
+        x = flow.mix(z, noise, t)
+        v = self._velocity(nets[role], x, t, text)
+        with torch.no_grad():
+            old = self._velocity(self.old, x, t, text)
+            base = self._velocity(self.base, x, t, text) if self.base is not None else None
+        target, normalise = flow.velocity(z, noise), config.form == "x0"
+        policy = batch.share * reflected_loss(
+            v, old, target, t, r, beta=config.beta, clip=config.advantage_clip, normalise=normalise
+        )
+        total = policy.sum()
+        parts = {"policy": total, "to_old": batch.share * squared_distance(v, old).sum()}
+        if base is not None:
+            parts["to_base"] = batch.share * squared_distance(v, base).sum()
+            total = total + config.kl * parts["to_base"]
+        return Loss(total, {**{k: p.detach() for k, p in parts.items()}, **batch.facts})
+
+    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
+        """Old follows the backbone once a rollout, after its updates."""
+        self.update += 1
+        if self.update < self.config.updates:
+            return
+        self.rollout, self.update = self.rollout + 1, 0
+        follow(self.old, nets["backbone"], self.config.lag(step + 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters, the old policy, and the start: the checkpoint that it came from may change or vanish."""
+        tensors = {f"old/{k}": v for k, v in self.old.state_dict().items()}
+        if self.base is not None:
+            tensors |= {f"base/{k}": v for k, v in self.base.state_dict().items()}
+        return {"rollout": self.rollout, "update": self.update, "aborted": self.aborted, **tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rollout, self.update, self.aborted = (int(state[k]) for k in ("rollout", "update", "aborted"))
+        for name, net in (("old/", self.old), ("base/", self.base)):
+            if net is not None:
+                net.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
+
+    def _draw(self, seed: int) -> list[Picture]:
+        config, number = self.config, self.rollout
+        orders = []
+        for index in chosen(len(self.prompts), config.prompts_per_rollout, number, seed):
+            prompt = self.prompts[index]
+            size = self.sizes[seed_of(seed, number, prompt.id) % len(self.sizes)]
+            orders += [
+                Order(prompt, seed_of(seed, number, prompt.id, k), size) for k in range(config.pictures_per_prompt)
+            ]
+        actor = acting(self.pipeline, self.old)
+        return draw(actor, orders, config.rollout_steps, config.rollout_guidance, config.batch)
+
+    def _lessons(
+        self, pictures: Sequence[Picture], found: Advantages, facts: Mapping[str, Tensor]
+    ) -> list[list[Lesson]]:
+        """The micro-batches of each update. Pictures of flat groups teach nothing, but count in the mean."""
+        config = self.config
+        r = optimality(found.value, config.advantage_clip).tolist()
+        # In the order of their seeds: a shuffle that an absent picture leaves alone.
+        samples = sorted(
+            (Sample(p, q) for p, q, learn in zip(pictures, r, found.valid & ~found.flat, strict=True) if learn),
+            key=lambda s: s.picture.seed,
+        )
+        whole = int(found.valid.sum()) * config.times / config.updates
+        updates = []
+        for first in range(config.updates):
+            mine = samples[first :: config.updates]
+            blocks = [tuple(mine[i] for i in rows) for rows in alike(mine, lambda s: s.picture.z.shape, config.batch)]
+            count = len(blocks) * config.times
+            lessons = [Lesson(b, turn, count / whole, facts) for b in blocks for turn in range(config.times)]
+            # Where nothing differs there is nothing to learn: a step of zero gradient, whose facts are logged.
+            updates.append(lessons or [Lesson((Sample(pictures[0], 0.5),), 0, 0.0, facts)])
+        return updates
+
+    def _noise(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
+        """(t [B], noise [B,C,h,w]) of a lesson, each row from a seed of its own."""
+        shape = lesson.samples[0].picture.z.shape
+        schedule = self.pipeline.sampler.times(shape[-2:], self.config.rollout_steps)
+        times, noises = [], []
+        for sample in lesson.samples:
+            rng = torch.Generator().manual_seed(seed_of(sample.picture.seed, lesson.turn))
+            times.append((lesson.turn + torch.rand((), generator=rng)) / self.config.times)
+            noises.append(torch.randn(shape, generator=rng))
+        return between(schedule.cpu(), torch.stack(times)), torch.stack(noises)
+
+    def _velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text) -> Tensor:
+        return acting(self.pipeline, net).velocity(text, None, self.config.train_guidance)(x, t)
+
+    def _facts(
+        self,
+        pictures: Sequence[Picture],
+        verdicts: Mapping[str, Sequence[Score]],
+        failed: Tensor,
+        found: Advantages,
+    ) -> dict[str, Tensor]:
+        """What to watch: rewards and their components, what had no verdict, what was flat, the spread of r."""
+        facts: dict[str, float] = {}
+        for name, scores in verdicts.items():
+            heard = [{name: s.value, **_under(name, s.components)} for s in scores if s.value is not None]
+            for key in sorted({k for h in heard for k in h}):
+                values = [h[key] for h in heard if key in h]
+                facts[f"reward/{key}"] = sum(values) / len(values)
+        facts["failed"] = float(failed.double().mean())
+        facts["masked"] = float((~found.valid).double().mean())
+        facts["flat"] = float(found.flat.double().sum() / found.valid.double().sum())
+        r = optimality(found.value[found.valid], self.config.advantage_clip)
+        facts |= {f"r_{q}": float(r.quantile(q / 100)) for q in (10, 50, 90)}
+        facts |= {"diversity": diversity(pictures), "aborted": float(self.aborted)}
+        facts["pictures"] = float((self.rollout + 1) * len(pictures))
+        return {k: torch.tensor(v) for k, v in facts.items()}
+
+
+def _of_tasks(prompts: Sequence[Prompt], tasks: Sequence[str]) -> list[Prompt]:
+    known = {p.task for p in prompts}
+    for task in tasks:
+        if task not in known:
+            raise ConfigError(f"diffusion_nft: no task of the prompts is called {task!r}.{did_you_mean(task, known)}")
+    return [p for p in prompts if not tasks or p.task in tasks]
+
+
+def _rewards(uses: Sequence[Use], catalog: Catalog) -> tuple[dict[str, Any], list[float]]:
+    """Rewards by the name they are logged under, and their weights. `weight` is the method's, the rest is theirs."""
+    rewards: dict[str, Any] = {}
+    for i, use in enumerate(uses):
+        options = {k: v for k, v in use.options.items() if k != "weight"}
+        name, reward, config = build(catalog, "reward", Use(use.use, options), f"$.method.rewards[{i}]")
+        short = name.partition(":")[2]
+        rewards[short if short not in rewards else f"{short}_{i}"] = reward(config)
+    return rewards, [float(use.options.get("weight", 1.0)) for use in uses]
+
+
+def _under(name: str, components: Mapping[str, float]) -> dict[str, float]:
+    return {f"{name}/{k}": v for k, v in components.items()}
+
+
+def _frozen(net: nn.Module) -> nn.Module:
+    return copy.deepcopy(net).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def follow(old: nn.Module, new: nn.Module, lag: float) -> None:
+    """old = lag old + (1 - lag) new, in every weight and buffer; what is not floating is copied."""
+    fresh = new.state_dict()
+    for name, value in old.state_dict().items():
+        if value.dtype.is_floating_point:
+            value.lerp_(fresh[name].to(value.dtype), 1 - lag)
+        else:
+            value.copy_(fresh[name])
+
+
+def between(schedule: Tensor, u: Tensor) -> Tensor:
+    """Times at the shares `u` [B] in [0, 1] of a schedule [S + 1], straight between its points."""
+    place = u * (len(schedule) - 1)
+    left = place.floor().long().clamp(max=len(schedule) - 2)
+    return torch.lerp(schedule[left], schedule[left + 1], place - left)
+
+
+def _lament(verdicts: Mapping[str, Sequence[Score]], times: int) -> str:
+    silent = [(s.status, name, s.evidence) for name, scores in verdicts.items() for s in scores if s.value is None]
+    status, name, evidence = max(silent)  # "failed" comes after "abstain"
+    return (
+        f"diffusion_nft: {times} rollouts in a row had too few verdicts to learn from; the reward {name} says "
+        f"{status} ({evidence or 'no reason given'}): mend it, and the same command goes on"
+    )

@@ -1,0 +1,108 @@
+"""The arithmetic of DiffusionNFT: from rewards to advantages, and from advantages to a loss on velocities.
+
+N pictures, J rewards, B rows; v velocities [B,...]; time as everywhere: t = 0 is data, v = noise - data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+FLOOR = 1e-5  # least mean error that a self-normalised loss divides by
+
+
+@frozen
+class Advantages:
+    """`value` float64 [N]: how much better than its group, in standard deviations, 0 where there is none.
+
+    `valid` bool [N]: judged, in a group with enough judged; `flat` bool [N]: valid, but all of its group scored alike.
+    """
+
+    value: Tensor
+    valid: Tensor
+    flat: Tensor
+
+
+def advantages(
+    values: Tensor,
+    failed: Tensor,
+    groups: Sequence[int],
+    weights: Sequence[float],
+    floor: float,
+    over_all: bool = False,
+) -> Advantages:
+    """Rewards `values` [J,N], NaN where a reward abstained, and `failed` bool [N] -> one advantage a picture.
+
+    Each reward is centred on its mean over the group and divided by its standard deviation there (`over_all`: over all
+    pictures), at least `floor`; then rewards are averaged by weight. A reward that abstains on more than half of a
+    group has no part in it. A picture without the verdict of one that has, or that failed, is absent from every
+    statistic; so is its whole group if that leaves fewer than half.
+    """
+    values = values.double()
+    keys = torch.tensor(groups)
+    names = sorted(set(groups))
+    names = sorted(set(groups))
+    valid = torch.zeros(len(groups), dtype=torch.bool)
+    taking = torch.zeros(values.shape, dtype=torch.bool)  # whose verdict counts for which picture
+    for key in names:
+        mine = keys == key
+        speaks = values[:, mine & ~failed].isnan().double().mean(1) <= 0.5  # the mean over nobody is NaN: False
+        here = mine & ~failed & ~values[speaks].isnan().any(0)
+        if speaks.any() and 2 * int(here.sum()) >= int(mine.sum()):
+            valid |= here
+            taking |= speaks[:, None] & here
+    value, share, flat = torch.zeros(len(groups)).double(), torch.zeros(len(groups)).double(), valid.clone()
+    for reward, takes, weight in zip(values, taking, weights, strict=True):
+        overall = _spread(reward[takes]) if takes.any() else reward.new_zeros(())
+        for key in names:
+            here = takes & (keys == key)
+            if not here.any():
+                continue
+            scale = overall if over_all else _spread(reward[here])
+            value[here] += weight * (reward[here] - reward[here].mean()) / scale.clamp(min=floor)
+            share[here] += weight
+            if reward[here].min() < reward[here].max():
+                flat[here] = False
+    return Advantages(value / share.where(share > 0, 1), valid, flat)
+
+
+def _spread(values: Tensor) -> Tensor:
+    return values.std(correction=0)
+
+
+def optimality(advantage: Tensor, clip: float) -> Tensor:
+    """r = 1/2 + A / (2 clip), A clipped to ± clip: the probability that the picture is a good one."""
+    return 0.5 + 0.5 * advantage.clamp(-clip, clip) / clip
+
+
+def reflected_loss(
+    v: Tensor, old: Tensor, target: Tensor, t: Tensor, r: Tensor, *, beta: float, clip: float, normalise: bool
+) -> Tensor:
+    """The loss [B] of velocities `v` for pictures of optimality `r` [B], with `target` = noise - data.
+
+    v is mirrored in the old policy: v± = old ± beta (v - old), and clip (r loss(v+) + (1 - r) loss(v-)) / beta pulls
+    v+ to what is good and v- to what is not. loss is the mean squared error; with `normalise`, that of the predicted
+    data, over the mean absolute one without a gradient (arXiv 2509.16117, its code): t MSE / MAE in velocities.
+    At v = old the gradient is A times that of loss(v), whatever beta and clip are.
+    """
+    d = beta * (v - old)
+    good = _error(old + d - target, t, normalise)
+    bad = _error(old - d - target, t, normalise)
+    return clip * (r * good + (1 - r) * bad) / beta
+
+
+def _error(error: Tensor, t: Tensor, normalise: bool) -> Tensor:
+    square = error.square().flatten(1).mean(1)
+    if not normalise:
+        return square
+    # x_t - t v - data = -t (v - target): written in velocities, nothing cancels at small t.
+    size = t * error.detach().abs().flatten(1).mean(1)
+    return t.square() * square / size.clamp(min=FLOOR)
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference [B] of two velocities."""
+    return (a - b).square().flatten(1).mean(1)

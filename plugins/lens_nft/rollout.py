@@ -1,0 +1,129 @@
+"""What happens before learning: which prompts and seeds, pictures drawn with the old policy, and their verdicts."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from lens_core.pipeline import to_images
+from lens_core.types import LensError, Prompt, Score, Text
+
+if TYPE_CHECKING:
+    from lens_core.pipeline import LensPipeline
+
+T = TypeVar("T")
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that is a pure function of the numbers, 63 bits: equal for equal numbers on any machine and any rank."""
+    packed = struct.pack(f"<{len(numbers)}Q", *(n % 2**64 for n in numbers))
+    digest = hashlib.blake2b(packed, digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def chosen(count: int, share: int, rollout: int, seed: int) -> list[int]:
+    """The `share` different indices below `count` of this rollout. Epochs are permutations, whose rest is left out."""
+    epoch, place = divmod(rollout, count // share)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
+    return [int(i) for i in order[place * share : (place + 1) * share]]
+
+
+@frozen
+class Order:
+    """A picture to draw: of what, from which seed, at which (height, width) in px."""
+
+    prompt: Prompt
+    seed: int
+    size: tuple[int, int]
+
+
+@frozen
+class Picture:
+    """A picture that was drawn: z float32 [C,h,w], image uint8 [3,H,W], and the text (B = 1) it was drawn from."""
+
+    prompt: Prompt
+    seed: int
+    z: Tensor
+    image: Tensor
+    text: Text
+
+
+def acting(pipeline: LensPipeline, backbone: nn.Module) -> LensPipeline:
+    """The pipeline with another backbone; all else is shared."""
+    other = copy.copy(pipeline)
+    other.backbone = backbone
+    return other
+
+
+def alike(things: Sequence[T], key: Any, most: int) -> Iterator[list[int]]:
+    """Indices of things with an equal key, in order, at most `most` at a time."""
+    kinds: dict[Any, list[int]] = {}
+    for index, thing in enumerate(things):
+        kinds.setdefault(key(thing), []).append(index)
+    for found in kinds.values():
+        yield from (found[start : start + most] for start in range(0, len(found), most))
+
+
+@torch.no_grad()
+def draw(pipeline: LensPipeline, orders: Sequence[Order], steps: int, guidance: float, batch: int) -> list[Picture]:
+    """One picture an order, `batch` at a time; each prompt is encoded once."""
+    texts = {prompt.id: pipeline.encode([prompt.text]) for prompt in {o.prompt.id: o.prompt for o in orders}.values()}
+    found: dict[int, Picture] = {}
+    for rows in alike(orders, lambda o: o.size, batch):
+        mine = [orders[i] for i in rows]
+        height, width = (side // pipeline.vae.downscale for side in mine[0].size)
+        z = pipeline.noise([torch.Generator().manual_seed(o.seed) for o in mine], (height, width))
+        for _, x in pipeline.sample(Text.cat([texts[o.prompt.id] for o in mine]), z, steps, guidance):
+            z = x
+        images = to_images(pipeline.decode(z)).cpu()
+        for i, order, latent, image in zip(rows, mine, z.float(), images, strict=True):
+            found[i] = Picture(order.prompt, order.seed, latent, image, texts[order.prompt.id])
+    return [found[i] for i in range(len(orders))]
+
+
+@torch.no_grad()
+def judge(rewards: Mapping[str, Any], pictures: Sequence[Picture]) -> dict[str, list[Score]]:
+    """Each reward's scores, in the order of the pictures. A value that is not finite is a failure.
+
+    Pictures of one size are judged in one call, so that a reward can look at a whole group, or ask in parallel.
+    Raises LensError where a reward does not give one score a picture.
+    """
+    verdicts: dict[str, list[Score]] = {}
+    for name, reward in rewards.items():
+        found: dict[int, Score] = {}
+        for rows in alike(pictures, lambda p: p.image.shape, len(pictures)):
+            images = torch.stack([pictures[i].image for i in rows])
+            scores = reward.score(images, [pictures[i].prompt for i in rows])
+            if len(scores) != len(rows):
+                raise LensError(f"the reward {name} gave {len(scores)} scores for {len(rows)} pictures; give one each")
+            found.update(zip(rows, scores, strict=True))
+        verdicts[name] = [
+            Score("failed", evidence=f"not finite: {s.value}")
+            if s.value is not None and not math.isfinite(s.value)
+            else s
+            for s in (found[i] for i in range(len(pictures)))
+        ]
+    return verdicts
+
+
+def readings(verdicts: Mapping[str, Sequence[Score]]) -> tuple[Tensor, Tensor]:
+    """Values float64 [J,N], NaN where a reward gave none, and bool [N]: whether any reward failed on the picture."""
+    values = [[math.nan if s.value is None else s.value for s in scores] for scores in verdicts.values()]
+    failed = [[s.status == "failed" for s in scores] for scores in verdicts.values()]
+    return torch.tensor(values, dtype=torch.float64), torch.tensor(failed).any(0)
+
+
+def diversity(pictures: Sequence[Picture]) -> float:
+    """The mean variance of latents among the pictures of one prompt; 0 where all are one picture."""
+    groups: dict[int, list[Tensor]] = {}
+    for picture in pictures:
+        groups.setdefault(picture.prompt.id, []).append(picture.z)
+    return sum(float(torch.stack(g).var(0, correction=0).mean()) for g in groups.values()) / len(groups)

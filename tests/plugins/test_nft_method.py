@@ -1,0 +1,656 @@
+"""The method diffusion_nft: what is drawn and judged, what is learned from it, and what a resumed run repeats."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lens_nft
+import pytest
+import torch
+import toy
+from attrs import frozen
+from lens_nft.method import DiffusionNFT, Lesson, between, follow
+from lens_nft.objective import advantages, reflected_loss
+from lens_nft.rollout import chosen, seed_of
+from torch import Tensor, nn
+
+from lens_core import checkpoint, flow, hookimpl
+from lens_core.catalog import Catalog
+from lens_core.config import Parts, Recipe, Training, Use, build
+from lens_core.loop import Run
+from lens_core.pipeline import LensPipeline, to_images
+from lens_core.testing import check_method
+from lens_core.types import Batch, ConfigError, LensError, Prompt, Score
+
+
+class Colours:
+    """Benchmark: prompts whose ids are no indices."""
+
+    @frozen
+    class Config:
+        count: int = 6
+        twins: bool = False
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def prompts(self) -> list[Prompt]:
+        ids = [1 if self.config.twins else 2**40 + 3 * i for i in range(self.config.count)]
+        return [Prompt("abcdefgh"[i % 8] * (1 + i % 3), key, ("even", "odd")[i % 2], {"wish": i})
+                for i, key in enumerate(ids)]  # fmt: skip
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
+        raise NotImplementedError
+
+
+class Glow:
+    """Reward: the mean of the red channel. `calls` keeps what every instance was asked."""
+
+    @frozen
+    class Config:
+        fails: tuple[int, ...] = ()  # which pictures of each prompt fail, counted from 0
+        zero: bool = False  # they get a 0 instead: the fault of which there must be none
+        abstains: tuple[int, ...] = ()
+        broken: tuple[int, ...] = ()  # calls, counted from 0, in which everything fails
+        value: float | None = None  # what every picture gets
+        dull: int = -1  # the wish that scores alike in every picture
+        short: bool = False  # one score too few
+
+    calls: list[tuple[Tensor, list[Prompt]]]
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.count = config, 0
+        Glow.calls = []
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
+        Glow.calls.append((images, list(prompts)))
+        broken, self.count = self.count in self.config.broken, self.count + 1
+        seen: dict[int, int] = {}
+        scores = []
+        for image, prompt in zip(images, prompts, strict=True):
+            number = seen[prompt.id] = seen.get(prompt.id, -1) + 1
+            if broken or (number in self.config.fails and not self.config.zero):
+                scores.append(Score("failed", evidence="the judge is away"))
+            elif number in self.config.abstains:
+                scores.append(Score("abstain"))
+            else:
+                red = float(image[0].float().mean()) / 255
+                value = red if self.config.value is None else self.config.value
+                value = 0.5 if prompt.data["wish"] == self.config.dull else value
+                scores.append(Score("ok", 0.0 if number in self.config.fails else value, {"red": red}))
+        return scores[1:] if self.config.short else scores
+
+
+class Dark:
+    """Reward: how dark a picture is."""
+
+    @frozen
+    class Config:
+        weight: float = 0.0  # never seen: a recipe's weight is the method's
+
+    def __init__(self, config: Config) -> None:
+        assert config.weight == 0
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
+        return [Score("ok", 1 - float(i.float().mean()) / 255) for i in images]
+
+
+@hookimpl
+def lens_benchmarks() -> dict[str, type[Any]]:
+    return {"colours": Colours}
+
+
+@hookimpl
+def lens_rewards() -> dict[str, type[Any]]:
+    return {"glow": Glow, "dark": Dark}
+
+
+OPTIONS: dict[str, Any] = {
+    "prompts": "colours",
+    "rewards": ["glow"],
+    "prompts_per_rollout": 2,
+    "pictures_per_prompt": 4,
+    "sizes": [[16, 32]],
+    "rollout_steps": 3,
+    "times": 2,
+    "batch": 3,
+    "kl": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def catalog() -> Catalog:
+    return Catalog.of(toy, lens_nft, sys.modules[__name__])
+
+
+@pytest.fixture
+def pipeline(catalog: Catalog, pipeline: LensPipeline) -> LensPipeline:
+    pipeline.catalog = catalog
+    return pipeline
+
+
+def method(pipeline: LensPipeline, **options: Any) -> DiffusionNFT:
+    _, cls, config = build(pipeline.catalog, "method", Use("diffusion_nft", {**OPTIONS, **options}), "$.method")
+    return cls(config, pipeline)
+
+
+def glow(**options: Any) -> list[dict[str, Any]]:
+    return [{"use": "glow", **options}]
+
+
+def rng(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def step(m: DiffusionNFT, seed: int = 3) -> Sequence[Lesson]:
+    return next(m.steps(iter(()), m.roles(), rng(seed)))
+
+
+def nudged(m: DiffusionNFT, by: float = 0.1) -> DiffusionNFT:
+    """The backbone moves away from the old policy."""
+    with torch.no_grad():
+        for n, parameter in enumerate(m.pipeline.backbone.parameters()):
+            parameter += by * torch.randn(parameter.shape, generator=rng(n))
+    return m
+
+
+def behind(m: DiffusionNFT) -> DiffusionNFT:
+    """The old policy is another one than the backbone."""
+    with torch.no_grad():
+        for parameter in m.old.parameters():
+            parameter *= 1.05
+    return m
+
+
+def learned(m: DiffusionNFT, lessons: Sequence[Lesson]) -> tuple[list[Tensor], dict[str, float]]:
+    """The gradient of a step, gathered as the loop does it, and its logged parts."""
+    net = m.pipeline.backbone.requires_grad_(True)
+    net.zero_grad()
+    parts: dict[str, float] = {}
+    for lesson in lessons:
+        loss = m.loss("backbone", m.roles(), lesson, rng(99))
+        (loss.total / len(lessons)).backward()
+        for name, value in loss.parts.items():
+            parts[name] = parts.get(name, 0.0) + float(value) / len(lessons)
+    return [p.grad.clone() for p in net.parameters()], parts
+
+
+def pictures(lessons: Sequence[Lesson]) -> dict[int, Tensor]:
+    return {s.picture.seed: s.picture.z for lesson in lessons for s in lesson.samples}
+
+
+def close(a: Sequence[Tensor], b: Sequence[Tensor], tolerance: float = 1e-5) -> bool:
+    size = torch.cat([x.flatten() for x in a]).norm()
+    return bool(torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=True)]).norm() <= tolerance * size)
+
+
+# ---- prompts, seeds, pictures ----------------------------------------------------------------------------------------
+
+
+def test_an_epoch_is_a_permutation_of_which_only_the_rest_is_left_out():
+    epochs = [[i for rollout in range(3) for i in chosen(10, 3, 3 * epoch + rollout, 7)] for epoch in range(3)]
+    assert all(len(set(e)) == 9 and set(e) <= set(range(10)) for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert chosen(10, 3, 4, 7) == chosen(10, 3, 4, 7) != chosen(10, 3, 4, 8)
+
+
+def test_seeds_are_stable_numbers_that_differ():
+    assert seed_of(1, 2, 3, 4) == 7597657864365363701
+    found = {seed_of(1, 2, key, k) for key in (5, 6, 2**40, 2**40 + 1) for k in range(50)}
+    assert len(found) == 200 and all(0 <= s < 2**63 for s in found)
+
+
+def test_prompts_can_be_those_of_some_tasks(pipeline):
+    m = method(pipeline, tasks=["odd"])
+    assert [p.data["wish"] for p in m.prompts] == [1, 3, 5] and len(method(pipeline).prompts) == 6
+
+
+def test_a_picture_depends_on_seed_rollout_prompt_and_number_alone(pipeline):
+    few, many = (step(method(pipeline, pictures_per_prompt=k, batch=b)) for k, b in ((2, 1), (5, 7)))
+    a, b = pictures(few), pictures(many)
+    assert len(a) == 4 and len(b) == 10 and a.keys() < b.keys()
+    for seed in a:
+        torch.testing.assert_close(a[seed], b[seed], atol=1e-5, rtol=0)
+    assert a.keys().isdisjoint(pictures(step(method(pipeline, pictures_per_prompt=2), seed=4)))
+
+
+def test_a_picture_is_what_the_pipeline_draws_from_its_seed(pipeline):
+    (lesson, *_) = step(method(pipeline))
+    picture = lesson.samples[0].picture
+    result = pipeline(picture.prompt.text, seed=picture.seed, height=16, width=32, num_inference_steps=3,
+                      guidance_scale=1.0, output_type="latent")  # fmt: skip
+    torch.testing.assert_close(picture.z, result.images[0], atol=1e-5, rtol=0)
+    assert torch.equal(picture.image, to_images(pipeline.decode(picture.z[None]))[0])
+
+
+def test_the_old_policy_draws(pipeline):
+    m = method(pipeline)
+    first = pictures(step(m))
+    nudged(m, 0.5)
+    again = pictures(step(m))
+    assert again.keys() == first.keys() and all(torch.equal(z, again[seed]) for seed, z in first.items())
+    follow(m.old, pipeline.backbone, 0.0)
+    assert not any(torch.equal(z, first[seed]) for seed, z in pictures(step(m)).items())
+
+
+def test_a_group_has_one_size_and_a_rollout_several(pipeline):
+    step(method(pipeline, prompts_per_rollout=6, sizes=[[16, 16], [16, 32], [32, 16]]))
+    sizes = {p.id: set() for _, prompts in Glow.calls for p in prompts}
+    for images, prompts in Glow.calls:
+        for image, prompt in zip(images, prompts, strict=True):
+            sizes[prompt.id].add(tuple(image.shape[1:]))
+    assert len(Glow.calls) == len({s for found in sizes.values() for s in found}) > 1, "one call a size"
+    assert all(len(found) == 1 for found in sizes.values())
+
+
+def test_a_judge_sees_uint8_pictures_and_the_facts_of_their_prompts(pipeline):
+    step(method(pipeline))
+    ((images, prompts),) = Glow.calls
+    assert images.dtype == torch.uint8 and images.shape == (8, 3, 16, 32)
+    assert [p.id for p in prompts] == [prompts[0].id] * 4 + [prompts[4].id] * 4
+    assert all(p.data["wish"] == (p.id - 2**40) // 3 for p in prompts)
+
+
+def test_guidance_is_one_thing_in_drawing_and_another_in_learning(pipeline):
+    def passes(**options: float) -> tuple[int, int, int, int]:
+        m = method(pipeline, **options)
+        m.old.calls.clear()
+        lessons = step(m)
+        drawn = [tokens for _, tokens in m.old.calls]
+        m.old.calls.clear()
+        m.loss("backbone", m.roles(), lessons[0], rng())
+        seen = [tokens for _, tokens in m.old.calls]
+        return drawn.count(0), len(drawn), seen.count(0), len(seen)
+
+    assert passes() == (0, 9, 0, 1)
+    assert passes(rollout_guidance=3.0) == (9, 18, 0, 1)
+    assert passes(train_guidance=3.0) == (0, 9, 1, 2)
+
+
+# ---- what is learned -------------------------------------------------------------------------------------------------
+
+
+def test_times_are_spread_over_the_samplers_schedule():
+    schedule = torch.tensor([1.0, 0.9, 0.5, 0.0])
+    u = torch.tensor([0.0, 1 / 6, 1 / 3, 0.5, 5 / 6, 1.0])
+    torch.testing.assert_close(between(schedule, u), torch.tensor([1.0, 0.95, 0.9, 0.7, 0.25, 0.0]))
+
+
+def test_each_picture_is_learned_once_in_every_part_of_the_schedule(pipeline):
+    m = method(pipeline, times=4)
+    lessons = step(m)
+    met: dict[int, list[float]] = {}
+    for lesson in lessons:
+        t, noise = m._noise(lesson)
+        assert noise.shape == (len(lesson.samples), 4, 1, 2)
+        for sample, value in zip(lesson.samples, t.tolist(), strict=True):
+            met.setdefault(sample.picture.seed, []).append(value)
+    assert len(met) == 8
+    for times in met.values():
+        assert sorted(int(4 * (1 - t)) for t in times) == [0, 1, 2, 3]  # the toy's schedule is even
+    assert len({round(t, 6) for times in met.values() for t in times}) == 32
+
+
+@pytest.mark.parametrize(("form", "guidance"), [("x0", 1.0), ("velocity", 2.5)])
+def test_the_step_is_the_mean_loss_of_its_samples_at_their_own_times_and_noise(form, guidance, pipeline):
+    m = behind(nudged(method(pipeline, form=form, train_guidance=guidance, beta=0.3)))
+    lessons = step(m)
+    found, parts = learned(m, lessons)
+    rewards = {p.seed: 0.0 for lesson in lessons for p in (s.picture for s in lesson.samples)}
+    losses, distances = [], []
+    net = pipeline.backbone
+    net.zero_grad()
+
+    def velocity(backbone: nn.Module, x: Tensor, t: Tensor, text: Any) -> Tensor:
+        cond = backbone(x, t, text)
+        empty = type(text)(text.features[:, :, :0], text.mask[:, :0])
+        return cond if guidance == 1 else flow.guide(cond, backbone(x, t, empty), guidance)
+
+    groups: dict[int, list[Any]] = {}
+    for picture in {s.picture.seed: s.picture for lesson in lessons for s in lesson.samples}.values():
+        rewards[picture.seed] = float(picture.image[0].float().mean()) / 255
+        groups.setdefault(picture.prompt.id, []).append(picture)
+    for members in groups.values():
+        values = torch.tensor([rewards[p.seed] for p in members], dtype=torch.float64)
+        for picture, a in zip(members, (values - values.mean()) / values.std(correction=0), strict=True):
+            for turn in range(2):
+                draw = rng(seed_of(picture.seed, turn))
+                t = 1 - (turn + torch.rand(1, generator=draw)) / 2
+                noise = torch.randn(1, 4, 1, 2, generator=draw)
+                z, text = picture.z[None], pipeline.encode([picture.prompt.text])
+                x = (1 - t) * z + t * noise
+                v = velocity(net, x, t, text)
+                with torch.no_grad():
+                    old, base = velocity(m.old, x, t, text), velocity(m.base, x, t, text)
+                r = (0.5 + 0.5 * a.clamp(-5, 5) / 5)[None]
+                one = reflected_loss(v, old, noise - z, t, r, beta=0.3, clip=5.0, normalise=form == "x0")
+                losses.append(one.sum() + 0.5 * (v - base).square().mean())
+                distances.append((v - base).square().mean().detach())
+    (sum(losses) / len(losses)).backward()
+    assert len(losses) == 16
+    assert close(found, [p.grad for p in net.parameters()])
+    assert parts["to_base"] == pytest.approx(float(sum(distances)) / 16, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 100])
+def test_micro_batches_change_nothing(batch, pipeline):
+    options = {"sizes": [[16, 16], [16, 32]], "prompts_per_rollout": 5}
+    whole, other = (behind(method(pipeline, batch=n, **options)) for n in (3, batch))
+    assert len(step(whole)) != len(step(other))
+    assert close(learned(other, step(other))[0], learned(whole, step(whole))[0])
+
+
+def test_the_distance_to_the_start_is_zero_at_the_start_alone(pipeline):
+    m = method(pipeline)
+    lessons = step(m)
+    assert learned(m, lessons)[1]["to_base"] < 1e-12
+    assert learned(nudged(m), lessons)[1]["to_base"] > 1e-4
+    follow(m.base, pipeline.backbone, 0.0)
+    assert learned(m, lessons)[1]["to_base"] < 1e-12
+
+
+def test_without_a_weight_the_distance_to_the_start_costs_nothing(pipeline):
+    m = method(pipeline, kl=0)
+    lessons = step(m)
+    assert m.base is None and not any(k.startswith("base/") for k in m.state_dict())
+    assert "to_base" not in learned(m, lessons)[1]
+
+
+def test_equal_rewards_change_nothing(pipeline):
+    m = nudged(method(pipeline, rewards=glow(value=0.7), kl=0))
+    before = [p.detach().clone() for p in pipeline.backbone.parameters()]
+    gradient, parts = learned(m, step(m))
+    assert all(not g.any() for g in gradient)
+    optimizer = torch.optim.AdamW(pipeline.backbone.parameters(), 0.1, weight_decay=0.0)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, pipeline.backbone.parameters(), strict=True))
+    assert parts["flat"] == 1 and parts["reward/glow"] == pytest.approx(0.7)
+    other = method(pipeline, kl=0)
+    assert any(g.any() for g in learned(other, step(other))[0]), "rewards that differ do teach"
+
+
+def test_a_group_that_scored_alike_teaches_nothing_but_counts_in_the_mean(pipeline):
+    plain = step(method(pipeline))
+    dull = plain[0].samples[0].picture.prompt
+    lessons = step(method(pipeline, rewards=glow(dull=dull.data["wish"])))
+    seeds = {s.picture.seed for lesson in plain for s in lesson.samples if s.picture.prompt != dull}
+    assert len(seeds) == 4 and pictures(lessons).keys() == seeds
+    for found, part in ((plain, 1.0), (lessons, 0.5)):  # the weights of all samples at all times
+        assert sum(x.share * len(x.samples) for x in found) / len(found) == pytest.approx(part)
+    assert float(lessons[0].facts["flat"]) == 0.5
+
+
+def test_a_failed_picture_leaves_the_gradient_as_if_it_had_never_been_drawn(pipeline):
+    def gradient(pictures: int, **reward: Any) -> list[Tensor]:
+        m = behind(method(pipeline, pictures_per_prompt=pictures, rewards=glow(**reward), max_failed=1.0))
+        return learned(m, step(m))[0]
+
+    absent = gradient(3)
+    assert close(gradient(4, fails=[3]), absent)
+    assert close(gradient(4, abstains=[3]), absent)
+    assert not close(gradient(4, fails=[3], zero=True), absent, 0.1), "a zero would have taught something"
+
+
+def test_the_parts_of_a_rollout_add_up_to_the_whole(pipeline):
+    whole, halves = (behind(method(pipeline, updates=n)) for n in (1, 2))
+    one = learned(whole, step(whole))[0]
+    steps = halves.steps(iter(()), halves.roles(), rng())
+    first, second = (next(steps) for _ in range(2))
+    assert pictures(first).keys().isdisjoint(pictures(second))
+    assert pictures(first).keys() | pictures(second).keys() == pictures(step(whole)).keys()
+    parts = [learned(halves, lessons)[0] for lessons in (first, second)]
+    assert close([(a + b) / 2 for a, b in zip(*parts, strict=True)], one)
+
+
+def test_several_rewards_are_weighed(pipeline):
+    m = method(pipeline, rewards=[{"use": "glow", "weight": 3}, {"use": "dark", "weight": 0.5}])
+    lessons = step(m)
+    members = {s.picture.seed: s for lesson in lessons for s in lesson.samples}
+    order = [members[seed_of(3, 0, p.id, k)] for p in (s.picture.prompt for s in members.values()) for k in range(4)]
+    red = torch.tensor([float(s.picture.image[0].float().mean()) / 255 for s in order], dtype=torch.float64)
+    dark = torch.tensor([1 - float(s.picture.image.float().mean()) / 255 for s in order], dtype=torch.float64)
+    for start in range(0, len(order), 4):
+        a, b = ((v - v.mean()) / v.std(correction=0) for v in (red[start : start + 4], dark[start : start + 4]))
+        by_hand = 0.5 + (3 * a + 0.5 * b) / 3.5 / 10
+        assert [s.r for s in order[start : start + 4]] == pytest.approx(by_hand.tolist())
+    facts = lessons[0].facts
+    assert float(facts["reward/glow"]) == pytest.approx(float(red.unique().mean()), abs=0.05)
+    assert {"reward/glow", "reward/glow/red", "reward/dark"} <= facts.keys()
+
+
+# ---- when the judge fails --------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_with_too_many_failures_is_thrown_away_and_counted(pipeline):
+    m = method(pipeline, rewards=glow(broken=[0, 1]), updates=2)
+    m.update = 1  # as after a stop inside the first, whose verdicts were still good
+    lessons = step(m)
+    assert (m.rollout, m.update, m.aborted) == (2, 0, 2)
+    assert float(lessons[0].facts["aborted"]) == 2 and float(lessons[0].facts["failed"]) == 0
+    fresh = method(pipeline, updates=2)
+    fresh.rollout = 2
+    assert pictures(step(fresh)).keys() == pictures(lessons).keys()
+
+
+@pytest.mark.parametrize(("allowed", "aborted"), [(0.24, True), (0.25, False)])
+def test_how_many_failures_are_too_many_is_a_setting(allowed, aborted, pipeline):
+    m = method(pipeline, rewards=glow(fails=[1]), max_failed=allowed)
+    if aborted:
+        with pytest.raises(LensError, match=r"5 rollouts in a row .* glow says failed \(the judge is away\): mend it"):
+            step(m)
+        assert m.aborted == 5
+    else:
+        facts = step(m)[0].facts
+        assert (float(facts["failed"]), float(facts["masked"]), m.aborted) == (0.25, 0.25, 0)
+
+
+def test_a_judge_that_only_abstains_is_told(pipeline):
+    with pytest.raises(LensError, match="the reward glow says abstain"):
+        step(method(pipeline, rewards=glow(abstains=[0, 1, 2, 3])))
+
+
+def test_a_score_that_is_not_finite_is_a_failure(pipeline):
+    with pytest.raises(LensError, match=r"failed \(not finite: nan\)"):
+        step(method(pipeline, rewards=glow(value=math.nan)))
+
+
+def test_a_reward_that_loses_a_score_is_named(pipeline):
+    with pytest.raises(LensError, match="the reward glow gave 7 scores for 8 pictures"):
+        step(method(pipeline, rewards=glow(short=True)))
+
+
+# ---- the old policy --------------------------------------------------------------------------------------------------
+
+LINEAR: dict[str, Any] = {}
+LATE = {"old_wait": 75, "old_rise": 0.0075, "old_limit": 0.999}
+
+
+@pytest.mark.parametrize(
+    ("options", "lags"),
+    [
+        ({"old_rise": 0}, [0, 0, 0, 0, 0]),
+        (LINEAR, [0.075, 0.1, 0.18, 0.209, 0.5]),
+        (LATE, [0, 0.1875, 0.7875, 0.999, 0.999]),
+    ],
+)
+def test_the_lag_is_that_of_the_published_schedules(options, lags, pipeline):
+    config = method(pipeline, **options).config
+    assert [config.lag(s) for s in (75, 100, 180, 209, 500)] == pytest.approx(lags)
+
+
+def test_a_lag_of_zero_copies_and_of_one_freezes(pipeline):
+    m = nudged(method(pipeline))
+    before = {k: v.clone() for k, v in m.old.state_dict().items()}
+    follow(m.old, pipeline.backbone, 1.0)
+    assert all(torch.equal(v, before[k]) for k, v in m.old.state_dict().items())
+    follow(m.old, pipeline.backbone, 0.25)
+    for k, v in m.old.state_dict().items():
+        torch.testing.assert_close(v, 0.25 * before[k] + 0.75 * pipeline.backbone.state_dict()[k])
+    follow(m.old, pipeline.backbone, 0.0)
+    assert all(torch.equal(v, pipeline.backbone.state_dict()[k]) for k, v in m.old.state_dict().items())
+
+
+def test_counts_are_copied_and_not_averaged():
+    old, new = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    new.num_batches_tracked += 5
+    follow(old, new, 0.5)
+    assert int(old.num_batches_tracked) == 5
+
+
+def test_the_old_policy_follows_once_a_rollout(pipeline):
+    m = nudged(method(pipeline, updates=2, old_rise=0.1))
+    before = m.old.inner.weight.clone()
+    m.after_step(0, m.roles())
+    assert torch.equal(m.old.inner.weight, before) and (m.rollout, m.update) == (0, 1)
+    m.after_step(1, m.roles())
+    torch.testing.assert_close(m.old.inner.weight, 0.2 * before + 0.8 * pipeline.backbone.inner.weight)
+    assert (m.rollout, m.update) == (1, 0)
+
+
+def test_neither_copy_learns(pipeline):
+    m = method(pipeline)
+    learned(m, step(m))
+    copies = [*m.old.parameters(), *m.base.parameters()]
+    assert not any(p.requires_grad or p.grad is not None for p in copies)
+    assert not {id(p) for p in copies} & {id(p) for p in pipeline.backbone.parameters()}
+
+
+# ---- in the loop -----------------------------------------------------------------------------------------------------
+
+RECIPE = Recipe(
+    method=Use("diffusion_nft", {**OPTIONS, "updates": 2, "old_rise": 0.1, "sizes": [[16, 16], [16, 32]]}),
+    dataset=Use("squares"),
+    train=Training(steps=6, lr=1e-2, ema=0.9, save_every=1, keep=9, log_every=2),
+    pipeline=Parts(vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer"), sampler=Use("even")),
+    seed=3,
+)
+
+
+@pytest.fixture
+def run(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(LensPipeline, "catalog", catalog, raising=False)
+    return lambda name, recipe=RECIPE: Run(recipe, catalog, tmp_path / name, say=lambda line: None)
+
+
+def state(folder: Path, number: int = 6) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    where = folder / "checkpoints" / f"step-{number:07d}"
+    return checkpoint.read_tensors(where / "state.safetensors"), checkpoint.read_json(where / "state.json")
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_stopped_run_goes_on_bit_for_bit_even_inside_a_rollout(stop, run, tmp_path, monkeypatch):
+    run("whole").train()
+    halted = run("halted")
+    after = halted.method.after_step
+
+    def halt(number: int, nets: Any) -> None:
+        after(number, nets)
+        if number + 1 == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    halted.method.after_step = halt
+    assert halted.train().steps == stop
+    torch.manual_seed(99)
+    run("halted").train()
+    (whole, counters), (resumed, others) = state(tmp_path / "whole"), state(tmp_path / "halted")
+    assert same(whole, resumed)
+    assert counters["method"] == others["method"] == {"rollout": 3, "update": 0, "aborted": 0}
+    # A run that forgot the method's state would have been another run.
+    for folder in sorted((tmp_path / "halted" / "checkpoints").iterdir())[stop:]:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    monkeypatch.setattr(DiffusionNFT, "load_state_dict", lambda self, state: None)
+    run("halted").train()
+    assert not same(whole, state(tmp_path / "halted")[0])
+
+
+def test_the_method_keeps_its_contract(catalog):
+    def made() -> DiffusionNFT:
+        pipeline = LensPipeline.from_parts(RECIPE.pipeline, catalog)
+        pipeline.catalog = catalog
+        return method(pipeline, updates=2, old_rise=0.1)
+
+    check_method(made, [Batch(None, ("",))], steps=3)
+
+
+def test_a_run_logs_what_there_is_to_watch(run, tmp_path):
+    report = run("a").train()
+    rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    watched = {"reward/glow", "reward/glow/red", "failed", "masked", "flat", "r_10", "r_50", "r_90", "diversity"}
+    watched |= {"to_old", "to_base", "policy", "pictures", "aborted", "loss", "grad_norm"}
+    assert {f"backbone/{name}" for name in watched} <= rows[-1].keys()
+    assert [row["backbone/pictures"] for row in rows] == [8, 16, 24]
+    assert all(row["backbone/r_10"] < 0.5 < row["backbone/r_90"] and row["backbone/diversity"] > 0 for row in rows)
+    assert all(v == v for row in rows for v in row.values())
+    assert report.model is not None and (report.model / "lens.json").is_file()
+
+
+def test_the_saved_state_holds_the_old_policy_and_the_start(run, tmp_path):
+    run("a").train()
+    start = run("b").pipeline.backbone.state_dict()
+    tensors = state(tmp_path / "a")[0]
+    assert all(torch.equal(tensors[f"method/base/{k}"], v) for k, v in start.items())
+    assert not any(torch.equal(tensors[f"method/old/{k}"], v) for k, v in start.items())
+    assert not any(torch.equal(tensors[f"method/old/{k}"], tensors[f"net/backbone/{k}"]) for k in start)
+
+
+# ---- the border ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rewards": []}, "rewards is empty"),
+        ({"rewards": glow(weight=0)}, "weight of a reward must be a positive number"),
+        ({"rewards": glow(weight=True)}, "weight of a reward must be a positive number"),
+        ({"pictures_per_prompt": 1}, "no group of less than 2"),
+        ({"beta": 0.0, "times": 0}, "times is 0"),
+        ({"beta": 0.0, "times": 0}, "beta is 0"),
+        ({"kl": -1.0}, "kl is -1"),
+        ({"old_limit": 1.5}, "old_limit is 1.5"),
+        ({"form": "eps"}, "form"),
+        ({"spread": "all"}, "spread"),
+        ({"rewards": ["glowe"]}, r"\$\.method\.rewards\[0\]: no reward is called 'glowe'\. Did you mean 'glow'\?"),
+        ({"rewards": ["dark", {"use": "glow", "failz": [1]}]}, r"\$\.method\.rewards\[1\]\.failz: unknown"),
+        ({"tasks": ["evens"]}, "no task of the prompts is called 'evens'. Did you mean 'even'?"),
+        ({"prompts": {"use": "colours", "count": 1}}, "has 1 prompts, fewer than a rollout takes"),
+        ({"prompts": {"use": "colours", "twins": True}}, "prompts of one id"),
+        ({"sizes": [[16, 20]]}, "width 20 is not a multiple of 16"),
+    ],
+)
+def test_an_impossible_config_is_refused(options, words, pipeline):
+    with pytest.raises(ConfigError, match=words):
+        method(pipeline, **options)
+
+
+def test_a_pipeline_that_cannot_draw_is_refused(pipeline):
+    pipeline.sampler = None
+    with pytest.raises(ConfigError, match="the pipeline has no sampler"):
+        method(pipeline)
+
+
+def test_without_sizes_the_pipelines_own_is_drawn(pipeline):
+    pipeline.presets["base_resolution"] = 32
+    step(method(pipeline, sizes=[]))
+    assert Glow.calls[0][0].shape[-2:] == (32, 32)
+
+
+def test_advantages_of_a_rollout_are_shared_by_its_micro_batches(pipeline):
+    lessons = step(method(pipeline, times=1, batch=100, spread="rollout"))
+    (lesson,) = lessons
+    red = torch.tensor([[float(s.picture.image[0].float().mean()) / 255 for s in lesson.samples]]).double()
+    none = torch.zeros(len(lesson.samples), dtype=torch.bool)
+    by_hand = advantages(red, none, [s.picture.prompt.id for s in lesson.samples], [1.0], 1e-4, over_all=True)
+    assert [s.r for s in lesson.samples] == pytest.approx((0.5 + by_hand.value / 10).tolist())
