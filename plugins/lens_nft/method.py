@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from lens_core import flow
+from lens_core import adapters, flow
 from lens_core.catalog import Catalog
 from lens_core.config import Use, build
 from lens_core.types import Batch, ConfigError, LensError, Loss, Prompt, Score, Text, did_you_mean
@@ -127,11 +128,21 @@ class DiffusionNFT:
             )
         self.rewards, self.weights = _rewards(config.rewards, catalog)
         self.sizes = [pipeline.size(*size) for size in config.sizes] or [pipeline.size()]
-        self.old = _frozen(pipeline.backbone)
-        self.base = _frozen(pipeline.backbone) if config.kl else None
         self.rollout = 0  # its number, those that were thrown away included
         self.update = 0  # optimizer steps made with this rollout
         self.aborted = 0  # rollouts thrown away
+
+    # Copies are made when first asked for, which is before the first step: by then the loop has put adapters in place.
+
+    @cached_property
+    def old(self) -> nn.Module:
+        """The policy that draws, and the centre of the reflection."""
+        return _frozen(self.pipeline.backbone)
+
+    @cached_property
+    def base(self) -> nn.Module | None:
+        """The backbone as the run began with it; None where nothing is kept near it."""
+        return _frozen(self.pipeline.backbone) if self.config.kl else None
 
     def roles(self) -> Mapping[str, nn.Module]:
         backbone: Any = self.pipeline.backbone
@@ -144,7 +155,7 @@ class DiffusionNFT:
 
         Raises LensError where a judge spoils rollout after rollout.
         """
-        spoiled = 0
+        spoiled, _ = 0, (self.old, self.base)
         while True:
             pictures = self._draw(rng.initial_seed())
             verdicts = judge(self.rewards, pictures)
@@ -197,17 +208,19 @@ class DiffusionNFT:
         follow(self.old, nets["backbone"], self.config.lag(step + 1))
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters, the old policy, and the start: the checkpoint that it came from may change or vanish."""
-        tensors = {f"old/{k}": v for k, v in self.old.state_dict().items()}
-        if self.base is not None:
+        """The counters, the old policy, and the start: the checkpoint that it came from may change or vanish. Of a
+        policy that learns through an adapter, the adapter: the rest is the start, which the run needs anyway."""
+        tensors = {f"old/{k}": v for k, v in _learned(self.old).items()}
+        if self.base is not None and len(tensors) == len(self.old.state_dict()):
             tensors |= {f"base/{k}": v for k, v in self.base.state_dict().items()}
         return {"rollout": self.rollout, "update": self.update, "aborted": self.aborted, **tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rollout, self.update, self.aborted = (int(state[k]) for k in ("rollout", "update", "aborted"))
         for name, net in (("old/", self.old), ("base/", self.base)):
-            if net is not None:
-                net.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
+            found = {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
+            if net is not None and found:
+                net.load_state_dict(found, strict=len(found) == len(net.state_dict()))
 
     def _draw(self, seed: int) -> list[Picture]:
         config, number = self.config, self.rollout
@@ -302,6 +315,12 @@ def _rewards(uses: Sequence[Use], catalog: Catalog) -> tuple[dict[str, Any], lis
 
 def _under(name: str, components: Mapping[str, float]) -> dict[str, float]:
     return {f"{name}/{k}": v for k, v in components.items()}
+
+
+def _learned(net: nn.Module) -> dict[str, Tensor]:
+    """The state of the net's adapters if it has any, else all of it."""
+    state: dict[str, Tensor] = net.state_dict()
+    return {k: v for k, v in state.items() if adapters.owned(k)} or state
 
 
 def _frozen(net: nn.Module) -> nn.Module:

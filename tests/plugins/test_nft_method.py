@@ -15,7 +15,7 @@ import lens_nft
 import pytest
 import torch
 import toy
-from attrs import frozen
+from attrs import evolve, frozen
 from lens_nft.method import DiffusionNFT, Lesson, between, follow
 from lens_nft.objective import advantages, reflected_loss
 from lens_nft.rollout import chosen, seed_of
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lens_core import checkpoint, flow, hookimpl
 from lens_core.catalog import Catalog
-from lens_core.config import Parts, Recipe, Training, Use, build
+from lens_core.config import Adapter, Parts, Recipe, Training, Use, build
 from lens_core.loop import Run
 from lens_core.pipeline import LensPipeline, to_images
 from lens_core.testing import check_method
@@ -534,8 +534,7 @@ RECIPE = Recipe(
 
 
 @pytest.fixture
-def run(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(LensPipeline, "catalog", catalog, raising=False)
+def run(catalog: Catalog, tmp_path: Path) -> Any:
     return lambda name, recipe=RECIPE: Run(recipe, catalog, tmp_path / name, say=lambda line: None)
 
 
@@ -574,6 +573,29 @@ def test_a_stopped_run_goes_on_bit_for_bit_even_inside_a_rollout(stop, run, tmp_
     monkeypatch.setattr(DiffusionNFT, "load_state_dict", lambda self, state: None)
     run("halted").train()
     assert not same(whole, state(tmp_path / "halted")[0])
+
+
+def test_a_policy_that_learns_through_an_adapter_resumes_too_and_keeps_no_copy_of_the_rest(run, tmp_path):
+    low = evolve(RECIPE, train=evolve(RECIPE.train, adapters={"backbone": Adapter(rank=2)}))
+    whole = run("whole", low)
+    whole.train()
+    halted = run("halted", low)
+
+    def turns(number: int) -> list[str]:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ["backbone"]
+
+    halted.method.turns = turns
+    assert halted.train().steps == 3
+    run("halted", low).train()
+    tensors = state(tmp_path / "whole")[0]
+    assert same(tensors, state(tmp_path / "halted")[0])
+    kept = {k for k in tensors if k.startswith("method/")}
+    assert kept and all(k.startswith("method/old/") and ".lora_" in k for k in kept)
+    name = "outer.lora_B.default.weight"
+    learned, old = tensors[f"net/backbone/{name}"], tensors[f"method/old/{name}"]
+    assert old.abs().max() > 0 and not torch.equal(old, learned)
 
 
 def test_the_method_keeps_its_contract(catalog):
