@@ -196,13 +196,15 @@ class Training:
     lr: float = 1e-4
     rates: dict[str, float] = field(factory=dict)  # by role: what multiplies lr for it; 1 where none is given
     warmup: int = 0  # steps of linear warm-up
-    decay: float = 0.0  # share of the run, at its end, over which lr falls linearly to 0
+    decay: float = 0.0  # share of the run, at its end, over which lr falls to 0
+    shape: str = "linear"  # linear | cosine: how it falls
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     clip: float = 1.0  # largest gradient norm; 0 does not clip
     ema: float = 0.0  # decay of the weights' moving average, which is what is saved; 0 keeps none
     precision: str = "fp32"  # fp32 | bf16 (autocast over fp32 master weights)
     compile: bool = False  # torch.compile each role; needs a C++ compiler on CPUs
+    checkpointing: bool = False  # compute activations again on the way back: less memory, a third more time
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints kept
     log_every: int = 20  # steps between log lines
@@ -219,6 +221,8 @@ class Training:
             problems.append(f"precision must be fp32 or bf16, not {self.precision!r}")
         if self.weights not in ("fp32", "bf16"):
             problems.append(f"weights must be fp32 or bf16, not {self.weights!r}")
+        if self.shape not in ("linear", "cosine"):
+            problems.append(f"shape must be linear or cosine, not {self.shape!r}")
         if not 0 <= self.decay <= 1:
             problems.append(f"decay is a share in [0, 1], not {self.decay}")
         if not 0 <= self.ema < 1:

@@ -33,10 +33,13 @@ SCHEMA = 1
 
 
 def rate(train: Training, step: int) -> float:
-    """The learning rate's factor at `step` (0-based): linear warm-up, then 1, then linear decay to 0 over `decay`."""
+    """The learning rate's factor at `step` (0-based): linear warm-up, then 1, then decay to 0 over `decay`."""
     warm = min(1.0, (step + 1) / train.warmup) if train.warmup else 1.0
     start = train.steps * (1 - train.decay)
-    return warm if step < start else warm * (train.steps - step) / (train.steps - start)
+    if step < start:
+        return warm
+    left = (train.steps - step) / (train.steps - start)
+    return warm * (left if train.shape == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 @frozen
@@ -101,6 +104,12 @@ class Run:
             for role, net in self.nets.items()
             if recipe.train.ema and any(net is getattr(self.pipeline, part) for part in PREFIXES)  # what is exported
         }
+        if recipe.train.checkpointing:
+            for role, net in self.nets.items():
+                if hasattr(net, "enable_gradient_checkpointing"):
+                    net.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' and transformers' name
+                else:
+                    self.say(f"{role} has no blocks to compute again; its activations are all kept")
         if recipe.train.compile:
             for net in self.nets.values():
                 # A stack of equal blocks compiles once, as one block; diffusers' models say which those are.

@@ -250,6 +250,18 @@ def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
     assert [rate(train, s) for s in range(10)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
     assert [rate(Training(steps=4), s) for s in range(4)] == [1.0] * 4
     assert [rate(Training(steps=4, decay=1.0), s) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    cosine = Training(steps=9, decay=0.667, shape="cosine")
+    assert [rate(cosine, s) for s in (2, 3, 6)] == pytest.approx([1, 1, 0.5], abs=2e-3)
+    with pytest.raises(ConfigError, match="shape must be linear or cosine, not 'step'"):
+        Training(steps=1, shape="step")
+
+
+def test_activations_are_computed_again_where_a_role_can(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(toy.Mixer, "enable_gradient_checkpointing", lambda net: asked.append(net), raising=False)
+    started = runner.run(recipe(checkpointing=True), "a")
+    assert asked == [started.nets["backbone"]]
+    assert runner.said == ["critic has no blocks to compute again; its activations are all kept"]
 
 
 def test_a_role_can_have_a_rate_of_its_own(runner: Runner) -> None:
