@@ -1,0 +1,34 @@
+"""Language models as colleagues: they judge pictures by rubrics.
+
+client   llm `openai`: any OpenAI-compatible chat endpoint, with retries, budgets and a cache
+rubric   reward `rubric`: one call a picture, which answers each of its prompt's rubrics
+prompts  benchmark `prompts`: prompt sets in files (`lens-rl/1`), their reader, writer and linter
+audit    how far a judge agrees with itself, and what it gives for nothing
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lens_core import hookimpl
+
+
+@hookimpl
+def lens_llms() -> dict[str, type[Any]]:
+    from lens_llm.client import OpenAI
+
+    return {"openai": OpenAI}
+
+
+@hookimpl
+def lens_rewards() -> dict[str, type[Any]]:
+    from lens_llm.rubric import RubricReward
+
+    return {"rubric": RubricReward}
+
+
+@hookimpl
+def lens_benchmarks() -> dict[str, type[Any]]:
+    from lens_llm.prompts import PromptFile
+
+    return {"prompts": PromptFile}

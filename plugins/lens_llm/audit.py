@@ -1,0 +1,65 @@
+"""What to know of a judge before a model learns from it: does it agree with itself, what does it give for nothing?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens_core.types import LensError, Prompt, Score
+
+
+def audit(reward: Any, images: Tensor, prompts: Sequence[Prompt], seed: int = 0) -> dict[str, Any]:
+    """Judge every picture twice, and three probes once. Images uint8 [B,3,H,W] with their prompts.
+
+    `flips`: for each component, the share of pictures on which the two judgements differ; `noise`: the standard
+    deviation of one judgement around their mean, which is the least useful `floor` of an advantage; `mean`, and the
+    means of the `probes` blank (grey), noise and swapped (the picture of another prompt); `missing`: pictures without a
+    verdict in each. A mean is None where nothing was judged. A reward that has `again()` gives its second opinion so.
+    """
+    other = _swap(prompts)
+    second = reward.again() if hasattr(reward, "again") else reward
+    one, two = list(reward.score(images, prompts)), list(second.score(images, prompts))
+    rng = torch.Generator().manual_seed(seed)
+    probes = {
+        "blank": reward.score(torch.full_like(images, 128), prompts),
+        "noise": reward.score(torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=rng), prompts),
+        "swapped": reward.score(images, other),
+    }
+    seen: dict[str, list[bool]] = {}
+    for a, b in zip(one, two, strict=True):
+        for name in a.components.keys() & b.components.keys():
+            seen.setdefault(name, []).append(a.components[name] != b.components[name])
+    gaps = [a.value - b.value for a, b in zip(one, two, strict=True) if a.value is not None and b.value is not None]
+    return {
+        "pictures": len(images),
+        "mean": _mean(one),
+        "noise": math.sqrt(sum(g * g for g in gaps) / (2 * len(gaps))) if gaps else None,
+        "flips": {name: sum(flips) / len(flips) for name, flips in sorted(seen.items())},
+        "probes": {name: _mean(scores) for name, scores in probes.items()},
+        "missing": {name: _missing(s) for name, s in {"first": one, "second": two, **probes}.items()},
+    }
+
+
+def _swap(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """For each prompt the next one that asks for something else."""
+    found = []
+    for i, prompt in enumerate(prompts):
+        rest = [*prompts[i + 1 :], *prompts[:i]]
+        other = next((p for p in rest if p.text != prompt.text), None)
+        if other is None:
+            raise LensError("an audit needs two different prompts at least, to swap them")
+        found.append(other)
+    return found
+
+
+def _mean(scores: Sequence[Score]) -> float | None:
+    values = [s.value for s in scores if s.value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _missing(scores: Sequence[Score]) -> int:
+    return sum(s.value is None for s in scores)
