@@ -53,13 +53,11 @@ def owned(name: str) -> bool:
 
 def save(net: nn.Module, adapter: Adapter, path: Path, prefix: str) -> None:
     """Write the adapter as diffusers reads it: `prefix.layer.lora_A.weight`, with rank and alpha in its header."""
-    tensors = {
-        f"{prefix}.{name.replace(f'.{NAME}.', '.')}": value for name, value in net.state_dict().items() if owned(name)
-    }
-    targets = sorted({name.removeprefix(f"{prefix}.").partition(".lora_")[0] for name in tensors})
+    plain = {name.replace(f".{NAME}.", "."): value for name, value in tensors(net).items()}
+    targets = sorted({name.partition(".lora_")[0] for name in plain})
     about = {"r": adapter.rank, "lora_alpha": adapter.scale * adapter.rank, "target_modules": targets}
     header = json.dumps({f"{prefix}.{key}": value for key, value in about.items()})
-    save_tensors(path, tensors, {"lora_adapter_metadata": header})
+    save_tensors(path, {f"{prefix}.{name}": value for name, value in plain.items()}, {"lora_adapter_metadata": header})
 
 
 @torch.no_grad()
@@ -94,12 +92,8 @@ class Low:
 
 
 _KEY = re.compile(r"(.+)\.(?:lora_(?P<side>[AB]|down|up)(?:\.[^.]+)?\.weight|(?P<alpha>alpha))")
-_PREFIXES = (
-    "transformer.",
-    "diffusion_model.",
-    "base_model.model.",
-    "lora_unet_",
-)  # diffusers, Comfy, PEFT, sd-scripts
+_PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "lora_unet_")
+"""Of diffusers, Comfy, PEFT and sd-scripts."""
 
 
 def read(path: Path, net: nn.Module) -> dict[str, Low]:

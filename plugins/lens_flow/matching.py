@@ -10,6 +10,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from lens_core import flow
+from lens_core.pipeline import to_pixels
 from lens_core.protocols import BaseMethod
 from lens_core.types import Batch, ConfigError, LensError, Loss, Text
 
@@ -103,7 +104,7 @@ class FlowMatching(BaseMethod):
             return batch.latents
         if batch.images is None:
             raise LensError("flow_matching: the dataset yields captions only; name one that yields pictures")
-        pixels = batch.images.float() / 127.5 - 1
+        pixels = to_pixels(batch.images)
         if not (self.config.cache_latents and batch.keys):
             z: Tensor = self.pipeline.vae.encode(pixels)
             return z

@@ -13,6 +13,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
+from lens_core.pipeline import to_pixels
 from lens_core.protocols import BaseMethod
 from lens_core.types import Batch, ConfigError, LensError, Loss
 
@@ -79,7 +80,7 @@ class Autoencode(BaseMethod):
             raise LensError("autoencode: the dataset yields captions only; name one that yields pictures")
         size, cell = batch.images.shape, self.vae.downscale // 2
         noise = torch.randn(size[0], self.vae.config.latent_channels, size[2] // cell, size[3] // cell, generator=rng)
-        pixels = batch.images.float() / 127.5 - 1
+        pixels = to_pixels(batch.images)
         guess, mean, logvar = nets[role](pixels, noise)
         if torch.is_grad_enabled():
             self.vae.track(mean, self.config.statistics_momentum)

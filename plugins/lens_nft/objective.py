@@ -44,7 +44,6 @@ def advantages(
     values = values.double()
     keys = torch.tensor(groups)
     names = sorted(set(groups))
-    names = sorted(set(groups))
     valid = torch.zeros(len(groups), dtype=torch.bool)
     taking = torch.zeros(values.shape, dtype=torch.bool)  # whose verdict counts for which picture
     for key in names:
