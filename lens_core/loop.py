@@ -308,9 +308,10 @@ class Run:
         for role, average in self.ema.items():
             self._load(role, average)
         for role, adapter in self.train_config.adapters.items():
-            prefix = next((f for p, f in PREFIXES.items() if getattr(self.pipeline, p) is self.nets[role]), role)
-            adapters.save(self.nets[role], adapter, self.out / "adapters" / role / adapters.FILE, prefix)
-            adapters.merge(self.nets[role])
+            prefix = next((f for p, f in PREFIXES.items() if getattr(self.pipeline, p) is self.nets[role]), None)
+            adapters.save(self.nets[role], adapter, self.out / "adapters" / role / adapters.FILE, prefix or role)
+            if prefix:  # other networks are not exported, and may stand on the same weights
+                adapters.merge(self.nets[role])
         if self.train_config.weights == "bf16":
             self.pipeline.to(dtype=torch.bfloat16)
         final = self.out / "model"

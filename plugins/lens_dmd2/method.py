@@ -64,6 +64,8 @@ class DMD2:
         blocks: tuple[int, ...] = ()  # of the teacher, that the discriminator reads; needed with gan
         r1: float = 0.01  # weighs the squared norm of the discriminator's gradient at real latents
         r1_sigma: float = 0.05  # of the differences that approximate it; below 0.03 bfloat16 rounds them away
+        real: float = 0.0  # share of draws that begin at a noised picture, not at what the student made until there
+        share: tuple[str, ...] = ()  # of generator and fake: those that stand on the teacher's weights, as adapters
         sizes: tuple[tuple[int, int], ...] = ()  # px, for captions without pictures; (): the preset square
 
         def __attrs_post_init__(self) -> None:
@@ -90,8 +92,18 @@ class DMD2:
                 for name in ("ca", "dm", "warmup", "isg", "gan", "r1")
                 if not getattr(self, name) >= 0
             ]
-            if not 0 <= self.ida <= 1:
-                problems.append(f"dmd2: ida is {self.ida}; it is a share in [0, 1]")
+            problems += [
+                f"dmd2: {name} is {getattr(self, name)}; it is a share in [0, 1]"
+                for name in ("ida", "real")
+                if not 0 <= getattr(self, name) <= 1
+            ]
+            problems += [
+                f"dmd2: share names {role!r}; generator and fake can share the teacher's weights"
+                for role in self.share
+                if role not in ("generator", "fake")
+            ]
+            if self.share and self.ida < 1:
+                problems.append(f"dmd2: ida averages whole weights, which share makes one; use ida: 1, not {self.ida}")
             if self.gan and not self.blocks:
                 problems.append("dmd2: gan reads the teacher's blocks; name some, at a half and three quarters, say")
             if problems:
@@ -105,8 +117,9 @@ class DMD2:
                 "start from a guided model, or use matching: joint"
             )
         self.config, self.pipeline, self.guidance = config, pipeline, float(scale)
-        self.teacher = _frozen(pipeline.backbone)
-        self._roles: dict[str, nn.Module] = {"generator": pipeline.backbone, "fake": _frozen(pipeline.backbone)}
+        self.teacher = _frozen(pipeline.backbone, "generator" in config.share)
+        fake = _frozen(self.teacher, "fake" in config.share)
+        self._roles: dict[str, nn.Module] = {"generator": pipeline.backbone, "fake": fake}
         if config.gan:
             self._roles["heads"] = self._heads()
         self._start = pipeline.version
@@ -145,9 +158,9 @@ class DMD2:
             z = None
             if batch.images is not None:
                 height, width = batch.images.shape[-2:]
-                z = self._encode(batch.images) if self.config.gan else None
-            elif self.config.gan:
-                raise LensError("dmd2: the dataset yields captions only; gan needs one that yields pictures")
+                z = self._encode(batch.images) if self.config.gan or self.config.real else None
+            elif self.config.gan or self.config.real:
+                raise LensError("dmd2: the dataset yields captions only; gan and real need one that yields pictures")
             else:
                 sizes = self.config.sizes or (self.pipeline.size(),)
                 height, width = sizes[int(torch.randint(len(sizes), (), generator=rng))]
@@ -162,6 +175,10 @@ class DMD2:
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
         """`rng` gives the exit step first, which all ranks must share, and then all noise."""
+        if self.config.share and any(p.requires_grad for p in self.teacher.parameters()):
+            raise ConfigError(
+                f"dmd2: {role} shares the teacher's weights and would change them; name it in train.adapters as well"
+            )
         losses_of = {"generator": self._generator, "fake": self._fake, "heads": self._discriminator}
         return losses_of[role](nets, batch, rng)
 
@@ -174,9 +191,12 @@ class DMD2:
         count = int(torch.randint(steps, (), generator=rng))
         device = batch.text.features.device
         noise = torch.randn(len(batch), self.pipeline.vae.channels, *batch.size, generator=rng).to(device)
-        x = ROLLOUTS[self.config.rollout](sampler, student, noise, steps, count, rng)
         t, after = sampler.times(batch.size, steps)[count : count + 2].tolist()
-        return x, t, after, student
+        if self.config.real and float(torch.rand((), generator=rng)) < self.config.real:
+            if batch.z is None:
+                raise LensError("dmd2: there are no pictures to begin at; use a dataset with pictures, or real: 0")
+            return flow.mix(batch.z.to(device), noise, noise.new_full((len(noise),), t)), t, after, student
+        return ROLLOUTS[self.config.rollout](sampler, student, noise, steps, count, rng), t, after, student
 
     @torch.no_grad()
     def _made(self, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Tensor:
@@ -271,8 +291,10 @@ class DMD2:
             )
 
 
-def _frozen(net: nn.Module) -> Any:
-    return copy.deepcopy(net).requires_grad_(False).eval()
+def _frozen(net: nn.Module, shared: bool = False) -> Any:
+    """`net` once more. `shared`: over the same tensors, held once; adapters can be put beside the layers of either."""
+    same = {id(t): t for t in (*net.parameters(), *net.buffers())} if shared else {}
+    return copy.deepcopy(net, same).requires_grad_(False).eval()
 
 
 def _bind(net: nn.Module, text: Text) -> Velocity:

@@ -335,7 +335,7 @@ def test_captions_alone_are_drawn_in_the_sizes_of_the_recipe() -> None:
     m = method()
     m.pipeline.presets["base_resolution"] = 64
     assert [s.size for s in encoded(m, batch(images=False))] == [(4, 4)]
-    with pytest.raises(LensError, match="gan needs one that yields pictures"):
+    with pytest.raises(LensError, match="need one that yields pictures"):
         encoded(method(**GAN), batch(images=False))
 
 
@@ -458,6 +458,50 @@ def test_generator_and_fake_can_be_adapters_without_alignment(tmp_path: Path) ->
     assert held == {"generator", "fake", "heads"}
 
 
+def test_one_copy_of_the_weights_trains_as_three_do_and_exports_the_generators_change_alone(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    LensPipeline.from_parts(PARTS, CATALOG).save_pretrained(tmp_path / "start")
+    adapters = {role: Adapter(rank=2) for role in ("generator", "fake")}
+    recipe = evolve(
+        RECIPE, pipeline=Parts(start=str(tmp_path / "start")), train=evolve(RECIPE.train, adapters=adapters, ema=0.0)
+    )
+    sizes, models, ends = [], [], []
+    for name, share in (("one", ["generator", "fake"]), ("three", [])):
+        made = run(evolve(recipe, method=Use("dmd2", {"ida": 1.0, "share": share})), tmp_path / name)
+        nets = (made.method.teacher, *made.nets.values())
+        sizes.append(len({p.data_ptr() for net in nets for n, p in net.named_parameters() if ".lora_" not in n}))
+        models.append(LensPipeline.from_pretrained(made.train().model, catalog=CATALOG))
+        ends.append(state(tmp_path / name, 5))
+    assert 3 * sizes[0] == sizes[1]
+    assert ends[0].keys() == ends[1].keys() and any(".lora_B." in k and v.any() for k, v in ends[0].items())
+    for name in ends[0]:
+        assert torch.equal(ends[0][name], ends[1][name]), name
+    for name, weight in models[0].backbone.state_dict().items():
+        assert torch.equal(weight, models[1].backbone.state_dict()[name]), name
+
+
+def test_weights_that_are_shared_are_not_trained_in_full(tmp_path: Path) -> None:
+    for role in ("generator", "fake"):
+        recipe = evolve(RECIPE, method=Use("dmd2", {"ida": 1.0, "share": [role]}))
+        with pytest.raises(ConfigError, match=f"{role} shares the teacher's weights and would change them"):
+            run(recipe, tmp_path / role).train()
+
+
+def test_a_share_of_the_draws_begins_at_noised_pictures() -> None:
+    m, begun = method(real=0.5), 0
+    mine = sample(m)
+    for seed in range(200):
+        x, t, _, _ = m._enter(m.roles(), mine, rng(seed))
+        draws = rng(seed)
+        torch.randint(4, (), generator=draws)
+        noise = torch.randn(mine.z.shape, generator=draws)
+        begun += torch.equal(x, flow.mix(mine.z, noise, torch.full((4,), t))) and t < 1
+    assert 55 < begun < 95, "half of the three quarters that do not begin at noise"
+    assert encoded(m, batch(px=32))[0].z is not None
+    with pytest.raises(LensError, match="gan and real need one that yields pictures"):
+        encoded(m, batch(images=False))
+
+
 # ---- errors -----------------------------------------------------------------------------------------------------
 
 
@@ -470,6 +514,9 @@ def test_generator_and_fake_can_be_adapters_without_alignment(tmp_path: Path) ->
         ({"floor": 0.0}, "floor is 0.0; it must be positive"),
         ({"dm": -1.0}, "dm is -1.0; it must not be negative"),
         ({"ida": 1.5}, "ida is 1.5; it is a share in [0, 1]"),
+        ({"real": -0.5}, "real is -0.5; it is a share in [0, 1]"),
+        ({"share": ("heads",), "ida": 1.0}, "share names 'heads'; generator and fake can share"),
+        ({"share": ("fake",)}, "ida averages whole weights, which share makes one; use ida: 1, not 0.97"),
         ({"gan": 0.1}, "gan reads the teacher's blocks"),
     ],
 )
