@@ -7,6 +7,7 @@ reader     pixels back to facts with classical vision, and the strict judge of a
 dataset    dataset `shapes`: endless or pooled training batches
 weights    the embedded checkpoints, `tiny:`
 benchmark  benchmark and reward `shapes`: the six tasks of GenEval, and words
+variety    benchmark `variety`: how far apart the pictures for one prompt are
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ def lens_datasets() -> dict[str, type[Any]]:
 @hookimpl
 def lens_benchmarks() -> dict[str, type[Any]]:
     from lens_shapes.benchmark import ShapesBenchmark
+    from lens_shapes.variety import Variety
 
-    return {"shapes": ShapesBenchmark}
+    return {"shapes": ShapesBenchmark, "variety": Variety}
 
 
 @hookimpl

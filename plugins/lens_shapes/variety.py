@@ -1,0 +1,69 @@
+"""Benchmark `variety`: how far apart the pictures are that a model draws for one prompt of the benchmark `shapes`.
+
+A model that draws the same picture whatever the seed scores 0. Read it beside `shapes`: noise is varied too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from lens_core.types import ConfigError, Prompt, Score
+from lens_shapes.benchmark import ShapesBenchmark
+from lens_shapes.scenes import GENEVAL
+
+
+class Variety:
+    """Each prompt several times in a row; picture i has its own seed, as ever."""
+
+    headline: tuple[str, ...] = GENEVAL
+
+    @frozen
+    class Config:
+        prompts: int = 60  # different ones
+        pictures: int = 4  # of each
+        seed: int = 0
+        split: Literal["train", "heldout"] = "heldout"
+
+        def __attrs_post_init__(self) -> None:
+            if self.pictures < 2:
+                raise ConfigError(f"variety: pictures is {self.pictures}; a distance needs 2 at least")
+            ShapesBenchmark.Config(self.prompts, self.seed, self.split)  # the same bounds
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def prompts(self) -> list[Prompt]:
+        """Those of `shapes`, each `pictures` times; ids count on, and data names the group."""
+        config = self.config
+        asked = ShapesBenchmark(ShapesBenchmark.Config(config.prompts, config.seed, config.split)).prompts()
+        return [
+            evolve(one, id=one.id * config.pictures + turn, data={**one.data, "group": one.id})
+            for one in asked
+            for turn in range(config.pictures)
+        ]
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
+        """Images uint8 [B,3,H,W] -> for each, its mean distance to the others of its group: the root mean square
+        difference over pixels and channels, black to white being 1. A picture alone in its group abstains."""
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} pictures cannot answer {len(prompts)} prompts; pass one picture a prompt")
+        groups: dict[object, list[int]] = {}
+        for place, asked in enumerate(prompts):
+            groups.setdefault(asked.data.get("group"), []).append(place)
+        scores: dict[int, Score] = {}
+        for places in groups.values():
+            flat = images[places].flatten(1).double().cpu() / 255
+            apart = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist") / flat.shape[1] ** 0.5
+            for row, place in enumerate(places):
+                others = len(places) - 1
+                scores[place] = (
+                    Score("ok", float(apart[row].sum()) / others)
+                    if others
+                    else Score("abstain", evidence="there is no other picture for this prompt")
+                )
+        return [scores[place] for place in range(len(prompts))]
