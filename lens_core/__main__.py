@@ -312,6 +312,7 @@ def bench(
         {
             **settings,
             "seconds": round(seconds, 1),
+            "headline": [task for task in outcome.rates if task in outcome.headline],
             "overall": asdict(outcome.overall),
             "tasks": {k: asdict(v) for k, v in outcome.rates.items()},
             "pictures": [
@@ -325,6 +326,28 @@ def bench(
     sheet = evaluation.contact_sheet(outcome.images[:shown], [p.text for p in asked[:shown]], passed)
     checkpoint.write_atomic(folder / "sheet.png", lambda p: sheet.save(p, format="PNG"))
     print(f"{text}\n\n{said}\n{folder}: table.md, result.json, sheet.png  ({seconds:.0f} s)")
+    return 0
+
+
+@app.command
+def compare(*folders: Path, out: Path | None = None) -> int:
+    """Set results of `lens bench` side by side: the first folder's model is what the others are measured against.
+
+    Parameters
+    ----------
+    folders
+        Folders that `lens bench` wrote; several of one model, with different seeds, become one row.
+    out
+        A Markdown file to write the table to, besides printing it.
+    """
+    from lens_core import checkpoint, comparison
+
+    if not folders:
+        raise ConfigError("give the folders that lens bench wrote, the model to measure against first")
+    text = comparison.table(comparison.compare([comparison.read(folder / "result.json") for folder in folders]))
+    if out is not None:
+        checkpoint.write_atomic(out, lambda p: p.write_text(f"{text}\n", encoding="utf-8"))
+    print(text)
     return 0
 
 

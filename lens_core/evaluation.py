@@ -90,6 +90,7 @@ class Outcome:
     overall: Rate
     scores: tuple[Score, ...]
     images: Tensor
+    headline: tuple[str, ...]  # the tasks that `overall` is the mean of
 
 
 def evaluate(
@@ -112,8 +113,8 @@ def evaluate(
     pictures = torch.cat(images)
     scores = tuple(benchmark.score(pictures, prompts))
     rates = by_task(prompts, scores)
-    headline = getattr(benchmark, "headline", tuple(rates))
-    return Outcome(rates, overall(rates, headline), scores, pictures)
+    headline = tuple(getattr(benchmark, "headline", rates))
+    return Outcome(rates, overall(rates, headline), scores, pictures, headline)
 
 
 def table(outcome: Outcome) -> str:

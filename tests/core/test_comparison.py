@@ -1,0 +1,107 @@
+"""Models side by side: means over seeds, paired differences, and what must not be compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lens_core.__main__ import main
+from lens_core.comparison import compare, read, table
+from lens_core.types import CheckpointError, ConfigError
+
+
+def result(values: list[float | None], model: str = "a", seed: int = 0, **other: Any) -> dict[str, Any]:
+    """Half of the prompts are of task x, half of task y; words are no headline."""
+    half = len(values) // 2
+    pictures = [
+        {"prompt": f"{i}", "task": "x" if i < half else "y", "value": v, "status": "ok", "seed": seed + i}
+        for i, v in enumerate(values)
+    ]
+    words = {"prompt": "w", "task": "words", "value": 0.0, "status": "ok", "seed": 99}
+    return {
+        "benchmark": "b", "model": model, "model_hash": model, "seed": seed, "steps": 4, "guidance_scale": 1.0,
+        "size": [8, 8], "headline": ["x", "y"], "pictures": [*pictures, words],
+    } | other  # fmt: skip
+
+
+def test_the_overall_score_is_the_mean_of_the_headline_tasks_over_seeds() -> None:
+    (row,) = compare([result([1, 1, 0, 0]), result([1, 0, 1, None], seed=7)])
+    assert row.seeds == 2
+    assert row.tasks == {"x": 0.75, "y": 0.25, "words": 0.0}  # y: (0 + 1) / 2 and, of one verdict, 0
+    assert row.overall[0] == 0.5
+    assert row.difference == (0, 0, 0)
+
+
+def test_a_paired_interval_is_that_of_the_differences_alone() -> None:
+    rng = np.random.default_rng(3)
+    base = rng.integers(2, size=400).astype(float)
+    better = base.copy()
+    better[:200] += rng.uniform(-0.1, 0.2, 200)  # task x alone
+    _, row = compare([result(list(base)), result(list(better), "b")], resamples=4000)
+    gained = (better - base)[:200]
+    # Independently: half the mean of task x's gains, whose standard error is that of a mean of 200 over two
+    error = gained.std() / np.sqrt(200) / 2
+    assert row.difference[0] == pytest.approx(gained.mean() / 2, abs=1e-12)
+    assert row.difference[1] == pytest.approx(row.difference[0] - 1.96 * error, abs=0.1 * error)
+    assert row.difference[2] == pytest.approx(row.difference[0] + 1.96 * error, abs=0.1 * error)
+    apart = (row.overall[2] - row.overall[1]) / (row.difference[2] - row.difference[1])
+    assert apart > 3, "pairing must cancel what both models share"
+
+
+def test_the_interval_of_a_score_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(4)
+    held = 0
+    for _ in range(200):
+        values = [*(rng.random(60) < 0.8), *(rng.random(60) < 0.4)]
+        (row,) = compare([result([float(v) for v in values])], resamples=300)
+        held += row.overall[1] <= 0.6 <= row.overall[2]
+    assert 180 <= held <= 199  # 95 % of 200, plus or minus what 200 trials leave open
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(ConfigError, match="two benchmarks"):
+        compare([result([1, 0]), result([1, 0], "b", benchmark="c")])
+    with pytest.raises(ConfigError, match="other prompts"):
+        compare([result([1, 0]), result([1, 0, 1, 0], "b")])
+    with pytest.raises(ConfigError, match="seed 0 stands twice"):
+        compare([result([1, 0]), result([1, 0])])
+    with pytest.raises(ConfigError, match="no verdict"):
+        compare([result([None, None, 1, 0])])
+
+
+def test_the_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, found in {"a": result([1, 0, 1, 0]), "b": result([1, 1, 1, 1], "b")}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(found), encoding="utf-8")
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "table.md")]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "table.md").read_text(encoding="utf-8")
+    head, rule, first, second = printed.splitlines()
+    assert head.count("|") == rule.count("|") == first.count("|") == second.count("|")
+    assert "a, 4 steps, guidance 1 " in first and "**0.500**" in first
+    assert "| +0.500 |" in second
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"headline": None}, "headline"),
+        ({"pictures": None}, "pictures"),
+        ({"pictures": [{"prompt": "p", "task": "x"}]}, "value"),
+        ({"pictures": [{"prompt": "p", "task": "x", "value": "1"}]}, "value"),
+        ({"headline": ["z"]}, "headline"),
+        ({"headline": []}, "headline"),
+    ],
+)
+def test_a_result_that_lacks_something_is_refused_by_name(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    whole = result([1, 0])
+    broken = {k: v for k, v in (whole | change).items() if v is not None}
+    (tmp_path / "result.json").write_text(json.dumps(broken), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=words):
+        read(tmp_path / "result.json")
+    (tmp_path / "result.json").write_text(json.dumps(whole), encoding="utf-8")
+    assert table(compare([read(tmp_path / "result.json")])).count("\n") == 2
