@@ -245,12 +245,24 @@ class Recipe:
 
 
 def build(catalog: Catalog, kind: str, use: Use, path: str = "$") -> tuple[str, type[Any], Any]:
-    """(qualified name, class, config) of the component that `use` names, its options checked."""
+    """(qualified name, class, config) of the component that `use` names, its options checked.
+
+    A config that names components itself tells them: `uses()` yields (path in it, kind, use), and they are checked too.
+    """
     try:
         entry = catalog.find(kind, use.use)
     except LensError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return entry.name, entry.cls, structure(entry.cls.Config, use.options, path)
+    config = structure(entry.cls.Config, use.options, path)
+    problems: list[str] = []
+    for place, inner, named in getattr(config, "uses", tuple)():
+        try:
+            build(catalog, inner, named, f"{path}.{place}")
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return entry.name, entry.cls, config
 
 
 def read_recipe(path: Path, catalog: Catalog) -> Recipe:

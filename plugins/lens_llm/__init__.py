@@ -3,7 +3,9 @@
 client   llm `openai`: any OpenAI-compatible chat endpoint, with retries, budgets and a cache
 rubric   reward `rubric`: one call a picture, which answers each of its prompt's rubrics
 prompts  benchmark `prompts`: prompt sets in files (`lens-rl/1`), their reader, writer and linter
-audit    how far a judge agrees with itself, and what it gives for nothing
+writing  prompt sets written by a language model from a taxonomy
+audit    how far a judge agrees with itself, and with another, and what it gives for nothing
+commands what `lens rl` can do: prompts, audit, estimate
 """
 
 from __future__ import annotations
@@ -32,3 +34,8 @@ def lens_benchmarks() -> dict[str, type[Any]]:
     from lens_llm.prompts import PromptFile
 
     return {"prompts": PromptFile}
+
+
+@hookimpl
+def lens_commands() -> dict[str, str]:
+    return {"rl": "lens_llm.commands:app"}

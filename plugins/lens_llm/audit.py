@@ -12,13 +12,15 @@ from torch import Tensor
 from lens_core.types import LensError, Prompt, Score
 
 
-def audit(reward: Any, images: Tensor, prompts: Sequence[Prompt], seed: int = 0) -> dict[str, Any]:
+def audit(reward: Any, images: Tensor, prompts: Sequence[Prompt], seed: int = 0, auditor: Any = None) -> dict[str, Any]:
     """Judge every picture twice, and three probes once. Images uint8 [B,3,H,W] with their prompts.
 
     `flips`: for each component, the share of pictures on which the two judgements differ; `noise`: the standard
     deviation of one judgement around their mean, which is the least useful `floor` of an advantage; `mean`, and the
     means of the `probes` blank (grey), noise and swapped (the picture of another prompt); `missing`: pictures without a
     verdict in each. A mean is None where nothing was judged. A reward that has `again()` gives its second opinion so.
+    With an `auditor`, another reward that is trusted: `agreement`, for each component that both have, the share of
+    pictures on which they say the same.
     """
     other = _swap(prompts)
     second = reward.again() if hasattr(reward, "again") else reward
@@ -29,19 +31,27 @@ def audit(reward: Any, images: Tensor, prompts: Sequence[Prompt], seed: int = 0)
         "noise": reward.score(torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=rng), prompts),
         "swapped": reward.score(images, other),
     }
-    seen: dict[str, list[bool]] = {}
-    for a, b in zip(one, two, strict=True):
-        for name in a.components.keys() & b.components.keys():
-            seen.setdefault(name, []).append(a.components[name] != b.components[name])
     gaps = [a.value - b.value for a, b in zip(one, two, strict=True) if a.value is not None and b.value is not None]
-    return {
+    found: dict[str, Any] = {
         "pictures": len(images),
         "mean": _mean(one),
         "noise": math.sqrt(sum(g * g for g in gaps) / (2 * len(gaps))) if gaps else None,
-        "flips": {name: sum(flips) / len(flips) for name, flips in sorted(seen.items())},
+        "flips": {name: 1 - same for name, same in _same(one, two).items()},
         "probes": {name: _mean(scores) for name, scores in probes.items()},
         "missing": {name: _missing(s) for name, s in {"first": one, "second": two, **probes}.items()},
     }
+    if auditor is not None:
+        found["agreement"] = _same(one, list(auditor.score(images, prompts)))
+    return found
+
+
+def _same(one: Sequence[Score], two: Sequence[Score]) -> dict[str, float]:
+    """For each component that two judgements of the same pictures have, the share on which they are equal."""
+    seen: dict[str, list[bool]] = {}
+    for a, b in zip(one, two, strict=True):
+        for name in a.components.keys() & b.components.keys():
+            seen.setdefault(name, []).append(a.components[name] == b.components[name])
+    return {name: sum(same) / len(same) for name, same in sorted(seen.items())}
 
 
 def _swap(prompts: Sequence[Prompt]) -> list[Prompt]:

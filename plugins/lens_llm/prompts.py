@@ -29,16 +29,17 @@ SPLITS = ("train", "eval")
 ALIKE = 0.8  # share of common words (Jaccard) from which two prompts count as near-duplicates
 
 
-def lint(lines: Iterable[str], rubrics: int | None = 10, alike: float = ALIKE) -> list[str]:
+def lint(lines: Iterable[str], rubrics: int | None = 10, alike: float | None = ALIKE) -> list[str]:
     """Every problem of a prompt set, each with its line; an empty list is a sound set.
 
     `rubrics` is how many each prompt must have beside the global one; None: any number. Words are compared without
     their order, so that 'a dog and a cat' in train and 'a cat and a dog' in eval are found; they are told as overlap.
+    `alike` None: only equal prompts are duplicates, where the order of few words is all that tells two apart.
     """
     return _lint(lines, rubrics, alike)[1]
 
 
-def read(path: Path, rubrics: int | None = 10, alike: float = ALIKE) -> list[Prompt]:
+def read(path: Path, rubrics: int | None = 10, alike: float | None = ALIKE) -> list[Prompt]:
     """The prompts of a file; `task` is the taxonomy's class, `data` the whole line. ConfigError with all problems."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -50,7 +51,9 @@ def read(path: Path, rubrics: int | None = 10, alike: float = ALIKE) -> list[Pro
     return [Prompt(e["prompt"], e["prompt_id"], e["taxonomy"]["class"], e) for e in entries]
 
 
-def write(path: Path, entries: Sequence[Mapping[str, Any]], rubrics: int | None = 10, alike: float = ALIKE) -> None:
+def write(
+    path: Path, entries: Sequence[Mapping[str, Any]], rubrics: int | None = 10, alike: float | None = ALIKE
+) -> None:
     """One line an entry, whole or not at all. ConfigError, and no file, where the set has problems."""
     lines = [json.dumps({"schema": SCHEMA, **e}, ensure_ascii=False) for e in entries]
     problems = lint(lines, rubrics, alike)
@@ -69,14 +72,19 @@ class PromptFile:
         path: str
         split: str | None = None  # train | eval; None: all
         rubrics: int | None = 10  # beside the global one; null: any number
-        alike: float = ALIKE  # from which share of common words on two prompts are one too many
+        alike: float | None = ALIKE  # share of common words from which two prompts are one too many; null: equal ones
         reward: Use | None = None
 
         def __attrs_post_init__(self) -> None:
             if self.split not in (None, *SPLITS):
                 raise ConfigError(f"prompts: no split is called {self.split!r}; use 'train' or 'eval'")
-            if not 0 < self.alike <= 1:
+            if self.alike is not None and not 0 < self.alike <= 1:
                 raise ConfigError(f"prompts: alike is a share in (0, 1], not {self.alike}")
+
+        def uses(self) -> Iterator[tuple[str, str, Use]]:
+            """What is checked with this config: (path, kind, use)."""
+            if self.reward is not None:
+                yield "reward", "reward", self.reward
 
     def __init__(self, config: Config, reward: Any = None) -> None:
         """`reward` is one already built; None: the one that the config names, or none."""
@@ -102,7 +110,7 @@ class PromptFile:
         return list(self.reward.score(images, prompts))
 
 
-def _lint(lines: Iterable[str], rubrics: int | None, alike: float) -> tuple[list[dict[str, Any]], list[str]]:
+def _lint(lines: Iterable[str], rubrics: int | None, alike: float | None) -> tuple[list[dict[str, Any]], list[str]]:
     entries: list[tuple[int, dict[str, Any]]] = []
     problems: list[tuple[int, str]] = []
     for number, line in enumerate(lines, 1):
@@ -190,11 +198,15 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def _twins(texts: Sequence[str], alike: float) -> list[tuple[int, int]]:
+def _twins(texts: Sequence[str], alike: float | None) -> list[tuple[int, int]]:
     """Pairs (earlier, later) of texts whose sets of words have at least `alike` of their union in common.
+
+    None: pairs of equal texts, whatever their case and punctuation.
 
     Prefix filtering: of sets that much alike, the few rarest words of each must share one, so only those are indexed.
     """
+    if alike is None:
+        return _twins([" ".join(_words(t)).replace(" ", "_") for t in texts], 1.0)
     sets = [frozenset(_words(t)) for t in texts]
     common = Counter(word for s in sets for word in s)
     index: dict[str, list[int]] = {}

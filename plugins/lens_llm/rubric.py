@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +51,16 @@ SCHEMA: dict[str, Any] = {
 }
 
 
+USUAL = Prompt(
+    "x" * 400,
+    data={
+        "rubrics": [{"id": f"r{i:02}", "q": "x" * 70} for i in range(10)],
+        "global": {"id": "g", "q": "x" * 70},
+    },
+)
+"""A request as long as they usually are, for estimates."""
+
+
 class RubricReward:
     """Weighted mean of yes 1, partial 1/2, no 0 over the rubrics, the global one included; `na` does not count.
 
@@ -71,6 +81,10 @@ class RubricReward:
                     f"rubric: least is a share in [0, 1] and seed at least 0, not {self.least} and {self.seed}"
                 )
 
+        def uses(self) -> Iterator[tuple[str, str, Use]]:
+            """What is checked with this config: (path, kind, use)."""
+            yield "llm", "llm", self.llm
+
     def __init__(self, config: Config, llm: Any = None) -> None:
         """`llm` is one already built, with `chat(messages, schema, check)` and `map`; None: the one that the config
         names, with its budget and cache."""
@@ -86,6 +100,22 @@ class RubricReward:
         """The same judge with the next seed, for a second opinion: in another order the rubrics are another question
         to a cache. Of two or three rubrics the order may be the same, and the opinion then the cached one."""
         return RubricReward(evolve(self.config, seed=self.config.seed + 1), self.llm)
+
+    @property
+    def spend(self) -> dict[str, float]:
+        """What the judge has cost since it was made; empty where its llm does not count."""
+        spend = getattr(self.llm, "spend", None)
+        return {} if spend is None else {"calls": spend.calls, "cached": spend.cached, "usd": spend.usd}
+
+    def estimate(self, prompts: Sequence[Prompt], pictures: int) -> Any:
+        """What judging so many pictures costs at most (`client.Estimate`); no call is made. The longest request among
+        `prompts` counts for all; without any, one of 10 + 1 questions of usual length."""
+        import torch
+
+        asked = [p for p in prompts if p.data.get("rubrics")] or [USUAL]
+        image = torch.zeros(3, 1, 1, dtype=torch.uint8)
+        longest = max((self.messages(image, p) for p in asked), key=lambda m: len(m[1].text.encode()))
+        return self.llm.estimate(longest, SCHEMA, pictures)
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
         """Images uint8 [B,3,H,W] -> one Score each; components by rubric id, evidence as JSON by rubric id."""

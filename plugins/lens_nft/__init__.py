@@ -1,7 +1,9 @@
 """Reinforcement learning from rewards: DiffusionNFT (arXiv 2509.16117), a policy update without likelihoods.
 
 objective  the arithmetic: advantages, the reflected velocities and their losses
-rollout    which prompts, which seeds; pictures drawn with the old policy, and judged
+rollout    which prompts, which seeds; pictures drawn with the old policy
+panel      the judges of those pictures, and what happens when one fails
+estimate   what a run would need: memory by part, calls, dollars
 method     method `diffusion_nft`
 """
 

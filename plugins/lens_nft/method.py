@@ -13,15 +13,19 @@ from torch import Tensor, nn
 
 from lens_core import adapters, flow
 from lens_core.catalog import Catalog
-from lens_core.config import Use, build
-from lens_core.types import Batch, ConfigError, LensError, Loss, Prompt, Score, Text, did_you_mean
+from lens_core.config import Use, build, structure
+from lens_core.types import Batch, ConfigError, LensError, Loss, Prompt, Text, did_you_mean
 from lens_nft.objective import Advantages, advantages, optimality, reflected_loss, squared_distance
-from lens_nft.rollout import Order, Picture, acting, alike, chosen, diversity, draw, judge, readings, seed_of
+from lens_nft.panel import Judge, Verdicts, judge, spent
+from lens_nft.rollout import Order, Picture, acting, alike, chosen, diversity, draw, seed_of
 
 if TYPE_CHECKING:
+    from lens_core.config import Recipe
     from lens_core.pipeline import LensPipeline
+    from lens_nft.estimate import Estimate
 
 PATIENCE = 5  # rollouts in a row that a judge may spoil before the run stops
+BINS = ("0.0", "0.2", "0.4", "0.6", "0.8")  # where the fifths of r's range begin, for its histogram
 
 
 @frozen
@@ -58,7 +62,7 @@ class DiffusionNFT:
     @frozen
     class Config:
         prompts: Use  # a benchmark whose prompts are learned from, as in {use: shapes, split: train}
-        rewards: tuple[Use, ...]  # judges, as in [{use: shapes, weight: 1.0}]; weight is 1 if not given
+        rewards: tuple[Use, ...]  # judges: [{use: rubric, …, weight: 1.0, fallback: {use: …}}]; both may be left out
         tasks: tuple[str, ...] = ()  # of the benchmark's tasks, those whose prompts are used; (): all
         prompts_per_rollout: int = 48
         pictures_per_prompt: int = 24
@@ -74,6 +78,7 @@ class DiffusionNFT:
         advantage_clip: float = 5.0  # advantages beyond this, in standard deviations, count as this
         kl: float = 1e-4  # weighs the squared distance to the velocity at the start; 0 keeps no copy of it
         spread: Literal["group", "rollout"] = "group"  # over what rewards' standard deviation is taken
+        combine: Literal["normalise_then_sum", "sum_then_normalise"] = "normalise_then_sum"  # several rewards
         floor: float = 1e-4  # least standard deviation, in the reward's units; the noise of a judge that has some
         old_wait: int = 0  # optimizer steps for which old is simply the policy of the last rollout
         old_rise: float = 0.001  # by how much its lag grows a step from then on: old = lag old + (1 - lag) policy
@@ -102,10 +107,22 @@ class DiffusionNFT:
                     problems.append(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
             if self.form not in ("x0", "velocity"):
                 problems.append(f"form must be x0 or velocity, not {self.form!r}")
+            if self.combine not in ("normalise_then_sum", "sum_then_normalise"):
+                problems.append(f"combine must be normalise_then_sum or sum_then_normalise, not {self.combine!r}")
             if self.spread not in ("group", "rollout"):
                 problems.append(f"spread must be group or rollout, not {self.spread!r}")
             if problems:
                 raise ConfigError([f"diffusion_nft: {p}" for p in problems])
+
+        def uses(self) -> Iterator[tuple[str, str, Use]]:
+            """(path, kind, use) of every component that these options name: they are checked with the recipe."""
+            yield "prompts", "benchmark", self.prompts
+            for i, use in enumerate(self.rewards):
+                own = {k: v for k, v in use.options.items() if k not in ("weight", "fallback")}
+                yield f"rewards[{i}]", "reward", Use(use.use, own)
+                if use.options.get("fallback") is not None:
+                    path = f"rewards[{i}].fallback"
+                    yield path, "reward", structure(_Named, {"use": use.options["fallback"]}).use
 
         def lag(self, steps: int) -> float:
             """How much of the old policy stays after `steps` optimizer steps: 0 copies the new one, 1 keeps the old."""
@@ -117,7 +134,8 @@ class DiffusionNFT:
             raise ConfigError(f"diffusion_nft: the pipeline has no {absent[0]}; start from a checkpoint that can draw")
         self.config, self.pipeline = config, pipeline
         catalog = getattr(pipeline, "catalog", None) or Catalog.installed()  # a pipeline made by hand has none
-        _, benchmark, options = build(catalog, "benchmark", config.prompts, "$.method.prompts")
+        parts = _parts(config, catalog)
+        _, benchmark, options = parts["prompts"]
         self.prompts = _of_tasks(benchmark(options).prompts(), config.tasks)
         if len({p.id for p in self.prompts}) < len(self.prompts):
             raise ConfigError(f"diffusion_nft: {config.prompts.use} has prompts of one id; a group is known by its id")
@@ -126,7 +144,7 @@ class DiffusionNFT:
                 f"diffusion_nft: {config.prompts.use} has {len(self.prompts)} prompts, fewer than a rollout takes "
                 f"({config.prompts_per_rollout}); ask it for more, or lower prompts_per_rollout"
             )
-        self.rewards, self.weights = _rewards(config.rewards, catalog)
+        self.judges = _judges(config, parts)
         self.sizes = [pipeline.size(*size) for size in config.sizes] or [pipeline.size()]
         self.rollout = 0  # its number, those that were thrown away included
         self.update = 0  # optimizer steps made with this rollout
@@ -158,11 +176,17 @@ class DiffusionNFT:
         spoiled, _ = 0, (self.old, self.base)
         while True:
             pictures = self._draw(rng.initial_seed())
-            verdicts = judge(self.rewards, pictures)
-            values, failed = readings(verdicts)
-            groups = [p.prompt.id for p in pictures]
-            over_all = self.config.spread == "rollout"
-            found = advantages(values, failed, groups, self.weights, self.config.floor, over_all)
+            verdicts = judge(self.judges, pictures)
+            failed, groups = verdicts.failed(), [p.prompt.id for p in pictures]
+            found = advantages(
+                verdicts.values(),
+                failed,
+                groups,
+                verdicts.weights,
+                self.config.floor,
+                over_all=self.config.spread == "rollout",
+                sum_first=self.config.combine == "sum_then_normalise",
+            )
             if float(failed.double().mean()) > self.config.max_failed or not found.valid.any():
                 self.rollout, self.update = self.rollout + 1, 0
                 self.aborted, spoiled = self.aborted + 1, spoiled + 1
@@ -271,27 +295,34 @@ class DiffusionNFT:
         return acting(self.pipeline, net).velocity(text, None, self.config.train_guidance)(x, t)
 
     def _facts(
-        self,
-        pictures: Sequence[Picture],
-        verdicts: Mapping[str, Sequence[Score]],
-        failed: Tensor,
-        found: Advantages,
+        self, pictures: Sequence[Picture], verdicts: Verdicts, failed: Tensor, found: Advantages
     ) -> dict[str, Tensor]:
-        """What to watch: rewards and their components, what had no verdict, what was flat, the spread of r."""
-        facts: dict[str, float] = {}
-        for name, scores in verdicts.items():
-            heard = [{name: s.value, **_under(name, s.components)} for s in scores if s.value is not None]
-            for key in sorted({k for h in heard for k in h}):
-                values = [h[key] for h in heard if key in h]
-                facts[f"reward/{key}"] = sum(values) / len(values)
+        """What to watch: rewards and their components, what had no verdict, what was flat, the spread of r, spend."""
+        facts = verdicts.facts() | spent(self.judges)
         facts["failed"] = float(failed.double().mean())
         facts["masked"] = float((~found.valid).double().mean())
+        heard = {p.prompt.id for p, valid in zip(pictures, found.valid.tolist(), strict=True) if valid}
+        facts["masked_groups"] = 1 - len(heard) / len({p.prompt.id for p in pictures})
         facts["flat"] = float(found.flat.double().sum() / found.valid.double().sum())
         r = optimality(found.value[found.valid], self.config.advantage_clip)
         facts |= {f"r_{q}": float(r.quantile(q / 100)) for q in (10, 50, 90)}
+        shares = r.histc(len(BINS), 0, 1) / len(r)
+        facts |= {f"r_in/{name}": float(share) for name, share in zip(BINS, shares, strict=True)}
         facts |= {"diversity": diversity(pictures), "aborted": float(self.aborted)}
         facts["pictures"] = float((self.rollout + 1) * len(pictures))
         return {k: torch.tensor(v) for k, v in facts.items()}
+
+    @staticmethod
+    def estimate(config: Any, recipe: Recipe, catalog: Catalog) -> Estimate:
+        """What a run by `recipe` would need: memory by part, pictures, calls, dollars. Draws and sends nothing."""
+        from lens_nft.estimate import estimate
+
+        return estimate(config, recipe, catalog)
+
+
+@frozen
+class _Named:
+    use: Use
 
 
 def _of_tasks(prompts: Sequence[Prompt], tasks: Sequence[str]) -> list[Prompt]:
@@ -302,19 +333,22 @@ def _of_tasks(prompts: Sequence[Prompt], tasks: Sequence[str]) -> list[Prompt]:
     return [p for p in prompts if not tasks or p.task in tasks]
 
 
-def _rewards(uses: Sequence[Use], catalog: Catalog) -> tuple[dict[str, Any], list[float]]:
-    """Rewards by the name they are logged under, and their weights. `weight` is the method's, the rest is theirs."""
-    rewards: dict[str, Any] = {}
-    for i, use in enumerate(uses):
-        options = {k: v for k, v in use.options.items() if k != "weight"}
-        name, reward, config = build(catalog, "reward", Use(use.use, options), f"$.method.rewards[{i}]")
+def _parts(config: DiffusionNFT.Config, catalog: Catalog) -> dict[str, tuple[str, type[Any], Any]]:
+    """(name, class, config) of every component that the config names, by path."""
+    return {path: build(catalog, kind, use, f"$.method.{path}") for path, kind, use in config.uses()}
+
+
+def _judges(config: DiffusionNFT.Config, parts: Mapping[str, tuple[str, type[Any], Any]]) -> list[Judge]:
+    """The rewards by the name they are logged under. `weight` and `fallback` are the method's, the rest is theirs."""
+    judges: list[Judge] = []
+    for i, use in enumerate(config.rewards):
+        name, reward, options = parts[f"rewards[{i}]"]
         short = name.partition(":")[2]
-        rewards[short if short not in rewards else f"{short}_{i}"] = reward(config)
-    return rewards, [float(use.options.get("weight", 1.0)) for use in uses]
-
-
-def _under(name: str, components: Mapping[str, float]) -> dict[str, float]:
-    return {f"{name}/{k}": v for k, v in components.items()}
+        short = f"{short}_{i}" if short in {j.name for j in judges} else short
+        _, other, others = parts.get(f"rewards[{i}].fallback", ("", None, None))
+        weight = float(use.options.get("weight", 1.0))
+        judges.append(Judge(short, reward(options), weight, other(others) if other else None))
+    return judges
 
 
 def _learned(net: nn.Module) -> dict[str, Tensor]:
@@ -345,8 +379,13 @@ def between(schedule: Tensor, u: Tensor) -> Tensor:
     return torch.lerp(schedule[left], schedule[left + 1], place - left)
 
 
-def _lament(verdicts: Mapping[str, Sequence[Score]], times: int) -> str:
-    silent = [(s.status, name, s.evidence) for name, scores in verdicts.items() for s in scores if s.value is None]
+def _lament(verdicts: Verdicts, times: int) -> str:
+    silent = [
+        (s.status, name, s.evidence)
+        for name, row in verdicts.scores.items()
+        for s in row
+        if s is not None and s.value is None
+    ]
     status, name, evidence = max(silent)  # "failed" comes after "abstain"
     return (
         f"diffusion_nft: {times} rollouts in a row had too few verdicts to learn from; the reward {name} says "

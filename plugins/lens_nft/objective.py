@@ -33,13 +33,15 @@ def advantages(
     weights: Sequence[float],
     floor: float,
     over_all: bool = False,
+    sum_first: bool = False,
 ) -> Advantages:
     """Rewards `values` [J,N], NaN where a reward abstained, and `failed` bool [N] -> one advantage a picture.
 
     Each reward is centred on its mean over the group and divided by its standard deviation there (`over_all`: over all
-    pictures), at least `floor`; then rewards are averaged by weight. A reward that abstains on more than half of a
-    group has no part in it. A picture without the verdict of one that has, or that failed, is absent from every
-    statistic; so is its whole group if that leaves fewer than half.
+    pictures), at least `floor`; then rewards are averaged by weight. `sum_first`: they are averaged by weight as they
+    are, and the average is centred and divided: a reward then counts by its scale too.
+    A reward that abstains on more than half of a group has no part in it. A picture without the verdict of one that
+    has, or that failed, is absent from every statistic; so is its whole group if that leaves fewer than half.
     """
     values = values.double()
     keys = torch.tensor(groups)
@@ -53,6 +55,10 @@ def advantages(
         if speaks.any() and 2 * int(here.sum()) >= int(mine.sum()):
             valid |= here
             taking |= speaks[:, None] & here
+    if sum_first:
+        parts = torch.tensor(weights).double()[:, None] * taking
+        values = ((parts * values.nan_to_num()).sum(0) / parts.sum(0).where(valid, 1))[None]
+        taking, weights = valid[None], [1.0]
     value, share, flat = torch.zeros(len(groups)).double(), torch.zeros(len(groups)).double(), valid.clone()
     for reward, takes, weight in zip(values, taking, weights, strict=True):
         overall = _spread(reward[takes]) if takes.any() else reward.new_zeros(())

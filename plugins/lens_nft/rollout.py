@@ -1,12 +1,11 @@
-"""What happens before learning: which prompts and seeds, pictures drawn with the old policy, and their verdicts."""
+"""What happens before learning: which prompts and seeds, and pictures drawn with the old policy."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,7 +13,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from lens_core.pipeline import to_images
-from lens_core.types import LensError, Prompt, Score, Text
+from lens_core.types import Prompt, Text
 
 if TYPE_CHECKING:
     from lens_core.pipeline import LensPipeline
@@ -87,38 +86,6 @@ def draw(pipeline: LensPipeline, orders: Sequence[Order], steps: int, guidance: 
         for i, order, latent, image in zip(rows, mine, z.float(), images, strict=True):
             found[i] = Picture(order.prompt, order.seed, latent, image, texts[order.prompt.id])
     return [found[i] for i in range(len(orders))]
-
-
-@torch.no_grad()
-def judge(rewards: Mapping[str, Any], pictures: Sequence[Picture]) -> dict[str, list[Score]]:
-    """Each reward's scores, in the order of the pictures. A value that is not finite is a failure.
-
-    Pictures of one size are judged in one call, so that a reward can look at a whole group, or ask in parallel.
-    Raises LensError where a reward does not give one score a picture.
-    """
-    verdicts: dict[str, list[Score]] = {}
-    for name, reward in rewards.items():
-        found: dict[int, Score] = {}
-        for rows in alike(pictures, lambda p: p.image.shape, len(pictures)):
-            images = torch.stack([pictures[i].image for i in rows])
-            scores = reward.score(images, [pictures[i].prompt for i in rows])
-            if len(scores) != len(rows):
-                raise LensError(f"the reward {name} gave {len(scores)} scores for {len(rows)} pictures; give one each")
-            found.update(zip(rows, scores, strict=True))
-        verdicts[name] = [
-            Score("failed", evidence=f"not finite: {s.value}")
-            if s.value is not None and not math.isfinite(s.value)
-            else s
-            for s in (found[i] for i in range(len(pictures)))
-        ]
-    return verdicts
-
-
-def readings(verdicts: Mapping[str, Sequence[Score]]) -> tuple[Tensor, Tensor]:
-    """Values float64 [J,N], NaN where a reward gave none, and bool [N]: whether any reward failed on the picture."""
-    values = [[math.nan if s.value is None else s.value for s in scores] for scores in verdicts.values()]
-    failed = [[s.status == "failed" for s in scores] for scores in verdicts.values()]
-    return torch.tensor(values, dtype=torch.float64), torch.tensor(failed).any(0)
 
 
 def diversity(pictures: Sequence[Picture]) -> float:

@@ -6,7 +6,8 @@ captions   a scene in words: brief (what a benchmark would ask) and dense (about
 reader     pixels back to facts with classical vision, and the strict judge of a prompt
 dataset    dataset `shapes`: endless or pooled training batches
 weights    the embedded checkpoints, `tiny:`
-benchmark  benchmark and reward `shapes`: the six tasks of GenEval, and words
+benchmark  benchmark and reward `shapes`: the six tasks of GenEval, and words; reward `shapes_rubrics`
+novel      benchmark `novel`: the shape that no scene of training holds
 variety    benchmark `variety`: how far apart the pictures for one prompt are
 """
 
@@ -28,16 +29,17 @@ def lens_datasets() -> dict[str, type[Any]]:
 @hookimpl
 def lens_benchmarks() -> dict[str, type[Any]]:
     from lens_shapes.benchmark import ShapesBenchmark
+    from lens_shapes.novel import Novel
     from lens_shapes.variety import Variety
 
-    return {"shapes": ShapesBenchmark, "variety": Variety}
+    return {"novel": Novel, "shapes": ShapesBenchmark, "variety": Variety}
 
 
 @hookimpl
 def lens_rewards() -> dict[str, type[Any]]:
-    from lens_shapes.benchmark import ShapesReward
+    from lens_shapes.benchmark import ShapesReward, ShapesRubrics
 
-    return {"shapes": ShapesReward}
+    return {"shapes": ShapesReward, "shapes_rubrics": ShapesRubrics}
 
 
 @hookimpl

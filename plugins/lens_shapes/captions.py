@@ -20,6 +20,7 @@ _FORM = {
     "heart": "curved, with two round lobes above and a point below",
     "ring": "round, with a round hole through its middle",
     "diamond": "made of four equal sides and stands on one corner",
+    "moon": "a circle with a round bite on its right",
 }
 _EXTENT = {
     "small": "takes up only a little of the picture",

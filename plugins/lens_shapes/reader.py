@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from scipy import ndimage  # type: ignore[import-untyped]  # scipy ships no types
 
 from lens_shapes.render import GLYPHS, RING, coverage, outline
-from lens_shapes.scenes import BACKGROUNDS, CELL, COLOURS, SHAPES, SIZES
+from lens_shapes.scenes import BACKGROUNDS, CELL, COLOURS, NOVEL, SHAPES, SIZES
 
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
+NAMES = (*SHAPES, *NOVEL)
+"""Every shape that has a name here."""
 _THINGS = np.array(list(COLOURS.values()), np.float32)
 _BACKS = np.array(list(BACKGROUNDS.values()), np.float32)
 _GRID = 24  # side of a normalised coverage, in cells
@@ -261,9 +263,9 @@ def _thing(alpha: Floats, colour: str, whole: bool, top: int, left: int, height:
     misfit = np.sqrt(np.maximum(2 - 2 * (near @ seen).max((0, 2)), 0))
     best, next_ = np.argsort(misfit)[:2]
     named = whole and misfit[best] < min(ALIKE, RIVAL * misfit[next_])
-    radius = side / math.sqrt(_area(SHAPES[best])) / unit
+    radius = side / math.sqrt(_area(NAMES[best])) / unit
     size = min(SIZES, key=lambda name: abs(math.log(SIZES[name] / radius)))
-    return Seen(SHAPES[best] if named else "?", colour, size, (left + x) / width, (top + y) / height, radius)
+    return Seen(NAMES[best] if named else "?", colour, size, (left + x) / width, (top + y) / height, radius)
 
 
 def _normal(alpha: Floats) -> tuple[Floats, float, float, float]:
@@ -285,12 +287,12 @@ def _bank() -> tuple[Floats, Floats]:
     sides = 6.0 * 1.2 ** np.arange(12)
     rows = []
     for side in sides:
-        for shape in SHAPES:
+        for shape in NAMES:
             radius = side / math.sqrt(_area(shape))
             canvas = int(2 * radius) + 12
             sharp = coverage(shape, radius, canvas / 2, canvas / 2, canvas, canvas).astype(np.float32) / 255
             rows += [_normal(ndimage.gaussian_filter(sharp, blur))[0] for blur in _BLURS]
-    return sides.astype(np.float32), np.stack(rows).reshape(len(sides), len(SHAPES), len(_BLURS), -1)
+    return sides.astype(np.float32), np.stack(rows).reshape(len(sides), len(NAMES), len(_BLURS), -1)
 
 
 @cache

@@ -70,6 +70,16 @@ def outline(shape: str) -> tuple[tuple[float, float], ...]:
             corners += quarter
             quarter = [(-y, x) for x, y in quarter]
         return tuple(corners)
+    if shape == "moon":
+        # a circle less another one, which meets it at the two tips
+        bite, middle = 0.78, 0.55
+        x = (1 + middle**2 - bite**2) / (2 * middle)
+        far, near = math.acos(x), math.atan2(math.sqrt(1 - x * x), x - middle)
+        outer = [far + (2 * math.pi - 2 * far) * step / 36 for step in range(37)]
+        inner = [2 * math.pi - near - (2 * math.pi - 2 * near) * step / 24 for step in range(1, 24)]
+        points = [(math.cos(a), math.sin(a)) for a in outer]
+        points += [(middle + bite * math.cos(a), bite * math.sin(a)) for a in inner]
+        return tuple((x + 0.15, y) for x, y in points)
     return {
         "square": ((-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)),
         "triangle": ((0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)),

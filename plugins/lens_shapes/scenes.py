@@ -20,6 +20,8 @@ from attrs import frozen
 Split = Literal["train", "heldout"]
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring", "diamond")
+NOVEL = ("moon",)
+"""Shapes that scenes hold only where the kind "novel" is asked for: for a trained model to be taught."""
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 25, 30),
     "orange": (255, 140, 0),
@@ -66,6 +68,7 @@ TASKS: dict[str, float] = {
     "coloured position": 0.04,
     "groups": 0.04,
     "word and thing": 0.03,
+    "novel": 0.0,
 }
 """Kinds of scene and how often training draws each. The first six mirror GenEval; `RICH` exist in training only."""
 
@@ -117,7 +120,7 @@ class Scene:
 
 def asked(scene: Scene) -> dict[str, Any]:
     """What the brief prompt names, as plain data for a judge: groups (shape, count, colour or None), relation, word."""
-    coloured = scene.task in ("colours", "attribution", *RICH)
+    coloured = scene.task in ("colours", "attribution", "novel", *RICH)
     return {
         "groups": [
             {"shape": thing.shape, "count": count, "colour": thing.colour if coloured else None}
@@ -209,7 +212,9 @@ def _draft(rng: np.random.Generator, task: str, largest: bool) -> Scene:
     """What the scene holds, before anything has a place."""
     shapes, colours = _two(rng, SHAPES), _two(rng, COLOURS)
     counts, relation, word, word_at = [1, 1], "", "", ""
-    if task in ("single", "colours"):
+    if task == "novel":
+        shapes, counts = (_pick(rng, NOVEL), ""), [1, 0]
+    elif task in ("single", "colours"):
         counts = [1, 0]
     elif task in ("two", "position"):  # colours are not asked: the two may match
         colours = (colours[0], _pick(rng, COLOURS))

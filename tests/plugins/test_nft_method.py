@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lens_core import checkpoint, flow, hookimpl
 from lens_core.catalog import Catalog
-from lens_core.config import Adapter, Parts, Recipe, Training, Use, build
+from lens_core.config import Adapter, Parts, Recipe, Training, Use, build, read_recipe
 from lens_core.loop import Run
 from lens_core.pipeline import LensPipeline, to_images
 from lens_core.testing import check_method
@@ -676,3 +676,64 @@ def test_advantages_of_a_rollout_are_shared_by_its_micro_batches(pipeline):
     none = torch.zeros(len(lesson.samples), dtype=torch.bool)
     by_hand = advantages(red, none, [s.picture.prompt.id for s in lesson.samples], [1.0], 1e-4, over_all=True)
     assert [s.r for s in lesson.samples] == pytest.approx((0.5 + by_hand.value / 10).tolist())
+
+
+# ---- fallbacks, and what a recipe names ------------------------------------------------------------------------------
+
+
+def test_a_run_whose_judge_is_away_learns_from_its_fallback(pipeline):
+    m = method(pipeline, rewards=glow(broken=[0], fallback="dark"))
+    lessons = step(m)
+    assert m.aborted == 0 and float(lessons[0].facts["fallback"]) == 1 and float(lessons[0].facts["failed"]) == 0
+    alone = step(method(pipeline, rewards=["dark"]))
+    mine, theirs = ({s.picture.seed: s.r for x in found for s in x.samples} for found in (lessons, alone))
+    assert mine == theirs
+    assert len(set(mine.values())) > 2  # and it does tell pictures apart
+
+
+@pytest.mark.parametrize("combine", ["normalise_then_sum", "sum_then_normalise"])
+def test_the_way_to_combine_rewards_is_a_setting(combine, pipeline):
+    rewards = [{"use": "glow", "weight": 9}, "dark"]
+    lessons = step(method(pipeline, rewards=rewards, combine=combine))
+    found = {s.picture.seed: s for x in lessons for s in x.samples}
+    groups: dict[int, list[Any]] = {}
+    for s in found.values():
+        groups.setdefault(s.picture.prompt.id, []).append(s)
+    for group in groups.values():
+        red = torch.tensor([float(s.picture.image[0].float().mean()) / 255 for s in group], dtype=torch.float64)
+        dark = torch.tensor([1 - float(s.picture.image.float().mean()) / 255 for s in group], dtype=torch.float64)
+
+        def normal(v: Tensor) -> Tensor:
+            return (v - v.mean()) / v.std(correction=0)
+
+        both = {
+            "normalise_then_sum": 0.9 * normal(red) + 0.1 * normal(dark),
+            "sum_then_normalise": normal(0.9 * red + 0.1 * dark),
+        }
+        assert [s.r for s in group] == pytest.approx((0.5 + both[combine] / 10).tolist())
+    assert not torch.allclose(*both.values(), atol=1e-3)
+
+
+def test_the_histogram_of_r_adds_up(pipeline):
+    facts = step(method(pipeline))[0].facts
+    shares = [float(v) for k, v in facts.items() if k.startswith("r_in/")]
+    assert len(shares) == 5 and sum(shares) == pytest.approx(1)
+    assert 0 < max(shares) < 1
+    assert float(facts["masked_groups"]) == 0
+
+
+def test_the_components_that_a_method_names_are_checked_with_its_recipe(catalog, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "pipeline: {vae: blocks, text_encoder: letters, backbone: mixer, sampler: even}\n"
+        "method: {use: diffusion_nft, prompts: {use: colors}, rewards: [{use: glow, fallback: {use: dark, wait: 3}},\n"
+        "  {use: dark, weight: 2, fallback: glov}]}\n"
+        "train: {steps: 2}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(path, catalog)
+    assert [p.removeprefix(f"{path}: $.method.") for p in caught.value.problems] == [
+        "prompts: no benchmark is called 'colors'. Did you mean 'colours'?",
+        "rewards[0].fallback.wait: unknown. Did you mean 'weight'? Fields: weight.",
+        "rewards[1].fallback: no reward is called 'glov'. Did you mean 'glow'?",
+    ]

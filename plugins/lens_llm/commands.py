@@ -1,0 +1,160 @@
+"""What `lens rl` can do, as plain functions. Methods, rewards and benchmarks are found by name, in the catalog."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App
+
+from lens_core.catalog import Catalog
+from lens_core.config import Recipe, Use, build, read_recipe
+from lens_core.types import ConfigError
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def prompts(taxonomy: Path | None = None, *, out: Path, shapes: int | None = None, seed: int = 0) -> int:
+    """Write a prompt set with rubrics (`lens-rl/1`): by a language model from a taxonomy, or from the world of shapes.
+
+    Killed and run again, it goes on: what was written is kept in OUT.partial.
+
+    Parameters
+    ----------
+    taxonomy
+        A YAML file: llm, license, classes {class: {subclass: [items]}}, and the number of prompts and rubrics.
+    out
+        The file of JSON lines to write.
+    shapes
+        Write so many prompts about shapes instead, a tenth of them for evaluation: exact, and without a language model.
+    seed
+        Of the prompts about shapes.
+    """
+    out = out.expanduser()
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out}: there is no folder {out.parent}; make it first")
+    catalog = Catalog.installed()
+    if shapes is not None and taxonomy is None:
+        count = _of_shapes(catalog, shapes, seed, out)
+    elif taxonomy is None or shapes is not None:
+        raise ConfigError("lens rl prompts: give a taxonomy file, or --shapes N, and not both")
+    else:
+        from lens_llm.writing import compose, read_taxonomy
+
+        plan = read_taxonomy(taxonomy)
+        name, cls, config = build(catalog, "llm", plan.llm, f"{taxonomy}: $.llm")
+        llm = cls(config)
+        if not hasattr(llm, "map"):
+            raise ConfigError(f"{taxonomy}: $.llm: {name} cannot map over requests; use 'openai'")
+        count = compose(llm, plan, out, say=_say)
+    print(f"{out}: {count} prompts")
+    return 0
+
+
+def audit(recipe: Path, *, pictures: int = 48, batch: int = 8, seed: int = 0, model: str | None = None) -> int:
+    """Judge pictures twice and say how far each reward of a recipe can be trusted, as JSON.
+
+    Tells the share of verdicts that flip, the noise of one judgement, and what blank, noise and swapped pictures get.
+    A reward's fallback is its auditor: the share of rubrics on which the two agree is told too.
+
+    Parameters
+    ----------
+    recipe
+        The YAML file of a run that learns from rewards; its own model draws its own prompts.
+    pictures
+        How many to draw; two prompts at least are needed to swap them.
+    batch
+        Pictures drawn at once.
+    seed
+        Of the first picture; the others count on.
+    model
+        A checkpoint to draw with instead of the one that the recipe starts from.
+    """
+    import torch
+    from attrs import evolve
+
+    from lens_core.evaluation import draw
+    from lens_core.pipeline import LensPipeline
+    from lens_llm.audit import audit as examine
+
+    if pictures < 2 or batch < 1 or seed < 0:
+        raise ConfigError(f"pictures must be at least 2, batch 1 and seed 0, not {pictures}, {batch} and {seed}")
+    catalog = Catalog.installed()
+    plan, config = _plan(recipe, catalog)
+    parts = {path: build(catalog, kind, use, f"$.method.{path}") for path, kind, use in config.uses()}
+    _, benchmark, options = parts["prompts"]
+    asked = benchmark(options).prompts()[:pictures]
+    judges = {path: (name, cls(options)) for path, (name, cls, options) in parts.items() if path != "prompts"}
+    start = evolve(plan.pipeline, start=model) if model else plan.pipeline
+    pipeline = LensPipeline.from_parts(start, catalog).to("cuda" if torch.cuda.is_available() else "cpu")
+    height, width = config.sizes[0] if config.sizes else (None, None)
+    settings = {"num_inference_steps": config.rollout_steps, "guidance_scale": config.rollout_guidance}
+    images = torch.cat(list(draw(pipeline, asked, seed, batch, height=height, width=width, **settings))).cpu()
+    _say(f"drawn {len(images)}")
+    found = {}
+    for path, (name, judge) in judges.items():
+        if not path.endswith(".fallback"):
+            _, auditor = judges.get(f"{path}.fallback", ("", None))
+            found[f"{path} {name}"] = examine(judge, images, asked, seed, auditor)
+    print(json.dumps(found, indent=2))
+    return 0
+
+
+def estimate(recipe: Path) -> int:
+    """Tell what a run by a recipe would need: memory by part, pictures to judge, calls and dollars. Sends nothing.
+
+    Parameters
+    ----------
+    recipe
+        The YAML file of a run that learns from rewards.
+    """
+    catalog = Catalog.installed()
+    plan, config = _plan(recipe, catalog)
+    print(catalog.find("method", plan.method.use).cls.estimate(config, plan, catalog))
+    return 0
+
+
+def _plan(recipe: Path, catalog: Catalog) -> tuple[Recipe, Any]:
+    """A recipe, and the config of its method, which must learn from rewards."""
+    plan = read_recipe(recipe, catalog)
+    name, cls, config = build(catalog, "method", plan.method, "$.method")
+    if not (hasattr(cls, "estimate") and hasattr(config, "uses") and hasattr(config, "rewards")):
+        raise ConfigError(f"{recipe}: its method is {name}, which has no rewards; use `diffusion_nft`")
+    return plan, config
+
+
+def _of_shapes(catalog: Catalog, count: int, seed: int, out: Path) -> int:
+    """The benchmark `shapes` as a prompt set: its training prompts, and a tenth of its held-out ones."""
+    from lens_llm.prompts import write
+
+    held = max(1, count // 10)
+    if count < 2:
+        raise ConfigError(f"--shapes is {count}; a set needs one prompt to learn from and one to evaluate, 2 at least")
+    entries: dict[str, dict[str, Any]] = {}
+    for split, name, most in (("train", "train", count - held), ("eval", "heldout", held)):
+        wanted, tried = len(entries) + most, most
+        while len(entries) < wanted and tried < 64 * most:  # many scenes have one prompt: "a circle"
+            _, cls, config = build(catalog, "benchmark", Use("shapes", {"split": name, "prompts": tried, "seed": seed}))
+            for p in cls(config).prompts():
+                if len(entries) < wanted and p.text not in entries:
+                    entries[p.text] = {
+                        "prompt_id": len(entries),
+                        "split": split,
+                        "prompt": p.text,
+                        "lang": "en",
+                        "taxonomy": {"class": p.task},
+                        **p.data,
+                        "provenance": {"generator": f"shapes, {name}, seed {seed}", "license": "Apache-2.0"},
+                    }
+            tried *= 2
+    write(out, list(entries.values()), rubrics=None, alike=None)
+    return len(entries)
+
+
+app = App(name="rl", help="Reinforcement learning: prompt sets, judges, and what a run would need.")
+for _name, _command in (("prompts", prompts), ("audit", audit), ("estimate", estimate)):
+    app.command(_command, name=_name)

@@ -1,0 +1,234 @@
+"""Prompt sets written by a language model from a taxonomy: for each item a prompt, then its rubrics.
+
+Every finished entry goes to FILE.partial at once, so that a stopped run goes on where it was, without asking again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import field, frozen
+
+from lens_core.config import Use, structure
+from lens_core.types import ConfigError, LensError, Message
+from lens_llm.prompts import ALIKE, SCHEMA, _twins, write
+
+DIMENSIONS = ("attribute", "spatial", "count", "interaction", "colour")
+GLOBAL = {
+    "id": "g",
+    "kind": "coherence",
+    "q": "Is the picture coherent as a whole: anatomy, perspective and light plausible, without artefacts?",
+    "weight": 1.0,
+}
+PROMPT = (
+    "You write requests for a text-to-image model. Write one request in English, of 10 to 60 words, for the item you "
+    "are given. It must use each dimension you are given in a way that can be seen in one still picture, and be clear "
+    "enough that two people would agree whether a picture fulfils it."
+)
+RUBRICS = (
+    "You write the questions by which pictures for a request are judged. Each is one yes-or-no question about a single "
+    "thing that can be seen and that the request asks for; yes means that the picture has it. No question may ask two "
+    "things, repeat another, or ask what the request leaves open. `kind` is the dimension that it is about."
+)
+MOST = 30  # words in a question that asks one thing
+
+
+@frozen
+class Taxonomy:
+    """What a set is to be about: classes -> subclasses -> items, and how its prompts are made."""
+
+    llm: Use  # as in {use: openai, model: gpt-4.1, cache: prompt-cache}
+    license: str  # of the set, for its provenance
+    classes: dict[str, dict[str, tuple[str, ...]]]
+    prompts_per_item: int = 1
+    rubrics: int = 10  # beside the global one
+    eval: float = 0.1  # share of items kept for evaluation
+    sizes: tuple[tuple[int, int], ...] = ()  # height, width px, offered to every prompt
+    dimensions: tuple[str, ...] = field(default=DIMENSIONS)
+    seed: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        problems = []
+        if not any(items for subclasses in self.classes.values() for items in subclasses.values()):
+            problems.append("classes holds no item; write classes: {animal: {bird: [parrot]}}")
+        if min(self.prompts_per_item, self.rubrics) < 1:
+            problems.append(
+                f"prompts_per_item and rubrics must be at least 1, not {self.prompts_per_item} and {self.rubrics}"
+            )
+        if not 0 <= self.eval < 1:
+            problems.append(f"eval is a share in [0, 1), not {self.eval}")
+        if not self.dimensions:
+            problems.append(f"dimensions is empty; leave it out for {', '.join(DIMENSIONS)}")
+        if not self.license.strip():
+            problems.append("license is empty; name one")
+        if problems:
+            raise ConfigError(problems)
+
+
+@frozen
+class Order:
+    """One prompt to write. All prompts of an item are of one split: whoever knows one knows much of the others."""
+
+    id: int
+    split: str
+    taxonomy: Mapping[str, Any]
+
+
+def read_taxonomy(path: Path) -> Taxonomy:
+    """ConfigError with every problem and its path."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as a taxonomy: {' '.join(str(error).split())}") from error
+    try:
+        return structure(Taxonomy, data)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {p}" for p in error.problems]) from error
+
+
+def orders(taxonomy: Taxonomy) -> Iterator[Order]:
+    """One for each prompt, with 1 to 4 dimensions. An order depends on its item's names and the seed alone, its id
+    included, so that a taxonomy may grow."""
+    for name, subclasses in taxonomy.classes.items():
+        for subclass, items in subclasses.items():
+            for item in items:
+                key = _hash(taxonomy.seed, name, subclass, item)
+                split = "eval" if key % 10_000 < 10_000 * taxonomy.eval else "train"
+                for number in range(taxonomy.prompts_per_item):
+                    own = _hash(taxonomy.seed, name, subclass, item, number)
+                    rng = np.random.default_rng(own)
+                    count = int(rng.integers(1, min(4, len(taxonomy.dimensions)) + 1))
+                    picked = sorted(rng.choice(len(taxonomy.dimensions), count, replace=False))
+                    dims = [taxonomy.dimensions[i] for i in picked]
+                    yield Order(own, split, {"class": name, "subclass": subclass, "item": item, "dims": dims})
+
+
+def compose(
+    llm: Any, taxonomy: Taxonomy, out: Path, alike: float = ALIKE, say: Callable[[str], None] = lambda line: None
+) -> int:
+    """Write the set to `out`, and return how many prompts it has. Near-duplicates are left out: in eval those of
+    train, and else the later ones. `llm` has `chat(messages, schema, check)` and `map`.
+
+    LensError where a prompt could not be written; what was written stays in FILE.partial, and the same call goes on.
+    """
+    partial = out.with_name(f"{out.name}.partial")
+    wanted = list(orders(taxonomy))
+    if len({o.id for o in wanted}) < len(wanted):
+        raise ConfigError("the taxonomy names an item twice in one subclass; keep one")
+    done = {e["prompt_id"]: e for e in _kept(partial)}
+    left = [o for o in wanted if o.id not in done]
+    if done:
+        say(f"{len(wanted) - len(left)} of {len(wanted)} prompts were written before")
+    template = hashlib.sha256(f"{PROMPT}{RUBRICS}".encode()).hexdigest()[:16]
+    problems: list[LensError] = []
+    size = 4 * getattr(getattr(llm, "config", None), "concurrency", 1)
+    with partial.open("a", encoding="utf-8") as file:
+        for start in range(0, len(left), size):
+            for found in llm.map(lambda order: _entry(llm, taxonomy, order, template), left[start : start + size]):
+                if isinstance(found, LensError):
+                    problems.append(found)
+                    continue
+                done[found["prompt_id"]] = found
+                file.write(f"{json.dumps(found, ensure_ascii=False)}\n")
+            file.flush()
+            say(f"{sum(o.id in done for o in wanted)} of {len(wanted)} prompts written")
+            if problems:
+                break  # an endpoint that is away, or a spent budget, would fail for all the rest
+    if problems:
+        raise LensError(
+            f"{len(problems)} prompts could not be written ({problems[0]}); "
+            f"{sum(o.id in done for o in wanted)} of {len(wanted)} are kept in {partial}: mend it, and run again"
+        )
+    # Those of train stand first, so that an overlap costs eval its prompt, never train and eval one each.
+    entries = sorted((done[o.id] for o in wanted), key=lambda e: e["split"] != "train")
+    twins = {later for _, later in _twins([e["prompt"] for e in entries], alike)}
+    kept = [e for i, e in enumerate(entries) if i not in twins]
+    if twins:
+        say(f"{len(twins)} near-duplicates left out")
+    write(out, kept, taxonomy.rubrics, alike)
+    partial.unlink()
+    return len(kept)
+
+
+def _entry(llm: Any, taxonomy: Taxonomy, order: Order, template: str) -> dict[str, Any]:
+    text = llm.chat(
+        [Message("system", PROMPT), Message("user", json.dumps({**order.taxonomy, "number": order.id % 1000}))],
+        _object(prompt={"type": "string"}),
+        lambda answer: None if answer["prompt"].strip() else "the prompt is empty",
+    )["prompt"].strip()
+    asked = {"request": text, "kinds": list(taxonomy.dimensions), "how_many": taxonomy.rubrics}
+    one = _object(kind={"type": "string", "enum": list(taxonomy.dimensions)}, q={"type": "string"})
+    answer = llm.chat(
+        [Message("system", RUBRICS), Message("user", json.dumps(asked, ensure_ascii=False))],
+        _object(rubrics={"type": "array", "items": one}),
+        lambda answer: flaw([r["q"] for r in answer["rubrics"]], taxonomy.rubrics),
+    )
+    rubrics = [
+        {"id": f"r{i:02}", "kind": r["kind"], "q": r["q"].strip(), "weight": 1.0}
+        for i, r in enumerate(answer["rubrics"])
+    ]
+    config = getattr(llm, "config", None)
+    return {
+        "schema": SCHEMA,
+        "prompt_id": order.id,
+        "split": order.split,
+        "prompt": text,
+        "lang": "en",
+        "taxonomy": dict(order.taxonomy),
+        "sizes": [list(size) for size in taxonomy.sizes],
+        "rubrics": rubrics,
+        "global": GLOBAL,
+        "provenance": {
+            "generator": getattr(config, "model", taxonomy.llm.use),
+            "template_sha": template,
+            "license": taxonomy.license,
+        },
+    }
+
+
+def flaw(questions: Sequence[str], count: int) -> str | None:
+    """What is wrong with a prompt's questions: their number, and whether each is one short question of its own."""
+    if len(questions) != count:
+        return f"there must be {count} rubrics, not {len(questions)}"
+    for q in questions:
+        if not q.strip().endswith("?") or q.count("?") != 1 or len(q.split()) > MOST:
+            return f"{q!r} must be one question of at most {MOST} words that ends with its only question mark"
+    alike = _twins(list(questions), 1.0)
+    return f"two rubrics ask the same: {questions[alike[0][1]]!r}" if alike else None
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    """The schema of an object that has all of these and nothing else."""
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
+def _hash(*names: object) -> int:
+    """53 bits, so that every reader of JSON keeps the number whole."""
+    digest = hashlib.blake2b(json.dumps(names).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 11
+
+
+def _kept(partial: Path) -> Iterator[dict[str, Any]]:
+    """The whole entries of a file that may end inside one. That end is cut off, so that the next line is one."""
+    if not partial.is_file():
+        return
+    text = partial.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        partial.write_bytes(whole)
+    for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            entry["prompt_id"], entry["split"], entry["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{partial}: line {number} is not an entry of a set; delete the line or the file"
+            ) from error
+        yield entry

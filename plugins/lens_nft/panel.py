@@ -1,0 +1,133 @@
+"""The judges of a rollout: their verdicts, and what happens when one of them fails. Nothing becomes a zero.
+
+The ladder: a reward tries again by itself (an LLM's client does) -> its fallback judges the whole group -> the picture
+is absent -> so is its group, if fewer than half are left (`objective.advantages`) -> the rollout is thrown away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from lens_core.types import ConfigError, LensError, Score
+from lens_nft.rollout import Picture, alike
+
+
+@frozen
+class Judge:
+    """A reward, the name it is logged under, its weight, and what judges a whole group instead if it fails there."""
+
+    name: str
+    reward: Any
+    weight: float = 1.0
+    fallback: Any = None
+
+
+@frozen
+class Verdicts:
+    """`scores`: by name, one a picture, None where it was not asked; a fallback is called NAME.fallback, for its scale
+    is another. `weights`: one a name. `replaced`: pictures on which a fallback decided."""
+
+    scores: Mapping[str, Sequence[Score | None]]
+    weights: Sequence[float]
+    replaced: int = 0
+
+    def values(self) -> Tensor:
+        """float64 [J,N], NaN where a judge gave none."""
+        rows = [[math.nan if s is None or s.value is None else s.value for s in row] for row in self.scores.values()]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def failed(self) -> Tensor:
+        """bool [N]: whether a judge that counts failed on the picture."""
+        rows = [[s is not None and s.status == "failed" for s in row] for row in self.scores.values()]
+        return torch.tensor(rows).any(0)
+
+    def facts(self) -> dict[str, float]:
+        """Means by judge and component, and the shares of abstentions and of pictures that a fallback decided."""
+        facts: dict[str, float] = {}
+        for name, row in self.scores.items():
+            asked = [s for s in row if s is not None]
+            heard = [{name: s.value, **{f"{name}/{k}": v for k, v in s.components.items()}} for s in asked
+                     if s.value is not None]  # fmt: skip
+            for key in sorted({k for h in heard for k in h}):
+                values = [h[key] for h in heard if key in h]
+                facts[f"reward/{key}"] = sum(values) / len(values)
+            if asked:
+                facts[f"abstained/{name}"] = sum(s.status == "abstain" for s in asked) / len(asked)
+        if any(name.endswith(FALLBACK) for name in self.scores):
+            facts["fallback"] = self.replaced / len(next(iter(self.scores.values())))
+        return facts
+
+
+FALLBACK = ".fallback"
+
+
+@torch.no_grad()
+def judge(judges: Sequence[Judge], pictures: Sequence[Picture]) -> Verdicts:
+    """Every judge's scores, in the order of the pictures.
+
+    A group on which a judge failed is judged again by its fallback, as a whole: two scales in one group would be a
+    difference that is none. The fallback's verdicts count if it has more of them than the judge had.
+    """
+    scores: dict[str, list[Score | None]] = {}
+    weights: list[float] = []
+    replaced: set[int] = set()
+    for one in judges:
+        first: list[Score | None] = [*_ask(one.name, one.reward, pictures)]
+        scores[one.name] = first
+        weights.append(one.weight)
+        if one.fallback is None:
+            continue
+        name = f"{one.name}{FALLBACK}"
+        second: list[Score | None] = [None] * len(pictures)
+        scores[name] = second
+        weights.append(one.weight)
+        spoiled = {p.prompt.id for p, s in zip(pictures, first, strict=True) if s is not None and s.status == "failed"}
+        again = [i for i, p in enumerate(pictures) if p.prompt.id in spoiled]
+        found = dict(zip(again, _ask(name, one.fallback, [pictures[i] for i in again]), strict=True))
+        for key in spoiled:
+            group = [i for i in again if pictures[i].prompt.id == key]
+            before = sum(s is not None and s.value is not None for s in (first[i] for i in group))
+            if sum(found[i].value is not None for i in group) > before:
+                replaced.update(group)
+                for i in group:
+                    first[i], second[i] = None, found[i]
+    return Verdicts(scores, weights, len(replaced))
+
+
+def spent(judges: Sequence[Judge]) -> dict[str, float]:
+    """What the judges have cost since this process began, added up over those that tell it as `spend`."""
+    facts: dict[str, float] = {}
+    for one in judges:
+        for name, value in getattr(one.reward, "spend", {}).items():
+            facts[f"spend/{name}"] = facts.get(f"spend/{name}", 0.0) + float(value)
+    return facts
+
+
+def _ask(name: str, reward: Any, pictures: Sequence[Picture]) -> list[Score]:
+    """One score a picture. A value that is not finite is a failure, and so is what a reward raises as LensError.
+
+    Pictures of one size are judged in one call, and a group has one size, so a reward can look at whole groups, or ask
+    in parallel. Raises LensError where a reward does not give one score a picture, ConfigError as it comes.
+    """
+    found: dict[int, Score] = {}
+    for rows in alike(pictures, lambda p: p.image.shape, len(pictures)):
+        images = torch.stack([pictures[i].image for i in rows])
+        try:
+            scores = reward.score(images, [pictures[i].prompt for i in rows])
+        except ConfigError:
+            raise
+        except LensError as error:
+            scores = [Score("failed", evidence=str(error))] * len(rows)
+        if len(scores) != len(rows):
+            raise LensError(f"the reward {name} gave {len(scores)} scores for {len(rows)} pictures; give one each")
+        found.update(zip(rows, scores, strict=True))
+    return [
+        Score("failed", evidence=f"not finite: {s.value}") if s.value is not None and not math.isfinite(s.value) else s
+        for s in (found[i] for i in range(len(pictures)))
+    ]

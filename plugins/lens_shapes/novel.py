@@ -1,0 +1,46 @@
+"""Benchmark `novel`: has a model learnt the shape that no usual scene holds, also in colours it was not shown?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from attrs import frozen
+from torch import Tensor
+
+from lens_core.types import ConfigError, Prompt, Score
+from lens_shapes.benchmark import verdicts
+from lens_shapes.captions import prompt
+from lens_shapes.scenes import asked, sample
+
+
+class Novel:
+    """Prompts like "a red moon", in turn of the colours that training scenes may show ("shown") and of the others."""
+
+    headline: tuple[str, ...] = ("shown", "new colours")
+
+    @frozen
+    class Config:
+        prompts: int = 100
+        seed: int = 0
+
+        def __attrs_post_init__(self) -> None:
+            if self.prompts < 1 or self.seed < 0:
+                raise ConfigError(
+                    f"prompts must be at least 1, seed at least 0, not {self.prompts} and {self.seed}; try 100 and 0"
+                )
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def prompts(self) -> list[Prompt]:
+        found = []
+        for number in range(self.config.prompts):
+            new = number % 2 == 1
+            scene = sample(np.random.default_rng([self.config.seed, number]), "heldout" if new else "train", "novel")
+            found.append(Prompt(prompt(scene), number, self.headline[new], asked(scene)))
+        return found
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
+        """Images uint8 [B,3,H,W] -> 1.0 where exactly the thing asked is there."""
+        return verdicts(images, prompts)

@@ -1,0 +1,99 @@
+"""`lens rl`: prompt sets, audits and estimates from the command line, errors in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lens_llm.prompts import read
+from test_llm_client import Endpoint, endpoint  # noqa: F401  # a fixture
+
+from lens_core.__main__ import main
+
+AUDIT = """
+pipeline: {{start: "tiny:"}}
+method:
+  use: diffusion_nft
+  prompts: {{use: shapes, split: train, prompts: 40}}
+  rewards: [{reward}]
+  prompts_per_rollout: 2
+  pictures_per_prompt: 2
+  rollout_steps: 2
+train: {{steps: 1}}
+"""
+
+
+def test_a_set_about_shapes_needs_no_language_model_and_is_the_same_each_time(tmp_path: Path, capsys):
+    out = tmp_path / "set.jsonl"
+    assert main(["rl", "prompts", "--shapes", "40", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: 40 prompts\n"
+    found = read(out, rubrics=None, alike=None)
+    assert [p.data["split"] for p in found].count("eval") == 4
+    texts = {p.text for p in found}
+    assert len(texts) == 40 and len({p.id for p in found}) == 40
+    assert all(r["check"]["op"] for p in found for r in (*p.data["rubrics"], p.data["global"]))
+    again = tmp_path / "again.jsonl"
+    assert main(["rl", "prompts", "--shapes", "40", "--out", str(again)]) == 0
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_a_set_is_written_through_an_endpoint(tmp_path: Path, capsys, endpoint: Endpoint):  # noqa: F811
+    def reply(body: dict[str, Any]) -> str:
+        asked = json.loads(body["messages"][-1]["content"] if isinstance(body["messages"][-1]["content"], str)
+                           else body["messages"][-1]["content"][0]["text"])  # fmt: skip
+        if "item" in asked:
+            return json.dumps({"prompt": f"a {asked['item']} in the rain"})
+        return json.dumps(
+            {"rubrics": [{"kind": "count", "q": f"Is fact {i} there?"} for i in range(asked["how_many"])]}
+        )
+
+    endpoint.reply = reply
+    plan = tmp_path / "taxonomy.yaml"
+    plan.write_text(
+        f"llm: {{use: openai, model: m, base_url: '{endpoint.url}', key_env: LENS_TEST_KEY}}\n"
+        "license: CC0\nclasses: {animal: {bird: [parrot, heron]}}\n"
+    )
+    out = tmp_path / "set.jsonl"
+    assert main(["rl", "prompts", str(plan), "--out", str(out)]) == 0
+    assert sorted(p.text for p in read(out)) == ["a heron in the rain", "a parrot in the rain"]
+    assert "sk-secret" not in capsys.readouterr().out + out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["prompts", "--out", "x.jsonl"], "give a taxonomy file, or --shapes N"),
+        (["prompts", "t.yaml", "--shapes", "9", "--out", "x.jsonl"], "and not both"),
+        (["prompts", "--shapes", "1", "--out", "x.jsonl"], "2 at least"),
+        (["prompts", "--shapes", "9", "--out", "no/x.jsonl"], "there is no folder"),
+        (["prompts", "no.yaml", "--out", "x.jsonl"], "no.yaml: cannot be read"),
+        (["estimate", "fit.yaml"], "has no rewards; use `diffusion_nft`"),
+        (["audit", "fit.yaml", "--pictures", "1"], "pictures must be at least 2"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words, told, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("fit.yaml").write_text("method: flow_matching\ndataset: shapes\ntrain: {steps: 1}\n")
+    assert main(["rl", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0 and told in error
+    assert [p.name for p in tmp_path.iterdir()] == ["fit.yaml"]
+
+
+def test_an_audit_tells_that_an_exact_judge_never_flips_and_agrees_with_itself(tmp_path: Path, capsys):
+    recipe = tmp_path / "audit.yaml"
+    recipe.write_text(AUDIT.format(reward="{use: shapes_rubrics, fallback: {use: shapes_rubrics}}"))
+    assert main(["rl", "audit", str(recipe), "--pictures", "6"]) == 0
+    (found,) = json.loads(capsys.readouterr().out).values()
+    assert found["pictures"] == 6 and found["noise"] == 0
+    assert set(found["flips"].values()) == {0.0} and set(found["agreement"].values()) == {1.0}
+    assert found["probes"].keys() == {"blank", "noise", "swapped"} and found["probes"]["blank"] < 0.9
+
+
+def test_an_estimate_is_printed(capsys):
+    recipe = Path(__file__).resolve().parents[2] / "examples" / "recipes" / "tiny" / "4_rl_nft.yaml"
+    assert main(["rl", "estimate", str(recipe)]) == 0
+    printed = capsys.readouterr().out
+    assert "judged pictures" in printed and "backbone: old policy" in printed and "lens_shapes:shapes" in printed

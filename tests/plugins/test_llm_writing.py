@@ -1,0 +1,160 @@
+"""Prompt sets written by a language model: what is asked, what is refused, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lens_llm.prompts import read
+from lens_llm.writing import GLOBAL, Taxonomy, compose, flaw, orders, read_taxonomy
+
+from lens_core.config import Use, structure
+from lens_core.types import ConfigError, LensError
+
+ITEMS = {"animal": {"bird": ["parrot", "heron", "wren"], "fish": ["carp"]}, "text": {"sign": ["shop", "road"]}}
+
+
+def taxonomy(**changes: Any) -> Taxonomy:
+    plain = {"llm": "openai", "license": "CC0", "classes": ITEMS, "rubrics": 3, "eval": 0.3, **changes}
+    return structure(Taxonomy, plain)
+
+
+class Writer:
+    """Answers like a language model would; `fails` are items that it cannot write about, `most` calls that it takes."""
+
+    def __init__(self, fails: Sequence[str] = (), twins: bool = False) -> None:
+        self.fails, self.twins = fails, twins
+        self.asked: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
+
+    def chat(self, messages: Any, schema: Any = None, check: Callable[[Any], str | None] | None = None) -> Any:
+        question = json.loads(messages[-1].text)
+        with self.lock:
+            self.asked.append(question)
+        if "item" in question:
+            if question["item"] in self.fails:
+                raise LensError("the endpoint is away")
+            words = "one and the same" if self.twins else f"{question['item']} {' '.join(question['dims'])}"
+            answer: dict[str, Any] = {"prompt": f" a {words} {question['number']} "}
+        else:
+            several = [{"kind": "count", "q": f"Is fact {i} there?"} for i in range(question["how_many"])]
+            answer = {"rubrics": several}
+        assert check is None or check(answer) is None
+        return answer
+
+    def map(self, task: Callable[[Any], Any], things: Sequence[Any]) -> list[Any]:
+        found = []
+        for thing in things:
+            try:
+                found.append(task(thing))
+            except LensError as error:
+                found.append(error)
+        return found
+
+
+def test_a_set_has_a_prompt_and_its_rubrics_for_every_item(tmp_path: Path):
+    out = tmp_path / "set.jsonl"
+    llm = Writer()
+    assert compose(llm, taxonomy(sizes=[[64, 96]]), out) == 6
+    found = read(out, rubrics=3)
+    assert sorted(p.data["taxonomy"]["item"] for p in found) == ["carp", "heron", "parrot", "road", "shop", "wren"]
+    assert all(len(p.data["rubrics"]) == 3 and p.data["global"] == GLOBAL for p in found)
+    assert all(p.data["sizes"] == [[64, 96]] and p.data["provenance"]["license"] == "CC0" for p in found)
+    assert all(1 <= len(p.data["taxonomy"]["dims"]) <= 4 and p.text == p.text.strip() for p in found)
+    assert len(llm.asked) == 2 * 6
+    assert [p.name for p in tmp_path.iterdir()] == ["set.jsonl"]
+
+
+def test_orders_do_not_change_when_a_taxonomy_grows():
+    before = {o.id: o for o in orders(taxonomy())}
+    more = {
+        **ITEMS,
+        "plant": {"tree": ["oak"]},
+        "animal": {**ITEMS["animal"], "bird": ["owl", *ITEMS["animal"]["bird"]]},
+    }
+    after = {o.id: o for o in orders(taxonomy(classes=more))}
+    assert len(after) == len(before) + 2
+    assert all(after[key] == order for key, order in before.items())
+    assert not before.keys() & {o.id for o in orders(taxonomy(seed=1))}
+
+
+def test_every_prompt_of_an_item_is_of_its_split_and_the_share_is_about_right():
+    many = {"a": {"b": [f"item {i}" for i in range(400)]}}
+    found = list(orders(taxonomy(classes=many, prompts_per_item=2, eval=0.25)))
+    split = {}
+    for order in found:
+        assert split.setdefault(order.taxonomy["item"], order.split) == order.split
+    assert 70 < Counter(split.values())["eval"] < 130  # 100, plus or minus three and a half standard deviations
+
+
+def test_a_stopped_set_goes_on_without_asking_again_even_after_half_a_line(tmp_path: Path):
+    out, partial = tmp_path / "set.jsonl", tmp_path / "set.jsonl.partial"
+    broken = Writer(fails=["carp"])
+    with pytest.raises(LensError, match=r"1 prompts could not be written \(the endpoint is away\); 3 of 6 are kept"):
+        compose(broken, taxonomy(), out)
+    assert not out.exists() and len(partial.read_text().splitlines()) == 3
+    with partial.open("a") as file:
+        file.write('{"schema": "lens-rl/1", "prompt')  # as if killed while writing
+    said: list[str] = []
+    second = Writer()
+    assert compose(second, taxonomy(), out, say=said.append) == 6
+    assert said[0] == "3 of 6 prompts were written before"
+    assert {q["item"] for q in second.asked if "item" in q} == {"carp", "shop", "road"}
+    assert not partial.exists()
+    whole = tmp_path / "whole.jsonl"
+    compose(Writer(), taxonomy(), whole)
+    assert whole.read_text() == out.read_text()
+
+
+def test_a_partial_file_of_another_kind_is_refused(tmp_path: Path):
+    (tmp_path / "set.jsonl.partial").write_text('{"a": 1}\n')
+    with pytest.raises(ConfigError, match="line 1 is not an entry"):
+        compose(Writer(), taxonomy(), tmp_path / "set.jsonl")
+
+
+def test_near_duplicates_are_left_out_and_cost_eval_its_prompt(tmp_path: Path):
+    out = tmp_path / "set.jsonl"
+    count = compose(Writer(twins=True), taxonomy(), out, alike=0.5)
+    assert count == 1 and read(out, rubrics=3, alike=0.5)[0].data["split"] == "train"
+
+
+@pytest.mark.parametrize(
+    ("questions", "words"),
+    [
+        (["Is it red?"], "there must be 2 rubrics, not 1"),
+        (["Is it red?", "It is red."], "one question"),
+        (["Is it red?", "Is it red? Is it big?"], "one question"),
+        (["Is it red?", "Is it " + "very " * 30 + "red?"], "at most 30 words"),
+        (["Is it red?", "is it RED?"], "two rubrics ask the same"),
+        (["Is it red?", "Is it big?"], None),
+    ],
+)
+def test_questions_are_checked_before_they_are_taken(questions, words):
+    found = flaw(questions, 2)
+    assert found is None if words is None else words in found
+
+
+def test_a_taxonomy_tells_all_its_problems_with_their_paths(tmp_path: Path):
+    path = tmp_path / "t.yaml"
+    path.write_text("llm: openai\nlicense: ''\nclasses: {a: {b: []}}\nrubrics: 0\neval: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        read_taxonomy(path)
+    told = "\n".join(caught.value.problems)
+    for words in ("classes holds no item", "license is empty", "rubrics must be at least 1", "eval is a share"):
+        assert words in told
+    assert all(p.startswith(str(path)) for p in caught.value.problems)
+    path.write_text("licence: CC0\nllm: openai\nlicense: CC0\nclasses: {a: {b: [c]}}\n")
+    with pytest.raises(ConfigError, match=r"licence: unknown\. Did you mean 'license'"):
+        read_taxonomy(path)
+    path.write_text("llm: openai\nlicense: CC0\nclasses: {a: {b: [c]}}\n")
+    assert read_taxonomy(path).llm == Use("openai")
+
+
+def test_an_item_named_twice_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="names an item twice"):
+        compose(Writer(), taxonomy(classes={"a": {"b": ["c", "c"]}}), tmp_path / "x.jsonl")

@@ -1,0 +1,150 @@
+"""The ladder of judges, rung by rung, with faults put in: whatever fails is replaced or absent, and never a zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from lens_nft.objective import advantages
+from lens_nft.panel import Judge, judge, spent
+from lens_nft.rollout import Picture
+from torch import Tensor
+
+from lens_core.types import ConfigError, LensError, Prompt, Score, Text
+
+GROUPS = (1, 1, 1, 1, 2, 2, 2, 2)
+
+
+def pictures(groups: Sequence[int] = GROUPS) -> list[Picture]:
+    text = Text(torch.zeros(1, 1, 1, 2), torch.ones(1, 1, dtype=torch.bool))
+    return [
+        Picture(Prompt(f"p{g}", g), i, torch.zeros(1, 1, 1), torch.full((3, 4, 4), i, dtype=torch.uint8), text)
+        for i, g in enumerate(groups)
+    ]
+
+
+class Told:
+    """Gives picture i (its grey) the score that a table says: a number, "fail", "abstain" or "raise"."""
+
+    def __init__(self, *table: Any, spend: dict[str, float] | None = None) -> None:
+        self.table, self.asked = table, list[int]()
+        if spend is not None:
+            self.spend = spend
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
+        numbers = [int(image[0, 0, 0]) for image in images]
+        self.asked += numbers
+        said = [self.table[n] for n in numbers]
+        if "raise" in said:
+            raise LensError("the endpoint is away")
+        if "config" in said:
+            raise ConfigError("no such model")
+        kinds = {"fail": Score("failed", evidence="lost"), "abstain": Score("abstain")}
+        return [kinds[s] if isinstance(s, str) else Score("ok", float(s), {"half": s / 2}) for s in said]
+
+
+def gains(judges: Sequence[Judge], **how: Any) -> tuple[Tensor, Tensor]:
+    found = judge(judges, pictures())
+    got = advantages(found.values(), found.failed(), list(GROUPS), found.weights, 1e-4, **how)
+    return got.value, got.valid
+
+
+def test_a_fallback_judges_the_whole_group_and_no_other():
+    first, second = Told(0, 1, "fail", 1, 0, 0, 1, 1), Told(*[0.5, 0.1, 0.9, 0.3] * 2)
+    found = judge([Judge("vlm", first, 1.0, second)], pictures())
+    assert second.asked == [0, 1, 2, 3]
+    assert [s is None for s in found.scores["vlm"]] == [True] * 4 + [False] * 4
+    assert [s and s.value for s in found.scores["vlm.fallback"]] == [0.5, 0.1, 0.9, 0.3, None, None, None, None]
+    assert found.replaced == 4 and not found.failed().any()
+    value, valid = gains([Judge("vlm", first, 1.0, second)])
+    by_hand = torch.tensor([0.5, 0.1, 0.9, 0.3]).double()
+    assert valid.all()
+    torch.testing.assert_close(value[:4], (by_hand - by_hand.mean()) / by_hand.std(correction=0))
+    torch.testing.assert_close(value[4:], torch.tensor([-1.0, -1.0, 1.0, 1.0]).double())
+
+
+def test_without_a_fallback_only_the_picture_is_absent():
+    value, valid = gains([Judge("vlm", Told(0, 1, "fail", 1, 0, 0, 1, 1))])
+    assert valid.tolist() == [True, True, False, True] + [True] * 4
+    kept = torch.tensor([0.0, 1.0, 1.0]).double()
+    torch.testing.assert_close(value[[0, 1, 3]], (kept - kept.mean()) / kept.std(correction=0))
+    assert value[2] == 0
+
+
+def test_more_than_half_a_group_away_and_the_group_is_absent():
+    value, valid = gains([Judge("vlm", Told("fail", "fail", "fail", 1, 0, 0, 1, 1))])
+    assert valid.tolist() == [False] * 4 + [True] * 4
+    assert not value[:4].any()
+
+
+def test_a_fallback_that_knows_less_does_not_decide():
+    worse = Told("fail", "fail", "fail", 0, *[0] * 4)
+    found = judge([Judge("vlm", Told(0, 1, "fail", 1, 0, 0, 1, 1), 1.0, worse)], pictures())
+    assert found.replaced == 0 and [s.value for s in found.scores["vlm"]] == [0, 1, None, 1, 0, 0, 1, 1]
+    assert all(s is None for s in found.scores["vlm.fallback"])
+    assert found.failed().tolist() == [False, False, True] + [False] * 5
+
+
+def test_a_fallback_may_abstain_where_the_judge_was_silent_anyway():
+    found = judge([Judge("vlm", Told(*["fail"] * 8), 1.0, Told(*["abstain"] * 4, 0, 1, 0, 1))], pictures())
+    assert found.failed().tolist() == [True] * 4 + [False] * 4
+    assert found.replaced == 4
+
+
+def test_what_a_reward_raises_is_a_failure_of_all_it_was_asked_and_the_fallback_answers():
+    rescued = judge([Judge("vlm", Told(*["raise"] * 8), 1.0, Told(*range(8)))], pictures())
+    assert rescued.replaced == 8 and not rescued.failed().any()
+    alone = judge([Judge("vlm", Told(*["raise"] * 8))], pictures())
+    assert alone.failed().all() and alone.scores["vlm"][0].evidence == "the endpoint is away"
+    assert torch.isnan(alone.values()).all()
+
+
+def test_a_mistake_in_the_recipe_is_not_passed_off_as_a_failing_judge():
+    with pytest.raises(ConfigError, match="no such model"):
+        judge([Judge("vlm", Told(*["config"] * 8), 1.0, Told(*range(8)))], pictures())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_a_failure_and_goes_to_the_fallback(bad):
+    found = judge([Judge("a", Told(bad, 1, 1, 0, 0, 1, 0, 1), 1.0, Told(*[0.25] * 8))], pictures())
+    assert found.replaced == 4 and bool(torch.isfinite(found.values()[1, :4]).all())
+
+
+def test_the_scales_of_judge_and_fallback_never_meet_in_one_statistic():
+    # The judge counts to 100, its fallback to 1: had they met, the second group would decide the first's spread.
+    first, second = Told("fail", *[100, 0, 100], 0, 100, 0, 100), Told(*[0, 1, 0, 1] * 2)
+    value, _ = gains([Judge("a", first, 1.0, second)], over_all=True)
+    torch.testing.assert_close(value, torch.tensor([-1.0, 1.0] * 4).double())
+
+
+def test_summed_first_a_reward_counts_by_its_scale_and_normalised_first_it_does_not():
+    judges = [Judge("big", Told(*[0, 10, 20, 30] * 2)), Judge("small", Told(*[3, 2, 1, 0] * 2))]
+    value, _ = gains(judges)
+    assert value.abs().max() < 1e-12  # they say the contrary, equally loud
+    value, _ = gains(judges, sum_first=True)
+    by_hand = torch.tensor([1.5, 6.0, 10.5, 15.0]).double()
+    torch.testing.assert_close(value[:4], (by_hand - by_hand.mean()) / by_hand.std(correction=0))
+
+
+def test_what_happened_is_counted():
+    told = judge(
+        [
+            Judge("vlm", Told("fail", 1, 1, 0, "abstain", 0, 1, 1), 1.0, Told(*[0.5, 0.5, 1, 1] * 2)),
+            Judge("exact", Told(*[1] * 8, spend={"usd": 0.5}), 2.0),
+        ],
+        pictures(),
+    )
+    facts = told.facts()
+    assert facts["reward/vlm"] == pytest.approx(2 / 3) and facts["reward/vlm/half"] == pytest.approx(1 / 3)
+    assert facts["reward/vlm.fallback"] == 0.75 and facts["reward/exact"] == 1
+    assert (facts["abstained/vlm"], facts["abstained/exact"], facts["fallback"]) == (0.25, 0, 0.5)
+    assert told.weights == [1.0, 1.0, 2.0]
+    judges = [
+        Judge("a", Told(spend={"usd": 0.5, "calls": 3})),
+        Judge("b", Told(spend={"usd": 1.0})),
+        Judge("c", Told()),
+    ]
+    assert spent(judges) == {"spend/usd": 1.5, "spend/calls": 3.0}
