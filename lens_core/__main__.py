@@ -8,13 +8,21 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
 from lens_core import __version__
 from lens_core.catalog import Catalog
 from lens_core.types import ConfigError, LensError, NumericalError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL.Image import Image
+
+    from lens_core.config import Use
+    from lens_core.pipeline import LensPipeline
 
 app = App(name="lens", version=__version__, help="Text-to-image: generate, train, measure. Everything is a plugin.")
 
@@ -78,17 +86,6 @@ def _lora(text: str) -> tuple[Path, float]:
     return place, factor
 
 
-def save_png(image: Any, path: Path, facts: dict[str, Any]) -> None:
-    """Write a PIL picture whose text chunk `lens` holds the facts that drew it, as JSON."""
-    from PIL.PngImagePlugin import PngInfo
-
-    from lens_core.checkpoint import write_atomic
-
-    info = PngInfo()
-    info.add_itxt("lens", json.dumps(facts, ensure_ascii=False))
-    write_atomic(path, lambda p: image.save(p, format="PNG", pnginfo=info))
-
-
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
@@ -100,16 +97,23 @@ def generate(
     prompt: str | None = None,
     *,
     prompts: Path | None = None,
-    output: Annotated[Path, Parameter(alias="-o")] = Path("lens.png"),
-    model: str = "tiny:",
+    output: Annotated[Path | None, Parameter(alias="-o")] = None,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    reproduce: Path | None = None,
+    model: str | None = None,
     lora: Annotated[list[str] | None, Parameter(negative="")] = None,
     seed: int | None = None,
     size: str | None = None,
     aspect_ratio: str | None = None,
     base_resolution: int | None = None,
     steps: int | None = None,
+    sampler: str | None = None,
     guidance_scale: float | None = None,
+    guidance_interval: str | None = None,
     negative_prompt: str | None = None,
+    image: Path | None = None,
+    strength: float | None = None,
+    mask: Path | None = None,
     images: int = 1,
     batch: int = 8,
     device: str = "auto",
@@ -123,11 +127,15 @@ def generate(
     prompt
         What to draw.
     prompts
-        A UTF-8 file with one prompt a line, instead of a prompt.
+        A UTF-8 file with one prompt a line, instead of a prompt. Run again, only what is missing is drawn.
     output
-        The PNG to write; several pictures become NAME-0000.png, NAME-0001.png, …
+        The PNG to write, lens.png if not given; several pictures become NAME-0000.png, NAME-0001.png, …
+    overwrite
+        Draw prompts from a file again, over the pictures that are there.
+    reproduce
+        A PNG that Lens drew: draw it again from what it carries, and tell how far the two are apart.
     model
-        A folder, a Hub id org/name[@revision], or tiny:
+        A folder, a Hub id org/name[@revision], or tiny:, which is used if none is given.
     lora
         A LoRA file or folder, with a weight if you like: PATH or PATH:0.8. May be given more than once.
     seed
@@ -140,10 +148,20 @@ def generate(
         Side in px of the square with the same area.
     steps
         Sampler steps; the checkpoint's preset if not given.
+    sampler
+        Another sampler than the checkpoint's: euler, heun, dpmpp, euler_ancestral.
     guidance_scale
         Strength of guidance; 1 runs no unconditional pass.
+    guidance_interval
+        LOW,HIGH: guidance at times t with LOW < t <= HIGH alone; 1 is noise, 0 the picture.
     negative_prompt
         What to keep away from.
+    image
+        A picture to begin at, in its size.
+    strength
+        How much of that picture goes, from 0 to 1; 0.6 if not given, 1 with a mask.
+    mask
+        A picture of the same size: white is drawn anew, black is kept.
     images
         Pictures a prompt.
     batch
@@ -155,31 +173,46 @@ def generate(
     json_
         Print one JSON object a picture.
     """
+    from lens_core import png
+    from lens_core.config import Use
+
+    begin, anew = (png.read(p) if p is not None else None for p in (image, mask))
+    if reproduce is not None:
+        if prompt is not None or prompts is not None:
+            raise ConfigError("--reproduce draws what the picture says; leave the prompt out")
+        return _reproduce(reproduce, partial(_pipeline, model, lora, device=device, dtype=dtype), begin, anew, output)
     texts = [t for t in _prompts(prompt, prompts) for _ in range(images)]
     if images < 1 or batch < 1:
         raise ConfigError(f"images and batch must be at least 1, not {images} and {batch}")
     if steps is not None and steps < 1:
         raise ConfigError(f"steps must be at least 1, not {steps}")
-    paths, loras = _outputs(output, len(texts)), [_lora(text) for text in lora or ()]
+    paths = _outputs(output or Path("lens.png"), len(texts))
     height, width = _size(size)
+    low, high = _interval(guidance_interval)
     if seed is None:
         import secrets
 
         seed = secrets.randbelow(2**32)
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed {seed} must be between 0 and 2^63 - 1")
-    from lens_core.pipeline import LensPipeline
-
     begun = time.perf_counter()
-    pipeline = LensPipeline.from_pretrained(model, device=device, dtype=dtype)
-    for path, weight in loras:
-        pipeline.load_lora_weights(path, weight)
+    pipeline = _pipeline(model, lora, Use(sampler) if sampler else None, device=device, dtype=dtype)
     loaded = time.perf_counter() - begun
-    for start in range(0, len(texts), batch):
-        part = texts[start : start + batch]
+    asked = [
+        pipeline.version, pipeline.loras, sampler, size, aspect_ratio, base_resolution, steps, guidance_scale,
+        guidance_interval, negative_prompt, strength, _digest(image), _digest(mask),
+    ]  # fmt: skip
+    requests = [_request([*asked, text, seed + i]) for i, text in enumerate(texts)]
+    left = list(range(len(texts)))
+    if prompts is not None and not overwrite:
+        left = [i for i in left if not _there(paths[i], requests[i])]
+        if len(left) < len(texts):
+            print(f"lens: {len(texts) - len(left)} of {len(texts)} pictures are there already", file=sys.stderr)
+    for start in range(0, len(left), batch):
+        part = left[start : start + batch]
         begun = time.perf_counter()
         result = pipeline(
-            part,
+            [texts[i] for i in part],
             negative_prompt,
             height=height,
             width=width,
@@ -187,19 +220,128 @@ def generate(
             base_resolution=base_resolution,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
-            seed=seed + start,
-            callback_on_step_end=partial(_tell, start),
+            guidance_interval=(low, high),
+            image=begin,
+            mask_image=anew,
+            strength=strength,
+            seed=[seed + i for i in part],
+            callback_on_step_end=partial(_tell, part[0]),
         )
         seconds = time.perf_counter() - begun
-        for i, image in enumerate(result.images):
-            facts = {"prompt": part[i], "seed": result.seeds[i], **result.settings, "versions": _versions()}
-            path = paths[start + i]
-            save_png(image, path, facts)
+        for i, picture in zip(part, result.images, strict=True):
+            facts = {"prompt": texts[i], "seed": seed + i, **result.settings, "versions": _versions()}
+            png.save(picture, paths[i], facts | {"request": requests[i]})
             if json_:
-                print(json.dumps({"file": str(path), "seconds": round(seconds, 3), **facts}, ensure_ascii=False))
+                print(json.dumps({"file": str(paths[i]), "seconds": round(seconds, 3), **facts}, ensure_ascii=False))
             else:
-                print(f"{part[i]}\n  {path}  seed {result.seeds[i]}  {seconds:.2f} s (and {loaded:.1f} s to load)")
+                print(f"{texts[i]}\n  {paths[i]}  seed {seed + i}  {seconds:.2f} s (and {loaded:.1f} s to load)")
     return 0
+
+
+def _pipeline(
+    model: str | None, loras: list[str] | None, sampler: Use | None, *, device: str, dtype: str
+) -> LensPipeline:
+    """The pipeline that a command asks for; `model` None: tiny:."""
+    folds = [_lora(text) for text in loras or ()]
+    from lens_core.pipeline import LensPipeline
+
+    pipeline = LensPipeline.from_pretrained(model or "tiny:", device=device, dtype=dtype)
+    for path, weight in folds:
+        pipeline.load_lora_weights(path, weight)
+    if sampler is not None:
+        pipeline.use_sampler(sampler.use, **sampler.options)
+    return pipeline
+
+
+def _reproduce(
+    picture: Path, load: Callable[[Use | None], LensPipeline], image: Image | None, mask: Image | None,
+    output: Path | None,
+) -> int:  # fmt: skip
+    """Draw a picture again from the facts that it carries, and compare. 0 if no pixel differs beyond rounding."""
+    from lens_core import png
+    from lens_core.config import Use
+
+    paths = _outputs(output, 1) if output is not None else []
+    old, told = png.facts(picture)
+    for name, given in (("image", image), ("mask", mask)):
+        if (f"{name}_hash" in told) != (given is not None):
+            need = "was drawn from one: give it" if given is None else "was drawn without: leave out"
+            raise ConfigError(f"{picture}: {need}, --{name}")
+    how = told.get("sampler")
+    pipeline = load(Use(how["use"], {k: v for k, v in how.items() if k != "use"}) if how else None)
+    if (pipeline.version, pipeline.loras) != (told["model_hash"], told.get("loras", [])):
+        raise ConfigError(
+            f"{picture}: was drawn by {told['model']} of hash {told['model_hash']} with the LoRAs "
+            f"{told.get('loras', [])}; this is hash {pipeline.version} with {pipeline.loras}: give --model and --lora"
+        )
+    low, high = told.get("guidance_interval", (0.0, 1.0))
+    result = pipeline(
+        told["prompt"],
+        told["negative_prompt"] or None,
+        height=told["height"],
+        width=told["width"],
+        num_inference_steps=told["steps"],
+        guidance_scale=told["guidance_scale"],
+        guidance_interval=(low, high),
+        image=image,
+        mask_image=mask,
+        strength=told.get("strength"),
+        seed=told["seed"],
+    )
+    (new,) = result.images
+    facts = {"prompt": told["prompt"], "seed": told["seed"], **result.settings, "versions": _versions()}
+    facts = json.loads(json.dumps(facts))
+    for path in paths:
+        png.save(new, path, facts)
+    for name in sorted((told.keys() | facts.keys()) - {"request"}):
+        if told.get(name) != facts.get(name):
+            print(f"{name}: was {json.dumps(told.get(name))}, is {json.dumps(facts.get(name))}")
+    return _apart(old, new)
+
+
+def _apart(old: Image, new: Image) -> int:
+    import numpy as np
+
+    if old.size != new.size:
+        raise ConfigError(f"the picture is {old.height}x{old.width} px, but its facts say {new.height}x{new.width}")
+    apart = np.abs(np.asarray(old.convert("RGB"), np.int16) - np.asarray(new, np.int16))
+    if not apart.any():
+        print("identical")
+        return 0
+    print(f"differs by {apart.max()} of 255 at most, {apart.mean():.4f} in the mean")
+    return 0 if apart.max() <= 1 else 1
+
+
+def _interval(text: str | None) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in (text or "0,1").split(","))
+    except ValueError as error:
+        raise ConfigError(f"guidance interval {text!r} must be LOW,HIGH in times, for example 0.2,0.9") from error
+    return low, high
+
+
+def _digest(path: Path | None) -> str:
+    import hashlib
+
+    return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _request(asked: list[Any]) -> str:
+    """A short hash of everything that was asked for and decides a picture."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def _there(path: Path, request: str) -> bool:
+    """Whether a picture has been drawn by this very request. Another one in its place is refused."""
+    from lens_core import png
+
+    if not path.exists():
+        return False
+    if png.read(path).info.get("lens") and png.facts(path)[1].get("request") == request:
+        return True
+    raise ConfigError(f"{path}: is there, and was asked for differently; use --overwrite, or another --output")
 
 
 def _size(size: str | None) -> tuple[int | None, int | None]:

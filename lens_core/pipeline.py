@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lens_core import adapters, checkpoint, flow
 from lens_core.catalog import Catalog
 from lens_core.config import Parts, Use, build, unstructure
+from lens_core.source import Source, to_mask, to_rgb, to_tensor
 from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError, Text, did_you_mean
 
 if TYPE_CHECKING:
@@ -167,6 +168,11 @@ class LensPipeline:
             self.device = torch.device(device)
         return self
 
+    def use_sampler(self, use: str, **options: Any) -> None:
+        """Draw with another sampler from now on: a name such as "heun", with its options. Raises ConfigError."""
+        name, cls, config = build(self.catalog or Catalog.installed(), "sampler", Use(use, options), "sampler")
+        self.sampler, self.uses["sampler"] = cls(config), Use(name, unstructure(config))
+
     def load_lora_weights(self, path: str | Path, weight: float = 1.0) -> None:
         """Fold a LoRA into the backbone, beside those already there. Reads the names of diffusers and PEFT, Comfy and
         sd-scripts (`lens_core.adapters.read`). Sampling costs no more than before. Raises CheckpointError."""
@@ -262,8 +268,10 @@ class LensPipeline:
         ]
         return torch.stack(rows).transpose(1, 2).reshape(len(rows), self.vae.channels, h, w)
 
-    def velocity(self, text: Text, negative: Text | None, guidance_scale: float) -> Callable[[Tensor, Tensor], Tensor]:
-        """(x, t) -> v, guided. At scale 1 the unconditional pass is not run."""
+    def velocity(
+        self, text: Text, negative: Text | None, guidance_scale: float, interval: tuple[float, float] = (0.0, 1.0)
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """(x, t) -> v, guided where low < t <= high. At scale 1, and elsewhere, the unconditional pass is not run."""
         dtype = next(self.backbone.parameters()).dtype
 
         def predict(x: Tensor, t: Tensor, words: Text) -> Tensor:
@@ -272,7 +280,7 @@ class LensPipeline:
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
             cond = predict(x, t, text)
-            if guidance_scale == 1.0:
+            if guidance_scale == 1.0 or not interval[0] < float(t[0]) <= interval[1]:
                 return cond
             unwanted = negative or Text.empty(len(text), text.features.shape[1], text.features.shape[3], text.features)
             return flow.guide(cond, predict(x, t, unwanted), guidance_scale)
@@ -287,18 +295,34 @@ class LensPipeline:
 
     @torch.no_grad()
     def sample(
-        self, text: Text, noise: Tensor, steps: int, guidance_scale: float, negative: Text | None = None
+        self,
+        text: Text,
+        noise: Tensor,
+        steps: int,
+        guidance_scale: float,
+        negative: Text | None = None,
+        *,
+        interval: tuple[float, float] = (0.0, 1.0),
+        source: Source | None = None,
+        draw: Callable[[], Tensor] | None = None,
     ) -> Iterator[tuple[float, Tensor]]:
         """(t, x) after each step, ending at t = 0. Raises NumericalError rather than go on with non-finite latents."""
-        for number, (t, x) in enumerate(
-            self.sampler.walk(self.velocity(text, negative, guidance_scale), noise, steps), 1
-        ):
+        velocity = self.velocity(text, negative, guidance_scale, interval)
+        begin, start = noise, 0
+        if source is not None:
+            begin, start, velocity = source.enter(self.sampler, noise, steps, velocity)
+        if start == steps:  # strength 0: the picture as it is
+            yield 0.0, begin
+            return
+        more: dict[str, Any] = {"start": start} if start else {}  # samplers that only begin at noise are samplers too
+        more |= {"draw": draw} if getattr(self.sampler, "draws", False) else {}
+        for number, (t, x) in enumerate(self.sampler.walk(velocity, begin, steps, **more), start + 1):
             if not bool(torch.isfinite(x).all()):
                 dtype = next(self.backbone.parameters()).dtype
                 raise NumericalError(
                     f"the latents left the finite numbers at step {number} of {steps} in {dtype}; try float32"
                 )
-            yield t, x
+            yield t, source.settle(x) if source is not None and number == steps else x
 
     @torch.no_grad()
     def __call__(
@@ -316,11 +340,18 @@ class LensPipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
+        image: Image | None = None,
+        mask_image: Image | None = None,
+        strength: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         output_type: str = "pil",
         callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], Any] | None = None,
     ) -> Result:
         """Draw. Image i of a call with `seed=s` has the seed s + i, and is the picture that `seed=s + i` alone draws.
 
+        `image`: a PIL picture to begin at, in the size of the result unless `height` and `width` ask for another;
+        `strength` in [0, 1]: how much of it goes (0.6 if not given, 1 with a mask); `mask_image`: white is drawn anew,
+        all else stays as it is. `guidance_interval` (low, high): guidance is at work where low < t <= high alone.
         `output_type`: "pil", "pt" (uint8 [B,3,H,W]), "np" (uint8 [B,H,W,3]) or "latent" ([B,C,h,w]).
         Raises ConfigError for sizes, counts and types; NumericalError for non-finite latents.
         """
@@ -338,7 +369,13 @@ class LensPipeline:
         count = len(prompts)
         steps = int(self.presets["steps"] if num_inference_steps is None else num_inference_steps)
         scale = float(self.presets["guidance_scale"] if guidance_scale is None else guidance_scale)
+        low, top = guidance_interval
+        if not 0 <= low < top <= 1:
+            raise ConfigError(f"guidance_interval is two times, 0 <= low < high <= 1, not {low:g} and {top:g}")
+        if image is not None and height is None and width is None and aspect_ratio is None:
+            width, height = to_rgb(image).size
         high, wide = self.size(height, width, aspect_ratio, base_resolution)
+        source = self._source(image, mask_image, strength, (high, wide))
         grid = (high // self.vae.downscale, wide // self.vae.downscale)
         generators, seeds = self._generators(generator, seed, count)
         text = self.encode(prompts)
@@ -358,21 +395,51 @@ class LensPipeline:
         if tuple(noise.shape) != (count, self.vae.channels, *grid):
             raise ConfigError(f"latents must be {[count, self.vae.channels, *grid]}, not {list(noise.shape)}")
         x = noise
-        for number, (t, x) in enumerate(self.sample(text, noise, steps, scale, negative)):
+        walk = self.sample(
+            text, noise, steps, scale, negative,
+            interval=(low, top), source=source, draw=lambda: self.noise(generators, grid),
+        )  # fmt: skip
+        for number, (t, x) in enumerate(walk):
             if callback_on_step_end is not None:
                 callback_on_step_end(self, number, t, {"latents": x})
         settings = {
             "height": high, "width": wide, "steps": steps, "guidance_scale": scale,
             "negative_prompt": negative_prompt or "", "model": self.source, "model_hash": self.version,
+            **({"sampler": unstructure(self.uses["sampler"])} if "sampler" in self.uses else {}),
+            **({"guidance_interval": [low, top]} if (low, top) != (0, 1) else {}),
+            **(source.facts() if source is not None else {}),
             **({"loras": list(self.loras)} if self.loras else {}),
             **(self.text_encoder.provenance() if hasattr(self.text_encoder, "provenance") else {}),
         }  # fmt: skip
         if output_type == "latent":
             return Result(x, seeds, settings)
         images = to_images(self.decode(x))
+        images = source.paste(images) if source is not None else images
         if output_type == "np":
             return Result(images.permute(0, 2, 3, 1).cpu().numpy(), seeds, settings)
         return Result(images if output_type == "pt" else to_pil(images), seeds, settings)
+
+    @torch.no_grad()
+    def _source(
+        self, image: Image | None, mask: Image | None, strength: float | None, size: tuple[int, int]
+    ) -> Source | None:
+        """What `__call__` begins at, resized to `size` (height, width) px, or None."""
+        if image is None:
+            if mask is not None or strength is not None:
+                given = "a mask" if mask is not None else "a strength"
+                raise ConfigError(f"{given} without a picture has no effect; give an image too")
+            return None
+        share = strength if strength is not None else 0.6 if mask is None else 1.0
+        if not 0 <= share <= 1:
+            raise ConfigError(f"strength is {share}; it must be in [0, 1]")
+        whole = to_rgb(image)
+        where = to_mask(mask, whole) if mask is not None else None
+        high, wide = size
+        picture = to_tensor(whole if whole.size == (wide, high) else whole.resize((wide, high)))
+        if where is not None and tuple(where.shape[-2:]) != size:
+            where = torch.nn.functional.interpolate(where.float(), size) >= 0.5
+        pixels = to_pixels(picture).to(self.device, next(self.vae.parameters()).dtype)
+        return Source(picture, self.vae.encode(pixels).float(), share, where)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

@@ -74,9 +74,17 @@ class Sampler(Protocol):
         """Latent grid (h, w) -> float32 [steps + 1], falling from 1 to 0."""
 
     def walk(
-        self, velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int
+        self,
+        velocity: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor,
+        steps: int,
+        start: int = 0,
     ) -> Iterator[tuple[float, Tensor]]:
-        """noise [B,C,h,w] -> (t, x) after each step; the last has t = 0. `velocity` sees x and t float32 [B]."""
+        """x [B,C,h,w] at times[start], which is noise at 0 -> (t, x) after each further step; the last has t = 0.
+
+        `velocity` sees x and t float32 [B]. A sampler that adds noise of its own has `draws = True` and takes a fifth
+        argument `draw`: () -> noise like x, each row from a generator of its own.
+        """
 
 
 @runtime_checkable

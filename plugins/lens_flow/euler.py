@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lens_core.types import ConfigError
 
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""(x float32 [B,C,h,w], t float32 [B]) -> v [B,C,h,w]."""
 LARGE = 4300  # tokens above which the step count no longer matters
 
 
@@ -27,8 +29,8 @@ def published_mu(tokens: int, steps: int) -> float:
     return slope * steps + at_200 - 200 * slope
 
 
-class Euler:
-    """x moves by (t' - t) v from each time to the next, in float32."""
+class Scheduled:
+    """What all samplers here share: the published times. A sampler adds `walk`, in float32."""
 
     @frozen
     class Config:
@@ -36,7 +38,7 @@ class Euler:
 
         def __attrs_post_init__(self) -> None:
             if self.mu is not None and not math.isfinite(self.mu):
-                raise ConfigError(f"euler: mu is {self.mu}; give a finite number, or leave it out")
+                raise ConfigError(f"mu is {self.mu}; give a finite number, or leave it out")
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -44,20 +46,31 @@ class Euler:
     def times(self, size: tuple[int, int], steps: int) -> Tensor:
         """Latent grid (h, w) -> float32 [steps + 1], falling from 1 to 0. Raises ConfigError for fewer than 1 step."""
         if steps < 1:
-            raise ConfigError(f"euler: the number of steps is {steps}; it must be at least 1")
+            raise ConfigError(f"sampler: the number of steps is {steps}; it must be at least 1")
         mu = published_mu(size[0] * size[1], steps) if self.config.mu is None else self.config.mu
         # float32 throughout, like the published scheduler: the times are equal to the last bit.
         even = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
         shifted = math.exp(mu) / (math.exp(mu) + (1 / even - 1))
         return torch.from_numpy(np.append(shifted, 0).astype(np.float32))
 
-    def walk(
-        self, velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int
-    ) -> Iterator[tuple[float, Tensor]]:
-        """noise [B,C,h,w] -> (t, x float32) after each step; the last t is 0.0. `velocity` sees x and t float32 [B]."""
-        times = self.times((noise.shape[-2], noise.shape[-1]), steps)
-        x = noise.float()
+    def spans(self, x: Tensor, steps: int, start: int) -> Iterator[tuple[float, float, float]]:
+        """(t, t', t' - t) of each step from `start` on; the difference is float32's, as the published scheduler's."""
+        times = self.times((x.shape[-2], x.shape[-1]), steps)[start:]
         for t, after in pairwise(times):
-            v = velocity(x, torch.full((x.shape[0],), float(t), device=x.device))
-            x = x + float(after - t) * v.float()
-            yield float(after), x
+            yield float(t), float(after), float(after - t)
+
+
+class Euler(Scheduled):
+    """x moves by (t' - t) v from each time to the next: the published sampler."""
+
+    def walk(self, velocity: Velocity, x: Tensor, steps: int, start: int = 0) -> Iterator[tuple[float, Tensor]]:
+        """x [B,C,h,w] at times[start], noise at 0 -> (t, x float32) after each further step; the last t is 0.0."""
+        x = x.float()
+        for t, after, by in self.spans(x, steps, start):
+            x = x + by * at(velocity, x, t)
+            yield after, x
+
+
+def at(velocity: Velocity, x: Tensor, t: float) -> Tensor:
+    """The velocity in float32 at one time for all rows."""
+    return velocity(x, torch.full((len(x),), t, device=x.device)).float()

@@ -234,3 +234,165 @@ assert main(["--help"]) == 0
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
     assert "weigh" in done.stdout
+
+
+# ---- pictures that are there, drawn again, or begun at ---------------------------------------------------------------
+
+
+def test_prompts_from_a_file_go_on_where_they_stopped(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("p.txt").write_text("one\ntwo\nthree\n", encoding="utf-8")
+    flags = ("--prompts", "p.txt", "--seed", "5", "-o", "a.png")
+    assert draw(checkpoint, *flags) == 0
+    names = [f"a-{i:04d}.png" for i in range(3)]
+    before = [look(n) for n in names]
+    Path(names[1]).unlink()
+    stamps = [Path(n).stat().st_mtime_ns for n in (names[0], names[2])]
+    capsys.readouterr()
+    assert draw(checkpoint, *flags) == 0
+    out, err = capsys.readouterr()
+    assert "2 of 3 pictures are there already" in err
+    assert names[1] in out and names[0] not in out
+    assert [Path(n).stat().st_mtime_ns for n in (names[0], names[2])] == stamps
+    assert [look(n) for n in names] == before
+
+
+def test_a_picture_that_was_asked_for_differently_is_not_overwritten(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("p.txt").write_text("one\ntwo\n", encoding="utf-8")
+    flags = ("--prompts", "p.txt", "-o", "a.png")
+    assert draw(checkpoint, *flags, "--seed", "5") == 0
+    first = look("a-0000.png")
+    capsys.readouterr()
+    for other in (("--seed", "6"), ("--seed", "5", "--steps", "2"), ("--seed", "5", "--guidance-scale", "2")):
+        assert "is there, and was asked for differently; use --overwrite" in refused(
+            capsys, draw(checkpoint, *flags, *other)
+        )
+    assert look("a-0000.png") == first
+    assert draw(checkpoint, *flags, "--seed", "6", "--overwrite") == 0
+    assert look("a-0000.png") != first
+    Image.new("RGB", (48, 32)).save("a-0001.png")  # not one of ours
+    capsys.readouterr()
+    assert "a-0001.png: is there" in refused(capsys, draw(checkpoint, *flags, "--seed", "6"))
+
+
+def again(checkpoint: Path, *arguments: str) -> int:
+    return main(["generate", "--model", str(checkpoint), "--device", "cpu", *arguments])
+
+
+def test_a_picture_is_drawn_again_from_what_it_carries(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--seed", "9", "--steps", "2", "--guidance-scale", "3", "--guidance-interval", "0.2,1")
+    assert draw(checkpoint, "a red cat", *asked, "--negative-prompt", "dog", "-o", "a.png") == 0
+    capsys.readouterr()
+    assert again(checkpoint, "--reproduce", "a.png", "-o", "b.png") == 0
+    assert capsys.readouterr().out == "identical\n"
+    assert look("b.png")[:2] == look("a.png")[:2]
+    assert sorted(p.name for p in Path().iterdir()) == ["a.png", "b.png"]
+
+
+def tamper(name: str, change: dict[str, Any] | str, other: str = "bad.png", pixel: int | None = None) -> str:
+    from PIL.PngImagePlugin import PngInfo
+
+    with Image.open(name) as picture:
+        facts = change if isinstance(change, str) else json.dumps({**json.loads(picture.info["lens"]), **change})
+        info = PngInfo()
+        info.add_itxt("lens", facts)
+        image = picture.convert("RGB")
+        if pixel is not None:
+            red, *rest = image.getpixel((0, 0))  # type: ignore[misc]
+            image.putpixel((0, 0), ((red + pixel) % 256, *rest))
+        image.save(other, pnginfo=info)
+    return other
+
+
+def test_a_picture_that_is_another_is_told_apart(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw(checkpoint, "a red cat", "--seed", "9", "-o", "a.png") == 0
+    capsys.readouterr()
+    assert again(checkpoint, "--reproduce", tamper("a.png", {}, pixel=100)) == 1
+    assert "differs by" in capsys.readouterr().out
+    assert again(checkpoint, "--reproduce", tamper("a.png", {"seed": 10})) == 1
+    assert again(checkpoint, "--reproduce", tamper("a.png", {"versions": {"lens": "0.0.1"}})) == 0
+    out = capsys.readouterr().out
+    assert 'versions: was {"lens": "0.0.1"}' in out and out.endswith("identical\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("{", "its facts cannot be read"),
+        ("[]", "its facts cannot be read (not an object)"),
+        ("[" * 100_000, "its facts cannot be read"),
+        ('{"a": "' + "x" * (1 << 20) + '"}', "its facts cannot be read"),
+        ({"seed": -1}, "no sound 'seed'"),
+        ({"seed": True}, "no sound 'seed'"),
+        ({"seed": 2**64}, "no sound 'seed'"),
+        ({"height": 10**9}, "no sound 'height'"),
+        ({"steps": "4"}, "no sound 'steps'"),
+        ({"steps": 10**6}, "no sound 'steps'"),
+        ({"guidance_scale": float("nan")}, "no sound 'guidance_scale'"),
+        ({"prompt": ["a"]}, "no sound 'prompt'"),
+        ({"sampler": "even"}, "no sound 'sampler'"),
+        ({"sampler": {"use": "evil"}}, "no sampler is called 'evil'"),
+        ({"sampler": {"use": "even", "path": "/etc"}}, "unknown"),
+        ({"model_hash": "0"}, "was drawn by"),
+        ({"loras": ["a.safetensors:1"]}, "give --model and --lora"),
+        ({"image_hash": "0"}, "was drawn from one: give it, --image"),
+        ({"guidance_interval": [1, 0]}, "0 <= low < high <= 1"),
+        ({"height": 48}, "the picture is 32x48 px, but its facts say 48x48"),
+    ],
+)
+def test_facts_are_not_believed(change: Any, words: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw(checkpoint, "a red cat", "--seed", "9", "-o", "a.png") == 0
+    bad = tamper("a.png", change)
+    capsys.readouterr()
+    code = again(checkpoint, "--reproduce", bad)
+    out, err = capsys.readouterr()
+    assert code == 2 and words in err and err.count("\n") == 1, (out, err)
+
+
+def test_a_picture_without_facts_or_none_at_all_cannot_be_drawn_again(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (8, 8)).save("plain.png")
+    Path("text.png").write_text("no picture")
+    for name, words in (("plain.png", "carries no facts"), ("text.png", "cannot be read as a picture"),
+                        ("gone.png", "there is no such picture")):  # fmt: skip
+        assert again(checkpoint, "--reproduce", name) == 2
+        assert words in capsys.readouterr().err
+    assert again(checkpoint, "a cat", "--reproduce", "plain.png") == 2
+    assert "leave the prompt out" in capsys.readouterr().err
+
+
+def test_a_picture_can_be_begun_at_and_drawn_again_from_it(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    Image.fromarray(torch.randint(0, 256, (32, 48, 3), generator=rng, dtype=torch.uint8).numpy()).save("photo.png")
+    mask = torch.zeros(32, 48, dtype=torch.uint8)
+    mask[:, :16] = 255
+    Image.fromarray(mask.numpy()).save("mask.png")
+    begun = ("--image", "photo.png", "--mask", "mask.png")
+    assert again(checkpoint, "a cat", "--seed", "1", *begun, "-o", "a.png") == 0
+    size, pixels, facts = look("a.png")
+    assert size == (48, 32) and facts["strength"] == 1.0
+    with Image.open("photo.png") as photo:
+        box = (16, 0, 48, 32)
+        assert Image.frombytes("RGB", size, pixels).crop(box).tobytes() == photo.crop(box).tobytes()
+    capsys.readouterr()
+    assert again(checkpoint, "--reproduce", "a.png", *begun) == 0
+    assert capsys.readouterr().out == "identical\n"
+    assert again(checkpoint, "--reproduce", "a.png", "--image", "mask.png", "--mask", "mask.png") == 1
+    assert "image_hash: was" in capsys.readouterr().out
+    assert again(checkpoint, "--reproduce", "a.png", "--image", "photo.png") == 2
+    assert "give it, --mask" in capsys.readouterr().err
+    for words, told in (
+        (("--strength", "0.5"), "a strength without a picture"),
+        (("--mask", "mask.png"), "a mask without a picture"),
+        (("--image", "photo.png", "--strength", "2"), "must be in [0, 1]"),
+        (("--image", "gone.png"), "there is no such picture"),
+        (("--guidance-interval", "1"), "must be LOW,HIGH"),
+        (("--sampler", "evan"), "Did you mean 'even'?"),
+    ):
+        assert again(checkpoint, "a cat", *words, "-o", "x.png") == 2
+        assert told in capsys.readouterr().err
+    assert not Path("x.png").exists()

@@ -235,5 +235,6 @@ def test_the_settings_say_what_was_drawn(pipeline: LensPipeline, checkpoint: Pat
         "negative_prompt": "b",
         "model": str(checkpoint),
         "model_hash": again.version,
+        "sampler": {"use": "toy:even"},
     }
     assert len(again.version) == 16

@@ -91,7 +91,7 @@ def test_guidance_keeps_each_tokens_conditional_norm():
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_fewer_than_one_step_is_refused(steps):
-    with pytest.raises(ConfigError, match=f"number of steps is {steps}"):
+    with pytest.raises(ConfigError, match=f"the number of steps is {steps}"):
         EULER.times((8, 8), steps)
 
 

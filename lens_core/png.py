@@ -1,0 +1,90 @@
+"""Pictures as files: written with the facts that drew them, and read back with suspicion."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lens_core.checkpoint import write_atomic
+from lens_core.types import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LARGEST = 1 << 20
+"""Bytes of facts that are read from a picture."""
+
+
+def save(image: Image, path: Path, facts: dict[str, Any]) -> None:
+    """Write a PIL picture whose text chunk `lens` holds the facts that drew it, as JSON."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("lens", json.dumps(facts, ensure_ascii=False))
+    write_atomic(path, lambda p: image.save(p, format="PNG", pnginfo=info))
+
+
+def read(path: Path) -> Image:
+    """A picture of any format that PIL knows, all of it. ConfigError in one line."""
+    from PIL import Image as pil
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pil.DecompressionBombWarning)
+            with pil.open(path) as image:
+                image.load()
+                return image
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such picture; check the path") from error
+    except (OSError, ValueError, SyntaxError, pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
+        raise ConfigError(f"{path}: cannot be read as a picture ({' '.join(str(error).split())})") from error
+
+
+def facts(path: Path) -> tuple[Image, dict[str, Any]]:
+    """A picture and what Lens wrote into it, of which nothing is believed: kinds and ranges are checked."""
+    image = read(path)
+    text = image.info.get("lens")
+    if not isinstance(text, str):
+        raise ConfigError(f"{path}: carries no facts of Lens; it was drawn by something else, or saved again since")
+    try:
+        if len(text) > LARGEST:
+            raise ValueError(f"{len(text)} characters")
+        found = json.loads(text, parse_constant=lambda name: float("nan"))
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: its facts cannot be read ({' '.join(str(error).split())})") from error
+    rules: dict[str, Callable[[Any], bool]] = {
+        "prompt": lambda v: isinstance(v, str),
+        "negative_prompt": lambda v: isinstance(v, str),
+        "model": lambda v: isinstance(v, str),
+        "model_hash": lambda v: isinstance(v, str),
+        "seed": lambda v: _whole(v, 0, 2**63),
+        "height": lambda v: _whole(v, 1, 2**14 + 1),
+        "width": lambda v: _whole(v, 1, 2**14 + 1),
+        "steps": lambda v: _whole(v, 1, 10_001),
+        "guidance_scale": _finite,
+        "guidance_interval": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_finite, v)),
+        "strength": _finite,
+        "sampler": lambda v: isinstance(v, dict) and isinstance(v.get("use"), str),
+        "loras": lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
+    }
+    optional = ("guidance_interval", "strength", "sampler", "loras")
+    for name, holds in rules.items():
+        if name not in found and name in optional:
+            continue
+        if name not in found or not holds(found[name]):
+            raise ConfigError(f"{path}: its facts have no sound {name!r}; the picture cannot be drawn from them")
+    return image, found
+
+
+def _whole(value: object, low: int, high: int) -> bool:
+    return type(value) is int and low <= value < high
+
+
+def _finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
