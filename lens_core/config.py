@@ -202,6 +202,7 @@ class Training:
     weight_decay: float = 0.0
     clip: float = 1.0  # largest gradient norm; 0 does not clip
     ema: float = 0.0  # decay of the weights' moving average, which is what is saved; 0 keeps none
+    parts: int = 1  # that a batch is worked through in, each with noise of its own; at least one a process
     precision: str = "fp32"  # fp32 | bf16 (autocast over fp32 master weights)
     compile: bool = False  # torch.compile each role; needs a C++ compiler on CPUs
     checkpointing: bool = False  # compute activations again on the way back: less memory, a third more time
@@ -227,8 +228,8 @@ class Training:
             problems.append(f"decay is a share in [0, 1], not {self.decay}")
         if not 0 <= self.ema < 1:
             problems.append(f"ema must be in [0, 1), not {self.ema}")
-        if min(self.save_every, self.keep, self.log_every, self.bad_steps) < 1:
-            problems.append("save_every, keep, log_every and bad_steps must be at least 1")
+        if min(self.save_every, self.keep, self.log_every, self.bad_steps, self.parts) < 1:
+            problems.append("save_every, keep, log_every, bad_steps and parts must be at least 1")
         if problems:
             raise ConfigError(problems)
 

@@ -6,10 +6,13 @@ It never sees an architecture; methods never see a device or an optimizer. A run
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import shutil
 import signal
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor, nn
 
@@ -61,18 +65,26 @@ class Run:
 
         self.recipe, self.catalog, self.out = recipe, catalog, out
         self.train_config = recipe.train
-        self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
-        self.accelerator = Accelerator(mixed_precision="no")  # its precision is one a process; ours is one a run
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self.accelerator = Accelerator(
+            mixed_precision="no",  # its precision is one a process; ours is one a run
+            cpu=several and not torch.cuda.is_available(),  # else it would start each process alone
+        )
+        self.ranks = Ranks(self.accelerator, recipe.train.parts)
+        told = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        self.say: Callable[[str], None] = told if self.ranks.rank == 0 else lambda line: None
         set_seed(recipe.seed)  # before anything is built: initial weights are part of the recipe
         self.pipeline = LensPipeline.from_parts(recipe.pipeline, catalog).to(self.accelerator.device)
         _, method, config = build(catalog, "method", recipe.method, "$.method")
         self.method = method(config, self.pipeline)
-        self.dataset: Any = None
+        self.datasets: list[Any] = []  # one for each part of a batch that this process works through, all in one state
         if recipe.dataset is not None:
             _, dataset, config = build(catalog, "dataset", recipe.dataset, "$.dataset")
-            self.dataset = dataset(config)
+            self.datasets = [dataset(config) for _ in self.ranks.mine]
+        elif self.ranks.parts > 1:
+            raise ConfigError(f"{recipe.method.use} reads no dataset, so it cannot be divided; run it as one process")
         self.nets: dict[str, nn.Module] = dict(self.method.roles())
         for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.backbone, *self.nets.values()):
             if isinstance(part, nn.Module):
@@ -127,34 +139,49 @@ class Run:
 
     def train(self) -> Report:
         """Run to the end. Ctrl-C and SIGTERM save first, then stop. Raises NumericalError after too many bad steps."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._same_recipe()
+        if self.ranks.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._same_recipe()
+        self.ranks.wait()
         self._resume()
         config = self.train_config
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        batches = iter(()) if self.dataset is None else self.dataset.batches(rank, world)
-        steps = self.method.steps(batches, self.nets, self.rng)
+        parts = self._parts()
         start, first = time.monotonic(), self.step
         averages: dict[str, list[float]] = {}
         with self._signals():
             while self.step < config.steps and not self._stop:
-                micro = self._next(steps)
-                for role in self.method.turns(self.step):
-                    for name, value in self._turn(role, micro).items():
+                micro = [self._next(steps) for steps in parts]
+                for turn, role in enumerate(self.method.turns(self.step)):
+                    for name, value in self._turn(role, turn, micro).items():
                         averages.setdefault(f"{role}/{name}", []).append(value)
                 self.method.after_step(self.step, self.nets)
                 self.step += 1
+                self._stop = self.ranks.any(self._stop)
                 if self.step % config.log_every == 0 or self.step == config.steps:
-                    self._log(averages, time.monotonic() - start, self.step - first)
+                    if self.ranks.rank == 0:
+                        self._log(averages, time.monotonic() - start, self.step - first)
                     last = {k: sum(v) / len(v) for k, v in averages.items() if v}
                     averages = {}
                 if self.step % config.save_every == 0 or self.step == config.steps or self._stop:
-                    self.save()
+                    if self.ranks.rank == 0:
+                        self.save()
+                    self.ranks.wait()
         if self.step < config.steps:
             self.say(f"stopped at step {self.step} of {config.steps}; the same command goes on from here")
             return Report(self.step, time.monotonic() - start, {}, None)
-        model = self.export()
+        model = self.export() if self.ranks.rank == 0 else self.out / "model"
+        self.ranks.wait()
         return Report(self.step, time.monotonic() - start, last if self.step > first else {}, model)
+
+    def _parts(self) -> list[Iterator[Sequence[Any]]]:
+        """The method's steps for each part of a batch. Their generators are in one state, for what all must share."""
+        found = []
+        for number, part in enumerate(self.ranks.mine):
+            batches = self.datasets[number].batches(part, self.ranks.parts) if self.datasets else iter(())
+            rng = self.rng if number == 0 else torch.Generator().manual_seed(self.recipe.seed)
+            rng.set_state(self.rng.get_state())
+            found.append(self.method.steps(batches, self.nets, rng))
+        return found
 
     def _autocast(self) -> torch.autocast:
         half = self.train_config.precision == "bf16"
@@ -167,8 +194,11 @@ class Run:
             raise LensError(f"the method had nothing to learn from at step {self.step}; check $.dataset")
         return micro
 
-    def _turn(self, role: str, micro: Sequence[Any]) -> dict[str, float]:
-        """One optimizer step of one role: only it has gradients."""
+    def _turn(self, role: str, turn: int, parts: Sequence[Sequence[Any]]) -> dict[str, float]:
+        """One optimizer step of one role: only it has gradients, which are means over the parts of all processes.
+
+        The noise of a part is a function of seed, step, turn and part: whoever works through it draws the same.
+        """
         net, optimizer, config = self.nets[role], self.optimizers[role], self.train_config
         for group in optimizer.param_groups:
             group["lr"] = config.lr * config.rates.get(role, 1.0) * rate(config, self.step)
@@ -176,15 +206,22 @@ class Run:
             parameter.requires_grad_(True)
         net.train()
         optimizer.zero_grad(set_to_none=True)
-        parts: dict[str, float] = {}
-        for batch in micro:
-            with self._autocast():
-                loss: Loss = self.method.loss(role, self.nets, batch, self.rng)
-            (loss.total / len(micro)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            for name, value in {"loss": loss.total, **loss.parts}.items():
-                parts[name] = parts.get(name, 0.0) + float(value.detach()) / len(micro)
+        told: dict[str, float] = {}
+        for part, micro in zip(self.ranks.mine, parts, strict=True):
+            seed = seed_of(self.recipe.seed, self.step, turn, part)
+            torch.manual_seed(seed)  # dropout draws there
+            rng = torch.Generator().manual_seed(seed)
+            for batch in micro:
+                with self._autocast():
+                    loss: Loss = self.method.loss(role, self.nets, batch, rng)
+                share = 1 / (len(micro) * self.ranks.parts)
+                (loss.total * share).backward()
+                for name, value in {"loss": loss.total, **loss.parts}.items():
+                    told[name] = told.get(name, 0.0) + float(value.detach()) * share
+        self.ranks.add(self.learning[role])
+        told = self.ranks.total(told)
         norm = torch.nn.utils.clip_grad_norm_(self.learning[role], config.clip or math.inf)
-        if math.isfinite(parts["loss"]) and bool(torch.isfinite(norm)):
+        if math.isfinite(told["loss"]) and bool(torch.isfinite(norm)):
             optimizer.step()
             self._average(role)
             self.bad[role] = 0
@@ -195,9 +232,9 @@ class Run:
                 raise NumericalError(
                     f"{self.bad[role]} non-finite steps in a row of {role} at step {self.step}; lower train.lr"
                 )
-            parts = {}
+            told = {}
         net.requires_grad_(False).eval()
-        return {**parts, "grad_norm": float(norm)} if parts else {}
+        return {**told, "grad_norm": float(norm)} if told else {}
 
     def _average(self, role: str) -> None:
         if role not in self.ema:
@@ -240,7 +277,7 @@ class Run:
         state = {
             "schema": SCHEMA,
             "step": self.step,
-            "dataset": {} if self.dataset is None else self.dataset.state_dict(),
+            "dataset": self.datasets[0].state_dict() if self.datasets else {},
             "method": {k: v for k, v in method.items() if not isinstance(v, Tensor)},
         }
         final = self.out / "checkpoints" / f"step-{self.step:07d}"
@@ -273,8 +310,8 @@ class Run:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         self.method.load_state_dict({**state["method"], **under("method/")})
-        if self.dataset is not None:
-            self.dataset.load_state_dict(state["dataset"])
+        for dataset in self.datasets:
+            dataset.load_state_dict(state["dataset"])
         for role in self.nets:
             self._load(role, under(f"net/{role}/"))
             if role in self.ema:
@@ -347,6 +384,54 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that is a pure function of the numbers, 63 bits: equal for equal numbers on any machine and any rank."""
+    packed = struct.pack(f"<{len(numbers)}Q", *(n % 2**64 for n in numbers))
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+class Ranks:
+    """The processes of a run, and which parts of a batch are this one's. Alone, it adds nothing to anything."""
+
+    def __init__(self, accelerator: Any, parts: int) -> None:
+        self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        self.parts = max(parts, self.world)
+        if self.parts % self.world:
+            raise ConfigError(f"$.train.parts: {parts} parts have no equal shares for {self.world} processes")
+        share = self.parts // self.world
+        self.mine = range(self.rank * share, (self.rank + 1) * share)
+
+    def add(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum gradients over the processes, in one message; a parameter that got one nowhere keeps none."""
+        if self.world == 1:
+            return
+        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
+        dist.all_reduce(there)
+        used = [p for p, somewhere in zip(parameters, there.tolist(), strict=True) if somewhere]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
+        dist.all_reduce(flat)
+        for p, piece in zip(used, torch.split(flat, [p.numel() for p in used]), strict=True):
+            p.grad = piece.view_as(p)
+
+    def total(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over the processes, which must name the same things."""
+        if self.world == 1:
+            return dict(values)
+        names = sorted(values)
+        sums = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in any process."""
+        return bool(self.total({"": float(flag)})[""])
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.world > 1:
+            dist.barrier()
 
 
 class _Signals:

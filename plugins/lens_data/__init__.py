@@ -5,6 +5,7 @@ imports    fills the store from a folder, from WebDataset tars, from a Hugging F
 pictures   image files as upright RGB, resized and cropped to a size
 buckets    which training size a picture is for: a table of areas and aspect ratios
 dataset    dataset `store`: seeded, shuffled, resumable batches of one size
+mix        dataset `mix`: several datasets in turn, by share
 caching    latents and text features, encoded once and kept beside the pictures
 packing    batches of mixed sizes that cost every rank the same, filled by a FLOP budget
 commands   what `lens data` can do: import, show, cache
@@ -20,8 +21,9 @@ from lens_core import hookimpl
 @hookimpl
 def lens_datasets() -> dict[str, type[Any]]:
     from lens_data.dataset import StoreDataset
+    from lens_data.mix import Mix
 
-    return {"store": StoreDataset}
+    return {"mix": Mix, "store": StoreDataset}
 
 
 @hookimpl

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import struct
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,6 +10,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
+from lens_core.loop import seed_of
 from lens_core.pipeline import to_images
 from lens_core.types import Prompt, Text
 
@@ -19,13 +18,6 @@ if TYPE_CHECKING:
     from lens_core.pipeline import LensPipeline
 
 T = TypeVar("T")
-
-
-def seed_of(*numbers: int) -> int:
-    """A seed that is a pure function of the numbers, 63 bits: equal for equal numbers on any machine and any rank."""
-    packed = struct.pack(f"<{len(numbers)}Q", *(n % 2**64 for n in numbers))
-    digest = hashlib.blake2b(packed, digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def chosen(count: int, share: int, rollout: int, seed: int) -> list[int]:

@@ -18,13 +18,13 @@ import toy
 from attrs import evolve, frozen
 from lens_nft.method import DiffusionNFT, Lesson, between, follow
 from lens_nft.objective import advantages, reflected_loss
-from lens_nft.rollout import chosen, seed_of
+from lens_nft.rollout import chosen
 from torch import Tensor, nn
 
 from lens_core import checkpoint, flow, hookimpl
 from lens_core.catalog import Catalog
 from lens_core.config import Adapter, Parts, Recipe, Training, Use, build, read_recipe
-from lens_core.loop import Run
+from lens_core.loop import Run, seed_of
 from lens_core.pipeline import LensPipeline, to_images
 from lens_core.testing import check_method
 from lens_core.types import Batch, ConfigError, LensError, Prompt, Score

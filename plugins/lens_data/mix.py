@@ -1,0 +1,67 @@
+"""Dataset `mix`: batches of several datasets in turn, by share: a few pictures to teach beside many that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from attrs import evolve, frozen
+
+from lens_core.catalog import Catalog
+from lens_core.config import Use, build
+from lens_core.types import Batch, ConfigError
+
+
+class Mix:
+    """Which dataset the next batch is from is drawn by share, from the seed and the batch's number: on every rank the
+    same one."""
+
+    @frozen
+    class Config:
+        parts: tuple[Use, ...]  # datasets: [{use: store, …, share: 1.0}]; the share may be left out
+        seed: int = 0
+
+        def __attrs_post_init__(self) -> None:
+            shares = [use.options.get("share", 1.0) for use in self.parts]
+            if not self.parts:
+                raise ConfigError("mix: parts is empty; name at least one dataset")
+            if any(type(s) not in (int, float) or not 0 < s < float("inf") for s in shares):
+                raise ConfigError("mix: a share must be a positive number; leave out what counts for 0")
+            if self.seed < 0:
+                raise ConfigError(f"mix: seed is {self.seed}; it must be at least 0")
+
+        def uses(self) -> Iterator[tuple[str, str, Use]]:
+            """What is checked with this config: (path, kind, use)."""
+            for i, use in enumerate(self.parts):
+                own = {k: v for k, v in use.options.items() if k != "share"}
+                yield f"parts[{i}]", "dataset", Use(use.use, own)
+
+    def __init__(self, config: Config, parts: list[Any] | None = None) -> None:
+        """`parts` are datasets already built, one for each that the config names; None: those."""
+        if parts is None:
+            catalog = Catalog.installed()
+            built = [build(catalog, kind, use, f"$.{path}") for path, kind, use in config.uses()]
+            parts = [cls(options) for _, cls, options in built]
+        self.parts, self.seed, self._handed = parts, config.seed, 0
+        shares = np.array([float(use.options.get("share", 1.0)) for use in config.parts])
+        self._until = np.cumsum(shares / shares.sum())
+
+    def batches(self, rank: int, world: int) -> Iterator[Batch]:
+        """Endless."""
+        streams = [part.batches(rank, world) for part in self.parts]
+        while True:
+            at = float(np.random.default_rng([self.seed, self._handed]).random())
+            which = min(int(np.searchsorted(self._until, at, side="right")), len(streams) - 1)
+            batch = next(streams[which])
+            self._handed += 1
+            # equal keys must mean equal pictures, whichever dataset they come from
+            yield evolve(batch, keys=tuple(key * len(streams) + which for key in batch.keys))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batch": self._handed, "parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._handed = int(state["batch"])
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
