@@ -354,7 +354,13 @@ def _size(size: str | None) -> tuple[int | None, int | None]:
 
 
 @app.command
-def train(recipe: Path, *, out: Path | None = None) -> int:
+def train(
+    recipe: Path,
+    *,
+    out: Path | None = None,
+    allow_changed: Annotated[bool, Parameter(negative="")] = False,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
     """Train what a recipe describes, or go on where the run in --out stopped.
 
     Parameters
@@ -363,14 +369,23 @@ def train(recipe: Path, *, out: Path | None = None) -> int:
         The YAML file.
     out
         The run's folder; runs/NAME-OF-RECIPE if not given.
+    allow_changed
+        Go on with a recipe that is not the one the run was begun with; the differences are told.
+    dry_run
+        Print the recipe with all its defaults and the memory that the run needs, by part, and start nothing.
     """
     from lens_core.config import read_recipe
 
     catalog = Catalog.installed()
     plan = read_recipe(recipe, catalog)
+    if dry_run:
+        from lens_core.plan import describe
+
+        print(describe(plan, catalog))
+        return 0
     from lens_core.loop import Run
 
-    report = Run(plan, catalog, out or Path("runs") / recipe.stem).train()
+    report = Run(plan, catalog, out or Path("runs") / recipe.stem, allow_changed=allow_changed).train()
     if report.model is None:
         return 130
     print(f"{report.model}  {report.steps} steps, {report.seconds / 60:.1f} minutes this time")

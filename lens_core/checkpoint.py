@@ -184,13 +184,18 @@ def save_module(module: nn.Module, folder: Path, stem: str = "diffusion_pytorch_
     save_tensors(folder / f"{stem}.safetensors", module.state_dict())
 
 
+def hash_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest(folder: Path) -> str:
     """A short hash of a checkpoint: of every safetensors and JSON file below it, names included."""
     total = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file()):
         total.update(str(path.relative_to(folder)).encode())
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(bytes.fromhex(hash_of(path)))
     return total.hexdigest()[:16]
 
 

@@ -32,7 +32,8 @@ from lens_core.types import CheckpointError, ConfigError, LensError, Loss, Numer
 
 PREFIXES = {"backbone": "transformer", "text_encoder": "text_encoder", "vae": "vae"}
 """What diffusers calls the parts of a pipeline, in the names of an adapter's tensors."""
-SCHEMA = 1
+FILES = ("state.safetensors", "state.json")
+SCHEMA = 2
 """The version of a training checkpoint."""
 
 
@@ -59,11 +60,19 @@ class Report:
 class Run:
     """One training run in a folder. `Run(recipe, catalog, out).train()` starts it, or goes on where it stopped."""
 
-    def __init__(self, recipe: Recipe, catalog: Catalog, out: Path, say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        catalog: Catalog,
+        out: Path,
+        say: Callable[[str], None] | None = None,
+        *,
+        allow_changed: bool = False,
+    ) -> None:
         from accelerate import Accelerator
         from accelerate.utils import set_seed
 
-        self.recipe, self.catalog, self.out = recipe, catalog, out
+        self.recipe, self.catalog, self.out, self.allow_changed = recipe, catalog, out, allow_changed
         self.train_config = recipe.train
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
@@ -285,6 +294,8 @@ class Run:
         shutil.rmtree(partial, ignore_errors=True)
         checkpoint.save_tensors(partial / "state.safetensors", {k: v.clone() for k, v in tensors.items()})
         checkpoint.write_json(partial / "state.json", state)
+        sums = {name: checkpoint.hash_of(partial / name) for name in FILES}
+        checkpoint.write_json(partial / "sums.json", sums)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in self._folders()[: -self.train_config.keep]:
@@ -294,6 +305,12 @@ class Run:
     def _resume(self) -> None:
         for folder in reversed(self._folders()):
             try:
+                sums = checkpoint.read_json(folder / "sums.json")
+                for name in FILES:
+                    if (folder / name).is_file() and checkpoint.hash_of(folder / name) != sums.get(name):
+                        raise CheckpointError(
+                            f"{folder / name}: is not what was written; some of its bits have changed"
+                        )
                 state = checkpoint.read_json(folder / "state.json")
                 tensors = checkpoint.read_tensors(folder / "state.safetensors")
                 if state.get("schema") != SCHEMA:
@@ -367,15 +384,27 @@ class Run:
                 before = json.loads(json.dumps(unstructure(structure(Recipe, checkpoint.read_json(path)))))
             except ConfigError as error:
                 raise ConfigError(f"{path}: this Lens cannot read it; choose a new --out: {error}") from error
-            changed = sorted(k for k in now.keys() | before.keys() if now.get(k) != before.get(k))
-            if changed:
+            changed = list(_differences(before, now, "$"))
+            for line in changed if self.allow_changed else ():
+                self.say(f"changed, as allowed: {line}")
+            if changed and not self.allow_changed:
                 raise ConfigError(
-                    f"{self.out}: was begun with another recipe ({', '.join(changed)} differ); choose a new --out"
+                    f"{self.out}: was begun with another recipe: {'; '.join(changed)}. "
+                    "Choose a new --out, or go on with --allow-changed"
                 )
         checkpoint.write_json(path, now)
 
     def _signals(self) -> _Signals:
         return _Signals(self)
+
+
+def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
+    """Each place in which two recipes differ: path, what was, what is."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(key), now.get(key), f"{path}.{key}")
+    elif before != now:
+        yield f"{path} was {json.dumps(before)} and is {json.dumps(now)}"
 
 
 def _step(line: str) -> float:

@@ -385,7 +385,7 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type
     def _time(self, x: Tensor, t: Tensor) -> Tensor:
         """silu(time embedding) [B,D]: all that modulation wants to know. Refuses float16 before any work is done."""
         kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind)
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         for dtype in (self.dtype, torch.get_autocast_dtype(kind) if autocast else self.dtype):
             if reason := self.refuses(dtype):
                 raise NumericalError(reason)

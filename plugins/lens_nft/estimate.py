@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
-from lens_core import checkpoint
 from lens_core.catalog import Catalog
-from lens_core.config import Recipe, Use, build
+from lens_core.config import Recipe, build
 from lens_core.types import ConfigError, LensError
-
-PUBLISHED = {"vae": "flux2", "text_encoder": "gpt_oss", "backbone": "mmdit"}
-"""What stands in for a checkpoint that is not on this disk: the parts of the published one; its sizes are defaults."""
-FLOAT32 = 4  # bytes; a run holds its weights so, whatever its precision
 
 
 @frozen
@@ -63,57 +57,31 @@ def estimate(config: Any, recipe: Recipe, catalog: Catalog) -> Estimate:
 
 
 def _memory(recipe: Recipe, catalog: Catalog, keeps_base: bool) -> tuple[dict[str, int], list[str]]:
-    import torch
+    from lens_core.plan import on_meta, size_of
 
-    from lens_core import adapters
-
-    uses, notes = _uses(recipe, catalog)
+    pipeline, notes = on_meta(recipe, catalog)
     memory: dict[str, int] = {}
-    for part, use in uses.items():
-        _, cls, options = build(catalog, part, use, f"$.pipeline.{part}")
-        with torch.device("meta"):
-            net = cls(options).requires_grad_(False)
-            size = _bytes(net.state_dict().values())
-            memory[f"{part}: weights"] = size
-            if part != "backbone":
-                continue
-            adapter = recipe.train.adapters.get("backbone")
-            if adapter is not None:
-                adapters.attach(net, adapter)
-        learned = [p for name, p in net.named_parameters() if adapter is None or adapters.owned(name)]
-        grows = _bytes(learned)
-        if adapter is not None:
-            memory["backbone: adapter"] = grows
-            size += grows
-        memory["backbone: gradients"] = grows
-        memory["backbone: AdamW's moments"] = 2 * grows
-        if recipe.train.ema:
-            memory["backbone: moving average"] = grows if adapter is not None else size
-        memory["backbone: old policy"] = size
-        if keeps_base:
-            memory["backbone: start, for kl"] = size
-    return memory, notes
-
-
-def _uses(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, Use], list[str]]:
-    """What each part with weights will be: as the recipe names it, or as its start does, or as published."""
-    start, notes = recipe.pipeline.start, []
-    uses = {part: Use(name) for part, name in PUBLISHED.items()}
-    if start is not None:
-        try:
-            folder = catalog.first("lens_fetch", start) or Path(start).expanduser()
-            components = checkpoint.describe(folder, catalog)["components"]
-            uses |= {part: Use(c["use"], dict(c.get("config", {}))) for part, c in components.items() if part in uses}
-        except LensError:
-            notes.append(f"{start} is not on this disk; the sizes are those of the published parts")
-    for part in PUBLISHED:
-        named = getattr(recipe.pipeline, part)
-        if named is not None:
-            uses[part] = named
-        elif start is None:
+    for part in ("vae", "text_encoder", "backbone"):
+        if getattr(pipeline, part) is None:
             raise ConfigError(f"$.pipeline.{part}: missing; name one, or a checkpoint to start from")
-    return uses, notes
+        memory[f"{part}: weights"] = size_of(getattr(pipeline, part).state_dict().values())
+    size, net, adapter = memory["backbone: weights"], pipeline.backbone, recipe.train.adapters.get("backbone")
+    if adapter is not None:
+        import torch
 
+        from lens_core import adapters
 
-def _bytes(tensors: Any) -> int:
-    return sum(FLOAT32 * t.numel() for t in tensors)
+        with torch.device("meta"):
+            adapters.attach(net, adapter)
+    grows = size_of(p for name, p in net.named_parameters() if adapter is None or adapters.owned(name))
+    if adapter is not None:
+        memory["backbone: adapter"] = grows
+        size += grows
+    memory["backbone: gradients"] = grows
+    memory["backbone: AdamW's moments"] = 2 * grows
+    if recipe.train.ema:
+        memory["backbone: moving average"] = grows if adapter is not None else size
+    memory["backbone: old policy"] = size
+    if keeps_base:
+        memory["backbone: start, for kl"] = size
+    return memory, notes

@@ -114,7 +114,15 @@ def test_a_killed_run_goes_on_bit_for_bit_from_its_last_checkpoint(
     same(runner.model("whole"), runner.model("killed"))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "halve", "empty", "zeros", "json", "gone", "schema"])
+def test_a_checkpoint_of_another_schema_is_named(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner.run(recipe(), "a").train()
+    monkeypatch.setattr("lens_core.loop.SCHEMA", 99)
+    runner.said.clear()
+    runner.run(recipe(), "a").train()
+    assert "is of schema 2; this Lens reads 99" in runner.said[0]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "halve", "empty", "zeros", "json", "gone", "bit", "number", "sums"])
 def test_a_damaged_checkpoint_falls_back_on_the_one_before(damage: str, runner: Runner, tmp_path: Path) -> None:
     runner.run(recipe(), "whole").train()
     newest = tmp_path / "whole" / "checkpoints" / "step-0000006"
@@ -130,8 +138,13 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(damage: str, runner: 
         state.write_text(state.read_text()[:-10])
     elif damage == "gone":
         tensors.unlink()
+    elif damage == "bit":  # in the middle of some weight: a sound file, with another number in it
+        tensors.unlink()
+        tensors.write_bytes(whole[:-40] + bytes([whole[-40] ^ 4]) + whole[-39:])
+    elif damage == "number":
+        state.write_text(state.read_text().replace('"step": 6', '"step": 7'))
     else:
-        state.write_text(state.read_text().replace('"schema": 1', '"schema": 2'))
+        (newest / "sums.json").unlink()
     runner.said.clear()
     runner.run(recipe(), "whole").train()
     assert "step-0000006" in runner.said[0] and "the one before it is used" in runner.said[0]
@@ -222,8 +235,17 @@ def test_too_many_non_finite_steps_in_a_row_stop_the_run(runner: Runner) -> None
 
 def test_a_changed_recipe_is_refused_and_named(runner: Runner) -> None:
     runner.run(recipe(), "a").train()
-    with pytest.raises(ConfigError, match=r"was begun with another recipe \(train differ\); choose a new --out"):
-        runner.run(recipe(lr=1e-3), "a").train()
+    told = (
+        r"another recipe: \$\.train\.lr was 0\.01 and is 0\.001; \$\.train\.steps was 6 and is 8\. Choose a new --out"
+    )
+    with pytest.raises(ConfigError, match=told):
+        runner.run(recipe(lr=1e-3, steps=8), "a").train()
+    again = Run(
+        recipe(lr=1e-3, steps=8), runner.catalog, runner.folder / "a", say=runner.said.append, allow_changed=True
+    )
+    assert again.train().steps == 8
+    assert "changed, as allowed: $.train.lr was 0.01 and is 0.001" in runner.said
+    runner.run(recipe(lr=1e-3, steps=8), "a").train()  # which is the run's recipe from now on
 
 
 def test_a_method_with_nothing_to_learn_from_says_so(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,129 @@
+"""What a recipe would need, before anything is loaded: its parts on the meta device, and memory by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens_core import adapters, checkpoint
+from lens_core.catalog import Catalog
+from lens_core.config import Recipe, Use, build, unstructure
+from lens_core.pipeline import PARTS, WEIGHTY, LensPipeline
+from lens_core.types import LensError
+
+
+def parts(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, Use], dict[str, Any], list[str]]:
+    """(what each part will be, presets, notes): as the recipe names it, or as its start does.
+
+    For a start that is not on this disk, the only component of a kind that is installed stands in, with its defaults,
+    and a note says so.
+    """
+    start, notes = recipe.pipeline.start, []
+    uses: dict[str, Use] = {}
+    presets: dict[str, Any] = {}
+    if start is not None:
+        try:
+            folder = catalog.first("lens_fetch", start) or Path(start).expanduser()
+            described = checkpoint.describe(folder, catalog)
+            components = described["components"]
+            uses = {k: Use(c["use"], dict(c.get("config", {}))) for k, c in components.items() if k in PARTS}
+            presets = dict(described.get("presets", {}))
+        except LensError:
+            for kind in WEIGHTY:
+                known = catalog.entries(kind)
+                uses |= {kind: Use(known[0].name)} if len(known) == 1 else {}
+            names = ", ".join(use.use for use in uses.values())
+            notes.append(f"{start} is not on this disk; the sizes are the defaults of {names}")
+    uses |= {kind: use for kind in PARTS if (use := getattr(recipe.pipeline, kind)) is not None}
+    wanted = ("steps", "guidance_scale", "base_resolution")
+    presets |= {k: v for k in wanted if (v := getattr(recipe.pipeline, k)) is not None}
+    return uses, presets, notes
+
+
+def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
+    """The recipe's pipeline with every shape and no weights, and what was assumed."""
+    uses, presets, notes = parts(recipe, catalog)
+    found: dict[str, Any] = {}
+    for kind, use in uses.items():
+        _, cls, config = build(catalog, kind, use, f"$.pipeline.{kind}")
+        with torch.device("meta"):
+            found[kind] = cls(config)
+        if kind in WEIGHTY:
+            found[kind].requires_grad_(False)
+    return LensPipeline(**found, presets=presets, uses=uses, catalog=catalog), notes
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes that a run holds tensors in: float32, whatever its precision."""
+    return sum(4 * t.numel() for t in tensors)
+
+
+def _tensors(net: nn.Module, seen: set[int]) -> Iterator[Tensor]:
+    """Parameters and buffers that no other part has been counted for."""
+    for tensor in (*net.parameters(), *net.buffers()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor
+
+
+def memory(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, int], dict[str, int], list[str]]:
+    """(bytes by part, parameters that learn by role, notes) of a process that holds everything, without activations.
+
+    Raises ConfigError where the method cannot be built without weights.
+    """
+    pipeline, notes = on_meta(recipe, catalog)
+    _, cls, config = build(catalog, "method", recipe.method, "$.method")
+    with torch.device("meta"):
+        method = cls(config, pipeline)
+    roles: Mapping[str, nn.Module] = method.roles()
+    names = {id(net): role for role, net in roles.items()}
+    nets = {kind: getattr(pipeline, kind) for kind in WEIGHTY if getattr(pipeline, kind) is not None}
+    held = {names.get(id(net), kind): net for kind, net in nets.items()} | dict(roles)
+    known = {id(net) for net in held.values()}
+    held |= {k: v for k, v in vars(method).items() if isinstance(v, nn.Module) and id(v) not in known}
+    found: dict[str, int] = {}
+    learns: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, net in held.items():
+        found[f"{name}: weights"] = size_of(_tensors(net, seen))
+    for role, net in roles.items():
+        adapter = recipe.train.adapters.get(role)
+        if adapter is not None:
+            with torch.device("meta"):
+                adapters.attach(net, adapter)
+        learned = [p for name, p in net.named_parameters() if adapter is None or adapters.owned(name)]
+        grows = size_of(learned)
+        learns[role] = sum(p.numel() for p in learned)
+        found |= {f"{role}: adapter": grows} if adapter is not None else {}
+        found |= {f"{role}: gradients": grows, f"{role}: AdamW's moments": 2 * grows}
+        if recipe.train.ema and any(net is part for part in nets.values()):
+            found[f"{role}: moving average"] = grows
+    return {k: v for k, v in found.items() if v}, learns, notes
+
+
+def describe(recipe: Recipe, catalog: Catalog) -> str:
+    """The recipe with its defaults, who learns how much, and memory by part, as text."""
+    import yaml
+
+    _, method, config = build(catalog, "method", recipe.method, "$.method")
+    resolved = unstructure(recipe)
+    resolved["method"] = {"use": recipe.method.use, **unstructure(config)}
+    text = yaml.safe_dump(_plain(resolved), sort_keys=False, allow_unicode=True, width=120)
+    if hasattr(method, "estimate"):
+        return f"{text}\n{method.estimate(config, recipe, catalog)}"
+    found, learns, notes = memory(recipe, catalog)
+    lines = ["learns"] + [f"  {role:28}{count / 1e6:12,.2f} M parameters" for role, count in learns.items()]
+    lines += ["memory, GB (10^9 bytes)"] + [f"  {name:28}{size / 1e9:12,.3f}" for name, size in found.items()]
+    lines += [f"  {'all of it':28}{sum(found.values()) / 1e9:12,.3f}"]
+    return "\n".join([text, *lines, *(f"note: {note}" for note in ("activations come on top", *notes))])
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,82 @@
+"""What a dry run tells is what a run then holds, and it needs neither weights nor a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from attrs import evolve
+
+from lens_core.__main__ import main
+from lens_core.catalog import Catalog
+from lens_core.config import Adapter, read_recipe
+from lens_core.loop import Run
+from lens_core.plan import memory
+
+RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
+
+
+@pytest.fixture(scope="module")
+def everything() -> Catalog:
+    return Catalog.installed()
+
+
+def floats(tensors: Iterable[torch.Tensor]) -> int:
+    return 4 * sum({id(t): t.numel() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("name", ["3d_flow_matching", "5_distill_turbo", "lora_moon"])
+def test_it_tells_what_the_run_holds(name: str, everything: Catalog, tmp_path: Path) -> None:
+    recipe = read_recipe(RECIPES / "tiny" / f"{name}.yaml", everything)
+    recipe = evolve(recipe, pipeline=evolve(recipe.pipeline, start="tiny:"))
+    found, learns, notes = memory(recipe, everything)
+    assert not notes
+    run = Run(recipe, everything, tmp_path / "run", say=lambda line: None)
+    assert learns == {role: sum(p.numel() for p in learning) for role, learning in run.learning.items()}
+    for role, learning in run.learning.items():
+        assert found[f"{role}: gradients"] == floats(learning)
+        assert found[f"{role}: AdamW's moments"] == 2 * floats(learning)
+    for role, average in run.ema.items():
+        assert found[f"{role}: moving average"] == pytest.approx(floats(average.values()), rel=1e-3)
+    nets = [run.pipeline.vae, run.pipeline.text_encoder, *run.nets.values()]
+    nets += [v for v in vars(run.method).values() if isinstance(v, torch.nn.Module)]
+    held = floats(t for net in nets for t in (*net.parameters(), *net.buffers()))
+    told = sum(size for part, size in found.items() if part.endswith(("weights", "adapter")))
+    assert told == pytest.approx(held, rel=1e-3)
+
+
+def test_two_adapters_on_one_teacher_hold_its_weights_once(everything: Catalog) -> None:
+    whole, _, _ = memory(read_recipe(RECIPES / "distill_turbo.yaml", everything), everything)
+    shared, learns, notes = memory(read_recipe(RECIPES / "distill_turbo_lora.yaml", everything), everything)
+    backbone = 16_416_900_608  # float32: four bytes for each of the 4.104 B parameters
+    assert [whole[f"{n}: weights"] for n in ("generator", "fake", "teacher")] == [backbone] * 3
+    assert shared["generator: weights"] == backbone
+    assert "fake: weights" not in shared and "teacher: weights" not in shared
+    assert learns["generator"] == learns["fake"] == pytest.approx(226e6, rel=0.02)
+    assert sum(shared.values()) < sum(whole.values()) / 2
+    assert "is not on this disk" in notes[0]
+
+
+def test_an_adapter_costs_what_it_learns(everything: Catalog) -> None:
+    recipe = read_recipe(RECIPES / "lora.yaml", everything)
+    _, learns, _ = memory(recipe, everything)
+    d, blocks, rank = 1536, 48, 16
+    a_block = 2 * rank * ((d + 3 * d) + (d + d))  # qkv and output, of both streams
+    assert learns == {"backbone": blocks * a_block}
+    more = evolve(recipe, train=evolve(recipe.train, adapters={"backbone": Adapter(32, 1.0, ("attn.img_qkv",))}))
+    assert memory(more, everything)[1] == {"backbone": blocks * 32 * (d + 3 * d)}
+
+
+def test_the_command_prints_the_recipe_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(RECIPES / "tiny" / "5_distill_turbo.yaml"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "matching: decoupled" in out, "defaults are told too"
+    assert "teacher: weights" in out and "all of it" in out and "parameters" in out
+    assert not list(tmp_path.iterdir())
+    assert main(["train", str(RECIPES / "tiny" / "4_rl_nft.yaml"), "--dry-run"]) == 0
+    assert "judged pictures" in capsys.readouterr().out
