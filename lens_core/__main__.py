@@ -412,7 +412,7 @@ def bench(
     Parameters
     ----------
     benchmark
-        A benchmark's name, for example shapes.
+        A benchmark's name, for example shapes, or as a recipe names one: '{use: shapes, split: train}'.
     model
         A folder, a Hub id org/name[@revision], or tiny:
     out
@@ -434,18 +434,19 @@ def bench(
     dtype
         auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
     """
-    from lens_core.config import Use, build
+    from lens_core.config import Use, build, parse_use
 
     catalog = Catalog.installed()
-    options = {} if prompts is None else {"prompts": prompts}
-    _, cls, config = build(catalog, "benchmark", Use(benchmark, options), "$")
+    named = parse_use(benchmark)
+    use = Use(named.use, named.options if prompts is None else {**named.options, "prompts": prompts})
+    _, cls, config = build(catalog, "benchmark", use, "$")
     height, width = _size(size)
     from attrs import asdict
 
     from lens_core import checkpoint, evaluation
     from lens_core.pipeline import LensPipeline
 
-    folder = out or Path("runs") / f"bench-{benchmark.replace(':', '-')}"
+    folder = out or Path("runs") / f"bench-{use.use.replace(':', '-')}"
     pipeline = LensPipeline.from_pretrained(model, catalog=catalog, device=device, dtype=dtype)
     judge = cls(config)
     begun = time.perf_counter()

@@ -61,6 +61,16 @@ def _use(value: Any, _: Any) -> Use:
     return Use(value["use"], {k: v for k, v in value.items() if k != "use"})
 
 
+def parse_use(text: str) -> Use:
+    """A component named in one line of YAML, as on a command line: `shapes`, or `{use: shapes, split: train}`."""
+    import yaml
+
+    try:
+        return _use(yaml.safe_load(text), None)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: what _use refuses, or no such day
+        raise ConfigError(f"{text}: {' '.join(str(error).split())}") from error
+
+
 def _is_tuple(hint: Any) -> bool:
     return typing.get_origin(hint) is tuple
 

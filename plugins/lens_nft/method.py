@@ -31,10 +31,11 @@ BINS = ("0.0", "0.2", "0.4", "0.6", "0.8")  # where the fifths of r's range begi
 
 @frozen
 class Sample:
-    """A judged picture to learn from: its optimality r is 1/2 + A / (2 advantage_clip)."""
+    """A judged picture to learn from: its optimality r is 1/2 + A / (2 advantage_clip); `seed` gives times, noises."""
 
     picture: Picture
     r: float
+    seed: int
 
 
 @frozen
@@ -72,6 +73,9 @@ class DiffusionNFT:
         rollout_guidance: float = 1.0
         train_guidance: float = 1.0
         times: int = 9  # at how many times t each picture is learned, spread over the sampler's schedule
+        common_noise: bool = (
+            False  # the pictures of a prompt share times and noises: what they share cancels in the sum
+        )
         updates: int = 1  # optimizer steps a rollout, each on a part of its pictures
         batch: int = 8  # pictures drawn, or learned, at once
         form: Literal["x0", "velocity"] = "x0"  # x0: self-normalised, as in the paper's code; velocity: as in its text
@@ -265,29 +269,29 @@ class DiffusionNFT:
         """The micro-batches of each update. Pictures of flat groups teach nothing, but count in the mean."""
         config = self.config
         r = optimality(found.value, config.advantage_clip).tolist()
+        first = {p.prompt.id: p.seed for p in reversed(pictures)}
+        seeds = [first[p.prompt.id] if config.common_noise else p.seed for p in pictures]
+        learned = zip(pictures, r, seeds, found.valid & ~found.flat, strict=True)
         # In the order of their seeds: a shuffle that an absent picture leaves alone.
-        samples = sorted(
-            (Sample(p, q) for p, q, learn in zip(pictures, r, found.valid & ~found.flat, strict=True) if learn),
-            key=lambda s: s.picture.seed,
-        )
+        samples = sorted((Sample(p, q, s) for p, q, s, learn in learned if learn), key=lambda s: s.picture.seed)
         whole = int(found.valid.sum()) * config.times / config.updates
         updates = []
-        for first in range(config.updates):
-            mine = samples[first :: config.updates]
+        for part in range(config.updates):
+            mine = samples[part :: config.updates]
             blocks = [tuple(mine[i] for i in rows) for rows in alike(mine, lambda s: s.picture.z.shape, config.batch)]
             count = len(blocks) * config.times
             lessons = [Lesson(b, turn, count / whole, facts) for b in blocks for turn in range(config.times)]
             # Where nothing differs there is nothing to learn: a step of zero gradient, whose facts are logged.
-            updates.append(lessons or [Lesson((Sample(pictures[0], 0.5),), 0, 0.0, facts)])
+            updates.append(lessons or [Lesson((Sample(pictures[0], 0.5, seeds[0]),), 0, 0.0, facts)])
         return updates
 
     def _noise(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
-        """(t [B], noise [B,C,h,w]) of a lesson, each row from a seed of its own."""
+        """(t [B], noise [B,C,h,w]) of a lesson, each row from its sample's seed."""
         shape = lesson.samples[0].picture.z.shape
         schedule = self.pipeline.sampler.times(shape[-2:], self.config.rollout_steps)
         times, noises = [], []
         for sample in lesson.samples:
-            rng = torch.Generator().manual_seed(seed_of(sample.picture.seed, lesson.turn))
+            rng = torch.Generator().manual_seed(seed_of(sample.seed, lesson.turn))
             times.append((lesson.turn + torch.rand((), generator=rng)) / self.config.times)
             noises.append(torch.randn(shape, generator=rng))
         return between(schedule.cpu(), torch.stack(times)), torch.stack(noises)

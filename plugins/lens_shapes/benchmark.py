@@ -13,10 +13,10 @@ import numpy as np
 from attrs import frozen
 from torch import Tensor
 
-from lens_core.types import ConfigError, Prompt, Score
+from lens_core.types import ConfigError, Prompt, Score, did_you_mean
 from lens_shapes.captions import NUMBERS, _named, _plural, prompt
 from lens_shapes.reader import NAMES, Reading, judge, read
-from lens_shapes.scenes import COLOURS, GENEVAL, RELATIONS, asked, sample
+from lens_shapes.scenes import COLOURS, GENEVAL, RELATIONS, TASKS, asked, sample
 
 
 def verdicts(images: Tensor, prompts: Sequence[Prompt], partial: bool = False) -> list[Score]:
@@ -166,15 +166,15 @@ class ShapesRubrics:
 
 
 class ShapesBenchmark:
-    """Prompts spread evenly over the tasks; `headline` names the six whose means make up the overall figure."""
-
-    headline: tuple[str, ...] = GENEVAL
+    """Prompts spread evenly over the tasks. The overall figure is the mean of `headline`: of GenEval's six where they
+    are among the tasks, else of all."""
 
     @frozen
     class Config:
         prompts: int = 500
         seed: int = 0
         split: Literal["train", "heldout"] = "heldout"
+        tasks: tuple[str, ...] = (*GENEVAL, "words")  # kinds of scene that are asked for; `scenes.TASKS` has them all
 
         def __attrs_post_init__(self) -> None:
             if self.prompts < 1 or self.seed < 0:
@@ -183,13 +183,19 @@ class ShapesBenchmark:
                 )
             if self.split not in ("train", "heldout"):
                 raise ConfigError(f"no split is called {self.split!r}; use 'heldout' or 'train'")
+            if not self.tasks:
+                raise ConfigError("tasks is empty; name at least one, or leave it out")
+            for task in self.tasks:
+                if task not in TASKS:
+                    raise ConfigError(f"no kind of scene is called {task!r}.{did_you_mean(task, TASKS)}")
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.headline = tuple(task for task in config.tasks if task in GENEVAL) or config.tasks
 
     def prompts(self) -> list[Prompt]:
-        """The same prompts for the same config, ordered by id; prompt n is of task n mod 7."""
-        tasks = (*GENEVAL, "words")
+        """The same prompts for the same config, ordered by id; prompt n is of task n mod their number."""
+        tasks = self.config.tasks
         found = []
         for number in range(self.config.prompts):
             task = tasks[number % len(tasks)]

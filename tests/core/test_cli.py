@@ -177,6 +177,21 @@ def test_a_bad_recipe_tells_each_problem_on_a_line(capsys: pytest.CaptureFixture
     assert not Path("runs").exists()
 
 
+def test_a_benchmark_takes_options_as_in_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("r.yaml").write_text(RECIPE)
+    assert main(["train", "r.yaml"]) == 0
+    capsys.readouterr()
+    assert main(["bench", "{use: reds, split: train}", "--model", "runs/r/model"]) == 2
+    assert "$.split: unknown. Known: prompts. Fields: prompts." in capsys.readouterr().err
+    place = ["--model", "runs/r/model", "--size", "16x16", "--device", "cpu"]
+    assert main(["bench", "{use: reds, prompts: 2}", *place]) == 0
+    assert len(json.loads(Path("runs/bench-reds/result.json").read_text())["pictures"]) == 2
+    for wrong in ("{use: [", "[1, 2]", "{split: train}"):
+        capsys.readouterr()
+        assert main(["bench", wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no benchmark is called 'redz'. Did you mean 'reds'?" in refused(capsys, main(["bench", "redz"]))
 

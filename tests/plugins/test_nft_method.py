@@ -339,9 +339,41 @@ def test_the_step_is_the_mean_loss_of_its_samples_at_their_own_times_and_noise(f
     assert parts["to_base"] == pytest.approx(float(sum(distances)) / 16, rel=1e-5)
 
 
+def test_pictures_of_a_prompt_can_share_times_and_noises(pipeline):
+    def met(m: DiffusionNFT) -> dict[int, set[tuple[float, ...]]]:
+        found: dict[int, set[tuple[float, ...]]] = {}
+        for lesson in step(m):
+            t, noise = m._noise(lesson)
+            for sample, when, what in zip(lesson.samples, t, noise, strict=True):
+                found.setdefault(sample.picture.prompt.id, set()).add((float(when), *what.flatten().tolist()))
+        return found
+
+    assert [len(kinds) for kinds in met(method(pipeline)).values()] == [8, 8], "four pictures at two times each"
+    one, two = met(method(pipeline, common_noise=True)).values()
+    assert len(one) == len(two) == 2 and not one & two
+
+
+def test_with_common_noise_equal_pictures_teach_nothing_however_they_are_judged(pipeline):
+    def gradient(**options: Any) -> list[Tensor]:
+        m = method(pipeline, kl=0, form="velocity", **options)
+        lessons = step(m)
+        same = {s.picture.prompt.id: s.picture.z for lesson in lessons for s in lesson.samples}
+        alike = [
+            evolve(
+                x, samples=tuple(evolve(s, picture=evolve(s.picture, z=same[s.picture.prompt.id])) for s in x.samples)
+            )
+            for x in lessons
+        ]
+        return learned(m, alike)[0]
+
+    noisy = torch.cat([g.flatten() for g in gradient()]).norm()
+    assert torch.cat([g.flatten() for g in gradient(common_noise=True)]).norm() < 1e-5 * noisy
+
+
+@pytest.mark.parametrize("common", [False, True])
 @pytest.mark.parametrize("batch", [1, 5, 100])
-def test_micro_batches_change_nothing(batch, pipeline):
-    options = {"sizes": [[16, 16], [16, 32]], "prompts_per_rollout": 5}
+def test_micro_batches_change_nothing(batch, common, pipeline):
+    options = {"sizes": [[16, 16], [16, 32]], "prompts_per_rollout": 5, "common_noise": common}
     whole, other = (behind(method(pipeline, batch=n, **options)) for n in (3, batch))
     assert len(step(whole)) != len(step(other))
     assert close(learned(other, step(other))[0], learned(whole, step(whole))[0])

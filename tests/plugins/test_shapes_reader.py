@@ -307,7 +307,17 @@ def test_pictures_and_prompts_must_be_equally_many():
         ShapesReward(ShapesReward.Config()).score(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [])
 
 
-@pytest.mark.parametrize("wrong", [{"prompts": 0}, {"seed": -1}, {"split": "test"}])
+def test_other_kinds_of_scene_can_be_asked_for_and_then_are_the_overall_figure():
+    benchmark = ShapesBenchmark(ShapesBenchmark.Config(prompts=8, tasks=("groups", "coloured position")))
+    prompts = benchmark.prompts()
+    assert [p.task for p in prompts] == ["groups", "coloured position"] * 4
+    assert benchmark.headline == ("groups", "coloured position")
+    scenes = [sample(np.random.default_rng([0, p.id]), "heldout", p.task) for p in prompts]
+    images = torch.stack([torch.from_numpy(render(s, 128, 128)).permute(2, 0, 1) for s in scenes])
+    assert [s.value for s in benchmark.score(images, prompts)] == [1.0] * 8
+
+
+@pytest.mark.parametrize("wrong", [{"prompts": 0}, {"seed": -1}, {"split": "test"}, {"tasks": ()}, {"tasks": ("six",)}])
 def test_a_wrong_benchmark_config_is_refused(wrong):
     with pytest.raises(ConfigError):
         ShapesBenchmark.Config(**wrong)
