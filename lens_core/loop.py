@@ -16,6 +16,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from lens_core import adapters, checkpoint
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Training, build, structure, unstructure
 from lens_core.pipeline import LensPipeline
-from lens_core.types import CheckpointError, ConfigError, LensError, Loss, NumericalError
+from lens_core.types import CheckpointError, ConfigError, LensError, Loss, NumericalError, Place
 
 PREFIXES = {"backbone": "transformer", "text_encoder": "text_encoder", "vae": "vae"}
 """What diffusers calls the parts of a pipeline, in the names of an adapter's tensors."""
@@ -92,7 +93,7 @@ class Run:
         if recipe.dataset is not None:
             _, dataset, config = build(catalog, "dataset", recipe.dataset, "$.dataset")
             self.datasets = [dataset(config) for _ in self.ranks.mine]
-        elif self.ranks.parts > 1:
+        elif self.ranks.parts > 1 and not getattr(self.method, "divides", False):
             raise ConfigError(f"{recipe.method.use} reads no dataset, so it cannot be divided; run it as one process")
         self.nets: dict[str, nn.Module] = dict(self.method.roles())
         for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.backbone, *self.nets.values()):
@@ -186,7 +187,11 @@ class Run:
         """The method's steps for each part of a batch. Their generators are in one state, for what all must share."""
         found = []
         for number, part in enumerate(self.ranks.mine):
-            batches = self.datasets[number].batches(part, self.ranks.parts) if self.datasets else iter(())
+            batches: Iterator[Any] = iter(())
+            if getattr(self.method, "divides", False):
+                batches = repeat(Place(part, self.ranks.parts))
+            elif self.datasets:
+                batches = self.datasets[number].batches(part, self.ranks.parts)
             rng = self.rng if number == 0 else torch.Generator().manual_seed(self.recipe.seed)
             rng.set_state(self.rng.get_state())
             found.append(self.method.steps(batches, self.nets, rng))
@@ -216,6 +221,7 @@ class Run:
         net.train()
         optimizer.zero_grad(set_to_none=True)
         told: dict[str, float] = {}
+        weights: dict[str, float] = {}  # of those that told it: not every part of a batch tells everything
         for part, micro in zip(self.ranks.mine, parts, strict=True):
             seed = seed_of(self.recipe.seed, self.step, turn, part)
             torch.manual_seed(seed)  # dropout draws there
@@ -227,8 +233,10 @@ class Run:
                 (loss.total * share).backward()
                 for name, value in {"loss": loss.total, **loss.parts}.items():
                     told[name] = told.get(name, 0.0) + float(value.detach()) * share
+                    weights[name] = weights.get(name, 0.0) + share
         self.ranks.add(self.learning[role])
-        told = self.ranks.total(told)
+        weights = self.ranks.total(weights)
+        told = {name: value / weights[name] for name, value in self.ranks.total(told).items()}
         norm = torch.nn.utils.clip_grad_norm_(self.learning[role], config.clip or math.inf)
         if math.isfinite(told["loss"]) and bool(torch.isfinite(norm)):
             optimizer.step()
@@ -445,13 +453,13 @@ class Ranks:
             p.grad = piece.view_as(p)
 
     def total(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sums over the processes, which must name the same things."""
+        """Sums over those processes that name a thing."""
         if self.world == 1:
             return dict(values)
-        names = sorted(values)
-        sums = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device)
-        dist.all_reduce(sums)
-        return dict(zip(names, sums.tolist(), strict=True))
+        everyone: list[Mapping[str, float]] = [{}] * self.world
+        dist.all_gather_object(everyone, dict(values))
+        names = sorted({name for told in everyone for name in told})
+        return {name: math.fsum(told[name] for told in everyone if name in told) for name in names}
 
     def any(self, flag: bool) -> bool:
         """Whether it holds in any process."""

@@ -143,7 +143,11 @@ class Method(Protocol):
     def steps(
         self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
     ) -> Iterator[Sequence[Any]]:
-        """One item an optimizer step: its micro-batches. Pulls from `batches` lazily, never ahead."""
+        """One item an optimizer step: its micro-batches. Pulls from `batches` lazily, never ahead.
+
+        A method that reads no dataset may say `divides = True`. `batches` then yields `Place`s: which part of each step
+        this iterator is for. What no part may share, or change for another, is up to the method.
+        """
 
     def turns(self, step: int) -> Sequence[str]:
         """Who learns in this step, in order."""

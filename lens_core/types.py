@@ -133,6 +133,14 @@ class Batch:
 
 
 @frozen
+class Place:
+    """Which part of a training step, of how many: 0 of 1 where it is not divided."""
+
+    part: int = 0
+    parts: int = 1
+
+
+@frozen
 class Loss:
     """`total` is what is minimised (a scalar with a gradient); `parts` is what is logged (detached scalars)."""
 

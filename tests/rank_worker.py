@@ -4,19 +4,46 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lens_dmd2
 import lens_flow
+import lens_nft
 import lens_shapes
 import torch
 import toy
+from attrs import frozen
 
+from lens_core import hookimpl
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, structure
 from lens_core.loop import Run
+from lens_core.types import Prompt, Score
 
 torch.set_num_threads(1)
+
+
+class Redness:
+    """Reward: the share of red, of the brightest."""
+
+    @frozen
+    class Config:
+        pass
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def score(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> list[Score]:
+        return [Score("ok", float(image[0].float().mean()) / 255) for image in images]
+
+
+@hookimpl
+def lens_rewards() -> dict[str, type[Any]]:
+    return {"redness": Redness}
+
+
 SHAPES = {"use": "shapes", "sizes": [[64, 64], [64, 80]], "batch": 8, "dense": 0.0}
 PARTS = {"vae": "blocks", "text_encoder": "letters", "backbone": {"use": "mixer", "width": 8}, "sampler": "euler"}
 TRAIN = {"steps": 20, "lr": 2e-3, "ema": 0.9, "save_every": 10, "keep": 9, "log_every": 10, "parts": 2}
@@ -27,6 +54,20 @@ METHODS = {
         "dataset": SHAPES,
         "pipeline": {**PARTS, "guidance_scale": 3.0, "steps": 4},
     },
+    "rewarded": {
+        "method": {
+            "use": "diffusion_nft",
+            "prompts": {"use": "shapes", "split": "train", "prompts": 14},
+            "rewards": ["redness", {"use": "shapes", "partial": True, "weight": 0.5}],
+            "prompts_per_rollout": 4,
+            "pictures_per_prompt": 3,
+            "sizes": [[64, 64], [64, 80]],
+            "rollout_steps": 2,
+            "times": 2,
+            "batch": 4,
+            "kl": 0.1,
+        },
+    },
 }
 
 
@@ -36,7 +77,7 @@ def recipe(name: str, **train: int) -> Recipe:
 
 def run(name: str, out: Path, **train: int) -> None:
     said: list[str] = []
-    catalog = Catalog.of(toy, lens_flow, lens_shapes, lens_dmd2)
+    catalog = Catalog.of(toy, lens_flow, lens_shapes, lens_dmd2, lens_nft, sys.modules[__name__])
     going = Run(recipe(name, **train), catalog, out, say=said.append)
     report = going.train()
     rank = going.ranks.rank

@@ -15,7 +15,7 @@ from lens_core import adapters, flow
 from lens_core.catalog import Catalog
 from lens_core.config import Use, build, structure
 from lens_core.loop import seed_of
-from lens_core.types import Batch, ConfigError, LensError, Loss, Prompt, Text, did_you_mean
+from lens_core.types import ConfigError, LensError, Loss, Place, Prompt, Text, did_you_mean
 from lens_nft.objective import Advantages, advantages, optimality, reflected_loss, squared_distance
 from lens_nft.panel import Judge, Verdicts, judge, spent
 from lens_nft.rollout import Order, Picture, acting, alike, chosen, diversity, draw
@@ -58,8 +58,10 @@ class DiffusionNFT:
     backbone that follows it with a lag. Which prompts, their sizes, every noise and every time is a function of the
     run's seed, the rollout's number, the prompt's id and the picture's number, so nothing depends on micro-batches,
     and a resumed run needs two counters. The dataset is not read: a benchmark brings the prompts, whose facts rewards
-    may need.
+    may need. A step that is divided has its prompts shared out: a group stays whole, and each part judges its own.
     """
+
+    divides = True
 
     @frozen
     class Config:
@@ -151,9 +153,9 @@ class DiffusionNFT:
             )
         self.judges = _judges(config, parts)
         self.sizes = [pipeline.size(*size) for size in config.sizes] or [pipeline.size()]
-        self.rollout = 0  # its number, those that were thrown away included
+        self.rollout = 0  # its number
         self.update = 0  # optimizer steps made with this rollout
-        self.aborted = 0  # rollouts thrown away
+        self.aborted = 0  # rollouts thrown away and drawn again
 
     # Copies are made when first asked for, which is before the first step: by then the loop has put adapters in place.
 
@@ -172,15 +174,21 @@ class DiffusionNFT:
         return {"backbone": backbone}
 
     def steps(
-        self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
+        self, batches: Iterator[Any], nets: Mapping[str, nn.Module], rng: torch.Generator
     ) -> Iterator[Sequence[Lesson]]:
-        """A rollout, then its optimizer steps. `rng` gives the run's seed alone; `batches` stays where it is.
+        """A rollout, then its optimizer steps. `rng` gives the run's seed alone, `batches` the part of each rollout.
 
-        Raises LensError where a judge spoils rollout after rollout.
+        Raises LensError where a judge spoils rollout after rollout, ConfigError where prompts cannot be shared out.
         """
+        place = next(batches, Place())
+        if self.config.prompts_per_rollout % place.parts:
+            raise ConfigError(
+                f"diffusion_nft: {self.config.prompts_per_rollout} prompts have no equal shares for {place.parts} "
+                "parts; change prompts_per_rollout, or the number of processes"
+            )
         spoiled, _ = 0, (self.old, self.base)
         while True:
-            pictures = self._draw(rng.initial_seed())
+            pictures = self._draw(rng.initial_seed(), place, spoiled)
             verdicts = judge(self.judges, pictures)
             failed, groups = verdicts.failed(), [p.prompt.id for p in pictures]
             found = advantages(
@@ -193,7 +201,6 @@ class DiffusionNFT:
                 sum_first=self.config.combine == "sum_then_normalise",
             )
             if float(failed.double().mean()) > self.config.max_failed or not found.valid.any():
-                self.rollout, self.update = self.rollout + 1, 0
                 self.aborted, spoiled = self.aborted + 1, spoiled + 1
                 if spoiled >= PATIENCE:
                     raise LensError(_lament(verdicts, spoiled))
@@ -251,14 +258,17 @@ class DiffusionNFT:
             if net is not None and found:
                 net.load_state_dict(found, strict=len(found) == len(net.state_dict()))
 
-    def _draw(self, seed: int) -> list[Picture]:
+    def _draw(self, seed: int, place: Place, attempt: int) -> list[Picture]:
+        """The part of this rollout that falls to `place`; another `attempt` draws the same prompts from other seeds."""
         config, number = self.config, self.rollout
         orders = []
-        for index in chosen(len(self.prompts), config.prompts_per_rollout, number, seed):
+        for index in chosen(len(self.prompts), config.prompts_per_rollout, number, seed)[place.part :: place.parts]:
             prompt = self.prompts[index]
             size = self.sizes[seed_of(seed, number, prompt.id) % len(self.sizes)]
+            again = (attempt,) if attempt else ()
             orders += [
-                Order(prompt, seed_of(seed, number, prompt.id, k), size) for k in range(config.pictures_per_prompt)
+                Order(prompt, seed_of(seed, number, prompt.id, k, *again), size)
+                for k in range(config.pictures_per_prompt)
             ]
         actor = acting(self.pipeline, self.old)
         return draw(actor, orders, config.rollout_steps, config.rollout_guidance, config.batch)
@@ -314,7 +324,9 @@ class DiffusionNFT:
         shares = r.histc(len(BINS), 0, 1) / len(r)
         facts |= {f"r_in/{name}": float(share) for name, share in zip(BINS, shares, strict=True)}
         facts |= {"diversity": diversity(pictures), "aborted": float(self.aborted)}
-        facts["pictures"] = float((self.rollout + 1) * len(pictures))
+        facts["pictures"] = float(
+            (self.rollout + 1) * self.config.prompts_per_rollout * self.config.pictures_per_prompt
+        )
         return {k: torch.tensor(v) for k, v in facts.items()}
 
     @staticmethod

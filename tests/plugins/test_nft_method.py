@@ -27,7 +27,7 @@ from lens_core.config import Adapter, Parts, Recipe, Training, Use, build, read_
 from lens_core.loop import Run, seed_of
 from lens_core.pipeline import LensPipeline, to_images
 from lens_core.testing import check_method
-from lens_core.types import Batch, ConfigError, LensError, Prompt, Score
+from lens_core.types import ConfigError, LensError, Place, Prompt, Score
 
 
 class Colours:
@@ -461,14 +461,33 @@ def test_several_rewards_are_weighed(pipeline):
 
 
 def test_a_rollout_with_too_many_failures_is_thrown_away_and_counted(pipeline):
-    m = method(pipeline, rewards=glow(broken=[0, 1]), updates=2)
-    m.update = 1  # as after a stop inside the first, whose verdicts were still good
+    m = method(pipeline, rewards=glow(broken=[0, 1]))
     lessons = step(m)
-    assert (m.rollout, m.update, m.aborted) == (2, 0, 2)
+    assert (m.rollout, m.aborted) == (0, 2)
     assert float(lessons[0].facts["aborted"]) == 2 and float(lessons[0].facts["failed"]) == 0
-    fresh = method(pipeline, updates=2)
-    fresh.rollout = 2
-    assert pictures(step(fresh)).keys() == pictures(lessons).keys()
+    sound = step(method(pipeline))
+    asked, others = ({s.picture.prompt.id for x in found for s in x.samples} for found in (lessons, sound))
+    assert asked == others, "the same prompts"
+    assert pictures(lessons).keys().isdisjoint(pictures(sound)), "but new pictures"
+
+
+def test_a_step_in_parts_is_the_step_as_a_whole(pipeline):
+    options = {"prompts_per_rollout": 4, "kl": 0.5}
+    whole = behind(nudged(method(pipeline, **options)))
+    found, told = learned(whole, step(whole))
+    parts = [next(whole.steps(iter([Place(n, 2)]), whole.roles(), rng())) for n in range(2)]
+    seen = [{s.picture.prompt.id for x in part for s in x.samples} for part in parts]
+    assert len(seen[0]) == len(seen[1]) == 2 and not seen[0] & seen[1]
+    halves = [learned(whole, part) for part in parts]
+    assert close([(a + b) / 2 for a, b in zip(halves[0][0], halves[1][0], strict=True)], found)
+    for name in ("policy", "to_old", "to_base", "reward/glow", "pictures"):
+        assert (halves[0][1][name] + halves[1][1][name]) / 2 == pytest.approx(told[name], rel=1e-5)
+
+
+def test_prompts_that_cannot_be_shared_out_are_refused(pipeline):
+    m = method(pipeline, prompts_per_rollout=3)
+    with pytest.raises(ConfigError, match="3 prompts have no equal shares for 2 parts"):
+        next(m.steps(iter([Place(0, 2)]), m.roles(), rng()))
 
 
 @pytest.mark.parametrize(("allowed", "aborted"), [(0.24, True), (0.25, False)])
@@ -636,7 +655,7 @@ def test_the_method_keeps_its_contract(catalog):
         pipeline.catalog = catalog
         return method(pipeline, updates=2, old_rise=0.1)
 
-    check_method(made, [Batch(None, ("",))], steps=3)
+    check_method(made, [Place()], steps=3)
 
 
 def test_a_run_logs_what_there_is_to_watch(run, tmp_path):
