@@ -5,10 +5,11 @@ imports    fills the store from a folder, from WebDataset tars, from a Hugging F
 pictures   image files as upright RGB, resized and cropped to a size
 buckets    which training size a picture is for: a table of areas and aspect ratios
 dataset    dataset `store`: seeded, shuffled, resumable batches of one size
+packed     dataset `packed`: batches of mixed sizes, each of as much work as the others
 mix        dataset `mix`: several datasets in turn, by share
 caching    latents and text features, encoded once and kept beside the pictures
 packing    batches of mixed sizes that cost every rank the same, filled by a FLOP budget
-commands   what `lens data` can do: import, show, cache
+commands   what `lens data` can do: import, show, cache, plan
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from lens_core import hookimpl
 def lens_datasets() -> dict[str, type[Any]]:
     from lens_data.dataset import StoreDataset
     from lens_data.mix import Mix
+    from lens_data.packed import PackedDataset
 
-    return {"mix": Mix, "store": StoreDataset}
+    return {"mix": Mix, "packed": PackedDataset, "store": StoreDataset}
 
 
 @hookimpl
