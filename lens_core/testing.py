@@ -174,8 +174,8 @@ def check_backbone(backbone: Any, config: Any, *, channels: int, layers: int, wi
             several = Text(text.features[rows], torch.cat([mask, mask.new_zeros(1, 5)]))
             found = _twice(lambda: backbone.packed(xs, t[rows], several), f"{name}.packed")
             _hold(len(found) == 3, f"{name}.packed: {len(found)} velocities for 3 samples")
-            for i, own in enumerate(xs):
-                alone = backbone(own[None], t[rows][i : i + 1], several[i : i + 1])[0]
+            for i, one in enumerate(xs):
+                alone = backbone(one[None], t[rows][i : i + 1], several[i : i + 1])[0]
                 _near(found[i], alone, f"{name}.packed: a sample of a packed batch is not what it is alone")
         _survives(backbone, config, lambda b: b(x, t, text), name)
     backbone.train().requires_grad_(True)

@@ -29,9 +29,9 @@ METHODS = {
         "dataset": {
             "use": "packed",
             "store": os.environ.get("RANKS_STORE", ""),
-            "budget": 12.0,
+            "budget": 80.0,
             "table": [[[16, 16], [16, 24], [24, 16]], [[32, 32]]],
-        },  # fmt: skip
+        },
     },
     "two": {
         "method": {"use": "dmd2", "critic_steps": 2, "real": 0.3, "ida": 0.9},
