@@ -552,14 +552,16 @@ OWN = tuple(name for name in app if not name.startswith("-"))
 def mount(catalog: Catalog) -> None:
     """Make the plugins' commands part of `app`; what they run is imported when it is called."""
     for name, place in catalog.commands(taken=OWN).items():
-        if name not in app:
-            app.command(place, name=name)
+        group, _, last = name.rpartition(" ")  # "bench train" stands under a command that is here already
+        parent = app[group] if group in OWN else app
+        if last not in parent:
+            parent.command(place, name=last)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
-    if not words or words[0] not in OWN:  # a plugin's command, or help, which lists them
+    if not words or words[0] not in OWN or words[0] == "bench":  # a plugin's command, or help, which lists them
         mount(Catalog.installed())
     warnings.showwarning = lambda message, *_: print(f"lens: {message}", file=sys.stderr)
     try:

@@ -60,7 +60,11 @@ class TextEncoder(Weighty, Protocol):
 
 @runtime_checkable
 class Backbone(Weighty, Protocol):
-    """An `nn.Module` that predicts the velocity. float16 may be refused through `refuses(dtype) -> str | None`."""
+    """An `nn.Module` that predicts the velocity. float16 may be refused through `refuses(dtype) -> str | None`.
+
+    One that can take samples of different sizes in one pass has `packed(xs, t, text)` too: xs [C,h,w] each, t [B] and
+    text as in `forward` -> v for each, of its own size and independent of the others. Packed training needs it.
+    """
 
     def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
         """x [B,C,h,w], t float32 [B] in [0, 1], text -> v [B,C,h,w] = noise - data."""

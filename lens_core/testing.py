@@ -144,7 +144,8 @@ def check_text_encoder(encoder: Any, config: Any, prompts: Sequence[str] = PROMP
 
 
 def check_backbone(backbone: Any, config: Any, *, channels: int, layers: int, width: int) -> None:
-    """Shapes, T = 0, masked tokens that do not count, rows that do not depend on their batch, gradients, the disk.
+    """Shapes, T = 0, masked tokens that do not count, rows that do not depend on their batch, gradients, the disk; and
+    packed batches where it has `packed`.
 
     `channels` is C of the VAE it is made for; `layers` and `width` are L and D of the text encoder.
     """
@@ -167,6 +168,15 @@ def check_backbone(backbone: Any, config: Any, *, channels: int, layers: int, wi
         _shaped(none, x.shape, f"{name}: v without text (T = 0)")
         hidden = backbone(x, t, Text(text.features, torch.zeros_like(mask)))
         _near(hidden, none, f"{name}: a text that is all masked is not the empty text (T = 0)")
+        if hasattr(backbone, "packed"):
+            xs = [x[0], x[1, :, :3], x[0, :, :, :5]]
+            rows = [0, 1, 1]
+            several = Text(text.features[rows], torch.cat([mask, mask.new_zeros(1, 5)]))
+            found = _twice(lambda: backbone.packed(xs, t[rows], several), f"{name}.packed")
+            _hold(len(found) == 3, f"{name}.packed: {len(found)} velocities for 3 samples")
+            for i, one in enumerate(xs):
+                alone = backbone(one[None], t[rows][i : i + 1], several[i : i + 1])[0]
+                _near(found[i], alone, f"{name}.packed: a sample of a packed batch is not what it is alone")
         _survives(backbone, config, lambda b: b(x, t, text), name)
     backbone.train().requires_grad_(True)
     backbone(x, t, text).square().sum().backward()
@@ -225,7 +235,7 @@ def check_reward(reward: Any, prompts: Sequence[Prompt], images: Tensor | None =
 
 
 def check_dataset(make: Callable[[], Any], before: int = 2, after: int = 3) -> None:
-    """Batches of one size, as many captions as pictures, and a state that JSON keeps and that goes on exactly.
+    """Batches of one size or packed, as many captions as pictures, and a state that JSON keeps and goes on exactly.
 
     The state is taken after `before` batches of what `make` builds; what it builds anew goes on for `after` more.
     """
@@ -234,7 +244,11 @@ def check_dataset(make: Callable[[], Any], before: int = 2, after: int = 3) -> N
     stream = dataset.batches(0, 1)
     for batch in itertools.islice(stream, before):
         _hold(len(batch) > 0, f"{name}: a batch is empty")
-        if batch.images is not None:
+        if isinstance(images := batch.images, tuple):
+            _hold(len(images) == len(batch), f"{name}: {len(images)} images for {len(batch)} captions")
+            for image in images:
+                _shaped(image, [3, *image.shape[1:]], f"{name}: an image", torch.uint8)
+        elif batch.images is not None:
             _shaped(batch.images, [len(batch), 3, *batch.images.shape[2:]], f"{name}: images", torch.uint8)
         _hold(len(batch.keys) in (0, len(batch)), f"{name}: {len(batch.keys)} keys for {len(batch)} samples")
     fresh.load_state_dict(_json(dataset.state_dict(), name))

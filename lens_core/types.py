@@ -116,20 +116,28 @@ class Text:
 
 @frozen
 class Batch:
-    """Training samples of one size. `images` uint8 [B,3,H,W] (None where only captions count); `captions` one each.
+    """Training samples. `images` uint8 [B,3,H,W] (None where only captions count); `captions` one each.
 
     `keys` name the samples for caches: equal keys mean equal images. An empty tuple forbids caching. A dataset that
-    has them encoded gives `latents` [B,C,h,w] and `text` instead, and methods encode nothing.
+    has them encoded gives `latents` [B,C,h,w] and `text` instead, and methods encode nothing. In a packed batch, of
+    mixed sizes, `images` or `latents` is a tuple with one [3,H,W] or [C,h,w] for each sample.
     """
 
-    images: Tensor | None
+    images: Tensor | tuple[Tensor, ...] | None
     captions: tuple[str, ...]
     keys: tuple[int, ...] = ()
-    latents: Tensor | None = None
+    latents: Tensor | tuple[Tensor, ...] | None = None
     text: Text | None = None
+    weight: float = 1.0  # of its mean loss, where ranks have unequal numbers of samples: this number over the mean one
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def even(self) -> Tensor | None:
+        """`images`, for methods that need them of one size. Raises LensError for a packed batch."""
+        if isinstance(self.images, tuple):
+            raise LensError("this method cannot train on packed batches; use a dataset with batches of one size")
+        return self.images
 
 
 @frozen

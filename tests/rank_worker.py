@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lens_data
 import lens_dmd2
 import lens_flow
 import lens_nft
@@ -49,6 +51,15 @@ PARTS = {"vae": "blocks", "text_encoder": "letters", "backbone": {"use": "mixer"
 TRAIN = {"steps": 20, "lr": 2e-3, "ema": 0.9, "save_every": 10, "keep": 9, "log_every": 10, "parts": 2}
 METHODS = {
     "one": {"method": "flow_matching", "dataset": SHAPES},
+    "packed": {
+        "method": "flow_matching",
+        "dataset": {
+            "use": "packed",
+            "store": os.environ.get("RANKS_STORE", ""),
+            "budget": 80.0,
+            "table": [[[16, 16], [16, 24], [24, 16]], [[32, 32]]],
+        },
+    },
     "two": {
         "method": {"use": "dmd2", "critic_steps": 2, "real": 0.3, "ida": 0.9},
         "dataset": SHAPES,
@@ -77,7 +88,7 @@ def recipe(name: str, **train: int) -> Recipe:
 
 def run(name: str, out: Path, **train: int) -> None:
     said: list[str] = []
-    catalog = Catalog.of(toy, lens_flow, lens_shapes, lens_dmd2, lens_nft, sys.modules[__name__])
+    catalog = Catalog.of(toy, lens_data, lens_flow, lens_shapes, lens_dmd2, lens_nft, sys.modules[__name__])
     going = Run(recipe(name, **train), catalog, out, say=said.append)
     report = going.train()
     rank = going.ranks.rank

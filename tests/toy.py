@@ -100,6 +100,9 @@ class Mixer(Weights):
         v: Tensor = self.outer(torch.tanh(self.inner(cells) + self.words(words)[:, None, None])).movedim(-1, 1)
         return v
 
+    def packed(self, xs: Sequence[Tensor], t: Tensor, text: Text) -> list[Tensor]:
+        return [self(x[None], t[i : i + 1], text[i : i + 1])[0] for i, x in enumerate(xs)]
+
 
 class Even:
     """Euler steps of equal length."""

@@ -5,10 +5,12 @@ imports    fills the store from a folder, from WebDataset tars, from a Hugging F
 pictures   image files as upright RGB, resized and cropped to a size
 buckets    which training size a picture is for: a table of areas and aspect ratios
 dataset    dataset `store`: seeded, shuffled, resumable batches of one size
+packed     dataset `packed`: batches of mixed sizes, each of as much work as the others
 mix        dataset `mix`: several datasets in turn, by share
 caching    latents and text features, encoded once and kept beside the pictures
 packing    batches of mixed sizes that cost every rank the same, filled by a FLOP budget
-commands   what `lens data` can do: import, show, cache
+timing     `lens bench train`: what a training step costs, by part, packed and bucketed
+commands   what `lens data` can do: import, show, cache, plan
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from lens_core import hookimpl
 def lens_datasets() -> dict[str, type[Any]]:
     from lens_data.dataset import StoreDataset
     from lens_data.mix import Mix
+    from lens_data.packed import PackedDataset
 
-    return {"mix": Mix, "store": StoreDataset}
+    return {"mix": Mix, "packed": PackedDataset, "store": StoreDataset}
 
 
 @hookimpl
 def lens_commands() -> dict[str, str]:
-    return {"data": "lens_data.commands:app"}
+    return {"bench train": "lens_data.timing:train", "data": "lens_data.commands:app"}

@@ -86,19 +86,57 @@ def cache(recipe: Path, *, rank: int = 0, world: int = 1) -> int:
     catalog = Catalog.installed()
     plan = read_recipe(recipe, catalog)
     _, cls, config = build(catalog, "dataset", plan.dataset, "$.dataset")
-    if cls is not StoreDataset:
+    if not issubclass(cls, StoreDataset):
         raise ConfigError(f"{recipe}: its dataset is {plan.dataset.use!r}, which has no cache; use `store`")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(plan.seed)  # as a run does, for encoders that nobody has trained
     pipeline = LensPipeline.from_parts(plan.pipeline, catalog).to(device)
     # As the training loop encodes: in the recipe's precision.
     with torch.autocast(device, torch.bfloat16, enabled=plan.train.precision == "bf16"):
-        fill_cache(config, pipeline, rank, world)
+        fill_cache(config, pipeline, rank, world, kind=cls)
     return 0
 
 
-app = App(name="data", help="The training store: fill it, look at it, encode it once.")
-for _name, _command in (("import", import_), ("show", show), ("cache", cache)):
+def plan(recipe: Path | None = None, *, ranks: int = 64, pictures: float = 8.0, count: int = 10_000) -> int:
+    """Tell how evenly a packed training would use its ranks, beside other ways to share the same samples.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file whose dataset is `packed`; its pictures, captions and budget count. Without one: a uniform mixture
+        of the 27 sizes with captions of about 109 words.
+    ranks
+        How many are simulated.
+    pictures
+        Without a recipe: the budget of a rank, in pictures of 1024x1024.
+    count
+        How many samples are looked at.
+    """
+    from functools import partial
+
+    from lens_data.packing import balanced, flops, mixture
+
+    if recipe is None:
+        lengths = np.array(mixture(count, [size for group in LENS for size in group]), np.float64)
+        work, budget = flops, pictures * float(flops(np.array([4096.0]))[0])
+    else:
+        from lens_core.catalog import Catalog
+        from lens_core.config import build, read_recipe
+        from lens_data.packed import PackedDataset
+
+        catalog = Catalog.installed()
+        read = read_recipe(recipe, catalog)
+        if read.dataset is None or build(catalog, "dataset", read.dataset, "$.dataset")[1] is not PackedDataset:
+            raise ConfigError(f"{recipe}: its dataset is not `packed`, so there is nothing to plan; use `packed`")
+        dataset = PackedDataset(build(catalog, "dataset", read.dataset, "$.dataset")[2])
+        lengths, work = dataset.tokens(count), partial(flops, width=dataset.config.width)
+        budget = dataset.config.budget / ranks * float(work(np.array([dataset.largest]))[0])
+    print(balanced(lengths.tolist(), budget, ranks, work))
+    return 0
+
+
+app = App(name="data", help="The training store: fill it, look at it, encode it once, plan.")
+for _name, _command in (("import", import_), ("show", show), ("cache", cache), ("plan", plan)):
     app.command(_command, name=_name)
 
 

@@ -1,4 +1,5 @@
 """The dataset `store`: batches of one size from a training store. Batch n is a pure function of (store, config, n).
+`packed` (packed.py) reads the same pictures in another order.
 
 Each bucket is an endless stream: its pictures in a new order in every pass, pass after pass, cut into global batches.
 No picture is dropped at the end of a pass, so a bucket with few pictures has its turn too, only more seldom.
@@ -10,7 +11,7 @@ import hashlib
 import re
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -36,12 +37,52 @@ _TRIES = 9  # pictures tried for one place of a batch before the store is given 
 
 @frozen
 class Plan:
-    """What a global batch will hold: pictures (indices into the sorted ids), and who tells its dense caption."""
+    """What a global batch will hold: pictures (indices into the sorted ids), the bucket of each, and who tells its
+    dense caption. Once it is handed out, the dataset's state is `after`."""
 
     number: int
-    bucket: int
+    buckets: NDArray[np.int64]
     members: NDArray[np.int64]
     dense: NDArray[np.bool_]
+    after: Mapping[str, int]
+    costs: NDArray[np.float64] | None = None  # of each sample, where ranks share by work
+
+
+@frozen
+class Settings:
+    """What every dataset over a store can be told."""
+
+    store: str  # folder or URI of the training store
+    table: Table = LENS  # groups of (height, width) px, a group for each area
+    every_area: bool = False  # show a picture at each area that it fills; False: at the largest only
+    enlarge: float = 1.0  # factor by which a picture may be enlarged to fill a size
+    cut: float = 0.5  # share of a picture that the crop may cut off
+    dense: float = 1.0  # share of samples with the dense caption; the others have the brief one
+    seed: int = 0
+    cache: str = ""  # name of a cache that `lens data cache` filled: latents and text features are read instead
+    threads: int = 4  # batches that are read ahead, each in a thread of its own
+
+    def __attrs_post_init__(self) -> None:
+        if problems := self.problems():
+            raise ConfigError(problems)
+
+    def problems(self) -> list[str]:
+        found = []
+        sides = [side for group in self.table for size in group for side in size]
+        if not sides or not all(self.table) or min(sides) < 1:
+            found.append(f"table must hold groups of sizes in px, not {self.table}; [[[512, 512]]], say")
+        elif len({size for group in self.table for size in group}) < len(sides) // 2:
+            found.append("table names a size twice; remove one")
+        if self.seed < 0 or self.threads < 1:
+            found.append(f"threads must be at least 1 and seed at least 0, not {self.threads} and {self.seed}")
+        if not (0 <= self.dense <= 1 and 0 <= self.cut < 1 and self.enlarge > 0):
+            found.append(
+                f"dense must be in [0, 1], cut in [0, 1) and enlarge above 0, "
+                f"not {self.dense}, {self.cut} and {self.enlarge}; mend the recipe"
+            )
+        if not re.fullmatch(r"[\w.-]*", self.cache):
+            found.append(f"cache is a name of letters, digits, _ . and -, not {self.cache!r}")
+        return found
 
 
 class StoreDataset:
@@ -51,44 +92,17 @@ class StoreDataset:
     """
 
     @frozen
-    class Config:
-        store: str  # folder or URI of the training store
+    class Config(Settings):
         batch: int = 64  # samples a step, all ranks together
-        table: Table = LENS  # groups of (height, width) px, a group for each area
-        every_area: bool = False  # show a picture at each area that it fills; False: at the largest only
-        enlarge: float = 1.0  # factor by which a picture may be enlarged to fill a size
-        cut: float = 0.5  # share of a picture that the crop may cut off
-        dense: float = 1.0  # share of samples with the dense caption; the others have the brief one
-        seed: int = 0
-        cache: str = ""  # name of a cache that `lens data cache` filled: latents and text features are read instead
-        threads: int = 4  # batches that are read ahead, each in a thread of its own
 
-        def __attrs_post_init__(self) -> None:
-            problems = []
-            sides = [side for group in self.table for size in group for side in size]
-            if not sides or not all(self.table) or min(sides) < 1:
-                problems.append(f"table must hold groups of sizes in px, not {self.table}; [[[512, 512]]], say")
-            elif len({size for group in self.table for size in group}) < len(sides) // 2:
-                problems.append("table names a size twice; remove one")
-            if self.batch < 1 or self.seed < 0 or self.threads < 1:
-                problems.append(
-                    f"batch and threads must be at least 1 and seed at least 0, "
-                    f"not {self.batch}, {self.threads} and {self.seed}; mend the recipe"
-                )
-            if not (0 <= self.dense <= 1 and 0 <= self.cut < 1 and self.enlarge > 0):
-                problems.append(
-                    f"dense must be in [0, 1], cut in [0, 1) and enlarge above 0, "
-                    f"not {self.dense}, {self.cut} and {self.enlarge}; mend the recipe"
-                )
-            if not re.fullmatch(r"[\w.-]*", self.cache):
-                problems.append(f"cache is a name of letters, digits, _ . and -, not {self.cache!r}")
-            if problems:
-                raise ConfigError(problems)
+        def problems(self) -> list[str]:
+            found = super().problems()
+            return [*found, f"batch must be at least 1, not {self.batch}"] if self.batch < 1 else found
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Any) -> None:
         self.config = config
         self.corrupt: dict[str, str] = {}
-        self._handed = 0
+        self._done = {"batch": 0}
         self.store = Store(config.store)
         self._cache = Cache(self.store, config.cache) if config.cache else None
         self._read()
@@ -121,11 +135,12 @@ class StoreDataset:
     def _tell_what_is_left_out(self) -> None:
         config, sizes = self.config, self._buckets.sizes
         fitting = len(self._rows) - sum(self._buckets.left_out.values())
-        if fitting < config.batch:
+        least = self._least()
+        if fitting < least:
             why = "".join(f"; {n} are {reason}" for reason, n in self._buckets.left_out.items())
             raise ConfigError(
                 f"{config.store}: {fitting} of {len(self._rows)} pictures fit the table, too few for a batch of "
-                f"{config.batch}{why}; lower batch, or change table, enlarge or cut"
+                f"{least}{why}; lower batch, or change table, enlarge or cut"
             )
         if self._buckets.left_out:
             why = " and ".join(f"{n} {reason}" for reason, n in self._buckets.left_out.items())
@@ -138,34 +153,28 @@ class StoreDataset:
             )
 
     def batches(self, rank: int, world: int) -> Iterator[Batch]:
-        """Endless. Every rank sees the same size and its own slice of the same global batch."""
-        config = self.config
-        if config.batch % world:
-            raise ConfigError(
-                f"a batch of {config.batch} has no equal shares for {world} ranks; use a multiple of {world}"
-            )
-        share = config.batch // world
-        mine = slice(rank * share, (rank + 1) * share)
-        ahead: deque[Future[tuple[Batch, dict[str, str]]]] = deque()
-        pool = ThreadPoolExecutor(config.threads, "store")
+        """Endless. Every rank sees its own share of the same global batch."""
+        plans = self._plans(world)
+        ahead: deque[tuple[Plan, Future[tuple[Batch, dict[str, str]]]]] = deque()
+        pool = ThreadPoolExecutor(self.config.threads, "store")
         try:
-            number = self._handed
             while True:
-                while len(ahead) < config.threads:
-                    ahead.append(pool.submit(self._batch, self._plan(number), mine))
-                    number += 1
-                batch, corrupt = ahead.popleft().result()
+                while len(ahead) < self.config.threads:
+                    plan = next(plans)
+                    ahead.append((plan, pool.submit(self._batch, plan, rank, world)))
+                plan, reading = ahead.popleft()
+                batch, corrupt = reading.result()
                 for key, why in corrupt.items():
                     if key not in self.corrupt:
                         self.corrupt[key] = why
-                        warnings.warn(f"{config.store}: picture {key} is corrupt ({why}); replaced", stacklevel=2)
-                self._handed += 1
+                        warnings.warn(f"{self.config.store}: picture {key} is corrupt ({why}); replaced", stacklevel=2)
+                self._done = dict(plan.after)
                 yield batch
         finally:
             pool.shutdown(cancel_futures=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batch": self._handed, "version": self.store.version, "pictures": self._fingerprint}
+        return {**self._done, "version": self.store.version, "pictures": self._fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the batches of `state`, with the pictures that the store had then."""
@@ -176,12 +185,27 @@ class StoreDataset:
                 f"{self.config.store}: holds other pictures than when the run stopped (at version {state['version']}); "
                 "bring that store back, or begin a new run"
             )
-        self._handed = int(state["batch"])
+        self._done = {name: int(state[name]) for name in self._done}
 
     # ---- which pictures: the schedule -----------------------------------------------------------------------------
 
     def _rng(self, stream: int, *place: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, stream, *place])
+
+    def _least(self) -> int:
+        """Pictures that a batch takes."""
+        return int(self.config.batch)
+
+    def _plans(self, world: int) -> Iterator[Plan]:
+        """The global batches from here on. Raises ConfigError where so many ranks cannot share them."""
+        if self.config.batch % world:
+            raise ConfigError(
+                f"a batch of {self.config.batch} has no equal shares for {world} ranks; use a multiple of {world}"
+            )
+        number = self._done["batch"]
+        while True:
+            yield self._plan(number)
+            number += 1
 
     def _plan(self, number: int) -> Plan:
         epoch, slot = self._place(number)
@@ -190,7 +214,12 @@ class StoreDataset:
         stream = np.arange(turn * batch, (turn + 1) * batch)
         members = np.array([self._order(bucket, p // count)[p % count] for p in stream.tolist()])
         dense = self._rng(_CAPTION, number).random(batch) < self.config.dense
-        return Plan(number, bucket, members, dense)
+        return Plan(number, np.full(batch, bucket), members, dense, {"batch": number + 1})
+
+    def _places(self, plan: Plan, rank: int, world: int) -> Sequence[int]:
+        """Which samples of the plan are this rank's."""
+        share = len(plan.members) // world
+        return range(rank * share, (rank + 1) * share)
 
     def _place(self, number: int) -> tuple[int, int]:
         """The epoch of global batch `number`, and its place therein. Epochs differ by a few batches in length."""
@@ -227,24 +256,32 @@ class StoreDataset:
 
     # ---- the pictures themselves: in threads ----------------------------------------------------------------------
 
-    def _batch(self, plan: Plan, mine: slice) -> tuple[Batch, dict[str, str]]:
+    def _batch(self, plan: Plan, rank: int, world: int) -> tuple[Batch, dict[str, str]]:
         """This rank's share of the plan, and which pictures were corrupt, with the reason."""
-        size = self._buckets.sizes[plan.bucket]
+        mine = self._places(plan, rank, world)
         rows = self._rows_of(plan.members[mine].tolist())
-        loaded = self._load(rows.values(), size)
+        loaded = {
+            bucket: self._load(
+                [rows[int(plan.members[p])] for p in mine if plan.buckets[p] == bucket], self._buckets.sizes[bucket]
+            )
+            for bucket in sorted(set(plan.buckets[mine].tolist()))
+        }
         images, captions, keys, corrupt = [], [], [], dict[str, str]()
-        for place in range(mine.start, mine.stop):
-            row, image = self._sample(plan, place, size, rows[int(plan.members[place])], loaded, corrupt)
+        for place in mine:
+            row, image = self._sample(
+                plan, place, rows[int(plan.members[place])], loaded[int(plan.buckets[place])], corrupt
+            )
             images.append(image)
             captions.append(_caption(row, bool(plan.dense[place])))
             keys.append(int(row["id"][:15], 16))
-        stacked = torch.stack(images)
+        pictures = torch.stack(images) if plan.costs is None else tuple(images)
+        weight = len(mine) * world / len(plan.members)
         if self._cache is None:
-            return Batch(stacked, tuple(captions), tuple(keys)), corrupt
+            return Batch(pictures, tuple(captions), tuple(keys), weight=weight), corrupt
         texts = self._cache.get(map(text_key, captions))
         told = [texts[text_key(caption)] for caption in captions]
         text = Text.cat([Text(t["features"][None], t["mask"][None]) for t in told])
-        return Batch(None, tuple(captions), tuple(keys), stacked, text), corrupt
+        return Batch(None, tuple(captions), tuple(keys), pictures, text, weight), corrupt
 
     def _rows_of(self, members: list[int]) -> dict[int, dict[str, Any]]:
         names = ("id", "brief", "dense") if self._cache else ("id", "brief", "dense", "image")
@@ -270,13 +307,13 @@ class StoreDataset:
         self,
         plan: Plan,
         place: int,
-        size: Size,
         row: dict[str, Any],
         loaded: Mapping[str, Tensor | str],
         corrupt: dict[str, str],
     ) -> tuple[dict[str, Any], Tensor]:
         """The picture at a place of the global batch; if it is corrupt, one that this place alone determines."""
-        members = self._buckets.members[plan.bucket]
+        bucket = int(plan.buckets[place])
+        members, size = self._buckets.members[bucket], self._buckets.sizes[bucket]
         draw = self._rng(_SUBSTITUTE, plan.number, place)
         for _ in range(_TRIES):
             got = loaded[row["id"]]
@@ -293,11 +330,12 @@ class StoreDataset:
 
 
 def fill_cache(
-    config: StoreDataset.Config,
+    config: Settings,
     pipeline: LensPipeline,
     rank: int = 0,
     world: int = 1,
     say: Callable[[str], None] = print,
+    kind: type[StoreDataset] = StoreDataset,
 ) -> None:
     """Encode what the cache `config.cache` lacks for training with this config; see `caching.fill`."""
     if not config.cache:
@@ -307,7 +345,7 @@ def fill_cache(
             raise ConfigError("a cache needs a vae and a text_encoder; name them, or a start, in the recipe's pipeline")
         if isinstance(part, nn.Module):
             part.eval()  # as the training loop has it
-    dataset = StoreDataset(evolve(config, cache=""))
+    dataset = kind(evolve(config, cache=""))
     cache = Cache(dataset.store, config.cache, encoders(pipeline))
     fill(dataset.store, cache, pipeline, *dataset.encodings(), rank=rank, world=world, say=say)
 

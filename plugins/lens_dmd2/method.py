@@ -155,10 +155,10 @@ class DMD2:
         """One encoded batch a step. Where it has no pictures, `rng` picks one of the sizes; a GAN needs pictures."""
         cell = self.pipeline.vae.downscale
         for batch in batches:
-            z = None
-            if batch.images is not None:
-                height, width = batch.images.shape[-2:]
-                z = self._encode(batch.images) if self.config.gan or self.config.real else None
+            z, images = None, batch.even()
+            if images is not None:
+                height, width = images.shape[-2:]
+                z = self._encode(images) if self.config.gan or self.config.real else None
             elif self.config.gan or self.config.real:
                 raise LensError("dmd2: the dataset yields captions only; gan and real need one that yields pictures")
             else:

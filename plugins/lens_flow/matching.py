@@ -22,10 +22,11 @@ CACHE = 2 * 1024**3  # bytes that each of the two caches may hold; the oldest en
 
 @frozen
 class Sample:
-    """A micro-batch: clean latents `z` [B,C,h,w] and the captions' text."""
+    """A micro-batch: clean latents `z` [B,C,h,w], or one [C,h,w] each where it is packed, and the captions' text."""
 
-    z: Tensor
+    z: Tensor | tuple[Tensor, ...]
     text: Text
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.z)
@@ -33,6 +34,9 @@ class Sample:
 
 class FlowMatching(BaseMethod):
     """Mean squared error between the backbone's velocity at x_t and noise - data, for t logit-normal.
+
+    The mean over the samples of each sample's mean: in a packed batch, a large picture counts as much as a small one,
+    as it does in batches of one size.
 
     The mean of logit(t) is linear in the latent cells of the picture: larger pictures need more noise.
     """
@@ -79,38 +83,74 @@ class FlowMatching(BaseMethod):
     ) -> Iterator[Sequence[Sample]]:
         """One encoded batch a step. Raises LensError where a batch has no pictures."""
         for batch in batches:
-            yield (Sample(self._encode_images(batch), self._encode_captions(batch)),)
+            yield (Sample(self._encode_images(batch), self._encode_captions(batch), batch.weight),)
 
     def turns(self, step: int) -> Sequence[str]:
         return ("backbone",)
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
-        """`rng` gives, in this order: t, the noise, and whose caption is dropped."""
+        """`rng` gives, in this order: t, the noise, sample by sample where sizes differ, and whose caption is dropped.
+        Raises ConfigError for a packed batch where the backbone cannot take one."""
+        if isinstance(batch.z, tuple):
+            return self._packed_loss(nets[role], batch.z, batch, rng)
         z = batch.z.float()
         normal = torch.randn(len(z), generator=rng)
         noise = torch.randn(z.shape, generator=rng).to(z.device)
         dropped = torch.rand(len(z), generator=rng) < self.config.caption_dropout
         t = (self.config.std * normal + self.config.logit_mean(z.shape[2] * z.shape[3])).sigmoid().to(z.device)
         v = nets[role](flow.mix(z, noise, t), t, _drop(batch.text.to(z.device), dropped))
-        total = (v.float() - flow.velocity(z, noise)).square().mean()
+        total = (v.float() - flow.velocity(z, noise)).square().mean() * batch.weight
+        return Loss(total, {"loss": total.detach()})
+
+    def _packed_loss(self, net: Any, latents: Sequence[Tensor], batch: Sample, rng: torch.Generator) -> Loss:
+        if not hasattr(net, "packed"):
+            raise ConfigError(
+                f"flow_matching: {type(net).__name__} cannot take samples of different sizes in one pass; use a "
+                "dataset with batches of one size, `store` for instance"
+            )
+        device = latents[0].device
+        zs = [z.float() for z in latents]
+        normal = torch.randn(len(zs), generator=rng)
+        noise = [torch.randn(z.shape, generator=rng).to(device) for z in zs]
+        dropped = torch.rand(len(zs), generator=rng) < self.config.caption_dropout
+        means = torch.tensor([self.config.logit_mean(z[0].numel()) for z in zs])
+        t = (self.config.std * normal + means).sigmoid().to(device)
+        xs = [flow.mix(z[None], e[None], t[i : i + 1])[0] for i, (z, e) in enumerate(zip(zs, noise, strict=True))]
+        vs = net.packed(xs, t, _drop(batch.text.to(device), dropped))
+        errors = [(v.float() - flow.velocity(z, e)).square().mean() for v, z, e in zip(vs, zs, noise, strict=True)]
+        total = torch.stack(errors).mean() * batch.weight
         return Loss(total, {"loss": total.detach()})
 
     # What is cached is encoded alone: it must not depend on its neighbours, or a resumed run, whose cache starts
     # empty, would differ in the last bits.
 
     @torch.no_grad()
-    def _encode_images(self, batch: Batch) -> Tensor:
+    def _encode_images(self, batch: Batch) -> Tensor | tuple[Tensor, ...]:
         if batch.latents is not None:
             return batch.latents
         if batch.images is None:
             raise LensError("flow_matching: the dataset yields captions only; name one that yields pictures")
-        pixels = to_pixels(batch.images)
-        if not (self.config.cache_latents and batch.keys):
+        if not isinstance(batch.images, tuple):
+            return self._latents_of(batch.images, batch.keys)
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for row, image in enumerate(batch.images):
+            sizes.setdefault(tuple(image.shape), []).append(row)
+        found: dict[int, Tensor] = {}
+        for rows in sizes.values():
+            keys = [batch.keys[row] for row in rows] if batch.keys else []
+            encoded = self._latents_of(torch.stack([batch.images[row] for row in rows]), keys)
+            found |= zip(rows, encoded, strict=True)
+        return tuple(found[row] for row in range(len(batch)))
+
+    def _latents_of(self, images: Tensor, keys: Sequence[int]) -> Tensor:
+        """Of pictures of one size."""
+        pixels = to_pixels(images)
+        if not (self.config.cache_latents and keys):
             z: Tensor = self.pipeline.vae.encode(pixels)
             return z
         height, width = pixels.shape[-2:]
-        keys = [(key, height, width) for key in batch.keys]
-        return torch.cat([self._latents.get(k, self._latent, row)[0] for k, row in zip(keys, pixels, strict=True)])
+        named = [(key, height, width) for key in keys]
+        return torch.cat([self._latents.get(k, self._latent, row)[0] for k, row in zip(named, pixels, strict=True)])
 
     @torch.no_grad()
     def _encode_captions(self, batch: Batch) -> Text:

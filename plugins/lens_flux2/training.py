@@ -76,11 +76,12 @@ class Autoencode(BaseMethod):
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Batch, rng: torch.Generator) -> Loss:
         """Folds the batch into the latent statistics, unless gradients are off. Raises LensError without pictures."""
-        if batch.images is None:
+        images = batch.even()
+        if images is None:
             raise LensError("autoencode: the dataset yields captions only; name one that yields pictures")
-        size, cell = batch.images.shape, self.vae.downscale // 2
+        size, cell = images.shape, self.vae.downscale // 2
         noise = torch.randn(size[0], self.vae.config.latent_channels, size[2] // cell, size[3] // cell, generator=rng)
-        pixels = to_pixels(batch.images)
+        pixels = to_pixels(images)
         guess, mean, logvar = nets[role](pixels, noise)
         if torch.is_grad_enabled():
             self.vae.track(mean, self.config.statistics_momentum)
@@ -91,11 +92,12 @@ class Autoencode(BaseMethod):
 
 def _crop(batch: Batch, side: int, rng: torch.Generator) -> Batch:
     """One random window of `side` px a picture; it has no key, for it is not the picture."""
-    if batch.images is None or min(batch.images.shape[-2:]) < side:
+    images = batch.even()
+    if images is None or min(images.shape[-2:]) < side:
         raise LensError(f"autoencode: cannot crop {side} px; lower crop, or name a dataset of larger pictures")
-    room = [n - side + 1 for n in batch.images.shape[-2:]]
+    room = [n - side + 1 for n in images.shape[-2:]]
     corners = [torch.randint(n, (len(batch),), generator=rng).tolist() for n in room]
-    rows = zip(batch.images, *corners, strict=True)
+    rows = zip(images, *corners, strict=True)
     return Batch(torch.stack([i[:, y : y + side, x : x + side] for i, y, x in rows]), batch.captions)
 
 

@@ -1,7 +1,8 @@
 """The backbone: a multimodal diffusion transformer over image and text tokens.
 
-`mmdit` (model.py) is the network, in the published architecture at any size; published.py recognises the published
-checkpoint folders, which have no `lens.json`.
+`mmdit` (model.py) is the network, in the published architecture at any size, and segments.py what it needs to take
+samples of different sizes in one pass; published.py recognises the published checkpoint folders, which have no
+`lens.json`.
 """
 
 from __future__ import annotations

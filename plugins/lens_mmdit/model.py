@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from lens_core.checkpoint import load_module, save_module, write_json
 from lens_core.types import ConfigError, NumericalError, Text, did_you_mean
+from lens_mmdit.segments import Segments, attend_within, spread
 
 FREQUENCIES = 256  # channels of the sinusoidal time embedding: half cosines, then half sines
 TIME_SCALE = 1000.0  # t in [0, 1] is embedded as t * 1000
@@ -32,7 +33,7 @@ SHORT = 512  # tokens up to which a CPU trains faster with the attention matrix 
 FOLDER = "transformer"  # where a checkpoint keeps this component
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def rotations(h: int, w: int, tokens: int, axes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Unit complex numbers [S, 1, E/2] that turn the queries and keys of h*w image and then `tokens` text tokens.
 
@@ -72,7 +73,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        """With shift and scale [B,1,D], which go with x [B,N,D], the result is modulated: * (1 + scale) + shift."""
+        """With shift and scale [B,1,D] or [B,N,D], for x [B,N,D], the result is modulated: * (1 + scale) + shift."""
         # Everything is cast to x's dtype: under autocast a float32 weight would pull the whole stream up to float32.
         if shift is None or scale is None:
             return unit(x, self.eps) * self.weight.to(x.dtype)
@@ -174,7 +175,13 @@ class JointAttention(nn.Module):
         self.to_add_out = nn.Linear(width, width)
 
     def forward(
-        self, img: Tensor, txt: Tensor | None, by: Tensor, mask: Tensor | None, answer_text: bool
+        self,
+        img: Tensor,
+        txt: Tensor | None,
+        by: Tensor,
+        mask: Tensor | None,
+        answer_text: bool,
+        where: Segments | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """img [B,N,D], txt [B,T,D] -> the same, projected; txt None if it was, or is not wanted."""
         count = img.shape[1]
@@ -186,8 +193,11 @@ class JointAttention(nn.Module):
             v = torch.cat([v, txt_v], dim=1)
             if answer_text:
                 q = torch.cat([q, self.norm_added_q(txt_q, by[count:])], dim=1)
-        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-        out = out.transpose(1, 2).flatten(2)
+        if where is None:
+            out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+        else:
+            out = attend_within(q, k, v, where, attend)
+        out = out.flatten(2)
         image = self.to_out[0](out[:, :count])
         return image, self.to_add_out(out[:, count:]) if answer_text and txt is not None else None
 
@@ -220,17 +230,28 @@ class Block(nn.Module):
         self.txt_mlp = SwiGLU(width)
 
     def forward(
-        self, img: Tensor, txt: Tensor | None, time: Tensor, by: Tensor, mask: Tensor | None, answer_text: bool
+        self,
+        img: Tensor,
+        txt: Tensor | None,
+        time: Tensor,
+        by: Tensor,
+        mask: Tensor | None,
+        answer_text: bool,
+        where: Segments | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`time` [B,D] is silu of the time embedding; without `answer_text` the text stream ends here, as None."""
+        """`time` [B,D] is silu of the time embedding; without `answer_text` the text stream ends here, as None.
+
+        With `where`, the streams are one row, [1,N,D] and [1,T,D], which holds the tokens of B samples.
+        """
+        image_of, text_of = (None, None) if where is None else (where.image, where.text)
         # [1] skips the SiLU of the Sequential, which all blocks would repeat.
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod[1](time).unsqueeze(1).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = spread(self.img_mod[1](time), image_of).chunk(6, dim=-1)
         image = self.img_norm1(img, shift1, scale1)
         text = None
         if txt is not None:
-            txt_shift1, txt_scale1, *txt_rest = self.txt_mod[1](time).unsqueeze(1).chunk(6, dim=-1)
+            txt_shift1, txt_scale1, *txt_rest = spread(self.txt_mod[1](time), text_of).chunk(6, dim=-1)
             text = self.txt_norm1(txt, txt_shift1, txt_scale1)
-        image, text = self.attn(image, text, by, mask, answer_text)
+        image, text = self.attn(image, text, by, mask, answer_text, where)
         img = torch.addcmul(img, gate1, image)
         img = torch.addcmul(img, gate2, self.img_mlp(self.img_norm2(img, shift2, scale2)))
         if txt is None or text is None:
@@ -247,8 +268,8 @@ class FinalNorm(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, 2 * width)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        scale, shift = self.linear(time).unsqueeze(1).chunk(2, dim=-1)
+    def forward(self, x: Tensor, time: Tensor, where: Segments | None = None) -> Tensor:
+        scale, shift = spread(self.linear(time), None if where is None else where.image).chunk(2, dim=-1)
         return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6).to(scale.dtype), 1 + scale)
 
 
@@ -366,6 +387,36 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type
         v: Tensor = self.proj_out(self.norm_out(last, time))
         return _grid(v, x)
 
+    def packed(self, xs: Sequence[Tensor], t: Tensor, text: Text) -> list[Tensor]:
+        """`forward` for samples of any sizes in one pass: xs [C,h,w] each, t [B], text -> v for each, as its x.
+
+        No token is padded, and none of a sample meets one of another. Tokens that the mask hides are left out.
+        """
+        if not xs or not len(xs) == len(t) == len(text):
+            raise ConfigError(
+                f"backbone: {len(xs)} samples with {len(t)} times and {len(text)} texts; give one of each"
+            )
+        self._fits(text)
+        time = self._time(xs[0], t)
+        where = Segments.of([x[0].numel() for x in xs], text.mask.sum(1).tolist(), xs[0].device)
+        samples, columns = text.mask.nonzero(as_tuple=True)
+        img = self.img_in(torch.cat([x.flatten(1).T for x in xs])[None].to(self.dtype))
+        txt = self._read(text.features[samples, :, columns].to(self.dtype))[None] if any(where.texts) else None
+        by = self._rotations(xs, columns, text.mask.shape[1], where)
+        for last in self._through(img, txt, time, by, None, len(self.transformer_blocks), where):
+            img = last
+        v = self.proj_out(self.norm_out(img, time, where))[0].split(where.images)
+        return [_grid(row[None], x[None])[0] for row, x in zip(v, xs, strict=True)]
+
+    def _rotations(self, xs: Sequence[Tensor], columns: Tensor, tokens: int, where: Segments) -> Tensor:
+        """[N+T,1,E/2]: those of all image tokens, then those of the text tokens, which stand in `columns` [T]."""
+        precise = torch.complex128 if self.dtype == torch.float64 else torch.complex64
+        longest = -(-tokens // 64) * 64  # few lengths, so that tables are found again
+        tables = [rotations(*x.shape[-2:], longest, self.config.axes_dims_rope, x.device, precise) for x in xs]
+        own = zip(tables, where.images, columns.split(where.texts), strict=True)
+        images, texts = zip(*((table[:n], table[n:][places]) for table, n, places in own), strict=True)
+        return torch.cat([*images, *texts])
+
     def features(self, x: Tensor, t: Tensor, text: Text, blocks: Sequence[int]) -> list[Tensor]:
         """The image stream [B,D,h,w] after each of `blocks` (0-based, in any order); nothing after them runs."""
         depth = len(self.transformer_blocks)
@@ -401,9 +452,22 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type
         by = rotations(h, w, tokens, self.config.axes_dims_rope, img.device, precise)
         if mask is not None:
             mask = torch.cat([mask.new_ones(len(mask), h * w), mask], dim=1)[:, None, None]
+        yield from self._through(img, txt, time, by, mask, depth)
+
+    def _through(
+        self,
+        img: Tensor,
+        txt: Tensor | None,
+        time: Tensor,
+        by: Tensor,
+        mask: Tensor | None,
+        depth: int,
+        where: Segments | None = None,
+    ) -> Iterator[Tensor]:
+        """The image stream after each of the first `depth` blocks."""
         for n, block in enumerate(self.transformer_blocks[:depth]):
             # Nobody reads the text stream after the last block, so it ends there: exact, and a little cheaper.
-            arguments = (img, txt, time, by, mask, n + 1 < depth)
+            arguments = (img, txt, time, by, mask, n + 1 < depth, where)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 img, txt = self._gradient_checkpointing_func(block, *arguments)
             else:
@@ -415,12 +479,7 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type
 
         Columns that count in no row are cut from the right, so a batch without any text runs no text stream.
         """
-        layers, width = len(self.txt_norm), self.config.enc_hidden_dim
-        if text.features.ndim != 4 or text.features.shape[1::2] != (layers, width):
-            raise ConfigError(
-                f"backbone: text features are {list(text.features.shape)}, but it reads [B, {layers}, T, {width}]; "
-                "pair it with the text encoder it was made for"
-            )
+        self._fits(text)
         ends = torch.arange(1, text.mask.shape[1] + 1, device=text.mask.device)
         # One read of the device answers both questions: where does the text end, and how many tokens count?
         end, count = torch.stack([(ends * text.mask).amax(), text.mask.sum()]).tolist() if len(ends) else (0, 0)
@@ -431,8 +490,21 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type
         if not full:
             # A masked key has weight 0, but 0 * nan is nan.
             features = features.masked_fill(~mask[:, None, :, None], 0)
+        return self._read(features), None if full else mask
+
+    def _read(self, features: Tensor) -> Tensor:
+        """Features [B,L,T,D] or [T,L,D] -> the text stream, [B,T,D] or [T,D]."""
         normed = [norm(features[:, i]) for i, norm in enumerate(self.txt_norm)]
-        return self.txt_in(torch.cat(normed, dim=-1)), None if full else mask
+        stream: Tensor = self.txt_in(torch.cat(normed, dim=-1))
+        return stream
+
+    def _fits(self, text: Text) -> None:
+        layers, width = len(self.txt_norm), self.config.enc_hidden_dim
+        if text.features.ndim != 4 or text.features.shape[1::2] != (layers, width):
+            raise ConfigError(
+                f"backbone: text features are {list(text.features.shape)}, but it reads [B, {layers}, T, {width}]; "
+                "pair it with the text encoder it was made for"
+            )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import rank_worker
 import torch
+from lens_data.imports import import_folder
+from PIL import Image
 from torch import Tensor
 
 from lens_core import checkpoint
@@ -21,6 +23,17 @@ from lens_core.types import ConfigError
 
 TESTS = Path(__file__).resolve().parents[1]
 NAMES = pytest.mark.parametrize("name", sorted(rank_worker.METHODS))
+
+
+def pictures(store: Path) -> None:
+    """A training store of 48 pictures of four sizes."""
+    folder = store.with_name("pictures")
+    folder.mkdir()
+    for n in range(48):
+        height, width = [(16, 16), (16, 24), (24, 16), (32, 32)][n % 4]
+        Image.new("RGB", (width, height), (5 * n, 255 - 5 * n, 99)).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"number {n}")
+    import_folder(str(store), folder)
 
 
 def launch(folder: Path) -> None:
@@ -53,6 +66,8 @@ def launch(folder: Path) -> None:
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `alone` and `pair`, each with a finished run of every method."""
     root = tmp_path_factory.mktemp("ranks")
+    pictures(root / "store")
+    rank_worker.METHODS["packed"]["dataset"]["store"] = os.environ["RANKS_STORE"] = str(root / "store")
     for name in rank_worker.METHODS:
         rank_worker.run(name, root / "alone" / name)
     launch(root / "pair")

@@ -176,6 +176,12 @@ class Mean(toy.Mixer):
         return v - v.mean(0)
 
 
+class Mingled(toy.Mixer):
+    def packed(self, xs: Sequence[Tensor], t: Tensor, text: Text) -> list[Tensor]:
+        found = super().packed(xs, t, text)
+        return [v + found[0].mean() for v in found]
+
+
 class Greedy(toy.Mixer):
     def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
         v = super().forward(x, t, text)
@@ -342,6 +348,7 @@ class Pickled(toy.Fit):
         (backbone, Wordy, "depends on its batch"),
         (backbone, Loud, r"a text that is all masked is not the empty text \(T = 0\)"),
         (backbone, Mean, "a row of v depends on its batch"),
+        (backbone, Mingled, "a sample of a packed batch is not what it is alone"),
         (backbone, Greedy, "not the same twice|changes what it is given"),
         (backbone, Severed, "no weight gets a gradient"),
         (backbone, Narrow, r"v has the shape \[2, 3, 4, 6\], not \[2, 4, 4, 6\]"),

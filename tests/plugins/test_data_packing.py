@@ -7,17 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from lens_data.buckets import LENS
-from lens_data.packing import Packs, balance, compare, flops, pack
+from lens_data.packing import Packs, balance, compare, flops, mixture, pack
 
 from lens_core.types import ConfigError
 
 
 def realistic(count: int, seed: int = 0) -> list[int]:
-    """Tokens of a uniform mixture of the 27 sizes (16 px a cell), with captions of about 109 words."""
-    rng = np.random.default_rng(seed)
-    cells = np.array([h * w // 256 for group in LENS for h, w in group])[rng.integers(27, size=count)]
-    words = rng.normal(109, 30, count).clip(20, 300)
-    return (cells + 22 + 1.3 * words).astype(int).tolist()
+    """Tokens of a uniform mixture of the 27 sizes, with captions of about 109 words."""
+    return mixture(count, [size for group in LENS for size in group], seed)
 
 
 def budget(images: float) -> float:
@@ -65,10 +62,22 @@ def test_every_sample_is_in_one_step_and_no_step_overtakes_another(ranks):
     assert len(plan.steps) > 2 and len(plan.rest) < len(steps[0]) + ranks
 
 
-def test_no_rank_exceeds_the_budget():
-    lengths = realistic(2000, seed=2)
-    for images in (1.2, 2.5, 7):
-        assert loads(pack(lengths, budget(images), 8), lengths).max() <= budget(images) * (1 + 1e-12)
+def test_the_samples_of_a_step_do_not_depend_on_how_many_ranks_share_its_budget():
+    lengths = realistic(3000, seed=2)
+    plans = {ranks: pack(lengths, budget(96 / ranks), ranks) for ranks in (1, 8, 64)}
+    steps = {r: [sorted(i for mine in step for i in mine) for step in p.steps] for r, p in plans.items()}
+    assert steps[1] == steps[8] == steps[64] and len(steps[1]) > 10
+    for ranks, plan in plans.items():
+        work = loads(plan, lengths)
+        assert work.mean(1).max() <= budget(96 / ranks) * (1 + 1e-12)
+    assert loads(plans[8], lengths).max() <= budget(12) * 1.02
+
+
+def test_the_mixture_is_uniform_over_the_27_sizes_with_captions_of_its_kind():
+    tokens = np.array(mixture(27_000, [(16, 16), (160, 160)]))
+    assert np.mean(tokens < 1000 / 2 + 0) == 1.0 and np.mean(tokens > 100 + 22 + 1.3 * 109) == pytest.approx(
+        0.25, abs=0.02
+    )
 
 
 def test_equal_samples_are_shared_equally():

@@ -1,0 +1,61 @@
+"""`lens bench train`: what it tells, and that it tells nothing of a way whose gradient is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from lens_data import timing
+from lens_mmdit.model import LensTransformer2DModel
+
+from lens_core.__main__ import main
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "pipeline: {start: 'tiny:'}\nmethod: flow_matching\ntrain: {steps: 1}\n"
+        "dataset: {use: packed, store: nowhere, table: [[[64, 64], [64, 128]], [[128, 128]]]}\n"
+    )
+    return path
+
+
+def bench(recipe: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, dict]:
+    asked = ["bench", "train", str(recipe), "--depth", "1", "--samples", "4", "--tokens", "6", "--no-compile"]
+    code = main([*asked, "--device", "cpu", "--json", *more])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_every_way_is_told_by_part_after_its_gradient_agreed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told = bench(recipe, capsys)
+    assert code == 0 and told["void"] == {}
+    assert set(told["arms"]) == set(told["agreement"]) == {"bucketed", "packed", "checkpointed"}
+    assert told["agreement"]["bucketed"] == 0 and 0 < told["agreement"]["packed"] < 1e-5
+    for arm in told["arms"].values():
+        assert arm["least"] <= arm["step"] <= arm["most"] and arm["mfu"] is None  # nobody knows a CPU's peak
+        assert all(arm[part] > 0 for part in timing.PARTS)
+        assert arm["images_per_second"] == pytest.approx(4 / arm["step"])
+    assert set(told["ratios"]) == {"bucketed / packed", "packed / checkpointed"}
+    assert all(0 < r["least"] <= r["median"] <= r["most"] for r in told["ratios"].values())
+    assert told["settings"]["depth"] == 1 and told["settings"]["latent sizes"] == [[8, 8], [8, 16], [16, 16]]
+
+
+def test_a_way_with_a_wrong_gradient_has_no_figures(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = LensTransformer2DModel.packed
+    monkeypatch.setattr(LensTransformer2DModel, "packed", lambda *a: [v * 1.001 for v in packed(*a)])
+    code, told = bench(recipe, capsys)
+    assert code == 1 and set(told["void"]) == {"packed", "checkpointed"}
+    assert "from that of the reference" in told["void"]["packed"]
+    assert list(told["arms"]) == ["bucketed"] and told["ratios"] == {}
+
+
+def test_what_cannot_be_timed_is_refused_in_one_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "train", str(recipe), "--repeats", "4"]) == 2
+    assert "repeats at least 5" in capsys.readouterr().err
+    recipe.write_text("pipeline: {backbone: mmdit}\nmethod: flow_matching\ntrain: {steps: 1}\n")
+    assert main(["bench", "train", str(recipe)]) == 2
+    assert "$.pipeline.vae: missing" in capsys.readouterr().err
