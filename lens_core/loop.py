@@ -1,11 +1,13 @@
 """The one training loop. It owns optimizers, isolation of roles, clipping, schedules, EMA and checkpoints.
 
 It never sees an architecture; methods never see a device or an optimizer. A run is a folder:
-`recipe.json`, `log.jsonl`, `checkpoints/step-N/` and, at the end, `model/`, which `from_pretrained` reads.
+`recipe.json`, `log.jsonl`, `checkpoints/step-N/` and, at the end, `model/`, which `from_pretrained` reads; of a run
+that is watched, `watch.jsonl`, `samples/` and `best/` too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -29,6 +31,7 @@ from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Training, build, structure, unstructure
 from lens_core.pipeline import LensPipeline
 from lens_core.types import CheckpointError, ConfigError, LensError, Loss, NumericalError
+from lens_core.watching import Interrupted, Watcher
 
 PREFIXES = {"backbone": "transformer", "text_encoder": "text_encoder", "vae": "vae"}
 """What diffusers calls the parts of a pipeline, in the names of an adapter's tensors."""
@@ -135,7 +138,18 @@ class Run:
             for net in self.nets.values():
                 # A stack of equal blocks compiles once, as one block; diffusers' models say which those are.
                 getattr(net, "compile_repeated_blocks", net.compile)()
+        self.exported = [  # the roles that `export` writes
+            role
+            for role, net in self.nets.items()
+            if role in recipe.train.adapters or any(net is getattr(self.pipeline, part) for part in PREFIXES)
+        ]
+        self.watcher: Watcher | None = None
+        if recipe.watch is not None:
+            with self._aside():
+                self.watcher = Watcher(recipe.watch, catalog, self.pipeline, self.method, out, self.say)
+        self.changed: list[str] = []  # where this recipe differs from the one that the run was begun with
         self.step = 0
+        self.saved = 0  # the step of the newest checkpoint
         self.bad = dict.fromkeys(self.nets, 0)  # non-finite steps in a row, by role
         self._stop = False
 
@@ -157,8 +171,9 @@ class Run:
         parts = self._parts()
         start, first = time.monotonic(), self.step
         averages: dict[str, list[float]] = {}
+        last: dict[str, float] = {}
         with self._signals():
-            while self.step < config.steps and not self._stop:
+            while not (finished := self._look()) and not self._stop:
                 micro = [self._next(steps) for steps in parts]
                 for turn, role in enumerate(self.method.turns(self.step)):
                     for name, value in self._turn(role, turn, micro).items():
@@ -172,15 +187,56 @@ class Run:
                     last = {k: sum(v) / len(v) for k, v in averages.items() if v}
                     averages = {}
                 if self.step % config.save_every == 0 or self.step == config.steps or self._stop:
-                    if self.ranks.rank == 0:
-                        self.save()
-                    self.ranks.wait()
-        if self.step < config.steps:
+                    self._save()
+            self._save()
+        if not finished:
             self.say(f"stopped at step {self.step} of {config.steps}; the same command goes on from here")
             return Report(self.step, time.monotonic() - start, {}, None)
         model = self.export() if self.ranks.rank == 0 else self.out / "model"
         self.ranks.wait()
-        return Report(self.step, time.monotonic() - start, last if self.step > first else {}, model)
+        return Report(self.step, time.monotonic() - start, last, model)
+
+    def _look(self) -> bool:
+        """Take a look, if it is time to. Whether the run is finished: all steps made and looked at, or no patience."""
+        over, last = self.step >= self.train_config.steps, self.train_config.steps
+        if self.watcher is not None:
+            pending = False
+            if self.ranks.rank == 0:
+                if self.watcher.due(self.step, last):
+                    with contextlib.suppress(Interrupted), self._aside(), self._averaged():
+                        self.watcher.look(self.step, self.nets, self._weights, lambda: self._stop)
+                pending = self.watcher.due(self.step, last)
+                if not over and self.watcher.over(self.step):
+                    over = True
+                    self.say(f"{self.watcher.lament()}; the run ends at step {self.step} of {last}")
+            self._stop = self.ranks.any(self._stop)
+            over = self.ranks.any(over and not pending)
+        return over
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What happens inside is no part of the training: it draws no number of it, and compiles nothing anew."""
+        cuda = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        eager = torch.compiler.set_stance("force_eager" if self.train_config.compile else "default")
+        with torch.random.fork_rng(cuda), torch.no_grad(), self._autocast(), eager:
+            yield
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The moving averages and the weights stand in each other's place; afterwards, bit for bit as before.
+
+        Values move, not tensors: kernels may take another path where a tensor lies otherwise in memory.
+        """
+        pairs = [(v.detach(), average[k]) for r, average in self.ema.items() for k, v in self._own(r).items()]
+        _exchange(pairs)
+        try:
+            yield
+        finally:
+            _exchange(pairs[::-1])  # backwards, because two names may share a tensor
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What `export` would write of the roles, as ROLE/NAME, while the averages stand in their places."""
+        return {f"{role}/{k}": v.detach() for role in self.exported for k, v in self._own(role).items()}
 
     def _parts(self) -> list[Iterator[Sequence[Any]]]:
         """The method's steps for each part of a batch. Their generators are in one state, for what all must share."""
@@ -261,8 +317,7 @@ class Run:
         pace = seconds / done
         left = (self.train_config.steps - self.step) * pace
         line = {"step": self.step, "seconds": round(seconds, 1), "steps_per_second": round(1 / pace, 3), **values}
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        checkpoint.append(self.out / "log.jsonl", line)
         shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if not k.endswith("grad_norm"))
         self.say(
             f"step {self.step}/{self.train_config.steps}  {shown}  {1 / pace:.2f} steps/s  {left / 60:.1f} min left"
@@ -272,6 +327,14 @@ class Run:
 
     def _folders(self) -> list[Path]:
         return sorted((self.out / "checkpoints").glob("step-*"))
+
+    def _save(self) -> None:
+        """A checkpoint of this step, once."""
+        if self.saved != self.step:
+            if self.ranks.rank == 0:
+                self.save()
+            self.ranks.wait()
+            self.saved = self.step
 
     def save(self) -> Path:
         """Write all that resuming needs; a checkpoint appears whole, under its final name, or not at all."""
@@ -320,7 +383,14 @@ class Run:
                 continue
             self._restore(state, tensors)
             self.say(f"resumed at step {self.step} from {folder}")
-            return
+            break
+        if self.ranks.rank == 0:
+            log = self.out / "log.jsonl"
+            if log.is_file():  # a run that was killed had logged steps that are made again now
+                checkpoint.rewrite_log(log, checkpoint.read_log(log, self.step))
+            if self.watcher is not None:
+                begun = self.saved > 0  # else another recipe's first look is not this one's
+                self.watcher.resume(self.step if begun or not self.changed else -1, self.changed)
 
     def _restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         def under(prefix: str) -> dict[str, Tensor]:
@@ -341,12 +411,7 @@ class Run:
             self.optimizers[role].load_state_dict({"state": slots, "param_groups": groups})
         self.rng.set_state(tensors["rng"])
         torch.set_rng_state(tensors["torch_rng"])
-        self.step = int(state["step"])
-        log = self.out / "log.jsonl"
-        if log.is_file():  # a run that was killed had logged steps that are made again now
-            lines = log.read_text(encoding="utf-8").splitlines()
-            kept = [f"{line}\n" for line in lines if _step(line) <= self.step]
-            checkpoint.write_atomic(log, lambda p: p.write_text("".join(kept), encoding="utf-8"))
+        self.step = self.saved = int(state["step"])
 
     def _load(self, role: str, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `_own` gave."""
@@ -359,8 +424,11 @@ class Run:
 
         An adapter goes to `adapters/ROLE/`, in diffusers' format, and is merged into the network that `model/` holds.
         """
-        for role, average in self.ema.items():
-            self._load(role, average)
+        best = self.watcher.weights(self.step) if self.watcher is not None else None
+        for role in self.exported:
+            found = {k.removeprefix(f"{role}/"): v for k, v in (best or {}).items() if k.startswith(f"{role}/")}
+            if best is not None or role in self.ema:
+                self._load(role, self.ema[role] if best is None else found)
         for role, adapter in self.train_config.adapters.items():
             prefix = next((f for p, f in PREFIXES.items() if getattr(self.pipeline, p) is self.nets[role]), None)
             adapters.save(self.nets[role], adapter, self.out / "adapters" / role / adapters.FILE, prefix or role)
@@ -379,12 +447,15 @@ class Run:
     def _same_recipe(self) -> None:
         path = self.out / "recipe.json"
         now = json.loads(json.dumps(unstructure(self.recipe)))
-        if path.is_file() and self._folders():
+        if path.is_file():
             try:  # by way of a Recipe, so that options which are newer than the run count as their defaults
                 before = json.loads(json.dumps(unstructure(structure(Recipe, checkpoint.read_json(path)))))
-            except ConfigError as error:
-                raise ConfigError(f"{path}: this Lens cannot read it; choose a new --out: {error}") from error
-            changed = list(_differences(before, now, "$"))
+                self.changed = list(_differences(before, now, "$"))
+            except (ConfigError, CheckpointError) as error:
+                if self._folders():
+                    raise ConfigError(f"{path}: this Lens cannot read it; choose a new --out: {error}") from error
+                self.changed = ["$"]  # nothing of that run is left to go on with
+            changed = self.changed if self._folders() else []
             for line in changed if self.allow_changed else ():
                 self.say(f"changed, as allowed: {line}")
             if changed and not self.allow_changed:
@@ -407,12 +478,11 @@ def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
         yield f"{path} was {json.dumps(before)} and is {json.dumps(now)}"
 
 
-def _step(line: str) -> float:
-    """The step that a line of the log is about; infinite where the line is cut short."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def _exchange(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for one, other in pairs:
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)
 
 
 def seed_of(*numbers: int) -> int:
