@@ -209,7 +209,9 @@ class Training:
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints kept
     log_every: int = 20  # steps between log lines
-    bad_steps: int = 5  # non-finite steps in a row before the run stops
+    bad_steps: int = 5  # skipped steps in a row before the run stops; those that are not finite are skipped
+    spike: float = 0.0  # times the running median from which a loss or a gradient's norm is skipped as well; 0: never
+    trackers: tuple[str, ...] = ()  # tensorboard, trackio, wandb …: where lines of the log go besides log.jsonl
     weights: str = "fp32"  # fp32 | bf16: how the finished model is stored
     threads: int = 0  # torch threads; 0 leaves them alone
     adapters: dict[str, Adapter] = field(factory=dict)  # by role; a role without one is trained in full
@@ -230,6 +232,8 @@ class Training:
             problems.append(f"ema must be in [0, 1), not {self.ema}")
         if min(self.save_every, self.keep, self.log_every, self.bad_steps, self.parts) < 1:
             problems.append("save_every, keep, log_every, bad_steps and parts must be at least 1")
+        if self.spike and self.spike <= 1:
+            problems.append(f"spike is a factor above 1, or 0 for never, not {self.spike}")
         if problems:
             raise ConfigError(problems)
 

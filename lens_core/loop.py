@@ -30,6 +30,7 @@ from lens_core import adapters, checkpoint
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Training, build, structure, unstructure
 from lens_core.pipeline import LensPipeline
+from lens_core.progress import Feed, Pace, Spikes, Trackers, check_trackers, memory
 from lens_core.types import CheckpointError, ConfigError, LensError, Loss, NumericalError
 from lens_core.watching import Interrupted, Watcher
 
@@ -73,15 +74,18 @@ class Run:
         allow_changed: bool = False,
     ) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import set_seed
+        from accelerate.utils import ProjectConfiguration, set_seed
 
         self.recipe, self.catalog, self.out, self.allow_changed = recipe, catalog, out, allow_changed
         self.train_config = recipe.train
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        check_trackers(recipe.train.trackers)
         self.accelerator = Accelerator(
             mixed_precision="no",  # its precision is one a process; ours is one a run
+            log_with=list(recipe.train.trackers) or None,
+            project_config=ProjectConfiguration(str(out), str(out / "trackers")),
             cpu=several and not torch.cuda.is_available(),  # else it would start each process alone
         )
         self.ranks = Ranks(self.accelerator, recipe.train.parts)
@@ -150,7 +154,8 @@ class Run:
         self.changed: list[str] = []  # where this recipe differs from the one that the run was begun with
         self.step = 0
         self.saved = 0  # the step of the newest checkpoint
-        self.bad = dict.fromkeys(self.nets, 0)  # non-finite steps in a row, by role
+        self.spikes = Spikes(recipe.train.spike, tuple(self.nets))
+        self.feed = Feed()
         self._stop = False
 
     def _own(self, role: str) -> dict[str, Tensor]:
@@ -168,8 +173,16 @@ class Run:
         self.ranks.wait()
         self._resume()
         config = self.train_config
+        self.pace = Pace(self.step)
+        self.trackers = Trackers(self.accelerator, unstructure(self.recipe), self.out, self.say)
+        try:
+            return self._train(config)
+        finally:
+            self.trackers.finish()
+
+    def _train(self, config: Training) -> Report:
         parts = self._parts()
-        start, first = time.monotonic(), self.step
+        start = time.monotonic()
         averages: dict[str, list[float]] = {}
         last: dict[str, float] = {}
         with self._signals():
@@ -183,7 +196,7 @@ class Run:
                 self._stop = self.ranks.any(self._stop)
                 if self.step % config.log_every == 0 or self.step == config.steps:
                     if self.ranks.rank == 0:
-                        self._log(averages, time.monotonic() - start, self.step - first)
+                        self._log(averages, time.monotonic() - start)
                     last = {k: sum(v) / len(v) for k, v in averages.items() if v}
                     averages = {}
                 if self.step % config.save_every == 0 or self.step == config.steps or self._stop:
@@ -203,8 +216,11 @@ class Run:
             pending = False
             if self.ranks.rank == 0:
                 if self.watcher.due(self.step, last):
+                    begun = time.monotonic()
                     with contextlib.suppress(Interrupted), self._aside(), self._averaged():
-                        self.watcher.look(self.step, self.nets, self._weights, lambda: self._stop)
+                        seen = self.watcher.look(self.step, self.nets, self._weights, lambda: self._stop)
+                        self.trackers.log({f"watch/{k}": v for k, v in seen.items() if k != "step"}, self.step)
+                    self.pace.away += time.monotonic() - begun
                 pending = self.watcher.due(self.step, last)
                 if not over and self.watcher.over(self.step):
                     over = True
@@ -243,6 +259,7 @@ class Run:
         found = []
         for number, part in enumerate(self.ranks.mine):
             batches = self.datasets[number].batches(part, self.ranks.parts) if self.datasets else iter(())
+            batches = self.feed.through(batches)
             rng = self.rng if number == 0 else torch.Generator().manual_seed(self.recipe.seed)
             rng.set_state(self.rng.get_state())
             found.append(self.method.steps(batches, self.nets, rng))
@@ -286,17 +303,15 @@ class Run:
         self.ranks.add(self.learning[role])
         told = self.ranks.total(told)
         norm = torch.nn.utils.clip_grad_norm_(self.learning[role], config.clip or math.inf)
-        if math.isfinite(told["loss"]) and bool(torch.isfinite(norm)):
+        fault = self.spikes.fault(role, told["loss"], float(norm))
+        if fault is None:
             optimizer.step()
             self._average(role)
-            self.bad[role] = 0
         else:
-            self.bad[role] += 1
-            self.say(f"step {self.step}: {role} has a non-finite loss or gradient; skipped ({self.bad[role]} in a row)")
-            if self.bad[role] >= config.bad_steps:
-                raise NumericalError(
-                    f"{self.bad[role]} non-finite steps in a row of {role} at step {self.step}; lower train.lr"
-                )
+            row = self.spikes.row[role]
+            self.say(f"step {self.step}: {role} has {fault}; skipped ({row} in a row)")
+            if row >= config.bad_steps:
+                raise NumericalError(f"{row} bad steps in a row of {role} at step {self.step}: {fault}; lower train.lr")
             told = {}
         net.requires_grad_(False).eval()
         return {**told, "grad_norm": float(norm)} if told else {}
@@ -312,16 +327,22 @@ class Run:
             else:
                 self.ema[role][name].copy_(value)
 
-    def _log(self, averages: Mapping[str, list[float]], seconds: float, done: int) -> None:
+    def _log(self, averages: Mapping[str, list[float]], seconds: float) -> None:
         values = {k: round(sum(v) / len(v), 6) for k, v in averages.items() if v}
-        pace = seconds / done
-        left = (self.train_config.steps - self.step) * pace
-        line = {"step": self.step, "seconds": round(seconds, 1), "steps_per_second": round(1 / pace, 3), **values}
+        pace, held = self.pace.line(self.step, self.feed, self.ranks.world), memory(self.accelerator.device)
+        line = {"step": self.step, "seconds": round(seconds, 1), **pace, **values}
+        line |= {"memory_gb": round(held, 3)} if held is not None else {}
+        line |= {f"{role}/skipped": count for role, count in self.spikes.skipped.items() if count}
         checkpoint.append(self.out / "log.jsonl", line)
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if not k.endswith("grad_norm"))
-        self.say(
-            f"step {self.step}/{self.train_config.steps}  {shown}  {1 / pace:.2f} steps/s  {left / 60:.1f} min left"
-        )
+        self.trackers.log({k: v for k, v in line.items() if k != "step"}, self.step)
+        told = [f"{k} {v:.4f}" for k, v in values.items() if not k.endswith("grad_norm")]
+        told += [f"{pace['steps_per_second']:.2f} steps/s"]
+        if "data_wait" in pace:
+            told += [f"{pace['samples_per_second']:.1f} samples/s", f"{pace['data_wait']:.0%} waiting for data"]
+        told += [f"{held:.2f} GB"] if held is not None else []
+        told += [f"{k} {line[k]}" for k in line if k.endswith("/skipped")]
+        last = self.train_config.steps
+        self.say("  ".join([f"step {self.step}/{last}", *told, self.pace.left(self.step, last)]))
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
@@ -351,6 +372,7 @@ class Run:
             "step": self.step,
             "dataset": self.datasets[0].state_dict() if self.datasets else {},
             "method": {k: v for k, v in method.items() if not isinstance(v, Tensor)},
+            "spikes": self.spikes.state_dict(),
         }
         final = self.out / "checkpoints" / f"step-{self.step:07d}"
         partial = final.with_name(f".{final.name}.partial")
@@ -411,6 +433,8 @@ class Run:
             self.optimizers[role].load_state_dict({"state": slots, "param_groups": groups})
         self.rng.set_state(tensors["rng"])
         torch.set_rng_state(tensors["torch_rng"])
+        if "spikes" in state:  # which earlier versions did not write
+            self.spikes.load_state_dict(state["spikes"])
         self.step = self.saved = int(state["step"])
 
     def _load(self, role: str, tensors: Mapping[str, Tensor]) -> None:

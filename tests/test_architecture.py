@@ -25,7 +25,7 @@ LAYERS = [
     {"png"},
     {"adapters"},
     {"pipeline"},
-    {"evaluation"},
+    {"evaluation", "progress"},
     {"watching"},
     {"loop", "curation", "comparison", "plan", "testing"},
     {"__main__"},
@@ -161,7 +161,7 @@ def test_the_core_stays_small() -> None:
         if path.stem != "testing"  # for plugin authors' tests; nothing runs through it
         for line in path.read_text(encoding="utf-8").splitlines()
     )
-    assert 1000 < code < 3350, f"{code} lines"
+    assert 1000 < code < 3560, f"{code} lines"
 
 
 def test_randomness_is_an_argument() -> None:

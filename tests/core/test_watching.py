@@ -123,6 +123,13 @@ def test_a_run_that_is_watched_ends_with_the_weights_of_one_that_is_not(
 ) -> None:
     adapters = {"backbone": Adapter(rank=2)} if kind == "adapter" else {}
     base = evolve(BASE, train=evolve(TRAIN, adapters=adapters))
+    careful = toy.Fit.steps
+
+    def careless(*arguments: Any) -> Any:  # a method that draws from the global generator between its turns
+        for micro in careful(*arguments):
+            yield [(z + torch.rand(z.shape), text) for z, text in micro]
+
+    monkeypatch.setattr(toy.Fit, "steps", careless)
     runner("plain", None, base=base).train()
     monkeypatch.setattr(toy.Fit, "validate", measured, raising=False)
     everything = evolve(JUDGED, every=1, prompts=("red", "blue"), validation=Use("squares", {"seed": 9}))
@@ -297,6 +304,18 @@ def test_a_run_that_ends_early_is_saved_where_it_ended(runner: Runner, monkeypat
     assert runner.state("a", 2)
     assert runner("a", evolve(BEST, patience=1)).train().steps == 2
     assert any("resumed at step 2" in line for line in runner.said)
+
+
+def test_a_run_that_ended_early_ends_there_again(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scripted, "script", (0.2, 0.6, 0.5))
+    runner("a", evolve(BEST, patience=1)).train()
+    before = runner.state("a", 4)
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-0000004")  # as if killed before it was written
+    assert runner("a", evolve(BEST, patience=1)).train().steps == 4
+    same(before, runner.state("a", 4))
+    assert Scripted.looks == 3
 
 
 def test_looks_beyond_the_last_checkpoint_are_not_taken_twice(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
