@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,13 +42,12 @@ def writing(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except SafetensorError as error:  # which is also how safetensors tells of a full disk
-        raise WriteError(f"{path}: cannot be written: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        more = "make room, or" if error.errno in FULL else "allow it, or"
-        raise WriteError(
-            f"{path}: cannot be written: {error.strerror or error}; {more} choose another output"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        number = re.search(r"os error (\d+)", str(error))  # how safetensors, which raises an error of its own, tells it
+        code = int(number[1]) if number else getattr(error, "errno", None)
+        why = os.strerror(code) if code else " ".join(str(error).split())
+        room = "make room, or " if code in FULL else ""
+        raise WriteError(f"{path}: cannot be written: {why}; {room}choose another output") from error
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:

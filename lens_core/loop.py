@@ -166,7 +166,8 @@ class Run:
     # ---- the loop ---------------------------------------------------------------------------------------------
 
     def train(self) -> Report:
-        """Run to the end. Ctrl-C and SIGTERM save first, then stop. Raises NumericalError after too many bad steps."""
+        """Run to the end. Ctrl-C and SIGTERM save first, then stop. Raises NumericalError after too many bad steps,
+        CheckpointError where something cannot be written; the checkpoints before it are whole."""
         if self.ranks.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             self._same_recipe()
@@ -177,6 +178,10 @@ class Run:
         self.trackers = Trackers(self.accelerator, unstructure(self.recipe), self.out, self.say)
         try:
             return self._train(config)
+        except checkpoint.WriteError as error:
+            whole = [folder.name for folder in self._folders()]
+            more = f"{whole[-1]} is whole, and the same command goes on from it" if whole else "nothing was saved yet"
+            raise CheckpointError(f"{error}; {more}") from error
         finally:
             self.trackers.finish()
 
@@ -375,14 +380,11 @@ class Run:
             "spikes": self.spikes.state_dict(),
         }
         final = self.out / "checkpoints" / f"step-{self.step:07d}"
-        partial = final.with_name(f".{final.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        checkpoint.save_tensors(partial / "state.safetensors", {k: v.clone() for k, v in tensors.items()})
-        checkpoint.write_json(partial / "state.json", state)
-        sums = {name: checkpoint.hash_of(partial / name) for name in FILES}
-        checkpoint.write_json(partial / "sums.json", sums)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        with _whole(final) as partial:
+            checkpoint.save_tensors(partial / "state.safetensors", {k: v.clone() for k, v in tensors.items()})
+            checkpoint.write_json(partial / "state.json", state)
+            sums = {name: checkpoint.hash_of(partial / name) for name in FILES}
+            checkpoint.write_json(partial / "sums.json", sums)
         for old in self._folders()[: -self.train_config.keep]:
             shutil.rmtree(old)
         return final
@@ -461,11 +463,8 @@ class Run:
         if self.train_config.weights == "bf16":
             self.pipeline.to(dtype=torch.bfloat16)
         final = self.out / "model"
-        partial = final.with_name(".model.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        self.pipeline.save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        with _whole(final) as partial:
+            self.pipeline.save_pretrained(partial)
         return final
 
     def _same_recipe(self) -> None:
@@ -500,6 +499,21 @@ def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
             yield from _differences(before.get(key), now.get(key), f"{path}.{key}")
     elif before != now:
         yield f"{path} was {json.dumps(before)} and is {json.dumps(now)}"
+
+
+@contextlib.contextmanager
+def _whole(final: Path) -> Iterator[Path]:
+    """A folder to fill, which then takes the place of `final`. Where it cannot be filled, it gives its room back."""
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with checkpoint.writing(final):
+            yield partial
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+    except checkpoint.WriteError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _exchange(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
