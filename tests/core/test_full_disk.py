@@ -1,4 +1,4 @@
-"""A full disk: one clear line, the checkpoints before it whole, and a run that goes on bit for bit once there is room."""
+"""A full disk: one clear line, the checkpoints before it whole, and a run that goes on once there is room."""
 
 from __future__ import annotations
 
