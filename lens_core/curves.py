@@ -63,9 +63,10 @@ def draw(runs: Mapping[str, Series], show: Sequence[str] = ()) -> Image:
     for row, name in enumerate(runs):
         pen.line([(12, 22 * row + 16), (40, 22 * row + 16)], COLOURS[row % len(COLOURS)], 2.5)
         pen.text((48, 22 * row + 16), name, "lm", 12)
+    span = ends([step for series in runs.values() for name in names for step, _ in series.get(name, ())])
     for place, name in enumerate(names):
         corner = (place % columns) * WIDE, place // columns * HIGH + legend
-        _panel(pen, corner, name, [series.get(name, []) for series in runs.values()])
+        _panel(pen, corner, name, span, [series.get(name, []) for series in runs.values()])
     return picture.resize(size, pil.Resampling.LANCZOS)
 
 
@@ -89,9 +90,10 @@ class _Pen:
         self.pen.text((at[0] * FINE, at[1] * FINE), text, colour, font, anchor)  # type: ignore[attr-defined]  # likewise
 
 
-def _panel(pen: _Pen, corner: tuple[float, float], name: str, curves: Sequence[Points]) -> None:
-    points = [point for curve in curves for point in curve]
-    (left, right), (low, high) = ends([p[0] for p in points]), ends([p[1] for p in points], 0.05)
+def _panel(
+    pen: _Pen, corner: tuple[float, float], name: str, span: tuple[float, float], curves: Sequence[Points]
+) -> None:
+    (left, right), (low, high) = span, ends([value for curve in curves for _, value in curve], 0.05)
     x0, x1 = corner[0] + LEFT, corner[0] + WIDE - RIGHT
     y0, y1 = corner[1] + HIGH - BOTTOM, corner[1] + TOP
 

@@ -95,6 +95,12 @@ def test_a_point_lies_where_its_numbers_say() -> None:
     assert y == pytest.approx(legend + curves.TOP + height * (1 - (0.75 + 0.05) / 1.1), abs=1.5)
 
 
+def test_panels_share_their_steps() -> None:
+    picture = curves.draw({"a": {"b/loss": [(0.0, 0.0), (100.0, 1.0)]}, "b": {"c/loss": [(75.0, 0.5)]}})
+    x, _ = centre(picture, curves.COLOURS[1], (curves.WIDE, 52, *picture.size))
+    assert x == pytest.approx(curves.WIDE + curves.LEFT + 0.75 * (curves.WIDE - curves.LEFT - curves.RIGHT), abs=1.5)
+
+
 def test_runs_of_many_values_get_a_panel_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = write(tmp_path / "one" / "run", [{"step": n, "b/loss": 1 / n, "c/loss": n} for n in (1, 2, 3)])
     two = write(tmp_path / "two" / "run", [{"step": n, "b/loss": 2 / n} for n in (1, 2)], [{"step": 0, "shapes": 0.5}])
