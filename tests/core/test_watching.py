@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lens_dmd2
 import lens_flow
+import lens_nft
 import pytest
 import torch
 import toy
@@ -53,7 +55,22 @@ class Scripted:
         return [Score("ok", answer)] * len(prompts)
 
 
+class Bright:
+    """Reward: how bright a picture is."""
+
+    @frozen
+    class Config:
+        pass
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Sequence[Score]:
+        return [Score("ok", float(image.float().mean() / 255)) for image in images]
+
+
 plugin = types.ModuleType("scripted")
+plugin.lens_rewards = hookimpl(lambda: {"bright": Bright}, specname="lens_rewards")  # type: ignore[attr-defined]
 plugin.lens_benchmarks = hookimpl(lambda: {"scripted": Scripted}, specname="lens_benchmarks")  # type: ignore[attr-defined]
 
 TRAIN = Training(steps=6, lr=1e-2, ema=0.9, save_every=3, log_every=2, keep=9)
@@ -67,7 +84,7 @@ BEST = evolve(JUDGED, keep_best="scripted")
 
 @pytest.fixture
 def catalog() -> Catalog:
-    return Catalog.of(toy, plugin, lens_flow)
+    return Catalog.of(toy, plugin, lens_flow, lens_nft, lens_dmd2)
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +152,25 @@ def test_a_run_that_is_watched_ends_with_the_weights_of_one_that_is_not(
     everything = evolve(JUDGED, every=1, prompts=("red", "blue"), validation=Use("squares", {"seed": 9}))
     runner("watched", everything, base=base).train()
     assert [line["step"] for line in runner.lines("watched")] == [0, 1, 2, 3, 4, 5, 6]
+    for step in (3, 6):
+        same(runner.state("plain", step), runner.state("watched", step))
+    same(runner.model("plain"), runner.model("watched"))
+
+
+ROLLOUT = {"prompts_per_rollout": 2, "pictures_per_prompt": 3, "sizes": [[16, 16]], "rollout_steps": 2, "times": 2}
+METHODS = {
+    "flow_matching": {},
+    "diffusion_nft": {"prompts": {"use": "reds"}, "rewards": [{"use": "bright"}], **ROLLOUT},
+    "dmd2": {"steps": 2, "guidance_scale": 3.0, "critic_steps": 1},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_whatever_the_method_watching_it_changes_nothing(name: str, runner: Runner) -> None:
+    base = evolve(BASE, method=Use(name, METHODS[name]), dataset=None if name == "diffusion_nft" else Use("squares"))
+    runner("plain", None, base=base).train()
+    runner("watched", evolve(JUDGED, prompts=("red",)), base=base).train()
+    assert [line["step"] for line in runner.lines("watched")] == [0, 2, 4, 6]
     for step in (3, 6):
         same(runner.state("plain", step), runner.state("watched", step))
     same(runner.model("plain"), runner.model("watched"))
