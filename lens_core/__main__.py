@@ -510,6 +510,38 @@ def compare(*folders: Path, out: Path | None = None) -> int:
 
 
 @app.command
+def curves(
+    *runs: Path,
+    out: Path = Path("curves.png"),
+    show: Annotated[list[str] | None, Parameter(negative="")] = None,
+) -> int:
+    """Draw what runs have logged, and what was seen of them, over their steps.
+
+    Parameters
+    ----------
+    runs
+        Folders of runs, one colour each.
+    out
+        The PNG to write.
+    show
+        A value's name or a pattern, as "validation/*"; may be given more than once. Losses and scores if not given.
+    """
+    from lens_core import checkpoint
+    from lens_core import curves as drawing
+
+    if not runs:
+        raise ConfigError("give the folder of a run, or of several")
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"{out}: pictures are written as .png; use {out.with_suffix('.png')}")
+    short = len({run.resolve().name for run in runs}) == len(runs)
+    found = {run.resolve().name if short else str(run): drawing.read(run) for run in runs}
+    picture = drawing.draw(found, show or ())
+    checkpoint.write_atomic(out, lambda p: picture.save(p, format="PNG"))
+    print(out)
+    return 0
+
+
+@app.command
 def plugins(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
     """What is installed, what each plugin offers, and what was set aside and why.
 

@@ -6,11 +6,15 @@ A checkpoint is the published diffusers folder layout plus `lens.json`:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
+import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,31 +26,74 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ALIGNMENT = 64  # bytes, at which torch puts tensors of its own
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORMAT = 1
 """The version of `lens.json`."""
 
 
+class WriteError(CheckpointError):
+    """Something could not be written: no room, no permission."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong with the disk inside becomes a WriteError about `path`, in one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = re.search(r"os error (\d+)", str(error))  # how safetensors, which raises an error of its own, tells it
+        code = int(number[1]) if number else getattr(error, "errno", None)
+        why = os.strerror(code) if code else " ".join(str(error).split())
+        room = "make room, or " if code in FULL else ""
+        raise WriteError(f"{path}: cannot be written: {why}; {room}choose another output") from error
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour of `path`, then move it there: whole or not at all."""
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}; choose another output") from error
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, data: Mapping[str, Any]) -> None:
+    """Add a line of JSON to a log. A power failure or a full disk may leave the last line torn, never one before."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(data, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_log(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
+    """The lines of a log about steps up to `last`. Lines that are torn, or about no step, are left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            data = json.loads(line)
+            if float(data["step"]) <= last:
+                found.append(data)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def rewrite_log(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """These lines and no others."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -219,7 +219,9 @@ class Training:
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints kept
     log_every: int = 20  # steps between log lines
-    bad_steps: int = 5  # non-finite steps in a row before the run stops
+    bad_steps: int = 5  # skipped steps in a row before the run stops; those that are not finite are skipped
+    spike: float = 0.0  # times the running median from which a loss or a gradient's norm is skipped as well; 0: never
+    trackers: tuple[str, ...] = ()  # tensorboard, trackio, wandb …: where lines of the log go besides log.jsonl
     weights: str = "fp32"  # fp32 | bf16: how the finished model is stored
     threads: int = 0  # torch threads; 0 leaves them alone
     adapters: dict[str, Adapter] = field(factory=dict)  # by role; a role without one is trained in full
@@ -240,8 +242,52 @@ class Training:
             problems.append(f"ema must be in [0, 1), not {self.ema}")
         if min(self.save_every, self.keep, self.log_every, self.bad_steps, self.parts) < 1:
             problems.append("save_every, keep, log_every, bad_steps and parts must be at least 1")
+        if self.spike and self.spike <= 1:
+            problems.append(f"spike is a factor above 1, or 0 for never, not {self.spike}")
         if problems:
             raise ConfigError(problems)
+
+
+@frozen
+class Watch:
+    """What is looked at while a run goes on, with the weights that it would export. Learning never hears of it."""
+
+    every: int  # steps between looks; the beginning and the end are looked at too
+    prompts: tuple[str, ...] = ()  # drawn into samples/step-N.png; picture i has the seed `seed + i`
+    benchmarks: tuple[Use, ...] = ()  # drawn and judged, and never learned from
+    validation: Use | None = None  # a dataset that is not learned from, for methods that can validate
+    batches: int = 8  # of it
+    seed: int = 0
+    size: tuple[int, int] | None = None  # height, width px of what is drawn; None: the preset
+    steps: int | None = None  # of the sampler; None: the preset
+    guidance_scale: float | None = None  # None: the preset
+    batch: int = 16  # pictures drawn at once
+    keep_best: str = ""  # the benchmark by whose overall score the weights are chosen that are exported; "": the last
+    patience: int = 0  # looks without a better score after which the run ends; 0: never
+
+    def __attrs_post_init__(self) -> None:
+        problems = []
+        if min(self.every, self.batches, self.batch) < 1 or min(self.seed, self.patience) < 0:
+            problems.append("every, batches and batch must be at least 1, seed and patience at least 0")
+        if not (self.prompts or self.benchmarks or self.validation):
+            problems.append("looks at nothing; name prompts, benchmarks or validation")
+        if not all(prompt.strip() for prompt in self.prompts):
+            problems.append("a prompt is empty; say what to draw")
+        if self.keep_best and self.keep_best not in self.judges():
+            named = ", ".join(self.judges()) or "none"
+            problems.append(f"keep_best is {self.keep_best!r}, which is no benchmark of this section; there is {named}")
+        if self.patience and not self.keep_best:
+            problems.append("patience waits for a better score; name its benchmark in keep_best")
+        if problems:
+            raise ConfigError(problems)
+
+    def judges(self) -> dict[str, Use]:
+        """The benchmarks by the names they are logged under: their own, and a number where one is there twice."""
+        found: dict[str, Use] = {}
+        for i, use in enumerate(self.benchmarks):
+            name = use.use.rpartition(":")[2]
+            found[f"{name}_{i}" if name in found else name] = use
+        return found
 
 
 @frozen
@@ -253,6 +299,7 @@ class Recipe:
     dataset: Use | None = None  # where its method reads one
     pipeline: Parts = field(factory=Parts)
     seed: int = 0
+    watch: Watch | None = None
 
 
 def build(catalog: Catalog, kind: str, use: Use, path: str = "$") -> tuple[str, type[Any], Any]:
@@ -328,10 +375,15 @@ def _twins(node: Any, path: str, seen: set[int]) -> Iterator[str]:
 
 
 def _named(data: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
-    parts = data.get("pipeline")
-    inner = parts if isinstance(parts, Mapping) else {}
-    return [(k, data[k], f"$.{k}") for k in ("method", "dataset") if k in data] + [
+    inner, watch = (v if isinstance(v, Mapping) else {} for v in (data.get("pipeline"), data.get("watch")))
+    found = [(k, data[k], f"$.{k}") for k in ("method", "dataset") if k in data]
+    found += [
         (k, inner[k], f"$.pipeline.{k}")
         for k in ("vae", "text_encoder", "backbone", "sampler")
         if inner.get(k) is not None
     ]
+    judges = watch.get("benchmarks")
+    for i, use in enumerate(judges if isinstance(judges, list) else ()):
+        found.append(("benchmark", use, f"$.watch.benchmarks[{i}]"))
+    held = watch.get("validation")
+    return [*found, ("dataset", held, "$.watch.validation")] if held is not None else found

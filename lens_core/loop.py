@@ -1,11 +1,13 @@
 """The one training loop. It owns optimizers, isolation of roles, clipping, schedules, EMA and checkpoints.
 
 It never sees an architecture; methods never see a device or an optimizer. A run is a folder:
-`recipe.json`, `log.jsonl`, `checkpoints/step-N/` and, at the end, `model/`, which `from_pretrained` reads.
+`recipe.json`, `log.jsonl`, `checkpoints/step-N/` and, at the end, `model/`, which `from_pretrained` reads; of a run
+that is watched, `watch.jsonl`, `samples/` and `best/` too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -29,7 +31,9 @@ from lens_core import adapters, checkpoint
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Training, build, structure, unstructure
 from lens_core.pipeline import LensPipeline
+from lens_core.progress import Feed, Pace, Spikes, Trackers, check_trackers, memory
 from lens_core.types import CheckpointError, ConfigError, LensError, Loss, NumericalError, Place
+from lens_core.watching import Interrupted, Watcher
 
 PREFIXES = {"backbone": "transformer", "text_encoder": "text_encoder", "vae": "vae"}
 """What diffusers calls the parts of a pipeline, in the names of an adapter's tensors."""
@@ -71,15 +75,18 @@ class Run:
         allow_changed: bool = False,
     ) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import set_seed
+        from accelerate.utils import ProjectConfiguration, set_seed
 
         self.recipe, self.catalog, self.out, self.allow_changed = recipe, catalog, out, allow_changed
         self.train_config = recipe.train
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        check_trackers(recipe.train.trackers)
         self.accelerator = Accelerator(
             mixed_precision="no",  # its precision is one a process; ours is one a run
+            log_with=list(recipe.train.trackers) or None,
+            project_config=ProjectConfiguration(str(out), str(out / "trackers")),
             cpu=several and not torch.cuda.is_available(),  # else it would start each process alone
         )
         self.ranks = Ranks(self.accelerator, recipe.train.parts)
@@ -136,8 +143,20 @@ class Run:
             for net in self.nets.values():
                 # A stack of equal blocks compiles once, as one block; diffusers' models say which those are.
                 getattr(net, "compile_repeated_blocks", net.compile)()
+        self.exported = [  # the roles that `export` writes
+            role
+            for role, net in self.nets.items()
+            if role in recipe.train.adapters or any(net is getattr(self.pipeline, part) for part in PREFIXES)
+        ]
+        self.watcher: Watcher | None = None
+        if recipe.watch is not None:
+            with self._aside():
+                self.watcher = Watcher(recipe.watch, catalog, self.pipeline, self.method, out, self.say)
+        self.changed: list[str] = []  # where this recipe differs from the one that the run was begun with
         self.step = 0
-        self.bad = dict.fromkeys(self.nets, 0)  # non-finite steps in a row, by role
+        self.saved = 0  # the step of the newest checkpoint
+        self.spikes = Spikes(recipe.train.spike, tuple(self.nets))
+        self.feed = Feed()
         self._stop = False
 
     def _own(self, role: str) -> dict[str, Tensor]:
@@ -148,18 +167,32 @@ class Run:
     # ---- the loop ---------------------------------------------------------------------------------------------
 
     def train(self) -> Report:
-        """Run to the end. Ctrl-C and SIGTERM save first, then stop. Raises NumericalError after too many bad steps."""
+        """Run to the end. Ctrl-C and SIGTERM save first, then stop. Raises NumericalError after too many bad steps,
+        CheckpointError where something cannot be written; the checkpoints before it are whole."""
         if self.ranks.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             self._same_recipe()
         self.ranks.wait()
         self._resume()
         config = self.train_config
+        self.pace = Pace(self.step)
+        self.trackers = Trackers(self.accelerator, unstructure(self.recipe), self.out, self.say)
+        try:
+            return self._train(config)
+        except checkpoint.WriteError as error:
+            whole = [folder.name for folder in self._folders()]
+            more = f"{whole[-1]} is whole, and the same command goes on from it" if whole else "nothing was saved yet"
+            raise CheckpointError(f"{error}; {more}") from error
+        finally:
+            self.trackers.finish()
+
+    def _train(self, config: Training) -> Report:
         parts = self._parts()
-        start, first = time.monotonic(), self.step
+        start = time.monotonic()
         averages: dict[str, list[float]] = {}
+        last: dict[str, float] = {}
         with self._signals():
-            while self.step < config.steps and not self._stop:
+            while not (finished := self._look()) and not self._stop:
                 micro = [self._next(steps) for steps in parts]
                 for turn, role in enumerate(self.method.turns(self.step)):
                     for name, value in self._turn(role, turn, micro).items():
@@ -169,19 +202,63 @@ class Run:
                 self._stop = self.ranks.any(self._stop)
                 if self.step % config.log_every == 0 or self.step == config.steps:
                     if self.ranks.rank == 0:
-                        self._log(averages, time.monotonic() - start, self.step - first)
+                        self._log(averages, time.monotonic() - start)
                     last = {k: sum(v) / len(v) for k, v in averages.items() if v}
                     averages = {}
                 if self.step % config.save_every == 0 or self.step == config.steps or self._stop:
-                    if self.ranks.rank == 0:
-                        self.save()
-                    self.ranks.wait()
-        if self.step < config.steps:
+                    self._save()
+            self._save()
+        if not finished:
             self.say(f"stopped at step {self.step} of {config.steps}; the same command goes on from here")
             return Report(self.step, time.monotonic() - start, {}, None)
         model = self.export() if self.ranks.rank == 0 else self.out / "model"
         self.ranks.wait()
-        return Report(self.step, time.monotonic() - start, last if self.step > first else {}, model)
+        return Report(self.step, time.monotonic() - start, last, model)
+
+    def _look(self) -> bool:
+        """Take a look, if it is time to. Whether the run is finished: all steps made and looked at, or no patience."""
+        over, last = self.step >= self.train_config.steps, self.train_config.steps
+        if self.watcher is not None:
+            pending = False
+            if self.ranks.rank == 0:
+                if self.watcher.due(self.step, last):
+                    begun = time.monotonic()
+                    with contextlib.suppress(Interrupted), self._aside(), self._averaged():
+                        seen = self.watcher.look(self.step, self.nets, self._weights, lambda: self._stop)
+                        self.trackers.log({f"watch/{k}": v for k, v in seen.items() if k != "step"}, self.step)
+                    self.pace.away += time.monotonic() - begun
+                pending = self.watcher.due(self.step, last)
+                if not over and self.watcher.over(self.step):
+                    over = True
+                    self.say(f"{self.watcher.lament()}; the run ends at step {self.step} of {last}")
+            self._stop = self.ranks.any(self._stop)
+            over = self.ranks.any(over and not pending)
+        return over
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What happens inside is no part of the training: it draws no number of it, and compiles nothing anew."""
+        cuda = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        eager = torch.compiler.set_stance("force_eager" if self.train_config.compile else "default")
+        with torch.random.fork_rng(cuda), torch.no_grad(), self._autocast(), eager:
+            yield
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The moving averages and the weights stand in each other's place; afterwards, bit for bit as before.
+
+        Values move, not tensors: kernels may take another path where a tensor lies otherwise in memory.
+        """
+        pairs = [(v.detach(), average[k]) for r, average in self.ema.items() for k, v in self._own(r).items()]
+        _exchange(pairs)
+        try:
+            yield
+        finally:
+            _exchange(pairs[::-1])  # backwards, because two names may share a tensor
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What `export` would write of the roles, as ROLE/NAME, while the averages stand in their places."""
+        return {f"{role}/{k}": v.detach() for role in self.exported for k, v in self._own(role).items()}
 
     def _parts(self) -> list[Iterator[Sequence[Any]]]:
         """The method's steps for each part of a batch. Their generators are in one state, for what all must share."""
@@ -192,6 +269,7 @@ class Run:
                 batches = repeat(Place(part, self.ranks.parts))
             elif self.datasets:
                 batches = self.datasets[number].batches(part, self.ranks.parts)
+                batches = self.feed.through(batches)
             rng = self.rng if number == 0 else torch.Generator().manual_seed(self.recipe.seed)
             rng.set_state(self.rng.get_state())
             found.append(self.method.steps(batches, self.nets, rng))
@@ -238,17 +316,15 @@ class Run:
         weights = self.ranks.total(weights)
         told = {name: value / weights[name] for name, value in self.ranks.total(told).items()}
         norm = torch.nn.utils.clip_grad_norm_(self.learning[role], config.clip or math.inf)
-        if math.isfinite(told["loss"]) and bool(torch.isfinite(norm)):
+        fault = self.spikes.fault(role, told["loss"], float(norm))
+        if fault is None:
             optimizer.step()
             self._average(role)
-            self.bad[role] = 0
         else:
-            self.bad[role] += 1
-            self.say(f"step {self.step}: {role} has a non-finite loss or gradient; skipped ({self.bad[role]} in a row)")
-            if self.bad[role] >= config.bad_steps:
-                raise NumericalError(
-                    f"{self.bad[role]} non-finite steps in a row of {role} at step {self.step}; lower train.lr"
-                )
+            row = self.spikes.row[role]
+            self.say(f"step {self.step}: {role} has {fault}; skipped ({row} in a row)")
+            if row >= config.bad_steps:
+                raise NumericalError(f"{row} bad steps in a row of {role} at step {self.step}: {fault}; lower train.lr")
             told = {}
         net.requires_grad_(False).eval()
         return {**told, "grad_norm": float(norm)} if told else {}
@@ -264,22 +340,35 @@ class Run:
             else:
                 self.ema[role][name].copy_(value)
 
-    def _log(self, averages: Mapping[str, list[float]], seconds: float, done: int) -> None:
+    def _log(self, averages: Mapping[str, list[float]], seconds: float) -> None:
         values = {k: round(sum(v) / len(v), 6) for k, v in averages.items() if v}
-        pace = seconds / done
-        left = (self.train_config.steps - self.step) * pace
-        line = {"step": self.step, "seconds": round(seconds, 1), "steps_per_second": round(1 / pace, 3), **values}
-        with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if not k.endswith("grad_norm"))
-        self.say(
-            f"step {self.step}/{self.train_config.steps}  {shown}  {1 / pace:.2f} steps/s  {left / 60:.1f} min left"
-        )
+        pace, held = self.pace.line(self.step, self.feed, self.ranks.world), memory(self.accelerator.device)
+        line = {"step": self.step, "seconds": round(seconds, 1), **pace, **values}
+        line |= {"memory_gb": round(held, 3)} if held is not None else {}
+        line |= {f"{role}/skipped": count for role, count in self.spikes.skipped.items() if count}
+        checkpoint.append(self.out / "log.jsonl", line)
+        self.trackers.log({k: v for k, v in line.items() if k != "step"}, self.step)
+        told = [f"{k} {v:.4f}" for k, v in values.items() if not k.endswith("grad_norm")]
+        told += [f"{pace['steps_per_second']:.2f} steps/s"]
+        if "data_wait" in pace:
+            told += [f"{pace['samples_per_second']:.1f} samples/s", f"{pace['data_wait']:.0%} waiting for data"]
+        told += [f"{held:.2f} GB"] if held is not None else []
+        told += [f"{k} {line[k]}" for k in line if k.endswith("/skipped")]
+        last = self.train_config.steps
+        self.say("  ".join([f"step {self.step}/{last}", *told, self.pace.left(self.step, last)]))
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
     def _folders(self) -> list[Path]:
         return sorted((self.out / "checkpoints").glob("step-*"))
+
+    def _save(self) -> None:
+        """A checkpoint of this step, once."""
+        if self.saved != self.step:
+            if self.ranks.rank == 0:
+                self.save()
+            self.ranks.wait()
+            self.saved = self.step
 
     def save(self) -> Path:
         """Write all that resuming needs; a checkpoint appears whole, under its final name, or not at all."""
@@ -296,16 +385,14 @@ class Run:
             "step": self.step,
             "dataset": self.datasets[0].state_dict() if self.datasets else {},
             "method": {k: v for k, v in method.items() if not isinstance(v, Tensor)},
+            "spikes": self.spikes.state_dict(),
         }
         final = self.out / "checkpoints" / f"step-{self.step:07d}"
-        partial = final.with_name(f".{final.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        checkpoint.save_tensors(partial / "state.safetensors", {k: v.clone() for k, v in tensors.items()})
-        checkpoint.write_json(partial / "state.json", state)
-        sums = {name: checkpoint.hash_of(partial / name) for name in FILES}
-        checkpoint.write_json(partial / "sums.json", sums)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        with _whole(final) as partial:
+            checkpoint.save_tensors(partial / "state.safetensors", {k: v.clone() for k, v in tensors.items()})
+            checkpoint.write_json(partial / "state.json", state)
+            sums = {name: checkpoint.hash_of(partial / name) for name in FILES}
+            checkpoint.write_json(partial / "sums.json", sums)
         for old in self._folders()[: -self.train_config.keep]:
             shutil.rmtree(old)
         return final
@@ -328,7 +415,14 @@ class Run:
                 continue
             self._restore(state, tensors)
             self.say(f"resumed at step {self.step} from {folder}")
-            return
+            break
+        if self.ranks.rank == 0:
+            log = self.out / "log.jsonl"
+            if log.is_file():  # a run that was killed had logged steps that are made again now
+                checkpoint.rewrite_log(log, checkpoint.read_log(log, self.step))
+            if self.watcher is not None:
+                begun = self.saved > 0  # else another recipe's first look is not this one's
+                self.watcher.resume(self.step if begun or not self.changed else -1, self.changed)
 
     def _restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         def under(prefix: str) -> dict[str, Tensor]:
@@ -349,12 +443,9 @@ class Run:
             self.optimizers[role].load_state_dict({"state": slots, "param_groups": groups})
         self.rng.set_state(tensors["rng"])
         torch.set_rng_state(tensors["torch_rng"])
-        self.step = int(state["step"])
-        log = self.out / "log.jsonl"
-        if log.is_file():  # a run that was killed had logged steps that are made again now
-            lines = log.read_text(encoding="utf-8").splitlines()
-            kept = [f"{line}\n" for line in lines if _step(line) <= self.step]
-            checkpoint.write_atomic(log, lambda p: p.write_text("".join(kept), encoding="utf-8"))
+        if "spikes" in state:  # which earlier versions did not write
+            self.spikes.load_state_dict(state["spikes"])
+        self.step = self.saved = int(state["step"])
 
     def _load(self, role: str, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `_own` gave."""
@@ -367,8 +458,11 @@ class Run:
 
         An adapter goes to `adapters/ROLE/`, in diffusers' format, and is merged into the network that `model/` holds.
         """
-        for role, average in self.ema.items():
-            self._load(role, average)
+        best = self.watcher.weights(self.step) if self.watcher is not None else None
+        for role in self.exported:
+            found = {k.removeprefix(f"{role}/"): v for k, v in (best or {}).items() if k.startswith(f"{role}/")}
+            if best is not None or role in self.ema:
+                self._load(role, self.ema[role] if best is None else found)
         for role, adapter in self.train_config.adapters.items():
             prefix = next((f for p, f in PREFIXES.items() if getattr(self.pipeline, p) is self.nets[role]), None)
             adapters.save(self.nets[role], adapter, self.out / "adapters" / role / adapters.FILE, prefix or role)
@@ -377,22 +471,22 @@ class Run:
         if self.train_config.weights == "bf16":
             self.pipeline.to(dtype=torch.bfloat16)
         final = self.out / "model"
-        partial = final.with_name(".model.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        self.pipeline.save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        with _whole(final) as partial:
+            self.pipeline.save_pretrained(partial)
         return final
 
     def _same_recipe(self) -> None:
         path = self.out / "recipe.json"
         now = json.loads(json.dumps(unstructure(self.recipe)))
-        if path.is_file() and self._folders():
+        if path.is_file():
             try:  # by way of a Recipe, so that options which are newer than the run count as their defaults
                 before = json.loads(json.dumps(unstructure(structure(Recipe, checkpoint.read_json(path)))))
-            except ConfigError as error:
-                raise ConfigError(f"{path}: this Lens cannot read it; choose a new --out: {error}") from error
-            changed = list(_differences(before, now, "$"))
+                self.changed = list(_differences(before, now, "$"))
+            except (ConfigError, CheckpointError) as error:
+                if self._folders():
+                    raise ConfigError(f"{path}: this Lens cannot read it; choose a new --out: {error}") from error
+                self.changed = ["$"]  # nothing of that run is left to go on with
+            changed = self.changed if self._folders() else []
             for line in changed if self.allow_changed else ():
                 self.say(f"changed, as allowed: {line}")
             if changed and not self.allow_changed:
@@ -415,12 +509,26 @@ def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
         yield f"{path} was {json.dumps(before)} and is {json.dumps(now)}"
 
 
-def _step(line: str) -> float:
-    """The step that a line of the log is about; infinite where the line is cut short."""
+@contextlib.contextmanager
+def _whole(final: Path) -> Iterator[Path]:
+    """A folder to fill, which then takes the place of `final`. Where it cannot be filled, it gives its room back."""
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        with checkpoint.writing(final):
+            yield partial
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+    except checkpoint.WriteError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _exchange(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for one, other in pairs:
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)
 
 
 def seed_of(*numbers: int) -> int:

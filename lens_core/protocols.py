@@ -158,6 +158,9 @@ class Method(Protocol):
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Any, rng: torch.Generator) -> Loss: ...
 
+    # Optional: validate(batch: Batch, nets, rng) -> Mapping[str, float], means over a batch that is not learned from.
+    # "loss" is the figure to watch; "loss/…" are parts of it. Draws from `rng` alone, which is the same at every look.
+
     # `BaseMethod` has these three for a method that keeps nothing between steps.
     def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None: ...
     def state_dict(self) -> dict[str, Any]:

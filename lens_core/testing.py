@@ -352,5 +352,15 @@ def check_method(make: Callable[[], Any], batches: Sequence[Batch], steps: int =
         again.restore(state)
         got = again.learn(steps)
         _hold(got == want, f"{name}: resumed after {steps} steps its losses are {got}, uninterrupted {want}")
+        if hasattr(whole.method, "validate"):
+            before = copy.deepcopy([list(n.parameters()) for n in whole.nets.values()])
+            rng = torch.Generator()
+            seen = _twice(
+                lambda: dict(whole.method.validate(batches[0], whole.nets, rng.manual_seed(0))), f"{name}.validate"
+            )
+            _hold("loss" in seen and all(map(math.isfinite, seen.values())), f"{name}.validate gives {seen}, no loss")
+            _hold(
+                _equal(before, [list(n.parameters()) for n in whole.nets.values()]), f"{name}.validate changes weights"
+            )
         lost = [r for r, n in whole.nets.items() if not _equal(list(n.parameters()), list(again.nets[r].parameters()))]
         _hold(not lost, f"{name}: resumed after {steps} steps {', '.join(lost)} ends with other weights")

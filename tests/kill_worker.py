@@ -24,9 +24,10 @@ import torch
 import torch._dynamo  # which the first optimizer would import, in every process anew
 import toy
 from accelerate import Accelerator  # noqa: F401  # likewise
+from attrs import evolve
 
 from lens_core.catalog import Catalog
-from lens_core.config import Parts, Recipe, Training, Use
+from lens_core.config import Parts, Recipe, Training, Use, Watch
 from lens_core.loop import Run
 
 CATALOG = Catalog.of(toy)
@@ -36,6 +37,9 @@ RECIPE = Recipe(
     train=Training(steps=6, lr=1e-2, warmup=2, decay=0.5, ema=0.9, save_every=2, log_every=2),
     pipeline=Parts(vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer"), sampler=Use("even")),
     seed=3,
+)
+WATCHED = evolve(
+    RECIPE, watch=Watch(every=2, size=(16, 16), prompts=("red",), benchmarks=(Use("reds"),), keep_best="reds")
 )
 COUNT = 8  # moments to die at, chosen by chance; those in the middle of a file come on top
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
@@ -79,14 +83,21 @@ def slow_loss(*arguments: Any, quick: Any = toy.Fit.loss) -> Any:
     return quick(*arguments)
 
 
-def attempt(folder: Path, last: int | None = None, pause: float = 0.0, killed_after: float | None = None) -> int:
+def seen_score(*arguments: Any, plain: Any = toy.Reds.score) -> Any:
+    moment("score")
+    return plain(*arguments)
+
+
+def attempt(
+    folder: Path, last: int | None = None, pause: float = 0.0, killed_after: float | None = None, plan: Recipe = RECIPE
+) -> int:
     """Train in a process of its own: its exit code, -9 if it was killed. A whole one leaves its moments behind."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
             Here.last, Here.pause, Here.watched = last, pause, True
-            run = Run(RECIPE, CATALOG, folder / "run", say=lambda line: None)
+            run = Run(plan, CATALOG, folder / "run", say=lambda line: None)
             run.train()
             Here.watched = False
             (folder / "moments.json").write_text(json.dumps(Here.moments))
@@ -110,6 +121,17 @@ def outcome(folder: Path) -> str:
     return total.hexdigest()
 
 
+def checkpoint(folder: Path) -> str:
+    """A hash of the tensors of the last checkpoint."""
+    path = folder / "run" / "checkpoints" / "step-0000006" / "state.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that were looked at."""
+    return [json.loads(line)["step"] for line in (folder / "run" / "watch.jsonl").read_text().splitlines()]
+
+
 def newest(folder: Path) -> str:
     """The checkpoint that the next process will find."""
     found = sorted(p.name for p in (folder / "run" / "checkpoints").glob("step-*"))
@@ -121,6 +143,7 @@ def main(root: Path) -> dict[str, Any]:
     sys.addaudithook(audit)
     safetensors.torch.save_file = by_halves
     toy.Fit.loss = slow_loss  # type: ignore[method-assign]  # slower, and otherwise itself
+    toy.Reds.score = seen_score  # type: ignore[method-assign]  # likewise
     whole = root / "whole"
     assert attempt(whole) == 0
     moments = json.loads((whole / "moments.json").read_text())
@@ -141,6 +164,16 @@ def main(root: Path) -> dict[str, Any]:
                 "is": outcome(folder),
             }
         )
+    looks = root / "looks"
+    assert attempt(looks, plan=WATCHED) == 0
+    moments = json.loads((looks / "moments.json").read_text())
+    watched = []
+    scores = [n for n, name in enumerate(moments) if name == "score"]
+    for last in (*scores, scores[0] + 1, scores[0] + 3, scores[2] + 1):  # while judging, and just after
+        folder = root / f"look-{last}"
+        code, found = attempt(folder, last, plan=WATCHED), newest(folder)
+        again = attempt(folder, plan=WATCHED)
+        watched.append({"code": code, "found": found, "again": again, "is": outcome(folder), "looks": steps(folder)})
     # Here the blows come from outside, at any instruction; where they hit depends on the machine.
     folder = root / "random"
     codes = [attempt(folder, pause=0.004, killed_after=chance.uniform(0.02, 0.1)) for _ in range(6)]
@@ -148,6 +181,7 @@ def main(root: Path) -> dict[str, Any]:
     return {
         "whole": outcome(whole),
         "sweep": sweep,
+        "looks": {"is": outcome(looks), "checkpoint": checkpoint(looks), "plain": checkpoint(whole), "runs": watched},
         "random": {"codes": codes, "again": last_code, "is": outcome(folder)},
     }
 

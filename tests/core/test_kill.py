@@ -53,3 +53,12 @@ def test_a_run_killed_while_it_writes_the_model_ends_with_the_same_bytes(told: d
 def test_a_run_killed_from_outside_again_and_again_ends_with_the_same_bytes(told: dict[str, Any]) -> None:
     assert set(told["random"]["codes"]) <= {-9, 0} and -9 in told["random"]["codes"]
     assert (told["random"]["again"], told["random"]["is"]) == (0, told["whole"])
+
+
+def test_a_run_killed_while_it_is_looked_at_ends_with_the_bytes_of_one_that_is_not(told: dict[str, Any]) -> None:
+    looks = told["looks"]
+    assert looks["checkpoint"] == looks["plain"]
+    assert {run["code"] for run in looks["runs"]} == {-9}
+    assert {run["found"] for run in looks["runs"]} == {"", "step-0000002", "step-0000004", "step-0000006"}
+    assert [run for run in looks["runs"] if run["again"] or run["is"] != looks["is"]] == []
+    assert [run["looks"] for run in looks["runs"]] == [[0, 2, 4, 6]] * len(looks["runs"])

@@ -229,7 +229,9 @@ def test_a_non_finite_step_is_skipped_and_told(runner: Runner, tmp_path: Path) -
 
 def test_too_many_non_finite_steps_in_a_row_stop_the_run(runner: Runner) -> None:
     # The critic's good turns in between must not hide that the backbone learns nothing.
-    with pytest.raises(NumericalError, match=r"3 non-finite steps in a row of backbone at step 3; lower train\.lr"):
+    with pytest.raises(
+        NumericalError, match=r"3 bad steps in a row of backbone at step 3: a non-finite loss .*; lower train\.lr"
+    ):
         runner.run(recipe({"bad": [1, 2, 3]}, bad_steps=3), "a").train()
 
 

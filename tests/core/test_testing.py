@@ -25,7 +25,7 @@ from lens_core.testing import (
     check_text_encoder,
     check_vae,
 )
-from lens_core.types import Loss, Prompt, Score, Text
+from lens_core.types import Batch, Loss, Prompt, Score, Text
 
 EMPTY, MIXER = toy.Blocks.Config(), toy.Mixer.Config()
 
@@ -329,6 +329,32 @@ class Pickled(toy.Fit):
         return {"count": self.count, "seen": {1, 2}}
 
 
+class Validating(toy.Fit):
+    def validate(self, batch: Batch, nets: Any, rng: torch.Generator) -> dict[str, float]:
+        return {"loss": float(torch.rand((), generator=rng))}
+
+
+class Careless(Validating):
+    def validate(self, batch: Batch, nets: Any, rng: torch.Generator) -> dict[str, float]:
+        return {"loss": float(torch.rand(()))}
+
+
+class Cheating(Validating):
+    def validate(self, batch: Batch, nets: Any, rng: torch.Generator) -> dict[str, float]:
+        with torch.no_grad():
+            nets["backbone"].inner.weight.mul_(0.9)
+        return super().validate(batch, nets, rng)
+
+
+class Mute(Validating):
+    def validate(self, batch: Batch, nets: Any, rng: torch.Generator) -> dict[str, float]:
+        return {"error": 1.0}
+
+
+def test_a_sound_validation_passes() -> None:
+    method(Validating)
+
+
 @pytest.mark.parametrize(
     ("check", "broken", "words"),
     [
@@ -374,6 +400,9 @@ class Pickled(toy.Fit):
         (method, Estranged, "the loss of critic does not reach it"),
         (method, Unknown, "turns names 'generator'; the roles are backbone, critic"),
         (method, Unlearning, "steps leaves gradients off while its step is out"),
+        (method, Careless, "validate draws from torch's global generator"),
+        (method, Cheating, "validate changes weights"),
+        (method, Mute, "validate gives .*, no loss"),
         (method, Pickled, "state_dict must hold tensors and what JSON can keep"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",

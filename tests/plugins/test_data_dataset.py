@@ -343,3 +343,8 @@ def test_read_ahead_in_many_threads_keeps_the_order(store, monkeypatch):
     expected = take(make(store, threads=1), 20)
     monkeypatch.setattr(module.pictures, "read", slow)
     assert all(same(a, b) for a, b in zip(take(make(store, threads=8), 20), expected, strict=True))
+
+
+def test_more_ranks_than_samples_are_refused(store):
+    with pytest.raises(ConfigError, match="a batch of 4 has no equal shares for 8 ranks; use a multiple of 8"):
+        take(make(store), 1, world=8)

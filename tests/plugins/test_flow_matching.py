@@ -33,7 +33,7 @@ class Recorder(nn.Module):
 class Averages:
     """A VAE: 4 px cells, two channels."""
 
-    calls = 0
+    calls, downscale = 0, 4
 
     def encode(self, pixels: Tensor) -> Tensor:
         self.calls += len(pixels)
@@ -208,3 +208,27 @@ def test_a_batch_that_is_encoded_already_is_taken_as_it_is() -> None:
     batch = Batch(None, ("a", "b"), latents=z, text=text)
     (sample,) = next(method.steps(iter([batch]), {}, torch.Generator()))
     assert sample.z is z and sample.text is text
+
+
+def test_validation_is_the_squared_error_at_one_time_in_every_bin():
+    m, asked = method(cache_latents=True, cache_texts=True), batch(keys=(1, 2), width=12)
+    found = m.validate(asked, m.roles(), rng(5))
+    z, draw, bins = Averages().encode(asked.images.float() / 127.5 - 1), rng(5), {}
+    for number in range(5):
+        u, noise = torch.rand(2, generator=draw), torch.randn(z.shape, generator=draw)
+        x = z + (noise - z) * ((number + u) / 5)[:, None, None, None]
+        error = torch.tensor([0.5, -0.25])[None, :, None, None] - (noise - z)
+        bins[f"loss/t{number / 5:.1f}-{(number + 1) / 5:.1f}"] = float(error.square().mean())
+        last = x
+    assert {k: v for k, v in found.items() if "/t" in k} == pytest.approx(bins)
+    assert found["loss"] == pytest.approx(sum(bins.values()) / 5) and found["loss/8x12"] == found["loss"]
+    torch.testing.assert_close(m.pipeline.backbone.x, last)
+    assert m.pipeline.backbone.text.mask.sum() == 5, "no caption is dropped"
+    assert (m._latents.bytes, m._texts.bytes) == (0, 0), "what is trained on finds no other picture under its key"
+
+
+def test_validation_is_the_same_at_every_look_and_needs_no_dropout():
+    m = method(caption_dropout=1.0)
+    assert m.validate(batch(), m.roles(), rng()) == m.validate(batch(), m.roles(), rng())
+    with pytest.raises(LensError, match="captions only"):
+        m.validate(Batch(None, ("abc",)), m.roles(), rng())

@@ -1,0 +1,160 @@
+"""What a run tells of itself while it goes on: pace, waiting, memory, trackers; and which of its steps are spikes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lens_core.types import Batch, ConfigError, did_you_mean
+
+HISTORY = 100  # steps whose median a spike is measured against
+LEAST = 20  # steps before anything is a spike: a young run's gradients fall fast
+
+
+class Feed:
+    """A dataset's batches, passed on; counts the samples, and the seconds that the run waits for them."""
+
+    def __init__(self) -> None:
+        self.samples, self.waited = 0, 0.0
+
+    def through(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            self.samples += len(batch)
+            yield batch
+
+
+class Pace:
+    """Rates since the last line. What a look takes is not training; `left` counts it, for it will be taken again."""
+
+    def __init__(self, step: int) -> None:
+        self.first, self.begun = step, time.monotonic()
+        self.step, self.since, self.away, self.samples, self.waited = step, self.begun, 0.0, 0, 0.0
+
+    def line(self, step: int, feed: Feed, world: int) -> dict[str, float]:
+        """What is logged: steps and samples a second, of all processes, and the share of the time spent waiting."""
+        now = time.monotonic()
+        seconds = max(now - self.since - self.away, 1e-9)
+        found = {"steps_per_second": round((step - self.step) / seconds, 3)}
+        if feed.samples:
+            found["samples_per_second"] = round((feed.samples - self.samples) * world / seconds, 3)
+            found["data_wait"] = round(min((feed.waited - self.waited) / seconds, 1.0), 4)
+        self.step, self.since, self.away, self.samples, self.waited = step, now, 0.0, feed.samples, feed.waited
+        return found
+
+    def left(self, step: int, last: int) -> str:
+        """The time to the last step at the pace so far, in words."""
+        minutes = (last - step) * (time.monotonic() - self.begun) / max(step - self.first, 1) / 60
+        return f"{minutes:.1f} min left" if minutes < 120 else f"{minutes / 60:.1f} h left"
+
+
+def memory(device: torch.device) -> float | None:
+    """The most that the process has held, in GB (10^9 bytes): allocated on a CUDA device, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class Spikes:
+    """Which steps of a role are not to be taken: those that are not finite, or far above what is usual for it.
+
+    Usual is the running median of the last good steps: of the gradient's norm, and of the loss where it is always
+    positive. All of it is part of a checkpoint.
+    """
+
+    def __init__(self, factor: float, roles: Sequence[str]) -> None:
+        self.factor = factor
+        self.row = dict.fromkeys(roles, 0)  # bad steps in a row
+        self.skipped = dict.fromkeys(roles, 0)  # in all
+        self.usual: dict[str, dict[str, list[float]]] = {role: {"loss": [], "gradient": []} for role in roles}
+
+    def fault(self, role: str, loss: float, norm: float) -> str | None:
+        """Why the step is not to be taken, or None. Counts it either way."""
+        found = self._fault(role, loss, norm)
+        self.row[role] = self.row[role] + 1 if found else 0
+        self.skipped[role] += bool(found)
+        if self.factor and not found:
+            for name, value in (("loss", loss), ("gradient", norm)):
+                self.usual[role][name] = [*self.usual[role][name][1 - HISTORY :], value]
+        return found
+
+    def _fault(self, role: str, loss: float, norm: float) -> str | None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return "a non-finite loss or gradient"
+        for name, value in (("loss", loss), ("gradient", norm)):
+            before = self.usual[role][name]
+            if self.factor and len(before) >= LEAST and min(before) > 0:
+                usual = statistics.median(before)
+                if value > self.factor * usual:
+                    return f"a {name} of {value:.3g}, {value / usual:.1f} times the usual one"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"row": self.row, "skipped": self.skipped, "usual": self.usual}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.row, self.skipped = dict(state["row"]), dict(state["skipped"])
+        self.usual = {role: {k: list(v) for k, v in kinds.items()} for role, kinds in state["usual"].items()}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """ConfigError where Accelerate knows no such tracker, or its package is missing."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    bundled = {str(kind) for kind in LoggerType}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ConfigError(
+                f"$.train.trackers: no tracker is called {name!r}.{did_you_mean(name, LOGGER_TYPE_TO_CLASS)}"
+            )
+        if name in bundled and name not in map(str, get_available_trackers()):
+            extra = "'lens-t2i[track]'" if name in ("tensorboard", "trackio") else name
+            raise ConfigError(f"$.train.trackers: {name} is not installed; pip install {extra}, or leave it out")
+
+
+class Trackers:
+    """Accelerate's trackers of a run. One that fails is told and left out; it never stops a training."""
+
+    def __init__(self, accelerator: Any, recipe: Mapping[str, Any], out: Path, say: Callable[[str], None]) -> None:
+        self.say = say
+        if accelerator.log_with:
+            named = {str(t): {"name": out.name} for t in accelerator.log_with if str(t) in ("wandb", "trackio")}
+            accelerator.init_trackers("lens", dict(_flat(recipe, "")), named)
+        self.trackers = accelerator.trackers
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        for tracker in list(self.trackers):
+            try:
+                tracker.log(numbers, step=step)
+            except Exception as error:  # whatever a service or its client does, the training is worth more
+                self.trackers.remove(tracker)
+                self.say(f"the tracker {tracker.name} failed and is left out from now on: {error}")
+
+    def finish(self) -> None:
+        while self.trackers:
+            self.trackers.pop().finish()
+
+
+def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}.{key}" if path else str(key))
+    elif value is not None:
+        yield path, value if isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,126 @@
+"""Curves: every point where its numbers say, and one line about what cannot be drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+
+from lens_core import curves
+from lens_core.__main__ import main
+from lens_core.types import ConfigError
+
+
+def write(run: Path, log: list[dict[str, Any]], watch: list[dict[str, Any]] | None = None) -> Path:
+    run.mkdir(parents=True)
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    if watch is not None:
+        (run / "watch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in watch))
+    return run
+
+
+def test_every_number_is_read_in_the_order_of_its_steps_and_nothing_else(tmp_path: Path) -> None:
+    log = [
+        {"step": 4, "seconds": 2.0, "b/loss": 0.5, "b/grad_norm": float("nan")},
+        {"step": 2, "seconds": 1.0, "b/loss": 1},
+    ]
+    run = write(tmp_path / "a", log, [{"step": 0, "seconds": 9, "shapes": 0.25, "sha256": "x", "failed": {}}])
+    with (run / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "b/lo')
+    assert curves.read(run) == {
+        "seconds": [(2.0, 1.0), (4.0, 2.0)],
+        "b/loss": [(2.0, 1.0), (4.0, 0.5)],
+        "watch/seconds": [(0.0, 9.0)],
+        "shapes": [(0.0, 0.25)],
+    }
+
+
+def test_losses_and_scores_are_shown_unless_others_are_named() -> None:
+    names = [
+        "seconds",
+        "data_wait",
+        "b/loss",
+        "b/kl",
+        "b/grad_norm",
+        "shapes",
+        "shapes/two",
+        "validation/loss",
+        "score",
+    ]
+    assert curves.chosen(names, ()) == ["b/loss", "b/grad_norm", "shapes", "validation/loss"]
+    assert curves.chosen(names, ("b/*", "data_wait")) == ["data_wait", "b/loss", "b/kl", "b/grad_norm"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "want"),
+    [
+        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.0, 6000.0, [0.0, 2000.0, 4000.0, 6000.0]),
+        (-0.3, 0.31, [-0.2, 0.0, 0.2]),
+        (1e-5, 4e-5, [1e-5, 2e-5, 3e-5, 4e-5]),
+        (997.0, 1003.0, [998.0, 1000.0, 1002.0]),
+    ],
+)
+def test_ticks_are_round_and_inside(low: float, high: float, want: list[float]) -> None:
+    assert curves.ticks(low, high) == pytest.approx(want)
+
+
+def test_an_axis_is_never_empty() -> None:
+    assert curves.ends([3.0, 3.0], 0.05) == (1.5, 4.5) and curves.ends([0.0]) == (-0.5, 0.5)
+    assert curves.ends([1.0, 3.0], 0.05) == pytest.approx((0.9, 3.1))
+
+
+def centre(picture: Image.Image, colour: str, box: tuple[int, int, int, int]) -> tuple[float, float]:
+    """Where the pixels of about this colour lie inside the box (left, top, right, bottom): their mean x and y."""
+    pixels = np.asarray(picture.crop(box)).astype(int)
+    y, x = np.nonzero(np.abs(pixels - ImageColor.getrgb(colour)).sum(-1) < 60)
+    assert len(x), "the colour is there"
+    return float(x.mean()) + box[0], float(y.mean()) + box[1]
+
+
+def test_a_point_lies_where_its_numbers_say() -> None:
+    # The axes go from the first run's least to its largest step and value; the second has one point inside.
+    frame = [(0.0, 0.0), (100.0, 1.0)]
+    picture = curves.draw({"a": {"b/loss": frame}, "b": {"b/loss": [(25.0, 0.75)]}})
+    legend = 22 * 2 + 8
+    assert picture.size == (curves.WIDE, curves.HIGH + legend)
+    x, y = centre(picture, curves.COLOURS[1], (0, legend, *picture.size))
+    width = curves.WIDE - curves.LEFT - curves.RIGHT
+    height = curves.HIGH - curves.TOP - curves.BOTTOM
+    assert x == pytest.approx(curves.LEFT + 0.25 * width, abs=1.5)
+    assert y == pytest.approx(legend + curves.TOP + height * (1 - (0.75 + 0.05) / 1.1), abs=1.5)
+
+
+def test_panels_share_their_steps() -> None:
+    picture = curves.draw({"a": {"b/loss": [(0.0, 0.0), (100.0, 1.0)]}, "b": {"c/loss": [(75.0, 0.5)]}})
+    x, _ = centre(picture, curves.COLOURS[1], (curves.WIDE, 52, *picture.size))
+    assert x == pytest.approx(curves.WIDE + curves.LEFT + 0.75 * (curves.WIDE - curves.LEFT - curves.RIGHT), abs=1.5)
+
+
+def test_runs_of_many_values_get_a_panel_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write(tmp_path / "one" / "run", [{"step": n, "b/loss": 1 / n, "c/loss": n} for n in (1, 2, 3)])
+    two = write(tmp_path / "two" / "run", [{"step": n, "b/loss": 2 / n} for n in (1, 2)], [{"step": 0, "shapes": 0.5}])
+    out = tmp_path / "c.png"
+    assert main(["curves", str(one), str(two), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    with Image.open(out) as picture:
+        assert picture.size == (2 * curves.WIDE, 2 * curves.HIGH + 52)
+    assert main(["curves", str(one), "--show", "b/*", "--out", str(out)]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (curves.WIDE, curves.HIGH + 30)
+
+
+def test_what_cannot_be_drawn_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"holds neither log\.jsonl nor watch\.jsonl; give the folder of a run"):
+        curves.read(tmp_path)
+    with pytest.raises(ConfigError, match="no value is called kl; there is b/loss, seconds"):
+        curves.draw({"a": {"b/loss": [(1.0, 1.0)], "seconds": [(1.0, 1.0)]}}, ("kl",))
+    for arguments, told in (
+        (["curves"], "give the folder of a run, or of several"),
+        (["curves", str(tmp_path), "--out", "c.jpg"], "c.jpg: pictures are written as .png; use c.png"),
+    ):
+        assert main(arguments) == 2 and capsys.readouterr().err == f"lens: {told}\n"

@@ -1,0 +1,485 @@
+"""Watching a run: learning never hears of it, the best weights are kept, and a resumed run looks once at each step."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lens_dmd2
+import lens_flow
+import lens_nft
+import pytest
+import torch
+import toy
+from attrs import evolve, frozen
+from PIL import Image
+from torch import Tensor
+
+from lens_core import checkpoint, evaluation, hookimpl
+from lens_core.catalog import Catalog
+from lens_core.config import Adapter, Parts, Recipe, Training, Use, Watch, read_recipe
+from lens_core.loop import Run, _exchange
+from lens_core.pipeline import LensPipeline
+from lens_core.types import ConfigError, LensError, Prompt, Score
+
+
+class Scripted:
+    """Benchmark: what `script` says for look 0, 1, 2 …, or what it raises. It draws from torch's global generator."""
+
+    script: tuple[Any, ...] = ()
+    looks = 0
+
+    @frozen
+    class Config:
+        count: int = 2
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        torch.rand(3)
+
+    def prompts(self) -> Sequence[Prompt]:
+        return [Prompt(f"a {i}", i, "only") for i in range(self.config.count)]
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Sequence[Score]:
+        torch.rand(7)
+        Scripted.looks += 1
+        answer = self.script[Scripted.looks - 1] if self.script else 0.5
+        if callable(answer):
+            answer = answer()
+        return [Score("ok", answer)] * len(prompts)
+
+
+class Bright:
+    """Reward: how bright a picture is."""
+
+    @frozen
+    class Config:
+        pass
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Sequence[Score]:
+        return [Score("ok", float(image.float().mean() / 255)) for image in images]
+
+
+plugin = types.ModuleType("scripted")
+plugin.lens_rewards = hookimpl(lambda: {"bright": Bright}, specname="lens_rewards")  # type: ignore[attr-defined]
+plugin.lens_benchmarks = hookimpl(lambda: {"scripted": Scripted}, specname="lens_benchmarks")  # type: ignore[attr-defined]
+
+TRAIN = Training(steps=6, lr=1e-2, ema=0.9, save_every=3, log_every=2, keep=9)
+PARTS = Parts(
+    vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer", {"width": 8}), sampler=Use("even"), steps=3
+)
+BASE = Recipe(method=Use("fit"), dataset=Use("squares"), train=TRAIN, pipeline=PARTS, seed=3)
+JUDGED = Watch(every=2, size=(16, 16), benchmarks=(Use("scripted"),))
+BEST = evolve(JUDGED, keep_best="scripted")
+
+
+@pytest.fixture
+def catalog() -> Catalog:
+    return Catalog.of(toy, plugin, lens_flow, lens_nft, lens_dmd2)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "looks", 0)
+    monkeypatch.setattr(Scripted, "script", ())
+
+
+class Runner:
+    def __init__(self, catalog: Catalog, folder: Path) -> None:
+        self.catalog, self.folder = catalog, folder
+        self.said: list[str] = []
+
+    def __call__(self, name: str, watch: Watch | None, allow_changed: bool = False, base: Recipe = BASE) -> Run:
+        plan = evolve(base, watch=watch)
+        return Run(plan, self.catalog, self.folder / name, say=self.said.append, allow_changed=allow_changed)
+
+    def state(self, name: str, step: int) -> dict[str, Tensor]:
+        return checkpoint.read_tensors(self.folder / name / "checkpoints" / f"step-{step:07d}" / "state.safetensors")
+
+    def model(self, name: str) -> dict[str, Tensor]:
+        return checkpoint.read_weights(self.folder / name / "model" / "transformer")
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / name / "watch.jsonl").read_text().splitlines()]
+
+    def averages(self, name: str, step: int) -> dict[str, Tensor]:
+        prefix = "ema/backbone/"
+        return {k.removeprefix(prefix): v for k, v in self.state(name, step).items() if k.startswith(prefix)}
+
+
+@pytest.fixture
+def runner(catalog: Catalog, tmp_path: Path) -> Runner:
+    return Runner(catalog, tmp_path)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+def measured(*_: Any) -> dict[str, float]:
+    torch.rand(5)
+    return {"loss": 1.0}
+
+
+# ---- the law --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_run_that_is_watched_ends_with_the_weights_of_one_that_is_not(
+    kind: str, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = {"backbone": Adapter(rank=2)} if kind == "adapter" else {}
+    base = evolve(BASE, train=evolve(TRAIN, adapters=adapters))
+    careful = toy.Fit.steps
+
+    def careless(*arguments: Any) -> Any:  # a method that draws from the global generator between its turns
+        for micro in careful(*arguments):
+            yield [(z + torch.rand(z.shape), text) for z, text in micro]
+
+    monkeypatch.setattr(toy.Fit, "steps", careless)
+    runner("plain", None, base=base).train()
+    monkeypatch.setattr(toy.Fit, "validate", measured, raising=False)
+    everything = evolve(JUDGED, every=1, prompts=("red", "blue"), validation=Use("squares", {"seed": 9}))
+    runner("watched", everything, base=base).train()
+    assert [line["step"] for line in runner.lines("watched")] == [0, 1, 2, 3, 4, 5, 6]
+    for step in (3, 6):
+        same(runner.state("plain", step), runner.state("watched", step))
+    same(runner.model("plain"), runner.model("watched"))
+
+
+ROLLOUT = {"prompts_per_rollout": 2, "pictures_per_prompt": 3, "sizes": [[16, 16]], "rollout_steps": 2, "times": 2}
+METHODS = {
+    "flow_matching": {},
+    "diffusion_nft": {"prompts": {"use": "reds"}, "rewards": [{"use": "bright"}], **ROLLOUT},
+    "dmd2": {"steps": 2, "guidance_scale": 3.0, "critic_steps": 1},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_whatever_the_method_watching_it_changes_nothing(name: str, runner: Runner) -> None:
+    base = evolve(BASE, method=Use(name, METHODS[name]), dataset=None if name == "diffusion_nft" else Use("squares"))
+    runner("plain", None, base=base).train()
+    runner("watched", evolve(JUDGED, prompts=("red",)), base=base).train()
+    assert [line["step"] for line in runner.lines("watched")] == [0, 2, 4, 6]
+    for step in (3, 6):
+        same(runner.state("plain", step), runner.state("watched", step))
+    same(runner.model("plain"), runner.model("watched"))
+
+
+@pytest.mark.parametrize("look", [0, 1, 2, 3])
+def test_a_run_killed_in_the_middle_of_a_look_ends_with_the_same_weights(
+    look: int, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die() -> float:
+        raise MemoryError
+
+    scores = (0.1, 0.4, 0.3, 0.2)
+    monkeypatch.setattr(Scripted, "script", scores)
+    runner("plain", None).train()
+    runner("whole", BEST).train()
+    monkeypatch.setattr(Scripted, "looks", 0)
+    monkeypatch.setattr(Scripted, "script", (*scores[:look], die, *scores[look:]))
+    with pytest.raises(MemoryError):
+        runner("killed", BEST).train()
+    runner("killed", BEST).train()
+    same(runner.state("plain", 6), runner.state("killed", 6))
+    same(runner.model("whole"), runner.model("killed"))
+    kept = [{k: v for k, v in line.items() if k != "seconds"} for line in runner.lines("killed")]
+    assert kept == [{k: v for k, v in line.items() if k != "seconds"} for line in runner.lines("whole")]
+
+
+def test_a_look_sees_the_averages_and_puts_the_weights_back(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, bool]] = []
+
+    def look(_: Any, batch: Any, nets: Any, rng: Any) -> dict[str, float]:
+        seen.append((nets["backbone"].inner.weight.detach().clone(), nets["backbone"].training))
+        return {"loss": 0.0}
+
+    monkeypatch.setattr(toy.Fit, "validate", look, raising=False)
+    run = runner("a", Watch(every=3, batches=1, validation=Use("squares")))
+    run.train()
+    for (weight, training), step in zip(seen[1:], (3, 6), strict=True):
+        assert torch.equal(weight, runner.averages("a", step)["inner.weight"]) and not training
+        assert not torch.equal(weight, runner.state("a", step)["net/backbone/inner.weight"])
+
+
+def test_tensors_that_two_names_share_come_back() -> None:
+    shared, one, two = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])
+    pairs = [(shared, one), (shared, two)]
+    _exchange(pairs)
+    _exchange(pairs[::-1])
+    assert [float(t) for t in (shared, one, two)] == [1.0, 2.0, 3.0]
+
+
+# ---- what is seen ---------------------------------------------------------------------------------------------------
+
+
+def test_the_last_grid_shows_what_the_model_draws(runner: Runner, catalog: Catalog, tmp_path: Path) -> None:
+    watch = Watch(every=4, prompts=("red", "a blue one", "green"), seed=5, size=(16, 32), batch=2)
+    report = runner("a", watch).train()
+    found = sorted(p.name for p in (tmp_path / "a" / "samples").iterdir())
+    assert found == ["step-0000000.png", "step-0000004.png", "step-0000006.png"]
+    assert report.model is not None
+    drawn = LensPipeline.from_pretrained(report.model, catalog=catalog)(
+        list(watch.prompts), seed=5, height=16, width=32, output_type="pt"
+    ).images
+    want = evaluation.contact_sheet(drawn, watch.prompts, [None] * 3, 3)
+    with Image.open(tmp_path / "a" / "samples" / found[-1]) as sheet:
+        assert sheet.tobytes() == want.tobytes()
+    assert (tmp_path / "a" / "samples" / found[0]).read_bytes() != (tmp_path / "a" / "samples" / found[-1]).read_bytes()
+
+
+def test_a_line_holds_the_overall_score_and_the_tasks(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "script", (0.25, 0.5, 0.75, 1.0))
+    twice = evolve(JUDGED, benchmarks=(Use("scripted"), Use("toy:reds", {"prompts": 6})))
+    runner("a", twice).train()
+    lines = runner.lines("a")
+    assert [(n["step"], n["scripted"], n["scripted/only"]) for n in lines] == [
+        (0, 0.25, 0.25), (2, 0.5, 0.5), (4, 0.75, 0.75), (6, 1.0, 1.0),
+    ]  # fmt: skip
+    assert all("reds/red" in n and "reds/other" not in n and "score" not in n for n in lines), "other has no verdict"
+
+
+def test_validation_is_a_mean_over_samples_of_the_same_first_batches(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def look(_: Any, batch: Any, nets: Any, rng: torch.Generator) -> dict[str, float]:
+        seen.append((batch.captions, float(torch.rand((), generator=rng))))
+        part = {"loss/8x8": 10.0} if len(seen) % 2 else {}
+        return {"loss": float(len(seen)), **part}
+
+    monkeypatch.setattr(toy.Fit, "validate", look, raising=False)
+    runner("a", Watch(every=6, batches=2, validation=Use("squares", {"seed": 9}))).train()
+    assert seen[:2] == seen[2:] and seen[0] != seen[1]
+    lines = runner.lines("a")
+    assert [n["validation/loss"] for n in lines] == [1.5, 3.5] and lines[0]["validation/loss/8x8"] == 10.0
+
+
+def test_flow_matching_is_validated_by_time_and_by_size(runner: Runner) -> None:
+    base = evolve(BASE, method=Use("flow_matching"), train=evolve(TRAIN, steps=40, save_every=40, ema=0.0))
+    runner("a", Watch(every=40, validation=Use("squares", {"seed": 9})), base=base).train()
+    first, last = runner.lines("a")
+    assert last["validation/loss"] < 0.9 * first["validation/loss"], "it must have learned"
+    times = [v for k, v in last.items() if "/t" in k]
+    assert len(times) == 5 and last["validation/loss"] == pytest.approx(sum(times) / 5, abs=1e-5)
+    assert last["validation/loss/16x16"] == last["validation/loss"]
+
+
+def test_a_benchmark_that_fails_is_told_and_the_run_goes_on(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> float:
+        raise LensError("the judge is out")
+
+    monkeypatch.setattr(Scripted, "script", (0.5, fail, 0.2, 0.1))
+    assert runner("a", evolve(BEST, patience=2)).train().steps == 6
+    assert "step 2: the benchmark scripted failed, and the run goes on: the judge is out" in runner.said
+    assert runner.lines("a")[1]["failed"] == {"scripted": "the judge is out"}
+    assert "score" not in runner.lines("a")[1], "no verdict is not a verdict: patience counts the other two"
+
+
+# ---- the best -------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_is_the_best_one(runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "script", (0.1, 0.6, 0.6, 0.3))
+    base = evolve(BASE, train=evolve(TRAIN, save_every=2))
+    runner("a", BEST, base=base).train()
+    same(runner.model("a"), runner.averages("a", 2))
+    assert [p.name for p in (tmp_path / "a" / "best").iterdir()] == ["step-0000002.safetensors"]
+    assert runner.said[-1] == "the model is that of step 2: scripted 0.6000, the best of 4 looks"
+
+
+def test_the_best_adapter_is_the_one_that_is_written(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scripted, "script", (0.1, 0.6, 0.6, 0.3))
+    train = evolve(TRAIN, save_every=2, ema=0.0, adapters={"backbone": Adapter(rank=2)})
+    runner("a", BEST, base=evolve(BASE, train=train)).train()
+    written = checkpoint.read_tensors(tmp_path / "a" / "adapters" / "backbone" / "pytorch_lora_weights.safetensors")
+    want = runner.state("a", 2)["net/backbone/inner.lora_B.default.weight"]
+    assert torch.equal(written["transformer.inner.lora_B.weight"], want) and want.any()
+
+
+def test_the_best_outlives_its_checkpoint(runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "script", (0.1, 0.6, 0.5, 0.3))
+    base = evolve(BASE, train=evolve(TRAIN, save_every=2, keep=1))
+    runner("a", BEST, base=base).train()
+    before = runner.model("a")
+    assert [p.name for p in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-0000006"]
+    runner("a", BEST, base=base).train()
+    same(before, runner.model("a"))
+    assert Scripted.looks == 4, "a finished run is not looked at again"
+
+
+def test_patience_ends_the_run_and_the_end_survives_a_resume(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "script", (0.2, 0.6, 0.5, 0.6, 0.9))
+    patient, base = evolve(BEST, every=1, patience=2), evolve(BASE, train=evolve(TRAIN, save_every=1))
+    report = runner("a", patient, base=base).train()
+    assert (report.steps, report.model is None) == (3, False)
+    assert "no better scripted in 2 looks; the run ends at step 3 of 6" in runner.said
+    same(runner.model("a"), runner.averages("a", 1))
+    again = runner("a", patient, base=base).train()
+    assert (again.steps, again.model is None, Scripted.looks) == (3, False, 4)
+    same(runner.model("a"), runner.averages("a", 1))
+
+
+def test_a_run_that_ends_early_is_saved_where_it_ended(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "script", (0.2, 0.1))
+    runner("a", evolve(BEST, patience=1)).train()
+    assert runner.state("a", 2)
+    assert runner("a", evolve(BEST, patience=1)).train().steps == 2
+    assert any("resumed at step 2" in line for line in runner.said)
+
+
+def test_a_run_that_ended_early_ends_there_again(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scripted, "script", (0.2, 0.6, 0.5))
+    runner("a", evolve(BEST, patience=1)).train()
+    before = runner.state("a", 4)
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-0000004")  # as if killed before it was written
+    assert runner("a", evolve(BEST, patience=1)).train().steps == 4
+    same(before, runner.state("a", 4))
+    assert Scripted.looks == 3
+
+
+def test_looks_beyond_the_last_checkpoint_are_not_taken_twice(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "script", (0.1, 0.2, 0.6, 0.3))
+    runner("whole", BEST).train()
+    monkeypatch.setattr(Scripted, "looks", 0)
+
+    def die() -> None:
+        raise MemoryError
+
+    killed = runner("killed", BEST)
+    killed.method.config = toy.Fit.Config(stop=4)  # after the look at step 4, past the checkpoint of step 3
+    monkeypatch.setattr(toy.Fit, "halt", staticmethod(die))
+    with pytest.raises(MemoryError):
+        killed.train()
+    assert Scripted.looks == 3
+    runner("killed", BEST).train()
+    assert Scripted.looks == 4 and [n["step"] for n in runner.lines("killed")] == [0, 2, 4, 6]
+    same(runner.model("whole"), runner.model("killed"))
+
+
+def test_another_recipe_forgets_the_looks_of_steps_that_are_made_again(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scripted, "script", (0.1, 0.2, 0.6, 0.3, 0.4, 0.5))
+    runner("a", BEST).train()
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-0000006")  # it goes on at 3; the best, of step 4, was beyond
+    other = evolve(BASE, train=evolve(TRAIN, lr=1e-3))
+    runner("a", BEST, allow_changed=True, base=other).train()
+    assert Scripted.looks == 6 and [n["step"] for n in runner.lines("a")] == [0, 2, 4, 6]
+    assert any("the weights of step 2, the best so far, are gone; the best is chosen anew" in s for s in runner.said)
+    same(runner.model("a"), runner.averages("a", 6))
+
+
+def test_a_run_without_a_checkpoint_begun_with_another_recipe_is_looked_at_anew(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner("a", JUDGED).train()
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    runner("a", JUDGED, base=evolve(BASE, seed=4)).train()
+    assert Scripted.looks == 8 and [n["step"] for n in runner.lines("a")] == [0, 2, 4, 6]
+    log = [json.loads(line)["step"] for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert log == [2, 4, 6], "its log begins anew as well"
+
+
+def test_a_damaged_best_is_told_and_the_last_weights_are_written(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scripted, "script", (0.1, 0.6, 0.5, 0.3))
+    runner("a", BEST).train()
+    path = tmp_path / "a" / "best" / "step-0000002.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-5] + bytes([content[-5] ^ 4]) + content[-4:])
+    runner("a", BEST).train()
+    assert runner.said[-1].startswith("the model is that of the last step, 6, for the best cannot be read: ")
+    same(runner.model("a"), runner.averages("a", 6))
+
+
+# ---- stopping -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("look", [1, 3])
+def test_a_signal_during_a_look_saves_first_and_the_look_is_taken_later(
+    look: int, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner("plain", None).train()
+    drawn: list[int] = []
+    draw = evaluation.draw
+
+    def interrupted(*arguments: Any, **settings: Any) -> Any:
+        for part in draw(*arguments, **settings):
+            drawn.append(1)
+            if len(drawn) == look + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield part
+
+    monkeypatch.setattr(evaluation, "draw", interrupted)
+    report = runner("a", JUDGED).train()
+    assert (report.steps, report.model) == (2 * look, None)
+    assert runner.said[-1] == f"stopped at step {2 * look} of 6; the same command goes on from here"
+    assert [n["step"] for n in runner.lines("a")] == [0, 2, 4][:look]
+    assert runner.state("a", 2 * look)
+    runner("a", JUDGED).train()
+    assert [n["step"] for n in runner.lines("a")] == [0, 2, 4, 6]
+    same(runner.state("plain", 6), runner.state("a", 6))
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_that_cannot_draw_is_refused_at_the_start(runner: Runner) -> None:
+    blind = evolve(BASE, pipeline=evolve(PARTS, sampler=None))
+    with pytest.raises(ConfigError, match=r"^\$\.watch: a pipeline without a sampler cannot draw; add what is missing"):
+        runner("a", JUDGED, base=blind)
+    with pytest.raises(ConfigError, match=r"height 17 is not a multiple of 16 px"):
+        runner("a", evolve(JUDGED, size=(17, 16)))
+
+
+def test_what_cannot_be_measured_is_refused_at_the_start(runner: Runner) -> None:
+    with pytest.raises(ConfigError, match=r"watch\.validation: Fit has no validate\(\)"):
+        runner("a", Watch(every=1, validation=Use("squares")))
+    with pytest.raises(ConfigError, match=r"watch\.benchmarks\[0\]: scripted has no prompts"):
+        runner("a", evolve(JUDGED, benchmarks=(Use("scripted", {"count": 0}),)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"prompts": ("a",), "every": 0}, "every, batches and batch must be at least 1"),
+        ({}, "looks at nothing; name prompts, benchmarks or validation"),
+        ({"prompts": ("a", " ")}, "a prompt is empty"),
+        ({"prompts": ("a",), "keep_best": "shapes"}, "keep_best is 'shapes', which is no benchmark .* there is none"),
+        ({"benchmarks": (Use("x:reds"), Use("reds")), "keep_best": "red"}, "there is reds, reds_1"),
+        ({"benchmarks": (Use("reds"),), "patience": 3}, "patience waits for a better score"),
+    ],
+)
+def test_a_watch_that_makes_no_sense_is_refused(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        Watch(**{"every": 1, **fields})
+
+
+def test_what_a_watch_names_is_checked_with_the_recipe(catalog: Catalog, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "method: fit\ntrain: {steps: 1}\nwatch: {every: 1, benchmarks: [{use: reds, promts: 3}, {use: rods}],"
+        " validation: {use: squares, batch: many}}\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        read_recipe(tmp_path / "r.yaml", catalog)
+    paths = [p.partition("r.yaml: ")[2].partition(": ")[0] for p in error.value.problems]
+    assert paths == ["$.watch.benchmarks[0].promts", "$.watch.benchmarks[1]", "$.watch.validation.batch"]
