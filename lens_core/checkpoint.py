@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lens_core import hub
 from lens_core.catalog import Catalog
 from lens_core.types import CheckpointError, did_you_mean
 
@@ -210,25 +211,11 @@ def fetch(uri: str, catalog: Catalog) -> Path:
     if folder.exists():
         raise CheckpointError(f"{uri}: is a file; a checkpoint is a folder with a lens.json or a model_index.json")
     name, _, revision = uri.partition("@")
-    if name.count("/") != 1 or any(c in name for c in ": \\~") or name.startswith((".", "/")):
+    if not hub.is_name(name):
         raise CheckpointError(
             f"{uri}: no such folder, and not a Hub name (org/name[@revision]); `tiny:` is always there"
         )
-    return _from_hub(name, revision or None)
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the Hub's client raises its own, httpx's and plain OSErrors
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{name}: cannot be fetched from the Hub ({type(error).__name__}: {reason}); with a network run "
-            f"`hf download {name}`, or pass a folder that holds model_index.json and its sub-folders"
-        ) from error
+    return hub.snapshot(name, revision or None)
 
 
 def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:

@@ -20,7 +20,7 @@ LAYERS = [
     {"protocols"},
     {"hookspecs"},
     {"catalog"},
-    {"config"},
+    {"config", "hub"},
     {"checkpoint", "source"},
     {"png"},
     {"adapters"},

@@ -1,7 +1,7 @@
 """The backbone: a multimodal diffusion transformer over image and text tokens.
 
 `mmdit` (model.py) is the network, in the published architecture at any size; published.py recognises the published
-checkpoint folders, which have no `lens.json`.
+checkpoint folders, which have no `lens.json`, and knows where on the Hub they are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,13 @@ def lens_backbones() -> dict[str, type[Any]]:
     from lens_mmdit.model import LensTransformer2DModel
 
     return {"mmdit": LensTransformer2DModel}
+
+
+@hookimpl
+def lens_fetch(uri: str) -> Path | None:
+    from lens_mmdit.published import fetch
+
+    return fetch(uri)
 
 
 @hookimpl

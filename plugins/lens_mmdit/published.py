@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lens_core import hub
 from lens_core.checkpoint import read_json
 from lens_core.types import CheckpointError
 
@@ -40,6 +41,32 @@ PRESETS: dict[str, dict[str, float]] = {
     "": {"steps": 20, "guidance_scale": 5.0},
 }
 """Variant, as it shows in a checkpoint's name -> how the paper samples from it. The first match wins."""
+
+REPOSITORIES: dict[str, tuple[str, ...]] = {
+    "Lens": ("YuCollection/Lens-Diffusers",),
+    "Lens-Turbo": ("YuCollection/Lens-Turbo-Diffusers", "SceneWorks/Lens-Turbo"),
+    "Lens-Base": ("YuCollection/Lens-Base-Diffusers",),
+}
+"""What microsoft/NAME on the Hub held until it was withdrawn in 2026 -> where the same files are."""
+
+
+def fetch(uri: str) -> Path | None:
+    """The folder of a repository that is known to hold a published checkpoint; None for any other.
+
+    Raises CheckpointError, which names the mirrors. A withdrawn original is read from the Hub's cache alone.
+    """
+    name, _, revision = uri.partition("@")
+    for variant, mirrors in REPOSITORIES.items():
+        withdrawn = name.lower() == f"microsoft/{variant}".lower()
+        if (withdrawn or name in mirrors) and not Path(uri).is_dir():
+            try:
+                return hub.snapshot(name, revision or None, local=withdrawn)
+            except CheckpointError as error:
+                others = " or ".join(m for m in mirrors if m != name)
+                if withdrawn:
+                    raise CheckpointError(f"{name}: was withdrawn; the same files are in {others}") from error
+                raise CheckpointError(f"{error}; the same files are in {others}" if others else str(error)) from error
+    return None
 
 
 def describe(folder: Path) -> dict[str, Any] | None:

@@ -203,7 +203,8 @@ def test_what_is_neither_a_folder_nor_a_hub_name_is_told(
 def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     said = error(lambda: fetch("no-such-org/no-such-name@main", Catalog.of()))
-    assert "no-such-org/no-such-name: cannot be fetched" in said and "hf download no-such-org/no-such-name" in said
+    assert "no-such-org/no-such-name@main: model_index.json is not in the cache" in said
+    assert "`hf download no-such-org/no-such-name --revision main` brings it" in said
 
 
 def test_a_file_is_not_a_checkpoint(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lens_mmdit.published import SIZES, describe
+from hub import Hub
+from lens_mmdit.published import REPOSITORIES, SIZES, describe, fetch
 
 from lens_core.types import CheckpointError
 
@@ -101,3 +103,50 @@ def test_a_missing_transformer_is_a_checkpoint_error(tmp_path: Path) -> None:
     (folder / "transformer" / "config.json").unlink()
     with pytest.raises(CheckpointError, match="missing"):
         describe(folder)
+
+
+@pytest.mark.parametrize("variant", REPOSITORIES)
+def test_a_withdrawn_original_is_answered_with_its_mirrors(variant: str, hub: Hub, tmp_path: Path) -> None:
+    hub.publish(f"microsoft/{variant}", make(tmp_path / "impostor"))
+    with pytest.raises(CheckpointError) as caught:
+        fetch(f"microsoft/{variant}")
+    mirrors = " or ".join(REPOSITORIES[variant])
+    assert str(caught.value) == f"microsoft/{variant}: was withdrawn; the same files are in {mirrors}"
+    assert hub.asked == []
+
+
+def test_a_withdrawn_original_that_is_still_in_the_cache_is_read(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.publish("microsoft/Lens", make(tmp_path / "lens"))
+    cached = tmp_path / "cache" / "models--microsoft--Lens"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    make(cached / "snapshots" / commit)
+    assert fetch("microsoft/Lens") == fetch(f"microsoft/Lens@{commit}") == cached / "snapshots" / commit
+    assert hub.asked == []
+
+
+def test_offline_the_message_names_what_is_missing_and_another_mirror(
+    hub: Hub, unplug: Callable[[Hub], None], tmp_path: Path
+) -> None:
+    unplug(hub)
+    with pytest.raises(CheckpointError) as caught:
+        fetch("SceneWorks/Lens-Turbo@v1")
+    said = str(caught.value)
+    assert said.startswith("SceneWorks/Lens-Turbo@v1: model_index.json is not in the cache")
+    assert said.endswith("the same files are in YuCollection/Lens-Turbo-Diffusers") and "\n" not in said
+
+
+def test_a_mirror_is_fetched_at_its_revision(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.publish("YuCollection/Lens-Diffusers", make(tmp_path / "lens"), "v1")
+    hub.publish("YuCollection/Lens-Diffusers", make(tmp_path / "newer", config='{"num_layers": 2}'))
+    folder = fetch("YuCollection/Lens-Diffusers@v1")
+    assert folder is not None and folder.name == commit
+    with pytest.raises(CheckpointError, match=r"no such branch, tag or commit; .*brings it$"):
+        fetch("YuCollection/Lens-Diffusers@v2")  # it has no other mirror
+
+
+def test_other_names_and_folders_are_left_to_others(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "microsoft" / "Lens")
+    assert [fetch(uri) for uri in ("toys/Lens", "microsoft/Lens", "tiny:", "./Lens")] == [None] * 4
+    assert hub.asked == []
