@@ -509,6 +509,37 @@ def compare(*folders: Path, out: Path | None = None) -> int:
 
 
 @app.command
+def push(
+    model: str,
+    repo: str,
+    *,
+    private: Annotated[bool, Parameter(negative="")] = False,
+    message: str | None = None,
+) -> int:
+    """Put a checkpoint on the Hugging Face Hub, in one commit. Log in first: hf auth login, or HF_TOKEN.
+
+    Parameters
+    ----------
+    model
+        A folder, a Hub id org/name[@revision], or tiny:
+    repo
+        The repository, org/name; made if it is not there. A README.md that a person wrote there stays.
+    private
+        Make it private; one that is there and public is refused.
+    message
+        The commit's message.
+    """
+    from lens_core import checkpoint, hub
+
+    catalog = Catalog.installed()
+    folder = checkpoint.fetch(model, catalog)
+    described = checkpoint.describe(folder, catalog)
+    hub.create(repo, private=private)
+    print(hub.upload(folder, described, repo, message=message))
+    return 0
+
+
+@app.command
 def plugins(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
     """What is installed, what each plugin offers, and what was set aside and why.
 

@@ -74,11 +74,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to one safetensors file, atomically."""
+    """Write tensors to one safetensors file, atomically. Equal tensors and metadata are equal files."""
     from safetensors.torch import save_file
 
     plain = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
-    write_atomic(path, lambda p: save_file(plain, p, metadata={"format": "pt", **(metadata or {})}))
+
+    def write(temporary: Path) -> None:
+        save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
+        with temporary.open("r+b") as file:  # the library puts metadata in another order each time
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+            if len(text) == size:
+                file.seek(8)
+                file.write(text)
+
+    write_atomic(path, write)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -182,7 +194,8 @@ def load_module(
 
 def save_module(module: nn.Module, folder: Path, stem: str = "diffusion_pytorch_model") -> None:
     """Write a module's state to `folder/stem.safetensors`."""
-    save_tensors(folder / f"{stem}.safetensors", module.state_dict())
+    about = {"modelspec.architecture": type(module).__name__}
+    save_tensors(folder / f"{stem}.safetensors", module.state_dict(), about)
 
 
 def hash_of(path: Path) -> str:

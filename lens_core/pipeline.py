@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,7 +13,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
-from lens_core import adapters, checkpoint, flow
+from lens_core import adapters, card, checkpoint, flow, hub
 from lens_core.catalog import Catalog
 from lens_core.config import Parts, Use, build, unstructure
 from lens_core.source import Source, to_mask, to_rgb, to_tensor
@@ -77,6 +78,7 @@ class LensPipeline:
         source: str = "",
         version: str = "",
         plugins: Mapping[str, str] | None = None,
+        provenance: Mapping[str, Any] | None = None,
         catalog: Catalog | None = None,
     ) -> None:
         self.vae, self.text_encoder, self.backbone, self.sampler = vae, text_encoder, backbone, sampler
@@ -84,6 +86,7 @@ class LensPipeline:
         self.uses = dict(uses or {})
         self.source, self.version = source, version
         self.plugins = dict(plugins or {})
+        self.provenance = dict(provenance or {})  # base_model, license, recipe, as far as they are known
         self.catalog = catalog  # where its parts came from: methods find rewards and benchmarks there
         self.device = torch.device("cpu")
         self.loras: list[str] = []  # what is folded into the backbone, as NAME:WEIGHT
@@ -131,6 +134,7 @@ class LensPipeline:
             source=str(uri),
             version=checkpoint.digest(folder),
             plugins=described.get("plugins", {}),
+            provenance=described.get("provenance", {}) | card.licence(folder) | hub.origin(str(uri)),
             catalog=catalog,
         )
         return pipeline.to(where)
@@ -187,7 +191,8 @@ class LensPipeline:
         self.loras.clear()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the diffusers folder layout and `lens.json`. The description comes last: without it nothing is read."""
+        """Write the diffusers folder layout, a model card and `lens.json`. That comes last: without it nothing is read.
+        A README.md that a person wrote or changed stays as it is."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         if any(root.iterdir()) and not (root / "lens.json").is_file():
@@ -204,15 +209,31 @@ class LensPipeline:
             index |= {"tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
         index |= {"transformer": ["diffusers", "LensTransformer2DModel"]} if self.backbone is not None else {}
         checkpoint.write_json(root / "model_index.json", index)
-        checkpoint.write_json(
-            root / "lens.json",
-            {
-                "format": checkpoint.FORMAT,
-                "components": {k: {"use": u.use, "config": unstructure(u.options)} for k, u in self._named().items()},
-                "presets": self.presets,
-                "plugins": self.plugins,
-            },
-        )
+        described = {
+            "format": checkpoint.FORMAT,
+            "components": {k: {"use": u.use, "config": unstructure(u.options)} for k, u in self._named().items()},
+            "presets": self.presets,
+            "plugins": self.plugins,
+            "provenance": self.provenance | ({"loras": self.loras} if self.loras else {}),
+        }
+        if card.may_replace(root / card.FILE):
+            checkpoint.write_atomic(root / card.FILE, lambda p: p.write_text(card.text(described), encoding="utf-8"))
+        checkpoint.write_json(root / "lens.json", described)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, token: str | None = None, commit_message: str | None = None
+    ) -> str:
+        """Put the checkpoint into the Hub's repository `repo_id`, made if need be, in one commit; returns its address.
+
+        `token`: what `hf auth login` or HF_TOKEN gave, unless given. A card that a person wrote there stays. Raises
+        CheckpointError, if `private` and the repository is public for one.
+        """
+        hub.create(repo_id, private=private, token=token)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.save_pretrained(folder)
+            described = checkpoint.read_json(folder / "lens.json")
+            return hub.upload(folder, described, repo_id, token=token, message=commit_message)
 
     def _named(self) -> dict[str, Use]:
         missing = [p for p in PARTS if getattr(self, p) is not None and p not in self.uses]

@@ -82,7 +82,14 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(404, {"error": what}, X_Error_Code=what)
 
     def read(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        data = b""
+        while size := int(self.rfile.readline(), 16):
+            data += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return data
 
     def begin(self) -> list[str]:
         path = unquote(urlsplit(self.path).path)

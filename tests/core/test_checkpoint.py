@@ -20,8 +20,11 @@ from lens_core.checkpoint import (
     digest,
     fetch,
     load_module,
+    read_header,
     read_json,
+    read_tensors,
     save_module,
+    save_tensors,
     write_atomic,
     write_json,
 )
@@ -79,6 +82,18 @@ def test_a_write_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "choose another output" in error(lambda: write_json(tmp_path / "file" / "below.json", {}))
+
+
+def test_equal_tensors_are_equal_files_that_say_what_they_are(tmp_path: Path) -> None:
+    save_module(net(), tmp_path / "a")
+    header = {"z": "1", "a": "é\n", "m": "{}"}
+    for number in range(8):
+        save_tensors(tmp_path / f"{number}.safetensors", net().state_dict(), header)
+    assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(8)}) == 1
+    assert read_header(tmp_path / "0.safetensors") == {"format": "pt", **header}
+    assert torch.equal(read_tensors(tmp_path / "0.safetensors")["weight"], net().weight)
+    said = read_header(tmp_path / "a" / f"{STEM}.safetensors")
+    assert said == {"format": "pt", "modelspec.architecture": "Linear"}
 
 
 # ---- reading --------------------------------------------------------------------------------------------------
