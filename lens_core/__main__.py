@@ -8,7 +8,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -536,6 +536,44 @@ def push(
     described = checkpoint.describe(folder, catalog)
     hub.create(repo, private=private)
     print(hub.upload(folder, described, repo, message=message))
+    return 0
+
+
+@app.command
+def lora(
+    source: Path,
+    output: Path,
+    *,
+    as_: Annotated[Literal["diffusers", "comfy", "sd-scripts"], Parameter(name="--as")],
+    model: str | None = None,
+) -> int:
+    """Write a LoRA in another tool's spelling of names; its numbers stay bit for bit.
+
+    Parameters
+    ----------
+    source
+        A LoRA file, or a folder with pytorch_lora_weights.safetensors.
+    output
+        The .safetensors file to write.
+    as_
+        diffusers (PEFT), comfy or sd-scripts.
+    model
+        The model that it is for, against which its layers are checked; needed where names have underscores for dots.
+    """
+    from lens_core import spelling
+
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"{output}: a LoRA is written as .safetensors; use {output.with_suffix('.safetensors')}")
+    if model is None:
+        pairs = spelling.read(source)
+    else:
+        from lens_core import adapters
+        from lens_core.pipeline import LensPipeline
+
+        net = LensPipeline.from_pretrained(model, device="cpu", parts=("backbone",)).backbone
+        pairs = spelling.read(source, list(adapters.read(source, net)))
+    spelling.write(output, pairs, as_)
+    print(f"{output}  {len(pairs)} layers, as {as_}")
     return 0
 
 

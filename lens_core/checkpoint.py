@@ -102,7 +102,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: missing; fetch the checkpoint again, this file included")
     with path.open("rb") as file:
         head = file.read(9)
-    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
+    # A safetensors file begins with its header's length, which may be any bytes, and then the header's brace.
+    if head[8:] != b"{" and head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
         raise CheckpointError(f"{path}: is a pickle, which can run code; only safetensors are read")
     try:
         tensors: dict[str, Tensor] = load_file(path)

@@ -179,7 +179,7 @@ class LensPipeline:
 
     def load_lora_weights(self, path: str | Path, weight: float = 1.0) -> None:
         """Fold a LoRA into the backbone, beside those already there. Reads the names of diffusers and PEFT, Comfy and
-        sd-scripts (`lens_core.adapters.read`). Sampling costs no more than before. Raises CheckpointError."""
+        sd-scripts (`lens_core.spelling`). Sampling costs no more than before. Raises CheckpointError."""
         if not math.isfinite(weight):
             raise ConfigError(f"{path}: its weight is {weight}; give a finite number")
         adapters.fold(self.backbone, adapters.read(Path(path).expanduser(), self.backbone), weight, self._plain)
@@ -189,6 +189,18 @@ class LensPipeline:
         """Take every LoRA out again: the backbone's weights are bit for bit what they were."""
         adapters.unfold(self.backbone, self._plain)
         self.loras.clear()
+
+    def fuse_lora(self) -> None:
+        """Keep every LoRA that is in for good: the weights before them are forgotten, and what is saved names them."""
+        if self.loras:
+            self.version = f"{self.version}+{'+'.join(self.loras)}"
+        self.provenance |= self._folded()
+        self._plain.clear()
+        self.loras.clear()
+
+    def _folded(self) -> dict[str, list[str]]:
+        names = [*self.provenance.get("loras", ()), *self.loras]
+        return {"loras": names} if names else {}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the diffusers folder layout, a model card and `lens.json`. That comes last: without it nothing is read.
@@ -214,7 +226,7 @@ class LensPipeline:
             "components": {k: {"use": u.use, "config": unstructure(u.options)} for k, u in self._named().items()},
             "presets": self.presets,
             "plugins": self.plugins,
-            "provenance": self.provenance | ({"loras": self.loras} if self.loras else {}),
+            "provenance": self.provenance | self._folded(),
         }
         if card.may_replace(root / card.FILE):
             checkpoint.write_atomic(root / card.FILE, lambda p: p.write_text(card.text(described), encoding="utf-8"))

@@ -23,7 +23,7 @@ LAYERS = [
     {"config", "card"},
     {"hub"},
     {"checkpoint", "source"},
-    {"png"},
+    {"png", "spelling"},
     {"adapters"},
     {"pipeline"},
     {"loop", "curation", "evaluation", "comparison", "plan", "testing"},

@@ -174,6 +174,15 @@ def test_a_pickle_is_never_run(name: str, tmp_path: Path) -> None:
     assert f"{name}: is a pickle, which can run code" in error(lambda: load_module(net(), tmp_path))
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x4B50])
+def test_a_header_as_long_as_a_pickle_begins_is_no_pickle(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"w": torch.ones(2)}, {"pad": ""})
+    save_tensors(path, {"w": torch.ones(2)}, {"pad": "x" * (length - int.from_bytes(path.read_bytes()[:8], "little"))})
+    assert int.from_bytes(path.read_bytes()[:8], "little") == length
+    assert torch.equal(read_tensors(path)["w"], torch.ones(2))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
