@@ -32,7 +32,9 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _tell(start: int, _: Any, step: int, t: float, __: Any) -> None:
+def _tell(start: int, note: str, _: Any, step: int, t: float, __: Any) -> None:
+    if note and step == 0:  # now that all is checked: a mistake is told in one line of its own
+        print(f"lens: {note}", file=sys.stderr)
     _say(f"pictures {start}+: step {step + 1}, t = {t:.3f}")
 
 
@@ -225,7 +227,7 @@ def generate(
             mask_image=anew,
             strength=strength,
             seed=[seed + i for i in part],
-            callback_on_step_end=partial(_tell, part[0]),
+            callback_on_step_end=partial(_tell, part[0], "" if start else _preset(pipeline, steps, guidance_scale)),
         )
         seconds = time.perf_counter() - begun
         for i, picture in zip(part, result.images, strict=True):
@@ -236,6 +238,16 @@ def generate(
             else:
                 print(f"{texts[i]}\n  {paths[i]}  seed {seed + i}  {seconds:.2f} s (and {loaded:.1f} s to load)")
     return 0
+
+
+def _preset(pipeline: LensPipeline, steps: int | None, scale: float | None) -> str:
+    """What the checkpoint decides, since nobody else did, and how to decide otherwise."""
+    taken = [f"{pipeline.presets['steps']} steps"] if steps is None else []
+    taken += [f"guidance {pipeline.presets['guidance_scale']:g}"] if scale is None else []
+    if not taken:
+        return ""
+    why = pipeline.note or "the preset of this checkpoint"
+    return f"{' at '.join(taken)}: {why}; --steps and --guidance-scale choose others"
 
 
 def _pipeline(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -79,6 +80,7 @@ class LensPipeline:
         version: str = "",
         plugins: Mapping[str, str] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        note: str = "",
         catalog: Catalog | None = None,
     ) -> None:
         self.vae, self.text_encoder, self.backbone, self.sampler = vae, text_encoder, backbone, sampler
@@ -87,6 +89,7 @@ class LensPipeline:
         self.source, self.version = source, version
         self.plugins = dict(plugins or {})
         self.provenance = dict(provenance or {})  # base_model, license, recipe, as far as they are known
+        self.note = note  # where the presets come from, if the checkpoint itself does not say them
         self.catalog = catalog  # where its parts came from: methods find rewards and benchmarks there
         self.device = torch.device("cpu")
         self.loras: list[str] = []  # what is folded into the backbone, as NAME:WEIGHT
@@ -135,6 +138,7 @@ class LensPipeline:
             version=checkpoint.digest(folder),
             plugins=described.get("plugins", {}),
             provenance=described.get("provenance", {}) | card.licence(folder) | hub.origin(str(uri)),
+            note=described.get("note", ""),
             catalog=catalog,
         )
         return pipeline.to(where)
@@ -386,7 +390,8 @@ class LensPipeline:
         `strength` in [0, 1]: how much of it goes (0.6 if not given, 1 with a mask); `mask_image`: white is drawn anew,
         all else stays as it is. `guidance_interval` (low, high): guidance is at work where low < t <= high alone.
         `output_type`: "pil", "pt" (uint8 [B,3,H,W]), "np" (uint8 [B,H,W,3]) or "latent" ([B,C,h,w]).
-        Raises ConfigError for sizes, counts and types; NumericalError for non-finite latents.
+        Raises ConfigError for sizes, counts and types; NumericalError for non-finite latents; warns of what has no
+        effect.
         """
         if output_type not in ("pil", "pt", "np", "latent"):
             raise ConfigError(f"output_type must be pil, pt, np or latent, not {output_type!r}")
@@ -409,6 +414,11 @@ class LensPipeline:
             width, height = to_rgb(image).size
         high, wide = self.size(height, width, aspect_ratio, base_resolution)
         source = self._source(image, mask_image, strength, (high, wide))
+        idle = [("a negative prompt", any(negative_prompt or ())), ("a guidance interval", (low, top) != (0, 1))]
+        for name in (name for name, given in idle if given and scale == 1.0):
+            warnings.warn(f"{name} has no effect at guidance 1; give a guidance scale above 1", stacklevel=3)
+        if base_resolution is not None and (height is not None or width is not None):
+            warnings.warn("a base resolution has no effect beside a size or a picture; give one of them", stacklevel=3)
         grid = (high // self.vae.downscale, wide // self.vae.downscale)
         generators, seeds = self._generators(generator, seed, count)
         text = self.encode(prompts)
