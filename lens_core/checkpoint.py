@@ -12,16 +12,17 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lens_core import hub
 from lens_core.catalog import Catalog
-from lens_core.types import CheckpointError, did_you_mean
+from lens_core.types import CheckpointError, LensError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+Module = TypeVar("Module", bound="nn.Module")
 ALIGNMENT = 64  # bytes, at which torch puts tensors of its own
 FORMAT = 1
 """The version of `lens.json`."""
@@ -193,6 +194,23 @@ def load_module(
     module.load_state_dict(tensors, assign=True)
 
 
+def blueprint(build: Callable[[], Module], where: Path, layers: int, tensors: Mapping[str, Tensor]) -> Module:
+    """The module that a config describes, without memory for its weights. Raises CheckpointError, which names the file
+    `where` it stands, for sizes that no module can have, and for more `layers` than the checkpoint has tensors."""
+    import torch
+
+    if layers > len(tensors):
+        raise CheckpointError(f"{where}: asks for {layers} layers; the checkpoint holds {len(tensors)} tensors")
+    try:
+        with torch.device("meta"):
+            return build()
+    except LensError:
+        raise
+    except Exception as error:  # a library's own checks, and sizes beyond torch's integers
+        reason = " ".join(f"{error}".split())[:200]
+        raise CheckpointError(f"{where}: no model can be built of it ({reason}); fetch it again") from error
+
+
 def save_module(module: nn.Module, folder: Path, stem: str = "diffusion_pytorch_model") -> None:
     """Write a module's state to `folder/stem.safetensors`."""
     about = {"modelspec.architecture": type(module).__name__}
@@ -251,4 +269,45 @@ def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
         for c in components.values()
     ):
         raise CheckpointError(f"{path}: has no components that each name what they use")
+    for name, sound in {"presets": _presets, "plugins": _texts, "provenance": _provenance}.items():
+        if not sound(data.get(name, {})):
+            raise CheckpointError(f"{path}: its {name} cannot be meant; mend it, or fetch it again")
+    if not isinstance(data.get("note", ""), str):
+        raise CheckpointError(f"{path}: its note is no text; mend it, or fetch it again")
     return data
+
+
+def _presets(given: Any) -> bool:
+    """Whether a pipeline can draw with these."""
+
+    def whole(value: Any) -> bool:
+        return type(value) is int and 0 < value <= 2**16
+
+    def table(sizes: Any) -> bool:
+        return isinstance(sizes, dict) and all(
+            isinstance(s, list | tuple) and len(s) == 2 and all(map(whole, s)) for s in sizes.values()
+        )
+
+    if not (isinstance(given, dict) and isinstance(given.get("sizes", {}), dict)):
+        return False
+    scale = given.get("guidance_scale", 1.0)
+    return (
+        type(scale) in (int, float)
+        and abs(scale) < 2**16
+        and all(whole(given.get(name, 1)) for name in ("steps", "base_resolution"))
+        and all(map(table, given.get("sizes", {}).values()))
+    )
+
+
+def _texts(given: Any) -> bool:
+    return isinstance(given, dict) and all(isinstance(value, str) for value in given.values())
+
+
+def _provenance(given: Any) -> bool:
+    loras = given.get("loras", []) if isinstance(given, dict) else None
+    return (
+        isinstance(loras, list)
+        and all(isinstance(name, str) for name in loras)
+        and isinstance(given.get("recipe", {}), dict)
+        and _texts({key: value for key, value in given.items() if key not in ("loras", "recipe")})
+    )
