@@ -140,9 +140,9 @@ def _files(folder: Path, stem: str) -> list[Path]:
         raise CheckpointError(f"{index}: has no weight_map of tensor names to files")
     names = sorted(set(table.values()))
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
             raise CheckpointError(f"{index}: names {name!r}, which is not a safetensors file of its own folder")
-        if not (folder / name).is_file():
+        if not hub.is_file(folder / name):
             raise CheckpointError(f"{folder / name}: this shard is missing; fetch it again")
     return [folder / name for name in names]
 

@@ -59,8 +59,16 @@ def snapshot(name: str, revision: str | None = None, *, local: bool = False) -> 
     return folder
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _lacking(folder: Path, files: list[str]) -> list[str]:
-    return [name for name in files if not (folder / name).is_file()]
+    return [name for name in files if not is_file(folder / name)]
 
 
 def _sharded(folder: Path) -> list[str]:

@@ -127,7 +127,23 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     assert "three.safetensors: this shard is missing" in error(lambda: load_module(net(), tmp_path))
 
 
-@pytest.mark.parametrize("name", ["../one.safetensors", "/etc/passwd", "a/../../x.safetensors", "one.bin", ""])
+def test_a_shard_whose_name_no_file_can_have_is_missing(tmp_path: Path) -> None:
+    shards(tmp_path, {"weight": f"{'x' * 300}.safetensors", "bias": "two.safetensors"})
+    assert "this shard is missing" in error(lambda: load_module(net(), tmp_path))
+
+
+BAD = [
+    "../one.safetensors",
+    "/etc/passwd",
+    "a/../../x.safetensors",
+    "one.bin",
+    "",
+    "a\x00.safetensors",
+    "\n.safetensors",
+]
+
+
+@pytest.mark.parametrize("name", BAD)
 def test_an_index_may_not_lead_out_of_its_folder(name: str, tmp_path: Path) -> None:
     shards(tmp_path, {"weight": name, "bias": "two.safetensors"})
     assert "not a safetensors file of its own folder" in error(lambda: load_module(net(), tmp_path))
