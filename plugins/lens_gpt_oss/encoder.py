@@ -295,7 +295,10 @@ def _on_disk(path: Path, config: GptOssEncoder.Config) -> GptOssEncoder.Config:
     config = evolve(config, **sizes)
     plain = _transformers(config)
     rope = {"rope_theta": disk.get("rope_theta", YARN["rope_theta"])}
-    rope |= disk.get("rope_parameters") or disk.get("rope_scaling") or {}
+    block = disk.get("rope_parameters") or disk.get("rope_scaling") or {}
+    if not isinstance(block, dict):
+        raise CheckpointError(f"{path}: its rope block is {block!r:.60}, which is no object; fetch it again")
+    rope |= block
     fixed = {"model_type", "layer_types", "hidden_act", "attention_bias", "rms_norm_eps", "swiglu_limit"}
     differ = {k for k in fixed if k in disk and disk[k] != getattr(plain, k)}
     differ |= {k for k in YARN if k in rope and rope[k] != YARN[k]}
