@@ -144,7 +144,7 @@ class Flux2VAE(nn.Module):
         try:
             return structure(cls.Config, data, str(path))
         except ConfigError as error:
-            raise CheckpointError(str(error)) from error
+            raise CheckpointError("; ".join(error.problems)) from error
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         multiple = self.downscale
