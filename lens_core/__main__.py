@@ -8,7 +8,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -32,7 +32,9 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _tell(start: int, _: Any, step: int, t: float, __: Any) -> None:
+def _tell(start: int, note: str, _: Any, step: int, t: float, __: Any) -> None:
+    if note and step == 0:  # now that all is checked: a mistake is told in one line of its own
+        print(f"lens: {note}", file=sys.stderr)
     _say(f"pictures {start}+: step {step + 1}, t = {t:.3f}")
 
 
@@ -225,7 +227,7 @@ def generate(
             mask_image=anew,
             strength=strength,
             seed=[seed + i for i in part],
-            callback_on_step_end=partial(_tell, part[0]),
+            callback_on_step_end=partial(_tell, part[0], "" if start else _preset(pipeline, steps, guidance_scale)),
         )
         seconds = time.perf_counter() - begun
         for i, picture in zip(part, result.images, strict=True):
@@ -236,6 +238,16 @@ def generate(
             else:
                 print(f"{texts[i]}\n  {paths[i]}  seed {seed + i}  {seconds:.2f} s (and {loaded:.1f} s to load)")
     return 0
+
+
+def _preset(pipeline: LensPipeline, steps: int | None, scale: float | None) -> str:
+    """What the checkpoint decides, since nobody else did, and how to decide otherwise."""
+    taken = [f"{pipeline.presets['steps']} steps"] if steps is None else []
+    taken += [f"guidance {pipeline.presets['guidance_scale']:g}"] if scale is None else []
+    if not taken:
+        return ""
+    why = pipeline.note or "the preset of this checkpoint"
+    return f"{' at '.join(taken)}: {why}; --steps and --guidance-scale choose others"
 
 
 def _pipeline(
@@ -538,6 +550,75 @@ def curves(
     picture = drawing.draw(found, show or ())
     checkpoint.write_atomic(out, lambda p: picture.save(p, format="PNG"))
     print(out)
+    return 0
+
+
+@app.command
+def push(
+    model: str,
+    repo: str,
+    *,
+    private: Annotated[bool, Parameter(negative="")] = False,
+    message: str | None = None,
+) -> int:
+    """Put a checkpoint on the Hugging Face Hub, in one commit. Log in first: hf auth login, or HF_TOKEN.
+
+    Parameters
+    ----------
+    model
+        A folder, a Hub id org/name[@revision], or tiny:
+    repo
+        The repository, org/name; made if it is not there. A README.md that a person wrote there stays.
+    private
+        Make it private; one that is there and public is refused.
+    message
+        The commit's message.
+    """
+    from lens_core import checkpoint, hub
+
+    catalog = Catalog.installed()
+    folder = checkpoint.fetch(model, catalog)
+    described = checkpoint.describe(folder, catalog)
+    hub.create(repo, private=private)
+    print(hub.upload(folder, described, repo, message=message))
+    return 0
+
+
+@app.command
+def lora(
+    source: Path,
+    output: Path,
+    *,
+    as_: Annotated[Literal["diffusers", "comfy", "sd-scripts"], Parameter(name="--as")],
+    model: str | None = None,
+) -> int:
+    """Write a LoRA in another tool's spelling of names; its numbers stay bit for bit.
+
+    Parameters
+    ----------
+    source
+        A LoRA file, or a folder with pytorch_lora_weights.safetensors.
+    output
+        The .safetensors file to write.
+    as_
+        diffusers (PEFT), comfy or sd-scripts.
+    model
+        The model that it is for, against which its layers are checked; needed where names have underscores for dots.
+    """
+    from lens_core import spelling
+
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"{output}: a LoRA is written as .safetensors; use {output.with_suffix('.safetensors')}")
+    if model is None:
+        pairs = spelling.read(source)
+    else:
+        from lens_core import adapters
+        from lens_core.pipeline import LensPipeline
+
+        net = LensPipeline.from_pretrained(model, device="cpu", parts=("backbone",)).backbone
+        pairs = spelling.read(source, list(adapters.read(source, net)))
+    spelling.write(output, pairs, as_)
+    print(f"{output}  {len(pairs)} layers, as {as_}")
     return 0
 
 

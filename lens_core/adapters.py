@@ -6,8 +6,6 @@ PEFT puts adapters beside layers for training; for sampling they are folded into
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,11 +13,13 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from lens_core.checkpoint import read_header, read_tensors, save_tensors
 from lens_core.config import Adapter
+from lens_core.spelling import FILE, Pair, write
+from lens_core.spelling import read as spelled
 from lens_core.types import CheckpointError, ConfigError
 
-FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+__all__ = ["FILE", "Low", "attach", "fold", "merge", "owned", "read", "save", "tensors", "unfold"]
+
 NAME = "default"  # PEFT's, which file formats leave out
 
 
@@ -51,13 +51,15 @@ def owned(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def save(net: nn.Module, adapter: Adapter, path: Path, prefix: str) -> None:
-    """Write the adapter as diffusers reads it: `prefix.layer.lora_A.weight`, with rank and alpha in its header."""
-    plain = {name.replace(f".{NAME}.", "."): value for name, value in tensors(net).items()}
-    targets = sorted({name.partition(".lora_")[0] for name in plain})
-    about = {"r": adapter.rank, "lora_alpha": adapter.scale * adapter.rank, "target_modules": targets}
-    header = json.dumps({f"{prefix}.{key}": value for key, value in about.items()})
-    save_tensors(path, {f"{prefix}.{name}": value for name, value in plain.items()}, {"lora_adapter_metadata": header})
+def save(net: nn.Module, adapter: Adapter, path: Path, prefix: str, spelling: str = "diffusers") -> None:
+    """Write the adapter in one of `spelling.SPELLINGS`: as diffusers reads it, `prefix.layer.lora_A.weight`, or as
+    Comfy or sd-scripts does, for which a backbone has no other name."""
+    found = {name.replace(f".{NAME}.", "."): value for name, value in tensors(net).items()}
+    pairs = {}
+    for name in sorted({name.partition(".lora_")[0] for name in found}):
+        down, up = (found[f"{name}.lora_{side}.weight"] for side in "AB")
+        pairs[name] = Pair(down, up, adapter.scale * adapter.rank)
+    write(path, pairs, spelling, prefix)
 
 
 @torch.no_grad()
@@ -87,67 +89,24 @@ class Low:
 
     def delta(self) -> Tensor:
         """The change [out,in], in float32 at least."""
-        precise = torch.promote_types(self.up.dtype, torch.float32)
+        precise = torch.float64 if torch.float64 in (self.up.dtype, self.down.dtype) else torch.float32
         return self.scale * (self.up.to(precise) @ self.down.to(precise))
 
 
-_KEY = re.compile(r"(.+)\.(?:lora_(?P<side>[AB]|down|up)(?:\.[^.]+)?\.weight|(?P<alpha>alpha))")
-_PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "lora_unet_")
-"""Of diffusers, Comfy, PEFT and sd-scripts."""
-
-
 def read(path: Path, net: nn.Module) -> dict[str, Low]:
-    """A LoRA file, or a folder with diffusers' `pytorch_lora_weights.safetensors` -> the change of each layer of `net`.
-
-    Reads the names of PEFT and diffusers, of Comfy, and of sd-scripts (dots as underscores, lora_down and lora_up).
-    alpha is a layer's own tensor, else the header's (`lora_alpha`, `ss_network_alpha`), else the rank. Raises
-    CheckpointError for keys that fit no layer, for halves and for shapes, and lists them.
-    """
-    file = path / FILE if path.is_dir() else path
-    found, header = read_tensors(file), read_header(file)
+    """A LoRA file or its folder, in any of the spellings that `lens_core.spelling` knows -> the change of each layer of
+    `net`. Raises CheckpointError for what fits no layer, and for halves and shapes."""
     layers = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
-    names = {alias: name for name in layers for alias in (name, f"transformer_{name}".replace(".", "_"))}
-    names |= {name.replace(".", "_"): name for name in layers}
-    parts: dict[str, dict[str, Tensor]] = {}
-    strange: list[str] = []
-    for key, value in found.items():
-        match = _KEY.fullmatch(key)
-        prefix = next((p for p in _PREFIXES if key.startswith(p)), "")
-        layer = names.get(match[1].removeprefix(prefix)) if match else None
-        if match is None or layer is None:
-            strange.append(key)
-            continue
-        side = {"A": "down", "B": "up", None: "alpha"}.get(match["side"], match["side"])
-        parts.setdefault(layer, {})[str(side)] = value
-    if strange or not parts:
-        listed = ", ".join(sorted(strange)[:5]) or "none at all"
-        raise CheckpointError(f"{file}: {len(strange)} of {len(found)} tensors fit no layer of this model ({listed})")
-    overall = _alpha(header)
     changes = {}
-    for layer, sides in parts.items():
-        if "down" not in sides or "up" not in sides:
-            raise CheckpointError(f"{file}: {layer} has only its {', '.join(sorted(sides))}; fetch the file again")
-        down, up = sides["down"], sides["up"]
+    for layer, pair in spelled(path, layers).items():
         shape = tuple(layers[layer].weight.shape)
-        if down.ndim != 2 or up.ndim != 2 or (len(up), down.shape[1]) != shape or len(down) != up.shape[1]:
+        if (len(pair.up), pair.down.shape[1]) != shape:
             raise CheckpointError(
-                f"{file}: {layer} is {list(shape)} here, but {list(up.shape)} x {list(down.shape)} in the file; "
-                "it was made for another model"
+                f"{path}: {layer} is {list(shape)} here, but {list(pair.up.shape)} x {list(pair.down.shape)} in the "
+                "file; it was made for another model"
             )
-        alpha = float(sides["alpha"]) if "alpha" in sides else overall
-        changes[layer] = Low(down, up, 1.0 if alpha is None else alpha / len(down))
+        changes[layer] = Low(pair.down, pair.up, pair.alpha / pair.rank)
     return changes
-
-
-def _alpha(header: Mapping[str, str]) -> float | None:
-    """The alpha that a file's header gives for all its layers, or None."""
-    try:
-        about = json.loads(header.get("lora_adapter_metadata", "{}"))
-        given = [value for key, value in about.items() if key.rpartition(".")[2] == "lora_alpha"]
-        given += [header[key] for key in ("ss_network_alpha", "alpha") if key in header]
-        return float(given[0]) if given else None
-    except (ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"the header of the LoRA file cannot be read ({error}); fetch it again") from error
 
 
 @torch.no_grad()

@@ -16,15 +16,17 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from lens_core import hub
 from lens_core.catalog import Catalog
-from lens_core.types import CheckpointError, did_you_mean
+from lens_core.types import CheckpointError, LensError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+Module = TypeVar("Module", bound="nn.Module")
 ALIGNMENT = 64  # bytes, at which torch puts tensors of its own
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORMAT = 1
@@ -120,11 +122,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to one safetensors file, atomically."""
+    """Write tensors to one safetensors file, atomically. Equal tensors and metadata are equal files."""
     from safetensors.torch import save_file
 
     plain = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
-    write_atomic(path, lambda p: save_file(plain, p, metadata={"format": "pt", **(metadata or {})}))
+
+    def write(temporary: Path) -> None:
+        save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
+        with temporary.open("r+b") as file:  # the library puts metadata in another order each time
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+            if len(text) == size:
+                file.seek(8)
+                file.write(text)
+
+    write_atomic(path, write)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -136,7 +150,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: missing; fetch the checkpoint again, this file included")
     with path.open("rb") as file:
         head = file.read(9)
-    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
+    # A safetensors file begins with its header's length, which may be any bytes, and then the header's brace.
+    if head[8:] != b"{" and head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
         raise CheckpointError(f"{path}: is a pickle, which can run code; only safetensors are read")
     try:
         tensors: dict[str, Tensor] = load_file(path)
@@ -172,9 +187,9 @@ def _files(folder: Path, stem: str) -> list[Path]:
         raise CheckpointError(f"{index}: has no weight_map of tensor names to files")
     names = sorted(set(table.values()))
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
             raise CheckpointError(f"{index}: names {name!r}, which is not a safetensors file of its own folder")
-        if not (folder / name).is_file():
+        if not hub.is_file(folder / name):
             raise CheckpointError(f"{folder / name}: this shard is missing; fetch it again")
     return [folder / name for name in names]
 
@@ -226,9 +241,27 @@ def load_module(
     module.load_state_dict(tensors, assign=True)
 
 
+def blueprint(build: Callable[[], Module], where: Path, layers: int, tensors: Mapping[str, Tensor]) -> Module:
+    """The module that a config describes, without memory for its weights. Raises CheckpointError, which names the file
+    `where` it stands, for sizes that no module can have, and for more `layers` than the checkpoint has tensors."""
+    import torch
+
+    if layers > len(tensors):
+        raise CheckpointError(f"{where}: asks for {layers} layers; the checkpoint holds {len(tensors)} tensors")
+    try:
+        with torch.device("meta"):
+            return build()
+    except LensError:
+        raise
+    except Exception as error:  # a library's own checks, and sizes beyond torch's integers
+        reason = " ".join(f"{error}".split())[:200]
+        raise CheckpointError(f"{where}: no model can be built of it ({reason}); fetch it again") from error
+
+
 def save_module(module: nn.Module, folder: Path, stem: str = "diffusion_pytorch_model") -> None:
     """Write a module's state to `folder/stem.safetensors`."""
-    save_tensors(folder / f"{stem}.safetensors", module.state_dict())
+    about = {"modelspec.architecture": type(module).__name__}
+    save_tensors(folder / f"{stem}.safetensors", module.state_dict(), about)
 
 
 def hash_of(path: Path) -> str:
@@ -257,25 +290,11 @@ def fetch(uri: str, catalog: Catalog) -> Path:
     if folder.exists():
         raise CheckpointError(f"{uri}: is a file; a checkpoint is a folder with a lens.json or a model_index.json")
     name, _, revision = uri.partition("@")
-    if name.count("/") != 1 or any(c in name for c in ": \\~") or name.startswith((".", "/")):
+    if not hub.is_name(name):
         raise CheckpointError(
             f"{uri}: no such folder, and not a Hub name (org/name[@revision]); `tiny:` is always there"
         )
-    return _from_hub(name, revision or None)
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the Hub's client raises its own, httpx's and plain OSErrors
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{name}: cannot be fetched from the Hub ({type(error).__name__}: {reason}); with a network run "
-            f"`hf download {name}`, or pass a folder that holds model_index.json and its sub-folders"
-        ) from error
+    return hub.snapshot(name, revision or None)
 
 
 def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
@@ -297,4 +316,45 @@ def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
         for c in components.values()
     ):
         raise CheckpointError(f"{path}: has no components that each name what they use")
+    for name, sound in {"presets": _presets, "plugins": _texts, "provenance": _provenance}.items():
+        if not sound(data.get(name, {})):
+            raise CheckpointError(f"{path}: its {name} cannot be meant; mend it, or fetch it again")
+    if not isinstance(data.get("note", ""), str):
+        raise CheckpointError(f"{path}: its note is no text; mend it, or fetch it again")
     return data
+
+
+def _presets(given: Any) -> bool:
+    """Whether a pipeline can draw with these."""
+
+    def whole(value: Any) -> bool:
+        return type(value) is int and 0 < value <= 2**16
+
+    def table(sizes: Any) -> bool:
+        return isinstance(sizes, dict) and all(
+            isinstance(s, list | tuple) and len(s) == 2 and all(map(whole, s)) for s in sizes.values()
+        )
+
+    if not (isinstance(given, dict) and isinstance(given.get("sizes", {}), dict)):
+        return False
+    scale = given.get("guidance_scale", 1.0)
+    return (
+        type(scale) in (int, float)
+        and abs(scale) < 2**16
+        and all(whole(given.get(name, 1)) for name in ("steps", "base_resolution"))
+        and all(map(table, given.get("sizes", {}).values()))
+    )
+
+
+def _texts(given: Any) -> bool:
+    return isinstance(given, dict) and all(isinstance(value, str) for value in given.values())
+
+
+def _provenance(given: Any) -> bool:
+    loras = given.get("loras", []) if isinstance(given, dict) else None
+    return (
+        isinstance(loras, list)
+        and all(isinstance(name, str) for name in loras)
+        and isinstance(given.get("recipe", {}), dict)
+        and _texts({key: value for key, value in given.items() if key not in ("loras", "recipe")})
+    )

@@ -131,7 +131,7 @@ def _problems(error: BaseException, path: str, cls: Any) -> list[str]:
     if isinstance(error, ForbiddenExtraKeysError):
         names = [f.name for f in attrs.fields(error.cl)]
         return [
-            f"{path}.{key}: unknown.{did_you_mean(key, names)} Fields: {', '.join(names) or 'none'}."
+            f"{path}.{repr(key)[1:-1]}: unknown.{did_you_mean(key, names)} Fields: {', '.join(names) or 'none'}."
             for key in sorted(map(str, error.extra_fields))
         ]
     if isinstance(error, KeyError):

@@ -470,6 +470,9 @@ class Run:
                 adapters.merge(self.nets[role])
         if self.train_config.weights == "bf16":
             self.pipeline.to(dtype=torch.bfloat16)
+        recipe = json.dumps(unstructure(self.recipe)).encode()
+        made = {"method": self.recipe.method.use, "steps": self.train_config.steps, "seed": self.recipe.seed}
+        self.pipeline.provenance |= {"recipe": made | {"sha256": hashlib.sha256(recipe).hexdigest()[:16]}}
         final = self.out / "model"
         with _whole(final) as partial:
             self.pipeline.save_pretrained(partial)

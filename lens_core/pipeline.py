@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import secrets
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,7 +14,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
-from lens_core import adapters, checkpoint, flow
+from lens_core import adapters, card, checkpoint, flow, hub
 from lens_core.catalog import Catalog
 from lens_core.config import Parts, Use, build, unstructure
 from lens_core.source import Source, to_mask, to_rgb, to_tensor
@@ -77,6 +79,8 @@ class LensPipeline:
         source: str = "",
         version: str = "",
         plugins: Mapping[str, str] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        note: str = "",
         catalog: Catalog | None = None,
     ) -> None:
         self.vae, self.text_encoder, self.backbone, self.sampler = vae, text_encoder, backbone, sampler
@@ -84,6 +88,8 @@ class LensPipeline:
         self.uses = dict(uses or {})
         self.source, self.version = source, version
         self.plugins = dict(plugins or {})
+        self.provenance = dict(provenance or {})  # base_model, license, recipe, as far as they are known
+        self.note = note  # where the presets come from, if the checkpoint itself does not say them
         self.catalog = catalog  # where its parts came from: methods find rewards and benchmarks there
         self.device = torch.device("cpu")
         self.loras: list[str] = []  # what is folded into the backbone, as NAME:WEIGHT
@@ -131,6 +137,8 @@ class LensPipeline:
             source=str(uri),
             version=checkpoint.digest(folder),
             plugins=described.get("plugins", {}),
+            provenance=described.get("provenance", {}) | card.licence(folder) | hub.origin(str(uri)),
+            note=described.get("note", ""),
             catalog=catalog,
         )
         return pipeline.to(where)
@@ -175,7 +183,7 @@ class LensPipeline:
 
     def load_lora_weights(self, path: str | Path, weight: float = 1.0) -> None:
         """Fold a LoRA into the backbone, beside those already there. Reads the names of diffusers and PEFT, Comfy and
-        sd-scripts (`lens_core.adapters.read`). Sampling costs no more than before. Raises CheckpointError."""
+        sd-scripts (`lens_core.spelling`). Sampling costs no more than before. Raises CheckpointError."""
         if not math.isfinite(weight):
             raise ConfigError(f"{path}: its weight is {weight}; give a finite number")
         adapters.fold(self.backbone, adapters.read(Path(path).expanduser(), self.backbone), weight, self._plain)
@@ -186,8 +194,21 @@ class LensPipeline:
         adapters.unfold(self.backbone, self._plain)
         self.loras.clear()
 
+    def fuse_lora(self) -> None:
+        """Keep every LoRA that is in for good: the weights before them are forgotten, and what is saved names them."""
+        if self.loras:
+            self.version = f"{self.version}+{'+'.join(self.loras)}"
+        self.provenance |= self._folded()
+        self._plain.clear()
+        self.loras.clear()
+
+    def _folded(self) -> dict[str, list[str]]:
+        names = [*self.provenance.get("loras", ()), *self.loras]
+        return {"loras": names} if names else {}
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the diffusers folder layout and `lens.json`. The description comes last: without it nothing is read."""
+        """Write the diffusers folder layout, a model card and `lens.json`. That comes last: without it nothing is read.
+        A README.md that a person wrote or changed stays as it is."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         if any(root.iterdir()) and not (root / "lens.json").is_file():
@@ -204,15 +225,31 @@ class LensPipeline:
             index |= {"tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
         index |= {"transformer": ["diffusers", "LensTransformer2DModel"]} if self.backbone is not None else {}
         checkpoint.write_json(root / "model_index.json", index)
-        checkpoint.write_json(
-            root / "lens.json",
-            {
-                "format": checkpoint.FORMAT,
-                "components": {k: {"use": u.use, "config": unstructure(u.options)} for k, u in self._named().items()},
-                "presets": self.presets,
-                "plugins": self.plugins,
-            },
-        )
+        described = {
+            "format": checkpoint.FORMAT,
+            "components": {k: {"use": u.use, "config": unstructure(u.options)} for k, u in self._named().items()},
+            "presets": self.presets,
+            "plugins": self.plugins,
+            "provenance": self.provenance | self._folded(),
+        }
+        if card.may_replace(root / card.FILE):
+            checkpoint.write_atomic(root / card.FILE, lambda p: p.write_text(card.text(described), encoding="utf-8"))
+        checkpoint.write_json(root / "lens.json", described)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, token: str | None = None, commit_message: str | None = None
+    ) -> str:
+        """Put the checkpoint into the Hub's repository `repo_id`, made if need be, in one commit; returns its address.
+
+        `token`: what `hf auth login` or HF_TOKEN gave, unless given. A card that a person wrote there stays. Raises
+        CheckpointError, if `private` and the repository is public for one.
+        """
+        hub.create(repo_id, private=private, token=token)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.save_pretrained(folder)
+            described = checkpoint.read_json(folder / "lens.json")
+            return hub.upload(folder, described, repo_id, token=token, message=commit_message)
 
     def _named(self) -> dict[str, Use]:
         missing = [p for p in PARTS if getattr(self, p) is not None and p not in self.uses]
@@ -353,7 +390,8 @@ class LensPipeline:
         `strength` in [0, 1]: how much of it goes (0.6 if not given, 1 with a mask); `mask_image`: white is drawn anew,
         all else stays as it is. `guidance_interval` (low, high): guidance is at work where low < t <= high alone.
         `output_type`: "pil", "pt" (uint8 [B,3,H,W]), "np" (uint8 [B,H,W,3]) or "latent" ([B,C,h,w]).
-        Raises ConfigError for sizes, counts and types; NumericalError for non-finite latents.
+        Raises ConfigError for sizes, counts and types; NumericalError for non-finite latents; warns of what has no
+        effect.
         """
         if output_type not in ("pil", "pt", "np", "latent"):
             raise ConfigError(f"output_type must be pil, pt, np or latent, not {output_type!r}")
@@ -376,6 +414,11 @@ class LensPipeline:
             width, height = to_rgb(image).size
         high, wide = self.size(height, width, aspect_ratio, base_resolution)
         source = self._source(image, mask_image, strength, (high, wide))
+        idle = [("a negative prompt", any(negative_prompt or ())), ("a guidance interval", (low, top) != (0, 1))]
+        for name in (name for name, given in idle if given and scale == 1.0):
+            warnings.warn(f"{name} has no effect at guidance 1; give a guidance scale above 1", stacklevel=3)
+        if base_resolution is not None and (height is not None or width is not None):
+            warnings.warn("a base resolution has no effect beside a size or a picture; give one of them", stacklevel=3)
         grid = (high // self.vae.downscale, wide // self.vae.downscale)
         generators, seeds = self._generators(generator, seed, count)
         text = self.encode(prompts)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hub as stand_in
 import pytest
 import torch
 import toy
@@ -38,3 +40,22 @@ def checkpoint(pipeline: LensPipeline, tmp_path: Path) -> Path:
     """The toy pipeline on disk."""
     pipeline.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[stand_in.Hub]:
+    """An empty Hub within reach, and an empty cache."""
+    with stand_in.serve() as running:
+        stand_in.use(running, monkeypatch, tmp_path / "cache")
+        yield running
+
+
+@pytest.fixture
+def unplug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[stand_in.Hub], None]:
+    """Go offline, as HF_HUB_OFFLINE does."""
+
+    def call(running: stand_in.Hub) -> None:
+        stand_in.use(running, monkeypatch, tmp_path / "cache", offline=True)
+        running.asked.clear()
+
+    return call

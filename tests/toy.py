@@ -12,7 +12,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from lens_core import flow, hookimpl
-from lens_core.checkpoint import load_module, save_module
+from lens_core.checkpoint import blueprint, load_module, read_weights, save_module
 from lens_core.pipeline import to_pixels
 from lens_core.types import Batch, ConfigError, Loss, Prompt, Score, Text
 
@@ -29,8 +29,9 @@ class Weights(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, config: Any, dtype: torch.dtype | None = None) -> Self:
-        module = cls(config)
-        load_module(module, folder / cls.folder, dtype=dtype)
+        tensors = read_weights(folder / cls.folder)
+        module = blueprint(lambda: cls(config), folder / "lens.json", 1, tensors)
+        load_module(module, folder / cls.folder, dtype=dtype, tensors=tensors)
         return module
 
 

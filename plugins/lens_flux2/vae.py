@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLFlux2
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from lens_core.checkpoint import load_module, read_json, save_module, write_json
+from lens_core.checkpoint import blueprint, load_module, read_json, read_weights, save_module, write_json
 from lens_core.config import structure
 from lens_core.types import CheckpointError, ConfigError, LensError
 
@@ -126,9 +126,10 @@ class Flux2VAE(nn.Module):
             raise CheckpointError(
                 f"{path}: {name} is {getattr(stored, name)!r}, but lens.json says {getattr(config, name)!r}; mend one"
             )
-        with torch.device("meta"):
-            vae = cls(stored)
-        load_module(vae.net, folder / FOLDER, dtype=dtype)
+        tensors = read_weights(folder / FOLDER)
+        layers = stored.layers_per_block * len(stored.block_out_channels)
+        vae = blueprint(lambda: cls(stored), path, layers, tensors)
+        load_module(vae.net, folder / FOLDER, dtype=dtype, tensors=tensors)
         return vae
 
     @classmethod
@@ -143,7 +144,7 @@ class Flux2VAE(nn.Module):
         try:
             return structure(cls.Config, data, str(path))
         except ConfigError as error:
-            raise CheckpointError(str(error)) from error
+            raise CheckpointError("; ".join(error.problems)) from error
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         multiple = self.downscale

@@ -19,7 +19,7 @@ from transformers import DynamicCache, GptOssConfig, GptOssModel, PreTrainedToke
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
-from lens_core.checkpoint import load_module, read_json, read_weights, save_module, write_json
+from lens_core.checkpoint import blueprint, load_module, read_json, read_weights, save_module, write_json
 from lens_core.types import CheckpointError, ConfigError, LensError, Text
 from lens_gpt_oss.template import Wrapper
 
@@ -66,6 +66,8 @@ class GptOssEncoder(nn.Module):
             for name, value in asdict(self).items():
                 if isinstance(value, int) and value < 1:
                     raise ConfigError(f"gpt_oss: {name} is {value}; it must be at least 1")
+            if self.num_hidden_layers > 1024:  # transformers makes a list of them
+                raise ConfigError(f"gpt_oss: num_hidden_layers is {self.num_hidden_layers}; it must be at most 1024")
             if self.num_attention_heads % self.num_key_value_heads:
                 raise ConfigError(
                     f"gpt_oss: num_attention_heads is {self.num_attention_heads}; "
@@ -257,14 +259,21 @@ class GptOssEncoder(nn.Module):
         if not (folder / TOKENIZER / "tokenizer.json").is_file():
             raise CheckpointError(f"{folder / TOKENIZER / 'tokenizer.json'}: missing; fetch the checkpoint again")
         tensors = _dequantised(read_weights(folder / FOLDER, STEM), dtype or torch.bfloat16)
-        with torch.device("meta"):
-            encoder = cls(config)
+        encoder = blueprint(lambda: cls(config), folder / FOLDER / "config.json", config.num_hidden_layers, tensors)
         if "lm_head.weight" not in tensors:
             encoder.lm_head = None
         load_module(encoder, folder / FOLDER, STEM, dtype=dtype, tensors=tensors)
         encoder.model.rotary_emb = GptOssRotaryEmbedding(encoder.model.config)  # no file holds it
-        encoder.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / TOKENIZER)
+        encoder.tokenizer = _tokenizer(folder / TOKENIZER)
         return encoder
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever it meets
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{folder}: holds no tokenizer that can be read ({reason}); fetch it again") from error
 
 
 def _transformers(config: GptOssEncoder.Config) -> GptOssConfig:
@@ -286,7 +295,10 @@ def _on_disk(path: Path, config: GptOssEncoder.Config) -> GptOssEncoder.Config:
     config = evolve(config, **sizes)
     plain = _transformers(config)
     rope = {"rope_theta": disk.get("rope_theta", YARN["rope_theta"])}
-    rope |= disk.get("rope_parameters") or disk.get("rope_scaling") or {}
+    block = disk.get("rope_parameters") or disk.get("rope_scaling") or {}
+    if not isinstance(block, dict):
+        raise CheckpointError(f"{path}: its rope block is {block!r:.60}, which is no object; fetch it again")
+    rope |= block
     fixed = {"model_type", "layer_types", "hidden_act", "attention_bias", "rms_norm_eps", "swiglu_limit"}
     differ = {k for k in fixed if k in disk and disk[k] != getattr(plain, k)}
     differ |= {k for k in YARN if k in rope and rope[k] != YARN[k]}
@@ -300,7 +312,12 @@ def _dequantised(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Te
     for name in [k.removesuffix("_blocks") for k in tensors if k.endswith("_blocks")]:
         if f"{name}_scales" not in tensors:
             raise CheckpointError(f"{name}_blocks has no {name}_scales beside it; fetch text_encoder again")
-        tensors[name] = from_mxfp4(tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales"), dtype)
+        blocks, scales = tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales")
+        kinds = {blocks.dtype, scales.dtype}
+        if blocks.shape[3:] != (16,) or scales.shape != blocks.shape[:3] or kinds != {torch.uint8}:
+            shapes = f"{list(blocks.shape)} with {list(scales.shape)}"
+            raise CheckpointError(f"{name}_blocks and _scales are no MXFP4 ({shapes}); fetch text_encoder again")
+        tensors[name] = from_mxfp4(blocks, scales, dtype)
     return tensors
 
 

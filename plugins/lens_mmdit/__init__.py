@@ -2,7 +2,7 @@
 
 `mmdit` (model.py) is the network, in the published architecture at any size, and segments.py what it needs to take
 samples of different sizes in one pass; published.py recognises the published checkpoint folders, which have no
-`lens.json`.
+`lens.json`, and knows where on the Hub they are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ def lens_backbones() -> dict[str, type[Any]]:
     from lens_mmdit.model import LensTransformer2DModel
 
     return {"mmdit": LensTransformer2DModel}
+
+
+@hookimpl
+def lens_fetch(uri: str) -> Path | None:
+    from lens_mmdit.published import fetch
+
+    return fetch(uri)
 
 
 @hookimpl

@@ -22,7 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lens_core.checkpoint import load_module, save_module, write_json
+from lens_core.checkpoint import blueprint, load_module, read_weights, save_module, write_json
 from lens_core.types import ConfigError, NumericalError, Text, did_you_mean
 from lens_mmdit.segments import Segments, attend_within, spread
 
@@ -531,9 +531,9 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type
         for float16."""
         if dtype is not None and (reason := cls.refuses(dtype)):
             raise NumericalError(reason)
-        with torch.device("meta"):
-            model = cls(config)
-        load_module(model, folder / FOLDER, dtype=dtype)
+        tensors = read_weights(folder / FOLDER)
+        model = blueprint(lambda: cls(config), folder / FOLDER / "config.json", config.num_layers, tensors)
+        load_module(model, folder / FOLDER, dtype=dtype, tensors=tensors)
         return model
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+from lens_core import hub
 from lens_core.checkpoint import read_json
 from lens_core.types import CheckpointError
 
@@ -35,11 +37,37 @@ SIZES: dict[str, dict[str, tuple[int, int]]] = {
 """Base resolution -> aspect ratio, width:height -> the bucket (height, width) in px that Lens was trained on."""
 
 PRESETS: dict[str, dict[str, float]] = {
-    "turbo": {"steps": 4, "guidance_scale": 1.0},
-    "base": {"steps": 50, "guidance_scale": 5.0},
-    "": {"steps": 20, "guidance_scale": 5.0},
+    "Lens": {"steps": 20, "guidance_scale": 5.0},
+    "Lens-Turbo": {"steps": 4, "guidance_scale": 1.0},
+    "Lens-Base": {"steps": 50, "guidance_scale": 5.0},
 }
-"""Variant, as it shows in a checkpoint's name -> how the paper samples from it. The first match wins."""
+"""Variant -> how the paper samples from it."""
+
+REPOSITORIES: dict[str, tuple[str, ...]] = {
+    "Lens": ("YuCollection/Lens-Diffusers",),
+    "Lens-Turbo": ("YuCollection/Lens-Turbo-Diffusers", "SceneWorks/Lens-Turbo"),
+    "Lens-Base": ("YuCollection/Lens-Base-Diffusers",),
+}
+"""What microsoft/NAME on the Hub held until it was withdrawn in 2026 -> where the same files are."""
+
+
+def fetch(uri: str) -> Path | None:
+    """The folder of a repository that is known to hold a published checkpoint; None for any other.
+
+    Raises CheckpointError, which names the mirrors. A withdrawn original is read from the Hub's cache alone.
+    """
+    name, _, revision = uri.partition("@")
+    for variant, mirrors in REPOSITORIES.items():
+        withdrawn = name.lower() == f"microsoft/{variant}".lower()
+        if (withdrawn or name in mirrors) and not Path(uri).is_dir():
+            try:
+                return hub.snapshot(name, revision or None, local=withdrawn)
+            except CheckpointError as error:
+                others = " or ".join(m for m in mirrors if m != name)
+                if withdrawn:
+                    raise CheckpointError(f"{name}: was withdrawn; the same files are in {others}") from error
+                raise CheckpointError(f"{error}; the same files are in {others}" if others else str(error)) from error
+    return None
 
 
 def describe(folder: Path) -> dict[str, Any] | None:
@@ -58,6 +86,7 @@ def describe(folder: Path) -> dict[str, Any] | None:
     config = read_json(path)
     if config.get("_class_name", "LensTransformer2DModel") != "LensTransformer2DModel":
         raise CheckpointError(f"{path} describes a {config['_class_name']}, not a LensTransformer2DModel")
+    variant, note = _variant(folder, index)
     return {
         "format": 1,
         "components": {
@@ -69,7 +98,8 @@ def describe(folder: Path) -> dict[str, Any] | None:
             },
             "sampler": {"use": "lens_flow:euler", "config": {}},
         },
-        "presets": {**_preset(_name(folder, index)), "base_resolution": 1024, "sizes": SIZES},
+        "presets": {**PRESETS[variant], "base_resolution": 1024, "sizes": SIZES},
+        "note": note,
     }
 
 
@@ -78,12 +108,22 @@ def _taps(config: dict[str, Any]) -> dict[str, Any]:
     return {"selected_layers": config["selected_layer_index"]} if "selected_layer_index" in config else {}
 
 
-def _name(folder: Path, index: dict[str, Any]) -> str:
-    """What the checkpoint is called. The Hub's cache keeps it two levels up: models--org--name/snapshots/<commit>."""
+def _variant(folder: Path, index: dict[str, Any]) -> tuple[str, str]:
+    """(variant, how we know). The config files of the three are alike, and so are the shapes of their weights: only the
+    repository that a folder was fetched from is sure (the Hub's cache: models--org--name/snapshots/<commit>), and words
+    in its name are a sign. Where nothing tells, it is taken for Lens, and the note says so."""
     folder = folder.resolve()
     repository = folder.parents[1].name if folder.parent.name == "snapshots" else ""
-    return f"{folder.name} {repository} {index.get('_name_or_path') or ''}".lower()
-
-
-def _preset(name: str) -> dict[str, float]:
-    return next(preset for variant, preset in PRESETS.items() if variant in name)
+    for variant, mirrors in REPOSITORIES.items():
+        if repository in {f"models--{name.replace('/', '--')}" for name in (*mirrors, f"microsoft/{variant}")}:
+            return variant, f"the preset of {variant}, as its repository is known"
+    for name in (repository, folder.name, str(index.get("_name_or_path") or "").rpartition("/")[2]):
+        words = set(re.findall("[a-z0-9]+", name.lower()))
+        named = [f"Lens-{word.title()}" for word in ("turbo", "base") if word in words]
+        named = named or (["Lens"] if "lens" in words else [])
+        if len(named) == 1:
+            return named[0], f"the preset of {named[0]}, going by the name {name!r}"
+    others = ", ".join(
+        f"{name} has {p['steps']} and {p['guidance_scale']:g}" for name, p in PRESETS.items() if name != "Lens"
+    )
+    return "Lens", f"the preset of Lens, as nothing tells which variant this is ({others})"

@@ -20,6 +20,7 @@ from lens_core.catalog import Catalog
 from lens_core.config import Adapter
 from lens_core.loop import Run
 from lens_core.pipeline import LensPipeline
+from lens_core.spelling import FILE, Pair, write
 from lens_core.types import CheckpointError, ConfigError, Text
 
 __all__ = ["runner"]
@@ -93,6 +94,33 @@ def test_diffusers_reads_the_adapter_of_a_backbone(tmp_path: Path) -> None:
         adapters.merge(ours)
         assert ours.state_dict().keys() == build().state_dict().keys()
         torch.testing.assert_close(ours(x, t, text), beside, atol=1e-5, rtol=1e-5)
+
+
+def test_diffusers_reads_ranks_and_alphas_that_differ_by_layer(tmp_path: Path) -> None:
+    def build() -> LensTransformer2DModel:
+        torch.manual_seed(0)
+        return LensTransformer2DModel(
+            in_channels=8, out_channels=2, num_layers=1, num_attention_heads=2, attention_head_dim=8,
+            axes_dims_rope=(2, 2, 4), enc_hidden_dim=8, selected_layer_index=(1,),
+        )  # fmt: skip
+
+    ours, theirs = build(), build()
+    draw = torch.Generator().manual_seed(1)
+    pairs = {
+        name: Pair(torch.randn(r, 16, generator=draw), torch.randn(out, r, generator=draw), alpha)
+        for name, r, out, alpha in (
+            ("transformer_blocks.0.attn.img_qkv", 2, 48, 1.0),
+            ("transformer_blocks.0.attn.txt_qkv", 2, 48, 1.0),
+            ("transformer_blocks.0.img_mlp.w1", 3, 42, 6.0),
+        )
+    }
+    write(tmp_path / FILE, pairs)
+    adapters.fold(ours, adapters.read(tmp_path, ours), 1.0, {})
+    theirs.load_lora_adapter(tmp_path, weight_name=FILE, use_safetensors=True, prefix="transformer")
+    adapters.merge(theirs)
+    for name in pairs:
+        assert not torch.equal(ours.get_submodule(name).weight, build().get_submodule(name).weight)
+        torch.testing.assert_close(theirs.get_submodule(name).weight, ours.get_submodule(name).weight)
 
 
 def backbone() -> nn.Module:
@@ -178,7 +206,8 @@ def test_several_are_folded_and_taken_out_exactly() -> None:
             {"transformer.blocks.0.img_qkv.lora_A.weight": torch.ones(2, 7)},
             r"is \[8, 6\] here, but \[8, 2\] x \[2, 7\]",
         ),
-        ({"transformer.blocks.0.img_qkv.lora_A.weight": torch.ones(3, 6)}, "made for another model"),
+        ({"transformer.blocks.0.img_qkv.lora_A.weight": torch.ones(3, 6)}, r"\[8, 2\] x \[3, 6\], which is no product"),
+        ({"transformer.blocks.0.to_out.0.lora_B.weight": torch.ones(5, 2)}, "made for another model"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_whole(extra: dict[str, Tensor], says: str, tmp_path: Path) -> None:
@@ -192,7 +221,7 @@ def test_half_an_adapter_and_a_broken_header_are_refused(tmp_path: Path) -> None
     path = written(tmp_path / "a.safetensors", "diffusers")
     whole = checkpoint.read_tensors(path)
     checkpoint.save_tensors(path, {k: v for k, v in whole.items() if "img_qkv.lora_B" not in k})
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.img_qkv has only its down"):
+    with pytest.raises(CheckpointError, match=r"'blocks\.0\.img_qkv' has only its down"):
         adapters.read(path, backbone())
     checkpoint.save_tensors(path, whole, {"lora_adapter_metadata": "{"})
     with pytest.raises(CheckpointError, match="header of the LoRA file cannot be read"):
@@ -215,6 +244,28 @@ def test_a_pipeline_draws_with_a_trained_lora_as_with_the_merged_model(runner: R
     assert not torch.allclose(with_lora.images, before, atol=1e-3)
     base.unload_lora_weights()
     assert torch.equal(draw(base).images, before) and "loras" not in draw(base).settings
+
+
+def test_a_fused_lora_stays_and_what_is_saved_names_it(
+    pipeline: LensPipeline, catalog: Catalog, tmp_path: Path
+) -> None:
+    wide, high = pipeline.backbone.inner.in_features, pipeline.backbone.inner.out_features
+    low = {"inner": Pair(torch.ones(1, wide), torch.ones(high, 1), 1.0)}
+    write(tmp_path / "style.safetensors", low)
+    before, version = pipeline.backbone.inner.weight.clone(), pipeline.version
+    pipeline.load_lora_weights(tmp_path / "style.safetensors", 0.5)
+    pipeline.load_lora_weights(tmp_path / "style.safetensors", 0.25)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(pipeline.backbone.inner.weight, before + 0.75)
+    assert pipeline.loras == [] and pipeline.version == f"{version}+style.safetensors:0.5+style.safetensors:0.25"
+    pipeline.load_lora_weights(tmp_path / "style.safetensors", 2)
+    pipeline.save_pretrained(tmp_path / "made")
+    made = LensPipeline.from_pretrained(tmp_path / "made", catalog=catalog)
+    torch.testing.assert_close(made.backbone.inner.weight, before + 2.75)
+    assert made.provenance["loras"] == ["style.safetensors:0.5", "style.safetensors:0.25", "style.safetensors:2"]
+    pipeline.fuse_lora(), pipeline.fuse_lora()
+    assert len(pipeline.provenance["loras"]) == 3, "fusing nothing names nothing"
 
 
 def test_a_run_with_an_adapter_resumes_bit_for_bit(runner: Runner) -> None:

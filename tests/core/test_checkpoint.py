@@ -20,8 +20,11 @@ from lens_core.checkpoint import (
     digest,
     fetch,
     load_module,
+    read_header,
     read_json,
+    read_tensors,
     save_module,
+    save_tensors,
     write_atomic,
     write_json,
 )
@@ -81,6 +84,18 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert "choose another output" in error(lambda: write_json(tmp_path / "file" / "below.json", {}))
 
 
+def test_equal_tensors_are_equal_files_that_say_what_they_are(tmp_path: Path) -> None:
+    save_module(net(), tmp_path / "a")
+    header = {"z": "1", "a": "é\n", "m": "{}"}
+    for number in range(8):
+        save_tensors(tmp_path / f"{number}.safetensors", net().state_dict(), header)
+    assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(8)}) == 1
+    assert read_header(tmp_path / "0.safetensors") == {"format": "pt", **header}
+    assert torch.equal(read_tensors(tmp_path / "0.safetensors")["weight"], net().weight)
+    said = read_header(tmp_path / "a" / f"{STEM}.safetensors")
+    assert said == {"format": "pt", "modelspec.architecture": "Linear"}
+
+
 # ---- reading --------------------------------------------------------------------------------------------------
 
 
@@ -112,7 +127,23 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     assert "three.safetensors: this shard is missing" in error(lambda: load_module(net(), tmp_path))
 
 
-@pytest.mark.parametrize("name", ["../one.safetensors", "/etc/passwd", "a/../../x.safetensors", "one.bin", ""])
+def test_a_shard_whose_name_no_file_can_have_is_missing(tmp_path: Path) -> None:
+    shards(tmp_path, {"weight": f"{'x' * 300}.safetensors", "bias": "two.safetensors"})
+    assert "this shard is missing" in error(lambda: load_module(net(), tmp_path))
+
+
+BAD = [
+    "../one.safetensors",
+    "/etc/passwd",
+    "a/../../x.safetensors",
+    "one.bin",
+    "",
+    "a\x00.safetensors",
+    "\n.safetensors",
+]
+
+
+@pytest.mark.parametrize("name", BAD)
 def test_an_index_may_not_lead_out_of_its_folder(name: str, tmp_path: Path) -> None:
     shards(tmp_path, {"weight": name, "bias": "two.safetensors"})
     assert "not a safetensors file of its own folder" in error(lambda: load_module(net(), tmp_path))
@@ -159,6 +190,15 @@ def test_a_pickle_is_never_run(name: str, tmp_path: Path) -> None:
     assert f"{name}: is a pickle, which can run code" in error(lambda: load_module(net(), tmp_path))
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x4B50])
+def test_a_header_as_long_as_a_pickle_begins_is_no_pickle(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"w": torch.ones(2)}, {"pad": ""})
+    save_tensors(path, {"w": torch.ones(2)}, {"pad": "x" * (length - int.from_bytes(path.read_bytes()[:8], "little"))})
+    assert int.from_bytes(path.read_bytes()[:8], "little") == length
+    assert torch.equal(read_tensors(path)["w"], torch.ones(2))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -203,7 +243,8 @@ def test_what_is_neither_a_folder_nor_a_hub_name_is_told(
 def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     said = error(lambda: fetch("no-such-org/no-such-name@main", Catalog.of()))
-    assert "no-such-org/no-such-name: cannot be fetched" in said and "hf download no-such-org/no-such-name" in said
+    assert "no-such-org/no-such-name@main: model_index.json is not in the cache" in said
+    assert "`hf download no-such-org/no-such-name --revision main` brings it" in said
 
 
 def test_a_file_is_not_a_checkpoint(tmp_path: Path) -> None:

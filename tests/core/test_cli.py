@@ -15,7 +15,7 @@ from PIL import Image
 from lens_core import catalog as catalogs
 from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import read_weights, save_tensors
+from lens_core.checkpoint import read_json, read_weights, save_tensors, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +71,36 @@ def test_a_lora_changes_the_picture_by_its_weight(checkpoint: Path, capsys: pyte
     assert "b.safetensors: there is no such LoRA" in refused(
         capsys, draw(checkpoint, "x", "--lora", "b.safetensors:0.5")
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ((), "3 steps at guidance 5: the preset of this checkpoint; --steps and --guidance-scale choose others"),
+        (("--steps", "2"), "guidance 5: the preset of this checkpoint; --steps and --guidance-scale choose others"),
+        (("--steps", "2", "--guidance-scale", "1"), ""),
+    ],
+)
+def test_the_preset_is_told_once_and_what_was_asked_for_is_not(
+    asked: tuple[str, ...], said: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert draw(checkpoint, "a red cat", "--seed", "7", "-o", "cat.png", "--images", "3", "--batch", "1", *asked) == 0
+    assert capsys.readouterr().err == (f"lens: {said}\n" if said else "")
+
+
+def test_how_a_variant_was_recognised_is_told(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = read_json(checkpoint / "lens.json")
+    write_json(checkpoint / "lens.json", {**data, "note": "the preset of Toy, as nothing tells"})
+    assert draw(checkpoint, "a red cat", "--seed", "7", "-o", "cat.png") == 0
+    assert "lens: 3 steps at guidance 5: the preset of Toy, as nothing tells; --steps" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_option_without_effect_is_told_on_a_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--guidance-scale", "1", "--steps", "2", "--negative-prompt", "dog", "--seed", "1", "-o", "a.png")
+    assert draw(checkpoint, "a red cat", *asked) == 0
+    said = capsys.readouterr().err
+    assert said == "lens: a negative prompt has no effect at guidance 1; give a guidance scale above 1\n"
 
 
 def test_pictures_do_not_depend_on_the_batch(checkpoint: Path) -> None:

@@ -123,8 +123,22 @@ def test_a_negative_prompt_changes_the_picture_unless_guidance_is_off(pipeline: 
     plain, kept = (latents(pipeline, "a", seed=0, guidance_scale=3.0, negative_prompt=n) for n in (None, "zzz"))
     assert (plain - kept).abs().max() > 1e-3
     assert torch.equal(plain, latents(pipeline, "a", seed=0, guidance_scale=3.0, negative_prompt=""))
-    off = [latents(pipeline, "a", seed=0, guidance_scale=1.0, negative_prompt=n) for n in (None, "zzz")]
-    assert torch.equal(*off)
+    off = latents(pipeline, "a", seed=0, guidance_scale=1.0)
+    with pytest.warns(UserWarning, match="a negative prompt has no effect at guidance 1; give"):
+        assert torch.equal(off, latents(pipeline, "a", seed=0, guidance_scale=1.0, negative_prompt="zzz"))
+    pipeline.presets["guidance_scale"] = 1.0
+    with pytest.warns(UserWarning, match="a negative prompt has no effect at guidance 1"):
+        latents(pipeline, "a", seed=0, negative_prompt=["zzz"])
+    for nothing in (None, "", [""]):  # warnings are errors
+        latents(pipeline, "a", seed=0, negative_prompt=nothing)
+
+
+def test_what_has_no_effect_is_said(pipeline: LensPipeline) -> None:
+    plain = latents(pipeline, "a", seed=0, guidance_scale=1.0)
+    with pytest.warns(UserWarning, match="a guidance interval has no effect at guidance 1"):
+        assert torch.equal(plain, latents(pipeline, "a", seed=0, guidance_scale=1.0, guidance_interval=(0.1, 1.0)))
+    with pytest.warns(UserWarning, match="a base resolution has no effect beside a size"):
+        assert torch.equal(plain, latents(pipeline, "a", seed=0, guidance_scale=1.0, base_resolution=64))
 
 
 def test_an_empty_negative_prompt_among_others_is_still_empty(pipeline: LensPipeline) -> None:

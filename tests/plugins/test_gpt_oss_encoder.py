@@ -156,6 +156,9 @@ def test_the_published_rope_block_is_accepted_and_another_is_refused(copy: Path)
     edit(path, rope_scaling={**published, "factor": 8.0})
     with pytest.raises(CheckpointError, match="factor"):
         GptOssEncoder.load(copy, TINY)
+    edit(path, rope_scaling=["yarn"])
+    with pytest.raises(CheckpointError, match=r"its rope block is \['yarn'\], which is no object"):
+        GptOssEncoder.load(copy, TINY)
 
 
 def test_positions_stay_exact_in_bfloat16(encoder: GptOssEncoder) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lens_mmdit.published import SIZES, describe
+from hub import Hub
+from lens_mmdit.published import REPOSITORIES, SIZES, describe, fetch
 
 from lens_core.types import CheckpointError
 
@@ -38,6 +40,8 @@ def test_a_published_folder_becomes_its_lens_json(tmp_path: Path) -> None:
             "sampler": {"use": "lens_flow:euler", "config": {}},
         },
         "presets": {"steps": 20, "guidance_scale": 5.0, "base_resolution": 1024, "sizes": SIZES},
+        "note": "the preset of Lens, as nothing tells which variant this is "
+        "(Lens-Turbo has 4 and 1, Lens-Base has 50 and 5)",
     }
 
 
@@ -51,23 +55,34 @@ def test_buckets_keep_their_area_and_their_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "steps", "guidance"),
+    ("path", "named", "variant", "sign"),
     [
-        ("Lens-Diffusers", 20, 5.0),
-        ("Lens-Turbo-Diffusers", 4, 1.0),
-        ("lens-base", 50, 5.0),
-        ("turbo/lens", 20, 5.0),
-        ("models--YuCollection--Lens-Base-Diffusers/snapshots/0123abc", 50, 5.0),
-        ("models--SceneWorks--Lens-Turbo/snapshots/0123abc", 4, 1.0),
+        ("Lens-Diffusers", "", "Lens", "going by the name 'Lens-Diffusers'"),
+        ("Lens-Turbo-Diffusers", "", "Lens-Turbo", "going by the name 'Lens-Turbo-Diffusers'"),
+        ("lens_base", "", "Lens-Base", "going by the name 'lens_base'"),
+        ("turbo/lens", "", "Lens", "going by the name 'lens'"),
+        ("mine", "someone/Lens-Turbo", "Lens-Turbo", "going by the name 'Lens-Turbo'"),
+        ("my-turbo", "someone/Lens-Base", "Lens-Turbo", "going by the name 'my-turbo'"),
+        ("models--me--Lens-Base-Cats/snapshots/0123abc", "", "Lens-Base", "the name 'models--me--Lens-Base-Cats'"),
+        ("models--YuCollection--Lens-Base-Diffusers/snapshots/01", "", "Lens-Base", "its repository is known"),
+        ("models--SceneWorks--Lens-Turbo/snapshots/01", "", "Lens-Turbo", "its repository is known"),
+        ("models--microsoft--Lens/snapshots/01", "", "Lens", "its repository is known"),
+        ("database", "", "Lens", "nothing tells"),
+        ("turbocharged", "", "Lens", "nothing tells"),
+        ("lens-base-turbo", "", "Lens", "nothing tells"),
+        ("checkpoint-300", "", "Lens", "nothing tells"),
     ],
 )
-def test_the_name_of_the_folder_or_repository_tells_the_variant(
-    tmp_path: Path, path: str, steps: int, guidance: float
+def test_the_variant_is_told_by_its_repository_or_a_word_of_its_name(
+    tmp_path: Path, path: str, named: str, variant: str, sign: str
 ) -> None:
-    described = describe(make(tmp_path / "here" / path))
+    index = json.dumps({"_class_name": "LensPipeline", "_name_or_path": named})
+    described = describe(make(tmp_path / "here" / path, index))
     assert described is not None
-    assert described["presets"]["steps"] == steps
-    assert described["presets"]["guidance_scale"] == guidance
+    steps, guidance = {"Lens": (20, 5.0), "Lens-Turbo": (4, 1.0), "Lens-Base": (50, 5.0)}[variant]
+    assert (described["presets"]["steps"], described["presets"]["guidance_scale"]) == (steps, guidance)
+    assert described["note"].startswith(f"the preset of {variant}, as") or variant in described["note"]
+    assert sign in described["note"]
 
 
 def test_presets_are_not_shared_between_answers(tmp_path: Path) -> None:
@@ -101,3 +116,50 @@ def test_a_missing_transformer_is_a_checkpoint_error(tmp_path: Path) -> None:
     (folder / "transformer" / "config.json").unlink()
     with pytest.raises(CheckpointError, match="missing"):
         describe(folder)
+
+
+@pytest.mark.parametrize("variant", REPOSITORIES)
+def test_a_withdrawn_original_is_answered_with_its_mirrors(variant: str, hub: Hub, tmp_path: Path) -> None:
+    hub.publish(f"microsoft/{variant}", make(tmp_path / "impostor"))
+    with pytest.raises(CheckpointError) as caught:
+        fetch(f"microsoft/{variant}")
+    mirrors = " or ".join(REPOSITORIES[variant])
+    assert str(caught.value) == f"microsoft/{variant}: was withdrawn; the same files are in {mirrors}"
+    assert hub.asked == []
+
+
+def test_a_withdrawn_original_that_is_still_in_the_cache_is_read(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.publish("microsoft/Lens", make(tmp_path / "lens"))
+    cached = tmp_path / "cache" / "models--microsoft--Lens"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    make(cached / "snapshots" / commit)
+    assert fetch("microsoft/Lens") == fetch(f"microsoft/Lens@{commit}") == cached / "snapshots" / commit
+    assert hub.asked == []
+
+
+def test_offline_the_message_names_what_is_missing_and_another_mirror(
+    hub: Hub, unplug: Callable[[Hub], None], tmp_path: Path
+) -> None:
+    unplug(hub)
+    with pytest.raises(CheckpointError) as caught:
+        fetch("SceneWorks/Lens-Turbo@v1")
+    said = str(caught.value)
+    assert said.startswith("SceneWorks/Lens-Turbo@v1: model_index.json is not in the cache")
+    assert said.endswith("the same files are in YuCollection/Lens-Turbo-Diffusers") and "\n" not in said
+
+
+def test_a_mirror_is_fetched_at_its_revision(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.publish("YuCollection/Lens-Diffusers", make(tmp_path / "lens"), "v1")
+    hub.publish("YuCollection/Lens-Diffusers", make(tmp_path / "newer", config='{"num_layers": 2}'))
+    folder = fetch("YuCollection/Lens-Diffusers@v1")
+    assert folder is not None and folder.name == commit
+    with pytest.raises(CheckpointError, match=r"no such branch, tag or commit; .*brings it$"):
+        fetch("YuCollection/Lens-Diffusers@v2")  # it has no other mirror
+
+
+def test_other_names_and_folders_are_left_to_others(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "microsoft" / "Lens")
+    assert [fetch(uri) for uri in ("toys/Lens", "microsoft/Lens", "tiny:", "./Lens")] == [None] * 4
+    assert hub.asked == []

@@ -1,0 +1,163 @@
+"""The Hugging Face Hub: checkpoints from it, never when offline, and to it, whole in one commit."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from lens_core import card
+from lens_core.types import CheckpointError, ConfigError
+
+FILES = ("*.json", "*.safetensors", "*.jinja", card.FILE)
+"""What a checkpoint consists of; nothing else is fetched."""
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` can be a repository, org/name."""
+    return text.count("/") == 1 and not re.search(r"[:\\~\s]", text) and not text.startswith((".", "/"))
+
+
+def origin(uri: str) -> dict[str, str]:
+    """What a checkpoint's provenance says if it was read from `uri`: a folder's path is nobody's business."""
+    name, _, _ = uri.partition("@")
+    return {"base_model": name} if is_name(name) and not Path(uri).exists() else {}
+
+
+def snapshot(name: str, revision: str | None = None, *, local: bool = False) -> Path:
+    """The folder of the repository `name` at a branch, tag or commit.
+
+    Offline (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE), or if `local`, it is what the Hub's cache holds, if that is whole.
+    HF_ENDPOINT names another Hub. Raises CheckpointError, which names what is missing.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+
+    where = f"{name}@{revision}" if revision else name
+    local = local or constants.is_offline_mode()
+    cure = f"with a network, `hf download {name}{f' --revision {revision}' if revision else ''}` brings it"
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*FILES], local_files_only=local))
+        lacking = _lacking(folder, _sharded(folder)) if local else []
+    except IncompleteSnapshotError as error:
+        from huggingface_hub import get_cached_repo_tree
+
+        folder = Path(error.snapshot_path)
+        listed = [f.path for f in get_cached_repo_tree(name, revision=revision)]
+        lacking = _lacking(folder, [p for p in listed if any(fnmatch(p, pattern) for pattern in FILES)])
+    except Exception as error:  # the Hub's client raises its own, httpx's and plain OSErrors
+        if not (local and isinstance(error, LocalEntryNotFoundError)):
+            raise CheckpointError(f"{where}: cannot be fetched from the Hub: {_reason(error)}; {cure}") from error
+        lacking = ["model_index.json"]
+    if lacking:
+        more = f" and {len(lacking) - 1} more are" if len(lacking) > 1 else " is"
+        raise CheckpointError(f"{where}: {lacking[0]}{more} not in the cache, and nothing is fetched offline; {cure}")
+    return folder
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _lacking(folder: Path, files: list[str]) -> list[str]:
+    return [name for name in files if not is_file(folder / name)]
+
+
+def _sharded(folder: Path) -> list[str]:
+    """What a snapshot whose listing is not known must hold, as far as its own files tell."""
+    files = [] if (folder / "lens.json").is_file() else ["model_index.json"]
+    for index in sorted(folder.rglob("*.safetensors.index.json")):
+        try:
+            shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+            continue  # whoever reads it says what is wrong with it
+        files += [str(index.relative_to(folder).with_name(n)) for n in sorted(shards) if Path(n).name == n != ""]
+    return files
+
+
+def create(name: str, *, private: bool = False, token: str | None = None) -> None:
+    """Make the repository `name`, unless it is there. Raises CheckpointError; so does a public one, if `private`."""
+    from huggingface_hub import HfApi, constants
+
+    if not is_name(name):
+        raise ConfigError(f"{name!r} is no name for a repository; it must be org/name")
+    if constants.is_offline_mode():
+        raise CheckpointError(f"{name}: nothing is uploaded offline; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE")
+    try:
+        api = HfApi(token=token)
+        api.create_repo(name, private=private or None, exist_ok=True)
+        public = private and not api.repo_info(name).private
+    except Exception as error:  # as in `snapshot`
+        raise CheckpointError(f"{name}: cannot be made on the Hub: {_reason(error, token)}") from error
+    if public:
+        raise CheckpointError(f"{name}: is there and public; make it private on its page, or choose another name")
+
+
+def upload(
+    folder: Path,
+    described: Mapping[str, Any],
+    name: str,
+    *,
+    token: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Make the checkpoint in `folder` the content of the repository `name`, in one commit; returns where it is.
+
+    Weights of an earlier commit beside the new ones go. The card says how to load `name`; one that a person wrote,
+    there or here, stays as it is. Raises CheckpointError.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    lacking = _lacking(folder, _sharded(folder))
+    if lacking:
+        raise CheckpointError(f"{folder / lacking[0]}: missing; only a whole checkpoint is uploaded")
+    patterns = (*FILES, "LICENSE*", "NOTICE*")
+    paths = (p for p in sorted(folder.rglob("*")) if p.is_file() and any(fnmatch(p.name, n) for n in patterns))
+    content: dict[str, Any] = {p.relative_to(folder).as_posix(): p for p in paths}
+    if "lens.json" not in content:  # its presets may hang on the name that the folder had here
+        content["lens.json"] = json.dumps(described, indent=2).encode()
+    if card.may_replace(folder / card.FILE):
+        content[card.FILE] = card.text(described, name).encode()
+    try:
+        api = HfApi(token=token)
+        there = api.list_repo_files(name)
+        if card.FILE in there:
+            with tempfile.TemporaryDirectory() as place:
+                old = Path(api.hf_hub_download(name, card.FILE, local_dir=place))
+                if not card.may_replace(old):
+                    del content[card.FILE]
+        folders = {path.rpartition("/")[0] for path in content} - {""}
+        stale = [p for p in there if p.rpartition("/")[0] in folders and ".safetensors" in p and p not in content]
+        steps = [CommitOperationAdd(path, source) for path, source in content.items()]
+        steps += [CommitOperationDelete(path) for path in stale]
+        api.create_commit(name, steps, commit_message=message or "Upload a checkpoint with Lens")
+    except Exception as error:  # as in `snapshot`
+        raise CheckpointError(f"{name}: cannot be uploaded: {_reason(error, token)}") from error
+    return f"{api.endpoint}/{name}"
+
+
+def _reason(error: Exception, token: str | None = None) -> str:
+    """One line, without the token, that says what to do."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    cures: Mapping[type[Exception], str] = {  # the first match counts
+        GatedRepoError: "it is gated; accept its terms on its page, and run `hf auth login`",
+        RepositoryNotFoundError: "there is none of that name, or it is private; then run `hf auth login`",
+        RevisionNotFoundError: "it has no such branch, tag or commit",
+    }
+    cure = next((cure for kind, cure in cures.items() if isinstance(error, kind)), None)
+    if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):
+        cure = cure or "your token may not do that; run `hf auth login` with one that can write"
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    for secret in {token, get_token()} - {None, ""}:
+        text = text.replace(str(secret), "(token)")
+    return cure or text[:200]
