@@ -53,7 +53,8 @@ def write_json(path: Path, data: Any) -> None:
     write_atomic(path, lambda p: p.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: an object, unless it gives one key twice (ValueError)."""
     if len({k for k, _ in pairs}) != len(pairs):
         raise ValueError("a key stands twice")
     return dict(pairs)
@@ -62,7 +63,7 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_twins)
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_twins)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing; fetch the checkpoint again, this file included") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -85,20 +86,30 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    refuse_foreign(path)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except (SafetensorError, OSError, ValueError) as error:
+        raise not_whole(path, error) from error
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise CheckpointError for a file that is missing, or of another format that can be told by its first bytes."""
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; fetch the checkpoint again, this file included")
     with path.open("rb") as file:
         head = file.read(9)
     if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
         raise CheckpointError(f"{path}: is a pickle, which can run code; only safetensors are read")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-        return tensors
-    except (SafetensorError, OSError, ValueError) as error:
-        size = path.stat().st_size
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({size} bytes; {error}); fetch it again"
-        ) from error
+    if head[:4] == b"GGUF":
+        raise CheckpointError(f"{path}: is a GGUF file; only safetensors are read: fetch the model in that format")
+
+
+def not_whole(path: Path, error: Exception) -> CheckpointError:
+    """What to raise where safetensors cannot read `path`."""
+    size = path.stat().st_size
+    return CheckpointError(f"{path}: not a whole safetensors file ({size} bytes; {error}); fetch it again")
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -109,7 +120,8 @@ def read_header(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def _files(folder: Path, stem: str) -> list[Path]:
+def files(folder: Path, stem: str) -> list[Path]:
+    """`folder/stem.safetensors`, or the shards that its index names."""
     index = folder / f"{stem}.safetensors.index.json"
     single = folder / f"{stem}.safetensors"
     if single.is_file() or not index.is_file():
@@ -135,7 +147,7 @@ def _files(folder: Path, stem: str) -> list[Path]:
 def read_weights(folder: Path, stem: str = "diffusion_pytorch_model") -> dict[str, Tensor]:
     """The tensors of `folder/stem.safetensors`, or of the shards that its index names."""
     tensors: dict[str, Tensor] = {}
-    for path in _files(folder, stem):
+    for path in files(folder, stem):
         part = read_tensors(path)
         twins = tensors.keys() & part.keys()
         if twins:
