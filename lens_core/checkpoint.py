@@ -161,18 +161,20 @@ def load_module(
     folder: Path,
     stem: str = "diffusion_pytorch_model",
     dtype: torch.dtype | None = None,
-    tensors: dict[str, Tensor] | None = None,
+    tensors: dict[str, Any] | None = None,
 ) -> None:
-    """Fill `module` (on the meta device, say) from files, strictly: every name, every shape, floats as `dtype`."""
+    """Fill `module` (on the meta device, say) from files, strictly: every name, every shape, floats as `dtype`.
+
+    `tensors` may be given: Tensors, or Lazy ones (`lens_core.lazy`), which are read once all of them fit."""
     import torch
 
-    tensors = read_weights(folder, stem) if tensors is None else tensors
+    tensors = dict(read_weights(folder, stem) if tensors is None else tensors)
     expected = module.state_dict()
     where = folder / f"{stem}.safetensors"
     for name, tensor in expected.items():
         if name not in tensors:
             raise CheckpointError(f"{where}: lacks {name!r}.{did_you_mean(name, set(tensors) - set(expected))[:200]}")
-        if tensors[name].shape != tensor.shape:
+        if tuple(tensors[name].shape) != tuple(tensor.shape):
             got, want = list(tensors[name].shape), list(tensor.shape)
             raise CheckpointError(f"{where}: {name!r} has the shape {got}; its config asks for {want}")
         if tensor.dtype.is_floating_point != tensors[name].dtype.is_floating_point:
@@ -182,6 +184,7 @@ def load_module(
         raise CheckpointError(f"{where}: holds {extra[0]!r} ({len(extra)} such), which the model does not have")
     for name in expected:
         value = tensors[name]
+        value = value if isinstance(value, torch.Tensor) else value.read(dtype)
         if value.dtype.is_floating_point:
             stored = expected[name].device == torch.device("meta")
             value = value.to(dtype or (value.dtype if stored else expected[name].dtype))
@@ -202,11 +205,16 @@ def hash_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(folder: Path) -> str:
-    """A short hash of a checkpoint: of every safetensors and JSON file below it, names included."""
+def digest(folder: Path, files: Mapping[str, Path] | None = None) -> str:
+    """A short hash of a checkpoint: of every safetensors and JSON file below it, names included, or of one file; and of
+    the `files` that take the place of parts of it."""
     total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file()):
+    found = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
+    for path in found if folder.is_dir() else [folder]:
         total.update(str(path.relative_to(folder)).encode())
+        total.update(bytes.fromhex(hash_of(path)))
+    for part, path in sorted((files or {}).items()):
+        total.update(part.encode())
         total.update(bytes.fromhex(hash_of(path)))
     return total.hexdigest()[:16]
 
@@ -217,10 +225,12 @@ def fetch(uri: str, catalog: Catalog) -> Path:
     if answer is not None:
         return Path(answer)
     folder = Path(uri).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors"):
         return folder
     if folder.exists():
-        raise CheckpointError(f"{uri}: is a file; a checkpoint is a folder with a lens.json or a model_index.json")
+        raise CheckpointError(
+            f"{uri}: is a file; a checkpoint is a folder with a lens.json or a model_index.json, or one .safetensors"
+        )
     name, _, revision = uri.partition("@")
     if name.count("/") != 1 or any(c in name for c in ": \\~") or name.startswith((".", "/")):
         raise CheckpointError(
@@ -244,13 +254,14 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
-    """The checkpoint's `lens.json`, or what a plugin says it would be."""
+    """The `lens.json` of a checkpoint, or what a plugin says that of this folder, or of this single file, would be."""
     path = folder / "lens.json"
     if path.is_file():
         data = read_json(path)
     else:
         data = catalog.first("lens_describe", folder)
         if data is None:
+            refuse_foreign(folder) if folder.is_file() else None
             raise CheckpointError(f"{folder}: has neither lens.json nor a layout that an installed plugin knows")
     if data.get("format") != FORMAT:
         raise CheckpointError(
@@ -258,7 +269,12 @@ def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
         )
     components = data.get("components")
     if not isinstance(components, dict) or not all(
-        isinstance(c, dict) and isinstance(c.get("use"), str) and isinstance(c.get("config", {}), dict)
+        isinstance(c, dict)
+        and isinstance(c.get("use"), str)
+        and isinstance(c.get("config", {}), dict)
+        and isinstance(c.get("file", ""), str)
+        and not Path(c.get("file", "")).is_absolute()
+        and ".." not in Path(c.get("file", "")).parts
         for c in components.values()
     ):
         raise CheckpointError(f"{path}: has no components that each name what they use")

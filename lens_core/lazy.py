@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from lens_core import checkpoint
@@ -106,7 +106,7 @@ def _reader(
             for first in range(0, count, step):
                 part = min(step, count - first)
                 block = torch.empty(part * row, dtype=torch.uint8)
-                if file.readinto(memoryview(block.numpy())) != len(block):
+                if file.readinto(block.numpy().data) != len(block):
                     raise CheckpointError(f"{path}: ends early; it was whole a moment ago, so leave it alone meanwhile")
                 yield block.view(dtype).reshape(part, *shape[1:]).to(kind)
 
@@ -135,8 +135,47 @@ def write_lazy(
             file.write(len(text).to_bytes(8, "little") + text)
             for name in order:
                 for block in tensors[name].rows(tensors[name].kind(dtype)):
-                    file.write(memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy()))
+                    file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             if file.tell() != 8 + len(text) + end:
                 raise CheckpointError(f"{path}: a tensor yielded other rows than its shape tells; report it")
 
     checkpoint.write_atomic(path, write)
+
+
+def fit(config: Any, published: Any, seen: Mapping[str, Any], telling: Iterable[str], where: str) -> Any:
+    """The config of a file whose shapes tell the fields `seen`, and no others: those are taken from `config`, that of
+    the model the file is for, or from `published`, whichever first agrees with the file in the fields `telling`."""
+    for known in (config, published):
+        if all(getattr(known, name) == seen[name] for name in telling if name in seen):
+            return evolve(known, **seen)
+    name = next(n for n in telling if n in seen and getattr(config, n) != seen[n])
+    raise CheckpointError(
+        f"{where}: its {name} is {seen[name]!r}, but that of the model it is for is {getattr(config, name)!r}; "
+        "give --model a folder that it fits"
+    )
+
+
+def numbered(names: Iterable[str], before: str) -> int:
+    """How many of `before`0, `before`1, … there are among names of tensors. Counts no further than the first gap."""
+    found = {name[len(before) :].partition(".")[0] for name in names if name.startswith(before)}
+    return next(n for n in range(len(found) + 1) if str(n) not in found)
+
+
+def shape_of(tensors: Mapping[str, Lazy], name: str, ndim: int, where: str) -> tuple[int, ...]:
+    """The shape of a tensor that must be there. Raises CheckpointError."""
+    if name not in tensors:
+        some = ", ".join(sorted(tensors)[:3]) or "nothing"
+        raise CheckpointError(f"{where}: lacks {name!r}; it holds {some} …: is it another part, or another model?")
+    shape = tensors[name].shape
+    if len(shape) != ndim or not all(shape):
+        raise CheckpointError(f"{where}: {name!r} has the shape {list(shape)}, which is not that of such a weight")
+    return shape
+
+
+def describe_file(
+    path: Path, holds: Callable[[Mapping[str, Lazy]], bool], part: str, use: str
+) -> dict[str, Any] | None:
+    """An answer to the hook `lens_describe`: a model of one part, if `path` is a single file that `holds` it."""
+    if path.suffix != ".safetensors" or not path.is_file() or not holds(read_lazy(path)[0]):
+        return None
+    return {"format": checkpoint.FORMAT, "components": {part: {"use": use, "file": path.name}}}

@@ -40,7 +40,8 @@ def _pairs(high_first: bool, device: torch.device) -> Tensor:
 
 def _values(packed: Tensor, high_first: bool) -> Tensor:
     """uint8 [...,n] -> float32 [...,2n]."""
-    return torch.nn.functional.embedding(packed.int(), _pairs(high_first, packed.device)).flatten(-2)
+    values: Tensor = torch.nn.functional.embedding(packed.int(), _pairs(high_first, packed.device)).flatten(-2)
+    return values
 
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -50,13 +51,13 @@ def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 def nvfp4(packed: Tensor, scales: Tensor, scale: Tensor) -> Tensor:
     """uint8 [out,in/2], scales e4m3 [out,in/16], not swizzled, and a float32 [] for all -> float32 [out,in]."""
-    blocks = _values(packed, True).unflatten(-1, (-1, 16))
+    blocks = _values(packed, True).reshape(*scales.shape, 16)
     return (blocks * (scale * scales.float())[..., None]).flatten(-2)
 
 
 def mxfp8(values: Tensor, scales: Tensor) -> Tensor:
     """e4m3 [out,in], scales uint8 [out,in/32], not swizzled -> float32 [out,in]."""
-    blocks = values.float().unflatten(-1, (-1, 32))
+    blocks = values.float().reshape(*scales.shape, 32)
     return torch.ldexp(blocks, scales.int()[..., None] - 127).flatten(-2)
 
 
@@ -190,16 +191,22 @@ SCALES = {2: torch.float8_e4m3fn, 1: torch.float8_e8m0fnu}
 
 
 def plain(
-    tensors: Mapping[str, Lazy], texts: Mapping[str, str], where: str, keep: tuple[str, ...] = ()
+    tensors: Mapping[str, Lazy],
+    texts: Mapping[str, str],
+    where: str,
+    *,
+    prefix: str = "",
+    keep: tuple[str, ...] = (),
 ) -> dict[str, Lazy]:
     """A Comfy file's tensors with its quantised layers as plain weights: `L.weight` [out,in] or [E,out,in].
 
-    Layers are told by the header's `_quantization_metadata`, or by `L.comfy_quant`, JSON in bytes, for each. Experts
-    in nvfp4 whose name ends in one of `keep` stay packed, as `L.blocks`, `L.scales` and `L.scale`. Values are checked
-    as they are read. Raises CheckpointError for unknown formats, parts that are missing, and shapes.
+    Layers are told by the header's `_quantization_metadata`, or by `L.comfy_quant`, JSON in bytes, for each. `prefix`
+    is what has been taken off the names in a file; layers elsewhere in it are none of ours. Experts in nvfp4 whose name
+    ends in one of `keep` stay packed, as `L.blocks`, `L.scales` and `L.scale`. Values are checked as they are read.
+    Raises CheckpointError for unknown formats, parts that are missing, and shapes.
     """
     rest = dict(tensors)
-    notes = _notes(rest, texts, where)
+    notes = _notes(rest, texts, where, prefix)
     for name, note in notes.items():
         parts = {part: rest.pop(f"{name}.{part}", None) for part in PARTS}
         for unused in ("comfy_quant", "input_scale"):  # the latter is for products of quantised matrices
@@ -216,11 +223,13 @@ def plain(
     return rest
 
 
-def _notes(tensors: Mapping[str, Lazy], texts: Mapping[str, str], where: str) -> dict[str, dict[str, Any]]:
+def _notes(tensors: Mapping[str, Lazy], texts: Mapping[str, str], where: str, prefix: str) -> dict[str, dict[str, Any]]:
     """Layer -> what the file says about its format."""
     try:
         header = json.loads(texts.get("_quantization_metadata", "{}"))
-        notes = dict(header.get("layers", {}))
+        told = dict(header.get("layers", {}))
+        ours = [n for n in told if n.startswith(prefix) or f"{n}.weight" in tensors]
+        notes = {n.removeprefix(prefix): told[n] for n in ours}
         for name in [n for n in tensors if n.endswith(".comfy_quant")]:
             note = tensors[name]
             if note.dtype != torch.uint8 or len(note.shape) != 1 or note.shape[0] > LONGEST_NOTE:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lens_core import hookimpl
@@ -23,3 +24,11 @@ def lens_methods() -> dict[str, type[Any]]:
     from lens_gpt_oss.training import LanguageModel
 
     return {"language_model": LanguageModel}
+
+
+@hookimpl
+def lens_describe(folder: Path) -> dict[str, Any] | None:
+    from lens_core.lazy import describe_file
+    from lens_gpt_oss.single import holds
+
+    return describe_file(folder, holds, "text_encoder", "lens_gpt_oss:gpt_oss")
