@@ -526,6 +526,32 @@ def compare(*folders: Path, out: Path | None = None) -> int:
 
 
 @app.command
+def convert(source: str, out: Path, *, layout: str | None = None, dtype: str | None = None) -> int:
+    """Write a checkpoint in another layout or dtype, a piece at a time: memory for the whole model is not needed.
+
+    Parameters
+    ----------
+    source
+        A folder of either layout, a Hub id org/name[@revision], or a single .safetensors file with one part.
+    out
+        A new folder; for a source of one part also a new .safetensors file.
+    layout
+        diffusers (a sub-folder a part, which Lens and other tools read) or single (a file a part, as Comfy keeps them);
+        if not given, single for a .safetensors file, else diffusers.
+    dtype
+        bf16 or fp32; floats stay as they are if not given. Experts in MXFP4 stay so, Comfy's nvfp4 and mxfp8 do not.
+    """
+    from lens_core import checkpoint
+    from lens_core.convert import convert as run
+
+    catalog = Catalog.installed()
+    layout = layout or ("single" if out.suffix == ".safetensors" else "diffusers")
+    for path in run(checkpoint.fetch(source, catalog), out, layout, dtype, catalog):
+        print(f"{path}  {path.stat().st_size / 1e9:.2f} GB")
+    return 0
+
+
+@app.command
 def plugins(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
     """What is installed, what each plugin offers, and what was set aside and why.
 

@@ -57,6 +57,10 @@ class Portable(Weighty, Protocol):
     def save_about(self, folder: Path) -> None:
         """Write all that `save` writes, but for the weights."""
 
+    # Optional. `beside`: sub-folders with more files that describe it. `extras(cls, source)`: tensors and texts that a
+    # single file holds besides the weights, those of a checkpoint's folder or of an outline. `note`: a line on how the
+    # weights are held, for people.
+
 
 @runtime_checkable
 class VAE(Weighty, Protocol):

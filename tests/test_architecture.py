@@ -26,7 +26,7 @@ LAYERS = [
     {"quantised"},
     {"adapters"},
     {"pipeline"},
-    {"loop", "curation", "evaluation", "comparison", "plan", "testing"},
+    {"loop", "convert", "curation", "evaluation", "comparison", "plan", "testing"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

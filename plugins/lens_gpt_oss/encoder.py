@@ -100,6 +100,7 @@ class GptOssEncoder(nn.Module):
                 raise ConfigError(f"gpt_oss: date is {self.date!r}; give a day as YYYY-MM-DD")
 
     place = (FOLDER, STEM)
+    beside = (TOKENIZER,)
     single = "text_encoders/gpt_oss.safetensors"
 
     def __init__(self, config: Config) -> None:
@@ -344,11 +345,11 @@ class GptOssEncoder(nn.Module):
         self.model.rotary_emb = GptOssRotaryEmbedding(self.model.config)  # no file holds it
 
     @classmethod
-    def extras(cls, folder: Path) -> tuple[dict[str, Lazy], dict[str, str]]:
-        """What a single file holds besides the weights of `folder`: the tokenizer, and its chat template as text."""
-        tokenizer = _tokenizer(folder)
-        data = (folder / TOKENIZER / "tokenizer.json").read_bytes()
-        tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    def extras(cls, source: Path | GptOssEncoder) -> tuple[dict[str, Lazy], dict[str, str]]:
+        """What a single file holds besides the weights: the tokenizer of a checkpoint, or of an encoder, and its chat
+        template as text."""
+        tokenizer = source._wrap().tokenizer if isinstance(source, GptOssEncoder) else _tokenizer(source)
+        tensor = torch.frombuffer(bytearray(tokenizer.backend_tokenizer.to_str().encode()), dtype=torch.uint8)
         return {"tokenizer_json": Lazy.of(tensor)}, {"chat_template": str(tokenizer.chat_template)}
 
 

@@ -55,6 +55,7 @@ def adopt(
         if bare.endswith(tuple(f"{e}.weight" for e in EXPERTS)):
             bare, tensor = bare.removesuffix(".weight"), _transposed(tensor)
         found[bare if bare.startswith("lm_head.") else f"model.{bare}"] = tensor
+    found = mxfp4(found, where, packed=True)
     vocabulary, width = shape_of(found, "model.embed_tokens.weight", 2, where)
     (heads,) = shape_of(found, "model.layers.0.self_attn.sinks", 1, where)
     (experts, inner) = shape_of(found, "model.layers.0.mlp.experts.gate_up_proj_bias", 2, where)
