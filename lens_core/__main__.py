@@ -142,7 +142,7 @@ def generate(
     backbone
         A single .safetensors file with the backbone, in the place of the model's own.
     text_encoder
-        The same for the text encoder.
+        The same for the text encoder, or a folder with GPT-OSS.
     vae
         The same for the VAE.
     lora

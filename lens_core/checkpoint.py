@@ -96,6 +96,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def refuse_foreign(path: Path) -> None:
     """Raise CheckpointError for a file that is missing, or of another format that can be told by its first bytes."""
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; name the .safetensors file in it")
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; fetch the checkpoint again, this file included")
     with path.open("rb") as file:
@@ -215,7 +217,7 @@ def digest(folder: Path, files: Mapping[str, Path] | None = None) -> str:
         total.update(bytes.fromhex(hash_of(path)))
     for part, path in sorted((files or {}).items()):
         total.update(part.encode())
-        total.update(bytes.fromhex(hash_of(path)))
+        total.update((digest(path) if path.is_dir() else hash_of(path)).encode())
     return total.hexdigest()[:16]
 
 

@@ -134,9 +134,10 @@ def _describe(parts: list[_Part], described: dict[str, Any], out: Path, catalog:
     uses = {k: others[k] for k in PARTS if k in others} | {part.name: part.use for part in parts}
     names = sorted({use.use.partition(":")[0] for use in uses.values()})
     pipeline = LensPipeline(
-        **dict.fromkeys(uses, True),
         presets=described.get("presets", {}),
         uses=uses,
         plugins={n: v for n in names if (v := catalog.version(n))},
     )
+    for part in uses:
+        setattr(pipeline, part, True)  # it is there, on disk
     pipeline.save_about(out)

@@ -311,10 +311,11 @@ class GptOssEncoder(nn.Module):
     ) -> tuple[Self, Config, dict[str, Lazy]]:
         """A single file: the encoder without values, its config, and the tensors to `fill` it; `plain`: none in nvfp4.
 
-        The tokenizer is the one in the file, else that of `folder`, the checkpoint whose encoder it takes the place of.
+        `file` may be a folder as transformers saves it, in shards. The tokenizer is the one in the file or folder, else
+        that of `folder`, the checkpoint whose encoder it takes the place of.
         """
-        disk = folder / FOLDER / "config.json"
-        tensors, texts = read_lazy(file)
+        disk = file / "config.json" if file.is_dir() else folder / FOLDER / "config.json"
+        tensors, texts = read_lazy(*(files(file, STEM) if file.is_dir() else [file]))
         known = _on_disk(disk, config) if disk.is_file() else config
         keep = config.experts == "auto" and not plain
         seen, found = adopt(tensors, texts, known, str(file), packed=keep)
@@ -323,6 +324,8 @@ class GptOssEncoder(nn.Module):
         if "tokenizer_json" in tensors:
             data = bytes(tensors["tokenizer_json"].read().numpy().data)
             encoder.tokenizer = read_tokenizer(data, texts.get("chat_template"), str(file))
+        elif (file / "tokenizer.json").is_file():
+            encoder.tokenizer = PreTrainedTokenizerFast.from_pretrained(file)
         else:
             encoder.tokenizer = _tokenizer(folder)
         return encoder, seen, found

@@ -398,6 +398,11 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type
     def _walk(self, x: Tensor, time: Tensor, text: Text, depth: int) -> Iterator[Tensor]:
         """The image stream [B,N,D] after each of the first `depth` blocks."""
         h, w = x.shape[-2:]
+        if x.shape[1] != self.config.in_channels:
+            raise ConfigError(
+                f"backbone: the latents have {x.shape[1]} channels, but it reads {self.config.in_channels}; "
+                "pair it with the VAE it was made for"
+            )
         img = self.img_in(x.to(self.dtype).flatten(2).transpose(1, 2))
         txt, mask = self._text(text)
         tokens = 0 if txt is None else txt.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,19 @@ def test_transformers_names_give_the_encoder_back(encoder: GptOssEncoder, folder
     again = read(path, TINY, None, folder)
     assert same(again.state_dict(), encoder.state_dict()) and again.config == TINY
     assert torch.equal(again.encode(PROMPTS).features, encoder.encode(PROMPTS).features)
+
+
+@pytest.mark.parametrize("own_tokenizer", [False, True])
+def test_a_folder_of_transformers_takes_the_place_of_a_file(
+    own_tokenizer: bool, encoder: GptOssEncoder, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "text_encoder", tmp_path / "gpt-oss-20b")
+    if own_tokenizer:
+        shutil.copytree(folder / "tokenizer", tmp_path / "gpt-oss-20b", dirs_exist_ok=True)
+    again = read(tmp_path / "gpt-oss-20b", TINY, None, tmp_path if own_tokenizer else folder)
+    assert again.config == TINY and torch.equal(again.encode(PROMPTS).features, encoder.encode(PROMPTS).features)
+    (tmp_path / "gpt-oss-20b/model.safetensors").unlink()
+    assert "gpt-oss-20b/model.safetensors: missing" in error(lambda: read(tmp_path / "gpt-oss-20b", TINY, None, folder))
 
 
 def test_a_single_file_in_mxfp4_unpacks_as_transformers_does(

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lens_core.lazy import Lazy
-from lens_core.types import CheckpointError, NumericalError, Text
+from lens_core.types import CheckpointError, ConfigError, NumericalError, Text
 
 Config = LensTransformer2DModel.Config
 SMALL = Config(
@@ -188,6 +188,12 @@ def test_what_is_wrong_with_a_file_is_one_line(
 def test_another_model_is_told_by_what_it_holds(tmp_path: Path) -> None:
     path = write(tmp_path / "flux.safetensors", {"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)})
     assert "holds double_blocks.0.img_attn.qkv.weight …, not a Lens backbone" in error(lambda: read(path))
+
+
+def test_latents_of_another_vae_are_told() -> None:
+    text = Text(torch.zeros(1, 2, 1, 8), torch.ones(1, 1, dtype=torch.bool))
+    with pytest.raises(ConfigError, match="the latents have 8 channels, but it reads 16; pair it with the VAE"):
+        build()(torch.zeros(1, 8, 2, 2), torch.tensor([0.5]), text)
 
 
 def test_float16_is_refused_before_anything_is_read(tmp_path: Path) -> None:
