@@ -118,7 +118,7 @@ class _Layer:
     def of(cls, where: str, note: Mapping[str, Any], parts: Mapping[str, Lazy | None]) -> _Layer:
         kind = FORMATS.get(str(note.get("format")))
         if kind is None:
-            raise CheckpointError(f"{where} has the format {note.get('format')!r}; {', '.join(FORMATS)} are read")
+            raise CheckpointError(f"{where} has the format {note.get('format')!r:.40}; {', '.join(FORMATS)} are read")
         stored, width, block = kind
         weight, scales, scale = (parts[p] for p in PARTS)
         if weight is None or scales is None or (scale is None and width == 2):
@@ -131,7 +131,7 @@ class _Layer:
         fits = fits and isinstance(told, list) and len(told) == len(shape) and told[:-2] == list(shape[:-2])
         if not fits or not all(type(n) is int and 0 < n <= most for n, most in zip(told, shape, strict=True)):
             raise CheckpointError(
-                f"{where} is {list(weight.shape)} of {weight.dtype} for {told}, which cannot be {note['format']}"
+                f"{where} is {list(weight.shape)} of {weight.dtype} for {told!s:.60}, which cannot be {note['format']}"
             )
         padded = experts * -(-shape[-2] // 128) * -(-shape[-1] // block // 4) * 512
         if scales.dtype not in (torch.uint8, SCALES[width]) or math.prod(scales.shape) != padded:
@@ -142,30 +142,31 @@ class _Layer:
             raise CheckpointError(f"{where} has weight_scale_2 {list(scale.shape)} of {scale.dtype}; one float32 each")
         return cls(where, str(note["format"]), weight, scales, scale, tuple(told))
 
-    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of each matrix: what is packed, its scales uint8 [out,in/block], and the scale for all, float32 []."""
+    def _scales(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each matrix: its scales uint8 [out,in/block], and the scale for all, float32 []."""
         _, width, block = FORMATS[self.format]
-        lead = self.weight.shape[:-2]
+        *lead, rows, columns = self.weight.shape
         swizzled = self.scales.read().view(torch.uint8).reshape(math.prod(lead), -1)
         scale = torch.ones(1) if self.scale is None else self.scale.read().reshape(-1)
-        scale = scale.expand(len(swizzled))
-        matrices = (m for part in self.weight.rows(self.weight.dtype) for m in part) if lead else [self.weight.read()]
-        for matrix, part, one in zip(matrices, swizzled, scale, strict=True):
-            unswizzled = unswizzle(part, matrix.shape[0], matrix.shape[1] * width // block)
-            bad = (unswizzled & 127) == 127 if width == 2 else unswizzled == 255
+        for part, one in zip(swizzled, scale.expand(len(swizzled)), strict=True):
+            scales = unswizzle(part, rows, columns * width // block)
+            bad = (scales & 127) == 127 if width == 2 else scales == 255
             if bool(bad.any()) or not bool(one.isfinite()):
                 raise CheckpointError(f"{self.where} has a scale that is NaN or infinite; fetch the file again")
-            yield matrix, unswizzled, one
+            yield scales, one
 
     def plain(self) -> Lazy:
         def rows(dtype: torch.dtype) -> Iterator[Tensor]:
-            for matrix, scales, one in self._parts():
+            alone = len(self.shape) == 2
+            stored = self.weight.rows(self.weight.dtype)
+            matrices = [self.weight.read()] if alone else (matrix for part in stored for matrix in part)
+            for matrix, (scales, one) in zip(matrices, self._scales(), strict=True):
                 nv = self.format == "nvfp4"
                 values = nvfp4(matrix, scales.view(torch.float8_e4m3fn), one) if nv else mxfp8(matrix, scales)
                 if not bool(values.isfinite().all()):
                     raise CheckpointError(f"{self.where} has values that are NaN or infinite; fetch the file again")
                 values = values[: self.shape[-2], : self.shape[-1]].to(dtype)
-                yield values[None] if len(self.shape) == 3 else values
+                yield values if alone else values[None]
 
         return Lazy(self.shape, torch.bfloat16, rows)
 
@@ -175,8 +176,8 @@ class _Layer:
         experts, out, width = self.shape
         return {
             "blocks": self.weight,
-            "scales": Lazy((experts, out, width // 16), torch.uint8, lambda _: (s[None] for _, s, _ in self._parts())),
-            "scale": Lazy((experts,), torch.int32, lambda _: (o[None].view(torch.int32) for *_, o in self._parts())),
+            "scales": Lazy((experts, out, width // 16), torch.uint8, lambda _: (s[None] for s, _ in self._scales())),
+            "scale": Lazy((experts,), torch.int32, lambda _: (o[None].view(torch.int32) for _, o in self._scales())),
         }
 
 

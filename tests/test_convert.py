@@ -198,8 +198,15 @@ def test_experts_in_mxfp4_stay_so_in_every_layout(tiny: Path, installed: Catalog
     packed = {k: v for k, v in state.items() if k.endswith(("_blocks", "_scales"))}
     for found in (tmp_path / "single" / SINGLE["text_encoder"], tmp_path / "half" / FOLDERS["text_encoder"]):
         assert same({k: v for k, v in load_file(found).items() if k in packed}, packed)
-    again = LensPipeline.from_pretrained(tmp_path / "in", text_encoder=tmp_path / "single" / SINGLE["text_encoder"])
-    assert torch.equal(draw(again), draw(expected))
+    file = tmp_path / "single" / SINGLE["text_encoder"]
+    assert torch.equal(draw(LensPipeline.from_pretrained(tmp_path / "in", text_encoder=file)), draw(expected))
+    for part, place in SINGLE.items():
+        about["components"][part]["file"] = place
+    (tmp_path / "single/lens.json").write_text(json.dumps(about))
+    convert(tmp_path / "single", tmp_path / "back", "diffusers", None, installed)
+    assert same(load_file(tmp_path / "back" / FOLDERS["text_encoder"]), state)
+    told = json.loads((tmp_path / "back/text_encoder/config.json").read_text())
+    assert told["quantization_config"]["quant_method"] == "mxfp4" and told["num_hidden_layers"] == 4
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------

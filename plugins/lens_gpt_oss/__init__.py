@@ -28,7 +28,6 @@ def lens_methods() -> dict[str, type[Any]]:
 
 @hookimpl
 def lens_describe(folder: Path) -> dict[str, Any] | None:
-    from lens_core.lazy import describe_file
-    from lens_gpt_oss.single import holds
+    from lens_gpt_oss.single import describe
 
-    return describe_file(folder, holds, "text_encoder", "lens_gpt_oss:gpt_oss")
+    return describe(folder)

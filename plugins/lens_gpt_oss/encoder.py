@@ -302,7 +302,8 @@ class GptOssEncoder(nn.Module):
             encoder = cls(config)
         encoder.tokenizer = tokenizer
         tensors, _ = read_lazy(*files(folder / FOLDER, STEM))
-        encoder.fill(tensors, folder / FOLDER / f"{STEM}.safetensors", dtype)
+        file = folder / FOLDER / f"{STEM}.safetensors"
+        encoder.fill(encoder._hollow(tensors, file, packed=config.experts == "auto"), file, dtype)
         return encoder
 
     @classmethod
@@ -328,23 +329,29 @@ class GptOssEncoder(nn.Module):
             encoder.tokenizer = PreTrainedTokenizerFast.from_pretrained(file)
         else:
             encoder.tokenizer = _tokenizer(folder)
-        return encoder, seen, found
+        return encoder, seen, encoder._hollow(found, file, packed=keep or plain, whole=plain)
 
-    def fill(self, tensors: Mapping[str, Lazy], file: Path, dtype: torch.dtype | None = None) -> None:
-        """Read what is on disk, floats as `dtype`, into an encoder on the meta device; see `load`."""
-        keep = self.config.experts == "auto" and any(name.endswith("_blocks") for name in tensors)
-        found = mxfp4(tensors, str(file), packed=keep)
-        if keep:  # to encode, and for nothing else: what comes after the last tap is not held
+    def _hollow(self, tensors: Mapping[str, Lazy], file: Path, *, packed: bool, whole: bool = False) -> dict[str, Lazy]:
+        """Become, on the meta device, what the tensors will fill -> those that will. With experts `packed`, and not
+        `whole`, it is to encode and for nothing else: what comes after the last tap is not held."""
+        found = mxfp4(tensors, str(file), packed=packed)
+        places = [n.removesuffix("_blocks") for n in found if n.endswith("_blocks")]
+        if places and not whole:
             used = self.config.selected_layers[-1] + 1
-            unused = tuple(f"model.layers.{i}." for i in range(used, len(self.model.layers)))
-            found = {n: t for n, t in found.items() if not n.startswith((*unused, "lm_head."))}
+            unused = (*(f"model.layers.{i}." for i in range(used, len(self.model.layers))), "lm_head.")
+            found = {n: t for n, t in found.items() if not n.startswith(unused)}
+            places = [n for n in places if not n.startswith(unused)]
             self.model.layers = self.model.layers[:used]
         if "lm_head.weight" not in found:
             self.lm_head = None
-        for place in [n.removesuffix("_blocks") for n in found if n.endswith("_blocks")]:
+        for place in places:
             module, _, name = place.rpartition(".")
             pack(self.get_submodule(module), name, "nvfp4" if f"{place}_scale" in found else "mxfp4")
-        load_module(self, file.parent, file.stem, dtype=dtype, tensors=found)
+        return found
+
+    def fill(self, tensors: Mapping[str, Lazy], file: Path, dtype: torch.dtype | None = None) -> None:
+        """Read what `outline` found, floats as `dtype`."""
+        load_module(self, file.parent, file.stem, dtype=dtype, tensors=dict(tensors))
         self.model.rotary_emb = GptOssRotaryEmbedding(self.model.config)  # no file holds it
 
     @classmethod

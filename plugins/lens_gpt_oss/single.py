@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
-from lens_core.lazy import Lazy, fit, numbered, shape_of
+from lens_core.checkpoint import FORMAT, read_json
+from lens_core.lazy import Lazy, describe_file, fit, numbered, shape_of
 from lens_core.quantised import from_mxfp4, lazy_mxfp4, plain
 from lens_core.types import CheckpointError, ConfigError
 
@@ -29,6 +31,15 @@ PACKED = ("blocks", "scales", "scale")
 def holds(names: Mapping[str, object]) -> bool:
     """Whether a file holds a GPT-OSS."""
     return any(p + MARK in names for p in PREFIXES)
+
+
+def describe(path: Path) -> dict[str, Any] | None:
+    """An answer to the hook `lens_describe`: for a single file, or a folder as transformers saves it."""
+    if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
+        if read_json(path / "config.json").get("model_type") != "gpt_oss":
+            return None
+        return {"format": FORMAT, "components": {"text_encoder": {"use": "lens_gpt_oss:gpt_oss", "file": "."}}}
+    return describe_file(path, holds, "text_encoder", "lens_gpt_oss:gpt_oss")
 
 
 def adopt(
@@ -55,7 +66,6 @@ def adopt(
         if bare.endswith(tuple(f"{e}.weight" for e in EXPERTS)):
             bare, tensor = bare.removesuffix(".weight"), _transposed(tensor)
         found[bare if bare.startswith("lm_head.") else f"model.{bare}"] = tensor
-    found = mxfp4(found, where, packed=True)
     vocabulary, width = shape_of(found, "model.embed_tokens.weight", 2, where)
     (heads,) = shape_of(found, "model.layers.0.self_attn.sinks", 1, where)
     (experts, inner) = shape_of(found, "model.layers.0.mlp.experts.gate_up_proj_bias", 2, where)

@@ -231,6 +231,9 @@ def test_a_folder_of_transformers_takes_the_place_of_a_file(
     again = read(tmp_path / "gpt-oss-20b", TINY, None, tmp_path if own_tokenizer else folder)
     assert again.config == TINY and torch.equal(again.encode(PROMPTS).features, encoder.encode(PROMPTS).features)
     (tmp_path / "gpt-oss-20b/model.safetensors").unlink()
+    assert lens_describe(tmp_path / "gpt-oss-20b") == {
+        "format": 1, "components": {"text_encoder": {"use": "lens_gpt_oss:gpt_oss", "file": "."}},
+    }  # fmt: skip
     assert "gpt-oss-20b/model.safetensors: missing" in error(lambda: read(tmp_path / "gpt-oss-20b", TINY, None, folder))
 
 
