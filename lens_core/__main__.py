@@ -103,6 +103,9 @@ def generate(
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     reproduce: Path | None = None,
     model: str | None = None,
+    backbone: Path | None = None,
+    text_encoder: Path | None = None,
+    vae: Path | None = None,
     lora: Annotated[list[str] | None, Parameter(negative="")] = None,
     seed: int | None = None,
     size: str | None = None,
@@ -137,7 +140,13 @@ def generate(
     reproduce
         A PNG that Lens drew: draw it again from what it carries, and tell how far the two are apart.
     model
-        A folder, a Hub id org/name[@revision], or tiny:, which is used if none is given.
+        A folder, a Hub id org/name[@revision], a backbone in one file, or tiny:, which is used if none is given.
+    backbone
+        A single .safetensors file with the backbone, in the place of the model's own.
+    text_encoder
+        The same for the text encoder, or a folder with GPT-OSS.
+    vae
+        The same for the VAE.
     lora
         A LoRA file or folder, with a weight if you like: PATH or PATH:0.8. May be given more than once.
     seed
@@ -179,10 +188,12 @@ def generate(
     from lens_core.config import Use
 
     begin, anew = (png.read(p) if p is not None else None for p in (image, mask))
+    files = {"backbone": backbone, "text_encoder": text_encoder, "vae": vae}
     if reproduce is not None:
         if prompt is not None or prompts is not None:
             raise ConfigError("--reproduce draws what the picture says; leave the prompt out")
-        return _reproduce(reproduce, partial(_pipeline, model, lora, device=device, dtype=dtype), begin, anew, output)
+        load = partial(_pipeline, model, lora, files=files, device=device, dtype=dtype)
+        return _reproduce(reproduce, load, begin, anew, output)
     texts = [t for t in _prompts(prompt, prompts) for _ in range(images)]
     if images < 1 or batch < 1:
         raise ConfigError(f"images and batch must be at least 1, not {images} and {batch}")
@@ -198,7 +209,9 @@ def generate(
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed {seed} must be between 0 and 2^63 - 1")
     begun = time.perf_counter()
-    pipeline = _pipeline(model, lora, Use(sampler) if sampler else None, device=device, dtype=dtype)
+    pipeline = _pipeline(model, lora, Use(sampler) if sampler else None, files=files, device=device, dtype=dtype)
+    for note in pipeline.notes:
+        print(f"lens: {note}", file=sys.stderr)
     loaded = time.perf_counter() - begun
     asked = [
         pipeline.version, pipeline.loras, sampler, size, aspect_ratio, base_resolution, steps, guidance_scale,
@@ -251,13 +264,17 @@ def _preset(pipeline: LensPipeline, steps: int | None, scale: float | None) -> s
 
 
 def _pipeline(
-    model: str | None, loras: list[str] | None, sampler: Use | None, *, device: str, dtype: str
-) -> LensPipeline:
-    """The pipeline that a command asks for; `model` None: tiny:."""
+    model: str | None, loras: list[str] | None, sampler: Use | None, *,
+    files: dict[str, Path | None], device: str, dtype: str,
+) -> LensPipeline:  # fmt: skip
+    """The pipeline that a command asks for; `model` None: tiny:. `files` take the place of parts."""
     folds = [_lora(text) for text in loras or ()]
     from lens_core.pipeline import LensPipeline
 
-    pipeline = LensPipeline.from_pretrained(model or "tiny:", device=device, dtype=dtype)
+    pipeline = LensPipeline.from_pretrained(
+        model or "tiny:", device=device, dtype=dtype,
+        backbone=files["backbone"], text_encoder=files["text_encoder"], vae=files["vae"],
+    )  # fmt: skip
     for path, weight in folds:
         pipeline.load_lora_weights(path, weight)
     if sampler is not None:
@@ -619,6 +636,32 @@ def lora(
         pairs = spelling.read(source, list(adapters.read(source, net)))
     spelling.write(output, pairs, as_)
     print(f"{output}  {len(pairs)} layers, as {as_}")
+    return 0
+
+
+@app.command
+def convert(source: str, out: Path, *, layout: str | None = None, dtype: str | None = None) -> int:
+    """Write a checkpoint in another layout or dtype, a piece at a time: memory for the whole model is not needed.
+
+    Parameters
+    ----------
+    source
+        A folder of either layout, a Hub id org/name[@revision], or a single .safetensors file with one part.
+    out
+        A new folder; for a source of one part also a new .safetensors file.
+    layout
+        diffusers (a sub-folder a part, which Lens and other tools read) or single (a file a part, as Comfy keeps them);
+        if not given, single for a .safetensors file, else diffusers.
+    dtype
+        bf16 or fp32; floats stay as they are if not given. Experts in MXFP4 stay so, Comfy's nvfp4 and mxfp8 do not.
+    """
+    from lens_core import checkpoint
+    from lens_core.convert import convert as run
+
+    catalog = Catalog.installed()
+    layout = layout or ("single" if out.suffix == ".safetensors" else "diffusers")
+    for path in run(checkpoint.fetch(source, catalog), out, layout, dtype, catalog):
+        print(f"{path}  {path.stat().st_size / 1e9:.2f} GB")
     return 0
 
 

@@ -102,7 +102,8 @@ def write_json(path: Path, data: Any) -> None:
     write_atomic(path, lambda p: p.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: an object, unless it gives one key twice (ValueError)."""
     if len({k for k, _ in pairs}) != len(pairs):
         raise ValueError("a key stands twice")
     return dict(pairs)
@@ -111,7 +112,7 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_twins)
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_twins)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing; fetch the checkpoint again, this file included") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -146,6 +147,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    refuse_foreign(path)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except (SafetensorError, OSError, ValueError) as error:
+        raise not_whole(path, error) from error
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise CheckpointError for a file that is missing, or of another format that can be told by its first bytes."""
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; name the .safetensors file in it")
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; fetch the checkpoint again, this file included")
     with path.open("rb") as file:
@@ -153,14 +166,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     # A safetensors file begins with its header's length, which may be any bytes, and then the header's brace.
     if head[8:] != b"{" and head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
         raise CheckpointError(f"{path}: is a pickle, which can run code; only safetensors are read")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-        return tensors
-    except (SafetensorError, OSError, ValueError) as error:
-        size = path.stat().st_size
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({size} bytes; {error}); fetch it again"
-        ) from error
+    if head[:4] == b"GGUF":
+        raise CheckpointError(f"{path}: is a GGUF file; only safetensors are read: fetch the model in that format")
+
+
+def not_whole(path: Path, error: Exception) -> CheckpointError:
+    """What to raise where safetensors cannot read `path`."""
+    size = path.stat().st_size
+    return CheckpointError(f"{path}: not a whole safetensors file ({size} bytes; {error}); fetch it again")
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -171,7 +184,8 @@ def read_header(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def _files(folder: Path, stem: str) -> list[Path]:
+def files(folder: Path, stem: str) -> list[Path]:
+    """`folder/stem.safetensors`, or the shards that its index names."""
     index = folder / f"{stem}.safetensors.index.json"
     single = folder / f"{stem}.safetensors"
     if single.is_file() or not index.is_file():
@@ -197,7 +211,7 @@ def _files(folder: Path, stem: str) -> list[Path]:
 def read_weights(folder: Path, stem: str = "diffusion_pytorch_model") -> dict[str, Tensor]:
     """The tensors of `folder/stem.safetensors`, or of the shards that its index names."""
     tensors: dict[str, Tensor] = {}
-    for path in _files(folder, stem):
+    for path in files(folder, stem):
         part = read_tensors(path)
         twins = tensors.keys() & part.keys()
         if twins:
@@ -211,18 +225,20 @@ def load_module(
     folder: Path,
     stem: str = "diffusion_pytorch_model",
     dtype: torch.dtype | None = None,
-    tensors: dict[str, Tensor] | None = None,
+    tensors: dict[str, Any] | None = None,
 ) -> None:
-    """Fill `module` (on the meta device, say) from files, strictly: every name, every shape, floats as `dtype`."""
+    """Fill `module` (on the meta device, say) from files, strictly: every name, every shape, floats as `dtype`.
+
+    `tensors` may be given: Tensors, or Lazy ones (`lens_core.lazy`), which are read once all of them fit."""
     import torch
 
-    tensors = read_weights(folder, stem) if tensors is None else tensors
+    tensors = dict(read_weights(folder, stem) if tensors is None else tensors)
     expected = module.state_dict()
     where = folder / f"{stem}.safetensors"
     for name, tensor in expected.items():
         if name not in tensors:
             raise CheckpointError(f"{where}: lacks {name!r}.{did_you_mean(name, set(tensors) - set(expected))[:200]}")
-        if tensors[name].shape != tensor.shape:
+        if tuple(tensors[name].shape) != tuple(tensor.shape):
             got, want = list(tensors[name].shape), list(tensor.shape)
             raise CheckpointError(f"{where}: {name!r} has the shape {got}; its config asks for {want}")
         if tensor.dtype.is_floating_point != tensors[name].dtype.is_floating_point:
@@ -232,6 +248,7 @@ def load_module(
         raise CheckpointError(f"{where}: holds {extra[0]!r} ({len(extra)} such), which the model does not have")
     for name in expected:
         value = tensors[name]
+        value = value if isinstance(value, torch.Tensor) else value.read(dtype)
         if value.dtype.is_floating_point:
             stored = expected[name].device == torch.device("meta")
             value = value.to(dtype or (value.dtype if stored else expected[name].dtype))
@@ -241,7 +258,7 @@ def load_module(
     module.load_state_dict(tensors, assign=True)
 
 
-def blueprint(build: Callable[[], Module], where: Path, layers: int, tensors: Mapping[str, Tensor]) -> Module:
+def blueprint(build: Callable[[], Module], where: Path, layers: int, tensors: Mapping[str, Any]) -> Module:
     """The module that a config describes, without memory for its weights. Raises CheckpointError, which names the file
     `where` it stands, for sizes that no module can have, and for more `layers` than the checkpoint has tensors."""
     import torch
@@ -270,12 +287,17 @@ def hash_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(folder: Path) -> str:
-    """A short hash of a checkpoint: of every safetensors and JSON file below it, names included."""
+def digest(folder: Path, files: Mapping[str, Path] | None = None) -> str:
+    """A short hash of a checkpoint: of every safetensors and JSON file below it, names included, or of one file; and of
+    the `files` that take the place of parts of it."""
     total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file()):
+    found = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
+    for path in found if folder.is_dir() else [folder]:
         total.update(str(path.relative_to(folder)).encode())
         total.update(bytes.fromhex(hash_of(path)))
+    for part, path in sorted((files or {}).items()):
+        total.update(part.encode())
+        total.update((digest(path) if path.is_dir() else hash_of(path)).encode())
     return total.hexdigest()[:16]
 
 
@@ -285,10 +307,12 @@ def fetch(uri: str, catalog: Catalog) -> Path:
     if answer is not None:
         return Path(answer)
     folder = Path(uri).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors"):
         return folder
     if folder.exists():
-        raise CheckpointError(f"{uri}: is a file; a checkpoint is a folder with a lens.json or a model_index.json")
+        raise CheckpointError(
+            f"{uri}: is a file; a checkpoint is a folder with a lens.json or a model_index.json, or one .safetensors"
+        )
     name, _, revision = uri.partition("@")
     if not hub.is_name(name):
         raise CheckpointError(
@@ -298,13 +322,14 @@ def fetch(uri: str, catalog: Catalog) -> Path:
 
 
 def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
-    """The checkpoint's `lens.json`, or what a plugin says it would be."""
+    """The `lens.json` of a checkpoint, or what a plugin says that of this folder, or of this single file, would be."""
     path = folder / "lens.json"
     if path.is_file():
         data = read_json(path)
     else:
         data = catalog.first("lens_describe", folder)
         if data is None:
+            refuse_foreign(folder) if folder.is_file() else None
             raise CheckpointError(f"{folder}: has neither lens.json nor a layout that an installed plugin knows")
     if data.get("format") != FORMAT:
         raise CheckpointError(
@@ -312,7 +337,12 @@ def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
         )
     components = data.get("components")
     if not isinstance(components, dict) or not all(
-        isinstance(c, dict) and isinstance(c.get("use"), str) and isinstance(c.get("config", {}), dict)
+        isinstance(c, dict)
+        and isinstance(c.get("use"), str)
+        and isinstance(c.get("config", {}), dict)
+        and isinstance(c.get("file", ""), str)
+        and not Path(c.get("file", "")).is_absolute()
+        and ".." not in Path(c.get("file", "")).parts
         for c in components.values()
     ):
         raise CheckpointError(f"{path}: has no components that each name what they use")

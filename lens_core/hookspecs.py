@@ -91,4 +91,5 @@ def lens_fetch(uri: str) -> Path | None:
 
 @spec(firstresult=True)
 def lens_describe(folder: Path) -> dict[str, Any] | None:
-    """The `lens.json` that `folder`, which has none, would have had; None if its layout is unknown to you."""
+    """The `lens.json` that `folder`, which has none, would have had; None if its layout is unknown to you. It may be a
+    single file too. A component's `file`, a path in the folder, says that a single file holds it."""

@@ -105,17 +105,26 @@ class LensPipeline:
         torch_dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         parts: Sequence[str] = PARTS,
+        backbone: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
     ) -> Self:
-        """Read a checkpoint: a folder, a Hub id `org/name[@revision]`, or a plugin's name such as `tiny:`.
+        """Read a checkpoint: a folder, a Hub id `org/name[@revision]`, a plugin's name such as `tiny:`, or one file.
 
-        `dtype` defaults to float32 on CPUs and bfloat16 elsewhere. Raises CheckpointError or ConfigError, in one line.
+        `backbone`, `text_encoder`, `vae`: a single .safetensors file each, in the place of that part (or for one that
+        `uri` lacks). `dtype` defaults to float32 on CPUs and bfloat16 elsewhere. Raises CheckpointError or
+        ConfigError, in one line.
         """
         catalog = catalog or Catalog.installed()
         where = _device(device)
         kind = _dtype(dtype or torch_dtype, where)
         folder = checkpoint.fetch(str(uri), catalog)
         described = checkpoint.describe(folder, catalog)
-        components = described["components"]
+        given = {"backbone": backbone, "text_encoder": text_encoder, "vae": vae}
+        files = {part: Path(path).expanduser() for part, path in given.items() if path is not None}
+        components = described["components"] | {
+            part: _alone(path, part, described, catalog) for part, path in files.items()
+        }
         found: dict[str, Any] = {}
         uses: dict[str, Use] = {}
         for part in PARTS:
@@ -124,9 +133,14 @@ class LensPipeline:
             use = Use(components[part]["use"], dict(components[part].get("config", {})))
             path = f"{folder}/lens.json: components.{part}"
             name, component, config = build(catalog, part, use, path)
+            file = files.get(part) or (_root(folder) / components[part]["file"] if "file" in components[part] else None)
             if part in WEIGHTY:
                 _refuse(component, kind)
-                found[part] = component.load(folder, config, dtype=kind).eval()
+                if file is None:
+                    found[part] = component.load(folder, config, dtype=kind).eval()
+                else:
+                    found[part], config = _from_file(component, file, config, _root(folder), kind, name)
+                    use = Use(name, unstructure(config))
             else:
                 found[part] = component(config)
             uses[part] = Use(name, use.options)
@@ -135,7 +149,7 @@ class LensPipeline:
             presets=described.get("presets", {}),
             uses=uses,
             source=str(uri),
-            version=checkpoint.digest(folder),
+            version=checkpoint.digest(folder, files),
             plugins=described.get("plugins", {}),
             provenance=described.get("provenance", {}) | card.licence(folder) | hub.origin(str(uri)),
             note=described.get("note", ""),
@@ -175,6 +189,11 @@ class LensPipeline:
         if device is not None:
             self.device = torch.device(device)
         return self
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of how the parts are held, a line each."""
+        return [note for part in WEIGHTY if (note := getattr(getattr(self, part), "note", ""))]
 
     def use_sampler(self, use: str, **options: Any) -> None:
         """Draw with another sampler from now on: a name such as "heun", with its options. Raises ConfigError."""
@@ -217,6 +236,10 @@ class LensPipeline:
         for part in WEIGHTY:
             if getattr(self, part) is not None:
                 getattr(self, part).save(root)
+        self.save_about(root)
+
+    def save_about(self, root: Path) -> None:
+        """Write what describes a checkpoint in `root`, beside the sub-folders of its parts."""
         index: dict[str, Any] = {"_class_name": "LensPipeline"}
         index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]} if self.sampler is not None else {}
         index |= {"vae": ["diffusers", "AutoencoderKLFlux2"]} if self.vae is not None else {}
@@ -521,6 +544,30 @@ def _device(device: str | torch.device | None) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{device}: this machine has no CUDA device that torch can use; use cpu")
     return found
+
+
+def _root(path: Path) -> Path:
+    """A checkpoint's folder: that of the file, if it is one."""
+    return path if path.is_dir() else path.parent
+
+
+def _alone(path: Path, part: str, described: Mapping[str, Any], catalog: Catalog) -> dict[str, Any]:
+    """How to read a single file in the place of `part`: as the checkpoint reads it, else as a plugin says."""
+    if part in described["components"]:
+        known: dict[str, Any] = described["components"][part]
+        return known
+    found: dict[str, Any] = checkpoint.describe(path, catalog)["components"]
+    if part not in found:
+        raise CheckpointError(f"{path}: is no {part.replace('_', ' ')}, but a {' and '.join(found).replace('_', ' ')}")
+    return dict(found[part])
+
+
+def _from_file(component: Any, file: Path, config: Any, root: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
+    if not hasattr(component, "outline"):
+        raise ConfigError(f"{file}: {name} reads no single files; give --model a folder with this part in it")
+    part, config, tensors = component.outline(file, config, root)
+    part.fill(tensors, file, dtype)
+    return part.eval(), config
 
 
 def _refuse(component: Any, dtype: torch.dtype) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from lens_core.lazy import Lazy
+
 
 class Component(Protocol):
     """Anything a plugin offers by name."""
@@ -32,6 +34,32 @@ class Weighty(Protocol):
 
     @classmethod
     def load(cls, folder: Path, config: Any, dtype: torch.dtype | None = None) -> Self: ...
+
+
+@runtime_checkable
+class Portable(Weighty, Protocol):
+    """A component with weights that a single file may hold too; `lens convert` carries it between the two layouts."""
+
+    place: ClassVar[tuple[str, str]]  # its sub-folder in a checkpoint, and the stem of its weights there
+    single: ClassVar[str]  # where a folder of single files keeps it, in Comfy's layout
+
+    @classmethod
+    def outline(
+        cls, file: Path, config: Any, folder: Path, *, plain: bool = False
+    ) -> tuple[Self, Any, dict[str, Lazy]]:
+        """A single file -> the component on the meta device, the config that the file's shapes tell, given what the
+        checkpoint in `folder` says, and the file's tensors under the names of a checkpoint. Reads headers alone.
+        `plain`: tensors that only Comfy can use quantised are not."""
+
+    def fill(self, tensors: Mapping[str, Lazy], file: Path, dtype: torch.dtype | None = None) -> None:
+        """Read the tensors of `outline`, floats as `dtype`."""
+
+    def save_about(self, folder: Path) -> None:
+        """Write all that `save` writes, but for the weights."""
+
+    # Optional. `beside`: sub-folders with more files that describe it. `extras(cls, source)`: tensors and texts that a
+    # single file holds besides the weights, those of a checkpoint's folder or of an outline. `note`: a line on how the
+    # weights are held, for people.
 
 
 @runtime_checkable

@@ -23,12 +23,13 @@ LAYERS = [
     {"config", "card"},
     {"hub"},
     {"checkpoint", "source"},
-    {"png", "spelling"},
+    {"lazy", "png", "spelling"},
+    {"quantised"},
     {"adapters"},
     {"pipeline"},
     {"evaluation", "progress"},
     {"watching"},
-    {"loop", "curation", "comparison", "curves", "plan", "testing"},
+    {"loop", "convert", "curation", "comparison", "curves", "plan", "testing"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

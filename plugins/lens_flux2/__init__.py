@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lens_core import hookimpl
@@ -22,3 +23,11 @@ def lens_methods() -> dict[str, type[Any]]:
     from lens_flux2.training import Autoencode
 
     return {"autoencode": Autoencode}
+
+
+@hookimpl
+def lens_describe(folder: Path) -> dict[str, Any] | None:
+    from lens_core.lazy import describe_file
+    from lens_flux2.single import holds
+
+    return describe_file(folder, holds, "vae", "lens_flux2:flux2")

@@ -6,6 +6,7 @@ Letters: B batch, C = 4c latent channels as the backbone sees them, c those of t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,9 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from lens_core.checkpoint import blueprint, load_module, read_json, read_weights, save_module, write_json
 from lens_core.config import structure
+from lens_core.lazy import Lazy, read_lazy
 from lens_core.types import CheckpointError, ConfigError, LensError
+from lens_flux2.single import adopt
 
 FOLDER = "vae"  # where a checkpoint keeps this component
 PATCH = 2  # the network's latent pixels fold PATCH x PATCH into the channels of one cell
@@ -61,6 +64,9 @@ class Flux2VAE(nn.Module):
                     f"vae: decoder_block_out_channels has {len(self.decoder_block_out_channels)} levels; "
                     f"block_out_channels has {len(self.block_out_channels)}, and both must match"
                 )
+
+    place = (FOLDER, "diffusion_pytorch_model")
+    single = "vae/flux2-vae.safetensors"
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -112,8 +118,12 @@ class Flux2VAE(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `vae/config.json` and `vae/diffusion_pytorch_model.safetensors` under `folder`, for diffusers too."""
-        write_json(folder / FOLDER / "config.json", json.loads(self.net.to_json_string()))
+        self.save_about(folder)
         save_module(self.net, folder / FOLDER)
+
+    def save_about(self, folder: Path) -> None:
+        """Write `vae/config.json` under `folder`."""
+        write_json(folder / FOLDER / "config.json", json.loads(self.net.to_json_string()))
 
     @classmethod
     def load(cls, folder: Path, config: Config, dtype: torch.dtype | None = None) -> Self:
@@ -131,6 +141,21 @@ class Flux2VAE(nn.Module):
         vae = blueprint(lambda: cls(stored), path, layers, tensors)
         load_module(vae.net, folder / FOLDER, dtype=dtype, tensors=tensors)
         return vae
+
+    @classmethod
+    def outline(
+        cls, file: Path, config: Config, folder: Path, *, plain: bool = False
+    ) -> tuple[Self, Config, dict[str, Lazy]]:
+        """A single file: the VAE without values, its config, and the tensors to `fill` it. `folder` is the checkpoint
+        whose VAE it takes the place of. See `single.adopt`."""
+        path = folder / FOLDER / "config.json"
+        seen, tensors = adopt(*read_lazy(file), cls._read(path) if path.is_file() else config, str(file))
+        with torch.device("meta"):
+            return cls(seen), seen, tensors
+
+    def fill(self, tensors: Mapping[str, Lazy], file: Path, dtype: torch.dtype | None = None) -> None:
+        """Read what `outline` found, floats as `dtype`."""
+        load_module(self.net, file.parent, file.stem, dtype=dtype, tensors=dict(tensors))
 
     @classmethod
     def _read(cls, path: Path) -> Config:

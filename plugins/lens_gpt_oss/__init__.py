@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lens_core import hookimpl
@@ -23,3 +24,10 @@ def lens_methods() -> dict[str, type[Any]]:
     from lens_gpt_oss.training import LanguageModel
 
     return {"language_model": LanguageModel}
+
+
+@hookimpl
+def lens_describe(folder: Path) -> dict[str, Any] | None:
+    from lens_gpt_oss.single import describe
+
+    return describe(folder)

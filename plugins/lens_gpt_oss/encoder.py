@@ -6,8 +6,9 @@ N layers, E experts.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date as day
 from pathlib import Path
 from typing import Any, Self
@@ -19,9 +20,12 @@ from transformers import DynamicCache, GptOssConfig, GptOssModel, PreTrainedToke
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
-from lens_core.checkpoint import blueprint, load_module, read_json, read_weights, save_module, write_json
+from lens_core.checkpoint import blueprint, files, load_module, read_json, save_module, write_json
+from lens_core.lazy import Lazy, read_lazy, write_lazy
 from lens_core.types import CheckpointError, ConfigError, LensError, Text
-from lens_gpt_oss.template import Wrapper
+from lens_gpt_oss.experts import pack, packed
+from lens_gpt_oss.single import PACKED, adopt, mxfp4
+from lens_gpt_oss.template import Wrapper, read_tokenizer
 
 FOLDER, TOKENIZER = "text_encoder", "tokenizer"  # where a checkpoint keeps this component
 STEM = "model"
@@ -36,7 +40,8 @@ YARN: dict[str, Any] = {
 }
 """GPT-OSS's positions. Not configurable: published config files that leave the rope block out mean this one."""
 OURS = ("selected_layers", "date", "max_length", "experts")  # Config fields that are not the language model's
-MXFP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+KEPT_PLAIN = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+"""What MXFP4 leaves alone, as a published config.json tells transformers."""
 
 
 class GptOssEncoder(nn.Module):
@@ -60,7 +65,8 @@ class GptOssEncoder(nn.Module):
         selected_layers: tuple[int, ...] = (5, 11, 17, 23)  # 0-based, ascending; features are taken after them
         date: str = "2026-05-20"  # YYYY-MM-DD: the day the conversation claims it is, whatever today is
         max_length: int = 512  # tokens of the whole rendering
-        experts: str = "eager"  # transformers' kernel: eager is the fastest on a CPU, grouped_mm suits a GPU
+        experts: str = "auto"  # kept in 4 bits if they are so on disk, else eager; or unpacked for one of transformers'
+        # kernels: eager is the fastest on a CPU, grouped_mm suits a GPU
 
         def __attrs_post_init__(self) -> None:
             for name, value in asdict(self).items():
@@ -86,14 +92,18 @@ class GptOssEncoder(nn.Module):
                     f"gpt_oss: selected_layers is {list(taps)}; "
                     f"give ascending layers from 0 to {self.num_hidden_layers - 1}"
                 )
-            if self.experts not in ("eager", "grouped_mm", "batched_mm"):
-                raise ConfigError(f"gpt_oss: experts is {self.experts!r}; give eager, grouped_mm or batched_mm")
+            if self.experts not in ("auto", "eager", "grouped_mm", "batched_mm"):
+                raise ConfigError(f"gpt_oss: experts is {self.experts!r}; give auto, eager, grouped_mm or batched_mm")
             try:
                 canonical = day.fromisoformat(self.date).isoformat() == self.date
             except ValueError:
                 canonical = False
             if not canonical:
                 raise ConfigError(f"gpt_oss: date is {self.date!r}; give a day as YYYY-MM-DD")
+
+    place = (FOLDER, STEM)
+    beside = (TOKENIZER,)
+    single = "text_encoders/gpt_oss.safetensors"
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -220,7 +230,8 @@ class GptOssEncoder(nn.Module):
         """ids [B,S] -> what comes next: logits [B,S-first,V] from position `first` on, and router logits [N,B,S,E]."""
         if self.lm_head is None:
             raise LensError(
-                "gpt_oss: this checkpoint has no lm_head, so it can encode but not predict; load one that has"
+                "gpt_oss: it was loaded without an lm_head, so it can encode but not predict; load a checkpoint that "
+                "has one, with experts: eager if its experts are in 4 bits"
             )
         out = self.model(input_ids=ids, use_cache=False, output_router_logits=True)
         routes = torch.stack(out.router_logits).view(self.config.num_hidden_layers, *ids.shape, -1)
@@ -230,6 +241,20 @@ class GptOssEncoder(nn.Module):
         """What a picture must record to be drawn again: the pinned date."""
         return {"date": self.config.date}
 
+    @property
+    def note(self) -> str:
+        """How its experts are held and what it takes, for people to read; empty for plain weights."""
+        forms = {p.format for p in packed(self).values()}
+        held = sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
+        more = sum(math.prod(p.lazy().shape) * p.lazy().dtype.itemsize for p in packed(self).values())
+        more -= sum(t.nbytes for n, t in self.named_buffers() if ".experts." in n)
+        if not forms:
+            return ""
+        return (
+            f"text encoder: experts stay in {' and '.join(sorted(forms))}, unpacked one at a time; "
+            f"{held / 1e9:.1f} GB instead of {(held + more) / 1e9:.1f}"
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A cast to bfloat16 would round the frequencies of the positions too; they are made anew in float32.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -237,38 +262,111 @@ class GptOssEncoder(nn.Module):
         return self
 
     def save(self, folder: Path) -> None:
-        """Write `text_encoder/` as transformers' GptOssForCausalLM and `tokenizer/`. Raises LensError without one."""
+        """Write `text_encoder/` as transformers' GptOssForCausalLM and `tokenizer/`. Raises LensError without one.
+
+        Experts in MXFP4 stay so; those in nvfp4, which transformers does not read, are written as plain weights.
+        """
+        self.save_about(folder)
+        comfy = {name: p for name, p in packed(self).items() if p.format == "nvfp4"}
+        if not comfy:
+            save_module(self, folder / FOLDER, STEM)
+            return
+        parts = {f"{name}_{part}" for name in comfy for part in PACKED}
+        tensors = {n: Lazy.of(t) for n, t in self.state_dict().items() if n not in parts}
+        write_lazy(folder / FOLDER / f"{STEM}.safetensors", tensors | {n: p.lazy() for n, p in comfy.items()})
+
+    def save_about(self, folder: Path) -> None:
+        """Write `text_encoder/config.json` and `tokenizer/`."""
         tokenizer = self._wrap().tokenizer
         config = self.model.config.to_dict() | {
             "architectures": ["GptOssForCausalLM"],
+            "num_hidden_layers": len(self.model.layers),
+            "layer_types": self.model.config.layer_types[: len(self.model.layers)],
             "dtype": str(self.model.embed_tokens.weight.dtype).removeprefix("torch."),
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         }
+        if any(name.endswith("_blocks") for name in self.state_dict()) and "nvfp4" not in self.note:
+            config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": KEPT_PLAIN}
         write_json(folder / FOLDER / "config.json", config)
-        save_module(self, folder / FOLDER, STEM)
         tokenizer.save_pretrained(folder / TOKENIZER)
 
     @classmethod
     def load(cls, folder: Path, config: Config, dtype: torch.dtype | None = None) -> Self:
         """Read the layout that `save` writes, MXFP4 experts and sharded files included; the sizes are those on disk.
 
-        Experts in MXFP4 come out as `dtype`, or bfloat16. A file without lm_head can encode, not predict.
+        Experts in MXFP4 stay packed with `experts: auto`, and no layer after the last selected one is held; with
+        others they come out as `dtype`, or bfloat16. A file without lm_head can encode, not predict.
         """
         config = _on_disk(folder / FOLDER / "config.json", config)
-        if not (folder / TOKENIZER / "tokenizer.json").is_file():
-            raise CheckpointError(f"{folder / TOKENIZER / 'tokenizer.json'}: missing; fetch the checkpoint again")
-        tensors = _dequantised(read_weights(folder / FOLDER, STEM), dtype or torch.bfloat16)
+        tokenizer = _tokenizer(folder / TOKENIZER)
+        tensors, _ = read_lazy(*files(folder / FOLDER, STEM))
         encoder = blueprint(lambda: cls(config), folder / FOLDER / "config.json", config.num_hidden_layers, tensors)
-        if "lm_head.weight" not in tensors:
-            encoder.lm_head = None
-        load_module(encoder, folder / FOLDER, STEM, dtype=dtype, tensors=tensors)
-        encoder.model.rotary_emb = GptOssRotaryEmbedding(encoder.model.config)  # no file holds it
-        encoder.tokenizer = _tokenizer(folder / TOKENIZER)
+        encoder.tokenizer = tokenizer
+        file = folder / FOLDER / f"{STEM}.safetensors"
+        encoder.fill(encoder._hollow(tensors, file, packed=config.experts == "auto"), file, dtype)
         return encoder
+
+    @classmethod
+    def outline(
+        cls, file: Path, config: Config, folder: Path, *, plain: bool = False
+    ) -> tuple[Self, Config, dict[str, Lazy]]:
+        """A single file: the encoder without values, its config, and the tensors to `fill` it; `plain`: none in nvfp4.
+
+        `file` may be a folder as transformers saves it, in shards. The tokenizer is the one in the file or folder, else
+        that of `folder`, the checkpoint whose encoder it takes the place of.
+        """
+        disk = file / "config.json" if file.is_dir() else folder / FOLDER / "config.json"
+        tensors, texts = read_lazy(*(files(file, STEM) if file.is_dir() else [file]))
+        known = _on_disk(disk, config) if disk.is_file() else config
+        keep = config.experts == "auto" and not plain
+        seen, found = adopt(tensors, texts, known, str(file), packed=keep)
+        with torch.device("meta"):
+            encoder = cls(seen)
+        if "tokenizer_json" in tensors:
+            data = bytes(tensors["tokenizer_json"].read().numpy().data)
+            encoder.tokenizer = read_tokenizer(data, texts.get("chat_template"), str(file))
+        elif (file / "tokenizer.json").is_file():
+            encoder.tokenizer = _tokenizer(file)
+        else:
+            encoder.tokenizer = _tokenizer(folder / TOKENIZER)
+        return encoder, seen, encoder._hollow(found, file, packed=keep or plain, whole=plain)
+
+    def _hollow(self, tensors: Mapping[str, Lazy], file: Path, *, packed: bool, whole: bool = False) -> dict[str, Lazy]:
+        """Become, on the meta device, what the tensors will fill -> those that will. With experts `packed`, and not
+        `whole`, it is to encode and for nothing else: what comes after the last tap is not held."""
+        found = mxfp4(tensors, str(file), packed=packed)
+        places = [n.removesuffix("_blocks") for n in found if n.endswith("_blocks")]
+        if places and not whole:
+            used = self.config.selected_layers[-1] + 1
+            unused = (*(f"model.layers.{i}." for i in range(used, len(self.model.layers))), "lm_head.")
+            found = {n: t for n, t in found.items() if not n.startswith(unused)}
+            places = [n for n in places if not n.startswith(unused)]
+            self.model.layers = self.model.layers[:used]
+        if "lm_head.weight" not in found:
+            self.lm_head = None
+        for place in places:
+            module, _, name = place.rpartition(".")
+            pack(self.get_submodule(module), name, "nvfp4" if f"{place}_scale" in found else "mxfp4")
+        return found
+
+    def fill(self, tensors: Mapping[str, Lazy], file: Path, dtype: torch.dtype | None = None) -> None:
+        """Read what `outline` found, floats as `dtype`."""
+        load_module(self, file.parent, file.stem, dtype=dtype, tensors=dict(tensors))
+        self.model.rotary_emb = GptOssRotaryEmbedding(self.model.config)  # no file holds it
+
+    @classmethod
+    def extras(cls, source: Path | GptOssEncoder) -> tuple[dict[str, Lazy], dict[str, str]]:
+        """What a single file holds besides the weights: the tokenizer of a checkpoint, or of an encoder, and its chat
+        template as text."""
+        tokenizer = source._wrap().tokenizer if isinstance(source, GptOssEncoder) else _tokenizer(source / TOKENIZER)
+        tensor = torch.frombuffer(bytearray(tokenizer.backend_tokenizer.to_str().encode()), dtype=torch.uint8)
+        return {"tokenizer_json": Lazy.of(tensor)}, {"chat_template": str(tokenizer.chat_template)}
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: missing; fetch the checkpoint again")
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever it meets
@@ -281,7 +379,8 @@ def _transformers(config: GptOssEncoder.Config) -> GptOssConfig:
     # Attention sinks need eager attention on a CPU: transformers has no sdpa for this model.
     # Weights start at 1 / sqrt(width), which is the published 0.02 at the published width.
     start = config.hidden_size**-0.5
-    kernels: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": config.experts}
+    experts = "eager" if config.experts == "auto" else config.experts
+    kernels: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": experts}
     return GptOssConfig(**sizes, **kernels, initializer_range=start, rope_parameters=dict(YARN))
 
 
@@ -305,28 +404,3 @@ def _on_disk(path: Path, config: GptOssEncoder.Config) -> GptOssEncoder.Config:
     if differ:
         raise CheckpointError(f"{path}: {', '.join(sorted(differ))} differ from GPT-OSS's; use another encoder")
     return config
-
-
-def _dequantised(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Published experts come as `…_blocks` and `…_scales`; each pair is emptied into one plain weight."""
-    for name in [k.removesuffix("_blocks") for k in tensors if k.endswith("_blocks")]:
-        if f"{name}_scales" not in tensors:
-            raise CheckpointError(f"{name}_blocks has no {name}_scales beside it; fetch text_encoder again")
-        blocks, scales = tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales")
-        kinds = {blocks.dtype, scales.dtype}
-        if blocks.shape[3:] != (16,) or scales.shape != blocks.shape[:3] or kinds != {torch.uint8}:
-            shapes = f"{list(blocks.shape)} with {list(scales.shape)}"
-            raise CheckpointError(f"{name}_blocks and _scales are no MXFP4 ({shapes}); fetch text_encoder again")
-        tensors[name] = from_mxfp4(blocks, scales, dtype)
-    return tensors
-
-
-def from_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks uint8 [E,out,G,16] (two 4-bit floats a byte, the low one first), scales uint8 [E,out,G] (exponent + 127)
-    -> weights [E,in,out], in = 32 G. One expert at a time, so that a published layer needs no second float32 copy."""
-    table = torch.tensor(MXFP4, device=blocks.device)
-    weights = blocks.new_empty(blocks.shape[0], blocks.shape[2] * 32, blocks.shape[1], dtype=dtype)
-    for weight, block, scale in zip(weights, blocks, scales, strict=True):
-        values = torch.stack([table[(block & 15).int()], table[(block >> 4).int()]], dim=-1).flatten(-2)
-        weight.copy_(torch.ldexp(values, scale.int()[..., None] - 127).flatten(-2).T)
-    return weights

@@ -51,6 +51,15 @@ CHAT_TEMPLATE = """\
 """
 """A conversation in the shape of GPT-OSS's, for the tokenizers of `train_tokenizer`."""
 
+HARMONY = (
+    CHAT_TEMPLATE.replace(
+        "a language model that reads descriptions of pictures.", "ChatGPT, a large language model trained by OpenAI."
+    )
+    .replace("analysis, commentary, final.", "analysis, commentary, final. Channel must be included for every message.")
+    .replace('# Instructions\\n\\n" + message.content + "', '# Instructions\\n\\n" + message.content + "\\n\\n')
+)
+"""GPT-OSS's own, as far as the conversation of a prompt goes: for single files, which bring a tokenizer without it."""
+
 
 def conversation(prompt: str) -> list[dict[str, str]]:
     """The three turns that a prompt is encoded in."""
@@ -130,6 +139,16 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
         ),
     )
     return wrap_tokenizer(tokenizer, CHAT_TEMPLATE)
+
+
+def read_tokenizer(data: bytes, chat_template: str | None, where: str) -> PreTrainedTokenizerFast:
+    """A `tokenizer.json` from within a single file, with `chat_template`, or HARMONY. Raises CheckpointError."""
+    try:
+        tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+    except Exception as error:  # tokenizers raises plain Exceptions
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{where}: its tokenizer_json cannot be read ({reason}); fetch it again") from error
+    return wrap_tokenizer(tokenizer, chat_template or HARMONY)
 
 
 def wrap_tokenizer(tokenizer: Tokenizer, chat_template: str) -> PreTrainedTokenizerFast:

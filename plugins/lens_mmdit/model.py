@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lens_core.checkpoint import blueprint, load_module, read_weights, save_module, write_json
+from lens_core.lazy import Lazy, read_lazy
 from lens_core.types import ConfigError, NumericalError, Text, did_you_mean
 from lens_mmdit.segments import Segments, attend_within, spread
+from lens_mmdit.single import adopt
 
 FREQUENCIES = 256  # channels of the sinusoidal time embedding: half cosines, then half sines
 TIME_SCALE = 1000.0  # t in [0, 1] is embedded as t * 1000
@@ -343,6 +345,8 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type
             """D."""
             return self.num_attention_heads * self.attention_head_dim
 
+    place = (FOLDER, "diffusion_pytorch_model")
+    single = "diffusion_models/lens.safetensors"
     config_name = "config.json"
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["Block"]  # diffusers: a device map keeps a block whole
@@ -445,6 +449,11 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type
     def _walk(self, x: Tensor, time: Tensor, text: Text, depth: int) -> Iterator[Tensor]:
         """The image stream [B,N,D] after each of the first `depth` blocks."""
         h, w = x.shape[-2:]
+        if x.shape[1] != self.config.in_channels:
+            raise ConfigError(
+                f"backbone: the latents have {x.shape[1]} channels, but it reads {self.config.in_channels}; "
+                "pair it with the VAE it was made for"
+            )
         img = self.img_in(x.to(self.dtype).flatten(2).transpose(1, 2))
         txt, mask = self._text(text)
         tokens = 0 if txt is None else txt.shape[1]
@@ -522,8 +531,12 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type
 
     def save(self, folder: Path) -> None:
         """Write `transformer/config.json` and `transformer/diffusion_pytorch_model.safetensors` under `folder`."""
-        write_json(folder / FOLDER / "config.json", json.loads(self.to_json_string()))
+        self.save_about(folder)
         save_module(self, folder / FOLDER)
+
+    def save_about(self, folder: Path) -> None:
+        """Write `transformer/config.json` under `folder`."""
+        write_json(folder / FOLDER / "config.json", json.loads(self.to_json_string()))
 
     @classmethod
     def load(cls, folder: Path, config: Config, dtype: torch.dtype | None = None) -> Self:
@@ -535,6 +548,21 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type
         model = blueprint(lambda: cls(config), folder / FOLDER / "config.json", config.num_layers, tensors)
         load_module(model, folder / FOLDER, dtype=dtype, tensors=tensors)
         return model
+
+    @classmethod
+    def outline(
+        cls, file: Path, config: Config, folder: Path, *, plain: bool = False
+    ) -> tuple[Self, Config, dict[str, Lazy]]:
+        """A single file: the model without values, its config, and the tensors to `fill` it. See `single.adopt`."""
+        seen, tensors = adopt(*read_lazy(file), config, str(file))
+        with torch.device("meta"):
+            return cls(seen), seen, tensors
+
+    def fill(self, tensors: Mapping[str, Lazy], file: Path, dtype: torch.dtype | None = None) -> None:
+        """Read what `outline` found, floats as `dtype`."""
+        if dtype is not None and (reason := self.refuses(dtype)):
+            raise NumericalError(reason)
+        load_module(self, file.parent, file.stem, dtype=dtype, tensors=dict(tensors))
 
 
 def _grid(tokens: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The published checkpoint folders: the diffusers layout, whose `model_index.json` names `LensPipeline`."""
+"""The published checkpoints: the diffusers layout, whose `model_index.json` names `LensPipeline`, Comfy's folder of
+three files, and a backbone alone in one file."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from typing import Any
 
 from lens_core import hub
 from lens_core.checkpoint import read_json
+from lens_core.lazy import read_lazy
 from lens_core.types import CheckpointError
+from lens_mmdit.single import prefix
 
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
     "1024": {
@@ -70,13 +73,25 @@ def fetch(uri: str) -> Path | None:
     return None
 
 
+PARTS = {
+    "vae": ("vae", "lens_flux2:flux2"),
+    "text_encoder": ("text_encoders", "lens_gpt_oss:gpt_oss"),
+    "backbone": ("diffusion_models", "lens_mmdit:mmdit"),
+}
+"""Part -> its sub-folder in Comfy's layout, and what reads it."""
+
+
 def describe(folder: Path) -> dict[str, Any] | None:
-    """The `lens.json` of a published folder, or None if `folder` is none.
+    """The `lens.json` of a published folder, or of a single file with a backbone, or None if `folder` is neither.
 
     The VAE and the text encoder read their own config files. Raises CheckpointError for JSON that cannot be read and
     for a transformer that is not Lens's. Fields of `transformer/config.json` that diffusers adds for itself (a leading
     underscore) are left out; every other one is passed on, so that an architecture we do not know is refused by name.
     """
+    if folder.suffix == ".safetensors" and folder.is_file():
+        return _file(folder)
+    if (folder / "diffusion_models").is_dir() and not (folder / "model_index.json").is_file():
+        return _comfy(folder)
     if not (folder / "model_index.json").is_file():
         return None
     index = read_json(folder / "model_index.json")
@@ -103,6 +118,40 @@ def describe(folder: Path) -> dict[str, Any] | None:
     }
 
 
+def _file(file: Path) -> dict[str, Any] | None:
+    """One file: a backbone, which names its variant in its own name."""
+    if prefix(read_lazy(file)[0]) is None:
+        return None
+    parts = {"backbone": {"use": PARTS["backbone"][1], "file": file.name}}
+    return _single(parts, file.name)
+
+
+def _comfy(folder: Path) -> dict[str, Any]:
+    """Comfy's layout: `diffusion_models/`, `text_encoders/` and `vae/`, one file in each. Parts may be absent."""
+    parts = {}
+    for part, (place, use) in PARTS.items():
+        files = sorted(p.relative_to(folder) for p in (folder / place).glob("*.safetensors"))
+        if len(files) > 1:
+            raise CheckpointError(
+                f"{folder / place}: holds {files[0].name} and {len(files) - 1} more; give one as --model, "
+                "and the other parts as --text-encoder and --vae"
+            )
+        parts |= {part: {"use": use, "file": str(files[0])}} if files else {}
+    if "backbone" not in parts:
+        raise CheckpointError(f"{folder / 'diffusion_models'}: holds no .safetensors file; fetch one")
+    return _single(parts, Path(parts["backbone"]["file"]).name, folder.resolve().name)
+
+
+def _single(parts: dict[str, Any], *names: str) -> dict[str, Any]:
+    variant, note = _going_by(*names)
+    return {
+        "format": 1,
+        "components": {**parts, "sampler": {"use": "lens_flow:euler", "config": {}}},
+        "presets": {**PRESETS[variant], "base_resolution": 1024, "sizes": SIZES},
+        "note": note,
+    }
+
+
 def _taps(config: dict[str, Any]) -> dict[str, Any]:
     """The backbone's file says which layers of the encoder feed it; the encoder's own file does not."""
     return {"selected_layers": config["selected_layer_index"]} if "selected_layer_index" in config else {}
@@ -117,7 +166,12 @@ def _variant(folder: Path, index: dict[str, Any]) -> tuple[str, str]:
     for variant, mirrors in REPOSITORIES.items():
         if repository in {f"models--{name.replace('/', '--')}" for name in (*mirrors, f"microsoft/{variant}")}:
             return variant, f"the preset of {variant}, as its repository is known"
-    for name in (repository, folder.name, str(index.get("_name_or_path") or "").rpartition("/")[2]):
+    return _going_by(repository, folder.name, str(index.get("_name_or_path") or "").rpartition("/")[2])
+
+
+def _going_by(*names: str) -> tuple[str, str]:
+    """(variant, how we know) by the first of the names that tells, in whole words: a database is no Base."""
+    for name in names:
         words = set(re.findall("[a-z0-9]+", name.lower()))
         named = [f"Lens-{word.title()}" for word in ("turbo", "base") if word in words]
         named = named or (["Lens"] if "lens" in words else [])

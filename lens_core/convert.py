@@ -1,0 +1,143 @@
+"""A checkpoint from one layout to another, or to another dtype, a piece of a tensor at a time.
+
+`diffusers` is the folder that Lens reads and writes; `single` is one file a part, where Comfy looks for it. Peak memory
+is that of the largest layer that has to be unpacked, not that of the model.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from lens_core import checkpoint
+from lens_core.catalog import Catalog
+from lens_core.config import Use, build, unstructure
+from lens_core.lazy import Lazy, read_lazy, write_lazy
+from lens_core.pipeline import PARTS, WEIGHTY, LensPipeline
+from lens_core.types import CheckpointError, ConfigError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LAYOUTS = ("diffusers", "single")
+
+
+@frozen
+class _Part:
+    """One part of a checkpoint on disk: its component, that on the meta device, and its tensors."""
+
+    name: str
+    component: Any
+    outline: Any  # None: the part comes from a folder, `root`, where files describe it
+    use: Use
+    tensors: dict[str, Lazy]
+    root: Path
+
+
+def convert(source: Path, out: Path, layout: str, dtype: str | None, catalog: Catalog) -> list[Path]:
+    """Write the parts of `source`, a folder of either layout or a single file, to `out` -> the files with weights.
+
+    `out` is a folder, or, for a `source` of one part, a .safetensors file. Quantised weights of Comfy become plain
+    ones; experts in MXFP4, which transformers reads, stay. `dtype`: bf16, fp32 or None, floats as they are. Raises
+    CheckpointError and ConfigError; then nothing is left of `out`.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"no dtype is called {dtype!r}; use bf16 or fp32")
+    if layout not in LAYOUTS:
+        raise ConfigError(f"no layout is called {layout!r}; use diffusers or single")
+    kind = DTYPES[dtype] if dtype else None
+    described = checkpoint.describe(source, catalog)
+    parts = [
+        _open(source, name, described["components"], catalog) for name in WEIGHTY if name in described["components"]
+    ]
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out}: is there already; choose a new name")
+    alone = out.suffix == ".safetensors"
+    if alone and (len(parts) != 1 or layout != "single"):
+        held = ", ".join(part.name for part in parts)
+        raise ConfigError(f"{out}: one file is for one part, with --layout single; {source} has {held}: give a folder")
+    need = sum(math.prod(t.shape) * t.kind(kind).itemsize for part in parts for t in part.tensors.values())
+    parent = next(p for p in out.absolute().parents if p.is_dir())
+    if (free := shutil.disk_usage(parent).free) < need:
+        raise CheckpointError(
+            f"{parent}: {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} free; choose another disk"
+        )
+    if alone:
+        _write_single(parts[0], out, kind)
+        return [out]
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        files = []
+        for part in parts:
+            folder, stem = part.component.place
+            files.append(part.component.single if layout == "single" else f"{folder}/{stem}.safetensors")
+            (_write_single if layout == "single" else _write_folder)(part, partial / files[-1], kind)
+        if layout == "diffusers" and len(parts) == len(WEIGHTY):
+            _describe(parts, described, partial, catalog)
+        out.rmdir() if out.is_dir() else None
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [out / file for file in files]
+
+
+def _open(source: Path, part: str, components: dict[str, Any], catalog: Catalog) -> _Part:
+    about = components[part]
+    use = Use(about["use"], dict(about.get("config", {})))
+    name, component, config = build(catalog, part, use, f"{source}: components.{part}")
+    if not hasattr(component, "outline"):
+        raise ConfigError(f"{source}: {name} is known in one layout alone and cannot be converted")
+    root = source if source.is_dir() else source.parent
+    if "file" in about:
+        outline, config, tensors = component.outline(root / about["file"], config, root, plain=True)
+        return _Part(part, component, outline, Use(name, unstructure(config)), tensors, root)
+    folder, stem = component.place
+    tensors, _ = read_lazy(*checkpoint.files(root / folder, stem))
+    return _Part(part, component, None, Use(name, use.options), tensors, root)
+
+
+def _write_single(part: _Part, path: Path, dtype: torch.dtype | None) -> None:
+    tensors, texts = dict(part.tensors), {}
+    if hasattr(part.component, "extras"):
+        more, texts = part.component.extras(part.outline or part.root)
+        tensors |= more
+    write_lazy(path, tensors, dtype, texts)
+
+
+def _write_folder(part: _Part, path: Path, dtype: torch.dtype | None) -> None:
+    """Write the weights to `path`, in the sub-folder of the part, and beside them what describes it."""
+    root, place = path.parent.parent, path.parent.name
+    if part.outline is not None:
+        part.outline.save_about(root)
+    else:
+        for name in (place, *getattr(part.component, "beside", ())):
+            for file in sorted((part.root / name).glob("*")):
+                if file.suffix in (".json", ".jinja") and not file.name.endswith(".index.json"):
+                    (root / name).mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, root / name / file.name)
+    about = checkpoint.read_json(path.with_name("config.json"))
+    floats = {t.kind(dtype) for t in part.tensors.values() if t.dtype.is_floating_point}
+    if len(floats) == 1:
+        told = str(floats.pop()).removeprefix("torch.")
+        about |= {name: told for name in ("dtype", "torch_dtype") if name in about}
+        checkpoint.write_json(path.with_name("config.json"), about)
+    write_lazy(path, part.tensors, dtype)
+
+
+def _describe(parts: list[_Part], described: dict[str, Any], out: Path, catalog: Catalog) -> None:
+    """Make a folder a checkpoint: `model_index.json` and `lens.json`, last."""
+    others = {k: Use(v["use"], dict(v.get("config", {}))) for k, v in described["components"].items()}
+    uses = {k: others[k] for k in PARTS if k in others} | {part.name: part.use for part in parts}
+    names = sorted({use.use.partition(":")[0] for use in uses.values()})
+    pipeline = LensPipeline(
+        presets=described.get("presets", {}),
+        uses=uses,
+        plugins={n: v for n in names if (v := catalog.version(n))},
+    )
+    for part in uses:
+        setattr(pipeline, part, True)  # it is there, on disk
+    pipeline.save_about(out)

@@ -1,0 +1,86 @@
+"""The VAE in one file: under diffusers' names, or under those that Black Forest Labs published it with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lens_core.lazy import Lazy, fit, numbered, shape_of
+from lens_core.quantised import plain
+from lens_core.types import CheckpointError
+
+if TYPE_CHECKING:
+    from lens_flux2.vae import Flux2VAE
+
+MARKS = ("bn.running_mean", "encoder.conv_in.weight", "decoder.conv_in.weight")
+RENAMES = (
+    (r"^(?:encoder|decoder)\.((?:post_)?quant_conv\.)", r"\1"),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
+    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+)
+"""The original names -> diffusers'. The decoder's levels, counted the other way round, are left to `_named`."""
+
+
+def holds(names: Mapping[str, object]) -> bool:
+    """Whether a file holds a FLUX.2 VAE: its BatchNorm tells it from others."""
+    return all(mark in names for mark in MARKS)
+
+
+def _named(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """The tensors under diffusers' names; attention's projections, 1 x 1 convolutions originally, as matrices."""
+    levels = numbered(tensors, "decoder.up.")
+    found = {}
+    for name, tensor in tensors.items():
+        for pattern, to in RENAMES:
+            name = re.sub(pattern, to, name)
+        up = re.match(r"decoder\.up\.(\d+)\.(block|upsample)\.", name)
+        if up:
+            inner = {"block": "resnets", "upsample": "upsamplers.0"}[up[2]]
+            name = f"decoder.up_blocks.{levels - 1 - int(up[1])}.{inner}.{name[up.end() :]}"
+        if ".mid_block.attentions." in name and tensor.shape[2:] == (1, 1):
+            found[name] = _matrix(tensor)
+        else:
+            found[name] = tensor
+    return found
+
+
+def _matrix(tensor: Lazy) -> Lazy:
+    return Lazy(tensor.shape[:2], tensor.dtype, lambda dtype: (part[:, :, 0, 0] for part in tensor.rows(dtype)))
+
+
+def adopt(
+    tensors: Mapping[str, Lazy], texts: Mapping[str, str], config: Flux2VAE.Config, where: str
+) -> tuple[Flux2VAE.Config, dict[str, Lazy]]:
+    """A single file's tensors -> the config that their shapes tell, and the tensors under diffusers' names.
+
+    How many groups the norms have, no shape tells: see `fit`. Raises CheckpointError.
+    """
+    if not holds(tensors):
+        some = ", ".join(sorted(tensors)[:3]) or "nothing"
+        raise CheckpointError(f"{where}: holds {some} …, not a FLUX.2 VAE, which has a bn.running_mean")
+    found = _named(plain(tensors, texts, where))
+    levels = range(numbered(found, "encoder.down_blocks."))
+
+    def widths(side: str) -> tuple[int, ...]:
+        return tuple(shape_of(found, f"{side}.{i}.resnets.0.conv1.weight", 4, where)[0] for i in levels)
+
+    encoder, decoder = widths("encoder.down_blocks"), widths("decoder.up_blocks")[::-1]
+    seen = {
+        "block_out_channels": encoder,
+        "decoder_block_out_channels": None if decoder == encoder else decoder,
+        "layers_per_block": numbered(found, "encoder.down_blocks.0.resnets."),
+        "latent_channels": shape_of(found, "decoder.conv_in.weight", 4, where)[1],
+        "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in found,
+        "use_quant_conv": "quant_conv.weight" in found,
+        "use_post_quant_conv": "post_quant_conv.weight" in found,
+    }
+    telling = ("block_out_channels", "layers_per_block", "latent_channels")
+    return fit(config, type(config)(), seen, telling, where), found

@@ -1,0 +1,121 @@
+"""The encoder in one file: transformers' names with experts in MXFP4, or Comfy's with experts in nvfp4 and a tokenizer.
+
+E experts; a projection of the experts is stored as [E,out,in] by both, and held as [E,in,out] by transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import evolve
+
+from lens_core.checkpoint import FORMAT, read_json
+from lens_core.lazy import Lazy, describe_file, fit, numbered, shape_of
+from lens_core.quantised import from_mxfp4, lazy_mxfp4, plain
+from lens_core.types import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lens_gpt_oss.encoder import GptOssEncoder
+
+PREFIXES = ("model.", "")
+MARK = "layers.0.mlp.router.weight"
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+PACKED = ("blocks", "scales", "scale")
+
+
+def holds(names: Mapping[str, object]) -> bool:
+    """Whether a file holds a GPT-OSS."""
+    return any(p + MARK in names for p in PREFIXES)
+
+
+def describe(path: Path) -> dict[str, Any] | None:
+    """An answer to the hook `lens_describe`: for a single file, or a folder as transformers saves it."""
+    if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
+        if read_json(path / "config.json").get("model_type") != "gpt_oss":
+            return None
+        return {"format": FORMAT, "components": {"text_encoder": {"use": "lens_gpt_oss:gpt_oss", "file": "."}}}
+    return describe_file(path, holds, "text_encoder", "lens_gpt_oss:gpt_oss")
+
+
+def adopt(
+    tensors: Mapping[str, Lazy],
+    texts: Mapping[str, str],
+    config: GptOssEncoder.Config,
+    where: str,
+    *,
+    packed: bool,
+) -> tuple[GptOssEncoder.Config, dict[str, Lazy]]:
+    """A single file's tensors -> the config that their shapes tell, and the tensors under transformers' names.
+
+    Experts in MXFP4 stay `…_blocks` and `…_scales`. Those in nvfp4 do so with `packed`, with a `…_scale` too, and
+    become plain weights without. How many experts a token asks and how far layers slide, no shape tells: see `fit`.
+    """
+    if not holds(tensors):
+        some = ", ".join(sorted(tensors)[:3]) or "nothing"
+        raise CheckpointError(f"{where}: holds {some} …, not a GPT-OSS; its names begin with model.layers. or layers.")
+    rest = {name: tensor for name, tensor in tensors.items() if name != "tokenizer_json"}
+    found = {}
+    for name, tensor in plain(rest, texts, where, keep=EXPERTS if packed else ()).items():
+        bare = name.removeprefix("model.")
+        bare = re.sub(r"(experts\.\w+_proj)\.(blocks|scales|scale|bias)$", r"\1_\2", bare)
+        if bare.endswith(tuple(f"{e}.weight" for e in EXPERTS)):
+            bare, tensor = bare.removesuffix(".weight"), _transposed(tensor)
+        found[bare if bare.startswith("lm_head.") else f"model.{bare}"] = tensor
+    vocabulary, width = shape_of(found, "model.embed_tokens.weight", 2, where)
+    (heads,) = shape_of(found, "model.layers.0.self_attn.sinks", 1, where)
+    (experts, inner) = shape_of(found, "model.layers.0.mlp.experts.gate_up_proj_bias", 2, where)
+    head = shape_of(found, "model.layers.0.self_attn.q_proj.weight", 2, where)[0] // heads
+    seen = {
+        "hidden_size": width,
+        "intermediate_size": inner // 2,
+        "num_attention_heads": heads,
+        "head_dim": head,
+        "num_local_experts": experts,
+        "num_key_value_heads": shape_of(found, "model.layers.0.self_attn.k_proj.weight", 2, where)[0] // max(1, head),
+        "num_hidden_layers": numbered(found, "model.layers."),
+        "vocab_size": vocabulary,
+    }
+    published = evolve(type(config)(), date=config.date, max_length=config.max_length, experts=config.experts)
+    try:
+        return fit(config, published, seen, list(seen)[:5], where), found
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error.problems[0]}") from error
+
+
+def _transposed(tensor: Lazy) -> Lazy:
+    """[E,out,in] -> [E,in,out]."""
+    experts, *matrix = tensor.shape
+    return Lazy((experts, *matrix[::-1]), tensor.dtype, lambda dtype: (part.mT for part in tensor.rows(dtype)))
+
+
+def mxfp4(tensors: Mapping[str, Lazy], where: str, *, packed: bool) -> dict[str, Lazy]:
+    """Experts in MXFP4, checked, and as plain weights unless `packed`."""
+    found = dict(tensors)
+    for name in [k.removesuffix("_blocks") for k in tensors if k.endswith("_blocks")]:
+        if f"{name}_scales" not in found:
+            raise CheckpointError(f"{where}: {name}_blocks has no {name}_scales beside it; fetch it again")
+        if f"{name}_scale" in found:
+            continue  # nvfp4, which `plain` has checked
+        blocks, scales = lazy_mxfp4(name, found.pop(f"{name}_blocks"), found.pop(f"{name}_scales"), where)
+        found |= {f"{name}_blocks": blocks, f"{name}_scales": scales} if packed else {name: _plain(blocks, scales)}
+    return found
+
+
+def _plain(blocks: Lazy, scales: Lazy) -> Lazy:
+    import torch
+
+    experts, out, groups, _ = blocks.shape
+
+    def rows(dtype: torch.dtype):  # type: ignore[no-untyped-def]  # an iterator of tensors
+        whole = scales.read()
+        at = 0
+        for part in blocks.rows(torch.uint8):
+            yield from_mxfp4(part, whole[at : at + len(part)], dtype)
+            at += len(part)
+
+    return Lazy((experts, groups * 32, out), torch.bfloat16, rows)

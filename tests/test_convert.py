@@ -1,0 +1,404 @@
+"""Both layouts, with the first-party parts: what is carried over draws the same picture, in little memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lens_flux2.vae import Flux2VAE
+from lens_mmdit.model import LensTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lens_core import convert as module
+from lens_core.__main__ import main
+from lens_core.catalog import Catalog
+from lens_core.convert import convert
+from lens_core.lazy import Lazy, read_lazy, write_lazy
+from lens_core.pipeline import LensPipeline
+from lens_core.types import CheckpointError, ConfigError
+
+SINGLE = {
+    "backbone": "diffusion_models/lens.safetensors",
+    "text_encoder": "text_encoders/gpt_oss.safetensors",
+    "vae": "vae/flux2-vae.safetensors",
+}
+FOLDERS = {
+    "backbone": "transformer/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def installed() -> Catalog:
+    return Catalog.installed()
+
+
+@pytest.fixture(scope="module")
+def tiny(installed: Catalog) -> Path:
+    from lens_core.checkpoint import fetch
+
+    return fetch("tiny:", installed)
+
+
+@pytest.fixture(scope="module")
+def singles(tiny: Path, installed: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny:` as Comfy keeps models."""
+    out = tmp_path_factory.mktemp("comfy") / "models"
+    convert(tiny, out, "single", None, installed)
+    return out
+
+
+def draw(pipeline: LensPipeline) -> Tensor:
+    images: Tensor = pipeline(
+        "a red circle", num_inference_steps=2, seed=1, height=32, width=32, output_type="pt"
+    ).images
+    return images
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return {k: v for k, v in load_file(path).items() if k != "tokenizer_json"}
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(v.dtype == two[k].dtype and torch.equal(v, two[k]) for k, v in one.items())
+
+
+def error(call: Callable[[], object], kind: type[Exception] = CheckpointError) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_folder_becomes_a_file_a_part_without_a_change(tiny: Path, singles: Path) -> None:
+    assert files(singles) == set(SINGLE.values())
+    for part, place in SINGLE.items():
+        assert same(weights(singles / place), weights(tiny / FOLDERS[part]))
+
+
+def test_a_file_takes_the_place_of_its_part_alone(singles: Path) -> None:
+    expected = LensPipeline.from_pretrained("tiny:")
+    versions = {expected.version}
+    for part, place in SINGLE.items():
+        pipeline = LensPipeline.from_pretrained("tiny:", parts=(part,), **{part: singles / place})
+        assert same(getattr(pipeline, part).state_dict(), getattr(expected, part).state_dict())
+        assert pipeline.uses[part].use == expected.uses[part].use
+        versions.add(pipeline.version)
+    assert len(versions) == 4, "what has been put in shows in the hash"
+
+
+def test_a_pipeline_of_files_is_saved_as_a_folder(singles: Path, tmp_path: Path) -> None:
+    pipeline = LensPipeline.from_pretrained("tiny:", **{part: singles / place for part, place in SINGLE.items()})
+    pipeline.save_pretrained(tmp_path / "model")
+    expected = draw(LensPipeline.from_pretrained("tiny:"))
+    assert torch.equal(draw(pipeline), expected)
+    assert torch.equal(draw(LensPipeline.from_pretrained(tmp_path / "model")), expected)
+
+
+def test_there_and_back_again_is_the_same_checkpoint(tiny: Path, installed: Catalog, tmp_path: Path) -> None:
+    convert(tiny, tmp_path / "copy", "diffusers", None, installed)
+    assert same(weights(tmp_path / "copy" / FOLDERS["backbone"]), weights(tiny / FOLDERS["backbone"]))
+    assert torch.equal(draw(LensPipeline.from_pretrained(tmp_path / "copy")), draw(LensPipeline.from_pretrained(tiny)))
+    about = json.loads((tmp_path / "copy/lens.json").read_text())
+    assert about["presets"] == json.loads((tiny / "lens.json").read_text())["presets"]
+    assert set(about["components"]) == {"vae", "text_encoder", "backbone", "sampler"}
+
+
+def test_casting_halves_the_files_and_config_json_says_so(tiny: Path, installed: Catalog, tmp_path: Path) -> None:
+    convert(tiny, tmp_path / "half", "diffusers", "bf16", installed)
+    convert(tmp_path / "half", tmp_path / "full", "diffusers", "fp32", installed)
+    for place in FOLDERS.values():
+        stored, half, full = (weights(p / place) for p in (tiny, tmp_path / "half", tmp_path / "full"))
+        floats = {k for k, v in stored.items() if v.is_floating_point()}
+        assert all(torch.equal(half[k], stored[k].bfloat16()) and half[k].dtype == torch.bfloat16 for k in floats)
+        assert all(torch.equal(full[k], half[k].float()) for k in floats) and full.keys() == half.keys()
+    told = {d: json.loads((tmp_path / d / "text_encoder/config.json").read_text())["dtype"] for d in ("half", "full")}
+    assert told == {"half": "bfloat16", "full": "float32"}
+
+
+def test_one_file_becomes_one_sub_folder(singles: Path, installed: Catalog, tmp_path: Path) -> None:
+    said = error(lambda: convert(singles / SINGLE["backbone"], tmp_path / "x", "diffusers", None, installed))
+    assert "reads 2 layers of a text encoder, and the model it is for 4" in said
+    torch.manual_seed(0)
+    config = LensTransformer2DModel.Config(
+        num_layers=2, num_attention_heads=2, enc_hidden_dim=8
+    )  # heads of the published width
+    net = LensTransformer2DModel(config)
+    save_file({f"diffusion_model.{k}": v for k, v in net.state_dict().items()}, tmp_path / "mine.safetensors")
+    made = convert(tmp_path / "mine.safetensors", tmp_path / "out", "diffusers", "bf16", installed)
+    assert made == [tmp_path / "out" / FOLDERS["backbone"]]
+    assert files(tmp_path / "out") == {FOLDERS["backbone"], "transformer/config.json"}
+    again = LensTransformer2DModel.from_pretrained(tmp_path / "out/transformer")
+    assert dict(again.config)["num_layers"] == 2
+    assert same(weights(made[0]), {k: v.bfloat16() for k, v in net.state_dict().items()})
+    convert(tmp_path / "mine.safetensors", tmp_path / "bare.safetensors", "single", None, installed)
+    assert same(weights(tmp_path / "bare.safetensors"), dict(net.state_dict()))
+
+
+def test_a_folder_of_files_is_a_model_and_becomes_a_checkpoint(
+    tiny: Path, singles: Path, installed: Catalog, tmp_path: Path
+) -> None:
+    shutil.copytree(singles, tmp_path / "in", copy_function=lambda a, b: Path(b).symlink_to(a))
+    about = json.loads((tiny / "lens.json").read_text())
+    for part, place in SINGLE.items():
+        about["components"][part]["file"] = place
+    (tmp_path / "in/lens.json").write_text(json.dumps(about))
+    made = convert(tmp_path / "in", tmp_path / "out", "diffusers", None, installed)
+    assert made == [tmp_path / "out" / FOLDERS[part] for part in ("vae", "text_encoder", "backbone")]
+    expected = draw(LensPipeline.from_pretrained(tiny))
+    for folder in ("in", "out"):
+        assert torch.equal(draw(LensPipeline.from_pretrained(tmp_path / folder)), expected)
+    for place in ("/etc/passwd", "../x.safetensors"):
+        about["components"]["vae"]["file"] = place
+        (tmp_path / "in/lens.json").write_text(json.dumps(about))
+        assert "has no components that each name what they use" in error(
+            lambda: LensPipeline.from_pretrained(tmp_path / "in")
+        )
+
+
+def test_comfys_folder_is_a_model_by_its_layout(installed: Catalog, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = LensTransformer2DModel(LensTransformer2DModel.Config(num_layers=1, num_attention_heads=1, enc_hidden_dim=8))
+    (tmp_path / "lens_turbo/diffusion_models").mkdir(parents=True)
+    save_file(net.state_dict(), tmp_path / "lens_turbo/diffusion_models/a.safetensors")
+    pipeline = LensPipeline.from_pretrained(tmp_path / "lens_turbo")
+    assert pipeline.presets["steps"] == 4 and same(pipeline.backbone.state_dict(), dict(net.state_dict()))
+
+
+def test_experts_in_mxfp4_stay_so_in_every_layout(tiny: Path, installed: Catalog, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "in")
+    path = tmp_path / "in" / FOLDERS["text_encoder"]
+    state, rng = load_file(path), torch.Generator().manual_seed(0)
+    for name in [n for n in state if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inner, out = state.pop(name).shape
+        state[f"{name}_blocks"] = torch.randint(
+            0, 256, (experts, out, inner // 32, 16), dtype=torch.uint8, generator=rng
+        )
+        state[f"{name}_scales"] = torch.randint(118, 122, (experts, out, inner // 32), dtype=torch.uint8, generator=rng)
+    save_file(state, path)
+    about = json.loads((tmp_path / "in/lens.json").read_text())
+    about["components"]["text_encoder"]["config"]["experts"] = "auto"
+    (tmp_path / "in/lens.json").write_text(json.dumps(about))
+    expected = LensPipeline.from_pretrained(tmp_path / "in")
+    assert "experts stay in mxfp4" in expected.notes[0]
+    convert(tmp_path / "in", tmp_path / "single", "single", None, installed)
+    convert(tmp_path / "in", tmp_path / "half", "diffusers", "bf16", installed)
+    packed = {k: v for k, v in state.items() if k.endswith(("_blocks", "_scales"))}
+    for found in (tmp_path / "single" / SINGLE["text_encoder"], tmp_path / "half" / FOLDERS["text_encoder"]):
+        assert same({k: v for k, v in load_file(found).items() if k in packed}, packed)
+    file = tmp_path / "single" / SINGLE["text_encoder"]
+    assert torch.equal(draw(LensPipeline.from_pretrained(tmp_path / "in", text_encoder=file)), draw(expected))
+    for part, place in SINGLE.items():
+        about["components"][part]["file"] = place
+    (tmp_path / "single/lens.json").write_text(json.dumps(about))
+    convert(tmp_path / "single", tmp_path / "back", "diffusers", None, installed)
+    assert same(load_file(tmp_path / "back" / FOLDERS["text_encoder"]), state)
+    told = json.loads((tmp_path / "back/text_encoder/config.json").read_text())
+    assert told["quantization_config"]["quant_method"] == "mxfp4" and told["num_hidden_layers"] == 4
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+
+def test_a_conversion_holds_no_more_than_a_piece(
+    tiny: Path, installed: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lens_core import lazy
+
+    monkeypatch.setattr(lazy, "PIECE", 2**14)
+    made: list[int] = []
+    opened = module.read_lazy
+
+    def watched(*paths: Path) -> tuple[dict[str, Lazy], dict[str, str]]:
+        tensors, texts = opened(*paths)
+
+        def watch(tensor: Lazy) -> Lazy:
+            def rows(dtype: torch.dtype):  # type: ignore[no-untyped-def]  # an iterator of tensors
+                for block in tensor.rows(dtype):
+                    made.append(block.nbytes)
+                    yield block
+
+            return Lazy(tensor.shape, tensor.dtype, rows)
+
+        return {k: watch(v) for k, v in tensors.items()}, texts
+
+    monkeypatch.setattr(module, "read_lazy", watched)
+    monkeypatch.setattr(Lazy, "read", lambda *_: pytest.fail("a whole tensor was read"))
+    convert(tiny, tmp_path / "out", "diffusers", None, installed)
+    largest = max(v[:1].nbytes for p in FOLDERS.values() for v in load_file(tiny / p).values() if v.ndim)
+    assert max(made) <= max(2**14, largest) and sum(made) == sum(
+        (tiny / p).stat().st_size for p in FOLDERS.values()
+    ) - sum(8 + int.from_bytes((tiny / p).read_bytes()[:8], "little") for p in FOLDERS.values())
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+import torch
+from lens_core import lazy
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def run(source):
+    tensors, _ = lazy.read_lazy(Path(source))
+    lazy.write_lazy(Path(sys.argv[3]), tensors, torch.float32)
+lazy.PIECE = 2**20
+run(sys.argv[1])  # whatever is loaded by the way
+before = peak()
+run(sys.argv[2])
+print(peak() - before)
+"""
+
+
+def sparse(path: Path, rows: int) -> str:
+    """A bfloat16 matrix of zeros that takes no room on disk."""
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [rows, 1024], "data_offsets": [0, rows * 2048]}}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + rows * 2048)
+    return str(path)
+
+
+def test_a_process_grows_by_pieces_not_by_the_file(tmp_path: Path) -> None:
+    """64 MB of bfloat16 become 128 MB of float32 within 16 MB."""
+    paths = [sparse(tmp_path / "small", 2048), sparse(tmp_path / "large", 2**15), str(tmp_path / "out")]
+    run = subprocess.run([sys.executable, "-c", MEASURE, *paths], capture_output=True, text=True, check=True)
+    assert (tmp_path / "out").stat().st_size > 2**27
+    assert int(run.stdout) < 16 * 1024
+
+
+# ---- bad input --------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_asked_for_is_told(tiny: Path, singles: Path, installed: Catalog, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").write_text("")
+    for source, out, layout, dtype, words in [
+        (tiny, "x", "gguf", None, "no layout is called 'gguf'; use diffusers or single"),
+        (tiny, "x", "single", "fp16", "no dtype is called 'fp16'; use bf16 or fp32"),
+        (tiny, "x.safetensors", "single", None, "one file is for one part"),
+        (tiny, "x.safetensors", "diffusers", None, "one file is for one part"),
+    ]:
+        assert words in error(lambda: convert(source, tmp_path / out, layout, dtype, installed), ConfigError)  # noqa: B023
+    assert "is there already" in error(lambda: convert(tiny, tmp_path / "full", "single", None, installed))
+    assert files(tmp_path) == {"full/thesis.tex"}
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    tiny: Path, installed: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))  # type: ignore[attr-defined]
+    assert "GB are needed and 0.0 free" in error(lambda: convert(tiny, tmp_path / "x", "single", None, installed))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_conversion_that_fails_leaves_nothing(
+    tiny: Path, installed: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny, tmp_path / "in")
+    broken = tmp_path / "in" / FOLDERS["backbone"]
+    broken.write_bytes(broken.read_bytes()[:-1])
+    assert "not a whole safetensors file" in error(
+        lambda: convert(tmp_path / "in", tmp_path / "o", "single", None, installed)
+    )
+    calls: list[Path] = []
+
+    def fail(path: Path, *rest: object) -> None:
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        write_lazy(path, *rest)  # type: ignore[arg-type]  # as it is called
+
+    monkeypatch.setattr(module, "write_lazy", fail)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny, tmp_path / "o", "diffusers", None, installed)
+    assert len(calls) == 3 and [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("part", list(SINGLE))
+def test_a_file_in_the_place_of_another_part_is_told(part: str, singles: Path) -> None:
+    wrong = singles / SINGLE["vae" if part == "backbone" else "backbone"]
+    assert f"{wrong}: holds " in (said := error(lambda: LensPipeline.from_pretrained("tiny:", **{part: wrong})))
+    assert "not a" in said
+
+
+def test_a_file_that_no_plugin_knows_is_told(installed: Catalog, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    assert "nor a layout that an installed plugin knows" in error(
+        lambda: LensPipeline.from_pretrained(tmp_path / "a.safetensors")
+    )
+
+
+def test_a_toy_part_reads_no_files(checkpoint: Path, tmp_path: Path) -> None:
+    import toy
+
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    said = error(
+        lambda: LensPipeline.from_pretrained(checkpoint, catalog=Catalog.of(toy), vae=tmp_path / "a.safetensors"),
+        ConfigError,
+    )
+    assert "toy:blocks reads no single files" in said
+
+
+# ---- the command line -------------------------------------------------------------------------------------------
+
+
+def test_the_commands_convert_and_draw(singles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "tiny:", str(tmp_path / "half"), "--dtype", "bf16"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    draw = ["generate", "a red circle", "--steps", "1", "--size", "32x32", "--seed", "1"]
+    parts = [w for part, place in SINGLE.items() for w in (f"--{part.replace('_', '-')}", str(singles / place))]
+    assert main([*draw, "--output", str(tmp_path / "a.png"), *parts]) == 0
+    assert main([*draw, "--output", str(tmp_path / "b.png")]) == 0
+    assert main(["generate", "--reproduce", str(tmp_path / "a.png"), *parts]) == 0
+    assert "identical" in capsys.readouterr().out
+    assert main(["generate", "--reproduce", str(tmp_path / "a.png")]) == 2
+    assert "this is hash" in capsys.readouterr().err
+    assert main(["generate", "x", "--backbone", str(tmp_path / "none.safetensors"), "-o", str(tmp_path / "c.png")]) == 2
+    assert "none.safetensors: missing" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "a.png"), str(tmp_path / "x")]) == 2
+    assert "or one .safetensors" in capsys.readouterr().err
+
+
+def test_a_single_backbone_is_a_model_without_the_other_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    net = LensTransformer2DModel(LensTransformer2DModel.Config(num_layers=1, num_attention_heads=1, enc_hidden_dim=8))
+    save_file(net.state_dict(), tmp_path / "lens_turbo.safetensors")
+    pipeline = LensPipeline.from_pretrained(tmp_path / "lens_turbo.safetensors")
+    assert (
+        pipeline.presets["steps"] == 4 and pipeline.vae is None and pipeline.uses["backbone"].options["num_layers"] == 1
+    )
+    assert (
+        main(["generate", "x", "--model", str(tmp_path / "lens_turbo.safetensors"), "-o", str(tmp_path / "c.png")]) == 2
+    )
+    assert "there is no vae and no text encoder in this pipeline" in capsys.readouterr().err
+
+
+def test_parts_that_a_model_lacks_may_be_given(singles: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = LensTransformer2DModel(LensTransformer2DModel.Config(num_layers=1, num_attention_heads=1, enc_hidden_dim=8))
+    save_file(net.state_dict(), tmp_path / "lens.safetensors")
+    said = error(lambda: LensPipeline.from_pretrained(tmp_path / "lens.safetensors", vae=tmp_path / "lens.safetensors"))
+    assert "is no vae, but a backbone" in said
+    with torch.device("meta"):
+        state = Flux2VAE(Flux2VAE.Config(layers_per_block=1)).net.state_dict()
+    zero = {
+        k: Lazy(tuple(v.shape), v.dtype, lambda d, s=v.shape: iter([torch.zeros(s, dtype=d)])) for k, v in state.items()
+    }
+    write_lazy(tmp_path / "vae.safetensors", zero)
+    said = error(lambda: LensPipeline.from_pretrained(tmp_path / "lens.safetensors", vae=tmp_path / "vae.safetensors"))
+    assert "its layers_per_block is 1, but that of the model it is for is 2" in said
+    assert read_lazy(tmp_path / "vae.safetensors")[0].keys() == state.keys()
