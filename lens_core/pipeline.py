@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lens_core import adapters, checkpoint, flow
 from lens_core.catalog import Catalog
 from lens_core.config import Parts, Use, build, unstructure
+from lens_core.protocols import Tabulates
 from lens_core.source import Source, to_mask, to_rgb, to_tensor
 from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError, Text, did_you_mean
 
@@ -316,13 +318,18 @@ class LensPipeline:
             return
         more: dict[str, Any] = {"start": start} if start else {}  # samplers that only begin at noise are samplers too
         more |= {"draw": draw} if getattr(self.sampler, "draws", False) else {}
-        for number, (t, x) in enumerate(self.sampler.walk(velocity, begin, steps, **more), start + 1):
-            if not bool(torch.isfinite(x).all()):
-                dtype = next(self.backbone.parameters()).dtype
-                raise NumericalError(
-                    f"the latents left the finite numbers at step {number} of {steps} in {dtype}; try float32"
-                )
-            yield t, source.settle(x) if source is not None and number == steps else x
+        with self._sampling(self.sampler.times((noise.shape[-2], noise.shape[-1]), steps)[start:-1]):
+            for number, (t, x) in enumerate(self.sampler.walk(velocity, begin, steps, **more), start + 1):
+                if not bool(torch.isfinite(x).all()):
+                    dtype = next(self.backbone.parameters()).dtype
+                    raise NumericalError(
+                        f"the latents left the finite numbers at step {number} of {steps} in {dtype}; try float32"
+                    )
+                yield t, source.settle(x) if source is not None and number == steps else x
+
+    def _sampling(self, times: Tensor) -> AbstractContextManager[Any]:
+        """While this lasts the backbone is asked at `times`: what it can work out for all of them at once, it does."""
+        return self.backbone.tabulated(times, nullcontext) if isinstance(self.backbone, Tabulates) else nullcontext()
 
     @torch.no_grad()
     def __call__(

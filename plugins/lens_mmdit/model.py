@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from lens_core.checkpoint import load_module, save_module, write_json
 from lens_core.types import ConfigError, NumericalError, Text, did_you_mean
+from lens_mmdit.modulation import Modulation, Tabulating
 
 FREQUENCIES = 256  # channels of the sinusoidal time embedding: half cosines, then half sines
 TIME_SCALE = 1000.0  # t in [0, 1] is embedded as t * 1000
@@ -209,8 +210,8 @@ class Block(nn.Module):
     def __init__(self, heads: int, head_width: int) -> None:
         super().__init__()
         width = heads * head_width
-        self.img_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.txt_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.img_mod = nn.Sequential(nn.SiLU(), Modulation(width, 6 * width))
+        self.txt_mod = nn.Sequential(nn.SiLU(), Modulation(width, 6 * width))
         self.img_norm1 = RMSNorm(width, 1e-6)
         self.img_norm2 = RMSNorm(width, 1e-6)
         self.txt_norm1 = RMSNorm(width, 1e-6)
@@ -222,7 +223,8 @@ class Block(nn.Module):
     def forward(
         self, img: Tensor, txt: Tensor | None, time: Tensor, by: Tensor, mask: Tensor | None, answer_text: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """`time` [B,D] is silu of the time embedding; without `answer_text` the text stream ends here, as None."""
+        """`time` is what `Modulation` reads: silu of the time embedding [B,D], or rows of a table. Without
+        `answer_text` the text stream ends here, as None."""
         # [1] skips the SiLU of the Sequential, which all blocks would repeat.
         shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod[1](time).unsqueeze(1).chunk(6, dim=-1)
         image = self.img_norm1(img, shift1, scale1)
@@ -245,14 +247,14 @@ class FinalNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, 2 * width)
+        self.linear = Modulation(width, 2 * width)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         scale, shift = self.linear(time).unsqueeze(1).chunk(2, dim=-1)
         return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6).to(scale.dtype), 1 + scale)
 
 
-class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]  # diffusers is untyped
+class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]  # untyped
     """The backbone `mmdit`, and a diffusers model: `from_pretrained` and `save_pretrained` know the same files.
 
     Built as `cls(config)`, or from the fields of a config by name. A new model predicts v = 0, and each of its blocks
@@ -383,13 +385,21 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type
         return None
 
     def _time(self, x: Tensor, t: Tensor) -> Tensor:
-        """silu(time embedding) [B,D]: all that modulation wants to know. Refuses float16 before any work is done."""
+        """silu(time embedding) [B,D], or the rows of a table that stand for it: all that modulation wants to know.
+        Refuses float16 before any work is done."""
         kind = x.device.type
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         for dtype in (self.dtype, torch.get_autocast_dtype(kind) if autocast else self.dtype):
             if reason := self.refuses(dtype):
                 raise NumericalError(reason)
-        return F.silu(self.time_text_embed(t))
+        rows = self._tabled(t)
+        return F.silu(self.time_text_embed(t)) if rows is None else rows
+
+    def modulations(self) -> list[Modulation]:
+        """Every block's, and `norm_out`'s; none if one is of another class, such as an adapter's."""
+        layers = [mod[1] for block in self.transformer_blocks for mod in (block.img_mod, block.txt_mod)]
+        layers.append(self.norm_out.linear)
+        return layers if all(isinstance(layer, Modulation) for layer in layers) else []
 
     def _walk(self, x: Tensor, time: Tensor, text: Text, depth: int) -> Iterator[Tensor]:
         """The image stream [B,N,D] after each of the first `depth` blocks."""
