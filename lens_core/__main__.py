@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from lens_core.config import Use
+    from lens_core.offload import Load
     from lens_core.pipeline import LensPipeline
 
 app = App(name="lens", version=__version__, help="Text-to-image: generate, train, measure. Everything is a plugin.")
@@ -118,6 +119,7 @@ def generate(
     batch: int = 8,
     device: str = "auto",
     dtype: str = "auto",
+    offload: str = "auto",
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Draw pictures from a prompt.
@@ -170,6 +172,8 @@ def generate(
         auto, cpu, cuda, cuda:1 …
     dtype
         auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
+    offload
+        What leaves the GPU when: none, modulation, model, encoder-cpu, block; auto takes the fastest that fits.
     json_
         Print one JSON object a picture.
     """
@@ -180,7 +184,8 @@ def generate(
     if reproduce is not None:
         if prompt is not None or prompts is not None:
             raise ConfigError("--reproduce draws what the picture says; leave the prompt out")
-        return _reproduce(reproduce, partial(_pipeline, model, lora, device=device, dtype=dtype), begin, anew, output)
+        again = partial(_pipeline, model, lora, device=device, dtype=dtype, offload=offload)
+        return _reproduce(reproduce, again, begin, anew, output)
     texts = [t for t in _prompts(prompt, prompts) for _ in range(images)]
     if images < 1 or batch < 1:
         raise ConfigError(f"images and batch must be at least 1, not {images} and {batch}")
@@ -196,7 +201,16 @@ def generate(
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed {seed} must be between 0 and 2^63 - 1")
     begun = time.perf_counter()
-    pipeline = _pipeline(model, lora, Use(sampler) if sampler else None, device=device, dtype=dtype)
+
+    def load(made: LensPipeline) -> Load:
+        from lens_core.offload import Load
+
+        drawn = made.size(height, width, aspect_ratio, base_resolution)
+        return Load(drawn, min(batch, len(texts)), steps=steps or int(made.presets["steps"]))
+
+    pipeline = _pipeline(
+        model, lora, Use(sampler) if sampler else None, device=device, dtype=dtype, offload=offload, load=load
+    )
     loaded = time.perf_counter() - begun
     asked = [
         pipeline.version, pipeline.loras, sampler, size, aspect_ratio, base_resolution, steps, guidance_scale,
@@ -239,13 +253,17 @@ def generate(
 
 
 def _pipeline(
-    model: str | None, loras: list[str] | None, sampler: Use | None, *, device: str, dtype: str
-) -> LensPipeline:
-    """The pipeline that a command asks for; `model` None: tiny:."""
+    model: str | None, loras: list[str] | None, sampler: Use | None, *, device: str, dtype: str, offload: str = "auto",
+    load: Callable[[LensPipeline], Load] | None = None,
+) -> LensPipeline:  # fmt: skip
+    """The pipeline that a command asks for; `model` None: tiny:. `load`: what will be drawn, for the plan."""
     folds = [_lora(text) for text in loras or ()]
+    from lens_core.offload import describe
     from lens_core.pipeline import LensPipeline
 
-    pipeline = LensPipeline.from_pretrained(model or "tiny:", device=device, dtype=dtype)
+    pipeline = LensPipeline.from_pretrained(model or "tiny:", device=device, dtype=dtype, offload=offload, load=load)
+    if pipeline.placement is not None and pipeline.placement.told.plan != "none":
+        print(describe(pipeline.placement.told, str(pipeline.device), pipeline.placement.free), file=sys.stderr)
     for path, weight in folds:
         pipeline.load_lora_weights(path, weight)
     if sampler is not None:

@@ -14,8 +14,10 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from lens_core import adapters, checkpoint, flow
+from lens_core import offload as offloads
 from lens_core.catalog import Catalog
 from lens_core.config import Parts, Use, build, unstructure
+from lens_core.offload import Accelerator, Forecast, Load, Placement
 from lens_core.protocols import Tabulates
 from lens_core.source import Source, to_mask, to_rgb, to_tensor
 from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError, Text, did_you_mean
@@ -90,6 +92,7 @@ class LensPipeline:
         self.device = torch.device("cpu")
         self.loras: list[str] = []  # what is folded into the backbone, as NAME:WEIGHT
         self._plain: dict[str, Tensor] = {}  # the backbone's layers as they were before
+        self.placement: Placement | None = None  # who is on the accelerator when; None: everything, always
 
     @classmethod
     def from_pretrained(
@@ -101,11 +104,16 @@ class LensPipeline:
         torch_dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         parts: Sequence[str] = PARTS,
+        offload: str | None = None,
+        load: Callable[[Self], Load] | None = None,
     ) -> Self:
         """Read a checkpoint: a folder, a Hub id `org/name[@revision]`, or a plugin's name such as `tiny:`.
 
-        `dtype` defaults to float32 on CPUs and bfloat16 elsewhere. Raises CheckpointError or ConfigError, in one line.
+        `dtype` defaults to float32 on CPUs and bfloat16 elsewhere. `offload` is a plan of `LensPipeline.offload`,
+        and `load` tells what will be drawn under it. Raises CheckpointError or ConfigError, in one line.
         """
+        if offload not in (None, "auto"):
+            offloads.find(offload)
         catalog = catalog or Catalog.installed()
         where = _device(device)
         kind = _dtype(dtype or torch_dtype, where)
@@ -135,7 +143,10 @@ class LensPipeline:
             plugins=described.get("plugins", {}),
             catalog=catalog,
         )
-        return pipeline.to(where)
+        if offload is None:
+            return pipeline.to(where)
+        pipeline.offload(offload, where, load=load(pipeline) if load is not None else None)
+        return pipeline
 
     @classmethod
     def from_parts(cls, parts: Parts, catalog: Catalog) -> Self:
@@ -162,6 +173,9 @@ class LensPipeline:
         """Move every part with weights. float16 is refused where the backbone refuses it."""
         if dtype is not None and self.backbone is not None:
             _refuse(type(self.backbone), dtype)
+        if self.placement is not None:
+            self.placement.remove()
+            self.placement = None
         for part in WEIGHTY:
             module = getattr(self, part)
             if isinstance(module, nn.Module):
@@ -169,6 +183,37 @@ class LensPipeline:
         if device is not None:
             self.device = torch.device(device)
         return self
+
+    def offload(
+        self,
+        plan: str = "auto",
+        device: str | torch.device | None = None,
+        *,
+        load: Load | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> Forecast:
+        """Draw on `device` with less memory than all parts take: `none`, `modulation`, `model`, `encoder-cpu`, `block`
+        (`lens_core.offload.PLANS`), or `auto`, the fastest of them that fits into what is free. Training takes `to`.
+
+        `load`: what will be drawn, by default one picture of the preset size. Returns what the plan comes to.
+        """
+        if plan != "auto":
+            offloads.find(plan)
+        steps = int(self.presets["steps"])
+        to = accelerator or Accelerator(_device(device))
+        load = load or (Load(self.size(), steps=steps) if self.vae is not None else Load(steps=steps))
+        if self.placement is not None:
+            self.placement.remove()
+        modules = {part: net for part in WEIGHTY if isinstance(net := getattr(self, part), nn.Module)}
+        modules = {part: modules[part] for part in offloads.PHASES if part in modules}
+        free = to.free()
+        told = offloads.choose(modules, load, free) if plan == "auto" else offloads.forecast(plan, modules, load)
+        self.placement, self.device = Placement(told, modules, to, free), to.device
+        return told
+
+    def _at_work(self, part: str) -> AbstractContextManager[Any]:
+        """The time in which `part` works, with its weights where they must be."""
+        return self.placement.parts[part].at_work() if self.placement is not None else nullcontext()
 
     def use_sampler(self, use: str, **options: Any) -> None:
         """Draw with another sampler from now on: a name such as "heun", with its options. Raises ConfigError."""
@@ -292,7 +337,8 @@ class LensPipeline:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Text:
         """Prompts -> Text in the backbone's dtype, on the pipeline's device."""
-        text: Text = self.text_encoder.encode(list(prompts))
+        with self._at_work("text_encoder"):
+            text: Text = self.text_encoder.encode(list(prompts))
         return text.to(self.device, next(self.backbone.parameters()).dtype)
 
     @torch.no_grad()
@@ -318,7 +364,8 @@ class LensPipeline:
             return
         more: dict[str, Any] = {"start": start} if start else {}  # samplers that only begin at noise are samplers too
         more |= {"draw": draw} if getattr(self.sampler, "draws", False) else {}
-        with self._sampling(self.sampler.times((noise.shape[-2], noise.shape[-1]), steps)[start:-1]):
+        times = self.sampler.times((noise.shape[-2], noise.shape[-1]), steps)[start:-1]
+        with self._at_work("backbone"), self._tabled(times):
             for number, (t, x) in enumerate(self.sampler.walk(velocity, begin, steps, **more), start + 1):
                 if not bool(torch.isfinite(x).all()):
                     dtype = next(self.backbone.parameters()).dtype
@@ -327,9 +374,12 @@ class LensPipeline:
                     )
                 yield t, source.settle(x) if source is not None and number == steps else x
 
-    def _sampling(self, times: Tensor) -> AbstractContextManager[Any]:
+    def _tabled(self, times: Tensor) -> AbstractContextManager[Any]:
         """While this lasts the backbone is asked at `times`: what it can work out for all of them at once, it does."""
-        return self.backbone.tabulated(times, nullcontext) if isinstance(self.backbone, Tabulates) else nullcontext()
+        if not isinstance(self.backbone, Tabulates):
+            return nullcontext()
+        visit = self.placement.parts["backbone"].visit if self.placement is not None else nullcontext
+        return self.backbone.tabulated(times, visit)
 
     @torch.no_grad()
     def __call__(
@@ -446,12 +496,14 @@ class LensPipeline:
         if where is not None and tuple(where.shape[-2:]) != size:
             where = torch.nn.functional.interpolate(where.float(), size) >= 0.5
         pixels = to_pixels(picture).to(self.device, next(self.vae.parameters()).dtype)
-        return Source(picture, self.vae.encode(pixels).float(), share, where)
+        with self._at_work("vae"):
+            return Source(picture, self.vae.encode(pixels).float(), share, where)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B,C,h,w] -> pixels [B,3,H,W], in the VAE's dtype."""
-        pixels: Tensor = self.vae.decode(z.to(next(self.vae.parameters()).dtype))
+        with self._at_work("vae"):
+            pixels: Tensor = self.vae.decode(z.to(next(self.vae.parameters()).dtype))
         return pixels
 
     def _generators(

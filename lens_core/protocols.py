@@ -80,6 +80,19 @@ class Tabulates(Protocol):
         """
 
 
+class Offloads(Protocol):
+    """What a part with weights may say of itself, all of it optional, so that `lens_core.offload` can do more."""
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """Modules that run one after the other in this order, each at most once a pass: they can be streamed."""
+
+    def idle(self) -> Sequence[nn.Module]:
+        """Modules whose weights drawing does not read, or asks for through `tabulated`."""
+
+    def working(self, load: Any) -> int:
+        """An estimate of the bytes beside the weights in one pass of `lens_core.offload.Load`."""
+
+
 @runtime_checkable
 class Sampler(Protocol):
     """Integrates a velocity from noise (t = 1) to data (t = 0)."""

@@ -224,6 +224,15 @@ class GptOssEncoder(nn.Module):
         routes = torch.stack(out.router_logits).view(self.config.num_hidden_layers, *ids.shape, -1)
         return self.lm_head(out.last_hidden_state[:, first:]), routes
 
+    def blocks(self) -> list[nn.Module]:
+        """What can be streamed: `encode` runs these layers once a pass, in this order."""
+        return list(self.model.layers[: self.config.selected_layers[-1] + 1])
+
+    def idle(self) -> list[nn.Module]:
+        """What `encode` does not read."""
+        head = [] if self.lm_head is None else [self.lm_head]
+        return [*self.model.layers[self.config.selected_layers[-1] + 1 :], self.model.norm, *head]
+
     def provenance(self) -> dict[str, str]:
         """What a picture must record to be drawn again: the pinned date."""
         return {"date": self.config.date}

@@ -401,6 +401,10 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         layers.append(self.norm_out.linear)
         return layers if all(isinstance(layer, Modulation) for layer in layers) else []
 
+    def blocks(self) -> list[nn.Module]:
+        """What can be streamed: each runs once a pass, in this order."""
+        return list(self.transformer_blocks)
+
     def _walk(self, x: Tensor, time: Tensor, text: Text, depth: int) -> Iterator[Tensor]:
         """The image stream [B,N,D] after each of the first `depth` blocks."""
         h, w = x.shape[-2:]
