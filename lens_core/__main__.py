@@ -206,7 +206,7 @@ def generate(
         from lens_core.offload import Load
 
         drawn = made.size(height, width, aspect_ratio, base_resolution)
-        return Load(drawn, min(batch, len(texts)), steps=steps or int(made.presets["steps"]))
+        return Load(drawn, made.vae.downscale, min(batch, len(texts)), steps=steps or int(made.presets["steps"]))
 
     pipeline = _pipeline(
         model, lora, Use(sampler) if sampler else None, device=device, dtype=dtype, offload=offload, load=load
@@ -560,6 +560,32 @@ def plugins(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = F
     for p in catalog.plugins:
         what = f"set aside: {p.error}" if p.error else ", ".join(offers[p.name])
         print(f"{p.name:16} {p.distribution} {p.version:10} {what}")
+    return 0
+
+
+@app.command
+def doctor(
+    *,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    table: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """What this machine has, what would be used, and which offload plan the published model would take.
+
+    Parameters
+    ----------
+    json_
+        Print JSON.
+    table
+        Print the tables of docs/memory.md instead: the published model's memory by plan and by card.
+    """
+    from lens_core import doctor as practice
+
+    catalog = Catalog.installed()
+    if table:
+        print(practice.table(practice.published(catalog)))
+        return 0
+    told = practice.examine(catalog)
+    print(json.dumps(told, indent=2, ensure_ascii=False) if json_ else practice.describe(told))
     return 0
 
 

@@ -278,6 +278,7 @@ class Load:
     """What a drawing asks of the accelerator beside the weights."""
 
     size: tuple[int, int] = (1024, 1024)  # px, height x width
+    cell: int = 16  # px that a latent cell is wide
     batch: int = 1  # pictures at once
     tokens: int = 415  # of the longest prompt: the published limit
     steps: int = 20

@@ -199,9 +199,10 @@ class LensPipeline:
         """
         if plan != "auto":
             offloads.find(plan)
-        steps = int(self.presets["steps"])
         to = accelerator or Accelerator(_device(device))
-        load = load or (Load(self.size(), steps=steps) if self.vae is not None else Load(steps=steps))
+        load = load or (
+            Load(self.size(), self.vae.downscale, steps=int(self.presets["steps"])) if self.vae is not None else Load()
+        )
         if self.placement is not None:
             self.placement.remove()
         modules = {part: net for part in WEIGHTY if isinstance(net := getattr(self, part), nn.Module)}

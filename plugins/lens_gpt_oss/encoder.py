@@ -20,6 +20,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from lens_core.checkpoint import load_module, read_json, read_weights, save_module, write_json
+from lens_core.offload import Load
 from lens_core.types import CheckpointError, ConfigError, LensError, Text
 from lens_gpt_oss.template import Wrapper
 
@@ -232,6 +233,26 @@ class GptOssEncoder(nn.Module):
         """What `encode` does not read."""
         head = [] if self.lm_head is None else [self.lm_head]
         return [*self.model.layers[self.config.selected_layers[-1] + 1 :], self.model.norm, *head]
+
+    def working(self, load: Load) -> int:
+        """Estimated bytes of one encoding: eager attention writes its scores out, and a few streams beside them."""
+        heads, head = self.config.num_attention_heads, 97 if self._wrapper is None else self.head_length
+        longest = min(load.tokens, self.config.max_length - head)
+        scores = 5 * heads * max(longest * (longest + head), head * head)
+        return (scores + 16 * longest * self.width) * self.model.dtype.itemsize
+
+    def packed(self) -> dict[int, int]:
+        """id of a weight -> its bytes in the published file, where experts are MXFP4: 4 bits each and 8 for 32."""
+        experts = [layer.mlp.experts for layer in self.model.layers]
+        weights = [w for e in experts for w in (e.gate_up_proj, e.down_proj)]
+        return {id(w): w.numel() * 17 // 32 for w in weights}
+
+    @classmethod
+    def diagnose(cls) -> dict[str, str]:
+        """What `lens doctor` tells of it."""
+        from lens_gpt_oss.paths import diagnose
+
+        return diagnose()
 
     def provenance(self) -> dict[str, str]:
         """What a picture must record to be drawn again: the pinned date."""

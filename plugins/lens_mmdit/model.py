@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lens_core.checkpoint import load_module, save_module, write_json
+from lens_core.offload import Load
 from lens_core.types import ConfigError, NumericalError, Text, did_you_mean
 from lens_mmdit.modulation import Modulation, Tabulating
 
@@ -404,6 +405,13 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
     def blocks(self) -> list[nn.Module]:
         """What can be streamed: each runs once a pass, in this order."""
         return list(self.transformer_blocks)
+
+    def working(self, load: Load) -> int:
+        """Estimated bytes of one pass: what a block holds at once, and the table of modulation."""
+        tokens = (load.size[0] // load.cell) * (load.size[1] // load.cell) + load.tokens
+        width = self.config.inner_dim
+        rows = load.steps * sum(layer.out_features for layer in self.modulations())
+        return (12 * load.batch * tokens * width + rows) * self.dtype.itemsize
 
     def _walk(self, x: Tensor, time: Tensor, text: Text, depth: int) -> Iterator[Tensor]:
         """The image stream [B,N,D] after each of the first `depth` blocks."""
