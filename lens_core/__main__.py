@@ -120,6 +120,7 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     offload: str = "auto",
+    text_cache: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Draw pictures from a prompt.
@@ -174,6 +175,8 @@ def generate(
         auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
     offload
         What leaves the GPU when: none, modulation, model, encoder-cpu, block; auto takes the fastest that fits.
+    text_cache
+        A folder that keeps features of prompts; with a prompt that is there the text encoder is not even read.
     json_
         Print one JSON object a picture.
     """
@@ -184,7 +187,7 @@ def generate(
     if reproduce is not None:
         if prompt is not None or prompts is not None:
             raise ConfigError("--reproduce draws what the picture says; leave the prompt out")
-        again = partial(_pipeline, model, lora, device=device, dtype=dtype, offload=offload)
+        again = partial(_pipeline, model, lora, device=device, dtype=dtype, offload=offload, text_cache=text_cache)
         return _reproduce(reproduce, again, begin, anew, output)
     texts = [t for t in _prompts(prompt, prompts) for _ in range(images)]
     if images < 1 or batch < 1:
@@ -209,8 +212,9 @@ def generate(
         return Load(drawn, made.vae.downscale, min(batch, len(texts)), steps=steps or int(made.presets["steps"]))
 
     pipeline = _pipeline(
-        model, lora, Use(sampler) if sampler else None, device=device, dtype=dtype, offload=offload, load=load
-    )
+        model, lora, Use(sampler) if sampler else None, device=device, dtype=dtype, offload=offload, load=load,
+        text_cache=text_cache,
+    )  # fmt: skip
     loaded = time.perf_counter() - begun
     asked = [
         pipeline.version, pipeline.loras, sampler, size, aspect_ratio, base_resolution, steps, guidance_scale,
@@ -254,14 +258,16 @@ def generate(
 
 def _pipeline(
     model: str | None, loras: list[str] | None, sampler: Use | None, *, device: str, dtype: str, offload: str = "auto",
-    load: Callable[[LensPipeline], Load] | None = None,
+    load: Callable[[LensPipeline], Load] | None = None, text_cache: Path | None = None,
 ) -> LensPipeline:  # fmt: skip
     """The pipeline that a command asks for; `model` None: tiny:. `load`: what will be drawn, for the plan."""
     folds = [_lora(text) for text in loras or ()]
     from lens_core.offload import describe
     from lens_core.pipeline import LensPipeline
 
-    pipeline = LensPipeline.from_pretrained(model or "tiny:", device=device, dtype=dtype, offload=offload, load=load)
+    pipeline = LensPipeline.from_pretrained(
+        model or "tiny:", device=device, dtype=dtype, offload=offload, load=load, text_cache=text_cache
+    )
     if pipeline.placement is not None and pipeline.placement.told.plan != "none":
         print(describe(pipeline.placement.told, str(pipeline.device), pipeline.placement.free), file=sys.stderr)
     for path, weight in folds:

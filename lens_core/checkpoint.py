@@ -192,10 +192,21 @@ def hash_of(path: Path) -> str:
 
 def digest(folder: Path) -> str:
     """A short hash of a checkpoint: of every safetensors and JSON file below it, names included."""
+    return combined(hashes(folder))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The hash of every safetensors and JSON file below `folder`, by its path from there."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
+    return {str(path.relative_to(folder)): hash_of(path) for path in paths}
+
+
+def combined(files: Mapping[str, str]) -> str:
+    """One short hash of several files'."""
     total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file()):
-        total.update(str(path.relative_to(folder)).encode())
-        total.update(bytes.fromhex(hash_of(path)))
+    for name, each in files.items():
+        total.update(name.encode())
+        total.update(bytes.fromhex(each))
     return total.hexdigest()[:16]
 
 

@@ -377,9 +377,9 @@ class Placement:
     """The parts of a pipeline, kept as a plan says."""
 
     def __init__(
-        self, told: Forecast, modules: Mapping[str, Any], accelerator: Accelerator, free: int | None = None
+        self, told: Forecast, modules: Mapping[str, Any], accelerator: Accelerator, free: int | None, auto: bool
     ) -> None:
-        self.told, self.free = told, free  # bytes that were free before
+        self.told, self.free, self.auto = told, free, auto  # bytes that were free before; was the plan chosen here?
         self.parts = {
             part: Part(modules[part], mode, told.plan != "none", accelerator) for part, mode in told.how.items()
         }

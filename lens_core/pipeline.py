@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,6 +22,7 @@ from lens_core.config import Parts, Use, build, unstructure
 from lens_core.offload import Accelerator, Forecast, Load, Placement
 from lens_core.protocols import Tabulates
 from lens_core.source import Source, to_mask, to_rgb, to_tensor
+from lens_core.texts import Entry, TextCache
 from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError, Text, did_you_mean
 
 if TYPE_CHECKING:
@@ -83,16 +86,23 @@ class LensPipeline:
         plugins: Mapping[str, str] | None = None,
         catalog: Catalog | None = None,
     ) -> None:
-        self.vae, self.text_encoder, self.backbone, self.sampler = vae, text_encoder, backbone, sampler
+        self.vae, self.backbone, self.sampler = vae, backbone, sampler
+        self._encoder = text_encoder
+        self._later: Callable[[], Any] | None = None  # reads the text encoder when it is first needed
+        self._origin = ""  # what the text encoder was read from, as a text; "" where no file has it
+        self._whole: Any = None  # the state of its weights as they were read
+        self.texts = TextCache()
         self.presets: dict[str, Any] = {"steps": 20, "guidance_scale": 5.0, **(presets or {})}
         self.uses = dict(uses or {})
         self.source, self.version = source, version
         self.plugins = dict(plugins or {})
         self.catalog = catalog  # where its parts came from: methods find rewards and benchmarks there
         self.device = torch.device("cpu")
+        self._dtype: torch.dtype | None = None  # what `to` cast to last
         self.loras: list[str] = []  # what is folded into the backbone, as NAME:WEIGHT
         self._plain: dict[str, Tensor] = {}  # the backbone's layers as they were before
         self.placement: Placement | None = None  # who is on the accelerator when; None: everything, always
+        self._asked: tuple[str, Load, Accelerator] | None = None  # what it was asked for with
 
     @classmethod
     def from_pretrained(
@@ -106,11 +116,15 @@ class LensPipeline:
         parts: Sequence[str] = PARTS,
         offload: str | None = None,
         load: Callable[[Self], Load] | None = None,
+        text_cache: str | Path | None = None,
     ) -> Self:
         """Read a checkpoint: a folder, a Hub id `org/name[@revision]`, or a plugin's name such as `tiny:`.
 
         `dtype` defaults to float32 on CPUs and bfloat16 elsewhere. `offload` is a plan of `LensPipeline.offload`,
-        and `load` tells what will be drawn under it. Raises CheckpointError or ConfigError, in one line.
+        and `load` tells what will be drawn under it. `text_cache` is a folder that keeps features of prompts; the text
+        encoder is then read when the first prompt comes that is not there.
+
+        Raises CheckpointError or ConfigError, in one line.
         """
         if offload not in (None, "auto"):
             offloads.find(offload)
@@ -122,6 +136,8 @@ class LensPipeline:
         components = described["components"]
         found: dict[str, Any] = {}
         uses: dict[str, Use] = {}
+        later, about = None, []
+        store = TextCache(Path(text_cache).expanduser() if text_cache is not None else None)
         for part in PARTS:
             if part not in components or part not in parts:
                 continue
@@ -130,19 +146,31 @@ class LensPipeline:
             name, component, config = build(catalog, part, use, path)
             if part in WEIGHTY:
                 _refuse(component, kind)
-                found[part] = component.load(folder, config, dtype=kind).eval()
+                read = partial(_read, component, folder, config, kind)
+                if part == "text_encoder":
+                    later, about = read, [name, unstructure(config), catalog.version(name.partition(":")[0]), str(kind)]
+                    if text_cache is not None:
+                        uses[part] = Use(name, use.options)
+                        continue
+                found[part] = read()
             else:
                 found[part] = component(config)
             uses[part] = Use(name, use.options)
+        files = checkpoint.hashes(folder)
         pipeline = cls(
             **found,
             presets=described.get("presets", {}),
             uses=uses,
             source=str(uri),
-            version=checkpoint.digest(folder),
+            version=checkpoint.combined(files),
             plugins=described.get("plugins", {}),
             catalog=catalog,
         )
+        pipeline.texts = store
+        if later is not None:
+            encoders = {k: v for k, v in files.items() if k.startswith(("text_encoder/", "tokenizer/"))}
+            pipeline._origin = json.dumps([checkpoint.combined(encoders or files), *about])
+            pipeline._later, pipeline._whole = later, _state(pipeline._encoder)
         if offload is None:
             return pipeline.to(where)
         pipeline.offload(offload, where, load=load(pipeline) if load is not None else None)
@@ -175,14 +203,37 @@ class LensPipeline:
             _refuse(type(self.backbone), dtype)
         if self.placement is not None:
             self.placement.remove()
-            self.placement = None
-        for part in WEIGHTY:
-            module = getattr(self, part)
-            if isinstance(module, nn.Module):
-                module.to(device=device, dtype=dtype)
+            self.placement = self._asked = None
+        if dtype is not None:
+            self._dtype = dtype
+        for module in self._present().values():
+            module.to(device=device, dtype=dtype)
         if device is not None:
             self.device = torch.device(device)
         return self
+
+    @property
+    def text_encoder(self) -> Any:
+        """The text encoder; read now if it has been waiting for its first prompt."""
+        if self._encoder is None and self._later is not None:
+            encoder = self._later()
+            self._encoder, self._whole = encoder, _state(encoder)
+            if self._asked is not None:
+                plan, load, accelerator = self._asked
+                self.to("cpu")
+                self.offload(plan, load=load, accelerator=accelerator)
+            else:
+                self.to(self.device, self._dtype)
+        return self._encoder
+
+    @text_encoder.setter
+    def text_encoder(self, encoder: Any) -> None:
+        self._encoder, self._later, self._origin = encoder, None, ""
+
+    def _present(self) -> dict[str, nn.Module]:
+        """The parts with weights that have been read."""
+        nets = {"text_encoder": self._encoder, "backbone": self.backbone, "vae": self.vae}
+        return {part: net for part, net in nets.items() if isinstance(net, nn.Module)}
 
     def offload(
         self,
@@ -205,11 +256,11 @@ class LensPipeline:
         )
         if self.placement is not None:
             self.placement.remove()
-        modules = {part: net for part in WEIGHTY if isinstance(net := getattr(self, part), nn.Module)}
-        modules = {part: modules[part] for part in offloads.PHASES if part in modules}
+        modules = self._present()
         free = to.free()
         told = offloads.choose(modules, load, free) if plan == "auto" else offloads.forecast(plan, modules, load)
-        self.placement, self.device = Placement(told, modules, to, free), to.device
+        self.placement, self.device = Placement(told, modules, to, free, plan == "auto"), to.device
+        self._asked = plan, load, to
         return told
 
     def _at_work(self, part: str) -> AbstractContextManager[Any]:
@@ -338,9 +389,52 @@ class LensPipeline:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Text:
         """Prompts -> Text in the backbone's dtype, on the pipeline's device."""
+        encoder = self.text_encoder
         with self._at_work("text_encoder"):
-            text: Text = self.text_encoder.encode(list(prompts))
+            text: Text = encoder.encode(list(prompts))
         return text.to(self.device, next(self.backbone.parameters()).dtype)
+
+    def encode_once(self, prompts: Sequence[str]) -> tuple[Text, dict[str, Any]]:
+        """As `encode`, but each prompt by itself, and none that is kept: (Text, what a picture must record of it).
+
+        The features of a prompt are bit for bit those of `encode([prompt])`, whatever it stands beside.
+        """
+        found = self._kept(prompts)
+        if self._encoder is None and len(found) < len(set(prompts)):
+            found |= self._kept(prompts) if self.text_encoder is not None else {}  # now read: the plan may be another
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        if missing:
+            told = dict(self._encoder.provenance()) if hasattr(self._encoder, "provenance") else {}
+            ((origin, lasting),) = self._origins()
+            with self._at_work("text_encoder"):
+                for prompt in missing:
+                    found[prompt] = Entry(self.encode([prompt]).to("cpu"), told)
+                    self.texts.put(prompt, origin, lasting, found[prompt])
+        entries = [found[prompt] for prompt in prompts]
+        return Text.cat([entry.text for entry in entries]).to(self.device), dict(entries[0].provenance)
+
+    def _kept(self, prompts: Sequence[str]) -> dict[str, Entry]:
+        """The prompts that need not be encoded."""
+        found = {}
+        for origin, lasting in reversed(self._origins()):
+            for prompt in dict.fromkeys(prompts):
+                if (entry := self.texts.get(prompt, origin, lasting)) is not None:
+                    found[prompt] = entry
+        return found
+
+    def _origins(self) -> list[tuple[str, bool]]:
+        """What features would be made of, as a text, and whether that means the same in another process. Where they
+        are made is part of it; as long as the encoder has not been read, `auto` may yet choose the CPU."""
+        state = _state(self._encoder) if self._encoder is not None else self._whole
+        lasting = bool(self._origin) and state == self._whole
+        told = self.placement.told if self.placement is not None else None
+        on_host = told is not None and offloads.PLANS[told.plan]["text_encoder"] == "host"
+        kinds = ["cpu" if on_host else self.device.type]
+        if self._encoder is None and self.placement is not None and self.placement.auto:
+            kinds += ["cpu"]
+        dtype = next(self.backbone.parameters()).dtype
+        rest = "" if lasting else str(state)
+        return [(f"{self._origin} {dtype} {kind} {rest}", lasting) for kind in dict.fromkeys(kinds)]
 
     @torch.no_grad()
     def sample(
@@ -415,7 +509,9 @@ class LensPipeline:
         """
         if output_type not in ("pil", "pt", "np", "latent"):
             raise ConfigError(f"output_type must be pil, pt, np or latent, not {output_type!r}")
-        absent = [f"no {p.replace('_', ' ')}" for p in PARTS if getattr(self, p) is None]
+        there = {"vae": self.vae, "text_encoder": self._encoder or self._later}
+        there |= {"backbone": self.backbone, "sampler": self.sampler}
+        absent = [f"no {p.replace('_', ' ')}" for p in PARTS if there[p] is None]
         if absent:
             raise LensError(f"there is {' and '.join(absent)} in this pipeline; add what it takes to draw")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -436,7 +532,7 @@ class LensPipeline:
         source = self._source(image, mask_image, strength, (high, wide))
         grid = (high // self.vae.downscale, wide // self.vae.downscale)
         generators, seeds = self._generators(generator, seed, count)
-        text = self.encode(prompts)
+        text, told = self.encode_once(prompts)
         negative = None
         if negative_prompt and scale != 1.0:
             unwanted = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
@@ -446,7 +542,7 @@ class LensPipeline:
                 )
             if len(unwanted) != count:
                 unwanted = [p for p in unwanted for _ in range(num_images_per_prompt)]
-            negative = self.encode(unwanted)
+            negative, _ = self.encode_once(unwanted)
             wanted = torch.tensor([bool(p) for p in unwanted], device=self.device)[:, None]
             negative = Text(negative.features * wanted[:, None, :, None], negative.mask & wanted)  # "" has no tokens
         noise = self.noise(generators, grid) if latents is None else latents.to(self.device, torch.float32)
@@ -467,7 +563,7 @@ class LensPipeline:
             **({"guidance_interval": [low, top]} if (low, top) != (0, 1) else {}),
             **(source.facts() if source is not None else {}),
             **({"loras": list(self.loras)} if self.loras else {}),
-            **(self.text_encoder.provenance() if hasattr(self.text_encoder, "provenance") else {}),
+            **told,
         }  # fmt: skip
         if output_type == "latent":
             return Result(x, seeds, settings)
@@ -538,6 +634,17 @@ def _device(device: str | torch.device | None) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{device}: this machine has no CUDA device that torch can use; use cpu")
     return found
+
+
+def _read(component: Any, folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    return component.load(folder, config, dtype=dtype).eval()
+
+
+def _state(module: Any) -> Any:
+    """What changes when a weight is changed in place or replaced, and does not where weights only move."""
+    if not isinstance(module, nn.Module):
+        return None
+    return [(id(p), 0 if p.is_inference() else p._version) for p in module.parameters()]
 
 
 def _refuse(component: Any, dtype: torch.dtype) -> None:

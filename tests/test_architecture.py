@@ -23,7 +23,7 @@ LAYERS = [
     {"config"},
     {"checkpoint", "source"},
     {"png"},
-    {"adapters", "offload"},
+    {"adapters", "offload", "texts"},
     {"pipeline"},
     {"loop", "curation", "evaluation", "comparison", "plan", "doctor", "testing"},
     {"__main__"},
@@ -159,7 +159,7 @@ def test_the_core_stays_small() -> None:
         if path.stem != "testing"  # for plugin authors' tests; nothing runs through it
         for line in path.read_text(encoding="utf-8").splitlines()
     )
-    assert 1000 < code < 3620, f"{code} lines"
+    assert 1000 < code < 3780, f"{code} lines"
 
 
 def test_randomness_is_an_argument() -> None:
