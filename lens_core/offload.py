@@ -47,7 +47,10 @@ class Accelerator:
 
     def host(self, size: int) -> Tensor:
         """`size` bytes on the host, which `copy` reads fastest."""
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda)
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda)
+        except RuntimeError:  # the system pins no more: copies from here are slower, and right all the same
+            return torch.empty(size, dtype=torch.uint8)
 
     def empty(self, size: int) -> Tensor:
         """`size` bytes on the device."""

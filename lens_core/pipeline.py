@@ -138,24 +138,24 @@ class LensPipeline:
         uses: dict[str, Use] = {}
         later, about = None, []
         store = TextCache(Path(text_cache).expanduser() if text_cache is not None else None)
+        built: dict[str, tuple[str, Any, Any]] = {}
         for part in PARTS:
             if part not in components or part not in parts:
                 continue
             use = Use(components[part]["use"], dict(components[part].get("config", {})))
-            path = f"{folder}/lens.json: components.{part}"
-            name, component, config = build(catalog, part, use, path)
+            built[part] = build(catalog, part, use, f"{folder}/lens.json: components.{part}")
+            uses[part] = Use(built[part][0], use.options)
             if part in WEIGHTY:
-                _refuse(component, kind)
-                read = partial(_read, component, folder, config, kind)
-                if part == "text_encoder":
-                    later, about = read, [name, unstructure(config), catalog.version(name.partition(":")[0]), str(kind)]
-                    if text_cache is not None:
-                        uses[part] = Use(name, use.options)
-                        continue
-                found[part] = read()
-            else:
+                _refuse(built[part][1], kind)
+        for part, (name, component, config) in built.items():
+            if part not in WEIGHTY:
                 found[part] = component(config)
-            uses[part] = Use(name, use.options)
+                continue
+            read = partial(_read, component, folder, config, kind)
+            if part == "text_encoder":
+                later, about = read, [name, unstructure(config), catalog.version(name.partition(":")[0]), str(kind)]
+            if part != "text_encoder" or text_cache is None:
+                found[part] = read()
         files = checkpoint.hashes(folder)
         pipeline = cls(
             **found,
