@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from lens_core.config import Use
+    from lens_core.offload import Load
     from lens_core.pipeline import LensPipeline
 
 app = App(name="lens", version=__version__, help="Text-to-image: generate, train, measure. Everything is a plugin.")
@@ -123,6 +124,8 @@ def generate(
     batch: int = 8,
     device: str = "auto",
     dtype: str = "auto",
+    offload: str = "auto",
+    text_cache: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Draw pictures from a prompt.
@@ -181,6 +184,10 @@ def generate(
         auto, cpu, cuda, cuda:1 …
     dtype
         auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
+    offload
+        What leaves the GPU when: none, modulation, model, encoder-cpu, block; auto takes the fastest that fits.
+    text_cache
+        A folder that keeps features of prompts; with a prompt that is there the text encoder is not even read.
     json_
         Print one JSON object a picture.
     """
@@ -192,8 +199,10 @@ def generate(
     if reproduce is not None:
         if prompt is not None or prompts is not None:
             raise ConfigError("--reproduce draws what the picture says; leave the prompt out")
-        load = partial(_pipeline, model, lora, files=files, device=device, dtype=dtype)
-        return _reproduce(reproduce, load, begin, anew, output)
+        again = partial(
+            _pipeline, model, lora, files=files, device=device, dtype=dtype, offload=offload, text_cache=text_cache
+        )
+        return _reproduce(reproduce, again, begin, anew, output)
     texts = [t for t in _prompts(prompt, prompts) for _ in range(images)]
     if images < 1 or batch < 1:
         raise ConfigError(f"images and batch must be at least 1, not {images} and {batch}")
@@ -209,7 +218,19 @@ def generate(
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed {seed} must be between 0 and 2^63 - 1")
     begun = time.perf_counter()
-    pipeline = _pipeline(model, lora, Use(sampler) if sampler else None, files=files, device=device, dtype=dtype)
+
+    def load(made: LensPipeline) -> Load:
+        from lens_core.offload import Load
+
+        if made.vae is None:
+            return Load()  # which cannot be drawn, as will be said
+        drawn = made.size(height, width, aspect_ratio, base_resolution)
+        return Load(drawn, made.vae.downscale, min(batch, len(texts)), steps=steps or int(made.presets["steps"]))
+
+    pipeline = _pipeline(
+        model, lora, Use(sampler) if sampler else None, files=files, device=device, dtype=dtype, offload=offload,
+        load=load, text_cache=text_cache,
+    )  # fmt: skip
     for note in pipeline.notes:
         print(f"lens: {note}", file=sys.stderr)
     loaded = time.perf_counter() - begun
@@ -264,17 +285,22 @@ def _preset(pipeline: LensPipeline, steps: int | None, scale: float | None) -> s
 
 
 def _pipeline(
-    model: str | None, loras: list[str] | None, sampler: Use | None, *,
-    files: dict[str, Path | None], device: str, dtype: str,
+    model: str | None, loras: list[str] | None, sampler: Use | None, *, files: dict[str, Path | None], device: str,
+    dtype: str, offload: str = "auto", load: Callable[[LensPipeline], Load] | None = None,
+    text_cache: Path | None = None,
 ) -> LensPipeline:  # fmt: skip
-    """The pipeline that a command asks for; `model` None: tiny:. `files` take the place of parts."""
+    """The pipeline that a command asks for; `model` None: tiny:. `files` take the place of parts, `load` tells what
+    will be drawn, for the plan."""
     folds = [_lora(text) for text in loras or ()]
+    from lens_core.offload import describe
     from lens_core.pipeline import LensPipeline
 
     pipeline = LensPipeline.from_pretrained(
-        model or "tiny:", device=device, dtype=dtype,
+        model or "tiny:", device=device, dtype=dtype, offload=offload, load=load, text_cache=text_cache,
         backbone=files["backbone"], text_encoder=files["text_encoder"], vae=files["vae"],
     )  # fmt: skip
+    if pipeline.placement is not None and pipeline.placement.told.plan != "none":
+        print(describe(pipeline.placement.told, str(pipeline.device), pipeline.placement.free), file=sys.stderr)
     for path, weight in folds:
         pipeline.load_lora_weights(path, weight)
     if sampler is not None:
@@ -699,6 +725,32 @@ def plugins(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = F
     for p in catalog.plugins:
         what = f"set aside: {p.error}" if p.error else ", ".join(offers[p.name])
         print(f"{p.name:16} {p.distribution} {p.version:10} {what}")
+    return 0
+
+
+@app.command
+def doctor(
+    *,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    table: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """What this machine has, what would be used, and which offload plan the published model would take.
+
+    Parameters
+    ----------
+    json_
+        Print JSON.
+    table
+        Print the tables of docs/memory.md instead: the published model's memory by plan and by card.
+    """
+    from lens_core import doctor as practice
+
+    catalog = Catalog.installed()
+    if table:
+        print(practice.table(practice.published(catalog)))
+        return 0
+    told = practice.examine(catalog)
+    print(json.dumps(told, indent=2, ensure_ascii=False) if json_ else practice.describe(told))
     return 0
 
 

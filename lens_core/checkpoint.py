@@ -287,17 +287,23 @@ def hash_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(folder: Path, files: Mapping[str, Path] | None = None) -> str:
-    """A short hash of a checkpoint: of every safetensors and JSON file below it, names included, or of one file; and of
-    the `files` that take the place of parts of it."""
-    total = hashlib.sha256()
+def digest(folder: Path) -> str:
+    """A short hash of a checkpoint: of every safetensors and JSON file below it, names included, or of one file."""
+    return combined(hashes(folder))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The hash of every safetensors and JSON file below `folder`, by its path from there; of a file, its own."""
     found = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
-    for path in found if folder.is_dir() else [folder]:
-        total.update(str(path.relative_to(folder)).encode())
-        total.update(bytes.fromhex(hash_of(path)))
-    for part, path in sorted((files or {}).items()):
-        total.update(part.encode())
-        total.update((digest(path) if path.is_dir() else hash_of(path)).encode())
+    return {str(path.relative_to(folder)): hash_of(path) for path in (found if folder.is_dir() else [folder])}
+
+
+def combined(files: Mapping[str, str]) -> str:
+    """One short hash of several files'."""
+    total = hashlib.sha256()
+    for name, each in files.items():
+        total.update(name.encode())
+        total.update(bytes.fromhex(each))
     return total.hexdigest()[:16]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,9 +18,13 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from lens_core import adapters, card, checkpoint, flow, hub
+from lens_core import offload as offloads
 from lens_core.catalog import Catalog
 from lens_core.config import Parts, Use, build, unstructure
+from lens_core.offload import Accelerator, Forecast, Load, Placement
+from lens_core.protocols import Tabulates
 from lens_core.source import Source, to_mask, to_rgb, to_tensor
+from lens_core.texts import Entry, TextCache
 from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError, Text, did_you_mean
 
 if TYPE_CHECKING:
@@ -83,7 +90,12 @@ class LensPipeline:
         note: str = "",
         catalog: Catalog | None = None,
     ) -> None:
-        self.vae, self.text_encoder, self.backbone, self.sampler = vae, text_encoder, backbone, sampler
+        self.vae, self.backbone, self.sampler = vae, backbone, sampler
+        self._encoder = text_encoder
+        self._later: Callable[[], tuple[nn.Module, Use]] | None = None  # reads the text encoder when it is first needed
+        self._origin = ""  # what the text encoder was read from, as a text; "" where no file has it
+        self._whole: Any = None  # the state of its weights as they were read
+        self.texts = TextCache()
         self.presets: dict[str, Any] = {"steps": 20, "guidance_scale": 5.0, **(presets or {})}
         self.uses = dict(uses or {})
         self.source, self.version = source, version
@@ -92,8 +104,11 @@ class LensPipeline:
         self.note = note  # where the presets come from, if the checkpoint itself does not say them
         self.catalog = catalog  # where its parts came from: methods find rewards and benchmarks there
         self.device = torch.device("cpu")
+        self._dtype: torch.dtype | None = None  # what `to` cast to last
         self.loras: list[str] = []  # what is folded into the backbone, as NAME:WEIGHT
         self._plain: dict[str, Tensor] = {}  # the backbone's layers as they were before
+        self.placement: Placement | None = None  # who is on the accelerator when; None: everything, always
+        self._asked: tuple[str, Load, Accelerator] | None = None  # what it was asked for with
 
     @classmethod
     def from_pretrained(
@@ -108,13 +123,21 @@ class LensPipeline:
         backbone: str | Path | None = None,
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
+        offload: str | None = None,
+        load: Callable[[Self], Load] | None = None,
+        text_cache: str | Path | None = None,
     ) -> Self:
         """Read a checkpoint: a folder, a Hub id `org/name[@revision]`, a plugin's name such as `tiny:`, or one file.
 
         `backbone`, `text_encoder`, `vae`: a single .safetensors file each, in the place of that part (or for one that
-        `uri` lacks). `dtype` defaults to float32 on CPUs and bfloat16 elsewhere. Raises CheckpointError or
-        ConfigError, in one line.
+        `uri` lacks). `dtype` defaults to float32 on CPUs and bfloat16 elsewhere. `offload` is a plan of
+        `LensPipeline.offload`, and `load` tells what will be drawn under it. `text_cache` is a folder that keeps
+        features of prompts; the text encoder is then read when the first prompt comes that is not there.
+
+        Raises CheckpointError or ConfigError, in one line.
         """
+        if offload not in (None, "auto"):
+            offloads.find(offload)
         catalog = catalog or Catalog.installed()
         where = _device(device)
         kind = _dtype(dtype or torch_dtype, where)
@@ -127,35 +150,51 @@ class LensPipeline:
         }
         found: dict[str, Any] = {}
         uses: dict[str, Use] = {}
+        later, about = None, []
+        store = TextCache(Path(text_cache).expanduser() if text_cache is not None else None)
+        built: dict[str, tuple[str, Any, Any]] = {}
         for part in PARTS:
             if part not in components or part not in parts:
                 continue
             use = Use(components[part]["use"], dict(components[part].get("config", {})))
-            path = f"{folder}/lens.json: components.{part}"
-            name, component, config = build(catalog, part, use, path)
-            file = files.get(part) or (_root(folder) / components[part]["file"] if "file" in components[part] else None)
+            built[part] = build(catalog, part, use, f"{folder}/lens.json: components.{part}")
+            uses[part] = Use(built[part][0], use.options)
             if part in WEIGHTY:
-                _refuse(component, kind)
-                if file is None:
-                    found[part] = component.load(folder, config, dtype=kind).eval()
-                else:
-                    found[part], config = _from_file(component, file, config, _root(folder), kind, name)
-                    use = Use(name, unstructure(config))
-            else:
+                _refuse(built[part][1], kind)
+        for part, (name, component, config) in built.items():
+            if part not in WEIGHTY:
                 found[part] = component(config)
-            uses[part] = Use(name, use.options)
+                continue
+            held = components[part].get("file")
+            file = files.get(part) or (_root(folder) / held if held is not None else None)
+            read = partial(_read, component, folder, config, kind, uses[part], file)
+            if part == "text_encoder":
+                later, about = read, [name, unstructure(config), catalog.version(name.partition(":")[0]), str(kind)]
+            if part != "text_encoder" or text_cache is None:
+                found[part], uses[part] = read()
+        hashes = checkpoint.hashes(folder)
+        own = {p: checkpoint.combined(checkpoint.hashes(path)) for p, path in sorted(files.items())}
         pipeline = cls(
             **found,
             presets=described.get("presets", {}),
             uses=uses,
             source=str(uri),
-            version=checkpoint.digest(folder, files),
+            version=checkpoint.combined(hashes | own),
             plugins=described.get("plugins", {}),
             provenance=described.get("provenance", {}) | card.licence(folder) | hub.origin(str(uri)),
             note=described.get("note", ""),
             catalog=catalog,
         )
-        return pipeline.to(where)
+        pipeline.texts = store
+        if later is not None:
+            encoders = {k: v for k, v in hashes.items() if k.startswith(("text_encoder/", "tokenizer/"))} or hashes
+            encoders |= {k: v for k, v in own.items() if k == "text_encoder"}
+            pipeline._origin = json.dumps([checkpoint.combined(encoders), *about])
+            pipeline._later, pipeline._whole = later, _state(pipeline._encoder)
+        if offload is None:
+            return pipeline.to(where)
+        pipeline.offload(offload, where, load=load(pipeline) if load is not None else None)
+        return pipeline
 
     @classmethod
     def from_parts(cls, parts: Parts, catalog: Catalog) -> Self:
@@ -182,10 +221,13 @@ class LensPipeline:
         """Move every part with weights. float16 is refused where the backbone refuses it."""
         if dtype is not None and self.backbone is not None:
             _refuse(type(self.backbone), dtype)
-        for part in WEIGHTY:
-            module = getattr(self, part)
-            if isinstance(module, nn.Module):
-                module.to(device=device, dtype=dtype)
+        if self.placement is not None:
+            self.placement.remove()
+            self.placement = self._asked = None
+        if dtype is not None:
+            self._dtype = dtype
+        for module in self._present().values():
+            module.to(device=device, dtype=dtype)
         if device is not None:
             self.device = torch.device(device)
         return self
@@ -193,7 +235,62 @@ class LensPipeline:
     @property
     def notes(self) -> list[str]:
         """What a user should know of how the parts are held, a line each."""
-        return [note for part in WEIGHTY if (note := getattr(getattr(self, part), "note", ""))]
+        return [note for net in self._present().values() if (note := getattr(net, "note", ""))]
+
+    @property
+    def text_encoder(self) -> Any:
+        """The text encoder; read now if it has been waiting for its first prompt."""
+        if self._encoder is None and self._later is not None:
+            self._encoder, self.uses["text_encoder"] = self._later()
+            self._whole = _state(self._encoder)
+            if self._asked is not None:
+                plan, load, accelerator = self._asked
+                self.to("cpu")
+                self.offload(plan, load=load, accelerator=accelerator)
+            else:
+                self.to(self.device, self._dtype)
+        return self._encoder
+
+    @text_encoder.setter
+    def text_encoder(self, encoder: Any) -> None:
+        self._encoder, self._later, self._origin = encoder, None, ""
+
+    def _present(self) -> dict[str, nn.Module]:
+        """The parts with weights that have been read."""
+        nets = {"text_encoder": self._encoder, "backbone": self.backbone, "vae": self.vae}
+        return {part: net for part, net in nets.items() if isinstance(net, nn.Module)}
+
+    def offload(
+        self,
+        plan: str = "auto",
+        device: str | torch.device | None = None,
+        *,
+        load: Load | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> Forecast:
+        """Draw on `device` with less memory than all parts take: `none`, `modulation`, `model`, `encoder-cpu`, `block`
+        (`lens_core.offload.PLANS`), or `auto`, the fastest of them that fits into what is free. Training takes `to`.
+
+        `load`: what will be drawn, by default one picture of the preset size. Returns what the plan comes to.
+        """
+        if plan != "auto":
+            offloads.find(plan)
+        to = accelerator or Accelerator(_device(device))
+        load = load or (
+            Load(self.size(), self.vae.downscale, steps=int(self.presets["steps"])) if self.vae is not None else Load()
+        )
+        if self.placement is not None:
+            self.placement.remove()
+        modules = self._present()
+        free = to.free()
+        told = offloads.choose(modules, load, free) if plan == "auto" else offloads.forecast(plan, modules, load)
+        self.placement, self.device = Placement(told, modules, to, free, plan == "auto"), to.device
+        self._asked = plan, load, to
+        return told
+
+    def _at_work(self, part: str) -> AbstractContextManager[Any]:
+        """The time in which `part` works, with its weights where they must be."""
+        return self.placement.parts[part].at_work() if self.placement is not None else nullcontext()
 
     def use_sampler(self, use: str, **options: Any) -> None:
         """Draw with another sampler from now on: a name such as "heun", with its options. Raises ConfigError."""
@@ -350,8 +447,52 @@ class LensPipeline:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Text:
         """Prompts -> Text in the backbone's dtype, on the pipeline's device."""
-        text: Text = self.text_encoder.encode(list(prompts))
+        encoder = self.text_encoder
+        with self._at_work("text_encoder"):
+            text: Text = encoder.encode(list(prompts))
         return text.to(self.device, next(self.backbone.parameters()).dtype)
+
+    def encode_once(self, prompts: Sequence[str]) -> tuple[Text, dict[str, Any]]:
+        """As `encode`, but each prompt by itself, and none that is kept: (Text, what a picture must record of it).
+
+        The features of a prompt are bit for bit those of `encode([prompt])`, whatever it stands beside.
+        """
+        found = self._kept(prompts)
+        if self._encoder is None and len(found) < len(set(prompts)):
+            found |= self._kept(prompts) if self.text_encoder is not None else {}  # now read: the plan may be another
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        if missing:
+            told = dict(self._encoder.provenance()) if hasattr(self._encoder, "provenance") else {}
+            ((origin, lasting),) = self._origins()
+            with self._at_work("text_encoder"):
+                for prompt in missing:
+                    found[prompt] = Entry(self.encode([prompt]).to("cpu"), told)
+                    self.texts.put(prompt, origin, lasting, found[prompt])
+        entries = [found[prompt] for prompt in prompts]
+        return Text.cat([entry.text for entry in entries]).to(self.device), dict(entries[0].provenance)
+
+    def _kept(self, prompts: Sequence[str]) -> dict[str, Entry]:
+        """The prompts that need not be encoded."""
+        found = {}
+        for origin, lasting in reversed(self._origins()):
+            for prompt in dict.fromkeys(prompts):
+                if (entry := self.texts.get(prompt, origin, lasting)) is not None:
+                    found[prompt] = entry
+        return found
+
+    def _origins(self) -> list[tuple[str, bool]]:
+        """What features would be made of, as a text, and whether that means the same in another process. Where they
+        are made is part of it; as long as the encoder has not been read, `auto` may yet choose the CPU."""
+        state = _state(self._encoder) if self._encoder is not None else self._whole
+        lasting = bool(self._origin) and state == self._whole
+        told = self.placement.told if self.placement is not None else None
+        on_host = told is not None and offloads.PLANS[told.plan]["text_encoder"] == "host"
+        kinds = ["cpu" if on_host else self.device.type]
+        if self._encoder is None and self.placement is not None and self.placement.auto:
+            kinds += ["cpu"]
+        dtype = next(self.backbone.parameters()).dtype
+        rest = "" if lasting else str(state)
+        return [(f"{self._origin} {dtype} {kind} {rest}", lasting) for kind in dict.fromkeys(kinds)]
 
     @torch.no_grad()
     def sample(
@@ -376,13 +517,22 @@ class LensPipeline:
             return
         more: dict[str, Any] = {"start": start} if start else {}  # samplers that only begin at noise are samplers too
         more |= {"draw": draw} if getattr(self.sampler, "draws", False) else {}
-        for number, (t, x) in enumerate(self.sampler.walk(velocity, begin, steps, **more), start + 1):
-            if not bool(torch.isfinite(x).all()):
-                dtype = next(self.backbone.parameters()).dtype
-                raise NumericalError(
-                    f"the latents left the finite numbers at step {number} of {steps} in {dtype}; try float32"
-                )
-            yield t, source.settle(x) if source is not None and number == steps else x
+        times = self.sampler.times((noise.shape[-2], noise.shape[-1]), steps)[start:-1]
+        with self._at_work("backbone"), self._tabled(times):
+            for number, (t, x) in enumerate(self.sampler.walk(velocity, begin, steps, **more), start + 1):
+                if not bool(torch.isfinite(x).all()):
+                    dtype = next(self.backbone.parameters()).dtype
+                    raise NumericalError(
+                        f"the latents left the finite numbers at step {number} of {steps} in {dtype}; try float32"
+                    )
+                yield t, source.settle(x) if source is not None and number == steps else x
+
+    def _tabled(self, times: Tensor) -> AbstractContextManager[Any]:
+        """While this lasts the backbone is asked at `times`: what it can work out for all of them at once, it does."""
+        if not isinstance(self.backbone, Tabulates):
+            return nullcontext()
+        visit = self.placement.parts["backbone"].visit if self.placement is not None else nullcontext
+        return self.backbone.tabulated(times, visit)
 
     @torch.no_grad()
     def __call__(
@@ -418,7 +568,9 @@ class LensPipeline:
         """
         if output_type not in ("pil", "pt", "np", "latent"):
             raise ConfigError(f"output_type must be pil, pt, np or latent, not {output_type!r}")
-        absent = [f"no {p.replace('_', ' ')}" for p in PARTS if getattr(self, p) is None]
+        there = {"vae": self.vae, "text_encoder": self._encoder or self._later}
+        there |= {"backbone": self.backbone, "sampler": self.sampler}
+        absent = [f"no {p.replace('_', ' ')}" for p in PARTS if there[p] is None]
         if absent:
             raise LensError(f"there is {' and '.join(absent)} in this pipeline; add what it takes to draw")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -444,7 +596,7 @@ class LensPipeline:
             warnings.warn("a base resolution has no effect beside a size or a picture; give one of them", stacklevel=3)
         grid = (high // self.vae.downscale, wide // self.vae.downscale)
         generators, seeds = self._generators(generator, seed, count)
-        text = self.encode(prompts)
+        text, told = self.encode_once(prompts)
         negative = None
         if negative_prompt and scale != 1.0:
             unwanted = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
@@ -454,7 +606,7 @@ class LensPipeline:
                 )
             if len(unwanted) != count:
                 unwanted = [p for p in unwanted for _ in range(num_images_per_prompt)]
-            negative = self.encode(unwanted)
+            negative, _ = self.encode_once(unwanted)
             wanted = torch.tensor([bool(p) for p in unwanted], device=self.device)[:, None]
             negative = Text(negative.features * wanted[:, None, :, None], negative.mask & wanted)  # "" has no tokens
         noise = self.noise(generators, grid) if latents is None else latents.to(self.device, torch.float32)
@@ -475,7 +627,7 @@ class LensPipeline:
             **({"guidance_interval": [low, top]} if (low, top) != (0, 1) else {}),
             **(source.facts() if source is not None else {}),
             **({"loras": list(self.loras)} if self.loras else {}),
-            **(self.text_encoder.provenance() if hasattr(self.text_encoder, "provenance") else {}),
+            **told,
         }  # fmt: skip
         if output_type == "latent":
             return Result(x, seeds, settings)
@@ -505,12 +657,14 @@ class LensPipeline:
         if where is not None and tuple(where.shape[-2:]) != size:
             where = torch.nn.functional.interpolate(where.float(), size) >= 0.5
         pixels = to_pixels(picture).to(self.device, next(self.vae.parameters()).dtype)
-        return Source(picture, self.vae.encode(pixels).float(), share, where)
+        with self._at_work("vae"):
+            return Source(picture, self.vae.encode(pixels).float(), share, where)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B,C,h,w] -> pixels [B,3,H,W], in the VAE's dtype."""
-        pixels: Tensor = self.vae.decode(z.to(next(self.vae.parameters()).dtype))
+        with self._at_work("vae"):
+            pixels: Tensor = self.vae.decode(z.to(next(self.vae.parameters()).dtype))
         return pixels
 
     def _generators(
@@ -562,12 +716,25 @@ def _alone(path: Path, part: str, described: Mapping[str, Any], catalog: Catalog
     return dict(found[part])
 
 
-def _from_file(component: Any, file: Path, config: Any, root: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
+def _read(
+    component: Any, folder: Path, config: Any, dtype: torch.dtype, use: Use, file: Path | None
+) -> tuple[nn.Module, Use]:
+    """A part, from the checkpoint in `folder` or from a single `file`, and how it is found again."""
+    if file is None:
+        net: nn.Module = component.load(folder, config, dtype=dtype).eval()
+        return net, use
     if not hasattr(component, "outline"):
-        raise ConfigError(f"{file}: {name} reads no single files; give --model a folder with this part in it")
-    part, config, tensors = component.outline(file, config, root)
+        raise ConfigError(f"{file}: {use.use} reads no single files; give --model a folder with this part in it")
+    part, config, tensors = component.outline(file, config, _root(folder))
     part.fill(tensors, file, dtype)
-    return part.eval(), config
+    return part.eval(), Use(use.use, unstructure(config))
+
+
+def _state(module: Any) -> Any:
+    """What changes when a weight is changed in place or replaced, and does not where weights only move."""
+    if not isinstance(module, nn.Module):
+        return None
+    return [(id(p), 0 if p.is_inference() else p._version) for p in module.parameters()]
 
 
 def _refuse(component: Any, dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ read back with `load(folder, config, dtype)`, both through `lens_core.checkpoint
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -96,6 +97,32 @@ class Backbone(Weighty, Protocol):
 
     def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
         """x [B,C,h,w], t float32 [B] in [0, 1], text -> v [B,C,h,w] = noise - data."""
+
+
+@runtime_checkable
+class Tabulates(Protocol):
+    """A backbone may have this: what depends on t alone is worked out once for all times of a run."""
+
+    def tabulated(
+        self, times: Tensor, visit: Callable[[nn.Module], AbstractContextManager[Any]]
+    ) -> AbstractContextManager[None]:
+        """While this lasts, passes without gradient at `times` float32 [K] read a table, and `idle` modules nothing.
+
+        What makes the table runs inside `visit(module)`, which brings that module's weights.
+        """
+
+
+class Offloads(Protocol):
+    """What a part with weights may say of itself, all of it optional, so that `lens_core.offload` can do more."""
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """Modules that run one after the other in this order, each at most once a pass: they can be streamed."""
+
+    def idle(self) -> Sequence[nn.Module]:
+        """Modules whose weights drawing does not read, or asks for through `tabulated`."""
+
+    def working(self, load: Any) -> int:
+        """An estimate of the bytes beside the weights in one pass of `lens_core.offload.Load`."""
 
 
 @runtime_checkable

@@ -127,20 +127,24 @@ class FlowMatching(BaseMethod):
         """The squared error by time, each sample at one even draw from every bin of t, and by size in px; no caption is
         dropped. The mean is over t even in [0, 1], so it is not the training's loss, whose t is logit-normal."""
         z = self._encode_images(evolve(batch, keys=()))  # not cached: another dataset's keys may be the same
-        if isinstance(z, tuple):
-            raise LensError("flow_matching: validation needs batches of one size; use the dataset store, for instance")
-        z = z.float()
         text = batch.text if batch.text is not None else self.pipeline.text_encoder.encode(batch.captions)
-        found = {}
+        if isinstance(z, tuple):  # of mixed sizes: no part by size, which would be the mean of some samples only
+            each = [self._errors(nets["backbone"], one[None], text[i : i + 1], rng) for i, one in enumerate(z)]
+            return {name: sum(found[name] for found in each) / len(each) for name in each[0]}
+        found = self._errors(nets["backbone"], z, text, rng)
+        cell = self.pipeline.vae.downscale
+        return {**found, f"loss/{z.shape[2] * cell}x{z.shape[3] * cell}": found["loss"]}
+
+    def _errors(self, net: nn.Module, z: Tensor, text: Text, rng: torch.Generator) -> dict[str, float]:
+        """The mean squared error in every bin of t, and the mean of the bins."""
+        z, found = z.float(), {}
         for number in range(BINS):
             t = ((number + torch.rand(len(z), generator=rng)) / BINS).to(z.device)
             noise = torch.randn(z.shape, generator=rng).to(z.device)
-            v = nets["backbone"](flow.mix(z, noise, t), t, text.to(z.device))
+            v = net(flow.mix(z, noise, t), t, text.to(z.device))
             name = f"loss/t{number / BINS:.1f}-{(number + 1) / BINS:.1f}"
             found[name] = float((v.float() - flow.velocity(z, noise)).square().mean())
-        mean = sum(found.values()) / BINS
-        cell = self.pipeline.vae.downscale
-        return {"loss": mean, f"loss/{z.shape[2] * cell}x{z.shape[3] * cell}": mean, **found}
+        return {"loss": sum(found.values()) / BINS, **found}
 
     # What is cached is encoded alone: it must not depend on its neighbours, or a resumed run, whose cache starts
     # empty, would differ in the last bits.

@@ -19,6 +19,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from lens_core.checkpoint import blueprint, load_module, read_json, read_weights, save_module, write_json
 from lens_core.config import structure
 from lens_core.lazy import Lazy, read_lazy
+from lens_core.offload import Load
 from lens_core.types import CheckpointError, ConfigError, LensError
 from lens_flux2.single import adopt
 
@@ -115,6 +116,12 @@ class Flux2VAE(nn.Module):
         bn.running_mean += weight * gap
         spread = (1 - weight) * bn.running_var + weight * cells.var(1, correction=0) + weight * (1 - weight) * gap**2
         bn.running_var.copy_(spread)
+
+    def working(self, load: Load) -> int:
+        """Estimated bytes of a decoding: the second level's channels at full size, three times over. Workspaces of
+        convolution kernels come on top."""
+        wide = (self.config.decoder_block_out_channels or self.config.block_out_channels)[:2][-1]
+        return int(3.25 * load.batch * load.size[0] * load.size[1] * wide) * self.net.dtype.itemsize
 
     def save(self, folder: Path) -> None:
         """Write `vae/config.json` and `vae/diffusion_pytorch_model.safetensors` under `folder`, for diffusers too."""

@@ -22,6 +22,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from lens_core.checkpoint import blueprint, files, load_module, read_json, save_module, write_json
 from lens_core.lazy import Lazy, read_lazy, write_lazy
+from lens_core.offload import Load
 from lens_core.types import CheckpointError, ConfigError, LensError, Text
 from lens_gpt_oss.experts import pack, packed
 from lens_gpt_oss.single import PACKED, adopt, mxfp4
@@ -236,6 +237,38 @@ class GptOssEncoder(nn.Module):
         out = self.model(input_ids=ids, use_cache=False, output_router_logits=True)
         routes = torch.stack(out.router_logits).view(self.config.num_hidden_layers, *ids.shape, -1)
         return self.lm_head(out.last_hidden_state[:, first:]), routes
+
+    def blocks(self) -> list[nn.Module]:
+        """What can be streamed: `encode` runs these layers once a pass, in this order."""
+        return list(self.model.layers[: self.config.selected_layers[-1] + 1])
+
+    def idle(self) -> list[nn.Module]:
+        """What `encode` does not read."""
+        head = [] if self.lm_head is None else [self.lm_head]
+        return [*self.model.layers[self.config.selected_layers[-1] + 1 :], self.model.norm, *head]
+
+    def working(self, load: Load) -> int:
+        """Estimated bytes of one encoding: eager attention writes its scores out, and a few streams beside them."""
+        heads, head = self.config.num_attention_heads, 97 if self._wrapper is None else self.head_length
+        longest = min(load.tokens, self.config.max_length - head)
+        scores = 5 * heads * max(longest * (longest + head), head * head)
+        # An expert that is unpacked: float32 values, then twice in the model's dtype.
+        expert = 2 * self.config.hidden_size * self.config.intermediate_size
+        unpacked = (4 + 2 * self.model.dtype.itemsize) * expert if self.config.experts == "auto" else 0
+        return (scores + 16 * longest * self.width) * self.model.dtype.itemsize + unpacked
+
+    def sizes_in_4_bits(self) -> dict[int, int]:
+        """id of a weight -> its bytes in the published file, where experts are MXFP4: 4 bits each and 8 for 32."""
+        experts = [layer.mlp.experts for layer in self.model.layers]
+        weights = [w for e in experts for w in (e.gate_up_proj, e.down_proj)]
+        return {id(w): w.numel() * 17 // 32 for w in weights}
+
+    @classmethod
+    def diagnose(cls) -> dict[str, str]:
+        """What `lens doctor` tells of it."""
+        from lens_gpt_oss.paths import diagnose
+
+        return diagnose()
 
     def provenance(self) -> dict[str, str]:
         """What a picture must record to be drawn again: the pinned date."""

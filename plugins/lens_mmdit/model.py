@@ -24,7 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from lens_core.checkpoint import blueprint, load_module, read_weights, save_module, write_json
 from lens_core.lazy import Lazy, read_lazy
+from lens_core.offload import Load
 from lens_core.types import ConfigError, NumericalError, Text, did_you_mean
+from lens_mmdit.modulation import Modulation, Tabulating
 from lens_mmdit.segments import Segments, attend_within, spread
 from lens_mmdit.single import adopt
 
@@ -221,8 +223,8 @@ class Block(nn.Module):
     def __init__(self, heads: int, head_width: int) -> None:
         super().__init__()
         width = heads * head_width
-        self.img_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.txt_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.img_mod = nn.Sequential(nn.SiLU(), Modulation(width, 6 * width))
+        self.txt_mod = nn.Sequential(nn.SiLU(), Modulation(width, 6 * width))
         self.img_norm1 = RMSNorm(width, 1e-6)
         self.img_norm2 = RMSNorm(width, 1e-6)
         self.txt_norm1 = RMSNorm(width, 1e-6)
@@ -241,7 +243,8 @@ class Block(nn.Module):
         answer_text: bool,
         where: Segments | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`time` [B,D] is silu of the time embedding; without `answer_text` the text stream ends here, as None.
+        """`time` is what `Modulation` reads: silu of the time embedding [B,D], or rows of a table. Without
+        `answer_text` the text stream ends here, as None.
 
         With `where`, the streams are one row, [1,N,D] and [1,T,D], which holds the tokens of B samples.
         """
@@ -268,14 +271,14 @@ class FinalNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, 2 * width)
+        self.linear = Modulation(width, 2 * width)
 
     def forward(self, x: Tensor, time: Tensor, where: Segments | None = None) -> Tensor:
         scale, shift = spread(self.linear(time), None if where is None else where.image).chunk(2, dim=-1)
         return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6).to(scale.dtype), 1 + scale)
 
 
-class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]  # diffusers is untyped
+class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]  # untyped
     """The backbone `mmdit`, and a diffusers model: `from_pretrained` and `save_pretrained` know the same files.
 
     Built as `cls(config)`, or from the fields of a config by name. A new model predicts v = 0, and each of its blocks
@@ -438,13 +441,32 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type
         return None
 
     def _time(self, x: Tensor, t: Tensor) -> Tensor:
-        """silu(time embedding) [B,D]: all that modulation wants to know. Refuses float16 before any work is done."""
+        """silu(time embedding) [B,D], or the rows of a table that stand for it: all that modulation wants to know.
+        Refuses float16 before any work is done."""
         kind = x.device.type
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         for dtype in (self.dtype, torch.get_autocast_dtype(kind) if autocast else self.dtype):
             if reason := self.refuses(dtype):
                 raise NumericalError(reason)
-        return F.silu(self.time_text_embed(t))
+        rows = self._tabled(t)
+        return F.silu(self.time_text_embed(t)) if rows is None else rows
+
+    def modulations(self) -> list[Modulation]:
+        """Every block's, and `norm_out`'s; none if one is of another class, such as an adapter's."""
+        layers = [mod[1] for block in self.transformer_blocks for mod in (block.img_mod, block.txt_mod)]
+        layers.append(self.norm_out.linear)
+        return layers if all(isinstance(layer, Modulation) for layer in layers) else []
+
+    def blocks(self) -> list[nn.Module]:
+        """What can be streamed: each runs once a pass, in this order."""
+        return list(self.transformer_blocks)
+
+    def working(self, load: Load) -> int:
+        """Estimated bytes of one pass: what a block holds at once, and the table of modulation."""
+        tokens = (load.size[0] // load.cell) * (load.size[1] // load.cell) + load.tokens
+        width = self.config.inner_dim
+        rows = load.steps * sum(layer.out_features for layer in self.modulations())
+        return (12 * load.batch * tokens * width + rows) * self.dtype.itemsize
 
     def _walk(self, x: Tensor, time: Tensor, text: Text, depth: int) -> Iterator[Tensor]:
         """The image stream [B,N,D] after each of the first `depth` blocks."""
@@ -461,7 +483,7 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type
         by = rotations(h, w, tokens, self.config.axes_dims_rope, img.device, precise)
         if mask is not None:
             mask = torch.cat([mask.new_ones(len(mask), h * w), mask], dim=1)[:, None, None]
-        yield from self._through(img, txt, time, by, mask, depth)
+        return self._through(img, txt, time, by, mask, depth)  # a frame that ends holds no first stream
 
     def _through(
         self,

@@ -441,3 +441,18 @@ def test_a_picture_can_be_begun_at_and_drawn_again_from_it(
         assert again(checkpoint, "a cat", *words, "-o", "x.png") == 2
         assert told in capsys.readouterr().err
     assert not Path("x.png").exists()
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_printed_and_the_picture_is_the_same(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for plan in ("none", "block", "encoder-cpu"):
+        assert draw(checkpoint, "a red cat", "--seed", "7", "-o", f"{plan}.png", "--offload", plan) == 0
+        err = capsys.readouterr().err
+        assert ("offload: " + plan in err and "peak: denoise" in err) == (plan != "none")
+    assert look("none.png") == look("block.png") == look("encoder-cpu.png")
+    Path("none.png").unlink()
+    assert draw(checkpoint, "a red cat", "-o", "none.png", "--offload", "blok") == 2
+    assert "no offload plan is called 'blok'. Did you mean 'block'?" in refused(capsys)
+    assert not Path("none.png").exists()

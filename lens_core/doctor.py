@@ -1,0 +1,213 @@
+"""What `lens doctor` tells: this machine, the way the weights would take on it, and what would fit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from lens_core import __version__, offload
+from lens_core.catalog import Catalog
+from lens_core.offload import Forecast, Load
+from lens_core.types import LensError
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "triton", "kernels")
+CARDS = (8, 12, 16, 24, 80)  # GiB that a card is sold with
+CONTEXT = 640 << 20  # bytes of a card that CUDA's context and a desktop take before anything is drawn
+FORMS = ("mxfp4", "bfloat16")
+"""How the text encoder's experts are held: as the published file has them, or turned into bfloat16."""
+
+
+def published(catalog: Catalog) -> dict[str, Any]:
+    """The parts of the published model on the meta device: of each kind the only component, with its defaults."""
+    found = {}
+    for kind in offload.PHASES:
+        names = [entry.name for entry in catalog.entries(kind)]
+        if len(names) != 1:
+            raise LensError(
+                f"whose {kind} is the published one? Here is {', '.join(names) or 'none'}; set LENS_PLUGINS"
+            )
+        cls = catalog.find(kind, names[0]).cls
+        with torch.device("meta"):
+            found[kind] = cls(cls.Config()).to(torch.bfloat16)
+    return found
+
+
+def weigh(parts: Mapping[str, Any], form: str) -> Callable[[torch.Tensor], int]:
+    """Tensor -> its bytes, where parts that can be held in a smaller form are held in `form`."""
+    packed: dict[int, int] = {}
+    for part in parts.values() if form == "mxfp4" else ():
+        packed |= part.sizes_in_4_bits() if hasattr(part, "sizes_in_4_bits") else {}
+    return lambda tensor: packed.get(id(tensor), tensor.numel() * tensor.element_size())
+
+
+def room(card: int) -> int:
+    """Bytes free on an idle card of so many GiB."""
+    return (card << 30) - CONTEXT
+
+
+def fits(parts: Mapping[str, Any], load: Load | None = None) -> dict[str, dict[int, Forecast]]:
+    """Form -> card, GiB -> the plan that `auto` takes there for the published sizes."""
+    load = load or Load()
+    return {
+        form: {card: offload.choose(parts, load, room(card), weigh(parts, form)) for card in CARDS} for form in FORMS
+    }
+
+
+def table(parts: Mapping[str, Any]) -> str:
+    """docs/memory.md's figures as Markdown: every plan, and the one for each card. GB are 10^9 bytes."""
+
+    def cells(told: Forecast) -> str:
+        return " | ".join(f"{peak / 1e9:.1f}" for peak in told.peaks.values())
+
+    phases = " | ".join(offload.PHASES.values())
+    lines = [f"| encoder | plan | {phases} | host |", "|---|---|---|---|---|---|"]
+    for form in FORMS:
+        for plan in offload.PLANS:
+            told = offload.forecast(plan, parts, Load(), weigh(parts, form))
+            lines.append(f"| {form} | `{plan}` | {cells(told)} | {sum(told.host.values()) / 1e9:.1f} |")
+    lines += ["", f"| card | encoder | `auto` takes | {phases} | free |", "|---|---|---|---|---|---|---|"]
+    found = fits(parts)
+    for card in CARDS:
+        for form in FORMS:
+            told = found[form][card]
+            over = "" if told.peak + offload.RESERVE <= room(card) else " (too large)"
+            free = f"{room(card) / 1e9:.1f}"
+            lines.append(f"| {card} GB | {form} | `{told.plan}`{over} | {cells(told)} | {free} |")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _software(_: Catalog) -> dict[str, Any]:
+    told = {"lens": __version__, "python": platform.python_version(), "system": f"{sys.platform} {platform.machine()}"}
+    return told | {name: _version(name) for name in PACKAGES}
+
+
+def _plugins(catalog: Catalog) -> dict[str, Any]:
+    return {p.name: f"set aside: {p.error}" if p.error else p.version for p in catalog.plugins}
+
+
+def _device(_: Catalog) -> dict[str, Any]:
+    ram: dict[str, Any] = {}
+    if hasattr(os, "sysconf"):
+        page = os.sysconf("SC_PAGE_SIZE")
+        ram = {"ram_gb": round(page * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)}
+        if "SC_AVPHYS_PAGES" in os.sysconf_names:
+            ram["ram_free_gb"] = round(page * os.sysconf("SC_AVPHYS_PAGES") / 1e9, 1)
+    if not torch.cuda.is_available():
+        return {"device": "cpu", "why": "torch finds no CUDA device", "default_dtype": "float32", **ram}
+    about = torch.cuda.get_device_properties(0)
+    return {
+        "device": "cuda",
+        "name": about.name,
+        "capability": f"{about.major}.{about.minor}",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # torch's
+        "memory_gb": round(about.total_memory / 1e9, 1),
+        "memory_free_gb": round(torch.cuda.mem_get_info(0)[0] / 1e9, 1),
+        "default_dtype": "bfloat16",
+        **ram,
+    }
+
+
+def _dtypes(catalog: Catalog) -> dict[str, Any]:
+    """Which dtypes work here, and why the others do not."""
+    told: dict[str, Any] = {"float32": "yes"}
+    native = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    told["bfloat16"] = "yes" if native else "emulated, slow: this GPU has none"
+    reasons = [e.cls.refuses(torch.float16) for e in catalog.entries("backbone") if hasattr(e.cls, "refuses")]
+    told["float16"] = next((f"refused: {reason}" for reason in reasons if reason), "yes")
+    return told
+
+
+def _attention(_: Catalog) -> dict[str, Any]:
+    """Which of torch's kernels may be taken here; each is asked with bfloat16 heads of 64 channels."""
+    if not torch.cuda.is_available():
+        return {"cpu": "torch's fused kernel"}
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16, device="cuda")
+    told = {}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        try:
+            with sdpa_kernel(backend):
+                torch.nn.functional.scaled_dot_product_attention(q, q, q)
+            told[backend.name.lower()] = "yes"
+        except RuntimeError as error:
+            told[backend.name.lower()] = f"no: {_line(error)}"
+    return told
+
+
+def _encoder(catalog: Catalog) -> dict[str, Any]:
+    """What each text encoder says of itself."""
+    return {
+        f"{entry.name} {key}": value
+        for entry in catalog.entries("text_encoder")
+        if hasattr(entry.cls, "diagnose")
+        for key, value in entry.cls.diagnose().items()
+    }
+
+
+def _fits(catalog: Catalog) -> dict[str, Any]:
+    """The published model at 1024 x 1024: what `auto` takes on this GPU, or on cards of each size."""
+    parts = published(catalog)
+    told: dict[str, Any] = {
+        f"{part}, {form}": f"{sum(map(weigh(parts, form), (*net.parameters(), *net.buffers()))) / 1e9:.2f} GB"
+        for part, net in parts.items()
+        for form in FORMS
+        if form == "bfloat16" or hasattr(net, "sizes_in_4_bits")
+    }
+    rooms = {f"a card of {card} GB": room(card) for card in CARDS}
+    if torch.cuda.is_available():
+        rooms = {"this GPU": torch.cuda.mem_get_info(0)[0]}
+    for place, free in rooms.items():
+        for form in FORMS:
+            plan = offload.choose(parts, Load(), free, weigh(parts, form))
+            verdict = "" if plan.peak + offload.RESERVE <= free else ", too large"
+            told[f"{place}, encoder {form}"] = f"{plan.plan}, peak {plan.peak / 1e9:.1f} GB{verdict}"
+    return told
+
+
+SECTIONS: dict[str, Callable[[Catalog], dict[str, Any]]] = {
+    "software": _software,
+    "plugins": _plugins,
+    "device": _device,
+    "dtypes": _dtypes,
+    "attention": _attention,
+    "text encoder": _encoder,
+    "published model": _fits,
+}
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def examine(catalog: Catalog) -> dict[str, dict[str, Any]]:
+    """Everything, by section. A section that fails tells its error, and the others are told all the same."""
+    told = {}
+    for name, section in SECTIONS.items():
+        try:
+            told[name] = section(catalog)
+        except Exception as error:  # a doctor is called when something is broken
+            told[name] = {"error": _line(error)}
+    return told
+
+
+def describe(told: Mapping[str, Mapping[str, Any]]) -> str:
+    """The sections as text."""
+    lines = []
+    for name, facts in told.items():
+        lines += [name, *(f"  {key:32} {value}" for key, value in facts.items())]
+    return "\n".join(lines)

@@ -1,0 +1,405 @@
+"""Who is on the accelerator when: the same pictures, and the bytes that the plan told."""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lens_flow.euler import Euler
+from lens_flux2.vae import Flux2VAE
+from lens_gpt_oss.encoder import GptOssEncoder
+from lens_gpt_oss.template import train_tokenizer
+from lens_mmdit.model import LensTransformer2DModel
+from live import Live
+from torch import Tensor, nn
+
+from lens_core import offload
+from lens_core.offload import ALIGNMENT, PHASES, PLANS, Accelerator, Load
+from lens_core.pipeline import LensPipeline
+from lens_core.types import ConfigError
+
+PROMPTS = ["a red circle", "a blue square and a small green star"]
+CALL: dict[str, Any] = {"height": 32, "width": 48, "num_inference_steps": 3, "guidance_scale": 3.0, "seed": 0}
+
+
+class Meter(Accelerator):
+    """The CPU as an accelerator that counts what lives on it. Copies are made at once, or as late as is allowed; memory
+    that nothing was copied into is NaN."""
+
+    def __init__(self, late: bool = False, free: int | None = None) -> None:
+        super().__init__(torch.device("cpu"))
+        self.late, self.room = late, free
+        self.live: dict[int, int] = {}  # where an allocation lies -> its bytes
+        self.peak = self.given = 0
+        self.queue: list[tuple[Tensor, Tensor]] = []
+        self.copied = 0
+
+    @property
+    def held(self) -> int:
+        return sum(self.live.values())
+
+    def empty(self, size: int) -> Tensor:
+        size = -(-size // ALIGNMENT) * ALIGNMENT
+        raw = np.full(size + ALIGNMENT, 255, np.uint8)
+        start = -raw.ctypes.data % ALIGNMENT
+        self.live[raw.ctypes.data + start] = size
+        weakref.finalize(raw, self.live.pop, raw.ctypes.data + start)
+        self.peak = max(self.peak, self.held)
+        return torch.from_numpy(raw[start : start + size])
+
+    def put(self, tensor: Tensor) -> Tensor:
+        size = tensor.numel() * tensor.element_size()
+        there = self.empty(size)[:size].view(tensor.dtype).view(tensor.shape)
+        return there.copy_(tensor)
+
+    def mark(self) -> int:
+        return self.given
+
+    def copy(self, to: Tensor, host: Tensor, after: Any) -> int:
+        assert isinstance(after, int) and not self.has(host) and self.has(to)
+        self.queue.append((to, host))
+        self.given += 1
+        self.copied += len(host)
+        if not self.late:
+            self.wait(self.given)
+        return self.given
+
+    def wait(self, mark: Any) -> None:
+        while self.queue and self.given - len(self.queue) < mark:
+            to, host = self.queue.pop(0)
+            to.copy_(host)
+
+    def free(self) -> int | None:
+        return self.room
+
+    def has(self, tensor: Tensor) -> bool:
+        where = tensor.data_ptr()
+        return any(start <= where < start + size for start, size in self.live.items())
+
+
+@functools.cache
+def tokenizer() -> Any:
+    return train_tokenizer(PROMPTS, 400)
+
+
+def build(dtype: torch.dtype = torch.float32) -> LensPipeline:
+    """Published classes in small, with weights that all count."""
+    torch.manual_seed(0)
+    encoder = GptOssEncoder(
+        GptOssEncoder.Config(
+            vocab_size=400, hidden_size=32, intermediate_size=16, num_hidden_layers=5, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=16,
+            selected_layers=(0, 3), max_length=256,
+        )
+    )  # fmt: skip
+    backbone = LensTransformer2DModel(
+        in_channels=8, out_channels=2, num_layers=5, attention_head_dim=16, num_attention_heads=2, enc_hidden_dim=32,
+        axes_dims_rope=(4, 6, 6), selected_layer_index=(0, 3),
+    )  # fmt: skip
+    vae = Flux2VAE(
+        Flux2VAE.Config(block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4)
+    )
+    for net in (encoder, backbone):
+        for p in net.parameters():
+            nn.init.normal_(p, std=0.2)
+    encoder.tokenizer = tokenizer()
+    pipeline = LensPipeline(vae.eval(), encoder.eval(), backbone.eval(), Euler(Euler.Config()))
+    return pipeline.to(dtype=dtype)
+
+
+def draw(pipeline: LensPipeline, **more: Any) -> Tensor:
+    images: Tensor = pipeline(PROMPTS, output_type="latent", **{**CALL, **more}).images
+    return images
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def plain(request: pytest.FixtureRequest) -> tuple[torch.dtype, Tensor, Tensor]:
+    pipeline = build(request.param)
+    return request.param, draw(pipeline), pipeline(PROMPTS, output_type="pt", **CALL).images
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["eager", "late"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_pictures_under_every_plan_are_bit_for_bit_those_without(
+    plan: str, late: bool, plain: tuple[torch.dtype, Tensor, Tensor]
+) -> None:
+    dtype, latents, images = plain
+    pipeline = build(dtype)
+    pipeline.offload(plan, accelerator=Meter(late))
+    assert torch.equal(draw(pipeline), latents)
+    assert torch.equal(pipeline(PROMPTS, output_type="pt", **CALL).images, images), "and once more"
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_each_phase_peaks_at_what_the_plan_told(plan: str) -> None:
+    pipeline, meter = build(torch.bfloat16), Meter()
+    told = pipeline.offload(plan, accelerator=meter)
+    rest = meter.held
+    peaks = {}
+    meter.peak = meter.held
+    text = pipeline.encode(PROMPTS)
+    peaks["encode"] = meter.peak
+    assert meter.held == rest
+    noise = pipeline.noise([torch.Generator().manual_seed(0)] * 2, (4, 6))
+    meter.peak = meter.held
+    for _, x in pipeline.sample(text, noise, 3, 3.0):
+        z = x
+    peaks["denoise"] = meter.peak
+    assert meter.held == rest
+    meter.peak = meter.held
+    pipeline.decode(z)
+    peaks["decode"] = meter.peak
+    assert peaks == told.weights
+    assert meter.held == rest == (0 if plan in ("model", "block") else rest)
+    meter.peak = meter.held
+    pipeline(PROMPTS, output_type="pt", **CALL)
+    assert meter.peak == max(told.weights.values())
+
+
+def test_plans_hold_less_and_less() -> None:
+    pipeline = build(torch.bfloat16)
+    modules = {part: getattr(pipeline, part) for part in PHASES}
+    told = {plan: offload.forecast(plan, modules, Load()) for plan in PLANS}
+    each = {plan: max(f.weights.values()) for plan, f in told.items()}
+    assert each["none"] > each["modulation"] > each["model"] > each["block"]
+    everything = sum(t.numel() * t.element_size() for m in modules.values() for t in m.state_dict().values())
+    assert each["none"] >= everything
+    assert told["none"].host == dict.fromkeys(PHASES, 0)
+    layers = pipeline.backbone.modulations()
+    moved = sum(2 * p.numel() for m in layers for p in m.parameters())
+    assert told["modulation"].host["backbone"] == pytest.approx(moved, abs=ALIGNMENT * 2 * len(layers))
+    # Two blocks, without their modulation, and what is not in blocks:
+    block = sum(2 * p.numel() for n, p in pipeline.backbone.transformer_blocks[0].named_parameters() if "_mod" not in n)
+    outer = sum(
+        2 * p.numel() for n, p in pipeline.backbone.named_parameters() if "blocks" not in n and "norm_out" not in n
+    )
+    assert told["block"].there["backbone"] == pytest.approx(2 * block + outer, rel=0.15)
+    assert told["encoder-cpu"].there["text_encoder"] == 0
+    head = 2 * pipeline.text_encoder.lm_head.weight.numel()
+    assert told["modulation"].host["text_encoder"] > head
+
+
+def leaves(net: nn.Module) -> Iterator[nn.Module]:
+    yield from (m for m in net.modules() if next(m.parameters(recurse=False), None) is not None)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_no_module_computes_with_weights_from_elsewhere(plan: str) -> None:
+    pipeline, meter = build(), Meter()
+    seen: dict[str, set[bool]] = {part: set() for part in PHASES}
+
+    def watch(part: str, net: nn.Module) -> None:
+        for leaf in leaves(net):
+
+            def check(module: nn.Module, given: Any) -> None:
+                if given and given[0].dtype == torch.int64 and hasattr(module, "rows"):
+                    return  # reads the table, and no weight
+                seen[part] |= {meter.has(p) for p in module.parameters(recurse=False)}
+
+            leaf.register_forward_pre_hook(check)
+
+    pipeline.offload(plan, accelerator=meter)
+    for part in PHASES:
+        watch(part, getattr(pipeline, part))
+    draw(pipeline)
+    pipeline.decode(torch.zeros(1, 8, 4, 6))
+    assert seen == {part: {PLANS[plan][part] != "host"} for part in PHASES}
+
+
+def test_the_next_block_is_on_its_way_while_one_works() -> None:
+    pipeline, meter = build(), Meter(late=True)
+    pipeline.offload("block", accelerator=meter)
+    order: list[tuple[int, int]] = []
+    for n, block in enumerate(pipeline.backbone.transformer_blocks):
+        # registered after the stream's own hook, so the fetch has been asked for
+        block.register_forward_pre_hook(lambda *_, n=n: order.append((n, len(meter.queue))))
+    draw(pipeline, num_inference_steps=1)
+    assert [n for n, _ in order] == [0, 1, 2, 3, 4] * 2
+    assert all(waiting for _, waiting in order), "a copy is under way in every block"
+    assert not meter.queue, "and none is left behind"
+
+
+def test_a_pass_that_stops_early_or_fails_leaves_every_weight_at_home() -> None:
+    pipeline, meter = build(), Meter(late=True)
+    want = {k: v.clone() for k, v in pipeline.backbone.state_dict().items()}
+    latents = draw(pipeline)
+    pipeline.offload("block", accelerator=meter)
+    walk = pipeline.sample(pipeline.encode(PROMPTS), pipeline.noise([torch.Generator()] * 2, (4, 6)), 3, 1.0)
+    next(walk)
+    assert meter.held
+    walk.close()
+    assert not meter.held
+    hook = pipeline.backbone.transformer_blocks[2].attn.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        draw(pipeline)
+    hook.remove()
+    assert not meter.held
+    assert all(torch.equal(v, want[k]) for k, v in pipeline.backbone.state_dict().items())
+    assert torch.equal(draw(pipeline), latents)
+
+
+def test_features_of_some_blocks_survive_streaming() -> None:
+    pipeline = build()
+    x, t, text = (
+        torch.randn(2, 8, 4, 6, generator=torch.Generator().manual_seed(1)),
+        torch.ones(2),
+        pipeline.encode(PROMPTS),
+    )
+    with torch.no_grad():
+        with pipeline._tabled(t[:1]):
+            want = pipeline.backbone.features(x, t, text, [0, 2])
+        pipeline.offload("block", accelerator=Meter(late=True))
+        with pipeline._at_work("backbone"), pipeline._tabled(t[:1]):
+            for _ in range(2):  # block 0 follows block 2 here, and not block 4
+                got = pipeline.backbone.features(x, t, text, [0, 2])
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_lora_is_folded_into_weights_that_are_away(tmp_path: Any) -> None:
+    from lens_core.checkpoint import save_tensors
+
+    rng = torch.Generator().manual_seed(0)
+    low = {}
+    for layer, (high, wide) in {
+        "transformer_blocks.1.attn.img_qkv": (96, 32), "transformer_blocks.0.img_mod.1": (192, 32)
+    }.items():  # fmt: skip
+        low[f"transformer.{layer}.lora_A.weight"] = torch.randn(2, wide, generator=rng)
+        low[f"transformer.{layer}.lora_B.weight"] = torch.randn(high, 2, generator=rng)
+    save_tensors(tmp_path / "a.safetensors", low)
+    plain, away = build(), build()
+    away.offload("block", accelerator=Meter())
+    before = draw(away)
+    for pipeline in (plain, away):
+        pipeline.load_lora_weights(tmp_path / "a.safetensors", 0.5)
+    assert torch.equal(draw(plain), draw(away)) and not torch.equal(draw(away), before)
+    away.unload_lora_weights()
+    assert torch.equal(draw(away), before)
+
+
+def test_a_saved_pipeline_is_the_same_under_any_plan(tmp_path: Any) -> None:
+    from lens_core.config import Use
+
+    pipeline = build()
+    pipeline.uses = {
+        "vae": Use("flux2"),
+        "text_encoder": Use("gpt_oss"),
+        "backbone": Use("mmdit"),
+        "sampler": Use("euler"),
+    }
+    pipeline.save_pretrained(tmp_path / "a")
+    pipeline.offload("block", accelerator=Meter())
+    draw(pipeline)
+    pipeline.save_pretrained(tmp_path / "b")
+    for path in (tmp_path / "a").rglob("*"):
+        assert path.is_dir() or path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+
+
+def test_to_ends_a_plan_and_another_may_follow() -> None:
+    pipeline, meter = build(), Meter()
+    latents = draw(pipeline)
+    for plan in ("block", "model", "none", "encoder-cpu", "block"):
+        pipeline.offload(plan, accelerator=meter)
+        assert torch.equal(draw(pipeline), latents)
+    pipeline.to("cpu")
+    copied = meter.copied
+    assert torch.equal(draw(pipeline), latents)
+    assert pipeline.placement is None and meter.copied == copied
+
+
+def test_a_picture_to_begin_at_is_encoded_under_a_plan() -> None:
+    from PIL import Image
+
+    call = {**CALL, "image": Image.new("RGB", (48, 32), "red"), "strength": 0.7}
+    plain, away = build(), build()
+    away.offload("block", accelerator=Meter(late=True))
+    assert torch.equal(*(p("a red circle", output_type="pt", **call).images for p in (plain, away)))
+
+
+def test_auto_takes_the_fastest_plan_that_fits() -> None:
+    pipeline, load = build(), Load((32, 48), 4)
+    modules = {part: getattr(pipeline, part) for part in PHASES}
+    need = {plan: offload.forecast(plan, modules, load).peak + offload.RESERVE for plan in PLANS}
+    chosen = set()
+    for free in (0, *need.values(), *(n - 1 for n in need.values())):
+        fits = [plan for plan in PLANS if need[plan] <= free]
+        want = fits[0] if fits else min(need, key=need.__getitem__)
+        assert pipeline.offload("auto", load=load, accelerator=Meter(free=free)).plan == want
+        chosen.add(want)
+    assert {"none", "modulation", "encoder-cpu"} <= chosen
+
+
+def test_auto_without_an_accelerator_moves_nothing() -> None:
+    pipeline = build()
+    latents = draw(pipeline)
+    told = pipeline.offload("auto", "cpu")
+    assert told.plan == "none" and torch.equal(draw(pipeline), latents)
+
+
+def test_a_plan_that_is_none_is_refused_by_name_and_changes_nothing() -> None:
+    pipeline = build()
+    with pytest.raises(ConfigError, match=r"no offload plan is called 'blok'\. Did you mean 'block'"):
+        pipeline.offload("blok")
+    assert pipeline.placement is None
+
+
+def test_chunks_of_a_pack_are_bounded_and_hold_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "CHUNK", 4096)
+    tensors = [torch.full((n,), float(n)) for n in (10, 900, 5, 3000, 0, 1, 200, 200)]
+    values, meter = [t.clone() for t in tensors], Meter(late=True)
+    pack = offload.Pack(tensors, meter)
+    assert [len(host) for _, host in pack.chunks] == [512, 4096, 512, 12288, 2560], (
+        "one tensor may be larger than a chunk"
+    )
+    assert sum(len(host) for _, host in pack.chunks) == pack.size
+    assert all(torch.equal(a, b) for a, b in zip(tensors, values, strict=True))
+    pack.enter()
+    assert all(torch.equal(a, b) for a, b in zip(tensors, values, strict=True))
+    assert all(meter.has(t) for t in tensors if t.numel()) and math.isclose(meter.held, pack.size)
+    pack.leave()
+    assert not meter.held and all(torch.equal(a, b) for a, b in zip(tensors, values, strict=True))
+
+
+def test_the_plan_is_told_in_lines_that_add_up() -> None:
+    pipeline = build()
+    told = pipeline.offload("block", accelerator=Meter())
+    text = offload.describe(told, "cuda", 10**9)
+    assert text.startswith("offload: block (cuda, 1.00 GB free)")
+    for part in PHASES:
+        assert f"{told.there[part] / 1e9:.3f}" in next(line for line in text.splitlines() if part in line)
+    assert "may not fit" not in text and "may not fit" in offload.describe(told, "cuda", 10**6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("size", "count"), [((16, 24), 1), ((64, 96), 1), ((64, 48), 2)])
+def test_estimates_beside_the_weights_are_what_operators_hold(
+    dtype: torch.dtype, size: tuple[int, int], count: int
+) -> None:
+    pipeline, prompts = build(dtype), PROMPTS[:count] if count == 2 else PROMPTS[1:]
+    pipeline.text_encoder.encode(prompts)  # reads the head of the conversation, which is kept
+    with Live() as encoding:
+        text = pipeline.encode(prompts)
+    load = Load(size, 4, count, text.mask.shape[1], steps=3)
+    x = torch.randn(count, 8, size[0] // 4, size[1] // 4, generator=torch.Generator().manual_seed(0))
+    with pipeline._tabled(torch.ones(1)), torch.no_grad(), Live() as denoising:
+        pipeline.backbone(x, torch.ones(count), text)
+    with Live() as decoding:
+        pipeline.decode(x)
+    table = 3 * sum(m.out_features for m in pipeline.backbone.modulations()) * dtype.itemsize
+    assert denoising.peak < pipeline.backbone.working(load) - table < 1.3 * denoising.peak
+    assert decoding.peak < pipeline.vae.working(load) < 1.25 * decoding.peak
+    if count == 1:  # prompts are encoded one by one when pictures are drawn
+        assert encoding.peak < pipeline.text_encoder.working(load) < 3 * encoding.peak
+
+
+def test_the_table_of_modulation_is_as_large_as_was_told() -> None:
+    pipeline = build(torch.bfloat16)
+    draw(pipeline)
+    held = sum(m.rows.numel() * m.rows.element_size() for m in pipeline.backbone.modulations())
+    told = [pipeline.backbone.working(Load((32, 48), 4, 1, 10, steps)) for steps in (0, 3)]
+    assert told[1] - told[0] == held
