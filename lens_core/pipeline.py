@@ -338,7 +338,9 @@ class LensPipeline:
     def save_about(self, root: Path) -> None:
         """Write what describes a checkpoint in `root`, beside the sub-folders of its parts."""
         index: dict[str, Any] = {"_class_name": "LensPipeline"}
-        index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]} if self.sampler is not None else {}
+        if hasattr(self.sampler, "save"):  # one that other tools have too
+            self.sampler.save(root)
+            index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
         index |= {"vae": ["diffusers", "AutoencoderKLFlux2"]} if self.vae is not None else {}
         if self.text_encoder is not None:
             index |= {"text_encoder": ["transformers", "LensGptOssEncoder"]}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 from attrs import frozen
 from torch import Tensor
 
+from lens_core.checkpoint import write_json
 from lens_core.types import ConfigError
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -62,6 +64,17 @@ class Scheduled:
 
 class Euler(Scheduled):
     """x moves by (t' - t) v from each time to the next: the published sampler."""
+
+    def save(self, folder: Path) -> None:
+        """Write `scheduler/scheduler_config.json` as the published checkpoints have it, for other tools: they are given
+        the even times and mu with each picture, as ours says in `times`."""
+        config = {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "use_dynamic_shifting": True,
+            "time_shift_type": "exponential",
+        }
+        write_json(folder / "scheduler" / "scheduler_config.json", config)
 
     def walk(self, velocity: Velocity, x: Tensor, steps: int, start: int = 0) -> Iterator[tuple[float, Tensor]]:
         """x [B,C,h,w] at times[start], noise at 0 -> (t, x float32) after each further step; the last t is 0.0."""

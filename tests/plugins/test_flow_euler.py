@@ -31,8 +31,10 @@ def test_above_4300_tokens_mu_ignores_the_steps():
 
 @pytest.mark.parametrize("size", [(8, 8), (64, 64), (46, 92), (90, 90)])
 @pytest.mark.parametrize("steps", [1, 4, 20, 50])
-def test_the_times_are_those_of_diffusers(size, steps):
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential")
+def test_the_times_are_those_of_diffusers(size, steps, tmp_path):
+    Euler(Euler.Config()).save(tmp_path)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler")
+    assert scheduler.config.use_dynamic_shifting and scheduler.config.time_shift_type == "exponential"
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=published_mu(size[0] * size[1], steps))
     times = EULER.times(size, steps)
     assert times.dtype == torch.float32
