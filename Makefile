@@ -1,4 +1,4 @@
-# make demo   sets up .venv and draws a picture from the embedded checkpoint
+# make demo   sets up .venv and draws a picture with each of the embedded checkpoints, side by side
 # make test   the same set-up, then the whole test suite
 # make lint   ruff        make types   mypy --strict on lens_core        make clean   removes .venv
 
@@ -8,7 +8,7 @@ BIN := .venv/bin
 .PHONY: demo test lint types clean
 
 demo: .venv/ready
-	$(BIN)/lens generate "two red circles left of a blue star" --seed 7 --output demo.png
+	$(BIN)/python examples/side_by_side.py "two red circles left of a blue star" demo.png
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest

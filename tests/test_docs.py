@@ -109,7 +109,12 @@ def test_a_recipe_is_sound_and_explained(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments"), [("generate", ["a green square", "out.png"]), ("assemble", ["out.png"])]
+    ("script", "arguments"),
+    [
+        ("generate", ["a green square", "out.png"]),
+        ("assemble", ["out.png"]),
+        ("side_by_side", ["a green square", "out.png"]),
+    ],
 )
 def test_an_example_draws_a_picture(
     script: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
