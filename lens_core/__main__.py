@@ -622,6 +622,7 @@ def push(
     catalog = Catalog.installed()
     folder = checkpoint.fetch(model, catalog)
     described = checkpoint.describe(folder, catalog)
+    checkpoint.read_json(folder / "model_index.json")  # the layout that others read; before anything is made there
     hub.create(repo, private=private)
     print(hub.upload(folder, described, repo, message=message))
     return 0

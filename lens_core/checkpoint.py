@@ -288,13 +288,13 @@ def hash_of(path: Path) -> str:
 
 
 def digest(folder: Path) -> str:
-    """A short hash of a checkpoint: of every safetensors and JSON file below it, names included, or of one file."""
+    """A short hash of a checkpoint: of all that decides what it draws, names included, or of one file."""
     return combined(hashes(folder))
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """The hash of every safetensors and JSON file below `folder`, by its path from there; of a file, its own."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
+    """The hash of every file of weights, JSON or chat template below `folder`, by its path; of a file, its own."""
+    found = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".jinja") and p.is_file())
     return {str(path.relative_to(folder)): hash_of(path) for path in (found if folder.is_dir() else [folder])}
 
 

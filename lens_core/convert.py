@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from lens_core import checkpoint
+from lens_core import card, checkpoint
 from lens_core.catalog import Catalog
 from lens_core.config import Use, build, unstructure
 from lens_core.lazy import Lazy, read_lazy, write_lazy
@@ -77,6 +77,7 @@ def convert(source: Path, out: Path, layout: str, dtype: str | None, catalog: Ca
             files.append(part.component.single if layout == "single" else f"{folder}/{stem}.safetensors")
             (_write_single if layout == "single" else _write_folder)(part, partial / files[-1], kind)
         if layout == "diffusers" and len(parts) == len(WEIGHTY):
+            described["provenance"] = described.get("provenance", {}) | card.licence(source)
             _describe(parts, described, partial, catalog)
         out.rmdir() if out.is_dir() else None
         partial.rename(out)
@@ -137,7 +138,12 @@ def _describe(parts: list[_Part], described: dict[str, Any], out: Path, catalog:
         presets=described.get("presets", {}),
         uses=uses,
         plugins={n: v for n in names if (v := catalog.version(n))},
+        provenance=described.get("provenance", {}),
     )
-    for part in uses:
-        setattr(pipeline, part, True)  # it is there, on disk
+    for part, use in uses.items():
+        if part in WEIGHTY:
+            setattr(pipeline, part, True)  # it is there, on disk
+        else:
+            _, cls, config = build(catalog, part, use, f"components.{part}")
+            setattr(pipeline, part, cls(config))
     pipeline.save_about(out)

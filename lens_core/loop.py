@@ -232,7 +232,7 @@ class Run:
                     over = True
                     self.say(f"{self.watcher.lament()}; the run ends at step {self.step} of {last}")
             self._stop = self.ranks.any(self._stop)
-            over = self.ranks.any(over and not pending)
+            over = self.ranks.any(over) and not self.ranks.any(pending)
         return over
 
     @contextlib.contextmanager
@@ -398,24 +398,31 @@ class Run:
         return final
 
     def _resume(self) -> None:
+        refused: CheckpointError | None = None
         for folder in reversed(self._folders()):
             try:
+                state = checkpoint.read_json(folder / "state.json")
+                if state.get("schema") != SCHEMA:
+                    raise CheckpointError(f"{folder}: is of schema {state.get('schema')!r}; this Lens reads {SCHEMA}")
                 sums = checkpoint.read_json(folder / "sums.json")
                 for name in FILES:
                     if (folder / name).is_file() and checkpoint.hash_of(folder / name) != sums.get(name):
                         raise CheckpointError(
                             f"{folder / name}: is not what was written; some of its bits have changed"
                         )
-                state = checkpoint.read_json(folder / "state.json")
                 tensors = checkpoint.read_tensors(folder / "state.safetensors")
-                if state.get("schema") != SCHEMA:
-                    raise CheckpointError(f"{folder}: is of schema {state.get('schema')!r}; this Lens reads {SCHEMA}")
             except CheckpointError as error:
+                refused = error
                 self.say(f"{folder.name} is damaged, so the one before it is used: {error}")
                 continue
             self._restore(state, tensors)
             self.say(f"resumed at step {self.step} from {folder}")
             break
+        else:
+            if refused is not None:  # to begin anew would rotate these away, and they may be all that is left
+                raise CheckpointError(
+                    f"{self.out}: none of its checkpoints can be read; choose a new --out or move them away ({refused})"
+                )
         if self.ranks.rank == 0:
             log = self.out / "log.jsonl"
             if log.is_file():  # a run that was killed had logged steps that are made again now
@@ -443,8 +450,7 @@ class Run:
             self.optimizers[role].load_state_dict({"state": slots, "param_groups": groups})
         self.rng.set_state(tensors["rng"])
         torch.set_rng_state(tensors["torch_rng"])
-        if "spikes" in state:  # which earlier versions did not write
-            self.spikes.load_state_dict(state["spikes"])
+        self.spikes.load_state_dict(state["spikes"])
         self.step = self.saved = int(state["step"])
 
     def _load(self, role: str, tensors: Mapping[str, Tensor]) -> None:

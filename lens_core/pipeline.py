@@ -187,7 +187,8 @@ class LensPipeline:
         )
         pipeline.texts = store
         if later is not None:
-            encoders = {k: v for k, v in hashes.items() if k.startswith(("text_encoder/", "tokenizer/"))} or hashes
+            places = ("text_encoder/", "tokenizer/", components["text_encoder"].get("file", "text_encoder/"))
+            encoders = {k: v for k, v in hashes.items() if k.startswith(places)} or hashes
             encoders |= {k: v for k, v in own.items() if k == "text_encoder"}
             pipeline._origin = json.dumps([checkpoint.combined(encoders), *about])
             pipeline._later, pipeline._whole = later, _state(pipeline._encoder)
@@ -222,10 +223,15 @@ class LensPipeline:
         if dtype is not None and self.backbone is not None:
             _refuse(type(self.backbone), dtype)
         if self.placement is not None:
+            device = (
+                device if device is not None else self.device
+            )  # where the plan has put them is not where they belong
             self.placement.remove()
             self.placement = self._asked = None
         if dtype is not None:
             self._dtype = dtype
+            if isinstance(self._encoder, nn.Module) and next(self._encoder.parameters()).dtype != dtype:
+                self._origin = ""  # cast there and back, weights are rounded: no longer those of the file
         for module in self._present().values():
             module.to(device=device, dtype=dtype)
         if device is not None:
@@ -253,7 +259,8 @@ class LensPipeline:
 
     @text_encoder.setter
     def text_encoder(self, encoder: Any) -> None:
-        self._encoder, self._later, self._origin = encoder, None, ""
+        self._encoder, self._later, self._origin, self._whole = encoder, None, "", None
+        self.texts.kept.clear()  # what another encoder gave
 
     def _present(self) -> dict[str, nn.Module]:
         """The parts with weights that have been read."""
@@ -283,6 +290,9 @@ class LensPipeline:
             self.placement.remove()
         modules = self._present()
         free = to.free()
+        if free is not None and to.device.type != "cpu":  # what is there already will be placed anew
+            tensors = (t for net in modules.values() for t in (*net.parameters(), *net.buffers()))
+            free += sum(t.numel() * t.element_size() for t in tensors if t.device.type == to.device.type)
         told = offloads.choose(modules, load, free) if plan == "auto" else offloads.forecast(plan, modules, load)
         self.placement, self.device = Placement(told, modules, to, free, plan == "auto"), to.device
         self._asked = plan, load, to
@@ -736,7 +746,7 @@ def _state(module: Any) -> Any:
     """What changes when a weight is changed in place or replaced, and does not where weights only move."""
     if not isinstance(module, nn.Module):
         return None
-    return [(id(p), 0 if p.is_inference() else p._version) for p in module.parameters()]
+    return [(id(p), str(p.dtype), 0 if p.is_inference() else p._version) for p in module.parameters()]
 
 
 def _refuse(component: Any, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lens_core import adapters, checkpoint
+from lens_core import adapters, checkpoint, hub
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Use, build, unstructure
 from lens_core.pipeline import PARTS, WEIGHTY, LensPipeline
@@ -27,7 +27,8 @@ def parts(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, Use], dict[str, A
     presets: dict[str, Any] = {}
     if start is not None:
         try:
-            folder = catalog.first("lens_fetch", start) or Path(start).expanduser()
+            here = not hub.is_name(start) or Path(start).is_dir()
+            folder = checkpoint.fetch(start, catalog) if here else hub.snapshot(*start.split("@", 1), local=True)
             described = checkpoint.describe(folder, catalog)
             components = described["components"]
             uses = {k: Use(c["use"], dict(c.get("config", {}))) for k, c in components.items() if k in PARTS}

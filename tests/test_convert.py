@@ -114,6 +114,18 @@ def test_there_and_back_again_is_the_same_checkpoint(tiny: Path, installed: Cata
     about = json.loads((tmp_path / "copy/lens.json").read_text())
     assert about["presets"] == json.loads((tiny / "lens.json").read_text())["presets"]
     assert set(about["components"]) == {"vae", "text_encoder", "backbone", "sampler"}
+    index = json.loads((tmp_path / "copy/model_index.json").read_text())
+    assert index["scheduler"][0] == "diffusers" and (tmp_path / "copy/scheduler/scheduler_config.json").is_file()
+
+
+def test_where_it_came_from_and_its_licence_stay(tiny: Path, installed: Catalog, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "in")
+    about = json.loads((tiny / "lens.json").read_text())
+    (tmp_path / "in/lens.json").write_text(json.dumps(about | {"provenance": {"base_model": "org/model"}}))
+    (tmp_path / "in/README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    convert(tmp_path / "in", tmp_path / "out", "diffusers", None, installed)
+    found = json.loads((tmp_path / "out/lens.json").read_text())["provenance"]
+    assert found == {"base_model": "org/model", "license": "mit"}
 
 
 def test_casting_halves_the_files_and_config_json_says_so(tiny: Path, installed: Catalog, tmp_path: Path) -> None:

@@ -152,7 +152,10 @@ class FlowMatching(BaseMethod):
     @torch.no_grad()
     def _encode_images(self, batch: Batch) -> Tensor | tuple[Tensor, ...]:
         if batch.latents is not None:
-            return batch.latents
+            device = self.pipeline.device
+            if isinstance(batch.latents, tuple):
+                return tuple(z.to(device) for z in batch.latents)
+            return batch.latents.to(device)
         if batch.images is None:
             raise LensError("flow_matching: the dataset yields captions only; name one that yields pictures")
         if not isinstance(batch.images, tuple):

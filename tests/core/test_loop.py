@@ -20,7 +20,7 @@ from lens_core.catalog import Catalog
 from lens_core.config import Parts, Recipe, Training, Use
 from lens_core.loop import Run, rate
 from lens_core.pipeline import LensPipeline
-from lens_core.types import ConfigError, LensError, NumericalError
+from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError
 
 RECIPE = Recipe(
     method=Use("fit"),
@@ -114,12 +114,18 @@ def test_a_killed_run_goes_on_bit_for_bit_from_its_last_checkpoint(
     same(runner.model("whole"), runner.model("killed"))
 
 
-def test_a_checkpoint_of_another_schema_is_named(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_checkpoint_can_be_read_none_is_lost(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     runner.run(recipe(), "a").train()
+    there = sorted((tmp_path / "a" / "checkpoints").rglob("*"))
     monkeypatch.setattr("lens_core.loop.SCHEMA", 99)
     runner.said.clear()
-    runner.run(recipe(), "a").train()
+    told = r"none of its checkpoints can be read; choose a new --out or .* is of schema 2; this Lens reads 99"
+    with pytest.raises(CheckpointError, match=told):
+        runner.run(recipe(), "a").train()
     assert "is of schema 2; this Lens reads 99" in runner.said[0]
+    assert sorted((tmp_path / "a" / "checkpoints").rglob("*")) == there
 
 
 @pytest.mark.parametrize("damage", ["truncate", "halve", "empty", "zeros", "json", "gone", "bit", "number", "sums"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from attrs import evolve
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from lens_core.__main__ import main
 from lens_core.catalog import Catalog
@@ -57,6 +59,21 @@ def test_two_adapters_on_one_teacher_hold_its_weights_once(everything: Catalog) 
     assert learns["generator"] == learns["fake"] == pytest.approx(226e6, rel=0.02)
     assert sum(shared.values()) < sum(whole.values()) / 2
     assert "is not on this disk" in notes[0]
+
+
+def test_a_dry_run_fetches_nothing(everything: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.append(options["local_files_only"])
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    for start in ("YuCollection/Lens-Diffusers", "microsoft/Lens@main", "somebody/else"):
+        recipe = read_recipe(RECIPES / "lora.yaml", everything)
+        memory(evolve(recipe, pipeline=evolve(recipe.pipeline, start=start)), everything)
+    assert asked == [True] * 3
 
 
 def test_an_adapter_costs_what_it_learns(everything: Catalog) -> None:

@@ -17,7 +17,7 @@ from lens_core.__main__ import main
 from lens_core.catalog import Catalog
 from lens_core.checkpoint import read_header, read_json, read_tensors, write_json
 from lens_core.pipeline import LensPipeline
-from lens_core.types import CheckpointError, ConfigError
+from lens_core.types import CheckpointError, ConfigError, Text
 
 SIZE: dict[str, Any] = {"height": 32, "width": 48, "output_type": "latent", "seed": 0}
 
@@ -125,6 +125,42 @@ def test_what_was_trained_since_it_was_read_is_not_written(checkpoint: Path, cat
         pipeline.text_encoder.table.weight.mul_(2)
     pipeline("a", **SIZE)
     assert not (tmp_path / "kept").exists()
+
+
+def test_rounded_weights_are_not_written_as_the_files_own(checkpoint: Path, catalog: Catalog, tmp_path: Path) -> None:
+    pipeline = read(checkpoint, catalog, tmp_path / "texts")
+    first = pipeline.text_encoder.table.weight.clone()
+    pipeline.to(dtype=torch.bfloat16).to(dtype=torch.float32)
+    assert not torch.equal(pipeline.text_encoder.table.weight, first)
+    pipeline("a", **SIZE)
+    assert not list((tmp_path / "texts").glob("*"))
+
+
+def test_an_encoder_put_in_its_place_is_asked(pipeline: LensPipeline) -> None:
+    class Says:  # no module: it has no weights to tell it by
+        layers, width = 1, 8
+
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def encode(self, prompts: list[str]) -> Text:
+            return Text(torch.full((len(prompts), 1, 2, 8), self.value), torch.ones(len(prompts), 2, dtype=torch.bool))
+
+    for value in (1.0, 2.0):
+        pipeline.text_encoder = Says(value)
+        assert float(pipeline.encode_once(["a"])[0].features.mean()) == value
+
+
+def test_another_chat_template_is_another_encoder(checkpoint: Path, catalog: Catalog, tmp_path: Path) -> None:
+    template = checkpoint / "tokenizer" / "chat_template.jinja"
+    template.parent.mkdir(exist_ok=True)
+    template.write_text("{{ prompt }}")
+    before = read(checkpoint, catalog, tmp_path / "texts")
+    before("a", **SIZE)
+    template.write_text("Draw {{ prompt }}")
+    after = read(checkpoint, catalog, tmp_path / "texts")
+    after("a", **SIZE)
+    assert before.version != after.version and len(list((tmp_path / "texts").glob("*"))) == 2
 
 
 @pytest.mark.parametrize("harm", ["cut", "empty", "pickle", "other"])
