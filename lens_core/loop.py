@@ -313,8 +313,8 @@ class Run:
                     told[name] = told.get(name, 0.0) + float(value.detach()) * share
                     weights[name] = weights.get(name, 0.0) + share
         self.ranks.add(self.learning[role])
-        weights = self.ranks.total(weights)
-        told = {name: value / weights[name] for name, value in self.ranks.total(told).items()}
+        sums = self.ranks.total(told | {f"/{name}": weight for name, weight in weights.items()})  # one message
+        told = {name: value / sums[f"/{name}"] for name, value in sums.items() if not name.startswith("/")}
         norm = torch.nn.utils.clip_grad_norm_(self.learning[role], config.clip or math.inf)
         fault = self.spikes.fault(role, told["loss"], float(norm))
         if fault is None:
