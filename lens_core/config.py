@@ -213,6 +213,7 @@ class Training:
     clip: float = 1.0  # largest gradient norm; 0 does not clip
     ema: float = 0.0  # decay of the weights' moving average, which is what is saved; 0 keeps none
     parts: int = 1  # that a batch is worked through in, each with noise of its own; at least one a process
+    shards: int = 1  # processes among which each role's weights, moments and averages are divided; 0: all; 1: none
     precision: str = "fp32"  # fp32 | bf16 (autocast over fp32 master weights)
     compile: bool = False  # torch.compile each role; needs a C++ compiler on CPUs
     checkpointing: bool = False  # compute activations again on the way back: less memory, a third more time
@@ -242,6 +243,8 @@ class Training:
             problems.append(f"ema must be in [0, 1), not {self.ema}")
         if min(self.save_every, self.keep, self.log_every, self.bad_steps, self.parts) < 1:
             problems.append("save_every, keep, log_every, bad_steps and parts must be at least 1")
+        if self.shards < 0:
+            problems.append(f"shards is a number of processes, or 0 for all, not {self.shards}")
         if self.spike and self.spike <= 1:
             problems.append(f"spike is a factor above 1, or 0 for never, not {self.spike}")
         if problems:

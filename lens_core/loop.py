@@ -8,13 +8,13 @@ that is watched, `watch.jsonl`, `samples/` and `best/` too.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
 import os
 import shutil
 import signal
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor, nn
 
@@ -32,12 +31,13 @@ from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Training, build, structure, unstructure
 from lens_core.pipeline import LensPipeline
 from lens_core.progress import Feed, Pace, Spikes, Trackers, check_trackers, memory
+from lens_core.ranks import SHARDS, Ranks, seed_of, whole
 from lens_core.types import CheckpointError, ConfigError, LensError, Loss, NumericalError, Place
 from lens_core.watching import Interrupted, Watcher
 
 PREFIXES = {"backbone": "transformer", "text_encoder": "text_encoder", "vae": "vae"}
 """What diffusers calls the parts of a pipeline, in the names of an adapter's tensors."""
-FILES = ("state.safetensors", "state.json")
+STATE = "state.safetensors"
 SCHEMA = 2
 """The version of a training checkpoint."""
 
@@ -89,7 +89,7 @@ class Run:
             project_config=ProjectConfiguration(str(out), str(out / "trackers")),
             cpu=several and not torch.cuda.is_available(),  # else it would start each process alone
         )
-        self.ranks = Ranks(self.accelerator, recipe.train.parts)
+        self.ranks = Ranks(self.accelerator, recipe.train.parts, recipe.train.shards)
         told = say or (lambda line: print(line, file=sys.stderr, flush=True))
         self.say: Callable[[str], None] = told if self.ranks.rank == 0 else lambda line: None
         set_seed(recipe.seed)  # before anything is built: initial weights are part of the recipe
@@ -102,6 +102,11 @@ class Run:
             self.datasets = [dataset(config) for _ in self.ranks.mine]
         elif self.ranks.parts > 1 and not getattr(self.method, "divides", False):
             raise ConfigError(f"{recipe.method.use} reads no dataset, so it cannot be divided; run it as one process")
+        if self.ranks.divided and getattr(self.method, "divides", False):
+            raise ConfigError(
+                f"$.train.shards: {recipe.method.use} shares out its work unevenly, so processes cannot gather each "
+                "other's weights in step; use shards: 1, and an adapter where memory is short"
+            )
         self.nets: dict[str, nn.Module] = dict(self.method.roles())
         for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.backbone, *self.nets.values()):
             if isinstance(part, nn.Module):
@@ -113,6 +118,9 @@ class Run:
         for role, adapter in recipe.train.adapters.items():
             adapters.attach(self.nets[role], adapter)
             self.nets[role].requires_grad_(False)
+        if self.ranks.divided:  # what `export` fills again, for divided modules stay what they are
+            self.blanks = {role: _blank(net) for role, net in self.nets.items()}
+        self.ranks.divide(self.nets)
         self.learning = {
             role: [p for name, p in net.named_parameters() if role not in recipe.train.adapters or adapters.owned(name)]
             for role, net in self.nets.items()
@@ -151,7 +159,9 @@ class Run:
         self.watcher: Watcher | None = None
         if recipe.watch is not None:
             with self._aside():
-                self.watcher = Watcher(recipe.watch, catalog, self.pipeline, self.method, out, self.say)
+                self.watcher = Watcher(
+                    recipe.watch, catalog, self.pipeline, self.method, out, self.say, writes=self.ranks.rank == 0
+                )
         self.changed: list[str] = []  # where this recipe differs from the one that the run was begun with
         self.step = 0
         self.saved = 0  # the step of the newest checkpoint
@@ -211,6 +221,7 @@ class Run:
         if not finished:
             self.say(f"stopped at step {self.step} of {config.steps}; the same command goes on from here")
             return Report(self.step, time.monotonic() - start, {}, None)
+        self._gather()
         model = self.export() if self.ranks.rank == 0 else self.out / "model"
         self.ranks.wait()
         return Report(self.step, time.monotonic() - start, last, model)
@@ -219,12 +230,13 @@ class Run:
         """Take a look, if it is time to. Whether the run is finished: all steps made and looked at, or no patience."""
         over, last = self.step >= self.train_config.steps, self.train_config.steps
         if self.watcher is not None:
-            pending = False
-            if self.ranks.rank == 0:
+            pending, together = False, self.ranks.divided  # one process alone cannot draw with divided weights
+            if self.ranks.rank == 0 or together:
                 if self.watcher.due(self.step, last):
                     begun = time.monotonic()
                     with contextlib.suppress(Interrupted), self._aside(), self._averaged():
-                        seen = self.watcher.look(self.step, self.nets, self._weights, lambda: self._stop)
+                        stop = (lambda: self.ranks.any(self._stop)) if together else (lambda: self._stop)
+                        seen = self.watcher.look(self.step, self.nets, self._weights, stop)
                         self.trackers.log({f"watch/{k}": v for k, v in seen.items() if k != "step"}, self.step)
                     self.pace.away += time.monotonic() - begun
                 pending = self.watcher.due(self.step, last)
@@ -258,7 +270,7 @@ class Run:
 
     def _weights(self) -> dict[str, Tensor]:
         """What `export` would write of the roles, as ROLE/NAME, while the averages stand in their places."""
-        return {f"{role}/{k}": v.detach() for role in self.exported for k, v in self._own(role).items()}
+        return {f"{role}/{k}": whole(v.detach()) for role in self.exported for k, v in self._own(role).items()}
 
     def _parts(self) -> list[Iterator[Sequence[Any]]]:
         """The method's steps for each part of a batch. Their generators are in one state, for what all must share."""
@@ -308,15 +320,15 @@ class Run:
                 with self._autocast():
                     loss: Loss = self.method.loss(role, self.nets, batch, rng)
                 share = 1 / (len(micro) * self.ranks.parts)
-                (loss.total * share).backward()
+                (loss.total * share * self.ranks.factor).backward()
                 for name, value in {"loss": loss.total, **loss.parts}.items():
                     told[name] = told.get(name, 0.0) + float(value.detach()) * share
                     weights[name] = weights.get(name, 0.0) + share
         self.ranks.add(self.learning[role])
         sums = self.ranks.total(told | {f"/{name}": weight for name, weight in weights.items()})  # one message
         told = {name: value / sums[f"/{name}"] for name, value in sums.items() if not name.startswith("/")}
-        norm = torch.nn.utils.clip_grad_norm_(self.learning[role], config.clip or math.inf)
-        fault = self.spikes.fault(role, told["loss"], float(norm))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.learning[role], config.clip or math.inf)))
+        fault = self.spikes.fault(role, told["loss"], norm)
         if fault is None:
             optimizer.step()
             self._average(role)
@@ -327,7 +339,7 @@ class Run:
                 raise NumericalError(f"{row} bad steps in a row of {role} at step {self.step}: {fault}; lower train.lr")
             told = {}
         net.requires_grad_(False).eval()
-        return {**told, "grad_norm": float(norm)} if told else {}
+        return {**told, "grad_norm": norm} if told else {}
 
     def _average(self, role: str) -> None:
         if role not in self.ema:
@@ -365,13 +377,14 @@ class Run:
     def _save(self) -> None:
         """A checkpoint of this step, once."""
         if self.saved != self.step:
-            if self.ranks.rank == 0:
+            if self.ranks.rank == 0 or self.ranks.divided:
                 self.save()
             self.ranks.wait()
             self.saved = self.step
 
     def save(self) -> Path:
-        """Write all that resuming needs; a checkpoint appears whole, under its final name, or not at all."""
+        """Write all that resuming needs; a checkpoint appears whole, under its final name, or not at all. Where weights
+        are divided, all processes call it."""
         tensors: dict[str, Tensor] = {"rng": self.rng.get_state(), "torch_rng": torch.get_rng_state()}
         for role in self.nets:
             tensors |= {f"net/{role}/{k}": v for k, v in self._own(role).items()}
@@ -388,16 +401,21 @@ class Run:
             "spikes": self.spikes.state_dict(),
         }
         final = self.out / "checkpoints" / f"step-{self.step:07d}"
-        with _whole(final) as partial:
-            checkpoint.save_tensors(partial / "state.safetensors", {k: v.clone() for k, v in tensors.items()})
-            checkpoint.write_json(partial / "state.json", state)
-            sums = {name: checkpoint.hash_of(partial / name) for name in FILES}
-            checkpoint.write_json(partial / "sums.json", sums)
-        for old in self._folders()[: -self.train_config.keep]:
+        with _whole(final) if self.ranks.rank == 0 else contextlib.nullcontext(_partial(final)) as partial:
+            if self.ranks.divided:
+                self.ranks.write(partial, tensors)
+            else:
+                checkpoint.save_tensors(partial / STATE, {k: v.clone() for k, v in tensors.items()})
+            if self.ranks.rank == 0:
+                checkpoint.write_json(partial / "state.json", state)
+                sums = {str(path.relative_to(partial)): checkpoint.hash_of(path) for path in _files(partial)}
+                checkpoint.write_json(partial / "sums.json", sums)
+        for old in self._folders()[: -self.train_config.keep] if self.ranks.rank == 0 else ():
             shutil.rmtree(old)
         return final
 
-    def _resume(self) -> None:
+    def _newest(self) -> Path | None:
+        """The newest checkpoint that is what was written; None where there is none at all."""
         refused: CheckpointError | None = None
         for folder in reversed(self._folders()):
             try:
@@ -405,24 +423,30 @@ class Run:
                 if state.get("schema") != SCHEMA:
                     raise CheckpointError(f"{folder}: is of schema {state.get('schema')!r}; this Lens reads {SCHEMA}")
                 sums = checkpoint.read_json(folder / "sums.json")
-                for name in FILES:
-                    if (folder / name).is_file() and checkpoint.hash_of(folder / name) != sums.get(name):
+                there = {str(path.relative_to(folder)): path for path in _files(folder)}
+                for name in sorted({*sums, *there, STATE} - ({STATE} if (folder / SHARDS).is_dir() else set())):
+                    if name not in there:
+                        raise CheckpointError(f"{folder / name}: is missing")
+                    if checkpoint.hash_of(there[name]) != sums.get(name):
                         raise CheckpointError(
                             f"{folder / name}: is not what was written; some of its bits have changed"
                         )
-                tensors = checkpoint.read_tensors(folder / "state.safetensors")
+                return folder
             except CheckpointError as error:
                 refused = error
                 self.say(f"{folder.name} is damaged, so the one before it is used: {error}")
-                continue
-            self._restore(state, tensors)
+        if refused is not None:  # to begin anew would rotate these away, and they may be all that is left
+            raise CheckpointError(
+                f"{self.out}: none of its checkpoints can be read; choose a new --out or move them away ({refused})"
+            )
+        return None
+
+    def _resume(self) -> None:
+        # The first process looks for all, so that all go on from the same one.
+        folder: Path | None = self.ranks.told(self._newest() if self.ranks.rank == 0 else None)
+        if folder is not None:
+            self._restore(checkpoint.read_json(folder / "state.json"), self.ranks.read(folder, self._like()))
             self.say(f"resumed at step {self.step} from {folder}")
-            break
-        else:
-            if refused is not None:  # to begin anew would rotate these away, and they may be all that is left
-                raise CheckpointError(
-                    f"{self.out}: none of its checkpoints can be read; choose a new --out or move them away ({refused})"
-                )
         if self.ranks.rank == 0:
             log = self.out / "log.jsonl"
             if log.is_file():  # a run that was killed had logged steps that are made again now
@@ -430,6 +454,18 @@ class Run:
             if self.watcher is not None:
                 begun = self.saved > 0  # else another recipe's first look is not this one's
                 self.watcher.resume(self.step if begun or not self.changed else -1, self.changed)
+        if self.watcher is not None:
+            self.watcher.lines = self.ranks.told(self.watcher.lines)
+
+    def _like(self) -> dict[str, Tensor]:
+        """By their names in a checkpoint, tensors that are divided as those there are to be."""
+        found: dict[str, Tensor] = {}
+        for role in self.nets if self.ranks.divided else ():
+            found |= {f"net/{role}/{k}": v.detach() for k, v in self._own(role).items()}
+            found |= {f"ema/{role}/{k}": v for k, v in self.ema.get(role, {}).items()}
+            for index, parameter in enumerate(self.learning[role]):
+                found |= {f"optimizer/{role}/{index}/{k}": parameter.detach() for k in ("exp_avg", "exp_avg_sq")}
+        return found
 
     def _restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         def under(prefix: str) -> dict[str, Tensor]:
@@ -458,6 +494,23 @@ class Run:
         if tensors.keys() != self._own(role).keys():
             raise CheckpointError(f"{self.out}: the checkpoint's {role} is another network than the recipe's")
         self.nets[role].load_state_dict(tensors, strict=role not in self.train_config.adapters)
+
+    def _gather(self) -> None:
+        """Make divided weights and averages whole again, on the CPU of the first process, for `export`."""
+        if not self.ranks.divided:
+            return
+        for role, net in self.nets.items():
+            full = {k: whole(v.detach()).cpu() for k, v in net.state_dict().items()}
+            average = {k: whole(v).cpu() for k, v in self.ema.get(role, {}).items()}
+            if self.ranks.rank == 0:
+                blank = self.blanks[role]
+                blank.load_state_dict(full, assign=True)
+                for part in PREFIXES:
+                    if getattr(self.pipeline, part) is net:
+                        setattr(self.pipeline, part, blank)
+                self.nets[role] = blank
+                if role in self.ema:
+                    self.ema[role] = average
 
     def export(self) -> Path:
         """Write the pipeline, with averaged weights where there are any, as a checkpoint in `model/`.
@@ -521,7 +574,7 @@ def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
 @contextlib.contextmanager
 def _whole(final: Path) -> Iterator[Path]:
     """A folder to fill, which then takes the place of `final`. Where it cannot be filled, it gives its room back."""
-    partial = final.with_name(f".{final.name}.partial")
+    partial = _partial(final)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with checkpoint.writing(final):
@@ -533,59 +586,31 @@ def _whole(final: Path) -> Iterator[Path]:
         raise
 
 
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a checkpoint whose sums are kept: all of them, but the sums."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "sums.json")
+
+
+def _blank(net: nn.Module) -> nn.Module:
+    """`net` with every shape and no weights."""
+    tensors = (*net.parameters(), *net.buffers())
+    empty = {id(t): t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors}
+    memo: dict[int, Any] = {
+        id(t): nn.Parameter(empty[id(t)], t.requires_grad) if isinstance(t, nn.Parameter) else empty[id(t)]
+        for t in tensors
+    }
+    return copy.deepcopy(net, memo)
+
+
 def _exchange(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     for one, other in pairs:
         kept = one.clone()
         one.copy_(other)
         other.copy_(kept)
-
-
-def seed_of(*numbers: int) -> int:
-    """A seed that is a pure function of the numbers, 63 bits: equal for equal numbers on any machine and any rank."""
-    packed = struct.pack(f"<{len(numbers)}Q", *(n % 2**64 for n in numbers))
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
-
-
-class Ranks:
-    """The processes of a run, and which parts of a batch are this one's. Alone, it adds nothing to anything."""
-
-    def __init__(self, accelerator: Any, parts: int) -> None:
-        self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
-        self.parts = max(parts, self.world)
-        if self.parts % self.world:
-            raise ConfigError(f"$.train.parts: {parts} parts have no equal shares for {self.world} processes")
-        share = self.parts // self.world
-        self.mine = range(self.rank * share, (self.rank + 1) * share)
-
-    def add(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum gradients over the processes, in one message; a parameter that got one nowhere keeps none."""
-        if self.world == 1:
-            return
-        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
-        dist.all_reduce(there)
-        used = [p for p, somewhere in zip(parameters, there.tolist(), strict=True) if somewhere]
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
-        dist.all_reduce(flat)
-        for p, piece in zip(used, torch.split(flat, [p.numel() for p in used]), strict=True):
-            p.grad = piece.view_as(p)
-
-    def total(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sums over those processes that name a thing."""
-        if self.world == 1:
-            return dict(values)
-        everyone: list[Mapping[str, float]] = [{}] * self.world
-        dist.all_gather_object(everyone, dict(values))
-        names = sorted({name for told in everyone for name in told})
-        return {name: math.fsum(told[name] for told in everyone if name in told) for name in names}
-
-    def any(self, flag: bool) -> bool:
-        """Whether it holds in any process."""
-        return bool(self.total({"": float(flag)})[""])
-
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.world > 1:
-            dist.barrier()
 
 
 class _Signals:

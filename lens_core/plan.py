@@ -120,6 +120,10 @@ def describe(recipe: Recipe, catalog: Catalog) -> str:
     lines = ["learns"] + [f"  {role:28}{count / 1e6:12,.2f} M parameters" for role, count in learns.items()]
     lines += ["memory, GB (10^9 bytes)"] + [f"  {name:28}{size / 1e9:12,.3f}" for name, size in found.items()]
     lines += [f"  {'all of it':28}{sum(found.values()) / 1e9:12,.3f}"]
+    if recipe.train.shards > 1:
+        whole = sum(size for name, size in found.items() if name.partition(":")[0] not in learns)
+        each = whole + (sum(found.values()) - whole) / recipe.train.shards
+        lines += [f"  {f'of a process of {recipe.train.shards}':28}{each / 1e9:12,.3f}"]
     return "\n".join([text, *lines, *(f"note: {note}" for note in ("activations come on top", *notes))])
 
 

@@ -33,9 +33,10 @@ class Watcher:
 
     def __init__(
         self, config: Watch, catalog: Catalog, pipeline: LensPipeline, method: Any, out: Path,
-        say: Callable[[str], None],
+        say: Callable[[str], None], *, writes: bool = True,
     ) -> None:  # fmt: skip
         self.config, self.pipeline, self.method, self.out, self.say = config, pipeline, method, out, say
+        self.writes = writes  # where processes look together, one of them does
         absent = [p.replace("_", " ") for p in PARTS if getattr(pipeline, p) is None]
         if absent and (config.prompts or config.benchmarks):
             raise ConfigError(
@@ -160,11 +161,14 @@ class Watcher:
         if config.keep_best in found:
             best, line["score"] = self.best(step), found[config.keep_best]
             if best is None or line["score"] > self.lines[best]["score"]:
-                checkpoint.save_tensors(self._file(step), {k: v.clone() for k, v in weights().items()})
-                line["sha256"] = checkpoint.hash_of(self._file(step))
-        checkpoint.append(self.out / "watch.jsonl", line)
+                held = weights()
+                if self.writes:
+                    checkpoint.save_tensors(self._file(step), {k: v.clone() for k, v in held.items()})
+                    line["sha256"] = checkpoint.hash_of(self._file(step))
         self.lines[step] = line
-        self._tidy()
+        if self.writes:
+            checkpoint.append(self.out / "watch.jsonl", line)
+            self._tidy()
         told = "  ".join(f"{k} {found[k]:.4f}" for k in found if k in self.judges or k == "validation/loss")
         self.say(f"step {step}: looked for {line['seconds']:.0f} s  {told}".rstrip())
         return line
@@ -190,6 +194,8 @@ class Watcher:
                 check()
         except LensError as error:
             self.say(f"step {step}: the samples cannot be drawn, and the run goes on: {error}")
+            return
+        if not self.writes:
             return
         columns = min(COLUMNS, len(prompts))
         sheet = evaluation.contact_sheet(torch.cat(parts), self.config.prompts, [None] * len(prompts), columns)

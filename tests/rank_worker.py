@@ -12,6 +12,7 @@ from typing import Any
 import lens_data
 import lens_dmd2
 import lens_flow
+import lens_mmdit
 import lens_nft
 import lens_shapes
 import torch
@@ -49,10 +50,41 @@ def lens_rewards() -> dict[str, type[Any]]:
 SHAPES = {"use": "shapes", "sizes": [[64, 64], [64, 80]], "batch": 8, "dense": 0.0}
 PARTS = {"vae": "blocks", "text_encoder": "letters", "backbone": {"use": "mixer", "width": 8}, "sampler": "euler"}
 TRAIN = {"steps": 20, "lr": 2e-3, "ema": 0.9, "save_every": 10, "keep": 9, "log_every": 10, "parts": 2}
+BLOCKS = {
+    "use": "mmdit",
+    "in_channels": 4,
+    "out_channels": 1,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "axes_dims_rope": [4, 4, 4],
+    "enc_hidden_dim": 8,
+    "selected_layer_index": [0],
+}
 METHODS = {
     "one": {"method": "flow_matching", "dataset": SHAPES},
+    "blocks": {  # a network of several blocks, each of which is divided by itself
+        "method": "flow_matching",
+        "dataset": SHAPES,
+        "pipeline": {**PARTS, "backbone": BLOCKS},
+    },
+    "watched": {
+        "method": "flow_matching",
+        "dataset": SHAPES,
+        "watch": {
+            "every": 10,
+            "prompts": ["a red circle", "two blue squares"],
+            "benchmarks": [{"use": "shapes", "prompts": 7, "tasks": ["words"]}],
+            "validation": {**SHAPES, "seed": 9},
+            "batches": 2,
+            "keep_best": "shapes",
+            "size": [64, 64],
+            "steps": 2,
+        },
+    },
     "packed": {
         "method": "flow_matching",
+        "pipeline": {**PARTS, "backbone": BLOCKS},
         "dataset": {
             "use": "packed",
             "store": os.environ.get("RANKS_STORE", ""),
@@ -80,6 +112,8 @@ METHODS = {
         },
     },
 }
+DIVIDED = [name for name in METHODS if name != "rewarded"]
+"""Those whose weights can be divided among processes."""
 
 
 def recipe(name: str, **train: int) -> Recipe:
@@ -88,7 +122,7 @@ def recipe(name: str, **train: int) -> Recipe:
 
 def run(name: str, out: Path, **train: int) -> None:
     said: list[str] = []
-    catalog = Catalog.of(toy, lens_data, lens_flow, lens_shapes, lens_dmd2, lens_nft, sys.modules[__name__])
+    catalog = Catalog.of(toy, lens_data, lens_flow, lens_mmdit, lens_shapes, lens_dmd2, lens_nft, sys.modules[__name__])
     going = Run(recipe(name, **train), catalog, out, say=said.append)
     report = going.train()
     rank = going.ranks.rank
@@ -97,8 +131,8 @@ def run(name: str, out: Path, **train: int) -> None:
 
 
 if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    for name in METHODS:
-        run(name, root / name)
+    root, shards = Path(sys.argv[1]), int(sys.argv[2])
+    for name in sys.argv[3:]:
+        run(name, root / name, shards=shards)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor, nn
 
 from lens_core import flow
@@ -27,12 +27,25 @@ if TYPE_CHECKING:
 
 
 @frozen
+class Entry:
+    """Where a turn begins: at step `count` of the student, in a noised picture (`real`) or in what it made so far."""
+
+    count: int
+    real: bool = False
+
+
+@frozen
 class Sample:
-    """A micro-batch: the captions' text, the latent grid (h, w) to draw at, and real latents z [B,C,h,w] for a GAN."""
+    """A micro-batch: the captions' text, the latent grid (h, w) to draw at, and real latents z [B,C,h,w] for a GAN.
+
+    `entries` are taken in turn, one by each loss. They are those of every part of a batch, for passes over divided
+    weights must be as many in every process; a loss that finds none left draws its own.
+    """
 
     text: Text
     size: tuple[int, int]
     z: Tensor | None = None
+    entries: Iterator[Entry] = field(factory=lambda: iter(()), eq=False)
 
     def __len__(self) -> int:
         return len(self.text)
@@ -152,7 +165,8 @@ class DMD2:
     def steps(
         self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
     ) -> Iterator[Sequence[Sample]]:
-        """One encoded batch a step. Where it has no pictures, `rng` picks one of the sizes; a GAN needs pictures."""
+        """One encoded batch a step. `rng`, which is in one state in all processes, gives what they must share: the
+        entries, and one of the sizes where there are no pictures. A GAN needs pictures."""
         cell = self.pipeline.vae.downscale
         for batch in batches:
             z, images = None, batch.even()
@@ -164,7 +178,13 @@ class DMD2:
             else:
                 sizes = self.config.sizes or (self.pipeline.size(),)
                 height, width = sizes[int(torch.randint(len(sizes), (), generator=rng))]
-            yield (Sample(self.pipeline.encode(batch.captions), (height // cell, width // cell), z),)
+            entries = [self._draw(rng) for _ in range(self.config.critic_steps * len(self._roles))]  # enough for all
+            yield (Sample(self.pipeline.encode(batch.captions), (height // cell, width // cell), z, iter(entries)),)
+
+    def _draw(self, rng: torch.Generator) -> Entry:
+        """Any of the student's steps, each as likely as the others."""
+        count = int(torch.randint(self.config.steps, (), generator=rng))
+        return Entry(count, bool(self.config.real) and float(torch.rand((), generator=rng)) < self.config.real)
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Tensor:
@@ -174,7 +194,7 @@ class DMD2:
     # ---- losses ------------------------------------------------------------------------------------------------
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
-        """`rng` gives the exit step first, which all ranks must share, and then all noise."""
+        """`rng` gives all noise."""
         if self.config.share and any(p.requires_grad for p in self.teacher.parameters()):
             raise ConfigError(
                 f"dmd2: {role} shares the teacher's weights and would change them; name it in train.adapters as well"
@@ -185,14 +205,15 @@ class DMD2:
     def _enter(
         self, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator
     ) -> tuple[Tensor, float, float, Velocity]:
-        """(x, t, the next time, the student): where the exit step begins, drawn evenly from the student's steps."""
+        """(x, t, the next time, the student): where the step that learns begins."""
         student = _bind(nets["generator"], batch.text)
         sampler, steps = self.pipeline.sampler, self.config.steps
-        count = int(torch.randint(steps, (), generator=rng))
+        entry = next(batch.entries, None) or self._draw(rng)
+        count = entry.count
         device = batch.text.features.device
         noise = torch.randn(len(batch), self.pipeline.vae.channels, *batch.size, generator=rng).to(device)
         t, after = sampler.times(batch.size, steps)[count : count + 2].tolist()
-        if self.config.real and float(torch.rand((), generator=rng)) < self.config.real:
+        if entry.real:
             if batch.z is None:
                 raise LensError("dmd2: there are no pictures to begin at; use a dataset with pictures, or real: 0")
             return flow.mix(batch.z.to(device), noise, noise.new_full((len(noise),), t)), t, after, student

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lens_core import adapters, flow
 from lens_core.catalog import Catalog
 from lens_core.config import Use, build, structure
-from lens_core.loop import seed_of
+from lens_core.ranks import seed_of
 from lens_core.types import ConfigError, LensError, Loss, Place, Prompt, Text, did_you_mean
 from lens_nft.objective import Advantages, advantages, optimality, reflected_loss, squared_distance
 from lens_nft.panel import Judge, Verdicts, judge, spent

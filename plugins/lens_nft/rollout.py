@@ -10,8 +10,8 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from lens_core.loop import seed_of
 from lens_core.pipeline import to_images
+from lens_core.ranks import seed_of
 from lens_core.types import Prompt, Text
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from lens_core.__main__ import main
 from lens_core.catalog import Catalog
 from lens_core.config import Adapter, read_recipe
 from lens_core.loop import Run
-from lens_core.plan import memory
+from lens_core.plan import describe, memory
 
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
 
@@ -84,6 +84,16 @@ def test_an_adapter_costs_what_it_learns(everything: Catalog) -> None:
     assert learns == {"backbone": blocks * a_block}
     more = evolve(recipe, train=evolve(recipe.train, adapters={"backbone": Adapter(32, 1.0, ("attn.img_qkv",))}))
     assert memory(more, everything)[1] == {"backbone": blocks * 32 * (d + 3 * d)}
+
+
+def test_what_is_divided_is_told_by_the_process(everything: Catalog) -> None:
+    recipe = read_recipe(RECIPES / "distill_turbo.yaml", everything)
+    found, learns, _ = memory(recipe, everything)
+    divided = sum(size for name, size in found.items() if name.partition(":")[0] in learns)
+    assert {"teacher: weights", "text_encoder: weights", "vae: weights"} < found.keys()
+    each = (sum(found.values()) - divided + divided / 8) / 1e9
+    told = [line for line in describe(recipe, everything).splitlines() if "of a process of 8" in line]
+    assert len(told) == 1 and float(told[0].split()[-1]) == pytest.approx(each, abs=1e-3)
 
 
 def test_the_command_prints_the_recipe_and_starts_nothing(

@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from lens_core import checkpoint
-from lens_core.loop import Ranks
+from lens_core.ranks import Ranks
 from lens_core.types import ConfigError
 
 TESTS = Path(__file__).resolve().parents[1]
+DIVIDED = pytest.mark.parametrize("name", sorted(rank_worker.DIVIDED))
 NAMES = pytest.mark.parametrize("name", sorted(rank_worker.METHODS))
 
 
@@ -36,46 +37,48 @@ def pictures(store: Path) -> None:
     import_folder(str(store), folder)
 
 
-def launch(folder: Path) -> None:
-    """The worker twice, as torchrun would start it."""
+def launch(folder: Path, *names: str, world: int = 2, shards: int = 1) -> None:
+    """The worker `world` times, as torchrun would start it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     paths = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "plugins")]
     processes = [
         subprocess.Popen(
-            [sys.executable, str(TESTS / "rank_worker.py"), str(folder)],
+            [sys.executable, str(TESTS / "rank_worker.py"), str(folder), str(shards), *names],
             env={
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": os.pathsep.join(paths),
-                "GLOO_SOCKET_IFNAME": "lo",
+                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "PYTHONPATH": os.pathsep.join(paths), "GLOO_SOCKET_IFNAME": "lo",
             },
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for rank in range(2)
+        for rank in range(world)
     ]  # fmt: skip
     try:
         told = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(err[-2000:] for _, err in told)
+    assert not any(p.returncode for p in processes), "\n".join(err[-2000:] for _, err in told)
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `alone` and `pair`, each with a finished run of every method."""
+    """Folders `alone` and `pair`, each with a finished run of every method, and `divided`, of those that can be."""
     root = tmp_path_factory.mktemp("ranks")
     pictures(root / "store")
     rank_worker.METHODS["packed"]["dataset"]["store"] = os.environ["RANKS_STORE"] = str(root / "store")
     for name in rank_worker.METHODS:
         rank_worker.run(name, root / "alone" / name)
-    launch(root / "pair")
+    launch(root / "pair", *rank_worker.METHODS)
+    launch(root / "divided", *rank_worker.DIVIDED, shards=2)
     return root
 
 
 def state(run: Path, step: int = 20) -> dict[str, Tensor]:
-    return checkpoint.read_tensors(run / "checkpoints" / f"step-{step:07d}" / "state.safetensors")
+    """All tensors of a checkpoint, whoever wrote it."""
+    return Ranks(Fake(0, 1), 1).read(run / "checkpoints" / f"step-{step:07d}", {})
 
 
 def apart(a: dict[str, Tensor], b: dict[str, Tensor], kind: str) -> float:
@@ -84,13 +87,47 @@ def apart(a: dict[str, Tensor], b: dict[str, Tensor], kind: str) -> float:
     return max(float((a[n].double() - b[n].double()).abs().max()) for n in names)
 
 
-@NAMES
-def test_two_processes_end_with_the_weights_of_one(name: str, both: Path) -> None:
-    one, two = state(both / "alone" / name), state(both / "pair" / name)
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [("pair", name) for name in sorted(rank_worker.METHODS)] + [("divided", n) for n in sorted(rank_worker.DIVIDED)],
+)
+def test_two_processes_end_with_the_weights_of_one(where: str, name: str, both: Path) -> None:
+    one, two = state(both / "alone" / name), state(both / where / name)
     for kind in ("net/", "ema/"):
         assert apart(one, two, kind) <= 1e-5
     begun = state(both / "alone" / name, 10)
     assert apart(begun, one, "net/") > 1e-3, "it must have learned, or being equal says nothing"
+    models = [sorted((both / w / name / "model").rglob("*.safetensors")) for w in ("alone", where)]
+    assert len(models[0]) == len(models[1]) > 1
+    for a, b in zip(*models, strict=True):
+        exported = checkpoint.read_tensors(a), checkpoint.read_tensors(b)
+        assert apart(*exported, "") <= 1e-5
+        assert a.with_name("config.json").is_file() == b.with_name("config.json").is_file()
+        if a.with_name("config.json").is_file():
+            assert a.with_name("config.json").read_bytes() == b.with_name("config.json").read_bytes()
+
+
+@DIVIDED
+def test_each_process_writes_its_half(name: str, both: Path) -> None:
+    whole, halves = both / "alone" / name, both / "divided" / name
+    files = sorted((halves / "checkpoints" / "step-0000020" / "shards").iterdir())
+    sizes = [sum(v.numel() for k, v in checkpoint.read_tensors(f).items() if "/" in k) for f in files]
+    total = sum(v.numel() for k, v in state(whole).items() if "/" in k)
+    assert len(files) == 2 and sum(sizes) == total
+    assert max(sizes) < 0.7 * total, "a small layer has no two halves"
+
+
+def test_looks_see_the_same(both: Path) -> None:
+    told = []
+    for where in ("alone", "pair", "divided"):
+        lines = [json.loads(line) for line in (both / where / "watched" / "watch.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [0, 10, 20]
+        told.append([{k: v for k, v in line.items() if k not in ("seconds", "sha256")} for line in lines])
+        assert len(list((both / where / "watched" / "samples").iterdir())) == 3
+        assert len(list((both / where / "watched" / "best").iterdir())) == 1
+    for line, *others in zip(*told, strict=True):
+        for other in others:
+            assert other == pytest.approx(line, abs=2e-6)
 
 
 @NAMES
@@ -109,15 +146,51 @@ def test_they_tell_the_same(name: str, both: Path) -> None:
     assert first["said"] and not second["said"]
 
 
-@NAMES
-def test_a_run_of_two_goes_on_as_one(name: str, both: Path, tmp_path: Path) -> None:
-    shutil.copytree(both / "pair" / name, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-0000020")
-    shutil.rmtree(tmp_path / "run" / "model")
-    rank_worker.run(name, tmp_path / "run")
+@pytest.mark.parametrize("where", ["pair", "divided"])
+@DIVIDED
+def test_a_run_of_two_goes_on_as_one(name: str, where: str, both: Path, tmp_path: Path) -> None:
+    begun(both / where / name, tmp_path / "run")
+    rank_worker.run(name, tmp_path / "run", **({"shards": 2} if where == "divided" else {}))
     told = json.loads((tmp_path / "run" / "rank-0.json").read_text())
     assert any(line.startswith("resumed at step 10") for line in told["said"])
-    assert apart(state(both / "pair" / name), state(tmp_path / "run"), "net/") <= 1e-5
+    assert apart(state(both / where / name), state(tmp_path / "run"), "net/") <= 1e-5
+
+
+def test_a_divided_run_goes_on_whatever_it_was(both: Path, tmp_path: Path) -> None:
+    """Of two roles: what one process wrote, and what two did, on four processes, each pair of which holds a copy."""
+    written = []
+    for where in ("alone", "divided"):
+        begun(both / where / "two", tmp_path / where / "two")
+        recipe = tmp_path / where / "two" / "recipe.json"
+        recipe.write_text(recipe.read_text().replace(f'"shards": {1 + (where == "divided")}', '"shards": 2'))
+        launch(tmp_path / where, "two", world=4, shards=2)
+        written.append(state(tmp_path / where / "two"))
+        told = json.loads((tmp_path / where / "two" / "rank-0.json").read_text())
+        assert any(line.startswith("resumed at step 10") for line in told["said"])
+    assert apart(*written, "net/") <= 1e-5
+
+
+def begun(run: Path, copy: Path) -> None:
+    """`copy` is `run` as it was halfway."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-0000020")
+    shutil.rmtree(copy / "model")
+
+
+def test_a_lost_or_altered_share_is_found(both: Path, tmp_path: Path) -> None:
+    for harm in ("lost", "altered"):
+        begun(both / "divided" / "one", tmp_path / harm)
+        newest = tmp_path / harm / "checkpoints" / "step-0000010"
+        shutil.copytree(newest, tmp_path / harm / "checkpoints" / "step-0000005")
+        share = sorted((newest / "shards").iterdir())[1]
+        if harm == "lost":
+            share.unlink()
+        else:
+            share.write_bytes(share.read_bytes()[:-1] + b"\x01")
+        rank_worker.run("one", tmp_path / harm, shards=2)
+        said = json.loads((tmp_path / harm / "rank-0.json").read_text())["said"]
+        assert any("step-0000010 is damaged" in line and share.name in line for line in said), said
+        assert any("step-0000005" in line and line.startswith("resumed") for line in said), said
 
 
 def test_the_parts_decide_and_not_only_the_batch(both: Path, tmp_path: Path) -> None:
@@ -135,3 +208,24 @@ def test_parts_are_shared_out_evenly() -> None:
     assert Ranks(Fake(1, 4), 1).parts == 4  # at least one each
     with pytest.raises(ConfigError, match="3 parts have no equal shares for 2 processes"):
         Ranks(Fake(0, 2), 3)
+
+
+def test_shards_are_at_most_the_processes() -> None:
+    assert [Ranks(Fake(0, w), 1, s).shards for w, s in ((1, 0), (1, 8), (4, 0), (4, 2), (4, 8))] == [1, 1, 4, 2, 4]
+    assert not Ranks(Fake(0, 1), 1, 8).divided and Ranks(Fake(0, 4), 1, 2).divided
+    with pytest.raises(ConfigError, match=r"\$.train.shards: 4 processes have no equal groups of 3"):
+        Ranks(Fake(0, 4), 1, 3)
+
+
+def test_what_stands_on_the_same_weights_is_not_divided() -> None:
+    ranks, layer = Ranks(Fake(0, 2), 1, 2), torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="a and b stand on the same weights"):
+        ranks.divide({"a": torch.nn.Sequential(layer), "b": torch.nn.Sequential(layer)})
+
+
+def test_a_method_that_shares_out_unevenly_keeps_its_weights_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("lens_core.loop.Ranks", lambda _, parts, shards: Ranks(Fake(0, 2), parts, shards))
+    with pytest.raises(ConfigError, match="diffusion_nft shares out its work unevenly"):
+        rank_worker.run("rewarded", tmp_path, shards=2)

@@ -494,10 +494,21 @@ def test_a_share_of_the_draws_begins_at_noised_pictures() -> None:
         x, t, _, _ = m._enter(m.roles(), mine, rng(seed))
         draws = rng(seed)
         torch.randint(4, (), generator=draws)
+        torch.rand((), generator=draws)
         noise = torch.randn(mine.z.shape, generator=draws)
         begun += torch.equal(x, flow.mix(mine.z, noise, torch.full((4,), t))) and t < 1
     assert 55 < begun < 95, "half of the three quarters that do not begin at noise"
     assert encoded(m, batch(px=32))[0].z is not None
+
+
+def test_the_parts_of_a_batch_begin_their_turns_at_the_same_steps() -> None:
+    """Where weights are divided, a process that made more passes than another would wait for ever."""
+    m = method(real=0.5, critic_steps=3)
+    one, two = (next(iter(m.steps(iter([batch(px=32)]), m.roles(), rng(4))))[0] for _ in range(2))
+    begun = [[m._enter(m.roles(), mine, rng(seed))[1] for _ in m.turns(100)] for seed, mine in ((1, one), (2, two))]
+    assert begun[0] == begun[1] and len(set(begun[0])) > 1
+    later = next(iter(m.steps(iter([batch(px=32)]), m.roles(), rng(5))))[0]
+    assert [m._enter(m.roles(), later, rng(1))[1] for _ in m.turns(100)] != begun[0]
     with pytest.raises(LensError, match="gan and real need one that yields pictures"):
         encoded(m, batch(images=False))
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from lens_core import checkpoint, flow, hookimpl
 from lens_core.catalog import Catalog
 from lens_core.config import Adapter, Parts, Recipe, Training, Use, build, read_recipe
-from lens_core.loop import Run, seed_of
+from lens_core.loop import Run
 from lens_core.pipeline import LensPipeline, to_images
+from lens_core.ranks import seed_of
 from lens_core.testing import check_method
 from lens_core.types import ConfigError, LensError, Place, Prompt, Score
 

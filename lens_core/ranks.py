@@ -1,0 +1,205 @@
+"""The processes of a run: whose part of a batch is whose, sums over them, and weights that they hold divided.
+
+Weights are divided with FSDP2 (`fully_shard`, over DTensors) and saved with torch's distributed checkpoints, in their
+safetensors format: every process writes what it holds, and any number of processes can read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lens_core import checkpoint
+from lens_core.types import CheckpointError, ConfigError
+
+SHARDS = "shards"
+"""The folder of a checkpoint in which every process has written what it holds."""
+ENTRIES = ("packed", "features", "encode", "decode")
+"""Ways into a network besides its forward, for which its divided weights must be gathered as well."""
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that is a pure function of the numbers, 63 bits: equal for equal numbers on any machine and any rank."""
+    packed = struct.pack(f"<{len(numbers)}Q", *(n % 2**64 for n in numbers))
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+class Ranks:
+    """The processes of a run, and which parts of a batch are this one's. Alone, it adds nothing to anything.
+
+    `shards`: the processes among which weights are divided, 0 for all; never more than there are. With fewer than all,
+    every so many processes hold a copy (hybrid sharding).
+    """
+
+    def __init__(self, accelerator: Any, parts: int, shards: int = 1) -> None:
+        self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        self.parts = max(parts, self.world)
+        if self.parts % self.world:
+            raise ConfigError(f"$.train.parts: {parts} parts have no equal shares for {self.world} processes")
+        share = self.parts // self.world
+        self.mine = range(self.rank * share, (self.rank + 1) * share)
+        self.shards = min(shards or self.world, self.world)
+        if self.world % self.shards:
+            raise ConfigError(
+                f"$.train.shards: {self.world} processes have no equal groups of {shards}; use a number that divides it"
+            )
+        self.divided = self.shards > 1  # else all hold everything
+
+    # ---- gradients and numbers ------------------------------------------------------------------------------------
+
+    def add(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum gradients over the processes, in one message; a parameter that got one nowhere keeps none. Those of
+        divided weights were summed on their way back."""
+        if self.world == 1 or self.divided:
+            return
+        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
+        dist.all_reduce(there)
+        used = [p for p, somewhere in zip(parameters, there.tolist(), strict=True) if somewhere]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
+        dist.all_reduce(flat)
+        for p, piece in zip(used, torch.split(flat, [p.numel() for p in used]), strict=True):
+            p.grad = piece.view_as(p)
+
+    @property
+    def factor(self) -> int:
+        """What a loss is multiplied by, for FSDP2 takes the mean over the processes where `add` takes the sum."""
+        return self.world if self.divided else 1
+
+    def total(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over those processes that name a thing."""
+        if self.world == 1:
+            return dict(values)
+        everyone: list[Mapping[str, float]] = [{}] * self.world
+        dist.all_gather_object(everyone, dict(values))
+        names = sorted({name for told in everyone for name in told})
+        return {name: math.fsum(told[name] for told in everyone if name in told) for name in names}
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in any process."""
+        return bool(self.total({"": float(flag)})[""])
+
+    def told(self, value: Any) -> Any:
+        """The first process's value, in all of them."""
+        if self.world == 1:
+            return value
+        found = [value]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    # ---- divided weights ------------------------------------------------------------------------------------------
+
+    def divide(self, nets: Mapping[str, nn.Module]) -> None:
+        """Leave each process its share of the weights of `nets`, in place: block by block where a network names its
+        blocks, as diffusers' and transformers' do, so that one block at a time is whole.
+
+        Raises ConfigError where two of them stand on the same weights.
+        """
+        if not self.divided:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        owners: dict[int, str] = {}
+        for role, net in nets.items():
+            for parameter in net.parameters():
+                if (other := owners.setdefault(id(parameter), role)) != role:
+                    raise ConfigError(
+                        f"$.train.shards: {other} and {role} stand on the same weights, which cannot be divided twice; "
+                        "use shards: 1"
+                    )
+        groups = self.world // self.shards
+        shape, names = ((self.shards,), ("shard",)) if groups == 1 else ((groups, self.shards), ("copy", "shard"))
+        # Nothing here changes a network's answer in place, which is what FSDP2 warns of wherever one is a view.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        for net in nets.values():
+            for block in [*_blocks(net), net]:
+                # The outermost too goes back to shares after each pass: a pass without gradients may come before one
+                # with them, and only what is gathered anew learns that it is to have some.
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
+            for name in ENTRIES:
+                if hasattr(net, name):
+                    register_fsdp_forward_method(net, name)
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write what this process holds to the folder `shards` of a checkpoint; all processes call it."""
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        place = folder / SHARDS
+        if self.rank == 0:
+            place.mkdir(parents=True)
+        self.wait()
+        try:
+            save(dict(tensors), storage_writer=HuggingFaceStorageWriter(path=str(place), save_distributed=True))
+        except CheckpointException as error:  # of whichever process
+            causes = [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
+            with checkpoint.writing(place):
+                raise next((c for c in causes if isinstance(c, OSError)), OSError(str(causes[0]))) from error
+
+    def read(self, folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a checkpoint, whoever wrote it, divided as those of the same name in `like` are."""
+        whole = folder / "state.safetensors"
+        if whole.is_file():
+            return {name: _as(tensor, like.get(name)) for name, tensor in checkpoint.read_tensors(whole).items()}
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        reader = HuggingFaceStorageReader(path=str(folder / SHARDS))
+        into: dict[str, Any] = {}
+        for name, there in reader.read_metadata().state_dict_metadata.items():
+            mine = like.get(name)
+            assert isinstance(there, TensorStorageMetadata)  # safetensors hold nothing else
+            if isinstance(mine, DTensor) and mine.shape == there.size:
+                into[name] = torch.empty_like(mine, dtype=there.properties.dtype)
+            elif isinstance(mine, DTensor):
+                raise CheckpointError(f"{folder}: {name} is {list(there.size)}, and {list(mine.shape)} in the recipe")
+            else:
+                into[name] = torch.empty(there.size, dtype=there.properties.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # which is no fault
+            load(into, storage_reader=reader, no_dist=self.world == 1)
+        return into
+
+
+def _blocks(net: nn.Module) -> list[nn.Module]:
+    """The modules that `net`, or a part of it, says are to stay whole."""
+    names: set[str] = set()
+    for module in net.modules():
+        for attribute in ("_repeated_blocks", "_no_split_modules"):  # diffusers' and transformers' words
+            names |= set(getattr(module, attribute, None) or ())
+    return [module for module in net.modules() if type(module).__name__ in names and module is not net]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor` with all of its elements. Of a divided one: all processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _as(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """`tensor`, divided as `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = like.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
