@@ -28,9 +28,32 @@ def unshifted(t: float, shift: float) -> float:
     return t / (shift - (shift - 1) * t)
 
 
-def noised(x: Tensor, rng: torch.Generator, shift: float, until: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_t, t float32 [B], noise), each row at its own t <= `until`; even before the shift."""
-    t = shifted(torch.rand(len(x), generator=rng) * unshifted(until, shift), shift).to(x.device)
+def even(rows: int, rng: torch.Generator) -> Tensor:
+    """u [B], even in [0, 1)."""
+    return torch.rand(rows, generator=rng)
+
+
+def logit_normal(rows: int, rng: torch.Generator) -> Tensor:
+    """u [B] in (0, 1) with logit(u) ~ N(0, 1): the middle more often than the ends (SenseFlow's for the fake)."""
+    return torch.randn(rows, generator=rng).sigmoid()
+
+
+LEVELS = {"even": even, "logit_normal": logit_normal}
+"""Name -> a function of (rows, rng): noise levels before they are shifted."""
+
+
+@frozen
+class Schedule:
+    """Which noise levels things are compared at."""
+
+    shift: float
+    levels: str = "even"
+
+
+def noised(x: Tensor, rng: torch.Generator, schedule: Schedule, until: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_t, t float32 [B], noise), each row at its own t <= `until`; before the shift, the schedule's levels shrunk."""
+    u = LEVELS[schedule.levels](len(x), rng)
+    t = shifted(u * unshifted(until, schedule.shift), schedule.shift).to(x.device)
     noise = torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device)
     return flow.mix(x, noise, t), t, noise
 
@@ -80,7 +103,7 @@ class Matching:
 class Weights:
     """What a matching is weighed by."""
 
-    shift: float  # of the noise levels
+    schedule: Schedule
     floor: float  # least distance that a gradient is divided by
     ca: float = 1.0
     dm: float = 1.0
@@ -89,7 +112,7 @@ class Weights:
 @torch.no_grad()
 def joint(x: Tensor, views: Views, until: float, weights: Weights, rng: torch.Generator) -> Matching:
     """DMD2: from the fake to the guided teacher, at noise levels over the full range."""
-    x_t, t, _ = noised(x, rng, weights.shift)
+    x_t, t, _ = noised(x, rng, weights.schedule)
     _, guided = views.both(x_t, t)
     fake = views.fake(x_t, t)
     return Matching(gradient(x, x_t, t, guided, fake, guided, weights.floor), _agreement(guided, fake))
@@ -102,10 +125,10 @@ def decoupled(x: Tensor, views: Views, until: float, weights: Weights, rng: torc
     The noise levels of CA are cleaner than `until`, the time of the step that made x; those of DM are not bounded.
     `ca_dm` is the ratio of the two gradients' norms.
     """
-    x_t, t, _ = noised(x, rng, weights.shift, until)
+    x_t, t, _ = noised(x, rng, weights.schedule, until)
     cond, guided = views.both(x_t, t)
     ca = weights.ca * gradient(x, x_t, t, guided, cond, cond, weights.floor)
-    x_t, t, _ = noised(x, rng, weights.shift)
+    x_t, t, _ = noised(x, rng, weights.schedule)
     cond, fake = views.cond(x_t, t), views.fake(x_t, t)
     dm = weights.dm * gradient(x, x_t, t, cond, fake, cond, weights.floor)
     return Matching(ca + dm, {**_agreement(cond, fake), "ca_dm": ratio(ca, dm)})

@@ -18,8 +18,8 @@ from lens_core import flow
 from lens_core.pipeline import to_pixels
 from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, Text, did_you_mean
 from lens_dmd2 import losses
-from lens_dmd2.heads import Heads
-from lens_dmd2.losses import MATCHINGS, Views, Weights
+from lens_dmd2.heads import HEADS, Heads
+from lens_dmd2.losses import LEVELS, MATCHINGS, Schedule, Views, Weights
 from lens_dmd2.rollout import ROLLOUTS, Velocity
 
 if TYPE_CHECKING:
@@ -67,14 +67,17 @@ class DMD2:
         matching: str = "decoupled"  # decoupled | joint
         ca: float = 1.0  # weighs the decoupled gradient towards guidance
         dm: float = 1.0  # weighs the decoupled gradient towards the teacher
-        shift: float = 3.0  # of the noise levels that everything is compared at; 1 is even
+        levels: str = "even"  # even | logit_normal: the noise levels that everything is compared at, before
+        shift: float = 3.0  # it moves them; 1 leaves them
         floor: float = 0.1  # least distance from the teacher's guess that gradients are divided by, in latent units
         critic_steps: int = 5  # updates of the fake (and the heads) before each of the generator
         warmup: int = 0  # steps at the start in which the generator waits for the fake
         ida: float = 0.97  # share of itself that the fake keeps after each update of the generator; 1: all
         isg: float = 0.0  # weighs intra-segment guidance; 0: none
         gan: float = 0.0  # weighs the discriminator in the generator's loss; 0: none
-        blocks: tuple[int, ...] = ()  # of the teacher, that the discriminator reads; needed with gan
+        taps: str = "teacher"  # teacher | fake: whose features the discriminator reads
+        blocks: tuple[int, ...] = ()  # of it, that are read; needed with gan
+        head: str = "conv"  # conv | linear: what reads each of them
         r1: float = 0.01  # weighs the squared norm of the discriminator's gradient at real latents
         r1_sigma: float = 0.05  # of the differences that approximate it; below 0.03 bfloat16 rounds them away
         real: float = 0.0  # share of draws that begin at a noised picture, not at what the student made until there
@@ -87,6 +90,9 @@ class DMD2:
                 for kind, name, known in (
                     ("rollout", self.rollout, ROLLOUTS),
                     ("matching", self.matching, MATCHINGS),
+                    ("levels", self.levels, LEVELS),
+                    ("head", self.head, HEADS),
+                    ("taps", self.taps, ("teacher", "fake")),
                 )
                 if name not in known
             ]
@@ -118,7 +124,9 @@ class DMD2:
             if self.share and self.ida < 1:
                 problems.append(f"dmd2: ida averages whole weights, which share makes one; use ida: 1, not {self.ida}")
             if self.gan and not self.blocks:
-                problems.append("dmd2: gan reads the teacher's blocks; name some, at a half and three quarters, say")
+                problems.append(
+                    f"dmd2: gan reads blocks of the {self.taps}; name some, at a half and three quarters, say"
+                )
             if problems:
                 raise ConfigError(problems)
 
@@ -130,6 +138,7 @@ class DMD2:
                 "start from a guided model, or use matching: joint"
             )
         self.config, self.pipeline, self.guidance = config, pipeline, float(scale)
+        self.schedule = Schedule(config.shift, config.levels)
         self.teacher = _frozen(pipeline.backbone, "generator" in config.share)
         fake = _frozen(self.teacher, "fake" in config.share)
         self._roles: dict[str, nn.Module] = {"generator": pipeline.backbone, "fake": fake}
@@ -150,7 +159,7 @@ class DMD2:
                 Text.empty(1, encoder.layers, encoder.width, like),
                 self.config.blocks,
             )
-        return Heads([f.shape[1] for f in found]).to(like.device).requires_grad_(False)
+        return Heads([f.shape[1] for f in found], kind=self.config.head).to(like.device).requires_grad_(False)
 
     # ---- who learns, from what ---------------------------------------------------------------------------------
 
@@ -237,7 +246,7 @@ class DMD2:
             _bind(nets["fake"], batch.text),
             self.guidance,
         )
-        weights = Weights(config.shift, config.floor, config.ca, config.dm)
+        weights = Weights(self.schedule, config.floor, config.ca, config.dm)
         matching = MATCHINGS[config.matching](x.detach(), views, t, weights, rng)
         total = losses.descend(x, matching.g)
         parts = {**matching.parts, "x_std": x.detach().std(), "push": matching.g.square().mean().sqrt()}
@@ -248,8 +257,8 @@ class DMD2:
             total = total + config.isg * isg
             parts["isg"] = isg.detach()
         if config.gan:
-            x_t, at, _ = losses.noised(x, rng, config.shift)
-            gan = losses.passes_as_real(nets["heads"](self._features(batch.text, at)(x_t)))
+            x_t, at, _ = losses.noised(x, rng, self.schedule)
+            gan = losses.passes_as_real(nets["heads"](self._features(nets, batch.text, at)(x_t)))
             (push,) = torch.autograd.grad(config.gan * gan, x, retain_graph=True)
             parts |= {"gan": gan.detach(), "gan_dm": losses.ratio(push * x.numel(), matching.g)}
             total = total + config.gan * gan
@@ -257,7 +266,7 @@ class DMD2:
 
     def _fake(self, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
         x = self._made(nets, batch, rng)
-        x_t, t, noise = losses.noised(x, rng, self.config.shift)
+        x_t, t, noise = losses.noised(x, rng, self.schedule)
         v = _bind(nets["fake"], batch.text)(x_t, t)
         total = losses.tracking(v, x, noise)
         # Against the best guess that sees nothing, the mean velocity: what is left to learn, as a share.
@@ -269,8 +278,8 @@ class DMD2:
             raise LensError("dmd2: there are no real latents to tell the student's from; use a dataset with pictures")
         x = self._made(nets, batch, rng)
         # Real and made meet at the same noise level under the same noise: nothing else tells them apart.
-        real_t, t, noise = losses.noised(batch.z.to(x.device), rng, self.config.shift)
-        features = self._features(batch.text, t)
+        real_t, t, noise = losses.noised(batch.z.to(x.device), rng, self.schedule)
+        features = self._features(nets, batch.text, t)
 
         def logits(x_t: Tensor) -> Tensor:
             with torch.no_grad():
@@ -288,10 +297,10 @@ class DMD2:
             parts["r1"] = r1.detach()
         return Loss(total, parts)
 
-    def _features(self, text: Text, t: Tensor) -> Callable[[Tensor], list[Tensor]]:
-        """x_t -> the taps of the frozen teacher, through which gradients reach x_t."""
-        teacher: Any = self.teacher
-        return lambda x_t: teacher.features(x_t, t, text, self.config.blocks)
+    def _features(self, nets: Mapping[str, nn.Module], text: Text, t: Tensor) -> Callable[[Tensor], list[Tensor]]:
+        """x_t -> the taps of the teacher, or of the fake: neither learns of it, but gradients reach x_t."""
+        read: Any = self.teacher if self.config.taps == "teacher" else nets["fake"]
+        return lambda x_t: read.features(x_t, t, text, self.config.blocks)
 
     # ---- between steps -----------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from lens_dmd2 import losses
-from lens_dmd2.heads import Heads
-from lens_dmd2.losses import Views, Weights
+from lens_dmd2.heads import HEADS, Heads
+from lens_dmd2.losses import Schedule, Views, Weights
 from torch import Tensor, nn
 
 from lens_core import flow
@@ -43,7 +43,7 @@ def views(guidance: float = 5.0, fake: int = 3) -> Views:
     return Views(linear(1), linear(2), linear(fake), guidance)
 
 
-WEIGHTS = Weights(shift=3.0, floor=0.1)
+WEIGHTS = Weights(Schedule(3.0), floor=0.1)
 X = draw(5, 3, 2, 4, seed=9)
 
 
@@ -67,12 +67,19 @@ def test_a_shift_is_undone_and_keeps_the_ends() -> None:
 
 @pytest.mark.parametrize("until", [1.0, 0.9, 0.2])
 def test_noise_levels_stay_cleaner_than_the_exit_step_and_fill_the_range(until: float) -> None:
-    _, t, _ = losses.noised(torch.zeros(20_000, 1, 1, 1), rng(), 3.0, until)
+    _, t, _ = losses.noised(torch.zeros(20_000, 1, 1, 1), rng(), Schedule(3.0), until)
     assert float(t.min()) >= 0 and float(t.max()) < until
     # even before the shift: quartiles of u / u_exit are 1/4, 1/2, 3/4
     u = t.double() / (3 - 2 * t.double()) / losses.unshifted(until, 3.0)
     quartiles = u.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=DOUBLE)).tolist()
     assert quartiles == pytest.approx([0.25, 0.5, 0.75], abs=0.015)
+
+
+def test_noise_levels_can_be_logit_normal() -> None:
+    _, t, _ = losses.noised(torch.zeros(20_000, 1, 1, 1), rng(), Schedule(3.0, "logit_normal"), 0.9)
+    u = t.double() / (3 - 2 * t.double()) / losses.unshifted(0.9, 3.0)
+    tenths = u.logit().quantile(torch.tensor([0.1, 0.5, 0.9], dtype=DOUBLE)).tolist()
+    assert tenths == pytest.approx([-1.2816, 0, 1.2816], abs=0.04)  # of N(0, 1)
 
 
 def test_ca_is_cleaner_than_the_exit_step_and_dm_is_not_bounded() -> None:
@@ -104,7 +111,7 @@ def test_velocities_data_noise_and_score_are_one_thing() -> None:
 
 
 def test_the_gradient_is_the_difference_of_two_guesses_over_the_distance_of_a_third() -> None:
-    x_t, t, _ = losses.noised(X, rng(), 3.0)
+    x_t, t, _ = losses.noised(X, rng(), Schedule(3.0))
     ahead, behind, anchor = (linear(s)(x_t, t) for s in (1, 2, 3))
     g = losses.gradient(X, x_t, t, ahead, behind, anchor, 1e-9)
     for row in range(len(X)):
@@ -114,7 +121,7 @@ def test_the_gradient_is_the_difference_of_two_guesses_over_the_distance_of_a_th
 
 
 def test_a_distance_below_the_floor_is_the_floor() -> None:
-    x_t, t, _ = losses.noised(X, rng(), 3.0)
+    x_t, t, _ = losses.noised(X, rng(), Schedule(3.0))
     right = (x_t - X) / cells(t)  # the anchor guesses x itself: distance 0
     g = losses.gradient(X, x_t, t, right + 1, right, right, 0.1)
     close(g, (cells(t) / 0.1).expand_as(X), 1e-12)
@@ -122,7 +129,7 @@ def test_a_distance_below_the_floor_is_the_floor() -> None:
 
 @pytest.mark.parametrize("rescaled", [True, False])
 def test_ca_and_dm_are_dmd_where_noise_and_normaliser_are_shared(rescaled: bool) -> None:
-    x_t, t, _ = losses.noised(X, rng(), 3.0)
+    x_t, t, _ = losses.noised(X, rng(), Schedule(3.0))
     cond, uncond, fake = (linear(s)(x_t, t) for s in (1, 2, 3))
     guided = flow.guide(cond, uncond, 5.0) if rescaled else uncond + 5.0 * (cond - uncond)
     whole = losses.gradient(X, x_t, t, guided, fake, guided, 0.1)
@@ -175,7 +182,7 @@ def test_a_fake_that_is_the_unguided_teacher_leaves_nothing_to_learn(matching: s
 
 def test_the_weights_of_the_two_branches_scale_them_apart() -> None:
     both, ca, dm = (
-        losses.decoupled(X, views(), 0.6, Weights(3.0, 0.1, a, b), rng()) for a, b in ((1, 1), (2, 0), (0, 3))
+        losses.decoupled(X, views(), 0.6, Weights(Schedule(3.0), 0.1, a, b), rng()) for a, b in ((1, 1), (2, 0), (0, 3))
     )
     close(both.g, ca.g / 2 + dm.g / 3, 1e-12)
     assert float(both.parts["ca_dm"]) == pytest.approx(float((ca.g / 2).norm() / (dm.g / 3).norm()), rel=1e-12)
@@ -186,7 +193,7 @@ def test_the_weights_of_the_two_branches_scale_them_apart() -> None:
 
 def test_descent_moves_x_from_the_fakes_guess_to_the_guided_one() -> None:
     x = X.clone().requires_grad_()
-    x_t, t, _ = losses.noised(X, rng(), 3.0)
+    x_t, t, _ = losses.noised(X, rng(), Schedule(3.0))
     cond, uncond, fake = (linear(s)(x_t, t) for s in (1, 2, 3))
     guided = flow.guide(cond, uncond, 5.0)
     g = losses.gradient(X, x_t, t, guided, fake, guided, 1e9)  # one divisor for all rows: directions compare
@@ -255,9 +262,16 @@ def test_approximate_r1_compares_noised_with_noised() -> None:
     close(seen[-1], x_t + 0.5, 1e-12)
 
 
-def test_heads_read_any_size_and_do_not_mix_rows() -> None:
+def test_a_linear_head_is_a_direction_in_the_mean_features() -> None:
+    heads, f = Heads([5], kind="linear"), draw(3, 5, 2, 4).float()
+    weight, bias = (p.detach() for p in heads.parameters())
+    torch.testing.assert_close(heads([f])[:, 0], f.mean((2, 3)) @ weight.flatten() + bias)
+
+
+@pytest.mark.parametrize("kind", sorted(HEADS))
+def test_heads_read_any_size_and_do_not_mix_rows(kind: str) -> None:
     torch.manual_seed(0)
-    heads = Heads([4, 6], width=8)
+    heads = Heads([4, 6], width=8, kind=kind)
     features = [torch.randn(3, c, 5, 2, generator=rng(c)) for c in (4, 6)]
     logits = heads(features)
     assert logits.shape == (3, 2)

@@ -238,6 +238,22 @@ def test_the_gan_adds_its_weighted_gradient_and_reports_its_size() -> None:
     assert float(double) == pytest.approx(2 * float(once), rel=1e-5)
 
 
+def test_the_discriminator_can_read_the_fake_which_does_not_learn_of_it() -> None:
+    reads = method(taps="fake", **GAN)
+    like = method(**GAN)
+    like._roles["heads"] = reads.roles()["heads"]
+    reads.roles()["fake"].load_state_dict(reads.teacher.state_dict())
+    same = [loss_of(m, "generator").parts["gan"] for m in (reads, like)]
+    assert torch.equal(*same), "where the fake is the teacher"
+    with torch.no_grad():
+        for p in reads.roles()["fake"].parameters():
+            p.mul_(1.5)
+    assert not torch.equal(loss_of(reads, "generator").parts["gan"], same[0])
+    for role in ("generator", "heads"):
+        learn(reads, role)
+        assert all(p.grad is None for p in (*reads.roles()["fake"].parameters(), *reads.teacher.parameters()))
+
+
 def test_isg_adds_its_weighted_loss_at_a_time_within_the_exit_step(monkeypatch: pytest.MonkeyPatch) -> None:
     shares, inner = [], losses.guidance_within_a_step
     monkeypatch.setattr(losses, "guidance_within_a_step", lambda *a: shares.append(a[-1]) or inner(*a))
@@ -528,7 +544,10 @@ def test_the_parts_of_a_batch_begin_their_turns_at_the_same_steps() -> None:
         ({"real": -0.5}, "real is -0.5; it is a share in [0, 1]"),
         ({"share": ("heads",), "ida": 1.0}, "share names 'heads'; generator and fake can share"),
         ({"share": ("fake",)}, "ida averages whole weights, which share makes one; use ida: 1, not 0.97"),
-        ({"gan": 0.1}, "gan reads the teacher's blocks"),
+        ({"levels": "evn"}, "dmd2: no levels is called 'evn'. Did you mean 'even'?"),
+        ({"head": "cnv"}, "dmd2: no head is called 'cnv'. Did you mean 'conv'?"),
+        ({"taps": "fke"}, "dmd2: no taps is called 'fke'. Did you mean 'fake'?"),
+        ({"gan": 0.1}, "gan reads blocks of the teacher"),
     ],
 )
 def test_an_impossible_config_is_refused(config: dict[str, Any], words: str) -> None:

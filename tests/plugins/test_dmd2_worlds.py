@@ -11,7 +11,7 @@ import torch
 import toy
 from attrs import frozen
 from lens_dmd2 import losses
-from lens_dmd2.losses import Views, Weights
+from lens_dmd2.losses import Schedule, Views, Weights
 from lens_dmd2.method import DMD2, Sample
 from torch import Tensor, nn
 
@@ -69,9 +69,9 @@ def distil(matching: str, weights: Weights, guidance: float = 1.0, steps: int = 
 @pytest.mark.parametrize(
     ("matching", "weights", "guidance", "rate", "bars"),
     [
-        ("joint", Weights(3.0, 0.1), 1.0, 1.0, (2.8e-9, 4e-11)),
-        ("joint", Weights(3.0, 1e9), 1.0, 1e9, (2e-4, 2e-6)),  # never normalised: slower
-        ("decoupled", Weights(3.0, 0.1, ca=0.0), 5.0, 1.0, (2.8e-9, 4e-11)),  # DM alone
+        ("joint", Weights(Schedule(3.0), 0.1), 1.0, 1.0, (2.8e-9, 4e-11)),
+        ("joint", Weights(Schedule(3.0), 1e9), 1.0, 1e9, (2e-4, 2e-6)),  # never normalised: slower
+        ("decoupled", Weights(Schedule(3.0), 0.1, ca=0.0), 5.0, 1.0, (2.8e-9, 4e-11)),  # DM alone
     ],
 )
 def test_a_student_ends_exactly_at_the_teachers_gaussian(
@@ -84,9 +84,9 @@ def test_a_student_ends_exactly_at_the_teachers_gaussian(
 
 
 def test_ca_alone_collapses_and_runs_away_while_dm_holds_it() -> None:
-    ca = distil("decoupled", Weights(3.0, 0.1, dm=0.0), guidance=5.0)
-    both = distil("decoupled", Weights(3.0, 0.1), guidance=5.0)
-    longer = distil("decoupled", Weights(3.0, 0.1), guidance=5.0, steps=600)
+    ca = distil("decoupled", Weights(Schedule(3.0), 0.1, dm=0.0), guidance=5.0)
+    both = distil("decoupled", Weights(Schedule(3.0), 0.1), guidance=5.0)
+    longer = distil("decoupled", Weights(Schedule(3.0), 0.1), guidance=5.0, steps=600)
     assert ca.spread < 0.1 * SPREAD and ca.mean > 2
     assert 0.75 * SPREAD < both.spread < 1.25 * SPREAD and both.mean < 0.4
     assert longer.mean == pytest.approx(both.mean, abs=0.1) and longer.spread == pytest.approx(both.spread, abs=0.1)
