@@ -30,7 +30,7 @@ from lens_core import adapters, checkpoint
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Training, build, structure, unstructure
 from lens_core.pipeline import LensPipeline
-from lens_core.progress import Feed, Pace, Spikes, Trackers, check_trackers, memory
+from lens_core.progress import Feed, Pace, Spikes, Trackers, check_trackers, memory, peak
 from lens_core.ranks import SHARDS, Ranks, seed_of, whole
 from lens_core.types import CheckpointError, ConfigError, LensError, Loss, NumericalError, Place
 from lens_core.watching import Interrupted, Watcher
@@ -185,7 +185,7 @@ class Run:
         self.ranks.wait()
         self._resume()
         config = self.train_config
-        self.pace = Pace(self.step)
+        self.pace = Pace(self.step, peak(self.accelerator.device))
         self.trackers = Trackers(self.accelerator, unstructure(self.recipe), self.out, self.say)
         try:
             return self._train(config)
@@ -205,6 +205,7 @@ class Run:
             while not (finished := self._look()) and not self._stop:
                 micro = [self._next(steps) for steps in parts]
                 for turn, role in enumerate(self.method.turns(self.step)):
+                    self.pace.work += self._work(role, micro)
                     for name, value in self._turn(role, turn, micro).items():
                         averages.setdefault(f"{role}/{name}", []).append(value)
                 self.method.after_step(self.step, self.nets)
@@ -341,6 +342,14 @@ class Run:
         net.requires_grad_(False).eval()
         return {**told, "grad_norm": norm} if told else {}
 
+    def _work(self, role: str, parts: Sequence[Sequence[Any]]) -> float:
+        """FLOPs of a turn, forward and backward; what is computed again on the way back does not count."""
+        count = getattr(self.method, "flops", None)
+        if count is None:
+            return 0.0
+        learned = sum(p.numel() for p in self.learning[role]) / sum(p.numel() for p in self.nets[role].parameters())
+        return float(sum(count(role, batch) for micro in parts for batch in micro) * (2 + learned))
+
     def _average(self, role: str) -> None:
         if role not in self.ema:
             return
@@ -364,6 +373,8 @@ class Run:
         told += [f"{pace['steps_per_second']:.2f} steps/s"]
         if "data_wait" in pace:
             told += [f"{pace['samples_per_second']:.1f} samples/s", f"{pace['data_wait']:.0%} waiting for data"]
+        if "tflops" in pace:
+            told += [f"{pace['mfu']:.1%} MFU" if "mfu" in pace else f"{pace['tflops']:.3f} TFLOP/s"]
         told += [f"{held:.2f} GB"] if held is not None else []
         told += [f"{k} {line[k]}" for k in line if k.endswith("/skipped")]
         last = self.train_config.steps

@@ -18,6 +18,16 @@ HISTORY = 100  # steps whose median a spike is measured against
 LEAST = 20  # steps before anything is a spike: a young run's gradients fall fast
 
 
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+"""Dense bfloat16 FLOP/s by a word of the device's name (the vendor's data sheets)."""
+
+
+def peak(device: torch.device) -> float | None:
+    """The most FLOP/s that a device can do; None where that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((speed for word, speed in PEAKS.items() if word in name), None)
+
+
 class Feed:
     """A dataset's batches, passed on; counts the samples, and the seconds that the run waits for them."""
 
@@ -38,18 +48,24 @@ class Feed:
 class Pace:
     """Rates since the last line. What a look takes is not training; `left` counts it, for it will be taken again."""
 
-    def __init__(self, step: int) -> None:
-        self.first, self.begun = step, time.monotonic()
+    def __init__(self, step: int, peak: float | None = None) -> None:
+        self.first, self.begun, self.peak = step, time.monotonic(), peak
+        self.work = 0.0  # FLOPs of this process since the last line
         self.step, self.since, self.away, self.samples, self.waited = step, self.begun, 0.0, 0, 0.0
 
     def line(self, step: int, feed: Feed, world: int) -> dict[str, float]:
-        """What is logged: steps and samples a second, of all processes, and the share of the time spent waiting."""
+        """What is logged: steps and samples a second, of all processes, the share of the time spent waiting, and how
+        fast a process computes, of the most that its device can do (MFU) where that is known."""
         now = time.monotonic()
         seconds = max(now - self.since - self.away, 1e-9)
         found = {"steps_per_second": round((step - self.step) / seconds, 3)}
         if feed.samples:
             found["samples_per_second"] = round((feed.samples - self.samples) * world / seconds, 3)
             found["data_wait"] = round(min((feed.waited - self.waited) / seconds, 1.0), 4)
+        if self.work:
+            found["tflops"] = round(self.work / seconds / 1e12, 4)
+            found |= {"mfu": round(self.work / seconds / self.peak, 4)} if self.peak else {}
+        self.work = 0.0
         self.step, self.since, self.away, self.samples, self.waited = step, now, 0.0, feed.samples, feed.waited
         return found
 

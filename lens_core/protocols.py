@@ -93,6 +93,7 @@ class Backbone(Weighty, Protocol):
 
     One that can take samples of different sizes in one pass has `packed(xs, t, text)` too: xs [C,h,w] each, t [B] and
     text as in `forward` -> v for each, of its own size and independent of the others. Packed training needs it.
+    `flops((h, w), tokens)`, optional, is what a forward costs for one sample, so that a run can tell its MFU.
     """
 
     def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
@@ -215,6 +216,9 @@ class Method(Protocol):
 
     # Optional: validate(batch: Batch, nets, rng) -> Mapping[str, float], means over a batch that is not learned from.
     # "loss" is the figure to watch; "loss/…" are parts of it. Draws from `rng` alone, which is the same at every look.
+
+    # Optional: flops(role: str, batch) -> float, of that role's forward over a micro-batch. The log then tells how fast
+    # the run computes; what backward adds is the loop's to know.
 
     # `BaseMethod` has these three for a method that keeps nothing between steps.
     def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None: ...

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Use, build, read_recipe
 from lens_core.plan import on_meta
+from lens_core.progress import peak
 from lens_core.types import ConfigError, Text
 from lens_data.packing import flops, share
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bfloat16 FLOP/s by a word of the device's name (the vendor's data sheets)."""
 NEAR = {"fp32": 1e-5, "bf16": 5e-2}
 """How far an arm's gradient may be from the bucketed one in float32, relative."""
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -176,7 +175,7 @@ def measure(
             parts = _step(sound[name], lambda turn=turn: draw(recipe.seed + 3 + turn), half, place)
             if turn >= 0:
                 took[name].append(parts)
-    peak = next((v for k, v in PEAKS.items() if place.type == "cuda" and k in settings["device"]), None)
+    most = peak(place)
     for name, rounds in took.items():
         whole = [sum(parts.values()) for parts in rounds]
         seconds = statistics.median(whole)
@@ -184,7 +183,7 @@ def measure(
         report.arms[name] = {
             "images_per_second": samples / seconds, "step": seconds, "least": min(whole), "most": max(whole),
             **{part: statistics.median([r[part] for r in rounds]) for part in PARTS},
-            "flops_per_second": speed, "mfu": speed / peak if speed and peak else None,
+            "flops_per_second": speed, "mfu": speed / most if speed and most else None,
         }  # fmt: skip
     base = "packed" if "packed" in arms else "bucketed"
     for slow, fast in (("bucketed", "packed"), (base, "compiled"), (base, "checkpointed")):

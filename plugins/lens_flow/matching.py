@@ -122,6 +122,14 @@ class FlowMatching(BaseMethod):
         total = torch.stack(errors).mean() * batch.weight
         return Loss(total, {"loss": total.detach()})
 
+    def flops(self, role: str, batch: Sample) -> float:
+        """FLOPs of the pass over a micro-batch, of its tokens that count; 0 where the backbone cannot tell."""
+        count = getattr(self.pipeline.backbone, "flops", None)
+        if count is None:
+            return 0.0
+        tokens = batch.text.mask.sum(1).tolist()
+        return float(sum(count((z.shape[-2], z.shape[-1]), n) for z, n in zip(batch.z, tokens, strict=True)))
+
     @torch.no_grad()
     def validate(self, batch: Batch, nets: Mapping[str, nn.Module], rng: torch.Generator) -> dict[str, float]:
         """The squared error by time, each sample at one even draw from every bin of t, and by size in px; no caption is

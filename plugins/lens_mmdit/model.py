@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -467,6 +468,20 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         width = self.config.inner_dim
         rows = load.steps * sum(layer.out_features for layer in self.modulations())
         return (12 * load.batch * tokens * width + rows) * self.dtype.itemsize
+
+    def flops(self, size: tuple[int, int], tokens: int) -> int:
+        """FLOPs of a forward for one sample of latent grid `size` and so many text tokens that count: its linears and
+        its attention, a multiply-add as two."""
+        c, n = self.config, math.prod(size)
+        d, hidden = c.inner_dim, self.transformer_blocks[0].img_mlp.w1.out_features
+        rest = d * d + 3 * d * hidden  # of a token, once attention has answered it
+        once = (FREQUENCIES + d + 2 * d) * d + len(self.transformer_blocks) * (2 if tokens else 1) * 6 * d * d
+        ends = n * 2 * c.in_channels * d + tokens * len(self.txt_norm) * c.enc_hidden_dim * d
+        work = once + ends
+        for left in reversed(range(len(self.transformer_blocks))):
+            asked = n + (tokens if left else 0)  # after the last block nobody reads the text stream
+            work += (n + tokens) * 3 * d * d + asked * rest + 2 * asked * (n + tokens) * d
+        return int(2 * work)
 
     def _walk(self, x: Tensor, time: Tensor, text: Text, depth: int) -> Iterator[Tensor]:
         """The image stream [B,N,D] after each of the first `depth` blocks."""

@@ -16,7 +16,7 @@ from attrs import evolve
 
 from lens_core import checkpoint, progress
 from lens_core.catalog import Catalog
-from lens_core.config import Parts, Recipe, Training, Use, Watch
+from lens_core.config import Adapter, Parts, Recipe, Training, Use, Watch
 from lens_core.loop import Run
 from lens_core.progress import Feed, Pace, Spikes, memory
 from lens_core.types import Batch, ConfigError, Loss, NumericalError
@@ -99,6 +99,33 @@ def test_a_method_that_reads_no_batch_is_not_told_to_wait(clock: Clock) -> None:
     pace = Pace(0)
     clock.now += 2
     assert pace.line(1, Feed(), world=1) == {"steps_per_second": 0.5}
+
+
+def test_what_is_computed_is_told_a_second_and_of_the_most_that_is_known(clock: Clock) -> None:
+    for most, told in ((None, {"tflops": 3.0}), (4e12, {"tflops": 3.0, "mfu": 0.75})):
+        pace = Pace(0, most)
+        pace.work += 6e12
+        clock.now += 2
+        assert pace.line(1, Feed(), world=8) == {"steps_per_second": 0.5, **told}
+        clock.now += 2
+        assert pace.line(2, Feed(), world=8) == {"steps_per_second": 0.5}, "the count begins anew at each line"
+
+
+def test_backward_counts_twice_as_far_as_weights_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        toy.Fit, "flops", lambda self, role, batch: {"backbone": 1e15, "critic": 0}[role], raising=False
+    )
+    full, adapted = (
+        run(recipe(), tmp_path / "full"),
+        run(recipe(adapters={"backbone": Adapter(1, 1.0)}), tmp_path / "a"),
+    )
+    batch = [[None, None], [None]]  # two parts of a batch, of three micro-batches
+    assert full._work("backbone", batch) == 9e15 and full._work("critic", batch) == 0
+    names = dict(adapted.nets["backbone"].named_parameters())
+    share = sum(p.numel() for k, p in names.items() if "lora_" in k) / sum(p.numel() for p in names.values())
+    assert adapted._work("backbone", batch) == pytest.approx(3e15 * (2 + share)) and 0 < share < 1
+    full.train()
+    assert all(line["tflops"] > 1 for line in log(tmp_path / "full"))
 
 
 def test_memory_is_the_peak_of_this_process() -> None:

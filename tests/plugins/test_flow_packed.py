@@ -180,3 +180,15 @@ def test_a_run_on_packed_batches_that_was_stopped_ends_with_the_same_bits(tmp_pa
     begun = checkpoint.read_tensors(tmp_path / "whole" / "checkpoints" / "step-0000003" / "state.safetensors")
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
     assert any(not torch.equal(begun[k], ends[0][k]) for k in begun if k.startswith("net/"))
+
+
+def test_the_work_of_a_batch_is_that_of_its_samples_and_of_tokens_that_count() -> None:
+    net, given = model(), sample()
+    fit = method()
+    assert fit.flops("backbone", given) == 0, "a backbone that cannot tell"
+    fit.pipeline.backbone = net
+    counts = given.text.mask.sum(1).tolist()
+    assert fit.flops("backbone", given) == sum(net.flops(s, n) for s, n in zip(SIZES, counts, strict=True))
+    rows = [n for n, size in enumerate(SIZES) if size == (4, 4)]
+    bucket = Sample(torch.stack([given.z[n] for n in rows]), Text(given.text.features[rows], given.text.mask[rows]))
+    assert fit.flops("backbone", bucket) == sum(net.flops((4, 4), counts[n]) for n in rows)

@@ -13,6 +13,7 @@ import torch
 from lens_flow.euler import Euler
 from lens_mmdit.model import LensTransformer2DModel, rotations
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lens_core.pipeline import LensPipeline
 from lens_core.testing import check_backbone
@@ -306,3 +307,12 @@ def test_a_config_comes_back_from_diffusers_form() -> None:
 def test_a_config_that_cannot_be_is_refused(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Config(**fields)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize("size", [(4, 4), (3, 7)])
+def test_flops_are_those_that_torch_counts(size: tuple[int, int], tokens: int) -> None:
+    net = model()
+    with FlopCounterMode(display=False) as counter:
+        net(*inputs(1, *size, tokens))
+    assert net.flops(size, tokens) == counter.get_total_flops()
