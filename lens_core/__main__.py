@@ -413,6 +413,7 @@ def train(
     recipe: Path,
     *,
     out: Path | None = None,
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
     allow_changed: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -424,6 +425,8 @@ def train(
         The YAML file.
     out
         The run's folder; runs/NAME-OF-RECIPE if not given.
+    set_
+        PATH=VALUE, in the place of what the recipe says, as in --set method.gan=0; can be given more than once.
     allow_changed
         Go on with a recipe that is not the one the run was begun with; the differences are told.
     dry_run
@@ -432,7 +435,7 @@ def train(
     from lens_core.config import read_recipe
 
     catalog = Catalog.installed()
-    plan = read_recipe(recipe, catalog)
+    plan = read_recipe(recipe, catalog, set_)
     if dry_run:
         from lens_core.plan import describe
 

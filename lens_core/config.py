@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -326,8 +326,11 @@ def build(catalog: Catalog, kind: str, use: Use, path: str = "$") -> tuple[str, 
     return entry.name, entry.cls, config
 
 
-def read_recipe(path: Path, catalog: Catalog) -> Recipe:
-    """The recipe in a YAML file, checked whole: its own fields and the options of every component it names."""
+def read_recipe(path: Path, catalog: Catalog, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, checked whole: its own fields and the options of every component it names.
+
+    `changes` are PATH=VALUE, as in `method.gan=0`, with values as YAML has them; they count as if the file said so.
+    """
     import yaml
 
     try:
@@ -339,6 +342,8 @@ def read_recipe(path: Path, catalog: Catalog) -> Recipe:
         raise ConfigError(f"{path}: there is no such recipe") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or no such day
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    for change in changes:
+        problems += _change(data, change)
     recipe: Recipe | None = None
     try:
         recipe = structure(Recipe, data)
@@ -354,6 +359,31 @@ def read_recipe(path: Path, catalog: Catalog) -> Recipe:
     if problems or recipe is None:
         raise ConfigError([f"{path}: {p}" for p in problems])
     return recipe
+
+
+def _change(data: Any, change: str) -> Iterator[str]:
+    """Put PATH=VALUE into the data of a recipe, or say why it cannot be done."""
+    import yaml
+
+    path, sign, text = change.partition("=")
+    *way, last = path.strip().split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        sign = ""
+    if not sign or not all([*way, last]):
+        yield f"{change!r} is no change of a recipe; write PATH=VALUE, method.gan=0 for instance"
+        return
+    here = data
+    for step in way:
+        inner = here.setdefault(step, {}) if isinstance(here, dict) else None
+        if isinstance(inner, str):  # a component without options
+            inner = here[step] = {"use": inner}
+        here = inner
+    if isinstance(here, dict):
+        here[last] = value
+    else:
+        yield f"{change!r}: {'.'.join(way) or 'the recipe'} is no section, so nothing in it can be changed"
 
 
 def _twins(node: Any, path: str, seen: set[int]) -> Iterator[str]:

@@ -210,3 +210,39 @@ def test_what_is_written_reads_back_equal(tmp_path: Path, catalog: Catalog) -> N
 def test_training_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
     (problem,) = problems({"steps": 1, **change}, Training)
     assert next(iter(change)) in problem
+
+
+# ---- changes --------------------------------------------------------------------------------------------------------
+
+
+def changed(tmp_path: Path, *changes: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: fit\ndataset: {use: squares}\ntrain: {steps: 3, betas: [0.9, 0.99]}\n")
+    return read_recipe(path, Catalog.of(toy), changes)
+
+
+def test_changes_count_as_if_the_recipe_said_so(tmp_path: Path) -> None:
+    found = changed(tmp_path, "train.steps=7", "train.betas=[0, 0.5]", "method.bad=[1]", "seed = 4", "train.lr=1e-4")
+    assert (found.train.steps, found.train.betas, found.train.lr, found.seed) == (7, (0, 0.5), 1e-4, 4)
+    assert found.method == Use("fit", {"bad": [1]}) and found.dataset == Use("squares")
+    assert changed(tmp_path, "method.use=fit", "method.bad=[2]").method == Use("fit", {"bad": [2]})
+    assert changed(tmp_path, "method=fit", "train.steps=1", "train.steps=2").train.steps == 2
+    assert changed(tmp_path, "watch.every=2", "watch.prompts=[red]").watch is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("train.steps", "is no change of a recipe; write PATH=VALUE"),
+        ("=3", "is no change of a recipe"),
+        ("train..steps=3", "is no change of a recipe"),
+        ("train.steps=[", "is no change of a recipe"),
+        ("train.steps.more=3", "train.steps is no section"),
+        ("train.stepz=3", "stepz"),
+        ("train.steps=many", "steps"),
+        ("method.badly=1", "badly"),
+    ],
+)
+def test_a_change_that_cannot_be_is_refused(change: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        changed(tmp_path, change)
