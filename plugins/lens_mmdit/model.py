@@ -405,6 +405,8 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
                 f"backbone: {len(xs)} samples with {len(t)} times and {len(text)} texts; give one of each"
             )
         self._fits(text)
+        for x in xs:
+            self._reads(x.shape[0])
         time = self._time(xs[0], t)
         where = Segments.of([x[0].numel() for x in xs], text.mask.sum(1).tolist(), xs[0].device)
         samples, columns = text.mask.nonzero(as_tuple=True)
@@ -486,11 +488,7 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
     def _walk(self, x: Tensor, time: Tensor, text: Text, depth: int) -> Iterator[Tensor]:
         """The image stream [B,N,D] after each of the first `depth` blocks."""
         h, w = x.shape[-2:]
-        if x.shape[1] != self.config.in_channels:
-            raise ConfigError(
-                f"backbone: the latents have {x.shape[1]} channels, but it reads {self.config.in_channels}; "
-                "pair it with the VAE it was made for"
-            )
+        self._reads(x.shape[1])
         img = self.img_in(x.to(self.dtype).flatten(2).transpose(1, 2))
         txt, mask = self._text(text)
         tokens = 0 if txt is None else txt.shape[1]
@@ -543,6 +541,13 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         normed = [norm(features[:, i]) for i, norm in enumerate(self.txt_norm)]
         stream: Tensor = self.txt_in(torch.cat(normed, dim=-1))
         return stream
+
+    def _reads(self, channels: int) -> None:
+        if channels != self.config.in_channels:
+            raise ConfigError(
+                f"backbone: the latents have {channels} channels, but it reads {self.config.in_channels}; "
+                "pair it with the VAE it was made for"
+            )
 
     def _fits(self, text: Text) -> None:
         layers, width = len(self.txt_norm), self.config.enc_hidden_dim

@@ -37,6 +37,26 @@ class Segments:
 
         return cls(tuple(images), tuple(texts), samples(images), samples(texts))
 
+    # All blocks ask for these; they are found once.
+
+    @functools.cached_property
+    def order(self) -> Tensor:
+        """[N+T]: each sample's tokens side by side, its image before its text."""
+        return torch.argsort(torch.cat([self.image, self.text]), stable=True)
+
+    @functools.cached_property
+    def back(self) -> Tensor:
+        """The inverse of `order`."""
+        return torch.argsort(self.order)
+
+    @functools.cached_property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """int32 [B+1]: where each sample begins and ends among the image tokens, and among all of them in `order`."""
+        images, texts = torch.tensor(self.images), torch.tensor(self.texts)
+        ends = torch.nn.functional.pad(torch.stack([images, images + texts]).cumsum(1), (1, 0))
+        to_images, to_all = ends.to(self.image.device, torch.int32)
+        return to_images, to_all
+
     def groups(self) -> dict[tuple[int, int], list[int]]:
         """The samples of each shape: (image tokens, text tokens)."""
         found: dict[tuple[int, int], list[int]] = {}
@@ -96,17 +116,14 @@ def _varlen(device: int) -> Any:
 
 
 def _in_one_call(q: Tensor, k: Tensor, v: Tensor, where: Segments, kernel: Any) -> Tensor:
-    # The kernel wants each sample's tokens side by side: a stable sort by sample, images before text.
-    order = torch.argsort(torch.cat([where.image, where.text]), stable=True)
-    images, texts = torch.tensor(where.images), torch.tensor(where.texts)
-    ends = torch.nn.functional.pad(torch.stack([images, images + texts]).cumsum(1), (1, 0))
-    to_images, to_all = ends.to(q.device, torch.int32)
-    longest, keys = max(where.images), int((images + texts).max())
+    # The kernel wants each sample's tokens side by side.
+    order, (to_images, to_all) = where.order, where.ends
+    longest, keys = max(where.images), max(map(sum, zip(where.images, where.texts, strict=True)))
     if len(q) < len(k):
         out: Tensor = kernel(q, k[order], v[order], to_images, to_all, longest, keys)
         return out
     out = kernel(q[order], k[order], v[order], to_all, to_all, keys, keys)
-    return out[torch.argsort(order)]
+    return out[where.back]
 
 
 def _by_shape(q: Tensor, k: Tensor, v: Tensor, where: Segments, attend: Attend) -> Tensor:

@@ -178,3 +178,5 @@ def test_samples_without_a_time_or_a_text_are_refused() -> None:
         model().packed(xs, t[:4], text)
     with pytest.raises(ConfigError, match="pair it with the text encoder"):
         model().packed(xs, t, Text(text.features[:, :1], text.mask))
+    with pytest.raises(ConfigError, match="the latents have 7 channels, but it reads 8; pair it with the VAE"):
+        model().packed([*xs[:4], xs[4][:7]], t, text)
