@@ -546,13 +546,14 @@ def bench(
 
 
 @app.command
-def compare(*folders: Path, out: Path | None = None) -> int:
+def compare(*folders: str, out: Path | None = None) -> int:
     """Set results of `lens bench` side by side: the first folder's model is what the others are measured against.
 
     Parameters
     ----------
     folders
-        Folders that `lens bench` wrote; several of one model, with different seeds, become one row.
+        Folders that `lens bench` wrote; several of one model, with different seeds, become one row, and so do those
+        that are joined by commas: models of one recipe, trained from different seeds.
     out
         A Markdown file to write the table to, besides printing it.
     """
@@ -560,7 +561,12 @@ def compare(*folders: Path, out: Path | None = None) -> int:
 
     if not folders:
         raise ConfigError("give the folders that lens bench wrote, the model to measure against first")
-    text = comparison.table(comparison.compare([comparison.read(folder / "result.json") for folder in folders]))
+    results = []
+    for joined in folders:
+        for folder in joined.split(","):
+            result = comparison.read(Path(folder) / "result.json")
+            results.append(result | {"group": joined} if "," in joined else result)
+    text = comparison.table(comparison.compare(results))
     if out is not None:
         checkpoint.write_atomic(out, lambda p: p.write_text(f"{text}\n", encoding="utf-8"))
     print(text)

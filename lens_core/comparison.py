@@ -58,11 +58,12 @@ def _is_picture(entry: object) -> bool:
 def compare(results: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) -> list[Row]:
     """The contents of result.json files, of one benchmark and the same prompts; those of one model are its seeds.
 
+    Those that have the same text under `group` are one row too: models that one recipe gave from several seeds.
     Raises ConfigError for results that cannot be compared: another benchmark, other prompts, a seed twice.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        groups.setdefault(repr([result[key] for key in _MODEL]), []).append(result)
+        groups.setdefault(result.get("group", repr([result[key] for key in _MODEL])), []).append(result)
     first = results[0]
     asked = [(p["task"], p["prompt"]) for p in first["pictures"]]
     for result in results:
@@ -86,7 +87,7 @@ def compare(results: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) ->
         here = members[0]
         rows.append(
             Row(
-                name=f"{here['model']}, {here['steps']} steps, guidance {here['guidance_scale']:g}",
+                name=f"{here.get('group', here['model'])}, {here['steps']} steps, guidance {here['guidance_scale']:g}",
                 seeds=len(members),
                 tasks={task: float(np.nanmean(scores[key][places])) for task, places in every.items()},
                 overall=(value, *_middle(spread)),
@@ -98,9 +99,10 @@ def compare(results: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) ->
 
 def _by_prompt(members: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
     """The mean verdict of each prompt over the seeds; NaN where none of its pictures has one."""
-    seeds = [m["seed"] for m in members]
+    seeds = [(m["model_hash"], m["seed"]) for m in members]
     if len(set(seeds)) != len(seeds):
-        raise ConfigError(f"{members[0]['model']}: the seed {max(seeds, key=seeds.count)} stands twice; give it once")
+        twice = max(seeds, key=seeds.count)[1]
+        raise ConfigError(f"{members[0]['model']}: the seed {twice} stands twice; give it once")
     values = np.array([[p["value"] for p in m["pictures"]] for m in members], dtype=float)
     known = ~np.isnan(values)
     return np.where(known.any(0), np.where(known, values, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)

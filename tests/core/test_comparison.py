@@ -62,6 +62,20 @@ def test_the_interval_of_a_score_covers_the_truth_as_often_as_it_says() -> None:
     assert 180 <= held <= 199  # 95 % of 200, plus or minus what 200 trials leave open
 
 
+def test_folders_joined_by_commas_are_models_of_one_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, values in {"base": [1, 0, 0, 0], "s1": [1, 1, 0, 0], "s2": [1, 0, 1, 1]}.items():
+        Path(name).mkdir()
+        (Path(name) / "result.json").write_text(json.dumps(result(values, name)))
+    assert main(["compare", "base", "s1,s2"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("| s1,s2, 4 steps, guidance 1 | 2 | 0.75 | 0.50 |") and "**0.625**" in last
+    with pytest.raises(ConfigError, match="the seed 0 stands twice"):
+        compare([r | {"group": "g"} for r in (result([1, 0]), result([1, 0]))])
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(ConfigError, match="two benchmarks"):
         compare([result([1, 0]), result([1, 0], "b", benchmark="c")])
