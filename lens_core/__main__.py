@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from functools import partial
+from inspect import isfunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -574,38 +575,6 @@ def compare(*folders: str, out: Path | None = None) -> int:
 
 
 @app.command
-def curves(
-    *runs: Path,
-    out: Path = Path("curves.png"),
-    show: Annotated[list[str] | None, Parameter(negative="")] = None,
-) -> int:
-    """Draw what runs have logged, and what was seen of them, over their steps.
-
-    Parameters
-    ----------
-    runs
-        Folders of runs, one colour each.
-    out
-        The PNG to write.
-    show
-        A value's name or a pattern, as "validation/*"; may be given more than once. Losses and scores if not given.
-    """
-    from lens_core import checkpoint
-    from lens_core import curves as drawing
-
-    if not runs:
-        raise ConfigError("give the folder of a run, or of several")
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"{out}: pictures are written as .png; use {out.with_suffix('.png')}")
-    short = len({run.resolve().name for run in runs}) == len(runs)
-    found = {run.resolve().name if short else str(run): drawing.read(run) for run in runs}
-    picture = drawing.draw(found, show or ())
-    checkpoint.write_atomic(out, lambda p: picture.save(p, format="PNG"))
-    print(out)
-    return 0
-
-
-@app.command
 def push(
     model: str,
     repo: str,
@@ -676,32 +645,6 @@ def lora(
 
 
 @app.command
-def convert(source: str, out: Path, *, layout: str | None = None, dtype: str | None = None) -> int:
-    """Write a checkpoint in another layout or dtype, a piece at a time: memory for the whole model is not needed.
-
-    Parameters
-    ----------
-    source
-        A folder of either layout, a Hub id org/name[@revision], or a single .safetensors file with one part.
-    out
-        A new folder; for a source of one part also a new .safetensors file.
-    layout
-        diffusers (a sub-folder a part, which Lens and other tools read) or single (a file a part, as Comfy keeps them);
-        if not given, single for a .safetensors file, else diffusers.
-    dtype
-        bf16 or fp32; floats stay as they are if not given. Experts in MXFP4 stay so, Comfy's nvfp4 and mxfp8 do not.
-    """
-    from lens_core import checkpoint
-    from lens_core.convert import convert as run
-
-    catalog = Catalog.installed()
-    layout = layout or ("single" if out.suffix == ".safetensors" else "diffusers")
-    for path in run(checkpoint.fetch(source, catalog), out, layout, dtype, catalog):
-        print(f"{path}  {path.stat().st_size / 1e9:.2f} GB")
-    return 0
-
-
-@app.command
 def plugins(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
     """What is installed, what each plugin offers, and what was set aside and why.
 
@@ -738,32 +681,6 @@ def plugins(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = F
     return 0
 
 
-@app.command
-def doctor(
-    *,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
-    table: Annotated[bool, Parameter(negative="")] = False,
-) -> int:
-    """What this machine has, what would be used, and which offload plan the published model would take.
-
-    Parameters
-    ----------
-    json_
-        Print JSON.
-    table
-        Print the tables of docs/memory.md instead: the published model's memory by plan and by card.
-    """
-    from lens_core import doctor as practice
-
-    catalog = Catalog.installed()
-    if table:
-        print(practice.table(practice.published(catalog)))
-        return 0
-    told = practice.examine(catalog)
-    print(json.dumps(told, indent=2, ensure_ascii=False) if json_ else practice.describe(told))
-    return 0
-
-
 OWN = tuple(name for name in app if not name.startswith("-"))
 
 
@@ -773,7 +690,9 @@ def mount(catalog: Catalog) -> None:
         group, _, last = name.rpartition(" ")  # "bench train" stands under a command that is here already
         parent = app[group] if group in OWN else app
         if last not in parent:
-            parent.command(place, name=last)
+            module, _, attribute = place.partition(":")
+            ready = getattr(sys.modules.get(module), attribute, None)  # if imported already, help can tell what it does
+            parent.command(ready if isfunction(ready) else place, name=last)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -81,7 +81,7 @@ def lens_llms() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec h
 @spec
 def lens_commands() -> dict[str, str]:  # type: ignore[empty-body]  # a spec has no body
     """Commands of your own, as `lens NAME`: name -> "module:attribute" of a function or a cyclopts App; "bench NAME" is
-    `lens bench NAME`."""
+    `lens bench NAME`. Of a function whose module has been imported, `lens --help` tells what it does."""
 
 
 @spec(firstresult=True)

@@ -252,6 +252,7 @@ assert not heavy, heavy
     done = run("-c", script)
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout and "lens_flux2" in done.stdout and "set aside" not in done.stdout
+    assert "Draw what runs have logged" in done.stdout, "a light plugin's command is described too"
 
 
 def test_the_module_runs_as_a_program() -> None:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from lens_flux2.vae import Flux2VAE
 from lens_mmdit.model import LensTransformer2DModel
+from lens_tools import convert as module
+from lens_tools.convert import convert
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lens_core import convert as module
 from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.convert import convert
 from lens_core.lazy import Lazy, read_lazy, write_lazy
 from lens_core.pipeline import LensPipeline
 from lens_core.types import CheckpointError, ConfigError

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from lens_gpt_oss import paths
+from lens_tools import doctor
 
-from lens_core import doctor, offload
+from lens_core import offload
 from lens_core.__main__ import main
 from lens_core.catalog import Catalog
 from lens_core.offload import Load
@@ -96,7 +97,7 @@ def test_a_broken_section_does_not_hide_the_others(
         raise RuntimeError("the driver\nis gone")
 
     monkeypatch.setitem(doctor.SECTIONS, "device", broken)
-    monkeypatch.setenv("LENS_PLUGINS", "shapes")
+    monkeypatch.setenv("LENS_PLUGINS", "shapes,tools")
     assert main(["doctor", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["device"] == {"error": "RuntimeError: the driver is gone"}

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lens_tools import curves
 from PIL import Image, ImageColor
 
-from lens_core import curves
 from lens_core.__main__ import main
 from lens_core.types import ConfigError
 

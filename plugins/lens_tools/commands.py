@@ -1,0 +1,93 @@
+"""`lens convert`, `lens curves` and `lens doctor`, as plain functions; whatever is heavy is imported when they run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from lens_core.catalog import Catalog
+from lens_core.types import ConfigError
+
+
+def convert(source: str, out: Path, *, layout: str | None = None, dtype: str | None = None) -> int:
+    """Write a checkpoint in another layout or dtype, a piece at a time: memory for the whole model is not needed.
+
+    Parameters
+    ----------
+    source
+        A folder of either layout, a Hub id org/name[@revision], or a single .safetensors file with one part.
+    out
+        A new folder; for a source of one part also a new .safetensors file.
+    layout
+        diffusers (a sub-folder a part, which Lens and other tools read) or single (a file a part, as Comfy keeps them);
+        if not given, single for a .safetensors file, else diffusers.
+    dtype
+        bf16 or fp32; floats stay as they are if not given. Experts in MXFP4 stay so, Comfy's nvfp4 and mxfp8 do not.
+    """
+    from lens_core import checkpoint
+    from lens_tools.convert import convert as run
+
+    catalog = Catalog.installed()
+    layout = layout or ("single" if out.suffix == ".safetensors" else "diffusers")
+    for path in run(checkpoint.fetch(source, catalog), out, layout, dtype, catalog):
+        print(f"{path}  {path.stat().st_size / 1e9:.2f} GB")
+    return 0
+
+
+def curves(
+    *runs: Path,
+    out: Path = Path("curves.png"),
+    show: Annotated[list[str] | None, Parameter(negative="")] = None,
+) -> int:
+    """Draw what runs have logged, and what was seen of them, over their steps.
+
+    Parameters
+    ----------
+    runs
+        Folders of runs, one colour each.
+    out
+        The PNG to write.
+    show
+        A value's name or a pattern, as "validation/*"; may be given more than once. Losses and scores if not given.
+    """
+    from lens_core import checkpoint
+    from lens_tools import curves as drawing
+
+    if not runs:
+        raise ConfigError("give the folder of a run, or of several")
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"{out}: pictures are written as .png; use {out.with_suffix('.png')}")
+    short = len({run.resolve().name for run in runs}) == len(runs)
+    found = {run.resolve().name if short else str(run): drawing.read(run) for run in runs}
+    picture = drawing.draw(found, show or ())
+    checkpoint.write_atomic(out, lambda p: picture.save(p, format="PNG"))
+    print(out)
+    return 0
+
+
+def doctor(
+    *,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    table: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """What this machine has, what would be used, and which offload plan the published model would take.
+
+    Parameters
+    ----------
+    json_
+        Print JSON.
+    table
+        Print the tables of docs/memory.md instead: the published model's memory by plan and by card.
+    """
+    from lens_tools import doctor as practice
+
+    catalog = Catalog.installed()
+    if table:
+        print(practice.table(practice.published(catalog)))
+        return 0
+    told = practice.examine(catalog)
+    print(json.dumps(told, indent=2, ensure_ascii=False) if json_ else practice.describe(told))
+    return 0
