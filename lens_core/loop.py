@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from lens_core.watching import Interrupted, Watcher
 PREFIXES = {"backbone": "transformer", "text_encoder": "text_encoder", "vae": "vae"}
 """What diffusers calls the parts of a pipeline, in the names of an adapter's tensors."""
 STATE = "state.safetensors"
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for the one that looks at the run or exports it, which may draw for hours."""
 SCHEMA = 2
 """The version of a training checkpoint."""
 
@@ -75,7 +78,7 @@ class Run:
         allow_changed: bool = False,
     ) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import ProjectConfiguration, set_seed
+        from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 
         self.recipe, self.catalog, self.out, self.allow_changed = recipe, catalog, out, allow_changed
         self.train_config = recipe.train
@@ -87,6 +90,7 @@ class Run:
             mixed_precision="no",  # its precision is one a process; ours is one a run
             log_with=list(recipe.train.trackers) or None,
             project_config=ProjectConfiguration(str(out), str(out / "trackers")),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)] if several else [],
             cpu=several and not torch.cuda.is_available(),  # else it would start each process alone
         )
         self.ranks = Ranks(self.accelerator, recipe.train.parts, recipe.train.shards)

@@ -127,6 +127,9 @@ def run(name: str, out: Path, **train: int) -> None:
     report = going.train()
     rank = going.ranks.rank
     told = {"steps": report.steps, "said": said, "world": going.ranks.world, "mine": list(going.ranks.mine)}
+    if torch.distributed.is_initialized():
+        backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))  # nothing public tells it
+        told["patience"] = backend.options._timeout.total_seconds()
     (out / f"rank-{rank}.json").write_text(json.dumps(told))
 
 

@@ -144,6 +144,7 @@ def test_they_tell_the_same(name: str, both: Path) -> None:
     first, second = (json.loads((both / "pair" / name / f"rank-{r}.json").read_text()) for r in range(2))
     assert (first["world"], first["mine"], second["mine"]) == (2, [0], [1])
     assert first["said"] and not second["said"]
+    assert first["patience"] >= 3600, "the others wait while the first one draws"
 
 
 @pytest.mark.parametrize("where", ["pair", "divided"])
