@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,15 @@ def memory(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, int], dict[str, 
     held = {names.get(id(net), kind): net for kind, net in nets.items()} | dict(roles)
     known = {id(net) for net in held.values()}
     held |= {k: v for k, v in vars(method).items() if isinstance(v, nn.Module) and id(v) not in known}
+    found, learns = cost(held, roles, list(nets.values()), recipe)
+    return found, learns, notes
+
+
+def cost(
+    held: Mapping[str, nn.Module], roles: Mapping[str, nn.Module], parts: Sequence[nn.Module], recipe: Recipe
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(bytes by part, parameters that learn by role) of networks on the meta device, to which the recipe's adapters are
+    put. `held` are all of them by name; `parts` are those of the pipeline, which alone have moving averages."""
     found: dict[str, int] = {}
     learns: dict[str, int] = {}
     seen: set[int] = set()
@@ -101,9 +110,9 @@ def memory(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, int], dict[str, 
         learns[role] = sum(p.numel() for p in learned)
         found |= {f"{role}: adapter": grows} if adapter is not None else {}
         found |= {f"{role}: gradients": grows, f"{role}: AdamW's moments": 2 * grows}
-        if recipe.train.ema and any(net is part for part in nets.values()):
+        if recipe.train.ema and any(net is part for part in parts):
             found[f"{role}: moving average"] = grows
-    return {k: v for k, v in found.items() if v}, learns, notes
+    return {k: v for k, v in found.items() if v}, learns
 
 
 def describe(recipe: Recipe, catalog: Catalog) -> str:

@@ -57,30 +57,16 @@ def estimate(config: Any, recipe: Recipe, catalog: Catalog) -> Estimate:
 
 
 def _memory(recipe: Recipe, catalog: Catalog, keeps_base: bool) -> tuple[dict[str, int], list[str]]:
-    from lens_core.plan import on_meta, size_of
+    from lens_core.pipeline import WEIGHTY
+    from lens_core.plan import cost, on_meta
 
     pipeline, notes = on_meta(recipe, catalog)
-    memory: dict[str, int] = {}
-    for part in ("vae", "text_encoder", "backbone"):
-        if getattr(pipeline, part) is None:
+    held = {part: getattr(pipeline, part) for part in WEIGHTY}
+    for part, net in held.items():
+        if net is None:
             raise ConfigError(f"$.pipeline.{part}: missing; name one, or a checkpoint to start from")
-        memory[f"{part}: weights"] = size_of(getattr(pipeline, part).state_dict().values())
-    size, net, adapter = memory["backbone: weights"], pipeline.backbone, recipe.train.adapters.get("backbone")
-    if adapter is not None:
-        import torch
-
-        from lens_core import adapters
-
-        with torch.device("meta"):
-            adapters.attach(net, adapter)
-    grows = size_of(p for name, p in net.named_parameters() if adapter is None or adapters.owned(name))
-    if adapter is not None:
-        memory["backbone: adapter"] = grows
-        size += grows
-    memory["backbone: gradients"] = grows
-    memory["backbone: AdamW's moments"] = 2 * grows
-    if recipe.train.ema:
-        memory["backbone: moving average"] = grows if adapter is not None else size
+    memory, _ = cost(held, {"backbone": held["backbone"]}, list(held.values()), recipe)
+    size = memory["backbone: weights"] + memory.get("backbone: adapter", 0)
     memory["backbone: old policy"] = size
     if keeps_base:
         memory["backbone: start, for kl"] = size
