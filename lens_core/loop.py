@@ -275,7 +275,8 @@ class Run:
 
     def _weights(self) -> dict[str, Tensor]:
         """What `export` would write of the roles, as ROLE/NAME, while the averages stand in their places."""
-        return {f"{role}/{k}": whole(v.detach()) for role in self.exported for k, v in self._own(role).items()}
+        own = {f"{role}/{k}": v.detach() for role in self.exported for k, v in self._own(role).items()}
+        return self.ranks.collected(own) if self.ranks.divided else own
 
     def _parts(self) -> list[Iterator[Sequence[Any]]]:
         """The method's steps for each part of a batch. Their generators are in one state, for what all must share."""
@@ -515,8 +516,8 @@ class Run:
         if not self.ranks.divided:
             return
         for role, net in self.nets.items():
-            full = {k: whole(v.detach()).cpu() for k, v in net.state_dict().items()}
-            average = {k: whole(v).cpu() for k, v in self.ema.get(role, {}).items()}
+            full = self.ranks.collected(net.state_dict())
+            average = self.ranks.collected(self.ema.get(role, {}))
             if self.ranks.rank == 0:
                 blank = self.blanks[role]
                 blank.load_state_dict(full, assign=True)

@@ -58,16 +58,17 @@ class Ranks:
     # ---- gradients and numbers ------------------------------------------------------------------------------------
 
     def add(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum gradients over the processes, in one message; a parameter that got one nowhere keeps none. Those of
-        divided weights were summed on their way back."""
+        """Sum gradients over the processes, in one message. Those of divided weights were summed on their way back.
+
+        A parameter that no sample used gets a gradient of 0, in one process as in many: whether its moments move must
+        not depend on who else was in the batch."""
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if self.world == 1 or self.divided:
             return
-        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
-        dist.all_reduce(there)
-        used = [p for p, somewhere in zip(parameters, there.tolist(), strict=True) if somewhere]
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
+        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
         dist.all_reduce(flat)
-        for p, piece in zip(used, torch.split(flat, [p.numel() for p in used]), strict=True):
+        for p, piece in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
             p.grad = piece.view_as(p)
 
     @property
@@ -112,8 +113,13 @@ class Ranks:
         if not self.divided:
             return
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+        if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+            raise ConfigError(
+                f"$.train.shards: torch {torch.__version__} would wait for ever where processes use different weights; "
+                "use torch 2.13 or newer, or shards: 1"
+            )
         owners: dict[int, str] = {}
         for role, net in nets.items():
             for parameter in net.parameters():
@@ -131,7 +137,9 @@ class Ranks:
             for block in [*_blocks(net), net]:
                 # The outermost too goes back to shares after each pass: a pass without gradients may come before one
                 # with them, and only what is gathered anew learns that it is to have some.
-                fully_shard(block, mesh=mesh, reshard_after_forward=True)
+                divided = fully_shard(block, mesh=mesh, reshard_after_forward=True)
+                # A process whose captions were all dropped runs no text stream, while another's does.
+                divided.set_reduce_scatter_unused_params(True)
             for name in ENTRIES:
                 if hasattr(net, name):
                     register_fsdp_forward_method(net, name)
@@ -179,6 +187,15 @@ class Ranks:
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # which is no fault
             load(into, storage_reader=reader, no_dist=self.world == 1)
         return into
+
+    def collected(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` whole, on the CPU of the first process; the others help, and get nothing. All of them call it."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            full = whole(tensor.detach())
+            if self.rank == 0:
+                found[name] = full.cpu()
+        return found
 
 
 def _blocks(net: nn.Module) -> list[nn.Module]:

@@ -68,6 +68,11 @@ METHODS = {
         "dataset": SHAPES,
         "pipeline": {**PARTS, "backbone": BLOCKS},
     },
+    "dropped": {  # one sample a process, often without a caption: then it runs no text stream, and the other does
+        "method": {"use": "flow_matching", "caption_dropout": 0.5},
+        "dataset": {**SHAPES, "batch": 2},
+        "pipeline": {**PARTS, "backbone": BLOCKS},
+    },
     "watched": {
         "method": "flow_matching",
         "dataset": SHAPES,
