@@ -358,3 +358,9 @@ def test_alignment_of_sharded_weights_is_that_of_whole_ones() -> None:
             assert torch.equal(fake_shards.get_parameter(name).full_tensor(), p)
     finally:
         distributed.destroy_process_group()
+
+
+def test_a_ratio_to_nothing_is_large_and_finite() -> None:
+    found = float(losses.ratio(torch.ones(4), torch.zeros(4)))
+    assert 1e6 < found < float("inf")
+    assert float(losses.ratio(torch.full((4,), 3.0), torch.ones(4))) == pytest.approx(3)
