@@ -564,9 +564,10 @@ def compare(*folders: str, out: Path | None = None) -> int:
         raise ConfigError("give the folders that lens bench wrote, the model to measure against first")
     results = []
     for joined in folders:
-        for folder in joined.split(","):
+        several = [joined] if Path(joined).is_dir() else joined.split(",")
+        for folder in several:
             result = comparison.read(Path(folder) / "result.json")
-            results.append(result | {"group": joined} if "," in joined else result)
+            results.append(result | {"group": joined} if len(several) > 1 else result)
     text = comparison.table(comparison.compare(results))
     if out is not None:
         checkpoint.write_atomic(out, lambda p: p.write_text(f"{text}\n", encoding="utf-8"))

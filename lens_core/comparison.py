@@ -63,7 +63,8 @@ def compare(results: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) ->
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        groups.setdefault(result.get("group", repr([result[key] for key in _MODEL])), []).append(result)
+        known = _MODEL[2:] if "group" in result else _MODEL
+        groups.setdefault(repr([result.get("group"), *(result[key] for key in known)]), []).append(result)
     first = results[0]
     asked = [(p["task"], p["prompt"]) for p in first["pictures"]]
     for result in results:

@@ -369,16 +369,16 @@ def _change(data: Any, change: str) -> Iterator[str]:
     *way, last = path.strip().split(".")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         sign = ""
     if not sign or not all([*way, last]):
         yield f"{change!r} is no change of a recipe; write PATH=VALUE, method.gan=0 for instance"
         return
     here = data
     for step in way:
-        inner = here.setdefault(step, {}) if isinstance(here, dict) else None
-        if isinstance(inner, str):  # a component without options
-            inner = here[step] = {"use": inner}
+        inner = here.get(step, {}) if isinstance(here, dict) else None
+        if isinstance(inner, dict | str):  # a component without options, or what an alias may have put elsewhere too
+            inner = here[step] = {"use": inner} if isinstance(inner, str) else dict(inner)
         here = inner
     if isinstance(here, dict):
         here[last] = value

@@ -124,6 +124,10 @@ class Run:
             self.nets[role].requires_grad_(False)
         if self.ranks.divided:  # what `export` fills again, for divided modules stay what they are
             self.blanks = {role: _blank(net) for role, net in self.nets.items()}
+        if recipe.train.compile:
+            for net in self.nets.values():
+                # A stack of equal blocks compiles once, as one block; diffusers' models say which those are.
+                getattr(net, "compile_repeated_blocks", net.compile)()
         self.ranks.divide(self.nets)
         self.learning = {
             role: [p for name, p in net.named_parameters() if role not in recipe.train.adapters or adapters.owned(name)]
@@ -151,10 +155,6 @@ class Run:
                     net.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' and transformers' name
                 else:
                     self.say(f"{role} has no blocks to compute again; its activations are all kept")
-        if recipe.train.compile:
-            for net in self.nets.values():
-                # A stack of equal blocks compiles once, as one block; diffusers' models say which those are.
-                getattr(net, "compile_repeated_blocks", net.compile)()
         self.exported = [  # the roles that `export` writes
             role
             for role, net in self.nets.items()
@@ -241,7 +241,13 @@ class Run:
                     begun = time.monotonic()
                     with contextlib.suppress(Interrupted), self._aside(), self._averaged():
                         stop = (lambda: self.ranks.any(self._stop)) if together else (lambda: self._stop)
-                        seen = self.watcher.look(self.step, self.nets, self._weights, stop)
+                        seen = self.watcher.look(
+                            self.step,
+                            self.nets,
+                            self._weights,
+                            stop,
+                            self.ranks.told if together else lambda seen: seen,
+                        )
                         self.trackers.log({f"watch/{k}": v for k, v in seen.items() if k != "step"}, self.step)
                     self.pace.away += time.monotonic() - begun
                 pending = self.watcher.due(self.step, last)
@@ -295,7 +301,9 @@ class Run:
 
     def _autocast(self) -> torch.autocast:
         half = self.train_config.precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=half)
+        # The cache would hold a cast of every weight until the pass is over, where one block at a time is to be whole.
+        cached = not self.ranks.divided
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=half, cache_enabled=cached)
 
     def _next(self, steps: Iterator[Sequence[Any]]) -> Sequence[Any]:
         with self._autocast():
@@ -440,7 +448,8 @@ class Run:
                     raise CheckpointError(f"{folder}: is of schema {state.get('schema')!r}; this Lens reads {SCHEMA}")
                 sums = checkpoint.read_json(folder / "sums.json")
                 there = {str(path.relative_to(folder)): path for path in _files(folder)}
-                for name in sorted({*sums, *there, STATE} - ({STATE} if (folder / SHARDS).is_dir() else set())):
+                shares = {name for name in there if name.startswith(f"{SHARDS}/") and name.endswith(".safetensors")}
+                for name in sorted({*sums, *(shares or {STATE}), "state.json"}):
                     if name not in there:
                         raise CheckpointError(f"{folder / name}: is missing")
                     if checkpoint.hash_of(there[name]) != sums.get(name):
@@ -493,7 +502,8 @@ class Run:
         for role in self.nets:
             self._load(role, under(f"net/{role}/"))
             if role in self.ema:
-                self.ema[role] = under(f"ema/{role}/")
+                now = self.ema[role]  # which may be elsewhere than what was read
+                self.ema[role] = {k: v.to(now[k].device) for k, v in under(f"ema/{role}/").items()}
             slots: dict[int, dict[str, Tensor]] = {}
             for name, value in under(f"optimizer/{role}/").items():
                 index, _, slot = name.partition("/")

@@ -541,7 +541,7 @@ class LensPipeline:
 
     def _tabled(self, times: Tensor) -> AbstractContextManager[Any]:
         """While this lasts the backbone is asked at `times`: what it can work out for all of them at once, it does."""
-        if not isinstance(self.backbone, Tabulates):
+        if not isinstance(self.backbone, Tabulates) or _divided(self.backbone):
             return nullcontext()
         visit = self.placement.parts["backbone"].visit if self.placement is not None else nullcontext
         return self.backbone.tabulated(times, visit)
@@ -740,6 +740,15 @@ def _read(
     part, config, tensors = component.outline(file, config, _root(folder))
     part.fill(tensors, file, dtype)
     return part.eval(), Use(use.use, unstructure(config))
+
+
+def _divided(net: Any) -> bool:
+    """Whether processes hold shares of its weights, which nothing but a forward gathers."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(net, FSDPModule)
 
 
 def _state(module: Any) -> Any:

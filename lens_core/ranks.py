@@ -149,6 +149,7 @@ class Ranks:
     def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write what this process holds to the folder `shards` of a checkpoint; all processes call it."""
         from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -157,7 +158,10 @@ class Ranks:
             place.mkdir(parents=True)
         self.wait()
         try:
-            save(dict(tensors), storage_writer=HuggingFaceStorageWriter(path=str(place), save_distributed=True))
+            # What is not divided, random states and buffers, is the first process's.
+            planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+            writer = HuggingFaceStorageWriter(path=str(place), save_distributed=True)
+            save(dict(tensors), storage_writer=writer, planner=planner)
         except CheckpointException as error:  # of whichever process
             causes = [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
             with checkpoint.writing(place):

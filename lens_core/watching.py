@@ -125,10 +125,11 @@ class Watcher:
 
     def look(
         self, step: int, nets: Mapping[str, nn.Module], weights: Callable[[], dict[str, Tensor]],
-        stopping: Callable[[], bool],
+        stopping: Callable[[], bool], agreed: Callable[[Any], Any] = lambda seen: seen,
     ) -> dict[str, Any]:  # fmt: skip
         """Draw, judge and measure; the line that tells of it. `weights` are what would be exported now, ROLE/NAME.
 
+        Processes that look together all go by what the first one has seen, which `agreed` gives.
         A benchmark that fails is told and does not stop the run. Raises Interrupted soon after `stopping` is true.
         """
 
@@ -143,18 +144,22 @@ class Watcher:
         if config.prompts:
             self._sheet(step, check)
         for name, judge in self.judges.items():
+            scores, fault = {}, ""
             try:
                 outcome = evaluation.evaluate(
                     self.pipeline, judge, seed=config.seed, batch=config.batch, say=check, **self._settings()
                 )
+                scores = {name: outcome.overall.value}
+                scores |= {f"{name}/{task}": rate.value for task, rate in outcome.rates.items() if rate.count}
             except LensError as error:
-                failed[name] = str(error)
-                self.say(f"step {step}: the benchmark {name} failed, and the run goes on: {error}")
-                continue
-            found[name] = outcome.overall.value
-            found |= {f"{name}/{task}": rate.value for task, rate in outcome.rates.items() if rate.count}
+                fault = str(error)
+            scores, fault = agreed((scores, fault))
+            if fault:
+                failed[name] = fault
+                self.say(f"step {step}: the benchmark {name} failed, and the run goes on: {fault}")
+            found |= scores
         if self.held is not None:
-            found |= self._validate(nets, check)
+            found |= agreed(self._validate(nets, check))
         found = {name: round(value, 6) for name, value in found.items()}
         line: dict[str, Any] = {"step": step, "seconds": round(time.monotonic() - begun, 1), **found}
         line |= {"failed": failed} if failed else {}

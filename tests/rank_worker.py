@@ -76,6 +76,7 @@ METHODS = {
     "watched": {
         "method": "flow_matching",
         "dataset": SHAPES,
+        "pipeline": {**PARTS, "backbone": BLOCKS},
         "watch": {
             "every": 10,
             "prompts": ["a red circle", "two blue squares"],

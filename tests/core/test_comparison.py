@@ -72,6 +72,10 @@ def test_folders_joined_by_commas_are_models_of_one_recipe(
     assert main(["compare", "base", "s1,s2"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("| s1,s2, 4 steps, guidance 1 | 2 | 0.75 | 0.50 |") and "**0.625**" in last
+    rows = compare([result([1, 0], m, steps=steps) | {"group": "g"} for m, steps in (("a", 4), ("b", 40))])
+    assert [row.name for row in rows] == ["g, 4 steps, guidance 1", "g, 40 steps, guidance 1"], (
+        "other settings, other row"
+    )
     with pytest.raises(ConfigError, match="the seed 0 stands twice"):
         compare([r | {"group": "g"} for r in (result([1, 0]), result([1, 0]))])
 

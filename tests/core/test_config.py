@@ -230,6 +230,16 @@ def test_changes_count_as_if_the_recipe_said_so(tmp_path: Path) -> None:
     assert changed(tmp_path, "watch.every=2", "watch.prompts=[red]").watch is not None
 
 
+def test_a_change_keeps_to_its_place_where_an_alias_repeats_a_section(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "method: fit\ndataset: &d {use: squares, batch: 4}\ntrain: {steps: 3}\nwatch: {every: 1, validation: *d}\n"
+    )
+    found = read_recipe(path, Catalog.of(toy), ["watch.validation.batch=2"])
+    assert found.watch is not None and found.watch.validation == Use("squares", {"batch": 2})
+    assert found.dataset == Use("squares", {"batch": 4})
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -237,6 +247,7 @@ def test_changes_count_as_if_the_recipe_said_so(tmp_path: Path) -> None:
         ("=3", "is no change of a recipe"),
         ("train..steps=3", "is no change of a recipe"),
         ("train.steps=[", "is no change of a recipe"),
+        ("seed=2024-02-31", "is no change of a recipe"),
         ("train.steps.more=3", "train.steps is no section"),
         ("train.stepz=3", "stepz"),
         ("train.steps=many", "steps"),

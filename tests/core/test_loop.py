@@ -158,6 +158,14 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(damage: str, runner: 
     same(before, runner.state("whole", 6))
 
 
+def test_files_that_a_desktop_leaves_in_a_checkpoint_are_no_damage(runner: Runner, tmp_path: Path) -> None:
+    runner.run(recipe(), "a").train()
+    (tmp_path / "a" / "checkpoints" / "step-0000006" / ".DS_Store").touch()
+    runner.said.clear()
+    runner.run(recipe(), "a").train()
+    assert runner.said[0].startswith("resumed at step 6")
+
+
 def test_a_finished_run_run_again_changes_nothing(runner: Runner) -> None:
     runner.run(recipe(), "a").train()
     before = runner.model("a")
