@@ -1,6 +1,6 @@
 # make demo   sets up .venv and draws a picture with each of the embedded checkpoints, side by side
 # make test   the same set-up, then the whole test suite
-# make lint   ruff        make types   mypy --strict on lens_core        make clean   removes .venv
+# make lint   ruff        make types   mypy --strict                    make clean   removes .venv
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -14,7 +14,8 @@ from lens_core.checkpoint import read_json
 from lens_core.types import CheckpointError, ConfigError
 
 RESAMPLES = 4000
-_MODEL = ("model", "model_hash", "steps", "guidance_scale", "size")
+_MODEL = ("model", "model_hash")
+_SETTINGS = ("steps", "guidance_scale", "size")
 
 
 @frozen
@@ -35,7 +36,7 @@ class Row:
 def read(path: Path) -> dict[str, Any]:
     """A result.json, with all that `compare` reads of it in place."""
     result = read_json(path)
-    fields = (*_MODEL, "benchmark", "seed", "headline", "pictures")
+    fields = (*_MODEL, *_SETTINGS, "benchmark", "seed", "headline", "pictures")
     missing = [name for name in fields if name not in result]
     pictures = result.get("pictures")
     if missing or not isinstance(pictures, list) or not all(_is_picture(p) for p in pictures):
@@ -63,8 +64,8 @@ def compare(results: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) ->
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        known = _MODEL[2:] if "group" in result else _MODEL
-        groups.setdefault(repr([result.get("group"), *(result[key] for key in known)]), []).append(result)
+        one = ("group",) if "group" in result else _MODEL
+        groups.setdefault(repr([(key, result[key]) for key in (*one, *_SETTINGS)]), []).append(result)
     first = results[0]
     asked = [(p["task"], p["prompt"]) for p in first["pictures"]]
     for result in results:

@@ -32,13 +32,12 @@ from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Training, build, structure, unstructure
 from lens_core.pipeline import LensPipeline
 from lens_core.progress import Feed, Pace, Spikes, Trackers, check_trackers, memory, peak
-from lens_core.ranks import SHARDS, Ranks, seed_of, whole
+from lens_core.ranks import SHARDS, STATE, Ranks, seed_of, whole
 from lens_core.types import CheckpointError, ConfigError, LensError, Loss, NumericalError, Place
 from lens_core.watching import Interrupted, Watcher
 
 PREFIXES = {"backbone": "transformer", "text_encoder": "text_encoder", "vae": "vae"}
 """What diffusers calls the parts of a pipeline, in the names of an adapter's tensors."""
-STATE = "state.safetensors"
 PATIENCE = timedelta(hours=6)
 """How long processes wait for the one that looks at the run or exports it, which may draw for hours."""
 SCHEMA = 2
@@ -131,6 +130,10 @@ class Run:
         self.ranks.divide(self.nets)
         self.learning = {
             role: [p for name, p in net.named_parameters() if role not in recipe.train.adapters or adapters.owned(name)]
+            for role, net in self.nets.items()
+        }
+        self.learned = {  # the share of each role's weights
+            role: sum(p.numel() for p in self.learning[role]) / sum(p.numel() for p in net.parameters())
             for role, net in self.nets.items()
         }
         self.rng = torch.Generator().manual_seed(recipe.seed)
@@ -241,13 +244,8 @@ class Run:
                     begun = time.monotonic()
                     with contextlib.suppress(Interrupted), self._aside(), self._averaged():
                         stop = (lambda: self.ranks.any(self._stop)) if together else (lambda: self._stop)
-                        seen = self.watcher.look(
-                            self.step,
-                            self.nets,
-                            self._weights,
-                            stop,
-                            self.ranks.told if together else lambda seen: seen,
-                        )
+                        agreed = self.ranks.told if together else (lambda seen: seen)
+                        seen = self.watcher.look(self.step, self.nets, self._weights, stop, agreed)
                         self.trackers.log({f"watch/{k}": v for k, v in seen.items() if k != "step"}, self.step)
                     self.pace.away += time.monotonic() - begun
                 pending = self.watcher.due(self.step, last)
@@ -360,8 +358,7 @@ class Run:
         count = getattr(self.method, "flops", None)
         if count is None:
             return 0.0
-        learned = sum(p.numel() for p in self.learning[role]) / sum(p.numel() for p in self.nets[role].parameters())
-        return float(sum(count(role, batch) for micro in parts for batch in micro) * (2 + learned))
+        return float(sum(count(role, batch) for micro in parts for batch in micro) * (2 + self.learned[role]))
 
     def _average(self, role: str) -> None:
         if role not in self.ema:
@@ -623,12 +620,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _blank(net: nn.Module) -> nn.Module:
     """`net` with every shape and no weights."""
-    tensors = (*net.parameters(), *net.buffers())
-    empty = {id(t): t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors}
-    memo: dict[int, Any] = {
-        id(t): nn.Parameter(empty[id(t)], t.requires_grad) if isinstance(t, nn.Parameter) else empty[id(t)]
-        for t in tensors
-    }
+    memo: dict[int, Any] = {id(t): t.to("meta") for t in net.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in net.parameters()}
     return copy.deepcopy(net, memo)
 
 

@@ -223,9 +223,8 @@ class LensPipeline:
         if dtype is not None and self.backbone is not None:
             _refuse(type(self.backbone), dtype)
         if self.placement is not None:
-            device = (
-                device if device is not None else self.device
-            )  # where the plan has put them is not where they belong
+            # Where the plan has put them is not where they belong.
+            device = device if device is not None else self.device
             self.placement.remove()
             self.placement = self._asked = None
         if dtype is not None:

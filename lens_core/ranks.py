@@ -17,11 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lens_core import checkpoint
 from lens_core.types import CheckpointError, ConfigError
 
+STATE = "state.safetensors"
+"""The file of a checkpoint that one process has written whole."""
 SHARDS = "shards"
 """The folder of a checkpoint in which every process has written what it holds."""
 ENTRIES = ("packed", "features", "encode", "decode")
@@ -169,9 +171,8 @@ class Ranks:
 
     def read(self, folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a checkpoint, whoever wrote it, divided as those of the same name in `like` are."""
-        whole = folder / "state.safetensors"
-        if whole.is_file():
-            return {name: _as(tensor, like.get(name)) for name, tensor in checkpoint.read_tensors(whole).items()}
+        if (folder / STATE).is_file():
+            return {name: _as(t, like.get(name)) for name, t in checkpoint.read_tensors(folder / STATE).items()}
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
         from torch.distributed.checkpoint.state_dict_loader import load
@@ -220,7 +221,5 @@ def _as(tensor: Tensor, like: Tensor | None) -> Tensor:
     """`tensor`, divided as `like` is."""
     if not isinstance(like, DTensor):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
-
     mesh = like.device_mesh
     return distribute_tensor(tensor.to(mesh.device_type), mesh, like.placements, src_data_rank=None)

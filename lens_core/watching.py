@@ -125,7 +125,7 @@ class Watcher:
 
     def look(
         self, step: int, nets: Mapping[str, nn.Module], weights: Callable[[], dict[str, Tensor]],
-        stopping: Callable[[], bool], agreed: Callable[[Any], Any] = lambda seen: seen,
+        stopping: Callable[[], bool], agreed: Callable[[Any], Any],
     ) -> dict[str, Any]:  # fmt: skip
         """Draw, judge and measure; the line that tells of it. `weights` are what would be exported now, ROLE/NAME.
 

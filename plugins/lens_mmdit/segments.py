@@ -57,6 +57,11 @@ class Segments:
         to_images, to_all = ends.to(self.image.device, torch.int32)
         return to_images, to_all
 
+    @functools.cached_property
+    def longest(self) -> tuple[int, int]:
+        """The most tokens that a sample has: of its image, and in all."""
+        return max(self.images), max(n + m for n, m in zip(self.images, self.texts, strict=True))
+
     def groups(self) -> dict[tuple[int, int], list[int]]:
         """The samples of each shape: (image tokens, text tokens)."""
         found: dict[tuple[int, int], list[int]] = {}
@@ -117,8 +122,7 @@ def _varlen(device: int) -> Any:
 
 def _in_one_call(q: Tensor, k: Tensor, v: Tensor, where: Segments, kernel: Any) -> Tensor:
     # The kernel wants each sample's tokens side by side.
-    order, (to_images, to_all) = where.order, where.ends
-    longest, keys = max(where.images), max(map(sum, zip(where.images, where.texts, strict=True)))
+    order, (to_images, to_all), (longest, keys) = where.order, where.ends, where.longest
     if len(q) < len(k):
         out: Tensor = kernel(q, k[order], v[order], to_images, to_all, longest, keys)
         return out

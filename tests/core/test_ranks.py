@@ -22,6 +22,10 @@ from lens_core.ranks import Ranks
 from lens_core.types import ConfigError
 
 TESTS = Path(__file__).resolve().parents[1]
+TWO = pytest.mark.parametrize(
+    ("where", "name"),
+    [("pair", name) for name in sorted(rank_worker.METHODS)] + [("divided", n) for n in sorted(rank_worker.DIVIDED)],
+)
 DIVIDED = pytest.mark.parametrize("name", sorted(rank_worker.DIVIDED))
 NAMES = pytest.mark.parametrize("name", sorted(rank_worker.METHODS))
 
@@ -87,10 +91,7 @@ def apart(a: dict[str, Tensor], b: dict[str, Tensor], kind: str) -> float:
     return max(float((a[n].double() - b[n].double()).abs().max()) for n in names)
 
 
-@pytest.mark.parametrize(
-    ("where", "name"),
-    [("pair", name) for name in sorted(rank_worker.METHODS)] + [("divided", n) for n in sorted(rank_worker.DIVIDED)],
-)
+@TWO
 def test_two_processes_end_with_the_weights_of_one(where: str, name: str, both: Path) -> None:
     one, two = state(both / "alone" / name), state(both / where / name)
     for kind in ("net/", "ema/"):
@@ -147,8 +148,7 @@ def test_they_tell_the_same(name: str, both: Path) -> None:
     assert first["patience"] >= 3600, "the others wait while the first one draws"
 
 
-@pytest.mark.parametrize("where", ["pair", "divided"])
-@DIVIDED
+@TWO
 def test_a_run_of_two_goes_on_as_one(name: str, where: str, both: Path, tmp_path: Path) -> None:
     begun(both / where / name, tmp_path / "run")
     rank_worker.run(name, tmp_path / "run", **({"shards": 2} if where == "divided" else {}))
