@@ -21,7 +21,10 @@ def text(described: Mapping[str, Any], name: str = ".") -> str:
     head |= {key: known[key] for key in ("base_model", *_LICENCE) if key in known}
     presets = described.get("presets", {})
     parts = described["components"]
-    facts = {part.replace("_", " "): f"`{use['use']}`" for part, use in parts.items()}
+    facts = {
+        part.replace("_", " "): f"`{use['use']}`" + (f", that of `{use['from']}`" if "from" in use else "")
+        for part, use in parts.items()
+    }
     facts |= {key.replace("_", " "): presets[key] for key in ("steps", "guidance_scale") if key in presets}
     facts |= {"made from": known["base_model"]} if "base_model" in known else {}
     facts |= {"training": ", ".join(f"{k} {v}" for k, v in known["recipe"].items())} if "recipe" in known else {}

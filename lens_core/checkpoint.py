@@ -2,6 +2,8 @@
 
 A checkpoint is the published diffusers folder layout plus `lens.json`:
 `{"format": 1, "components": {kind: {"use", "config"}}, "presets": {"steps", "guidance_scale"}, "plugins": {name: …}}`.
+A component with `"from"` is lent: its files are those of another checkpoint, a Hub name or a plugin's such as `tiny:`,
+and `"hash"` says which they were.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ ALIGNMENT = 64  # bytes, at which torch puts tensors of its own
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORMAT = 1
 """The version of `lens.json`."""
+FOLDERS = {"vae": ("vae/",), "text_encoder": ("text_encoder/", "tokenizer/"), "backbone": ("transformer/",)}
+"""Where the files of a part with weights lie in a checkpoint."""
 
 
 class WriteError(CheckpointError):
@@ -292,10 +296,42 @@ def digest(folder: Path) -> str:
     return combined(hashes(folder))
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """The hash of every file of weights, JSON or chat template below `folder`, by its path; of a file, its own."""
+def hashes(folder: Path, under: tuple[str, ...] = ("",)) -> dict[str, str]:
+    """The hash of every file of weights, JSON or chat template below `folder`, by its path; of a file, its own.
+
+    `under`: of those alone whose path begins so."""
     found = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".jinja") and p.is_file())
-    return {str(path.relative_to(folder)): hash_of(path) for path in (found if folder.is_dir() else [folder])}
+    paths = {str(path.relative_to(folder)): path for path in (found if folder.is_dir() else [folder])}
+    return {name: hash_of(path) for name, path in paths.items() if name.startswith(under)}
+
+
+def places(part: str, component: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the paths of a part's files begin with: its folders, and its single file if it has one."""
+    return (*FOLDERS[part], *([component["file"]] if "file" in component else ()))
+
+
+def lender(part: str, component: Mapping[str, Any], where: Path, catalog: Catalog) -> tuple[Path, dict[str, str]]:
+    """The folder of the checkpoint that lends `part` to the one in `where`, and the hashes of its files there.
+
+    Raises CheckpointError, also if they are not those that were meant.
+    """
+    uri, told = component["from"], f"{where / 'lens.json'}: its {part.replace('_', ' ')} is that of {component['from']}"
+    try:
+        folder = fetch(uri, catalog)
+        own = describe(folder, catalog)["components"].get(part)
+    except LensError as error:
+        raise CheckpointError(f"{told}, which cannot be had: {error}") from error
+    if own is None or "from" in own:
+        raise CheckpointError(f"{told}, which has none of its own; name the checkpoint that has")
+    under = places(part, component)
+    found = hashes(folder, under)
+    if not found:
+        raise CheckpointError(f"{told}, which has no file in {' or '.join(under)}; fetch it again")
+    if combined(found) != component["hash"]:
+        raise CheckpointError(
+            f"{told} as it was at {component['hash']}, and it is at {combined(found)} now; name that revision"
+        )
+    return folder, found
 
 
 def combined(files: Mapping[str, str]) -> str:
@@ -349,7 +385,8 @@ def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
         and isinstance(c.get("file", ""), str)
         and not Path(c.get("file", "")).is_absolute()
         and ".." not in Path(c.get("file", "")).parts
-        for c in components.values()
+        and ("from" not in c or (lends(c["from"]) and kind in FOLDERS and isinstance(c.get("hash"), str)))
+        for kind, c in components.items()
     ):
         raise CheckpointError(f"{path}: has no components that each name what they use")
     for name, sound in {"presets": _presets, "plugins": _texts, "provenance": _provenance}.items():
@@ -358,6 +395,11 @@ def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
     if not isinstance(data.get("note", ""), str):
         raise CheckpointError(f"{path}: its note is no text; mend it, or fetch it again")
     return data
+
+
+def lends(uri: Any) -> bool:
+    """Whether a checkpoint may name this as the one that lends it a part: no path, which is another's elsewhere."""
+    return isinstance(uri, str) and bool(re.fullmatch(r"\w+:[\w.-]*", uri) or hub.is_name(uri.partition("@")[0]))
 
 
 def _presets(given: Any) -> bool:

@@ -153,6 +153,7 @@ class LensPipeline:
         later, about = None, []
         store = TextCache(Path(text_cache).expanduser() if text_cache is not None else None)
         built: dict[str, tuple[str, Any, Any]] = {}
+        lent: dict[str, tuple[Path, dict[str, str]]] = {}
         for part in PARTS:
             if part not in components or part not in parts:
                 continue
@@ -161,13 +162,16 @@ class LensPipeline:
             uses[part] = Use(built[part][0], use.options)
             if part in WEIGHTY:
                 _refuse(built[part][1], kind)
+            if "from" in components[part]:
+                lent[part] = checkpoint.lender(part, components[part], folder, catalog)
         for part, (name, component, config) in built.items():
             if part not in WEIGHTY:
                 found[part] = component(config)
                 continue
+            home, _ = lent.get(part, (folder, None))
             held = components[part].get("file")
-            file = files.get(part) or (_root(folder) / held if held is not None else None)
-            read = partial(_read, component, folder, config, kind, uses[part], file)
+            file = files.get(part) or (_root(home) / held if held is not None else None)
+            read = partial(_read, component, home, config, kind, uses[part], file)
             if part == "text_encoder":
                 later, about = read, [name, unstructure(config), catalog.version(name.partition(":")[0]), str(kind)]
             if part != "text_encoder" or text_cache is None:
@@ -187,8 +191,9 @@ class LensPipeline:
         )
         pipeline.texts = store
         if later is not None:
-            places = ("text_encoder/", "tokenizer/", components["text_encoder"].get("file", "text_encoder/"))
-            encoders = {k: v for k, v in hashes.items() if k.startswith(places)} or hashes
+            under = checkpoint.places("text_encoder", components["text_encoder"])
+            _, around = lent.get("text_encoder", (None, hashes))
+            encoders = {k: v for k, v in around.items() if k.startswith(under)} or hashes
             encoders |= {k: v for k, v in own.items() if k == "text_encoder"}
             pipeline._origin = json.dumps([checkpoint.combined(encoders), *about])
             pipeline._later, pipeline._whole = later, _state(pipeline._encoder)
@@ -344,21 +349,28 @@ class LensPipeline:
                 getattr(self, part).save(root)
         self.save_about(root)
 
-    def save_about(self, root: Path) -> None:
-        """Write what describes a checkpoint in `root`, beside the sub-folders of its parts."""
+    def save_about(self, root: Path, lent: Mapping[str, Mapping[str, str]] | None = None) -> None:
+        """Write what describes a checkpoint in `root`, beside the sub-folders of its parts; `lent` says of each part
+        that is another checkpoint's `from` where, and its `hash`."""
+        lent = lent or {}
         index: dict[str, Any] = {"_class_name": "LensPipeline"}
         if hasattr(self.sampler, "save"):  # one that other tools have too
             self.sampler.save(root)
             index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-        index |= {"vae": ["diffusers", "AutoencoderKLFlux2"]} if self.vae is not None else {}
-        if self.text_encoder is not None:
+        here = {part for part in WEIGHTY if getattr(self, part) is not None} - set(
+            lent
+        )  # all that other tools can find
+        index |= {"vae": ["diffusers", "AutoencoderKLFlux2"]} if "vae" in here else {}
+        if "text_encoder" in here:
             index |= {"text_encoder": ["transformers", "LensGptOssEncoder"]}
             index |= {"tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
-        index |= {"transformer": ["diffusers", "LensTransformer2DModel"]} if self.backbone is not None else {}
+        index |= {"transformer": ["diffusers", "LensTransformer2DModel"]} if "backbone" in here else {}
         checkpoint.write_json(root / "model_index.json", index)
         described = {
             "format": checkpoint.FORMAT,
-            "components": {k: {"use": u.use, "config": unstructure(u.options)} for k, u in self._named().items()},
+            "components": {
+                k: {"use": u.use, "config": unstructure(u.options), **lent.get(k, {})} for k, u in self._named().items()
+            },
             "presets": self.presets,
             "plugins": self.plugins,
             "provenance": self.provenance | self._folded(),

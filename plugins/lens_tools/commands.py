@@ -12,7 +12,9 @@ from lens_core.catalog import Catalog
 from lens_core.types import ConfigError
 
 
-def convert(source: str, out: Path, *, layout: str | None = None, dtype: str | None = None) -> int:
+def convert(
+    source: str, out: Path, *, layout: str | None = None, dtype: str | None = None, share: str | None = None
+) -> int:
     """Write a checkpoint in another layout or dtype, a piece at a time: memory for the whole model is not needed.
 
     Parameters
@@ -26,13 +28,16 @@ def convert(source: str, out: Path, *, layout: str | None = None, dtype: str | N
         if not given, single for a .safetensors file, else diffusers.
     dtype
         bf16 or fp32; floats stay as they are if not given. Experts in MXFP4 stay so, Comfy's nvfp4 and mxfp8 do not.
+    share
+        A checkpoint by its Hub name org/name@revision, or tiny: parts that are the same there, weight for weight, are
+        named in the new one and read from there, so that they are kept once.
     """
     from lens_core import checkpoint
     from lens_tools.convert import convert as run
 
     catalog = Catalog.installed()
     layout = layout or ("single" if out.suffix == ".safetensors" else "diffusers")
-    for path in run(checkpoint.fetch(source, catalog), out, layout, dtype, catalog):
+    for path in run(checkpoint.fetch(source, catalog), out, layout, dtype, catalog, share):
         print(f"{path}  {path.stat().st_size / 1e9:.2f} GB")
     return 0
 

@@ -37,11 +37,14 @@ class _Part:
     root: Path
 
 
-def convert(source: Path, out: Path, layout: str, dtype: str | None, catalog: Catalog) -> list[Path]:
+def convert(
+    source: Path, out: Path, layout: str, dtype: str | None, catalog: Catalog, share: str | None = None
+) -> list[Path]:
     """Write the parts of `source`, a folder of either layout or a single file, to `out` -> the files with weights.
 
     `out` is a folder, or, for a `source` of one part, a .safetensors file. Quantised weights of Comfy become plain
-    ones; experts in MXFP4, which transformers reads, stay. `dtype`: bf16, fp32 or None, floats as they are. Raises
+    ones; experts in MXFP4, which transformers reads, stay. `dtype`: bf16, fp32 or None, floats as they are. `share` is
+    a checkpoint by its name: parts that are the same there, weight for weight, are named and not written. Raises
     CheckpointError and ConfigError; then nothing is left of `out`.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -53,13 +56,21 @@ def convert(source: Path, out: Path, layout: str, dtype: str | None, catalog: Ca
     parts = [
         _open(source, name, described["components"], catalog) for name in WEIGHTY if name in described["components"]
     ]
+    lent = _shared(parts, share, catalog) if share is not None else {}
+    if lent and (layout != "diffusers" or dtype is not None or len(parts) != len(WEIGHTY)):
+        raise ConfigError(f"{share}: parts are shared by whole checkpoints as they are; leave --layout and --dtype out")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out}: is there already; choose a new name")
     alone = out.suffix == ".safetensors"
     if alone and (len(parts) != 1 or layout != "single"):
         held = ", ".join(part.name for part in parts)
         raise ConfigError(f"{out}: one file is for one part, with --layout single; {source} has {held}: give a folder")
-    need = sum(math.prod(t.shape) * t.kind(kind).itemsize for part in parts for t in part.tensors.values())
+    need = sum(
+        math.prod(t.shape) * t.kind(kind).itemsize
+        for part in parts
+        if part.name not in lent
+        for t in part.tensors.values()
+    )
     parent = next(p for p in out.absolute().parents if p.is_dir())
     if (free := shutil.disk_usage(parent).free) < need:
         raise CheckpointError(
@@ -73,12 +84,14 @@ def convert(source: Path, out: Path, layout: str, dtype: str | None, catalog: Ca
     try:
         files = []
         for part in parts:
+            if part.name in lent:
+                continue
             folder, stem = part.component.place
             files.append(part.component.single if layout == "single" else f"{folder}/{stem}.safetensors")
             (_write_single if layout == "single" else _write_folder)(part, partial / files[-1], kind)
         if layout == "diffusers" and len(parts) == len(WEIGHTY):
             described["provenance"] = described.get("provenance", {}) | card.licence(source)
-            _describe(parts, described, partial, catalog)
+            _describe(parts, described, partial, catalog, lent)
         out.rmdir() if out.is_dir() else None
         partial.rename(out)
     finally:
@@ -92,13 +105,59 @@ def _open(source: Path, part: str, components: dict[str, Any], catalog: Catalog)
     name, component, config = build(catalog, part, use, f"{source}: components.{part}")
     if not hasattr(component, "outline"):
         raise ConfigError(f"{source}: {name} is known in one layout alone and cannot be converted")
-    root = source if source.is_dir() else source.parent
+    home = checkpoint.lender(part, about, source, catalog)[0] if "from" in about else source
+    root = home if home.is_dir() else home.parent
     if "file" in about:
         outline, config, tensors = component.outline(root / about["file"], config, root, plain=True)
         return _Part(part, component, outline, Use(name, unstructure(config)), tensors, root)
     folder, stem = component.place
     tensors, _ = read_lazy(*checkpoint.files(root / folder, stem))
     return _Part(part, component, None, Use(name, use.options), tensors, root)
+
+
+def _shared(parts: list[_Part], share: str, catalog: Catalog) -> dict[str, dict[str, str]]:
+    """Part -> what `lens.json` says of it, for each that is the same in the checkpoint `share`."""
+    if not checkpoint.lends(share):
+        raise ConfigError(f"{share}: is no name that holds everywhere; use a Hub id org/name@revision, or tiny:")
+    lender = checkpoint.fetch(share, catalog)
+    theirs = checkpoint.describe(lender, catalog)["components"]
+    found: dict[str, dict[str, str]] = {}
+    for part in parts:
+        if part.name in theirs and "from" not in theirs[part.name]:
+            other = _open(lender, part.name, theirs, catalog)
+            if _same(part, other):
+                under = checkpoint.places(part.name, theirs[part.name])
+                file = {"file": theirs[part.name]["file"]} if "file" in theirs[part.name] else {}
+                digest = checkpoint.combined(checkpoint.hashes(other.root, under))
+                found[part.name] = {"from": share, "hash": digest, **file}
+    if not found:
+        raise ConfigError(f"{share}: has no part that is the same in this checkpoint; there is nothing to share")
+    return found
+
+
+def _same(one: _Part, two: _Part) -> bool:
+    """Whether two parts are alike: their configs, every weight to the last bit, in whatever dtype, and what is beside.
+
+    One tensor of each is in memory at a time."""
+    return (one.use, one.tensors.keys(), _beside(one)) == (two.use, two.tensors.keys(), _beside(two)) and all(
+        _equal(tensor, two.tensors[name]) for name, tensor in one.tensors.items()
+    )
+
+
+def _beside(part: _Part) -> dict[str, Any]:
+    """What the files beside a part's weights say. transformers also notes there how it was called: that is left out."""
+    folders = [part.root / name for name in getattr(part.component, "beside", ())]
+    files = [file for folder in folders for file in sorted(folder.glob("*")) if file.suffix in (".json", ".jinja")]
+    told = {f.name: checkpoint.read_json(f) if f.suffix == ".json" else f.read_bytes() for f in files}
+    return {
+        name: {k: v for k, v in x.items() if k != "local_files_only"} if isinstance(x, dict) else x
+        for name, x in told.items()
+    }
+
+
+def _equal(one: Lazy, two: Lazy) -> bool:
+    kinds = one.kind(torch.float32), two.kind(torch.float32)
+    return one.shape == two.shape and kinds[0] == kinds[1] and torch.equal(one.read(kinds[0]), two.read(kinds[0]))
 
 
 def _write_single(part: _Part, path: Path, dtype: torch.dtype | None) -> None:
@@ -129,7 +188,9 @@ def _write_folder(part: _Part, path: Path, dtype: torch.dtype | None) -> None:
     write_lazy(path, part.tensors, dtype)
 
 
-def _describe(parts: list[_Part], described: dict[str, Any], out: Path, catalog: Catalog) -> None:
+def _describe(
+    parts: list[_Part], described: dict[str, Any], out: Path, catalog: Catalog, lent: dict[str, dict[str, str]]
+) -> None:
     """Make a folder a checkpoint: `model_index.json` and `lens.json`, last."""
     others = {k: Use(v["use"], dict(v.get("config", {}))) for k, v in described["components"].items()}
     uses = {k: others[k] for k in PARTS if k in others} | {part.name: part.use for part in parts}
@@ -146,4 +207,4 @@ def _describe(parts: list[_Part], described: dict[str, Any], out: Path, catalog:
         else:
             _, cls, config = build(catalog, part, use, f"components.{part}")
             setattr(pipeline, part, cls(config))
-    pipeline.save_about(out)
+    pipeline.save_about(out, lent)

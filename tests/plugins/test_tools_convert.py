@@ -221,6 +221,97 @@ def test_experts_in_mxfp4_stay_so_in_every_layout(tiny: Path, installed: Catalog
     assert told["quantization_config"]["quant_method"] == "mxfp4" and told["num_hidden_layers"] == 4
 
 
+# ---- parts that another checkpoint lends ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sharing(tiny: Path, installed: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny:` with another backbone, which names `tiny:` for the rest."""
+    base = tmp_path_factory.mktemp("sharing")
+    pipeline = LensPipeline.from_pretrained(tiny)
+    with torch.no_grad():
+        for p in pipeline.backbone.parameters():
+            p.mul_(1.01)
+    pipeline.save_pretrained(base / "whole")
+    convert(base / "whole", base / "lent", "diffusers", None, installed, share="tiny:")
+    return base / "lent"
+
+
+def test_parts_that_are_anothers_are_named_and_draw_the_same(sharing: Path, installed: Catalog, tmp_path: Path) -> None:
+    whole = sharing.with_name("whole")
+    assert {f for f in files(sharing) if f.endswith(".safetensors")} == {FOLDERS["backbone"]}
+    index = json.loads((sharing / "model_index.json").read_text())
+    assert set(index) == {"_class_name", "scheduler", "transformer"}, "what is not there is not promised to other tools"
+    assert "text encoder | `lens_gpt_oss:gpt_oss`, that of `tiny:` |" in (sharing / "README.md").read_text()
+    expected = draw(LensPipeline.from_pretrained(whole))
+    pipeline = LensPipeline.from_pretrained(sharing)
+    assert torch.equal(draw(pipeline), expected)
+    assert not torch.equal(expected, draw(LensPipeline.from_pretrained("tiny:")))
+    pipeline.save_pretrained(tmp_path / "saved")
+    convert(sharing, tmp_path / "converted", "diffusers", None, installed)
+    for folder in (tmp_path / "saved", tmp_path / "converted"):
+        assert set(FOLDERS.values()) <= files(folder) and '"from"' not in (folder / "lens.json").read_text()
+        assert torch.equal(draw(LensPipeline.from_pretrained(folder)), expected)
+    made = convert(sharing, tmp_path / "single", "single", None, installed)
+    assert {str(p.relative_to(tmp_path / "single")) for p in made} == set(SINGLE.values())
+
+
+def test_a_lent_encoder_shares_the_features_that_are_kept(
+    sharing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(LensPipeline.from_pretrained("tiny:", text_cache=tmp_path))
+    pipeline = LensPipeline.from_pretrained(sharing, text_cache=tmp_path)
+    pipeline._later = lambda: pytest.fail("the encoder was read")
+    draw(pipeline)
+
+
+def test_a_lent_part_must_be_what_it_was(sharing: Path, installed: Catalog, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sharing, folder)
+    about = json.loads((folder / "lens.json").read_text())
+
+    def told(part: str, **changes: object) -> str:
+        components = about["components"] | {part: {**about["components"][part], **changes}}
+        (folder / "lens.json").write_text(json.dumps(about | {"components": components}))
+        return error(lambda: LensPipeline.from_pretrained(folder))
+
+    held = about["components"]["vae"]["hash"]
+    assert f"its vae is that of tiny: as it was at {'0' * 16}, and it is at {held} now" in told("vae", hash="0" * 16)
+    assert "its vae is that of tiny:none, which cannot be had: no embedded checkpoint" in told(
+        "vae", **{"from": "tiny:none"}
+    )
+    assert "that of tiny:turbo, which has none of its own" in told("text_encoder", **{"from": "tiny:turbo"})
+    for wrong in ("/etc", "../tiny", "~/tiny", ".", "", 7, "https://example.org/model"):
+        assert "has no components that each name what they use" in told("vae", **{"from": wrong})
+    assert "has no components that each name" in told("vae", hash=None)
+    assert "has no components that each name" in told("sampler", hash="0" * 16, **{"from": "tiny:"})
+
+
+def test_what_cannot_be_shared_is_told(tiny: Path, sharing: Path, installed: Catalog, tmp_path: Path) -> None:
+    whole = sharing.with_name("whole")
+    shutil.copytree(whole, tmp_path / "other")
+    for place in (FOLDERS["vae"], FOLDERS["text_encoder"]):
+        save_file(
+            {k: v + 1 if v.is_floating_point() else v for k, v in load_file(whole / place).items()},
+            tmp_path / "other" / place,
+        )
+    for source, layout, dtype, share, words in [
+        (
+            whole,
+            "diffusers",
+            None,
+            str(tiny),
+            "is no name that holds everywhere; use a Hub id org/name@revision, or tiny:",
+        ),
+        (whole, "diffusers", "bf16", "tiny:", "leave --layout and --dtype out"),
+        (whole, "single", None, "tiny:", "leave --layout and --dtype out"),
+        (tmp_path / "other", "diffusers", None, "tiny:", "has no part that is the same in this checkpoint"),
+    ]:
+        said = error(lambda: convert(source, tmp_path / "x", layout, dtype, installed, share), ConfigError)  # noqa: B023
+        assert words in said
+        assert not (tmp_path / "x").exists()
+
+
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 
@@ -379,6 +470,8 @@ def test_the_commands_convert_and_draw(singles: Path, tmp_path: Path, capsys: py
     assert "this is hash" in capsys.readouterr().err
     assert main(["generate", "x", "--backbone", str(tmp_path / "none.safetensors"), "-o", str(tmp_path / "c.png")]) == 2
     assert "none.safetensors: missing" in capsys.readouterr().err
+    assert main(["convert", "tiny:turbo", str(tmp_path / "turbo"), "--share", "tiny:"]) == 0
+    assert not (tmp_path / "turbo/vae").exists() and "transformer" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "a.png"), str(tmp_path / "x")]) == 2
     assert "or one .safetensors" in capsys.readouterr().err
 
