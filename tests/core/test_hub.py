@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from huggingface_hub import _tree_cache
 
 from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import describe, digest, fetch, read_tensors, write_json
+from lens_core.checkpoint import FOLDERS, combined, describe, digest, fetch, hashes, read_json, read_tensors, write_json
 from lens_core.hub import _reason, create, upload
 from lens_core.pipeline import LensPipeline
 from lens_core.types import CheckpointError, ConfigError
@@ -36,6 +38,48 @@ def test_a_repository_draws_what_its_folder_draws(hub: Hub, checkpoint: Path, ca
     assert here.version == there.version
     draw = {"prompt": "red", "seed": 1, "height": 32, "width": 32, "output_type": "pt"}
     assert here(**draw).images.equal(there(**draw).images)
+
+
+def test_large_files_of_the_cache_are_known_by_their_names_and_not_read_again(
+    hub: Hub, checkpoint: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.publish("toys/blocks", checkpoint)
+    folder, expected = fetch("toys/blocks", catalog), digest(checkpoint)
+    read: list[str] = []
+    taken = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (read.append(file.name), taken(file, kind))[1])
+    assert digest(folder) == expected
+    assert read and not [name for name in read if name.endswith(".safetensors")]
+
+
+def test_a_part_that_a_repository_lends_stays_that_of_its_revision(
+    hub: Hub, checkpoint: Path, pipeline: LensPipeline, catalog: Catalog, tmp_path: Path
+) -> None:
+    hub.publish("toys/blocks", checkpoint, "v1")
+    mine = tmp_path / "mine"
+    pipeline.save_pretrained(mine)
+    shutil.rmtree(mine / "vae")
+    about = read_json(mine / "lens.json")
+    told = {"from": "toys/blocks@v1", "hash": combined(hashes(checkpoint, FOLDERS["vae"]))}
+    about["components"]["vae"] |= told
+    write_json(mine / "lens.json", about)
+    gain = pipeline.vae.gain.clone()
+    assert LensPipeline.from_pretrained(mine, catalog=catalog).vae.gain.equal(gain)
+    pipeline.vae.gain.data += 1
+    pipeline.save_pretrained(checkpoint)
+    hub.publish("toys/blocks", checkpoint)
+    assert LensPipeline.from_pretrained(mine, catalog=catalog).vae.gain.equal(gain)
+    about["components"]["vae"]["from"] = "toys/blocks"
+    write_json(mine / "lens.json", about)
+    assert f"its vae is that of toys/blocks as it was at {told['hash']}, and it is at" in error(
+        lambda: LensPipeline.from_pretrained(mine, catalog=catalog)
+    )
+    LensPipeline.from_pretrained(mine, catalog=catalog, parts=("backbone",))  # nobody asked for the VAE
+    about["components"]["vae"]["from"] = "toys/none"
+    write_json(mine / "lens.json", about)
+    assert "its vae is that of toys/none, which cannot be had: toys/none: cannot be fetched" in error(
+        lambda: LensPipeline.from_pretrained(mine, catalog=catalog)
+    )
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(
