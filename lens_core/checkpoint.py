@@ -33,8 +33,6 @@ ALIGNMENT = 64  # bytes, at which torch puts tensors of its own
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORMAT = 1
 """The version of `lens.json`."""
-FOLDERS = {"vae": ("vae/",), "text_encoder": ("text_encoder/", "tokenizer/"), "backbone": ("transformer/",)}
-"""Where the files of a part with weights lie in a checkpoint."""
 
 
 class WriteError(CheckpointError):
@@ -286,10 +284,7 @@ def save_module(module: nn.Module, folder: Path, stem: str = "diffusion_pytorch_
 
 
 def hash_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits. The Hub's cache names large files by it: those are not read."""
-    blob = path.resolve()
-    if blob.parent.name == "blobs" and path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob.name):
-        return blob.name
+    """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -302,39 +297,55 @@ def digest(folder: Path) -> str:
 def hashes(folder: Path, under: tuple[str, ...] = ("",)) -> dict[str, str]:
     """The hash of every file of weights, JSON or chat template below `folder`, by its path; of a file, its own.
 
-    `under`: of those alone whose path begins so."""
+    `under`: of those alone whose path begins so. Large files of the Hub's cache are named by their hash there, and are
+    not read for it."""
     found = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".jinja") and p.is_file())
     paths = {str(path.relative_to(folder)): path for path in (found if folder.is_dir() else [folder])}
-    return {name: hash_of(path) for name, path in paths.items() if name.startswith(under)}
+    return {name: hub.known_hash(path) or hash_of(path) for name, path in paths.items() if name.startswith(under)}
 
 
 def places(part: str, component: Mapping[str, Any]) -> tuple[str, ...]:
     """What the paths of a part's files begin with: its folders, and its single file if it has one."""
-    return (*FOLDERS[part], *([component["file"]] if "file" in component else ()))
+    return (*hub.FOLDERS[part], *([component["file"]] if "file" in component else ()))
 
 
-def lender(part: str, component: Mapping[str, Any], where: Path, catalog: Catalog) -> tuple[Path, dict[str, str]]:
-    """The folder of the checkpoint that lends `part` to the one in `where`, and the hashes of its files there.
+def lender(part: str, component: Mapping[str, Any], where: Path, catalog: Catalog) -> Path:
+    """The folder of the checkpoint that lends `part` to the one in `where`; of the Hub, only what the part needs.
 
-    Raises CheckpointError, also if they are not those that were meant.
+    Raises CheckpointError, also if the part's files are not those that were meant.
     """
-    uri, told = component["from"], f"{where / 'lens.json'}: its {part.replace('_', ' ')} is that of {component['from']}"
+    told = f"{where / 'lens.json'}: its {part.replace('_', ' ')} is that of {component['from']}"
+    under = places(part, component)
     try:
-        folder = fetch(uri, catalog)
+        folder = lent_by(component["from"], catalog, under)
         own = describe(folder, catalog)["components"].get(part)
     except LensError as error:
         raise CheckpointError(f"{told}, which cannot be had: {error}") from error
     if own is None or "from" in own:
         raise CheckpointError(f"{told}, which has none of its own; name the checkpoint that has")
-    under = places(part, component)
     found = hashes(folder, under)
     if not found:
         raise CheckpointError(f"{told}, which has no file in {' or '.join(under)}; fetch it again")
     if combined(found) != component["hash"]:
         raise CheckpointError(
-            f"{told} as it was at {component['hash']}, and it is at {combined(found)} now; name that revision"
+            f"{told} as it was at {component['hash']}, and it is at {combined(found)} now; "
+            "name the revision that was meant, or take a checkpoint that has the part itself"
         )
-    return folder, found
+    return folder
+
+
+def lent_by(uri: str, catalog: Catalog, under: tuple[str, ...] = ()) -> Path:
+    """Where a checkpoint that lends lies: a plugin's answer, or the Hub's, never a folder that happens to be called so.
+
+    `under`: of the Hub, only JSON and files whose paths begin so, and all if it is empty. Raises CheckpointError.
+    """
+    answer = catalog.first("lens_fetch", uri)
+    if answer is not None:
+        return Path(answer)
+    name, _, revision = uri.partition("@")
+    if not hub.is_name(name):
+        raise CheckpointError(f"{uri}: no installed plugin knows that name")
+    return hub.snapshot(name, revision or None, under=under)
 
 
 def combined(files: Mapping[str, str]) -> str:
@@ -388,10 +399,17 @@ def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
         and isinstance(c.get("file", ""), str)
         and not Path(c.get("file", "")).is_absolute()
         and ".." not in Path(c.get("file", "")).parts
-        and ("from" not in c or (lends(c["from"]) and kind in FOLDERS and isinstance(c.get("hash"), str)))
-        for kind, c in components.items()
+        for c in components.values()
     ):
         raise CheckpointError(f"{path}: has no components that each name what they use")
+    for kind, c in components.items():
+        if "from" in c and not (
+            kind in hub.FOLDERS and lends(c["from"]) and re.fullmatch("[0-9a-f]{16}", str(c.get("hash")))
+        ):
+            raise CheckpointError(
+                f"{path}: its {kind!r} is to come from {c['from']!r} at {c.get('hash')!r}; a vae, text_encoder or "
+                "backbone comes from org/name@revision or a plugin's name such as tiny:, at a hash of 16 digits"
+            )
     for name, sound in {"presets": _presets, "plugins": _texts, "provenance": _provenance}.items():
         if not sound(data.get(name, {})):
             raise CheckpointError(f"{path}: its {name} cannot be meant; mend it, or fetch it again")
@@ -402,7 +420,8 @@ def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
 
 def lends(uri: Any) -> bool:
     """Whether a checkpoint may name this as the one that lends it a part: no path, which is another's elsewhere."""
-    return isinstance(uri, str) and bool(re.fullmatch(r"\w+:[\w.-]*", uri) or hub.is_name(uri.partition("@")[0]))
+    name = r"\w[\w.-]*"
+    return isinstance(uri, str) and bool(re.fullmatch(rf"\w+:[\w-]*|{name}/{name}(@{name}(/{name})*)?", uri, re.ASCII))
 
 
 def _presets(given: Any) -> bool:

@@ -16,6 +16,9 @@ from lens_core.types import CheckpointError, ConfigError
 FILES = ("*.json", "*.safetensors", "*.jinja", card.FILE)
 """What a checkpoint consists of; nothing else is fetched."""
 
+FOLDERS = {"vae": ("vae/",), "text_encoder": ("text_encoder/", "tokenizer/"), "backbone": ("transformer/",)}
+"""Where the files of a part with weights lie in a checkpoint."""
+
 
 def is_name(text: str) -> bool:
     """Whether `text` can be a repository, org/name."""
@@ -28,8 +31,19 @@ def origin(uri: str) -> dict[str, str]:
     return {"base_model": name} if is_name(name) and not Path(uri).exists() else {}
 
 
-def snapshot(name: str, revision: str | None = None, *, local: bool = False) -> Path:
-    """The folder of the repository `name` at a branch, tag or commit.
+def known_hash(path: Path) -> str | None:
+    """The SHA-256 of a large file in the Hub's cache, which is its name there; None for any other file."""
+    if not path.is_symlink() or not re.fullmatch("[0-9a-f]{64}", (file := path.resolve()).name):
+        return None
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE).resolve()
+    return file.name if file.parent.name == "blobs" and file.is_relative_to(cache) else None
+
+
+def snapshot(name: str, revision: str | None = None, *, local: bool = False, under: tuple[str, ...] = ()) -> Path:
+    """The folder of the repository `name` at a branch, tag or commit. `under`: without the weights whose paths do not
+    begin so.
 
     Offline (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE), or if `local`, it is what the Hub's cache holds, if that is whole.
     HF_ENDPOINT names another Hub. Raises CheckpointError, which names what is missing.
@@ -39,16 +53,20 @@ def snapshot(name: str, revision: str | None = None, *, local: bool = False) -> 
 
     where = f"{name}@{revision}" if revision else name
     local = local or constants.is_offline_mode()
+    patterns = [*FILES]
+    if under:
+        whole = tuple(u for u in under if u.endswith(".safetensors"))
+        patterns = ["*.json", *whole, *(u + e for u in under if u not in whole for e in ("*.safetensors", "*.jinja"))]
     cure = f"with a network, `hf download {name}{f' --revision {revision}' if revision else ''}` brings it"
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*FILES], local_files_only=local))
-        lacking = _lacking(folder, _sharded(folder)) if local else []
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local))
+        lacking = _lacking(folder, [p for p in _sharded(folder) if p.startswith(under or "")]) if local else []
     except IncompleteSnapshotError as error:
         from huggingface_hub import get_cached_repo_tree
 
         folder = Path(error.snapshot_path)
         listed = [f.path for f in get_cached_repo_tree(name, revision=revision)]
-        lacking = _lacking(folder, [p for p in listed if any(fnmatch(p, pattern) for pattern in FILES)])
+        lacking = _lacking(folder, [p for p in listed if any(fnmatch(p, pattern) for pattern in patterns)])
     except Exception as error:  # the Hub's client raises its own, httpx's and plain OSErrors
         if not (local and isinstance(error, LocalEntryNotFoundError)):
             raise CheckpointError(f"{where}: cannot be fetched from the Hub: {_reason(error)}; {cure}") from error
@@ -111,8 +129,8 @@ def upload(
 ) -> str:
     """Make the checkpoint in `folder` the content of the repository `name`, in one commit; returns where it is.
 
-    Weights of an earlier commit beside the new ones go. The card says how to load `name`; one that a person wrote,
-    there or here, stays as it is. Raises CheckpointError.
+    Weights of an earlier commit beside the new ones go, and parts that another checkpoint lends now. The card says how
+    to load `name`; one that a person wrote, there or here, stays as it is. Raises CheckpointError.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -135,7 +153,9 @@ def upload(
                 if not card.may_replace(old):
                     del content[card.FILE]
         folders = {path.rpartition("/")[0] for path in content} - {""}
+        lent = tuple(p for part, c in described["components"].items() if "from" in c for p in FOLDERS[part])
         stale = [p for p in there if p.rpartition("/")[0] in folders and ".safetensors" in p and p not in content]
+        stale += [p for p in there if p.startswith(lent) and p not in (*content, *stale)]
         steps = [CommitOperationAdd(path, source) for path, source in content.items()]
         steps += [CommitOperationDelete(path) for path in stale]
         api.create_commit(name, steps, commit_message=message or "Upload a checkpoint with Lens")

@@ -153,7 +153,7 @@ class LensPipeline:
         later, about = None, []
         store = TextCache(Path(text_cache).expanduser() if text_cache is not None else None)
         built: dict[str, tuple[str, Any, Any]] = {}
-        lent: dict[str, tuple[Path, dict[str, str]]] = {}
+        homes: dict[str, Path] = {}  # of parts that another checkpoint lends
         for part in PARTS:
             if part not in components or part not in parts:
                 continue
@@ -162,13 +162,14 @@ class LensPipeline:
             uses[part] = Use(built[part][0], use.options)
             if part in WEIGHTY:
                 _refuse(built[part][1], kind)
-            if "from" in components[part]:
-                lent[part] = checkpoint.lender(part, components[part], folder, catalog)
+            # A single file has the VAE and the backbone whole; an encoder's tokenizer may still be where it was.
+            if "from" in components[part] and (part not in files or part == "text_encoder"):
+                homes[part] = checkpoint.lender(part, components[part], folder, catalog)
         for part, (name, component, config) in built.items():
             if part not in WEIGHTY:
                 found[part] = component(config)
                 continue
-            home, _ = lent.get(part, (folder, None))
+            home = homes.get(part, folder)
             held = components[part].get("file")
             file = files.get(part) or (_root(home) / held if held is not None else None)
             read = partial(_read, component, home, config, kind, uses[part], file)
@@ -192,7 +193,8 @@ class LensPipeline:
         pipeline.texts = store
         if later is not None:
             under = checkpoint.places("text_encoder", components["text_encoder"])
-            _, around = lent.get("text_encoder", (None, hashes))
+            own_home = homes.get("text_encoder")
+            around = checkpoint.hashes(own_home, under) if own_home is not None else hashes
             encoders = {k: v for k, v in around.items() if k.startswith(under)} or hashes
             encoders |= {k: v for k, v in own.items() if k == "text_encoder"}
             pipeline._origin = json.dumps([checkpoint.combined(encoders), *about])

@@ -39,6 +39,9 @@ def convert(
     layout = layout or ("single" if out.suffix == ".safetensors" else "diffusers")
     for path in run(checkpoint.fetch(source, catalog), out, layout, dtype, catalog, share):
         print(f"{path}  {path.stat().st_size / 1e9:.2f} GB")
+    if share is not None:
+        for part, use in checkpoint.read_json(out / "lens.json")["components"].items():
+            print(f"{part}: that of {use['from']}, {use['hash']}") if "from" in use else None
     return 0
 
 

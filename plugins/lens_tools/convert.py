@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from lens_core import card, checkpoint
+from lens_core import card, checkpoint, hub
 from lens_core.catalog import Catalog
 from lens_core.config import Use, build, unstructure
 from lens_core.lazy import Lazy, read_lazy, write_lazy
@@ -23,6 +23,8 @@ from lens_core.types import CheckpointError, ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = ("diffusers", "single")
+STRAY = ("dtype", "torch_dtype", "architectures", "transformers_version", "local_files_only")
+"""What transformers notes in a JSON file of how it was called, beside names that begin with _."""
 
 
 @frozen
@@ -56,15 +58,17 @@ def convert(
     parts = [
         _open(source, name, described["components"], catalog) for name in WEIGHTY if name in described["components"]
     ]
-    lent = _shared(parts, share, catalog) if share is not None else {}
-    if lent and (layout != "diffusers" or dtype is not None or len(parts) != len(WEIGHTY)):
+    if share is not None and (layout != "diffusers" or dtype is not None or len(parts) != len(WEIGHTY)):
         raise ConfigError(f"{share}: parts are shared by whole checkpoints as they are; leave --layout and --dtype out")
+    if share is not None and not checkpoint.lends(share):
+        raise ConfigError(f"{share}: is no name that holds everywhere; use a Hub id org/name@revision, or tiny:")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out}: is there already; choose a new name")
     alone = out.suffix == ".safetensors"
     if alone and (len(parts) != 1 or layout != "single"):
         held = ", ".join(part.name for part in parts)
         raise ConfigError(f"{out}: one file is for one part, with --layout single; {source} has {held}: give a folder")
+    lent = _shared(parts, described["components"], share, catalog) if share is not None else {}
     need = sum(
         math.prod(t.shape) * t.kind(kind).itemsize
         for part in parts
@@ -105,7 +109,7 @@ def _open(source: Path, part: str, components: dict[str, Any], catalog: Catalog)
     name, component, config = build(catalog, part, use, f"{source}: components.{part}")
     if not hasattr(component, "outline"):
         raise ConfigError(f"{source}: {name} is known in one layout alone and cannot be converted")
-    home = checkpoint.lender(part, about, source, catalog)[0] if "from" in about else source
+    home = checkpoint.lender(part, about, source, catalog) if "from" in about else source
     root = home if home.is_dir() else home.parent
     if "file" in about:
         outline, config, tensors = component.outline(root / about["file"], config, root, plain=True)
@@ -115,44 +119,53 @@ def _open(source: Path, part: str, components: dict[str, Any], catalog: Catalog)
     return _Part(part, component, None, Use(name, use.options), tensors, root)
 
 
-def _shared(parts: list[_Part], share: str, catalog: Catalog) -> dict[str, dict[str, str]]:
-    """Part -> what `lens.json` says of it, for each that is the same in the checkpoint `share`."""
-    if not checkpoint.lends(share):
-        raise ConfigError(f"{share}: is no name that holds everywhere; use a Hub id org/name@revision, or tiny:")
-    lender = checkpoint.fetch(share, catalog)
+def _shared(parts: list[_Part], components: dict[str, Any], share: str, catalog: Catalog) -> dict[str, dict[str, str]]:
+    """Part -> what `lens.json` says of it, for each that is the same in the checkpoint `share`, or is lent already."""
+    lender = checkpoint.lent_by(share, catalog)
+    name, _, _ = share.partition("@")
+    pinned = f"{name}@{lender.name}" if hub.is_name(name) else share  # the Hub's folders are called by their commits
     theirs = checkpoint.describe(lender, catalog)["components"]
     found: dict[str, dict[str, str]] = {}
+    matched = False
     for part in parts:
-        if part.name in theirs and "from" not in theirs[part.name]:
-            other = _open(lender, part.name, theirs, catalog)
-            if _same(part, other):
-                under = checkpoint.places(part.name, theirs[part.name])
-                file = {"file": theirs[part.name]["file"]} if "file" in theirs[part.name] else {}
-                digest = checkpoint.combined(checkpoint.hashes(other.root, under))
-                found[part.name] = {"from": share, "hash": digest, **file}
-    if not found:
+        if part.name in theirs and _same(part, other := _open(lender, part.name, theirs, catalog)):
+            about, matched = theirs[part.name], True
+            digest = checkpoint.combined(checkpoint.hashes(other.root, checkpoint.places(part.name, about)))
+            found[part.name] = {"from": pinned, "hash": digest} | _loan(about)
+        elif "from" in components[part.name]:
+            found[part.name] = _loan(components[part.name])
+    if not matched:
         raise ConfigError(f"{share}: has no part that is the same in this checkpoint; there is nothing to share")
     return found
+
+
+def _loan(component: dict[str, Any]) -> dict[str, str]:
+    """Where a part lies, as far as that is not its folder in the checkpoint that tells it."""
+    return {name: component[name] for name in ("from", "hash", "file") if name in component}
 
 
 def _same(one: _Part, two: _Part) -> bool:
     """Whether two parts are alike: their configs, every weight to the last bit, in whatever dtype, and what is beside.
 
     One tensor of each is in memory at a time."""
-    return (one.use, one.tensors.keys(), _beside(one)) == (two.use, two.tensors.keys(), _beside(two)) and all(
+    return (one.use, one.tensors.keys(), _told(one)) == (two.use, two.tensors.keys(), _told(two)) and all(
         _equal(tensor, two.tensors[name]) for name, tensor in one.tensors.items()
     )
 
 
-def _beside(part: _Part) -> dict[str, Any]:
-    """What the files beside a part's weights say. transformers also notes there how it was called: that is left out."""
-    folders = [part.root / name for name in getattr(part.component, "beside", ())]
-    files = [file for folder in folders for file in sorted(folder.glob("*")) if file.suffix in (".json", ".jinja")]
-    told = {f.name: checkpoint.read_json(f) if f.suffix == ".json" else f.read_bytes() for f in files}
-    return {
-        name: {k: v for k, v in x.items() if k != "local_files_only"} if isinstance(x, dict) else x
-        for name, x in told.items()
-    }
+def _told(part: _Part) -> dict[str, Any]:
+    """What the files about a part and beside it say, but for what saving alone changes."""
+    if part.outline is not None:
+        return {}
+    found: dict[str, Any] = {}
+    for folder in (part.component.place[0], *getattr(part.component, "beside", ())):
+        for file in sorted((part.root / folder).glob("*")):
+            if file.suffix == ".json" and not file.name.endswith(".index.json"):
+                told = checkpoint.read_json(file)
+                found[f"{folder}/{file.name}"] = {k: v for k, v in told.items() if k not in STRAY and k[:1] != "_"}
+            elif file.suffix == ".jinja":
+                found[f"{folder}/{file.name}"] = file.read_bytes()
+    return found
 
 
 def _equal(one: Lazy, two: Lazy) -> bool:

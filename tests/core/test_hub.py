@@ -16,8 +16,8 @@ from huggingface_hub import _tree_cache
 
 from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import FOLDERS, combined, describe, digest, fetch, hashes, read_json, read_tensors, write_json
-from lens_core.hub import _reason, create, upload
+from lens_core.checkpoint import combined, describe, digest, fetch, hashes, read_json, read_tensors, write_json
+from lens_core.hub import FOLDERS, _reason, create, snapshot, upload
 from lens_core.pipeline import LensPipeline
 from lens_core.types import CheckpointError, ConfigError
 
@@ -64,7 +64,12 @@ def test_a_part_that_a_repository_lends_stays_that_of_its_revision(
     about["components"]["vae"] |= told
     write_json(mine / "lens.json", about)
     gain = pipeline.vae.gain.clone()
+    asked = len(hub.asked)
     assert LensPipeline.from_pretrained(mine, catalog=catalog).vae.gain.equal(gain)
+    weights = [path for path in hub.asked[asked:] if path.endswith(".safetensors")]
+    assert weights and all("/vae/" in path for path in weights), "of a lender, only what it lends is fetched"
+    assert snapshot("toys/blocks", "v1", local=True, under=("vae/",)).is_dir()
+    assert "are not in the cache" in error(lambda: snapshot("toys/blocks", "v1", local=True))
     pipeline.vae.gain.data += 1
     pipeline.save_pretrained(checkpoint)
     hub.publish("toys/blocks", checkpoint)
@@ -80,6 +85,19 @@ def test_a_part_that_a_repository_lends_stays_that_of_its_revision(
     assert "its vae is that of toys/none, which cannot be had: toys/none: cannot be fetched" in error(
         lambda: LensPipeline.from_pretrained(mine, catalog=catalog)
     )
+
+
+def test_a_part_that_is_lent_now_is_no_longer_kept_beside(hub: Hub, checkpoint: Path, pipeline: LensPipeline) -> None:
+    hub.publish("toys/mine", checkpoint)
+    pipeline.save_pretrained(checkpoint)
+    shutil.rmtree(checkpoint / "vae")
+    about = read_json(checkpoint / "lens.json")
+    about["components"]["vae"] |= {"from": "toys/blocks@v1", "hash": "0" * 16}
+    write_json(checkpoint / "lens.json", about)
+    assert any(p.startswith("vae/") for p in hub.repositories["toys/mine"].files)
+    upload(checkpoint, about, "toys/mine", token="hf_secret")
+    kept = hub.repositories["toys/mine"].files
+    assert not any(p.startswith("vae/") for p in kept) and any(p.startswith("transformer/") for p in kept)
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(

@@ -281,10 +281,62 @@ def test_a_lent_part_must_be_what_it_was(sharing: Path, installed: Catalog, tmp_
         "vae", **{"from": "tiny:none"}
     )
     assert "that of tiny:turbo, which has none of its own" in told("text_encoder", **{"from": "tiny:turbo"})
-    for wrong in ("/etc", "../tiny", "~/tiny", ".", "", 7, "https://example.org/model"):
-        assert "has no components that each name what they use" in told("vae", **{"from": wrong})
-    assert "has no components that each name" in told("vae", hash=None)
-    assert "has no components that each name" in told("sampler", hash="0" * 16, **{"from": "tiny:"})
+    wrong = (
+        "/etc",
+        "../tiny",
+        "~/tiny",
+        ".",
+        "",
+        7,
+        "https://example.org/model",
+        "org/..",
+        "a/b@../..",
+        "a/b@x\ny",
+        "tiny:\n",
+    )
+    for uri in wrong:
+        assert f"its 'vae' is to come from {uri!r} at" in told("vae", **{"from": uri})
+    for hash_ in (None, "", "0" * 15, "x\n" + "0" * 14):
+        assert f"its 'vae' is to come from 'tiny:' at {hash_!r}; a vae, " in told("vae", hash=hash_)
+    assert "its 'sampler' is to come from" in told("sampler", hash="0" * 16, **{"from": "tiny:"})
+
+
+def test_a_single_file_takes_the_place_of_a_part_whose_lender_is_gone(
+    sharing: Path, singles: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(sharing, tmp_path / "model")
+    about = json.loads((sharing / "lens.json").read_text())
+    about["components"]["vae"]["from"] = "tiny:none"
+    (tmp_path / "model/lens.json").write_text(json.dumps(about))
+    pipeline = LensPipeline.from_pretrained(tmp_path / "model", vae=singles / SINGLE["vae"])
+    assert torch.equal(draw(pipeline), draw(LensPipeline.from_pretrained(sharing)))
+
+
+def test_a_part_that_config_json_makes_another_is_not_shared(sharing: Path, installed: Catalog, tmp_path: Path) -> None:
+    """A component may be told in `lens.json` by its name alone, as a published folder's are: its own file decides."""
+    shutil.copytree(sharing.with_name("whole"), tmp_path / "in")
+    path = tmp_path / "in/text_encoder/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.5}))
+    convert(tmp_path / "in", tmp_path / "out", "diffusers", None, installed, share="tiny:")
+    components = json.loads((tmp_path / "out/lens.json").read_text())["components"]
+    assert "from" in components["vae"] and "from" not in components["text_encoder"]
+
+
+def test_a_loan_is_passed_on_and_kept(sharing: Path, installed: Catalog, tmp_path: Path) -> None:
+    """`tiny:turbo` itself borrows from `tiny:`; and what is lent stays so where the new lender has no such part."""
+    convert(sharing.with_name("whole"), tmp_path / "one", "diffusers", None, installed, share="tiny:turbo")
+    about = json.loads((sharing / "lens.json").read_text())["components"]
+    assert json.loads((tmp_path / "one/lens.json").read_text())["components"] == about
+    shutil.copytree(sharing, tmp_path / "in")
+    components = {
+        **about,
+        "text_encoder": {**about["text_encoder"], "config": {**about["text_encoder"]["config"], "max_length": 500}},
+    }
+    (tmp_path / "in/lens.json").write_text(
+        json.dumps(json.loads((sharing / "lens.json").read_text()) | {"components": components})
+    )
+    convert(tmp_path / "in", tmp_path / "two", "diffusers", None, installed, share="tiny:turbo")
+    assert json.loads((tmp_path / "two/lens.json").read_text())["components"] == components
 
 
 def test_what_cannot_be_shared_is_told(tiny: Path, sharing: Path, installed: Catalog, tmp_path: Path) -> None:
