@@ -1,4 +1,4 @@
-# make demo   sets up .venv and draws a picture with each of the embedded checkpoints, side by side
+# make demo   sets up .venv and draws a picture with two of the embedded checkpoints, side by side
 # make test   the same set-up, then the whole test suite
 # make lint   ruff        make types   mypy --strict                    make clean   removes .venv
 
