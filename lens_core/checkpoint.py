@@ -309,15 +309,16 @@ def places(part: str, component: Mapping[str, Any]) -> tuple[str, ...]:
     return (*hub.FOLDERS[part], *([component["file"]] if "file" in component else ()))
 
 
-def lender(part: str, component: Mapping[str, Any], where: Path, catalog: Catalog) -> Path:
-    """The folder of the checkpoint that lends `part` to the one in `where`; of the Hub, only what the part needs.
+def lender(part: str, component: Mapping[str, Any], where: Path, catalog: Catalog) -> tuple[Path, dict[str, str]]:
+    """The folder of the checkpoint that lends `part` to the one in `where`, and the hashes of the part's files there.
 
-    Raises CheckpointError, also if the part's files are not those that were meant.
+    Of the Hub, only what the part needs is fetched. Raises CheckpointError, also if the files are not those that were
+    meant.
     """
     told = f"{where / 'lens.json'}: its {part.replace('_', ' ')} is that of {component['from']}"
     under = places(part, component)
     try:
-        folder = lent_by(component["from"], catalog, under)
+        folder = fetch(component["from"], catalog, lent=True, under=under)
         own = describe(folder, catalog)["components"].get(part)
     except LensError as error:
         raise CheckpointError(f"{told}, which cannot be had: {error}") from error
@@ -331,21 +332,7 @@ def lender(part: str, component: Mapping[str, Any], where: Path, catalog: Catalo
             f"{told} as it was at {component['hash']}, and it is at {combined(found)} now; "
             "name the revision that was meant, or take a checkpoint that has the part itself"
         )
-    return folder
-
-
-def lent_by(uri: str, catalog: Catalog, under: tuple[str, ...] = ()) -> Path:
-    """Where a checkpoint that lends lies: a plugin's answer, or the Hub's, never a folder that happens to be called so.
-
-    `under`: of the Hub, only JSON and files whose paths begin so, and all if it is empty. Raises CheckpointError.
-    """
-    answer = catalog.first("lens_fetch", uri)
-    if answer is not None:
-        return Path(answer)
-    name, _, revision = uri.partition("@")
-    if not hub.is_name(name):
-        raise CheckpointError(f"{uri}: no installed plugin knows that name")
-    return hub.snapshot(name, revision or None, under=under)
+    return folder, found
 
 
 def combined(files: Mapping[str, str]) -> str:
@@ -357,24 +344,27 @@ def combined(files: Mapping[str, str]) -> str:
     return total.hexdigest()[:16]
 
 
-def fetch(uri: str, catalog: Catalog) -> Path:
-    """Where the checkpoint `uri` lies: a plugin's answer (`tiny:`), a folder, or a Hub name `org/name[@revision]`."""
+def fetch(uri: str, catalog: Catalog, *, lent: bool = False, under: tuple[str, ...] = ()) -> Path:
+    """Where the checkpoint `uri` lies: a plugin's answer (`tiny:`), a folder, or a Hub name `org/name[@revision]`.
+
+    `lent`: never a folder, which only happens to be called so. `under`: of the Hub, only JSON and files whose paths
+    begin so, and all if it is empty. Raises CheckpointError.
+    """
     answer = catalog.first("lens_fetch", uri)
     if answer is not None:
         return Path(answer)
     folder = Path(uri).expanduser()
-    if folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors"):
+    if not lent and (folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors")):
         return folder
-    if folder.exists():
+    if not lent and folder.exists():
         raise CheckpointError(
             f"{uri}: is a file; a checkpoint is a folder with a lens.json or a model_index.json, or one .safetensors"
         )
     name, _, revision = uri.partition("@")
     if not hub.is_name(name):
-        raise CheckpointError(
-            f"{uri}: no such folder, and not a Hub name (org/name[@revision]); `tiny:` is always there"
-        )
-    return hub.snapshot(name, revision or None)
+        what = "no installed plugin knows that name" if lent else "no such folder"
+        raise CheckpointError(f"{uri}: {what}, and not a Hub name (org/name[@revision]); `tiny:` is always there")
+    return hub.snapshot(name, revision or None, under=under)
 
 
 def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:

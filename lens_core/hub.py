@@ -154,8 +154,12 @@ def upload(
                     del content[card.FILE]
         folders = {path.rpartition("/")[0] for path in content} - {""}
         lent = tuple(p for part, c in described["components"].items() if "from" in c for p in FOLDERS[part])
-        stale = [p for p in there if p.rpartition("/")[0] in folders and ".safetensors" in p and p not in content]
-        stale += [p for p in there if p.startswith(lent) and p not in (*content, *stale)]
+        stale = [
+            path
+            for path in there
+            if path not in content
+            and (path.startswith(lent) or (path.rpartition("/")[0] in folders and ".safetensors" in path))
+        ]
         steps = [CommitOperationAdd(path, source) for path, source in content.items()]
         steps += [CommitOperationDelete(path) for path in stale]
         api.create_commit(name, steps, commit_message=message or "Upload a checkpoint with Lens")

@@ -153,7 +153,7 @@ class LensPipeline:
         later, about = None, []
         store = TextCache(Path(text_cache).expanduser() if text_cache is not None else None)
         built: dict[str, tuple[str, Any, Any]] = {}
-        homes: dict[str, Path] = {}  # of parts that another checkpoint lends
+        lent: dict[str, tuple[Path, dict[str, str]]] = {}  # where parts are that another checkpoint lends
         for part in PARTS:
             if part not in components or part not in parts:
                 continue
@@ -164,12 +164,12 @@ class LensPipeline:
                 _refuse(built[part][1], kind)
             # A single file has the VAE and the backbone whole; an encoder's tokenizer may still be where it was.
             if "from" in components[part] and (part not in files or part == "text_encoder"):
-                homes[part] = checkpoint.lender(part, components[part], folder, catalog)
+                lent[part] = checkpoint.lender(part, components[part], folder, catalog)
         for part, (name, component, config) in built.items():
             if part not in WEIGHTY:
                 found[part] = component(config)
                 continue
-            home = homes.get(part, folder)
+            home, _ = lent.get(part, (folder, {}))
             held = components[part].get("file")
             file = files.get(part) or (_root(home) / held if held is not None else None)
             read = partial(_read, component, home, config, kind, uses[part], file)
@@ -193,8 +193,7 @@ class LensPipeline:
         pipeline.texts = store
         if later is not None:
             under = checkpoint.places("text_encoder", components["text_encoder"])
-            own_home = homes.get("text_encoder")
-            around = checkpoint.hashes(own_home, under) if own_home is not None else hashes
+            _, around = lent.get("text_encoder", (folder, hashes))
             encoders = {k: v for k, v in around.items() if k.startswith(under)} or hashes
             encoders |= {k: v for k, v in own.items() if k == "text_encoder"}
             pipeline._origin = json.dumps([checkpoint.combined(encoders), *about])
@@ -359,9 +358,8 @@ class LensPipeline:
         if hasattr(self.sampler, "save"):  # one that other tools have too
             self.sampler.save(root)
             index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-        here = {part for part in WEIGHTY if getattr(self, part) is not None} - set(
-            lent
-        )  # all that other tools can find
+        # All that other tools can find here.
+        here = {part for part in WEIGHTY if getattr(self, part) is not None and part not in lent}
         index |= {"vae": ["diffusers", "AutoencoderKLFlux2"]} if "vae" in here else {}
         if "text_encoder" in here:
             index |= {"text_encoder": ["transformers", "LensGptOssEncoder"]}

@@ -109,7 +109,7 @@ def _open(source: Path, part: str, components: dict[str, Any], catalog: Catalog)
     name, component, config = build(catalog, part, use, f"{source}: components.{part}")
     if not hasattr(component, "outline"):
         raise ConfigError(f"{source}: {name} is known in one layout alone and cannot be converted")
-    home = checkpoint.lender(part, about, source, catalog) if "from" in about else source
+    home = checkpoint.lender(part, about, source, catalog)[0] if "from" in about else source
     root = home if home.is_dir() else home.parent
     if "file" in about:
         outline, config, tensors = component.outline(root / about["file"], config, root, plain=True)
@@ -121,7 +121,7 @@ def _open(source: Path, part: str, components: dict[str, Any], catalog: Catalog)
 
 def _shared(parts: list[_Part], components: dict[str, Any], share: str, catalog: Catalog) -> dict[str, dict[str, str]]:
     """Part -> what `lens.json` says of it, for each that is the same in the checkpoint `share`, or is lent already."""
-    lender = checkpoint.lent_by(share, catalog)
+    lender = checkpoint.fetch(share, catalog, lent=True)
     name, _, _ = share.partition("@")
     pinned = f"{name}@{lender.name}" if hub.is_name(name) else share  # the Hub's folders are called by their commits
     theirs = checkpoint.describe(lender, catalog)["components"]
@@ -130,8 +130,10 @@ def _shared(parts: list[_Part], components: dict[str, Any], share: str, catalog:
     for part in parts:
         if part.name in theirs and _same(part, other := _open(lender, part.name, theirs, catalog)):
             about, matched = theirs[part.name], True
-            digest = checkpoint.combined(checkpoint.hashes(other.root, checkpoint.places(part.name, about)))
-            found[part.name] = {"from": pinned, "hash": digest} | _loan(about)
+            found[part.name] = _loan(about)
+            if "from" not in about:  # else it is passed on as it is
+                own = checkpoint.hashes(other.root, checkpoint.places(part.name, about))
+                found[part.name] |= {"from": pinned, "hash": checkpoint.combined(own)}
         elif "from" in components[part.name]:
             found[part.name] = _loan(components[part.name])
     if not matched:
@@ -158,14 +160,23 @@ def _told(part: _Part) -> dict[str, Any]:
     if part.outline is not None:
         return {}
     found: dict[str, Any] = {}
-    for folder in (part.component.place[0], *getattr(part.component, "beside", ())):
-        for file in sorted((part.root / folder).glob("*")):
-            if file.suffix == ".json" and not file.name.endswith(".index.json"):
-                told = checkpoint.read_json(file)
-                found[f"{folder}/{file.name}"] = {k: v for k, v in told.items() if k not in STRAY and k[:1] != "_"}
-            elif file.suffix == ".jinja":
-                found[f"{folder}/{file.name}"] = file.read_bytes()
+    for file in _files_about(part):
+        name = f"{file.parent.name}/{file.name}"
+        if file.suffix == ".json":
+            found[name] = {k: v for k, v in checkpoint.read_json(file).items() if k not in STRAY and k[:1] != "_"}
+        else:
+            found[name] = file.read_bytes()
     return found
+
+
+def _files_about(part: _Part) -> list[Path]:
+    """The files in a part's folder and those beside it that are no weights."""
+    return [
+        file
+        for folder in (part.component.place[0], *getattr(part.component, "beside", ()))
+        for file in sorted((part.root / folder).glob("*"))
+        if file.suffix in (".json", ".jinja") and not file.name.endswith(".index.json")
+    ]
 
 
 def _equal(one: Lazy, two: Lazy) -> bool:
@@ -183,15 +194,13 @@ def _write_single(part: _Part, path: Path, dtype: torch.dtype | None) -> None:
 
 def _write_folder(part: _Part, path: Path, dtype: torch.dtype | None) -> None:
     """Write the weights to `path`, in the sub-folder of the part, and beside them what describes it."""
-    root, place = path.parent.parent, path.parent.name
+    root = path.parent.parent
     if part.outline is not None:
         part.outline.save_about(root)
     else:
-        for name in (place, *getattr(part.component, "beside", ())):
-            for file in sorted((part.root / name).glob("*")):
-                if file.suffix in (".json", ".jinja") and not file.name.endswith(".index.json"):
-                    (root / name).mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, root / name / file.name)
+        for file in _files_about(part):
+            (root / file.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, root / file.parent.name / file.name)
     about = checkpoint.read_json(path.with_name("config.json"))
     floats = {t.kind(dtype) for t in part.tensors.values() if t.dtype.is_floating_point}
     if len(floats) == 1:
