@@ -39,7 +39,9 @@ class _WrongType(ValueError):
 def _exactly(kind: type[Any], words: str) -> Any:
     def check(value: Any, _: Any) -> Any:
         if type(value) is not kind:
-            raise _WrongType(f"must be {words}, not {value!r}")
+            colon = kind is str and isinstance(value, dict) and list(value.values()) == [None]
+            hint = f'; put quotes around "{next(iter(value))}:", which YAML takes for a mapping' if colon else ""
+            raise _WrongType(f"must be {words}, not {value!r}{hint}")
         return value
 
     return check

@@ -14,7 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from lens_core.types import ConfigError, Prompt, Score, did_you_mean
-from lens_shapes.captions import NUMBERS, _named, _plural, prompt
+from lens_shapes.captions import NUMBERS, _named, _plural, dense, prompt
 from lens_shapes.reader import NAMES, Reading, judge, read
 from lens_shapes.scenes import COLOURS, GENEVAL, RELATIONS, TASKS, asked, sample
 
@@ -175,6 +175,8 @@ class ShapesBenchmark:
         seed: int = 0
         split: Literal["train", "heldout"] = "heldout"
         tasks: tuple[str, ...] = (*GENEVAL, "words")  # kinds of scene that are asked for; `scenes.TASKS` has them all
+        dense: bool = False  # asked for at length, as a prompt enhancer would; the facts judged are the short prompt's
+        largest: bool = False  # scenes whose things are as large as their number allows; long prompts tell of it
 
         def __attrs_post_init__(self) -> None:
             if self.prompts < 1 or self.seed < 0:
@@ -199,9 +201,10 @@ class ShapesBenchmark:
         found = []
         for number in range(self.config.prompts):
             task = tasks[number % len(tasks)]
-            scene = sample(np.random.default_rng([self.config.seed, number]), self.config.split, task)
-            facts = asked(scene)
-            found.append(Prompt(prompt(scene), number, task, {**facts, **rubrics(facts)}))
+            rng = np.random.default_rng([self.config.seed, number])
+            scene = sample(rng, self.config.split, task, largest=self.config.largest)
+            words, facts = dense(scene, rng) if self.config.dense else prompt(scene), asked(scene)
+            found.append(Prompt(words, number, task, {**facts, **rubrics(facts)}))
         return found
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:

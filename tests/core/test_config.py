@@ -59,6 +59,11 @@ def write(tmp_path: Path, text: str) -> Path:
         ("share", True, "must be a number, not True"),
         ("name", 3, "must be text, not 3"),
         ("name", None, "must be text, not None"),
+        (
+            "name",
+            {"tiny": None},
+            "must be text, not {'tiny': None}; put quotes around \"tiny:\", which YAML takes for a mapping",
+        ),
         ("sizes", 3, "must be a list, not 3"),
         ("sizes", "12", "must be a list, not '12'"),
         ("pair", [1], "must have 2 items, not 1"),
