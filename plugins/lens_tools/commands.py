@@ -46,7 +46,7 @@ def convert(
 
 
 def curves(
-    *runs: Path,
+    *runs: str,
     out: Path = Path("curves.png"),
     show: Annotated[list[str] | None, Parameter(negative="")] = None,
 ) -> int:
@@ -55,7 +55,8 @@ def curves(
     Parameters
     ----------
     runs
-        Folders of runs, one colour each.
+        Folders of runs, one colour each. Those that are joined by commas, one recipe's from different seeds, share a
+        colour, and their mean is drawn thick.
     out
         The PNG to write.
     show
@@ -68,8 +69,13 @@ def curves(
         raise ConfigError("give the folder of a run, or of several")
     if out.suffix.lower() != ".png":
         raise ConfigError(f"{out}: pictures are written as .png; use {out.with_suffix('.png')}")
-    short = len({run.resolve().name for run in runs}) == len(runs)
-    found = {run.resolve().name if short else str(run): drawing.read(run) for run in runs}
+    groups = [[Path(run)] if Path(run).is_dir() else [Path(part) for part in run.split(",")] for run in runs]
+    every = [run.resolve().name for group in groups for run in group]
+    short = len(set(every)) == len(every)
+    found = {
+        ", ".join(run.resolve().name if short else str(run) for run in group): [drawing.read(run) for run in group]
+        for group in groups
+    }
     picture = drawing.draw(found, show or ())
     checkpoint.write_atomic(out, lambda p: picture.save(p, format="PNG"))
     print(out)

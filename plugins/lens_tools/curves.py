@@ -1,4 +1,5 @@
-"""What runs have logged, and what was seen of them, as curves over their steps: one panel a value, one colour a run."""
+"""What runs have logged, and what was seen of them, as curves over their steps: one panel a value, one colour a run, or
+one for the runs of one recipe, whose mean is drawn thick."""
 
 from __future__ import annotations
 
@@ -46,12 +47,19 @@ def chosen(names: Iterable[str], show: Sequence[str]) -> list[str]:
     return [n for n in names if n.endswith(("/loss", "/grad_norm")) or ("/" not in n and n not in PACE)]
 
 
-def draw(runs: Mapping[str, Series], show: Sequence[str] = ()) -> Image:
-    """The curves of runs by name. Raises ConfigError where there is nothing to draw."""
+def mean(curves: Sequence[Points]) -> Points:
+    """The mean of curves at the steps that all of them have."""
+    tables = [dict(curve) for curve in curves]
+    shared = sorted(set.intersection(*(set(table) for table in tables)))
+    return [(step, sum(table[step] for table in tables) / len(tables)) for step in shared]
+
+
+def draw(runs: Mapping[str, Sequence[Series]], show: Sequence[str] = ()) -> Image:
+    """The curves of runs by name, those of a name in one colour. Raises ConfigError where there is nothing to draw."""
     from PIL import Image as pil
     from PIL import ImageDraw
 
-    known = list(dict.fromkeys(name for series in runs.values() for name in series))
+    known = list(dict.fromkeys(name for several in runs.values() for series in several for name in series))
     names = chosen(known, show)
     if not names:
         raise ConfigError(f"no value is called {' or '.join(show) or 'a loss or a score'}; there is {', '.join(known)}")
@@ -63,10 +71,11 @@ def draw(runs: Mapping[str, Series], show: Sequence[str] = ()) -> Image:
     for row, name in enumerate(runs):
         pen.line([(12, 22 * row + 16), (40, 22 * row + 16)], COLOURS[row % len(COLOURS)], 2.5)
         pen.text((48, 22 * row + 16), name, "lm", 12)
-    span = ends([step for series in runs.values() for name in names for step, _ in series.get(name, ())])
+    shown = {name: [[one[name] for one in several if name in one] for several in runs.values()] for name in names}
+    span = ends([step for groups in shown.values() for curves in groups for curve in curves for step, _ in curve])
     for place, name in enumerate(names):
         corner = (place % columns) * WIDE, place // columns * HIGH + legend
-        _panel(pen, corner, name, span, [series.get(name, []) for series in runs.values()])
+        _panel(pen, corner, name, span, shown[name])
     return picture.resize(size, pil.Resampling.LANCZOS)
 
 
@@ -91,9 +100,9 @@ class _Pen:
 
 
 def _panel(
-    pen: _Pen, corner: tuple[float, float], name: str, span: tuple[float, float], curves: Sequence[Points]
+    pen: _Pen, corner: tuple[float, float], name: str, span: tuple[float, float], groups: Sequence[Sequence[Points]]
 ) -> None:
-    (left, right), (low, high) = span, ends([value for curve in curves for _, value in curve], 0.05)
+    (left, right), (low, high) = span, ends([v for curves in groups for curve in curves for _, v in curve], 0.05)
     x0, x1 = corner[0] + LEFT, corner[0] + WIDE - RIGHT
     y0, y1 = corner[1] + HIGH - BOTTOM, corner[1] + TOP
 
@@ -111,11 +120,13 @@ def _panel(
         pen.line([(across(step), y0), (across(step), y0 + 4)], "#999999")
         pen.text((across(step), y0 + 14), f"{step:.7g}", "mm", colour="#666666")
     pen.line([(x0, y1), (x0, y0), (x1, y0)], "#999999")
-    for number, curve in enumerate(curves):
+    for number, curves in enumerate(groups):
         colour = COLOURS[number % len(COLOURS)]
-        places = [(across(step), up(value)) for step, value in curve]
+        for curve in curves if len(curves) > 1 else ():
+            pen.line([(across(step), up(value)) for step, value in curve], colour, 0.6)
+        places = [(across(step), up(value)) for step, value in (mean(curves) if curves else ())]
         if len(places) > 1:
-            pen.line(places, colour, 1.6)
+            pen.line(places, colour, 1.6 if len(curves) == 1 else 2.4)
         for x, y in places if len(places) <= 40 else ():  # so few are looks, each worth a mark
             pen.dot(x, y, colour)
 

@@ -85,7 +85,7 @@ def centre(picture: Image.Image, colour: str, box: tuple[int, int, int, int]) ->
 def test_a_point_lies_where_its_numbers_say() -> None:
     # The axes go from the first run's least to its largest step and value; the second has one point inside.
     frame = [(0.0, 0.0), (100.0, 1.0)]
-    picture = curves.draw({"a": {"b/loss": frame}, "b": {"b/loss": [(25.0, 0.75)]}})
+    picture = curves.draw({"a": [{"b/loss": frame}], "b": [{"b/loss": [(25.0, 0.75)]}]})
     legend = 22 * 2 + 8
     assert picture.size == (curves.WIDE, curves.HIGH + legend)
     x, y = centre(picture, curves.COLOURS[1], (0, legend, *picture.size))
@@ -95,8 +95,19 @@ def test_a_point_lies_where_its_numbers_say() -> None:
     assert y == pytest.approx(legend + curves.TOP + height * (1 - (0.75 + 0.05) / 1.1), abs=1.5)
 
 
+def test_runs_of_one_recipe_share_a_colour_and_their_mean_is_marked() -> None:
+    assert curves.mean([[(0.0, 1.0), (5.0, 2.0)], [(0.0, 2.0), (4.0, 9.0), (5.0, 4.0)]]) == [(0.0, 1.5), (5.0, 3.0)]
+    frame = [(0.0, 0.0), (100.0, 1.0)]
+    seeds = [{"b/loss": [(25.0, 0.6)]}, {"b/loss": [(25.0, 0.9)]}, {"c/loss": [(50.0, 0.5)]}]
+    picture = curves.draw({"a": [{"b/loss": frame}], "b": seeds}, ("b/*",))
+    x, y = centre(picture, curves.COLOURS[1], (0, 22 * 2 + 8, *picture.size))
+    width, height = curves.WIDE - curves.LEFT - curves.RIGHT, curves.HIGH - curves.TOP - curves.BOTTOM
+    assert x == pytest.approx(curves.LEFT + 0.25 * width, abs=1.5)
+    assert y == pytest.approx(22 * 2 + 8 + curves.TOP + height * (1 - (0.75 + 0.05) / 1.1), abs=1.5)
+
+
 def test_panels_share_their_steps() -> None:
-    picture = curves.draw({"a": {"b/loss": [(0.0, 0.0), (100.0, 1.0)]}, "b": {"c/loss": [(75.0, 0.5)]}})
+    picture = curves.draw({"a": [{"b/loss": [(0.0, 0.0), (100.0, 1.0)]}], "b": [{"c/loss": [(75.0, 0.5)]}]})
     x, _ = centre(picture, curves.COLOURS[1], (curves.WIDE, 52, *picture.size))
     assert x == pytest.approx(curves.WIDE + curves.LEFT + 0.75 * (curves.WIDE - curves.LEFT - curves.RIGHT), abs=1.5)
 
@@ -109,6 +120,9 @@ def test_runs_of_many_values_get_a_panel_each(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == f"{out}\n"
     with Image.open(out) as picture:
         assert picture.size == (2 * curves.WIDE, 2 * curves.HIGH + 52)
+    assert main(["curves", f"{one},{two}", "--out", str(out)]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (2 * curves.WIDE, 2 * curves.HIGH + 30)  # one row of the legend
     assert main(["curves", str(one), "--show", "b/*", "--out", str(out)]) == 0
     with Image.open(out) as picture:
         assert picture.size == (curves.WIDE, curves.HIGH + 30)
@@ -118,7 +132,7 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(ConfigError, match=r"holds neither log\.jsonl nor watch\.jsonl; give the folder of a run"):
         curves.read(tmp_path)
     with pytest.raises(ConfigError, match="no value is called kl; there is b/loss, seconds"):
-        curves.draw({"a": {"b/loss": [(1.0, 1.0)], "seconds": [(1.0, 1.0)]}}, ("kl",))
+        curves.draw({"a": [{"b/loss": [(1.0, 1.0)], "seconds": [(1.0, 1.0)]}]}, ("kl",))
     for arguments, told in (
         (["curves"], "give the folder of a run, or of several"),
         (["curves", str(tmp_path), "--out", "c.jpg"], "c.jpg: pictures are written as .png; use c.png"),
