@@ -49,6 +49,7 @@ def curves(
     *runs: str,
     out: Path = Path("curves.png"),
     show: Annotated[list[str] | None, Parameter(negative="")] = None,
+    table: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Draw what runs have logged, and what was seen of them, over their steps.
 
@@ -61,6 +62,8 @@ def curves(
         The PNG to write.
     show
         A value's name or a pattern, as "validation/*"; may be given more than once. Losses and scores if not given.
+    table
+        Print the same as tables too.
     """
     from lens_core import checkpoint
     from lens_tools import curves as drawing
@@ -78,6 +81,8 @@ def curves(
     }
     picture = drawing.draw(found, show or ())
     checkpoint.write_atomic(out, lambda p: picture.save(p, format="PNG"))
+    if table:
+        print(drawing.table(found, show or ()))
     print(out)
     return 0
 

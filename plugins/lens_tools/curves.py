@@ -79,6 +79,27 @@ def draw(runs: Mapping[str, Sequence[Series]], show: Sequence[str] = ()) -> Imag
     return picture.resize(size, pil.Resampling.LANCZOS)
 
 
+def table(runs: Mapping[str, Sequence[Series]], show: Sequence[str] = ()) -> str:
+    """The same as Markdown, a table a value: by step, the mean of a name's runs and, of several, least and most.
+
+    A step is told where a name has it in all of its runs that know the value.
+    """
+    found = []
+    for name in chosen(dict.fromkeys(name for several in runs.values() for one in several for name in one), show):
+        curves = {run: [one[name] for one in several if name in one] for run, several in runs.items()}
+        means = {run: dict(mean(mine)) if mine else {} for run, mine in curves.items()}
+        lines = [f"| step | {' | '.join(runs)} |", "|---" * (1 + len(runs)) + "|"]
+        for step in sorted({step for known in means.values() for step in known}):
+            cells = []
+            for run, known in means.items():
+                values = [dict(curve)[step] for curve in curves[run]] if step in known else []
+                spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+                cells.append(f"{known[step]:.3f}{spread}" if values else "")
+            lines.append(f"| {step:.0f} | {' | '.join(cells)} |")
+        found.append(f"{name}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(found)
+
+
 class _Pen:
     """Draws in px of the reduced picture."""
 

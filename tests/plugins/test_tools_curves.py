@@ -106,6 +106,22 @@ def test_runs_of_one_recipe_share_a_colour_and_their_mean_is_marked() -> None:
     assert y == pytest.approx(22 * 2 + 8 + curves.TOP + height * (1 - (0.75 + 0.05) / 1.1), abs=1.5)
 
 
+def test_the_table_tells_means_and_the_spread_of_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, scores in {"a": [0.0, 0.25], "b": [0.0, 0.75], "c": [0.5]}.items():
+        write(tmp_path / name, [{"step": 1, "b/loss": 1}], [{"step": n, "shapes": s} for n, s in enumerate(scores)])
+    joined = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+    asked = ["curves", joined, str(tmp_path / "c"), "--show", "shapes", "--table", "--out", str(tmp_path / "c.png")]
+    assert main(asked) == 0
+    assert capsys.readouterr().out.splitlines()[:6] == [
+        "shapes",
+        "",
+        "| step | a, b | c |",
+        "|---|---|---|",
+        "| 0 | 0.000 (0.000 to 0.000) | 0.500 |",
+        "| 1 | 0.500 (0.250 to 0.750) |  |",
+    ]
+
+
 def test_panels_share_their_steps() -> None:
     picture = curves.draw({"a": [{"b/loss": [(0.0, 0.0), (100.0, 1.0)]}], "b": [{"c/loss": [(75.0, 0.5)]}]})
     x, _ = centre(picture, curves.COLOURS[1], (curves.WIDE, 52, *picture.size))
