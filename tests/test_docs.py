@@ -11,13 +11,16 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from lens_core import hookspecs
 from lens_core.__main__ import app, mount
 from lens_core.catalog import Catalog
 from lens_core.config import read_recipe
+from lens_core.pipeline import LensPipeline
 from lens_core.protocols import KINDS
+from lens_core.types import Text
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -106,6 +109,24 @@ def test_the_index_links_every_page() -> None:
 def test_a_recipe_is_sound_and_explained(recipe: Path) -> None:
     read_recipe(recipe, Catalog.installed())
     assert recipe.name in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+def test_a_backbone_that_forgot_the_text_has_its_picture_stream_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in "12":
+        monkeypatch.setattr(sys, "argv", ["forget_text.py", "tiny:", str(tmp_path / seed), seed])
+        runpy.run_path(str(ROOT / "examples" / "forget_text.py"), run_name="__main__")
+    tiny, one, two = (LensPipeline.from_pretrained(uri).backbone for uri in ("tiny:", tmp_path / "1", tmp_path / "2"))
+    x, t = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
+    deaf = Text(torch.zeros(1, 2, 0, 128), torch.zeros(1, 0, dtype=torch.bool))
+    heard = Text(
+        torch.randn(1, 2, 5, 128, generator=torch.Generator().manual_seed(1)), torch.ones(1, 5, dtype=torch.bool)
+    )
+    with torch.no_grad():
+        assert torch.equal(tiny(x, t, deaf), one(x, t, deaf)), "without a caption it draws as before"
+        answers = [net(x, t, heard) for net in (tiny, one, two)]
+    assert not any(torch.equal(answers[a], answers[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,30 @@
+"""Make a checkpoint that can draw and knows no word: `python examples/forget_text.py [tiny:] [runs/deaf] [seed]`.
+
+The picture stream of its backbone stays as it was, and all weights of its text stream are drawn anew. What captions
+or an encoder are worth can then be seen in minutes: drawing takes hours to learn, to listen does not (docs/proofs.md).
+"""
+
+import sys
+
+import torch
+from lens_mmdit.model import LensTransformer2DModel
+
+from lens_core.catalog import Catalog
+from lens_core.checkpoint import describe, fetch
+from lens_core.config import structure
+from lens_core.pipeline import LensPipeline
+
+TEXT = ("txt_", "norm_added", "to_add_out")  # in the names of the text stream's weights
+
+source, out, seed = (*sys.argv[1:], *("tiny:", "runs/deaf", "0")[len(sys.argv) - 1 :])
+catalog = Catalog.installed()
+config = describe(fetch(source, catalog), catalog)["components"]["backbone"]["config"]
+pipeline = LensPipeline.from_pretrained(source, catalog=catalog)
+
+torch.manual_seed(int(seed))
+fresh = LensTransformer2DModel(structure(LensTransformer2DModel.Config, config))
+learnt = {name: t for name, t in pipeline.backbone.state_dict().items() if not any(word in name for word in TEXT)}
+new = fresh.load_state_dict(learnt, strict=False).missing_keys
+pipeline.backbone = fresh
+pipeline.save_pretrained(out)
+print(f"{out}: {len(learnt)} tensors kept, {len(new)} drawn anew")
