@@ -456,6 +456,7 @@ def bench(
     benchmark: str,
     *,
     model: str = "tiny:",
+    lora: Annotated[list[str] | None, Parameter(negative="")] = None,
     out: Path | None = None,
     prompts: int | None = None,
     seed: int = 0,
@@ -474,6 +475,8 @@ def bench(
         A benchmark's name, for example shapes, or as a recipe names one: '{use: shapes, split: train}'.
     model
         A folder, a Hub id org/name[@revision], or tiny:
+    lora
+        A LoRA, PATH or PATH:WEIGHT, folded into the backbone; may be given more than once.
     out
         The folder to write; runs/bench-NAME if not given.
     prompts
@@ -500,6 +503,7 @@ def bench(
     use = Use(named.use, named.options if prompts is None else {**named.options, "prompts": prompts})
     _, cls, config = build(catalog, "benchmark", use, "$")
     height, width = _size(size)
+    folds = [_lora(text) for text in lora or ()]
     from attrs import asdict
 
     from lens_core import checkpoint, evaluation
@@ -507,6 +511,8 @@ def bench(
 
     folder = out or Path("runs") / f"bench-{use.use.replace(':', '-')}"
     pipeline = LensPipeline.from_pretrained(model, catalog=catalog, device=device, dtype=dtype)
+    for path, weight in folds:
+        pipeline.load_lora_weights(path, weight)
     judge = cls(config)
     begun = time.perf_counter()
     outcome = evaluation.evaluate(
@@ -516,7 +522,8 @@ def bench(
     seconds = time.perf_counter() - begun
     asked = judge.prompts()
     settings = {
-        "benchmark": benchmark, "model": model, "model_hash": pipeline.version, "seed": seed,
+        "benchmark": benchmark, "model": " + ".join([model, *(f"{path}:{weight:g}" for path, weight in folds)]),
+        "model_hash": "+".join([pipeline.version, *pipeline.loras]), "seed": seed,
         "steps": steps or pipeline.presets["steps"],
         "guidance_scale": pipeline.presets["guidance_scale"] if guidance_scale is None else guidance_scale,
         "size": list(outcome.images.shape[-2:]), "versions": _versions(),

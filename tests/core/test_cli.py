@@ -61,9 +61,17 @@ def test_a_lora_changes_the_picture_by_its_weight(checkpoint: Path, capsys: pyte
         "transformer.inner.lora_B.weight": torch.ones(high, 1),
     }
     save_tensors(Path("a.safetensors"), low)
+    bench = ["bench", "reds", "--model", str(checkpoint), "--device", "cpu", "--size", "16x16"]
     for name, loras in {"plain": (), "none": ("a.safetensors:0",), "all": ("a.safetensors",)}.items():
         flags = [word for lora in loras for word in ("--lora", lora)]
         assert draw(checkpoint, "a red cat", "--seed", "7", "-o", f"{name}.png", *flags) == 0
+        assert main([*bench, "--out", name, *flags]) == 0
+    sheets = [Path(name, "sheet.png").read_bytes() for name in ("plain", "none", "all")]
+    assert sheets[0] == sheets[1] != sheets[2]
+    results = [json.loads(Path(name, "result.json").read_text()) for name in ("plain", "none", "all")]
+    models = [str(checkpoint), f"{checkpoint} + a.safetensors:0", f"{checkpoint} + a.safetensors:1"]
+    assert [result["model"] for result in results] == models
+    assert len({result["model_hash"] for result in results}) == 3
     (_, plain, facts), (_, none, _), (_, full, told) = (look(f"{n}.png") for n in ("plain", "none", "all"))
     assert none == plain != full
     assert "loras" not in facts and told["loras"] == ["a.safetensors:1"]
@@ -71,6 +79,7 @@ def test_a_lora_changes_the_picture_by_its_weight(checkpoint: Path, capsys: pyte
     assert "b.safetensors: there is no such LoRA" in refused(
         capsys, draw(checkpoint, "x", "--lora", "b.safetensors:0.5")
     )
+    assert "b.safetensors: there is no such LoRA" in refused(capsys, main([*bench, "--lora", "b.safetensors"]))
 
 
 @pytest.mark.parametrize(
