@@ -13,9 +13,9 @@ import hub as stand_in
 import pytest
 import torch
 import toy
+from attrs import evolve
 
 from lens_core.catalog import Catalog
-from lens_core.config import Parts, Use
 from lens_core.pipeline import LensPipeline
 
 torch.set_num_threads(1)
@@ -31,8 +31,7 @@ def catalog() -> Catalog:
 def pipeline(catalog: Catalog) -> LensPipeline:
     """A toy pipeline whose every weight counts, the same in every test."""
     torch.manual_seed(0)
-    parts = Parts(vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer"), sampler=Use("even"), steps=3)
-    return LensPipeline.from_parts(parts, catalog)
+    return LensPipeline.from_parts(evolve(toy.PARTS, steps=3), catalog)
 
 
 @pytest.fixture

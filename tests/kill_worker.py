@@ -27,7 +27,7 @@ from accelerate import Accelerator  # noqa: F401  # likewise
 from attrs import evolve
 
 from lens_core.catalog import Catalog
-from lens_core.config import Parts, Recipe, Training, Use, Watch
+from lens_core.config import Recipe, Training, Use, Watch
 from lens_core.loop import Run
 
 CATALOG = Catalog.of(toy)
@@ -35,7 +35,7 @@ RECIPE = Recipe(
     method=Use("fit"),
     dataset=Use("squares"),
     train=Training(steps=6, lr=1e-2, warmup=2, decay=0.5, ema=0.9, save_every=2, log_every=2),
-    pipeline=Parts(vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer"), sampler=Use("even")),
+    pipeline=toy.PARTS,
     seed=3,
 )
 WATCHED = evolve(

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from lens_core import flow, hookimpl
 from lens_core.checkpoint import blueprint, load_module, read_weights, save_module
+from lens_core.config import Parts, Use
 from lens_core.pipeline import to_pixels
 from lens_core.types import Batch, ConfigError, Loss, Prompt, Score, Text
+
+# A pipeline of all of them.
+PARTS = Parts(vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer"), sampler=Use("even"))
 
 
 class Weights(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lens_core import checkpoint
 from lens_core.catalog import Catalog
-from lens_core.config import Adapter, Parts, Recipe, Training, Use, Watch
+from lens_core.config import Adapter, Recipe, Training, Use, Watch
 from lens_core.loop import Run
 from lens_core.types import CheckpointError
 
@@ -26,13 +26,7 @@ RECIPE = Recipe(
     method=Use("fit"),
     dataset=Use("squares"),
     train=Training(steps=6, lr=1e-2, ema=0.9, save_every=2, log_every=1, keep=1),
-    pipeline=Parts(
-        vae=Use("blocks"),
-        text_encoder=Use("letters"),
-        backbone=Use("mixer", {"width": 8}),
-        sampler=Use("even"),
-        steps=2,
-    ),
+    pipeline=evolve(toy.PARTS, steps=2),
     seed=3,
     watch=Watch(every=1, size=(16, 16), prompts=("red",), benchmarks=(Use("reds"),), keep_best="reds"),
 )

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import toy
+from attrs import evolve
 from fuzzing import JSON, NUMBERS, TEXTS, changed, fuzz, little_memory, read
 from hypothesis import given
 from hypothesis import strategies as st
@@ -183,11 +185,8 @@ def test_any_lens_json_is_a_pipeline_or_a_refusal(drawn: st.DataObject, saved: P
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, catalog: Catalog) -> Path:
-    from lens_core.config import Parts, Use
-
     torch.manual_seed(0)
-    parts = Parts(vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer"), sampler=Use("even"), steps=3)
-    made = LensPipeline.from_parts(parts, catalog)
+    made = LensPipeline.from_parts(evolve(toy.PARTS, steps=3), catalog)
     made.presets["sizes"] = {"1024": {"1:1": [32, 32]}}
     made.provenance = {"base_model": "a/b", "license": "mit", "recipe": {"method": "fit"}, "loras": ["x:1"]}
     folder = tmp_path_factory.mktemp("fuzz") / "model"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lens_core import checkpoint
 from lens_core.catalog import Catalog
-from lens_core.config import Parts, Recipe, Training, Use
+from lens_core.config import Recipe, Training, Use
 from lens_core.loop import Run, rate
 from lens_core.pipeline import LensPipeline
 from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError
@@ -26,9 +26,7 @@ RECIPE = Recipe(
     method=Use("fit"),
     dataset=Use("squares"),
     train=Training(steps=6, lr=1e-2, warmup=2, decay=0.5, ema=0.9, save_every=2, log_every=2),
-    pipeline=Parts(
-        vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer", {"width": 8}), sampler=Use("even")
-    ),
+    pipeline=toy.PARTS,
     seed=3,
 )
 

@@ -16,7 +16,7 @@ from attrs import evolve
 
 from lens_core import checkpoint, progress
 from lens_core.catalog import Catalog
-from lens_core.config import Adapter, Parts, Recipe, Training, Use, Watch
+from lens_core.config import Adapter, Recipe, Training, Use, Watch
 from lens_core.loop import Run
 from lens_core.progress import Feed, Pace, Spikes, memory
 from lens_core.types import Batch, ConfigError, Loss, NumericalError
@@ -25,13 +25,7 @@ RECIPE = Recipe(
     method=Use("fit"),
     dataset=Use("squares"),
     train=Training(steps=6, lr=1e-2, save_every=2, log_every=2),
-    pipeline=Parts(
-        vae=Use("blocks"),
-        text_encoder=Use("letters"),
-        backbone=Use("mixer", {"width": 8}),
-        sampler=Use("even"),
-        steps=2,
-    ),
+    pipeline=evolve(toy.PARTS, steps=2),
     seed=3,
 )
 

@@ -13,7 +13,6 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from lens_core.catalog import Catalog
-from lens_core.config import Parts, Use
 from lens_core.pipeline import LensPipeline
 from lens_core.protocols import BaseMethod
 from lens_core.testing import (
@@ -70,11 +69,10 @@ def dataset(cls: type[toy.Squares] = toy.Squares) -> None:
 
 BATCHES = list(itertools.islice(toy.Squares(toy.Squares.Config()).batches(0, 1), 5))
 CATALOG = Catalog.of(toy)
-PARTS = Parts(vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer"), sampler=Use("even"))
 
 
 def method(cls: type[toy.Fit] = toy.Fit) -> None:
-    check_method(lambda: cls(toy.Fit.Config(), LensPipeline.from_parts(PARTS, CATALOG)), BATCHES)
+    check_method(lambda: cls(toy.Fit.Config(), LensPipeline.from_parts(toy.PARTS, CATALOG)), BATCHES)
 
 
 @pytest.mark.parametrize("check", [vae, encoder, backbone, sampler, reward, dataset, method])

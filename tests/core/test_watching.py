@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lens_core import checkpoint, evaluation, hookimpl
 from lens_core.catalog import Catalog
-from lens_core.config import Adapter, Parts, Recipe, Training, Use, Watch, read_recipe
+from lens_core.config import Adapter, Recipe, Training, Use, Watch, read_recipe
 from lens_core.loop import Run, _exchange
 from lens_core.pipeline import LensPipeline
 from lens_core.types import ConfigError, LensError, Prompt, Score
@@ -74,9 +74,7 @@ plugin.lens_rewards = hookimpl(lambda: {"bright": Bright}, specname="lens_reward
 plugin.lens_benchmarks = hookimpl(lambda: {"scripted": Scripted}, specname="lens_benchmarks")  # type: ignore[attr-defined]
 
 TRAIN = Training(steps=6, lr=1e-2, ema=0.9, save_every=3, log_every=2, keep=9)
-PARTS = Parts(
-    vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer", {"width": 8}), sampler=Use("even"), steps=3
-)
+PARTS = evolve(toy.PARTS, steps=3)
 BASE = Recipe(method=Use("fit"), dataset=Use("squares"), train=TRAIN, pipeline=PARTS, seed=3)
 JUDGED = Watch(every=2, size=(16, 16), benchmarks=(Use("scripted"),))
 BEST = evolve(JUDGED, keep_best="scripted")

@@ -51,7 +51,7 @@ tapped.lens_backbones = hookimpl(lambda: {"tapped": Tapped})  # type: ignore[att
 tapped.lens_backbones.__name__ = "lens_backbones"
 tapped.lens_datasets = hookimpl(lambda: {"captions": Captions})  # type: ignore[attr-defined]
 CATALOG = Catalog.of(toy, lens_dmd2, tapped)
-PARTS = Parts(vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("tapped"), sampler=Use("even"))
+PARTS = evolve(toy.PARTS, backbone=Use("tapped"))
 GAN = {"gan": 0.1, "blocks": (0, 1)}
 
 

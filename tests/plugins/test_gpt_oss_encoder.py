@@ -13,38 +13,13 @@ from attrs import evolve
 from lens_gpt_oss.encoder import GptOssEncoder
 from lens_gpt_oss.template import INSTRUCTION, THOUGHT, Wrapper, conversation, train_tokenizer
 from safetensors.torch import load_file, save_file
+from small_gpt_oss import CAPTIONS, PROMPTS, TINY, build
 from transformers import AutoTokenizer, GptOssConfig, GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.utils import chat_template_utils
 
 from lens_core.testing import check_text_encoder
 from lens_core.types import CheckpointError, ConfigError, LensError
-
-CAPTIONS = [f"A {c} {s} stands left of a small green star." for c in ("red", "blue") for s in ("circle", "square")]
-PROMPTS = ["A red circle.", "A blue square stands left of a small green star, and a red circle."]
-TINY = GptOssEncoder.Config(
-    vocab_size=400,
-    hidden_size=32,
-    intermediate_size=16,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-    sliding_window=16,
-    selected_layers=(0, 2),
-    max_length=256,
-)
-
-
-def build(config: GptOssEncoder.Config = TINY) -> GptOssEncoder:
-    torch.manual_seed(0)
-    encoder = GptOssEncoder(config).eval()
-    encoder.tokenizer = train_tokenizer(CAPTIONS, config.vocab_size)
-    for parameter in encoder.parameters():  # large weights, so that a wrong wiring shows
-        torch.nn.init.normal_(parameter, std=0.3)
-    return encoder
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,10 @@ from lens_gpt_oss import lens_describe
 from lens_gpt_oss.encoder import GptOssEncoder
 from lens_gpt_oss.experts import packed
 from lens_gpt_oss.single import adopt
-from lens_gpt_oss.template import HARMONY, INSTRUCTION, THOUGHT, conversation, render, train_tokenizer
+from lens_gpt_oss.template import HARMONY, INSTRUCTION, THOUGHT, conversation, render
 from safetensors.torch import load_file, save_file
+from small_gpt_oss import PROMPTS, build
+from small_gpt_oss import TINY as SMALL
 from torch import Tensor
 from transformers import GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -26,28 +28,13 @@ from lens_core.lazy import Lazy
 from lens_core.types import CheckpointError, LensError
 
 Config = GptOssEncoder.Config
-CAPTIONS = [f"A {c} {s} stands left of a small green star." for c in ("red", "blue") for s in ("circle", "square")]
-PROMPTS = ["A red circle.", "A blue square stands left of a small green star, and a red circle."]
-TINY = Config(
-    vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=16,
-    selected_layers=(0, 2), max_length=256,
-)  # fmt: skip
+TINY = evolve(SMALL, intermediate_size=64)
 EAGER = evolve(TINY, experts="eager")
-
-
-def build() -> GptOssEncoder:
-    torch.manual_seed(0)
-    encoder = GptOssEncoder(TINY).eval().requires_grad_(False)
-    encoder.tokenizer = train_tokenizer(CAPTIONS, TINY.vocab_size)
-    for parameter in encoder.parameters():  # large weights, so that a wrong wiring shows
-        torch.nn.init.normal_(parameter, std=0.3)
-    return encoder
 
 
 @pytest.fixture(scope="module")
 def encoder() -> GptOssEncoder:
-    return build()
+    return build(TINY).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +99,7 @@ def read(path: Path, config: Config = TINY, dtype: torch.dtype | None = None, fo
 
 def plain(state: dict[str, Tensor]) -> GptOssEncoder:
     """An encoder with exactly these weights."""
-    encoder = build()
+    encoder = build(TINY).requires_grad_(False)
     encoder.load_state_dict(state, strict=False)
     return encoder
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lens_core import checkpoint, flow, hookimpl
 from lens_core.catalog import Catalog
-from lens_core.config import Adapter, Parts, Recipe, Training, Use, build, read_recipe
+from lens_core.config import Adapter, Recipe, Training, Use, build, read_recipe
 from lens_core.loop import Run
 from lens_core.pipeline import LensPipeline, to_images
 from lens_core.ranks import seed_of
@@ -580,7 +580,7 @@ RECIPE = Recipe(
     method=Use("diffusion_nft", {**OPTIONS, "updates": 2, "old_rise": 0.1, "sizes": [[16, 16], [16, 32]]}),
     dataset=Use("squares"),
     train=Training(steps=6, lr=1e-2, ema=0.9, save_every=1, keep=9, log_every=2),
-    pipeline=Parts(vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer"), sampler=Use("even")),
+    pipeline=toy.PARTS,
     seed=3,
 )
 
