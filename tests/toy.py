@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from lens_core import flow, hookimpl
@@ -17,8 +17,9 @@ from lens_core.config import Parts, Use
 from lens_core.pipeline import to_pixels
 from lens_core.types import Batch, ConfigError, Loss, Prompt, Score, Text
 
-# A pipeline of all of them.
+# A pipeline of all of them; and one whose width is not the default, so that a recipe that loses options shows.
 PARTS = Parts(vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer"), sampler=Use("even"))
+NARROW = evolve(PARTS, backbone=Use("mixer", {"width": 8}))
 
 
 class Weights(nn.Module):

@@ -26,7 +26,7 @@ RECIPE = Recipe(
     method=Use("fit"),
     dataset=Use("squares"),
     train=Training(steps=6, lr=1e-2, ema=0.9, save_every=2, log_every=1, keep=1),
-    pipeline=evolve(toy.PARTS, steps=2),
+    pipeline=evolve(toy.NARROW, steps=2),
     seed=3,
     watch=Watch(every=1, size=(16, 16), prompts=("red",), benchmarks=(Use("reds"),), keep_best="reds"),
 )

@@ -26,7 +26,7 @@ RECIPE = Recipe(
     method=Use("fit"),
     dataset=Use("squares"),
     train=Training(steps=6, lr=1e-2, warmup=2, decay=0.5, ema=0.9, save_every=2, log_every=2),
-    pipeline=toy.PARTS,
+    pipeline=toy.NARROW,
     seed=3,
 )
 

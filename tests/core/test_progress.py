@@ -25,7 +25,7 @@ RECIPE = Recipe(
     method=Use("fit"),
     dataset=Use("squares"),
     train=Training(steps=6, lr=1e-2, save_every=2, log_every=2),
-    pipeline=evolve(toy.PARTS, steps=2),
+    pipeline=evolve(toy.NARROW, steps=2),
     seed=3,
 )
 

@@ -74,7 +74,7 @@ plugin.lens_rewards = hookimpl(lambda: {"bright": Bright}, specname="lens_reward
 plugin.lens_benchmarks = hookimpl(lambda: {"scripted": Scripted}, specname="lens_benchmarks")  # type: ignore[attr-defined]
 
 TRAIN = Training(steps=6, lr=1e-2, ema=0.9, save_every=3, log_every=2, keep=9)
-PARTS = evolve(toy.PARTS, steps=3)
+PARTS = evolve(toy.NARROW, steps=3)
 BASE = Recipe(method=Use("fit"), dataset=Use("squares"), train=TRAIN, pipeline=PARTS, seed=3)
 JUDGED = Watch(every=2, size=(16, 16), benchmarks=(Use("scripted"),))
 BEST = evolve(JUDGED, keep_best="scripted")
