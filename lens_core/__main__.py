@@ -467,7 +467,7 @@ def bench(
     device: str = "auto",
     dtype: str = "auto",
 ) -> int:
-    """Measure a model: writes table.md, result.json and sheet.png.
+    """Measure a model: writes pictures/, table.md, result.json and sheet.png.
 
     Parameters
     ----------
@@ -482,7 +482,7 @@ def bench(
     prompts
         How many prompts; the benchmark's own number if not given.
     seed
-        Picture i has the seed SEED + i.
+        Picture i has the seed SEED * 1,000,000 + i, so that runs with other seeds share no noise.
     steps
         Sampler steps; the checkpoint's preset if not given.
     guidance_scale
@@ -504,8 +504,6 @@ def bench(
     _, cls, config = build(catalog, "benchmark", use, "$")
     height, width = _size(size)
     folds = [_lora(text) for text in lora or ()]
-    from attrs import asdict
-
     from lens_core import checkpoint, evaluation
     from lens_core.pipeline import LensPipeline
 
@@ -515,10 +513,16 @@ def bench(
         pipeline.load_lora_weights(path, weight)
     judge = cls(config)
     begun = time.perf_counter()
-    outcome = evaluation.evaluate(
-        pipeline, judge, seed=seed, batch=batch, say=_say, height=height, width=width,
-        num_inference_steps=steps, guidance_scale=guidance_scale,
-    )  # fmt: skip
+    pictures = folder / "pictures"
+    try:
+        outcome = evaluation.evaluate(
+            pipeline, judge, seed=seed, batch=batch, log=_say, keep=partial(evaluation.save_pictures, pictures),
+            height=height, width=width, num_inference_steps=steps, guidance_scale=guidance_scale,
+        )  # fmt: skip
+    except LensError as error:
+        if not pictures.is_dir():
+            raise
+        raise type(error)(f"{error}; what was drawn is in {pictures}") from error
     seconds = time.perf_counter() - begun
     asked = judge.prompts()
     settings = {
@@ -526,30 +530,19 @@ def bench(
         "model_hash": "+".join([pipeline.version, *pipeline.loras]), "seed": seed,
         "steps": steps or pipeline.presets["steps"],
         "guidance_scale": pipeline.presets["guidance_scale"] if guidance_scale is None else guidance_scale,
-        "size": list(outcome.images.shape[-2:]), "versions": _versions(),
+        "size": list(outcome.images.shape[-2:]), "dtype": pipeline.dtype, "device": pipeline.device.type,
+        "versions": _versions(),
     }  # fmt: skip
     text = evaluation.table(outcome)
     said = ", ".join(f"{k} {v}" for k, v in settings.items() if k != "versions")
     checkpoint.write_atomic(folder / "table.md", lambda p: p.write_text(f"{text}\n\n{said}\n", encoding="utf-8"))
-    checkpoint.write_json(
-        folder / "result.json",
-        {
-            **settings,
-            "seconds": round(seconds, 1),
-            "headline": [task for task in outcome.rates if task in outcome.headline],
-            "overall": asdict(outcome.overall),
-            "tasks": {k: asdict(v) for k, v in outcome.rates.items()},
-            "pictures": [
-                {"prompt": p.text, "task": p.task, "seed": seed + i, "status": s.status, "value": s.value}
-                for i, (p, s) in enumerate(zip(asked, outcome.scores, strict=True))
-            ],
-        },
-    )
+    measured = evaluation.as_result(outcome, asked, seed)
+    checkpoint.write_json(folder / "result.json", {**settings, "seconds": round(seconds, 1), **measured})
     shown = min(56, len(asked))
     passed = [None if s.value is None else s.value >= 0.5 for s in outcome.scores[:shown]]
     sheet = evaluation.contact_sheet(outcome.images[:shown], [p.text for p in asked[:shown]], passed)
     checkpoint.write_atomic(folder / "sheet.png", lambda p: sheet.save(p, format="PNG"))
-    print(f"{text}\n\n{said}\n{folder}: table.md, result.json, sheet.png  ({seconds:.0f} s)")
+    print(f"{text}\n\n{said}\n{folder}: pictures, table.md, result.json, sheet.png  ({seconds:.0f} s)")
     return 0
 
 

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from attrs import frozen
-from numpy.typing import NDArray
 
 from lens_core.checkpoint import read_json
-from lens_core.types import CheckpointError, ConfigError
+from lens_core.statistics import ClusteredScores, Difference, Estimate, mean_of_tasks, paired_difference
+from lens_core.types import CheckpointError, ConfigError, LensError
 
-RESAMPLES = 4000
 _MODEL = ("model", "model_hash")
 _SETTINGS = ("steps", "guidance_scale", "size")
+_MACHINE = ("dtype", "device")  # results of other arithmetic are other results; older files do not say
 
 
 @frozen
 class Row:
-    """A model: its scores by task and overall, and how far it is above the first one, each with a 95 % interval.
+    """A model: its scores by task and overall over all its seeds, and how far it is above the first model.
 
-    The intervals are percentiles of a bootstrap over the prompts of each task (Efron 1979): they tell what other
-    prompts would have given. The pictures of one prompt, one a seed, stay together, and so do the two models'.
+    Intervals are of 95 %, by prompt (`lens_core.statistics`): they say what other prompts would have given. The
+    pictures of one prompt, one a seed, count as one draw, and so do the two models' pictures of it.
     """
 
     name: str
     seeds: int
-    tasks: Mapping[str, float]
-    overall: tuple[float, float, float]  # value, low, high
-    difference: tuple[float, float, float]
+    tasks: Mapping[str, float]  # NaN where a task has no score
+    overall: Estimate
+    difference: Difference | None  # None for the first model
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _is_picture(entry: object) -> bool:
     )
 
 
-def compare(results: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) -> list[Row]:
+def compare(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The contents of result.json files, of one benchmark and the same prompts; those of one model are its seeds.
 
     Those that have the same text under `group` are one row too: models that one recipe gave from several seeds.
@@ -65,7 +65,8 @@ def compare(results: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) ->
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         one = ("group",) if "group" in result else _MODEL
-        groups.setdefault(repr([(key, result[key]) for key in (*one, *_SETTINGS)]), []).append(result)
+        settings = [(key, result.get(key)) for key in (*one, *_SETTINGS, *_MACHINE)]
+        groups.setdefault(repr(settings), []).append(result)
     first = results[0]
     asked = [(p["task"], p["prompt"]) for p in first["pictures"]]
     for result in results:
@@ -75,68 +76,113 @@ def compare(results: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) ->
             )
         if [(p["task"], p["prompt"]) for p in result["pictures"]] != asked:
             raise ConfigError(f"{result['model']}: was asked other prompts than {first['model']}; measure it again")
-    every = {name: np.array([i for i, (task, _) in enumerate(asked) if task == name]) for name, _ in asked}
-    tasks = {name: every[name] for name in first["headline"]}
-    scores = {key: _by_prompt(members) for key, members in groups.items()}
-    # one set of resamples for all: what makes two models' figures rise and fall together cancels in the difference
-    rng = np.random.default_rng(0)
-    drawn = {task: rng.integers(len(places), size=(resamples, len(places))) for task, places in tasks.items()}
-    means = {key: _resampled(score, tasks, drawn) for key, score in scores.items()}
-    base, *_ = means.values()
-    rows = []
-    for key, members in groups.items():
-        value, spread = means[key]
+    rows: list[Row] = []
+    members_of_first: Sequence[Mapping[str, Any]] = ()
+    for members in groups.values():
+        _refuse_repeated_seed(members)
         here = members[0]
-        rows.append(
-            Row(
-                name=f"{here.get('group', here['model'])}, {here['steps']} steps, guidance {here['guidance_scale']:g}",
-                seeds=len(members),
-                tasks={task: float(np.nanmean(scores[key][places])) for task, places in every.items()},
-                overall=(value, *_middle(spread)),
-                difference=(value - base[0], *_middle(spread - base[1])),
+        members_of_first = members_of_first or members
+        tasks = _by_task(_scored(members))
+        try:
+            rows.append(
+                Row(
+                    name=_name(here, machines=len({_machine(r) for r in results}) > 1),
+                    seeds=len(members),
+                    tasks={name: task.mean for name, task in tasks.items()},
+                    overall=mean_of_tasks(tasks, first["headline"]),
+                    difference=_difference(members_of_first, members, first["headline"]) if rows else None,
+                )
             )
-        )
+        except LensError as error:
+            raise ConfigError(f"{here['model']}: {error}") from error
     return rows
 
 
-def _by_prompt(members: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
-    """The mean verdict of each prompt over the seeds; NaN where none of its pictures has one."""
+def _machine(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(result.get(key) for key in _MACHINE)
+
+
+def _name(result: Mapping[str, Any], *, machines: bool) -> str:
+    """What a row is called; with dtype and device where the results have several."""
+    name = f"{result.get('group', result['model'])}, {result['steps']} steps, guidance {result['guidance_scale']:g}"
+    return f"{name}, {' on '.join(map(str, _machine(result)))}" if machines else name
+
+
+def _refuse_repeated_seed(members: Sequence[Mapping[str, Any]]) -> None:
     seeds = [(m["model_hash"], m["seed"]) for m in members]
     if len(set(seeds)) != len(seeds):
         twice = max(seeds, key=seeds.count)[1]
         raise ConfigError(f"{members[0]['model']}: the seed {twice} stands twice; give it once")
-    values = np.array([[p["value"] for p in m["pictures"]] for m in members], dtype=float)
-    known = ~np.isnan(values)
-    return np.where(known.any(0), np.where(known, values, 0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
 
 
-def _resampled(
-    scores: NDArray[np.float64], tasks: Mapping[str, NDArray[np.int64]], drawn: Mapping[str, NDArray[np.int64]]
-) -> tuple[float, NDArray[np.float64]]:
-    """The mean of the tasks' means, and the same over resampled prompts."""
-    by_task = [scores[places] for places in tasks.values()]
-    if any(np.isnan(s).all() for s in by_task):
-        raise ConfigError("a headline task has no verdict at all; raise the number of prompts")
-    again = [np.nanmean(s[drawn[task]], axis=1) for s, task in zip(by_task, tasks, strict=True)]
-    return float(np.mean([np.nanmean(s) for s in by_task])), np.mean(again, axis=0)
+_Scored = tuple[str, str, float | None]  # task, cluster, score
 
 
-def _middle(spread: NDArray[np.float64]) -> tuple[float, float]:
-    low, high = np.quantile(spread, [0.025, 0.975])
-    return float(low), float(high)
+def _scored(members: Sequence[Mapping[str, Any]]) -> Iterator[_Scored]:
+    for member in members:
+        for picture in member["pictures"]:
+            yield picture["task"], picture.get("cluster", picture["prompt"]), picture["value"]
+
+
+def _by_task(scored: Iterator[_Scored]) -> dict[str, ClusteredScores]:
+    tasks: dict[str, tuple[list[float], list[str], list[None]]] = {}
+    for task, cluster, value in scored:
+        values, clusters, missing = tasks.setdefault(task, ([], [], []))
+        if value is None:
+            missing.append(None)
+        else:
+            values.append(float(value))
+            clusters.append(cluster)
+    return {
+        task: ClusteredScores(values, clusters, len(missing)) for task, (values, clusters, missing) in tasks.items()
+    }
+
+
+def _difference(
+    base: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], headline: Sequence[str]
+) -> Difference:
+    """How far `other` is above `base` on the pictures that both have a score for: of the same prompt, and of the same
+    seed where the two were measured with the same seeds (else a prompt's scores are averaged over seeds first)."""
+    seeds = [sorted(member["seed"] for member in members) for members in (base, other)]
+    if seeds[0] == seeds[1] and len(set(seeds[0])) == len(seeds[0]):
+        by_seed = {member["seed"]: member["pictures"] for member in base}
+        pairs = [pair for m in other for pair in zip(by_seed[m["seed"]], m["pictures"], strict=True)]
+        differences = [(new, _minus(new["value"], old["value"])) for old, new in pairs]
+    else:
+        pictures = other[0]["pictures"]
+        differences = [
+            (picture, _minus(_mean_over_seeds(other, place), _mean_over_seeds(base, place)))
+            for place, picture in enumerate(pictures)
+        ]
+    scored = ((picture["task"], picture.get("cluster", picture["prompt"]), value) for picture, value in differences)
+    return paired_difference(_by_task(scored), headline)
+
+
+def _minus(new: float | None, old: float | None) -> float | None:
+    return None if new is None or old is None else new - old
+
+
+def _mean_over_seeds(members: Sequence[Mapping[str, Any]], place: int) -> float | None:
+    """The mean score of one prompt over the seeds; None where none of its pictures has one."""
+    values = [v for m in members if (v := m["pictures"][place]["value"]) is not None]
+    return sum(values) / len(values) if values else None
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table; differences are to the first row."""
+    """A Markdown table; differences are to the first row, on the pairs of pictures that both have a score for."""
     names = list(rows[0].tasks)
     lines = [
-        "| model | seeds | " + " | ".join(names) + " | **overall** | 95 % interval | difference | 95 % interval |",
-        "|" + "---|" * (len(names) + 6),
+        "| model | seeds | "
+        + " | ".join(names)
+        + " | **overall** | 95 % interval | without score | difference | 95 % interval | pairs |",
+        "|" + "---|" * (len(names) + 8),
     ]
-    for place, row in enumerate(rows):
-        value, low, high = row.overall
-        by, least, most = row.difference
-        apart = f"{by:+.3f} | {least:+.3f} to {most:+.3f}" if place else " | "
-        cells = " | ".join(f"{row.tasks[name]:.2f}" for name in names)
-        lines.append(f"| {row.name} | {row.seeds} | {cells} | **{value:.3f}** | {low:.3f} to {high:.3f} | {apart} |")
+    for row in rows:
+        whole, apart = row.overall, row.difference
+        by = f"{apart.value:+.3f} | {apart.low:+.3f} to {apart.high:+.3f} | {apart.pairs}" if apart else " | | "
+        cells = " | ".join("–" if math.isnan(row.tasks[name]) else f"{row.tasks[name]:.2f}" for name in names)
+        lines.append(
+            f"| {row.name} | {row.seeds} | {cells} | **{whole.value:.3f}** | {whole.low:.3f} to {whole.high:.3f} "
+            f"| {whole.missing} | {by} |"
+        )
     return "\n".join(lines)

@@ -1,14 +1,16 @@
-"""Running a benchmark over a generator: pictures, scores by task with intervals, a table and a contact sheet."""
+"""Running a benchmark over a pipeline: pictures, scores by task with intervals, a table and a contact sheet."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
+from attrs import asdict, frozen
 
-from lens_core.types import LensError, Prompt, Score
+from lens_core.statistics import ClusteredScores, Estimate, cluster_of, mean_of_tasks, pooled
+from lens_core.types import ConfigError, Prompt, Score
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,63 +18,30 @@ if TYPE_CHECKING:
 
     from lens_core.pipeline import LensPipeline
 
-
-@frozen
-class Rate:
-    """A share of successes with its 95 % Wilson interval. `missing` pictures had no verdict and do not count."""
-
-    value: float
-    low: float
-    high: float
-    count: int
-    missing: int = 0
+PICTURES_PER_SEED = 1_000_000
+"""Seeds of pictures that belong to one seed of a benchmark, so that two runs of it share no noise."""
 
 
-Z = 1.959963984540054  # standard deviations of a normal on each side of the middle 95 %
+def picture_seed(seed: int, index: int) -> int:
+    """The seed of picture `index` of a benchmark run with `seed`. Raises ConfigError outside 0 to 2^63 / 1,000,000."""
+    if not 0 <= seed < 2**63 // PICTURES_PER_SEED:
+        raise ConfigError(f"a benchmark's seed must be from 0 to {2**63 // PICTURES_PER_SEED - 1}, not {seed}")
+    return seed * PICTURES_PER_SEED + index
 
 
-def _interval(p: float, n: float) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share `p` of `n` (Wilson 1927)."""
-    centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def wilson(values: Sequence[float], missing: int = 0) -> Rate:
-    """The mean of verdicts in [0, 1] and its 95 % Wilson score interval. NaN where there is none."""
-    n = len(values)
-    if n == 0:
-        return Rate(math.nan, 0.0, 1.0, 0, missing)
-    p = sum(values) / n
-    return Rate(p, *_interval(p, n), n, missing)
-
-
-def by_task(prompts: Sequence[Prompt], scores: Sequence[Score]) -> dict[str, Rate]:
-    """One rate a task, in order of first appearance. Abstentions and failures are counted apart, never as zeros."""
-    tasks = dict.fromkeys(p.task for p in prompts)
-    rates = {}
-    for task in tasks:
-        mine = [s for p, s in zip(prompts, scores, strict=True) if p.task == task]
-        values = [s.value for s in mine if s.value is not None]
-        rates[task] = wilson(values, len(mine) - len(values))
-    return rates
-
-
-def overall(rates: Mapping[str, Rate], headline: Sequence[str]) -> Rate:
-    """The mean of the headline tasks' rates, with Wilson's interval for the effective number of pictures.
-
-    That is how many pictures of one task would give a mean as certain as this mean of tasks (Kish 1965). Its variances
-    are taken at the centres of the tasks' Wilson intervals, so that none is 0, even where all verdicts agree.
-    """
-    used = [rates[t] for t in headline if t in rates and rates[t].count]
-    if len(used) != len(headline):
-        raise LensError("a headline task has no verdict at all; raise the number of prompts")
-    value = sum(r.value for r in used) / len(used)
-    centres = [(r.value * r.count + Z * Z / 2) / (r.count + Z * Z) for r in used]
-    centre = sum(centres) / len(used)
-    variance = sum(c * (1 - c) / r.count for c, r in zip(centres, used, strict=True)) / len(used) ** 2
-    interval = _interval(value, centre * (1 - centre) / variance)
-    return Rate(value, *interval, sum(r.count for r in used), sum(r.missing for r in used))
+def by_task(prompts: Sequence[Prompt], scores: Sequence[Score]) -> dict[str, ClusteredScores]:
+    """Scores by task, in order of first appearance. Pictures without a score are counted apart, never as zeros."""
+    tasks: dict[str, tuple[list[float], list[Any], list[Score]]] = {}
+    for prompt, score in zip(prompts, scores, strict=True):
+        values, clusters, missing = tasks.setdefault(prompt.task, ([], [], []))
+        if score.value is None:
+            missing.append(score)
+        else:
+            values.append(score.value)
+            clusters.append(cluster_of(prompt))
+    return {
+        task: ClusteredScores(values, clusters, len(missing)) for task, (values, clusters, missing) in tasks.items()
+    }
 
 
 def draw(pipeline: LensPipeline, prompts: Sequence[Prompt], seed: int, batch: int, **settings: Any) -> Iterator[Tensor]:
@@ -84,10 +53,11 @@ def draw(pipeline: LensPipeline, prompts: Sequence[Prompt], seed: int, batch: in
 
 @frozen
 class Outcome:
-    """What a benchmark run found."""
+    """What a benchmark run measured."""
 
-    rates: dict[str, Rate]
-    overall: Rate
+    tasks: dict[str, Estimate]
+    overall: Estimate  # the mean of the headline tasks' means
+    pooled: Estimate  # the plain mean over all pictures: the share right, where scores are yes or no
     scores: tuple[Score, ...]
     images: Tensor
     headline: tuple[str, ...]  # the tasks that `overall` is the mean of
@@ -99,29 +69,85 @@ def evaluate(
     *,
     seed: int = 0,
     batch: int = 50,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
+    keep: Callable[[int, Tensor], None] = lambda first, images: None,
     **settings: Any,
 ) -> Outcome:
-    """Draw every prompt of `benchmark` once and judge the pictures; `settings` go to the pipeline's call."""
+    """Draw every prompt of `benchmark` once and score the pictures; `settings` go to the pipeline's call.
+
+    Picture i has the seed `picture_seed(seed, i)`. `keep` gets the pictures as they come, with the index of the first
+    of them, so that they are not lost where scoring fails. Raises LensError where a headline task has no score.
+    """
     import torch
 
     prompts = benchmark.prompts()
+    if len(prompts) > PICTURES_PER_SEED:
+        raise ConfigError(f"a benchmark may have {PICTURES_PER_SEED} prompts at most, not {len(prompts)}")
     images: list[Tensor] = []
-    for part in draw(pipeline, prompts, seed, batch, **settings):
+    for part in draw(pipeline, prompts, picture_seed(seed, 0), batch, **settings):
+        done = sum(map(len, images))
         images.append(part.cpu())
-        say(f"drawn {sum(map(len, images))} of {len(prompts)}")
-    pictures = torch.cat(images)
-    scores = tuple(benchmark.score(pictures, prompts))
-    rates = by_task(prompts, scores)
-    headline = tuple(getattr(benchmark, "headline", rates))
-    return Outcome(rates, overall(rates, headline), scores, pictures, headline)
+        keep(done, images[-1])
+        log(f"drew {done + len(part)} of {len(prompts)}")
+    return score(benchmark, torch.cat(images), prompts)
 
 
-def table(outcome: Outcome) -> str:
-    """A Markdown table of the rates in percent, 95 % intervals."""
-    rows = ["| task | score | 95 % interval | pictures |", "|---|---|---|---|"]
-    for name, rate in (*outcome.rates.items(), ("**overall**", outcome.overall)):
-        rows.append(f"| {name} | {rate.value:.3f} | {rate.low:.3f} to {rate.high:.3f} | {rate.count} |")
+def score(benchmark: Any, images: Tensor, prompts: Sequence[Prompt]) -> Outcome:
+    """Score drawn pictures, uint8 [B,3,H,W], one a prompt."""
+    scores = tuple(benchmark.score(images, prompts))
+    tasks = by_task(prompts, scores)
+    headline = tuple(getattr(benchmark, "headline", tasks))
+    estimates = {name: task.estimate() for name, task in tasks.items()}
+    return Outcome(estimates, mean_of_tasks(tasks, headline), pooled(tasks), scores, images, headline)
+
+
+def save_pictures(folder: Path, first: int, images: Tensor) -> None:
+    """Pictures uint8 [B,3,H,W] as PNG files, named by their index from `first` on."""
+    from PIL import Image as pil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, picture in enumerate(images, first):
+        pil.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{index:06d}.png")
+
+
+def as_result(outcome: Outcome, prompts: Sequence[Prompt], seed: int) -> dict[str, Any]:
+    """What result.json holds of an outcome: estimates, and each picture's prompt, task, seed, status and score."""
+
+    def numbers(estimate: Estimate) -> dict[str, Any]:  # JSON has no NaN
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(estimate).items()}
+
+    pictures = []
+    for index, (prompt, scored) in enumerate(zip(prompts, outcome.scores, strict=True)):
+        entry = {"prompt": prompt.text, "task": prompt.task, "seed": picture_seed(seed, index)}
+        entry |= {"status": scored.status, "value": scored.value}
+        cluster = cluster_of(prompt)
+        pictures.append(entry if cluster == prompt.text else entry | {"cluster": str(cluster)})
+    return {
+        "headline": [task for task in outcome.tasks if task in outcome.headline],
+        "overall": numbers(outcome.overall),
+        "pooled": numbers(outcome.pooled),
+        "tasks": {name: numbers(estimate) for name, estimate in outcome.tasks.items()},
+        "pictures": pictures,
+    }
+
+
+def table(outcome: Outcome, ceiling: Mapping[str, float] | None = None) -> str:
+    """A Markdown table with 95 % intervals by prompt; `ceiling` is the most that the VAE lets any generator reach."""
+    more = " ceiling |" if ceiling else ""
+    rows = [
+        f"| task | score | 95 % interval | pictures | distinct prompts |{more}",
+        "|---|---|---|---|---|" + "---|" * bool(more),
+    ]
+    tasks = len([name for name in outcome.tasks if name in outcome.headline])
+    named = {
+        **{name: (name, estimate) for name, estimate in outcome.tasks.items()},
+        "overall": (f"**overall** (mean of {tasks} tasks)", outcome.overall),
+        "pooled": ("all pictures", outcome.pooled),
+    }
+    for key, (name, estimate) in named.items():
+        span = f"{estimate.low:.3f} to {estimate.high:.3f}"
+        row = f"| {name} | {estimate.value:.3f} | {span} | {estimate.count} | {estimate.distinct} |"
+        rows.append(row + (f" {ceiling[key]:.3f} |" if ceiling and key in ceiling else " |" if ceiling else ""))
     return "\n".join(rows)
 
 

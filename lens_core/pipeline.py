@@ -244,6 +244,12 @@ class LensPipeline:
         return self
 
     @property
+    def dtype(self) -> str:
+        """The precision of the backbone's weights, such as "float32"; "" for a pipeline without one."""
+        first = next(self.backbone.parameters(), None) if isinstance(self.backbone, nn.Module) else None
+        return "" if first is None else str(first.dtype).removeprefix("torch.")
+
+    @property
     def notes(self) -> list[str]:
         """What a user should know of how the parts are held, a line each."""
         return [note for net in self._present().values() if (note := getattr(net, "note", ""))]

@@ -147,10 +147,10 @@ class Watcher:
             scores, fault = {}, ""
             try:
                 outcome = evaluation.evaluate(
-                    self.pipeline, judge, seed=config.seed, batch=config.batch, say=check, **self._settings()
+                    self.pipeline, judge, seed=config.seed, batch=config.batch, log=check, **self._settings()
                 )
                 scores = {name: outcome.overall.value}
-                scores |= {f"{name}/{task}": rate.value for task, rate in outcome.rates.items() if rate.count}
+                scores |= {f"{name}/{task}": of.value for task, of in outcome.tasks.items() if of.count}
             except LensError as error:
                 fault = str(error)
             scores, fault = agreed((scores, fault))

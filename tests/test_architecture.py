@@ -17,7 +17,7 @@ CORE = ROOT / "lens_core"
 PLUGINS = sorted(p.parent for p in (ROOT / "plugins").glob("*/__init__.py"))
 LAYERS = [
     {"types", "flow"},
-    {"protocols"},
+    {"protocols", "statistics"},
     {"hookspecs"},
     {"catalog"},
     {"config", "card"},

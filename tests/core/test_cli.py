@@ -205,7 +205,13 @@ def test_a_recipe_is_trained_and_measured(capsys: pytest.CaptureFixture[str]) ->
     assert "| red |" in capsys.readouterr().out
     result = json.loads(Path("runs/bench-reds/result.json").read_text())
     assert result["tasks"]["other"]["missing"] == 2 and len(result["pictures"]) == 4
-    assert sorted(p.name for p in Path("runs/bench-reds").iterdir()) == ["result.json", "sheet.png", "table.md"]
+    assert sorted(p.name for p in Path("runs/bench-reds").iterdir()) == [
+        "pictures",
+        "result.json",
+        "sheet.png",
+        "table.md",
+    ]
+    assert (result["dtype"], result["device"]) == ("float32", "cpu")
 
 
 def test_a_bad_recipe_tells_each_problem_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:

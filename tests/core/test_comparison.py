@@ -31,9 +31,9 @@ def result(values: list[float | None], model: str = "a", seed: int = 0, **other:
 def test_the_overall_score_is_the_mean_of_the_headline_tasks_over_seeds() -> None:
     (row,) = compare([result([1, 1, 0, 0]), result([1, 0, 1, None], seed=7)])
     assert row.seeds == 2
-    assert row.tasks == {"x": 0.75, "y": 0.25, "words": 0.0}  # y: (0 + 1) / 2 and, of one verdict, 0
-    assert row.overall[0] == 0.5
-    assert row.difference == (0, 0, 0)
+    assert row.tasks == {"x": 0.75, "y": pytest.approx(1 / 3), "words": 0.0}  # y: three pictures have a score, one is 1
+    assert (row.overall.value, row.overall.missing) == (pytest.approx((0.75 + 1 / 3) / 2), 1)
+    assert row.difference is None
 
 
 def test_a_paired_interval_is_that_of_the_differences_alone() -> None:
@@ -41,15 +41,69 @@ def test_a_paired_interval_is_that_of_the_differences_alone() -> None:
     base = rng.integers(2, size=400).astype(float)
     better = base.copy()
     better[:200] += rng.uniform(-0.1, 0.2, 200)  # task x alone
-    _, row = compare([result(list(base)), result(list(better), "b")], resamples=4000)
+    _, row = compare([result(list(base)), result(list(better), "b")])
     gained = (better - base)[:200]
     # Independently: half the mean of task x's gains, whose standard error is that of a mean of 200 over two
     error = gained.std() / np.sqrt(200) / 2
-    assert row.difference[0] == pytest.approx(gained.mean() / 2, abs=1e-12)
-    assert row.difference[1] == pytest.approx(row.difference[0] - 1.96 * error, abs=0.1 * error)
-    assert row.difference[2] == pytest.approx(row.difference[0] + 1.96 * error, abs=0.1 * error)
-    apart = (row.overall[2] - row.overall[1]) / (row.difference[2] - row.difference[1])
+    assert row.difference is not None
+    assert row.difference.value == pytest.approx(gained.mean() / 2, abs=1e-12)
+    assert row.difference.low == pytest.approx(row.difference.value - 1.96 * error, abs=0.1 * error)
+    assert row.difference.high == pytest.approx(row.difference.value + 1.96 * error, abs=0.1 * error)
+    assert row.difference.pairs == 400
+    apart = (row.overall.high - row.overall.low) / (row.difference.high - row.difference.low)
     assert apart > 3, "pairing must cancel what both models share"
+
+
+def test_only_pictures_that_both_models_have_a_score_for_are_compared() -> None:
+    easy, hard = [1.0] * 50, [0.0] * 50
+    base = result([*easy, *hard] * 2)
+    other = result([*easy, *([None] * 50)] * 2, "b")
+    first, second = compare([base, other])
+    assert (first.overall.value, second.overall.value) == (0.5, 1.0), "each row is of the model's own scores"
+    assert second.overall.missing == 100
+    assert second.difference is not None
+    assert (second.difference.value, second.difference.pairs) == (0.0, 100)
+    assert "| +0.000 | +0.000 to +0.000 | 100 |" in table([first, second])
+
+
+def test_with_the_same_seeds_pictures_are_paired_seed_by_seed() -> None:
+    # In seed 0 the other model has no score for what the first one fails at; averaging seeds first would favour it.
+    base = [result([0, 1, 1, 1]), result([1, 1, 1, 1], seed=1)]
+    other = [result([None, 1, 1, 1], "b"), result([1, 1, 1, 1], "b", seed=1)]
+    _, row = compare([*base, *other])
+    assert row.difference is not None
+    assert (row.difference.value, row.difference.pairs) == (0.0, 7)
+
+
+def test_a_task_with_one_score_still_has_a_difference() -> None:
+    _, row = compare([result([1, None, 0, 0]), result([0, 1, 1, 0], "b")])
+    assert row.difference is not None
+    assert row.difference.value == pytest.approx((-1 + 0.5) / 2)
+    with pytest.raises(ConfigError, match="no picture that both models"):
+        compare([result([1, None, 0, 0]), result([None, 1, 1, 0], "b")])
+
+
+def test_results_of_another_precision_are_no_seeds_of_the_same_model() -> None:
+    rows = compare([result([1, 0], dtype="float32", device="cpu"), result([1, 0], dtype="bfloat16", device="cuda")])
+    assert [row.name for row in rows] == [
+        "a, 4 steps, guidance 1, float32 on cpu",
+        "a, 4 steps, guidance 1, bfloat16 on cuda",
+    ]
+
+
+def test_pictures_of_one_prompt_are_one_draw_in_every_interval() -> None:
+    rng = np.random.default_rng(6)
+    of_prompt = rng.normal(size=(2, 60))
+    base, other = result([0.25] * 480), result([0.25] * 480, "b")
+    for task in (0, 1):
+        for i in range(240):
+            base["pictures"][240 * task + i]["cluster"] = other["pictures"][240 * task + i]["cluster"] = f"{i // 4}"
+            other["pictures"][240 * task + i]["value"] = 0.25 + of_prompt[task, i // 4]
+    _, row = compare([base, other])
+    error = np.sqrt((of_prompt.var(1) / 60).sum()) / 2
+    assert row.difference is not None
+    for low, high in ((row.difference.low, row.difference.high), (row.overall.low, row.overall.high)):
+        assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.1)
 
 
 def test_the_interval_of_a_score_covers_the_truth_as_often_as_it_says() -> None:
@@ -57,8 +111,8 @@ def test_the_interval_of_a_score_covers_the_truth_as_often_as_it_says() -> None:
     held = 0
     for _ in range(200):
         values = [*(rng.random(60) < 0.8), *(rng.random(60) < 0.4)]
-        (row,) = compare([result([float(v) for v in values])], resamples=300)
-        held += row.overall[1] <= 0.6 <= row.overall[2]
+        (row,) = compare([result([float(v) for v in values])])
+        held += row.overall.low <= 0.6 <= row.overall.high
     assert 180 <= held <= 199  # 95 % of 200, plus or minus what 200 trials leave open
 
 
@@ -87,7 +141,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         compare([result([1, 0]), result([1, 0, 1, 0], "b")])
     with pytest.raises(ConfigError, match="seed 0 stands twice"):
         compare([result([1, 0]), result([1, 0])])
-    with pytest.raises(ConfigError, match="no verdict"):
+    with pytest.raises(ConfigError, match="no score"):
         compare([result([None, None, 1, 0])])
 
 

@@ -70,7 +70,7 @@ def test_the_benchmark_asks_for_shown_and_for_new_colours_and_takes_nothing_else
         images.append(render(scene, 64, 64))
         wrong.append(render(sample(rng, "train", "colours"), 64, 64))
     stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    assert {k: v.value for k, v in by_task(prompts, judge.score(stack, prompts)).items()} == dict.fromkeys(
+    assert {k: v.mean for k, v in by_task(prompts, judge.score(stack, prompts)).items()} == dict.fromkeys(
         judge.headline, 1.0
     )
     others = torch.from_numpy(np.stack(wrong)).permute(0, 3, 1, 2)
