@@ -194,8 +194,10 @@ def generate(
     """
     from lens_core import png
     from lens_core.config import Use
+    from lens_core.images import read_raw, read_rgb
 
-    begin, anew = (png.read(p) if p is not None else None for p in (image, mask))
+    begin = read_rgb(image) if image is not None else None
+    anew = read_raw(mask) if mask is not None else None  # its transparency counts
     files = {"backbone": backbone, "text_encoder": text_encoder, "vae": vae}
     if reproduce is not None:
         if prompt is not None or prompts is not None:
@@ -358,9 +360,11 @@ def _reproduce(
 def _apart(old: Image, new: Image) -> int:
     import numpy as np
 
+    from lens_core.images import to_rgb
+
     if old.size != new.size:
         raise ConfigError(f"the picture is {old.height}x{old.width} px, but its facts say {new.height}x{new.width}")
-    apart = np.abs(np.asarray(old.convert("RGB"), np.int16) - np.asarray(new, np.int16))
+    apart = np.abs(np.asarray(to_rgb(old), np.int16) - np.asarray(new, np.int16))
     if not apart.any():
         print("identical")
         return 0
@@ -392,10 +396,11 @@ def _request(asked: list[Any]) -> str:
 def _there(path: Path, request: str) -> bool:
     """Whether a picture has been drawn by this very request. Another one in its place is refused."""
     from lens_core import png
+    from lens_core.images import read_raw
 
     if not path.exists():
         return False
-    if png.read(path).info.get("lens") and png.facts(path)[1].get("request") == request:
+    if read_raw(path).info.get("lens") and png.facts(path)[1].get("request") == request:
         return True
     raise ConfigError(f"{path}: is there, and was asked for differently; use --overwrite, or another --output")
 

@@ -21,9 +21,10 @@ from lens_core import adapters, card, checkpoint, flow, hub
 from lens_core import offload as offloads
 from lens_core.catalog import Catalog
 from lens_core.config import Parts, Use, build, unstructure
+from lens_core.images import to_rgb
 from lens_core.offload import Accelerator, Forecast, Load, Placement
 from lens_core.protocols import Tabulates
-from lens_core.source import Source, to_mask, to_rgb, to_tensor
+from lens_core.source import Source, to_mask, to_tensor
 from lens_core.texts import Entry, TextCache
 from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError, Text, did_you_mean
 

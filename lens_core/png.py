@@ -1,14 +1,14 @@
-"""Pictures as files: written with the facts that drew them, and read back with suspicion."""
+"""Pictures that Lens drew, as PNG files: written with the facts that drew them, and read back with suspicion."""
 
 from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lens_core import images
 from lens_core.checkpoint import write_atomic
 from lens_core.types import ConfigError
 
@@ -28,25 +28,9 @@ def save(image: Image, path: Path, facts: dict[str, Any]) -> None:
     write_atomic(path, lambda p: image.save(p, format="PNG", pnginfo=info))
 
 
-def read(path: Path) -> Image:
-    """A picture of any format that PIL knows, all of it. ConfigError in one line."""
-    from PIL import Image as pil
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pil.DecompressionBombWarning)
-            with pil.open(path) as image:
-                image.load()
-                return image
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: there is no such picture; check the path") from error
-    except (OSError, ValueError, SyntaxError, pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
-        raise ConfigError(f"{path}: cannot be read as a picture ({' '.join(str(error).split())})") from error
-
-
 def facts(path: Path) -> tuple[Image, dict[str, Any]]:
     """A picture and what Lens wrote into it, of which nothing is believed: kinds and ranges are checked."""
-    image = read(path)
+    image = images.read_raw(path)
     text = image.info.get("lens")
     if not isinstance(text, str):
         raise ConfigError(f"{path}: carries no facts of Lens; it was drawn by something else, or saved again since")

@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from lens_core import flow
+from lens_core import flow, images
 from lens_core.types import ConfigError
 
 if TYPE_CHECKING:
@@ -22,18 +22,6 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x float32 [B,C,h,w], t float32 [B]) -> v [B,C,h,w]."""
 
 
-def to_rgb(image: Image) -> Image:
-    """A PIL picture of any mode, upright as its EXIF says, over white where it is transparent."""
-    from PIL import Image as pil
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return pil.alpha_composite(pil.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
 def to_tensor(image: Image) -> Tensor:
     """An RGB or L picture -> uint8 [1,C,H,W]."""
     array = np.array(image)
@@ -41,17 +29,17 @@ def to_tensor(image: Image) -> Tensor:
 
 
 def to_mask(mask: Image, like: Image) -> Tensor:
-    """White is drawn anew, black is kept: bool [1,1,H,W], of the size of the picture `like`."""
-    from PIL import ImageOps
-
-    mask = ImageOps.exif_transpose(mask)
+    """White is drawn anew, black and what is transparent is kept: bool [1,1,H,W], of the size of `like`."""
+    mask = images.to_mask(mask)
     if mask.size != like.size:
         raise ConfigError(
             f"the mask is {mask.height}x{mask.width} px and the picture {like.height}x{like.width}; make them equal"
         )
-    found = to_tensor(mask.convert("L")) >= 128
+    found = to_tensor(mask) >= 128
     if not found.any():
-        raise ConfigError("the mask is black all over, so nothing would be drawn; paint white what is to change")
+        raise ConfigError(
+            "the mask is black all over, so nothing would be drawn; paint white, and opaque, what is to change"
+        )
     return found
 
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"protocols", "statistics"},
     {"hookspecs"},
     {"catalog"},
-    {"config", "card"},
+    {"config", "card", "images"},
     {"hub"},
     {"checkpoint", "source"},
     {"lazy", "png", "spelling"},

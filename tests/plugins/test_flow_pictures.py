@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from lens_core.catalog import Catalog
+from lens_core.images import to_rgb
 from lens_core.pipeline import LensPipeline, to_pixels
-from lens_core.source import to_rgb, to_tensor
+from lens_core.source import to_tensor
 from lens_core.types import ConfigError
 
 SAMPLERS = pytest.mark.parametrize("name", ["euler", "heun", "dpmpp", "euler_ancestral"])
@@ -183,6 +184,19 @@ def test_a_size_that_is_asked_for_resizes_picture_and_mask(drawn):
     images = drawn("a cat", **how, **HOW).images[0]
     want = to_tensor(photo(64, 96).resize((48, 32)))[0]
     assert torch.equal(images[:, :, 24:], want[:, :, 24:])
+
+
+def test_a_mask_that_is_white_and_transparent_keeps_the_picture_there(drawn):
+    clear = Image.new("RGBA", (48, 32), (255, 255, 255, 0))
+    clear.paste((255, 255, 255, 255), (0, 0, 24, 32))
+    images = drawn("a cat", image=photo(), mask_image=clear, **HOW).images
+    assert torch.equal(images, drawn("a cat", image=photo(), mask_image=left_half(), **HOW).images)
+
+
+def test_a_picture_of_sixteen_bits_is_drawn_upon_as_its_upper_eight(drawn):
+    deep = Image.fromarray(np.full((32, 48), 100 * 257, np.uint16))
+    images = drawn("a cat", image=deep, mask_image=left_half(), **HOW).images[0]
+    assert (images[:, :, 24:] == 100).all()
 
 
 def test_any_picture_becomes_rgb_upright_and_over_white():
