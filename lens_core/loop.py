@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from lens_core import adapters, checkpoint
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Training, build, structure, unstructure
+from lens_core.locks import locked
 from lens_core.pipeline import LensPipeline
 from lens_core.progress import Feed, Pace, Spikes, Trackers, check_trackers, memory, peak
 from lens_core.ranks import SHARDS, STATE, Ranks, seed_of, whole
@@ -185,9 +186,14 @@ class Run:
 
     def train(self) -> Report:
         """Run to the end. Ctrl-C and SIGTERM save first, then stop. Raises NumericalError after too many bad steps,
-        CheckpointError where something cannot be written; the checkpoints before it are whole."""
+        CheckpointError where something cannot be written; the checkpoints before it are whole. LockedError where
+        another process trains in the same folder."""
+        with locked(self.out, "run") if self.ranks.rank == 0 else contextlib.nullcontext():
+            return self._locked()
+
+    def _locked(self) -> Report:
+        """`train`, as the only one who writes to the folder."""
         if self.ranks.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
             self._same_recipe()
         self.ranks.wait()
         self._resume()

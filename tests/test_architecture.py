@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = ROOT / "lens_core"
 PLUGINS = sorted(p.parent for p in (ROOT / "plugins").glob("*/__init__.py"))
 LAYERS = [
-    {"types", "flow"},
+    {"types", "flow", "files"},
     {"protocols", "statistics"},
     {"hookspecs"},
     {"catalog"},
     {"config", "card", "images"},
     {"hub"},
     {"checkpoint", "source"},
-    {"lazy", "png", "spelling"},
+    {"lazy", "locks", "png", "spelling"},
     {"quantised"},
     {"adapters", "offload", "texts"},
     {"pipeline"},
