@@ -7,25 +7,59 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import json
+import logging
+import math
 import os
+import re
+import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
-from attrs import frozen, mutable
+from attrs import field, frozen, mutable
 
 from lens_core.types import ConfigError, LensError, Message
+from lens_llm.redaction import LEAST, redact, redact_all
+from lens_llm.transport import Answer, NotSent, TooLarge, check_url, post
 
+LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
 TRANSIENT = frozenset({408, 429})  # and 5xx: the same request may succeed later
 LONGEST = 60.0  # seconds of backoff at most; an endpoint may ask for more, up to `patience`
+LARGEST = 4 << 20  # bytes of an answer, decompressed; also of a cache entry
+DAY = 86_400.0  # seconds: the longest that `timeout` and `patience` may be
+OFFICIAL = "https://api.openai.com/v1"
+
+# How endpoints name the end of an answer. What is in none of these sets is an answer that was not finished.
+FINISHED = frozenset({"stop", "eos", "eos_token", "end_turn", "stop_sequence", "completed", ""})
+CUT = frozenset({"length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded"})
+WITHHELD = frozenset({"content_filter", "safety", "recitation", "blocklist", "prohibited_content", "refusal"})
+PASSING = frozenset({"error", "abort", "aborted", "cancelled", "canceled"})
+NAMED = {  # errors that are named in words, and the status that stands for them
+    "rate_limit": 429,
+    "too_many_requests": 429,
+    "insufficient_quota": 402,
+    "overloaded": 503,
+    "unavailable": 503,
+    "server_error": 500,
+    "internal": 500,
+    "timeout": 408,
+    "authentication": 401,
+    "invalid_api_key": 401,
+    "permission": 403,
+    "not_found": 404,
+    "invalid_request": 400,
+}
 
 
 class LLMError(LensError):
@@ -59,18 +93,20 @@ class Estimate:
 
 @frozen
 class _Fault:
-    """An attempt without an answer. `wait`: the seconds that the endpoint asked for; `billed`: it may cost money."""
+    """An attempt without an answer. `wait`: the seconds that the endpoint asked for; `billed`: it may cost money, and
+    what it cost, if the endpoint says so, are `tokens` in and out."""
 
     words: str
     again: bool = False
     wait: float = 0.0
     billed: bool = False
+    tokens: tuple[int, int] | None = None
 
 
 @frozen
 class _Reply:
     text: str
-    tokens: tuple[int, int] | None  # in, out; None where the endpoint does not say
+    tokens: tuple[int, int] | None  # in, out; None where the endpoint does not say, or nothing that can be true
 
 
 class OpenAI:
@@ -81,7 +117,7 @@ class OpenAI:
         model: str
         base_url: str | None = None  # None: OPENAI_BASE_URL, or else OpenAI's own
         key_env: str = "OPENAI_API_KEY"  # the NAME of the variable that holds the key
-        timeout: float = 60.0  # seconds
+        timeout: float = 60.0  # seconds for a whole request, from the first byte sent to the last one read
         retries: int = 4  # after the first attempt
         patience: float = 120.0  # seconds; an endpoint that asks to wait longer has failed
         concurrency: int = 8  # requests at a time in `map`
@@ -93,21 +129,20 @@ class OpenAI:
         max_calls: int | None = None  # requests of this client, retries included
         max_usd: float | None = None
         cache: str | None = None  # folder
+        rename: dict[str, str] = field(factory=dict)  # fields of a request, as in {max_tokens: max_completion_tokens}
+        request: dict[str, Any] = field(factory=dict)  # fields to set, as in {top_p: 0.9}; null leaves a field out
 
         def __attrs_post_init__(self) -> None:
-            problems = []
+            problems = [*_of_numbers(self), *_of_request(self)]
             if not self.model:
                 problems.append("model is empty; name one that the endpoint offers")
-            if not self.key_env.isidentifier():  # whoever pastes the key itself must not read it in an error
+            if not _is_name(self.key_env):  # whoever pastes the key itself must not read it in an error
                 problems.append("key_env must be the name of an environment variable, such as OPENAI_API_KEY")
-            if min(self.timeout, self.patience) <= 0:
-                problems.append(f"timeout and patience must be positive, not {self.timeout} and {self.patience}")
-            if min(self.concurrency, self.max_tokens) < 1:
-                problems.append(
-                    f"concurrency and max_tokens must be at least 1, not {self.concurrency} and {self.max_tokens}"
-                )
-            if min(self.retries, self.temperature, self.image_tokens, self.price_in, self.price_out) < 0:
-                problems.append("retries, temperature, image_tokens and prices must not be negative")
+            flaw = check_url(self.base_url) if self.base_url else None
+            if flaw:
+                problems.append(f"base_url {flaw}")
+            if self.cache is not None and "\0" in self.cache:
+                problems.append("cache is no name of a folder: it holds a NUL")
             if self.max_usd is not None and not self.price_in + self.price_out:
                 problems.append("max_usd needs price_in and price_out, in USD per million tokens")
             if problems:
@@ -119,7 +154,7 @@ class OpenAI:
         self._sleep = sleep
         self._lock = threading.Lock()
         self._reserved = 0.0  # USD of requests under way
-        self._client: Any = None
+        self._warned = False  # that the cache cannot be written
 
     def chat(
         self,
@@ -132,28 +167,29 @@ class OpenAI:
         `check` says what else is wrong with an answer. A wrong one is sent back once, with the reason; LLMError if it
         stays wrong or none comes, BudgetError where the call could cross a ceiling. Only good answers are cached.
         """
-        question = [_turn(m) for m in messages]
+        question = self._question(messages, schema)
         key = self._key(messages, schema)
         kept = self._recall(key)
         if kept is not None:
-            answer, flaw = _read(kept, schema, check)
+            answer, flaw = self._read(kept, schema, check)
             if flaw is None:
                 with self._lock:
                     self.spend.cached += 1
                 return answer
         tokens = self._tokens(messages, schema)
         text = self._ask(question, schema, tokens, key)
-        answer, flaw = _read(text, schema, check)
+        answer, flaw = self._read(text, schema, check)
         if flaw is not None:
             question += [
                 {"role": "assistant", "content": text},
                 {"role": "user", "content": f"That answer cannot be used: {flaw}. Answer again, in full."},
             ]
-            text = self._ask(question, schema, tokens + (len(text.encode()) + len(flaw.encode())) // 3 + 50, key)
-            answer, flaw = _read(text, schema, check)
+            text = self._ask(question, schema, tokens + _guess(text) + _guess(flaw) + 50, key)
+            answer, flaw = self._read(text, schema, check)
             if flaw is not None:
-                raise LLMError(f"{self.config.model}: the answer is still wrong after one repair: {flaw}")
-        self._keep(key, text)
+                words = f"{self.config.model}: the answer is still wrong after one repair: {flaw}"
+                raise LLMError(_line(words, self._secret()))
+        self._keep(key, answer if schema is None else json.dumps(answer))
         return answer
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R | LensError]:
@@ -174,20 +210,27 @@ class OpenAI:
     ) -> Estimate:
         """What `calls` chats like this one cost at most. Sends nothing; tokens are guessed from characters."""
         tokens = self._tokens(messages, schema)
-        most = self.config.max_tokens
+        most = self._most()
         return Estimate(calls, tokens * calls, most * calls, self._price(tokens, most) * calls)
 
     def close(self) -> None:
-        """Close the connections. The next call opens them again."""
-        with self._lock:
-            client, self._client = self._client, None
-        if client is not None:
-            client.close()
+        """Nothing is kept open between requests."""
+
+    def _question(self, messages: Sequence[Message], schema: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+        """The turns. Where the request says otherwise in what form to answer, the schema is shown in words."""
+        turns = [_turn(m) for m in messages]
+        if schema is not None and "response_format" in self.config.request:
+            turns.append({"role": "user", "content": f"Answer with JSON alone, of this schema: {json.dumps(schema)}"})
+        return turns
 
     def _tokens(self, messages: Sequence[Message], schema: Mapping[str, Any] | None) -> int:
-        # A token is seldom fewer than 3 bytes, whatever the script: a guess that rather errs upwards.
-        words = sum(len(m.text.encode()) for m in messages) + (len(json.dumps(schema)) if schema else 0)
-        return words // 3 + 10 * len(messages) + self.config.image_tokens * sum(len(m.images) for m in messages)
+        words = sum(_guess(m.text) for m in messages) + (_guess(json.dumps(schema)) if schema else 0)
+        return words + 10 * len(messages) + self.config.image_tokens * sum(len(m.images) for m in messages)
+
+    def _most(self) -> int:
+        """The tokens that an answer may have: `max_tokens`, or what the request says instead under one of its names."""
+        said = [v for k, v in self.config.request.items() if k in LIMITS and type(v) is int]
+        return max([self.config.max_tokens, *said])
 
     def _price(self, tokens_in: int, tokens_out: int) -> float:
         return (tokens_in * self.config.price_in + tokens_out * self.config.price_out) / 1e6
@@ -205,6 +248,8 @@ class OpenAI:
             "temperature": self.config.temperature,
             "max_tokens": self.config.max_tokens,
         }
+        if self.config.rename or self.config.request:  # else the key is that of caches from before these options
+            told |= {"rename": self.config.rename, "request": self.config.request}
         # The schema's order of properties is kept: a model writes them in that order.
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
@@ -214,37 +259,67 @@ class OpenAI:
     def _recall(self, key: str) -> str | None:
         path = self._path(key)
         try:
-            text = json.loads(path.read_text(encoding="utf-8"))["text"] if path else None
+            if path is None or not path.is_file() or path.stat().st_size > LARGEST:
+                return None
+            text = _parse(path.read_text(encoding="utf-8"))["text"]
         except (OSError, ValueError, KeyError, TypeError):
             return None  # absent, or damaged: ask again
         return text if isinstance(text, str) else None
 
     def _keep(self, key: str, text: str) -> None:
+        """Put an answer into the cache. Where that fails, the answer has been paid for all the same: one warning."""
         path = self._path(key)
         if path is None:
             return
         part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps({"model": self.config.model, "text": text}), encoding="utf-8")
-            os.replace(part, path)
+            try:
+                part.write_text(json.dumps({"model": self.config.model, "text": text}), encoding="utf-8")
+                os.replace(part, path)
+            except OSError:
+                part.unlink(missing_ok=True)
+                raise
         except OSError as error:
-            raise LLMError(f"the cache {self.config.cache} cannot be written: {error.strerror}") from error
+            with self._lock:
+                first, self._warned = not self._warned, True
+            if first:
+                warnings.warn(
+                    f"the cache {self.config.cache} cannot be written ({error.strerror or type(error).__name__}); "
+                    "answers are used but not kept, and the same question will be paid for again",
+                    stacklevel=3,
+                )
+
+    def _read(
+        self, text: str, schema: Mapping[str, Any] | None, check: Callable[[Any], str | None]
+    ) -> tuple[Any, str | None]:
+        """(answer, what is wrong with it or None), without the key and without half characters."""
+        if schema is None:
+            return text, check(text)
+        try:
+            answer = redact_all(_whole(_answer(text)), self._secret())
+        except ValueError as error:
+            return None, f"it is not JSON: {error}"
+        except RecursionError:
+            return None, "it is not JSON: it is nested too deeply"
+        flaw = unfit(answer, schema)
+        return answer, flaw if flaw is not None else check(answer)
 
     def _ask(self, turns: list[dict[str, Any]], schema: Mapping[str, Any] | None, tokens: int, key: str) -> str:
         """One answer, after as many retries as it takes and is allowed."""
-        self._connect()  # before anything is counted: without a key nothing is sent
+        url, secret = self._place(), self._needed()  # before anything is counted: without a key nothing is sent
+        body = json.dumps(self._body(turns, schema)).encode()
         words = ""
         for attempt in range(self.config.retries + 1):
             most = self._reserve(tokens)
             outcome: _Reply | _Fault | None = None
             try:
-                outcome = sent = self._send(turns, schema)
+                outcome = sent = self._send(url, secret, body, tokens)
             finally:  # whatever happened, an interrupt included, the reservation must not stay
                 self._settle(most, outcome)
             if isinstance(sent, _Reply):
                 return sent.text
-            words = sent.words
+            words = _line(f"{self.config.model}: {sent.words}", secret)
             if not sent.again:
                 raise LLMError(words)
             if sent.wait > self.config.patience:
@@ -258,7 +333,7 @@ class OpenAI:
     def _reserve(self, tokens: int) -> float:
         """Count a request and hold back its highest price, or raise BudgetError if a ceiling could be crossed."""
         c = self.config
-        most = self._price(tokens, c.max_tokens)
+        most = self._price(tokens, self._most())
         with self._lock:
             if c.max_calls is not None and self.spend.calls >= c.max_calls:
                 raise BudgetError(f"{c.model}: max_calls ({c.max_calls}) is reached; raise it to go on")
@@ -275,78 +350,309 @@ class OpenAI:
     def _settle(self, most: float, outcome: _Reply | _Fault | None) -> None:
         with self._lock:
             self._reserved -= most
-            if isinstance(outcome, _Reply) and outcome.tokens is not None:
+            if outcome is not None and outcome.tokens is not None:
                 self.spend.tokens_in += outcome.tokens[0]
                 self.spend.tokens_out += outcome.tokens[1]
                 self.spend.usd += self._price(*outcome.tokens)
             elif not isinstance(outcome, _Fault) or outcome.billed:
                 self.spend.usd += most  # nobody said what it cost
 
-    def _connect(self) -> Any:
-        try:
-            import openai
-        except ImportError as error:
-            raise LLMError("the llm 'openai' needs the package openai: pip install 'lens-t2i[llm]'") from error
-        with self._lock:
-            if self._client is None:
-                secret = os.environ.get(self.config.key_env)
-                if not secret:
-                    raise LLMError(f"{self.config.model}: the environment variable {self.config.key_env} is not set")
-                self._client = openai.OpenAI(
-                    api_key=secret, base_url=self._url(), timeout=self.config.timeout, max_retries=0
-                )
-            return self._client
+    def _secret(self) -> str | None:
+        """The key as it stands in the environment, without blanks around it, such as the end of a line."""
+        return os.environ.get(self.config.key_env, "").strip() or None
 
-    def _send(self, turns: list[dict[str, Any]], schema: Mapping[str, Any] | None) -> _Reply | _Fault:
-        """One request. Faults are returned, not raised: the package's exceptions carry the request and its key."""
-        client = self._connect()
-        import openai
-
-        form: dict[str, Any] = {}
-        if schema is not None:
-            form["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "strict": True, "schema": schema},
-            }
-        c, name = self.config, self.config.model
-        try:
-            reply = client.chat.completions.create(
-                model=name, messages=turns, temperature=c.temperature, max_tokens=c.max_tokens, **form
+    def _needed(self) -> str:
+        """The key, or LLMError, which names the variable, where there is none that could be sent."""
+        secret, name = self._secret(), self.config.key_env
+        if secret is None:
+            raise LLMError(f"{self.config.model}: the environment variable {name} is not set")
+        if not (secret.isascii() and secret.isprintable()) or " " in secret:
+            raise LLMError(
+                f"{self.config.model}: the environment variable {name} holds a space, a line's end or another "
+                "character that no key has; set it to the key alone"
             )
-        except openai.APITimeoutError:
-            return _Fault(f"{name}: no answer within {c.timeout:g} s", again=True, billed=True)
-        except openai.APIStatusError as error:
-            status = error.status_code
-            words = self._clean(f"{name}: HTTP {status}: {error.message}")
-            wait = _retry_after(error.response.headers.get("retry-after"))
-            return _Fault(words, status in TRANSIENT or status >= 500, wait)
-        except openai.APIConnectionError as error:
-            return _Fault(self._clean(f"{name}: the connection failed: {error.__cause__ or error}"), True, billed=True)
-        except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is not the JSON it says it is
-            return _Fault(self._clean(f"{name}: unreadable answer: {error}"), again=True, billed=True)
-        return self._unpack(reply)
+        return secret
 
-    def _unpack(self, reply: Any) -> _Reply | _Fault:
-        name = self.config.model
-        choices = getattr(reply, "choices", None)
-        if not choices or getattr(choices[0], "message", None) is None:  # the package lets foreign bodies through
-            start = reply if isinstance(reply, str) else type(reply).__name__
-            return _Fault(self._clean(f"{name}: not a chat completion; check base_url: {start}"), billed=True)
-        usage, message = getattr(reply, "usage", None), choices[0].message
-        asked, told = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
-        tokens = (asked, told) if isinstance(asked, int) and isinstance(told, int) else None
-        refusal = getattr(message, "refusal", None)
-        if refusal or choices[0].finish_reason == "content_filter":
-            return _Fault(self._clean(f"{name}: refused: {refusal or 'content filter'}"), billed=True)
-        if not isinstance(message.content, str):
-            return _Fault(f"{name}: the answer has no text", billed=True)
-        return _Reply(message.content, tokens)
+    def _place(self) -> str:
+        """The address that chats are sent to."""
+        url = self._url() or OFFICIAL
+        flaw = check_url(url)
+        if flaw:
+            raise LLMError(f"{self.config.model}: {'base_url' if self.config.base_url else 'OPENAI_BASE_URL'} {flaw}")
+        parts = urlsplit(url)
+        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/chat/completions", fragment=""))
 
-    def _clean(self, words: str) -> str:
-        """One line of at most 300 characters without the key, which some endpoints quote."""
-        secret = os.environ.get(self.config.key_env)
-        line = " ".join((words.replace(secret, "[key]") if secret else words).split())
-        return line if len(line) <= 300 else f"{line[:299]}…"
+    def _body(self, turns: list[dict[str, Any]], schema: Mapping[str, Any] | None) -> dict[str, Any]:
+        c = self.config
+        body: dict[str, Any] = {
+            "model": c.model,
+            "messages": turns,
+            "temperature": c.temperature,
+            "max_tokens": c.max_tokens,
+        }
+        if schema is not None:
+            form = {"name": "answer", "strict": True, "schema": schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        body |= c.request
+        return {c.rename.get(name, name): value for name, value in body.items() if value is not None}
+
+    def _send(self, url: str, secret: str, body: bytes, tokens: int) -> _Reply | _Fault:
+        """One request of about so many `tokens`. Whatever an endpoint does, the worst is a fault of this request."""
+        c = self.config
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {secret}"}
+        for variable, header in (("OPENAI_ORG_ID", "OpenAI-Organization"), ("OPENAI_PROJECT_ID", "OpenAI-Project")):
+            value = os.environ.get(variable, "").strip()
+            if value and value.isascii() and value.isprintable():
+                headers[header] = value
+        begun = time.monotonic()
+        try:
+            answer = post(url, headers, body, c.timeout, LARGEST)
+            LOG.debug(
+                "%s: HTTP %d, %d bytes in %.1f s",
+                c.model,
+                answer.status,
+                len(answer.body),
+                time.monotonic() - begun,
+            )
+        except NotSent as error:
+            return _Fault(f"the connection failed: {error}", again=True)
+        except ssl.SSLCertVerificationError as error:
+            return _Fault(f"the connection failed: {error.verify_message}")
+        except TimeoutError:
+            return _Fault(f"no answer within {c.timeout:g} s", again=True, billed=True)
+        except TooLarge as error:
+            return _Fault(f"unreadable answer: {error}", billed=True)
+        except ValueError as error:
+            return _Fault(f"unreadable answer: {error}", again=True, billed=True)
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
+            return _Fault(f"the connection failed: {reason}", again=True, billed=True)
+        return self._unpack(answer, secret, tokens)
+
+    def _unpack(self, answer: Answer, secret: str, guess: int) -> _Reply | _Fault:
+        if 300 <= answer.status < 400:
+            place = f" to {answer.location[:200]}" if answer.location else ""
+            words = f"HTTP {answer.status}: it redirects{place}, which is not followed, for the key would go there too"
+            return _Fault(f"{words}; set base_url to where the endpoint is")
+        head = answer.body[:2000].decode("utf-8", "replace")
+        try:
+            data = _parse(answer.body.decode("utf-8-sig"))
+        except ValueError as error:
+            if not 200 <= answer.status < 300:
+                return _of_status(answer.status, head, answer.retry_after)
+            if "json" in answer.kind:
+                return _Fault(f"unreadable answer: {error}", again=True, billed=True)
+            return _Fault(f"not a chat completion; check base_url: {head}", billed=True)
+        error = _error(data)
+        if not 200 <= answer.status < 300:
+            return _of_status(answer.status, error[1] if error else head, answer.retry_after)
+        if error is not None:
+            status, words = error
+            if status is not None:
+                return _of_status(status, words, answer.retry_after)
+            return _Fault(f"the endpoint reports an error: {words}", billed=True, tokens=self._usage(data, guess, ""))
+        choice = _first(data)
+        message = choice.get("message") if choice is not None else None
+        if choice is None or not isinstance(message, dict):
+            return _Fault(f"not a chat completion; check base_url: {head}", billed=True)
+        text = _text(message.get("content"))
+        tokens = self._usage(data, guess, text or "")
+        reason, refusal = choice.get("finish_reason"), message.get("refusal")
+        reason = "" if reason is None else reason.lower() if isinstance(reason, str) else "?"
+        if reason in WITHHELD or (isinstance(refusal, str) and refusal):
+            why = refusal if isinstance(refusal, str) and refusal else "content filter"
+            return _Fault(f"refused: {why}", billed=True, tokens=tokens)
+        if reason in CUT:
+            words = f"the answer was cut off at max_tokens ({self._most()}); raise max_tokens"
+            return _Fault(words, billed=True, tokens=tokens)
+        if reason not in FINISHED:
+            words = f"the answer was not finished: finish_reason is {reason[:40]!r}"
+            return _Fault(words, reason in PASSING, billed=True, tokens=tokens)
+        if text is None or not text.strip():
+            return _Fault("the answer has no text", billed=True, tokens=tokens)
+        return _Reply(redact(text, secret) if len(secret) >= LEAST else text, tokens)
+
+    def _usage(self, data: dict[str, Any], guess: int, text: str) -> tuple[int, int] | None:
+        """The tokens in and out that an endpoint says, or None where that cannot be true: then the reservation counts.
+
+        Believed are whole numbers of at least 1 in, at least 1 out for a text, and no more than ten times what was
+        expected and 100,000 for what an endpoint adds by itself: hidden instructions, and thoughts.
+        """
+        usage = data.get("usage")
+        if not isinstance(usage, dict):
+            return None
+        asked, told = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        if type(asked) is not int or type(told) is not int:
+            return None
+        sound = 1 <= asked <= 10 * guess + 100_000 and bool(text) <= told <= 10 * self._most() + 100_000
+        return (asked, told) if sound else None
+
+
+# The names under which endpoints take the limit of an answer.
+LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens")
+
+
+def _of_numbers(c: OpenAI.Config) -> Iterator[str]:
+    """What is wrong with the numbers of a config."""
+    if not all(0 < s <= DAY for s in (c.timeout, c.patience)):
+        yield f"timeout and patience must be positive, and {DAY:g} s at most, not {c.timeout} and {c.patience}"
+    if not 1 <= c.concurrency <= 1000 or not 1 <= c.max_tokens <= 10**7:
+        yield (
+            f"concurrency and max_tokens must be at least 1, and 1000 and 10,000,000 at most, not {c.concurrency} "
+            f"and {c.max_tokens}"
+        )
+    if not all(0 <= n < math.inf for n in (c.retries, c.temperature, c.image_tokens, c.price_in, c.price_out)):
+        yield "retries, temperature, image_tokens and prices must be finite and not negative"
+    if not all(n is None or 0 <= n < math.inf for n in (c.max_calls, c.max_usd)):
+        yield f"max_calls and max_usd must be finite and not negative, not {c.max_calls} and {c.max_usd}"
+
+
+def _of_request(c: OpenAI.Config) -> Iterator[str]:
+    """What is wrong with the fields of a request that a config renames, sets or leaves out."""
+    try:
+        size = len(json.dumps([c.rename, c.request], allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        yield "request must hold what JSON can: text, finite numbers, true, false, null, lists and mappings"
+        return
+    names = [*c.rename, *c.rename.values(), *c.request]
+    if not all(isinstance(n, str) and n for n in names):
+        yield "rename and request are mappings from names of fields"
+        return
+    if size > 100_000:
+        yield "rename and request are longer than 100,000 characters"
+    if "messages" in c.request:
+        yield "request must not set messages: they are the question"
+    if c.request.get("stream"):
+        yield "request must not ask for a stream: an answer is read as a whole"
+    if c.request.get("n", 1) not in (None, 1):
+        yield "request must not ask for more than n: 1 answers: one is read"
+    for name, value in c.request.items():
+        if name in LIMITS and value is not None and (type(value) is not int or not 1 <= value <= 10**7):
+            yield f"request sets {name} to {str(value)[:40]}; it must be a whole number in [1, 10,000,000]"
+    after = [c.rename.get(n, n) for n in {"model", "messages", "temperature", "max_tokens", *c.request, *c.rename}
+             if n not in c.request or c.request[n] is not None]  # fmt: skip
+    if len(set(after)) < len(after):
+        yield "rename gives two fields of a request one name; leave one out with request: {NAME: null}"
+
+
+def _is_name(text: str) -> bool:
+    """Whether `text` is the name of a variable, and no key pasted in its place: upper case, in words, few digits."""
+    words = text.split("_")
+    return (
+        re.fullmatch(r"[A-Z_][A-Z0-9_]*", text) is not None
+        and len(text) <= 64
+        and all(len(w) <= 16 and sum(c.isdigit() for c in w) <= 4 for w in words)
+    )
+
+
+def _guess(text: str) -> int:
+    """Tokens. One is seldom fewer than 3 bytes, whatever the script: a guess that rather errs upwards."""
+    return len(text.encode("utf-8", "replace")) // 3
+
+
+def _line(words: str, secret: str | None) -> str:
+    """One line of at most 300 characters without the key, which some endpoints quote."""
+    line = " ".join(redact(_half(words[:4000]), secret).split())
+    return line if len(line) <= 300 else f"{line[:299]}…"
+
+
+def _half(text: str) -> str:
+    """Text in which half characters (lone surrogates), which no file can hold, are replaced."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _whole(value: Any) -> Any:
+    """What JSON can hold, with `_half` of its strings."""
+    if isinstance(value, str):
+        return _half(value)
+    if isinstance(value, list):
+        return [_whole(v) for v in value]
+    if isinstance(value, dict):
+        return {_half(k): _whole(v) for k, v in value.items()}
+    return value
+
+
+def _parse(text: str) -> Any:
+    """JSON, and nothing that only Python takes for it. ValueError where it is none, or nested too deeply."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _answer(text: str) -> Any:
+    """The JSON in a model's answer: all of it, or what stands after its thoughts, in a fence, or between braces."""
+    try:
+        return _parse(text.strip().removeprefix("\ufeff"))
+    except ValueError as error:
+        first = error
+    said = text.rpartition("</think>")[2]  # some templates open the thoughts themselves, so the answer only ends them
+    fences = said.split("```")[1::2]
+    inner = [f.partition("\n")[2] if "\n" in f else f for f in reversed(fences)]
+    bare = [said[said.index("{") : said.rindex("}") + 1]] if "{" in said and "}" in said else []
+    for part in (said, *inner[:8], *bare):
+        try:
+            return _parse(part.strip())
+        except ValueError:
+            continue
+    raise first
+
+
+def _first(data: Any) -> dict[str, Any] | None:
+    """The first choice of a chat completion, or None where there is none."""
+    choices = data.get("choices") if isinstance(data, dict) else None
+    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+
+
+def _text(content: Any) -> str | None:
+    """The text of a message: a string, or a list of parts of which some are text. Half characters are replaced."""
+    if isinstance(content, list):
+        texts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") in ("text", "output_text")]
+        content = "".join(texts) if texts and all(isinstance(t, str) for t in texts) else None
+    return _half(content) if isinstance(content, str) else None
+
+
+def _error(data: Any) -> tuple[int | None, str] | None:
+    """(status or None, words) of an error that stands in a body, of the whole answer or of its first choice."""
+    if not isinstance(data, dict):
+        return None
+    told = data.get("error") or (_first(data) or {}).get("error")
+    if not told and "choices" not in data:
+        told = {k: data[k] for k in ("message", "detail", "code", "status") if data.get(k)}
+    if not told:
+        return None
+    if not isinstance(told, dict):
+        return None, _brief(told)
+    words = told.get("message") or told.get("detail") or told
+    for name in ("code", "status", "status_code", "http_status", "type"):
+        status = _status(told.get(name))
+        if status is not None:
+            return status, _brief(words)
+    return None, _brief(words)
+
+
+def _brief(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)[:2000]
+
+
+def _status(value: Any) -> int | None:
+    """The HTTP status of an error that a number, or a name such as rate_limit_exceeded, stands for."""
+    if isinstance(value, str):
+        name = value.strip().lower()
+        if not re.fullmatch(r"[45][0-9][0-9]", name):
+            return next((s for known, s in NAMED.items() if known in name), None)
+        value = int(name)
+    return value if type(value) is int and 400 <= value <= 599 else None
+
+
+def _of_status(status: int, words: str, retry_after: str | None) -> _Fault:
+    """The fault that a status means."""
+    again = status in TRANSIENT or 500 <= status <= 599
+    return _Fault(f"HTTP {status}: {words}", again, _retry_after(retry_after))
 
 
 def _turn(message: Message) -> dict[str, Any]:
@@ -361,27 +667,16 @@ def _turn(message: Message) -> dict[str, Any]:
 
 
 def _retry_after(told: str | None) -> float:
-    """Seconds to wait by a Retry-After header, which holds seconds or a date; 0 where it is absent or unreadable."""
-    if not told:
-        return 0.0
+    """Seconds to wait by a Retry-After header, which holds seconds or a date; 0 where it is absent, unreadable, not a
+    number or past."""
     try:
-        return (
-            max(0.0, float(told)) if told.strip().isdecimal() else parsedate_to_datetime(told).timestamp() - time.time()
-        )
-    except (ValueError, OverflowError):
-        return 0.0
-
-
-def _read(text: str, schema: Mapping[str, Any] | None, check: Callable[[Any], str | None]) -> tuple[Any, str | None]:
-    """(answer, what is wrong with it or None)."""
-    if schema is None:
-        return text, check(text)
-    try:
-        answer = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return None, f"it is not JSON: {error}"
-    flaw = unfit(answer, schema)
-    return answer, flaw if flaw is not None else check(answer)
+        wait = float(told or 0)
+    except ValueError:
+        try:
+            wait = parsedate_to_datetime(str(told)).timestamp() - time.time()
+        except (ValueError, TypeError, IndexError, OverflowError, OSError):
+            return 0.0
+    return wait if wait > 0 else 0.0  # not a number is not above 0
 
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
@@ -395,7 +690,7 @@ def unfit(value: Any, schema: Mapping[str, Any], path: str = "$") -> str | None:
     kind = schema.get("type")
     if kind is not None:
         wrong = not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "boolean")
-        if wrong:
+        if wrong or (isinstance(value, float) and not math.isfinite(value)):
             return f"{path} must be of type {kind}"
     if "enum" in schema and value not in schema["enum"]:
         return f"{path} must be one of {', '.join(map(str, schema['enum']))}"
@@ -410,7 +705,7 @@ def unfit(value: Any, schema: Mapping[str, Any], path: str = "$") -> str | None:
                 if flaw:
                     return flaw
             elif schema.get("additionalProperties") is False:
-                return f"{path}.{name} is unknown"
+                return f"{path} has the unknown field {json.dumps(name[:60])}"
     if isinstance(value, list) and "items" in schema:
         for index, inner in enumerate(value):
             flaw = unfit(inner, schema["items"], f"{path}[{index}]")
