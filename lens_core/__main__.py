@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from lens_core import __version__
+from lens_core import __version__, reading
 from lens_core.catalog import Catalog
 from lens_core.types import ConfigError, LensError, NumericalError
 
@@ -48,12 +48,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
             raise ConfigError("the prompt is empty; say what to draw")
         return [prompt]
     assert file is not None
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+    lines = [line.strip() for line in reading.lines(reading.read_text(file)) if line.strip()]
     if not lines:
         raise ConfigError(f"{file}: holds no prompt; write one a line")
     return lines

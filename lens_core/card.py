@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lens_core import reading
+from lens_core.types import LensError
+
 FILE = "README.md"
 _MARK = "\n<!-- Written by Lens ({}). Change what you like: a card that was changed is kept. -->\n"
 _LICENCE = ("license", "license_name", "license_link")
@@ -83,8 +86,8 @@ def may_replace(path: Path) -> bool:
 def licence(folder: Path) -> dict[str, str]:
     """What the card in `folder` says about the licence, as the Hub's front matter does."""
     try:
-        card = (folder / FILE).read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        card = "\n".join(reading.lines(reading.read_text(folder / FILE)))
+    except LensError:
         return {}
     head = card.removeprefix("---\n").partition("\n---")[0] if card.startswith("---\n") else ""
     found = re.findall(rf"^({'|'.join(_LICENCE)}): *[\"']?([^\n\"']+?)[\"']? *$", head, re.MULTILINE)

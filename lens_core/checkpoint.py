@@ -20,8 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lens_core import hub
+from lens_core import hub, reading
 from lens_core.catalog import Catalog
+from lens_core.reading import shown
 from lens_core.types import CheckpointError, LensError, did_you_mean
 
 if TYPE_CHECKING:
@@ -82,15 +83,14 @@ def append(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def read_log(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
-    """The lines of a log about steps up to `last`. Lines that are torn, or about no step, are left out."""
+    """The lines of a log about steps up to `last`. Lines that are torn, or about no step, are left out.
+
+    A step is a whole number from 0 on; other values are as they stand, NaN and infinite ones included."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            data = json.loads(line)
-            if float(data["step"]) <= last:
-                found.append(data)
-        except (ValueError, KeyError, TypeError):
-            continue
+    for data in reading.json_lines(path, CheckpointError) if path.is_file() else ():
+        step: Any = data.get("step") if isinstance(data, dict) else None
+        if type(step) in (int, float) and 0 <= step < 2**53 and step == int(step) and step <= last:
+            found.append(data)
     return found
 
 
@@ -104,21 +104,14 @@ def write_json(path: Path, data: Any) -> None:
     write_atomic(path, lambda p: p.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
 
 
-def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads`: an object, unless it gives one key twice (ValueError)."""
-    if len({k for k, _ in pairs}) != len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`."""
+def read_json(path: Path, *, finite: bool = True, most: int = reading.LARGEST_TEXT) -> dict[str, Any]:
+    """The JSON object in `path`, a file of at most `most` bytes; `finite`: without NaN and infinite numbers."""
+    missing = "missing; fetch the checkpoint again, this file included"
+    text = reading.read_bytes(path, most, CheckpointError, missing)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_twins)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; fetch the checkpoint again, this file included") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({' '.join(str(error).split())})") from error
+        data = reading.parse_json(text, finite=finite)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({reading.one_line(error)})") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, not {type(data).__name__}")
     return data
@@ -379,7 +372,7 @@ def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
             raise CheckpointError(f"{folder}: has neither lens.json nor a layout that an installed plugin knows")
     if data.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: is of format {data.get('format')!r}; this Lens reads {FORMAT}: upgrade lens-t2i"
+            f"{path}: is of format {shown(data.get('format'))}; this Lens reads {FORMAT}: upgrade lens-t2i"
         )
     components = data.get("components")
     if not isinstance(components, dict) or not all(
@@ -397,8 +390,9 @@ def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
             kind in hub.FOLDERS and lends(c["from"]) and re.fullmatch("[0-9a-f]{16}", str(c.get("hash")))
         ):
             raise CheckpointError(
-                f"{path}: its {kind!r} is to come from {c['from']!r} at {c.get('hash')!r}; a vae, text_encoder or "
-                "backbone comes from org/name@revision or a plugin's name such as tiny:, at a hash of 16 digits"
+                f"{path}: its {kind!r} is to come from {shown(c['from'])} at {shown(c.get('hash'))}; a vae, "
+                "text_encoder or backbone comes from org/name@revision or a plugin's name such as tiny:, at a hash of "
+                "16 digits"
             )
     for name, sound in {"presets": _presets, "plugins": _texts, "provenance": _provenance}.items():
         if not sound(data.get(name, {})):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
 from lens_core.checkpoint import read_json
+from lens_core.reading import shown
 from lens_core.statistics import ClusteredScores, Difference, Estimate, mean_of_tasks, paired_difference
 from lens_core.types import CheckpointError, ConfigError, LensError
 
@@ -35,14 +36,19 @@ class Row:
 
 def read(path: Path) -> dict[str, Any]:
     """A result.json, with all that `compare` reads of it in place."""
-    result = read_json(path)
-    fields = (*_MODEL, *_SETTINGS, "benchmark", "seed", "headline", "pictures")
-    missing = [name for name in fields if name not in result]
-    pictures = result.get("pictures")
-    if missing or not isinstance(pictures, list) or not all(_is_picture(p) for p in pictures):
-        what = f"lacks {missing[0]!r}" if missing else "has no list of pictures, each with prompt, task and value"
-        raise CheckpointError(f"{path}: {what}; run lens bench again with this version")
-    if not result["headline"] or not set(result["headline"]) <= {p["task"] for p in pictures}:
+    result = read_json(path, finite=False)
+    for name, (sound, what) in _FIELDS.items():
+        if name not in result:
+            raise CheckpointError(f"{path}: lacks {name!r}; run lens bench again with this version")
+        if not sound(result[name]):
+            raise CheckpointError(
+                f"{path}: {name} is {shown(result[name])}, not {what}; run lens bench again with this version"
+            )
+    for name in (*_MACHINE, "group"):
+        if not _is_text(result.get(name, "")):
+            raise CheckpointError(f"{path}: {name} is {shown(result[name])}, not text; run lens bench again")
+    pictures = result["pictures"]
+    if not set(result["headline"]) <= {p["task"] for p in pictures}:
         raise CheckpointError(f"{path}: names headline tasks that no picture has; run lens bench again")
     return result
 
@@ -52,8 +58,40 @@ def _is_picture(entry: object) -> bool:
         isinstance(entry, dict)
         and isinstance(entry.get("prompt"), str)
         and isinstance(entry.get("task"), str)
-        and isinstance(entry.get("value", ""), float | int | None)
+        and "value" in entry
+        and (entry["value"] is None or _is_number(entry["value"]))
     )
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a score or a setting; sums and squares of what is beyond 1e100 are not finite."""
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= 1e100
+
+
+def _is_list(value: object, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(holds, value))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (_is_text, "text"),
+    "model_hash": (_is_text, "text"),
+    "benchmark": (_is_text, "text"),
+    "seed": (_is_whole, "a whole number"),
+    "steps": (_is_whole, "a whole number"),
+    "guidance_scale": (_is_number, "a number"),
+    "size": (lambda v: _is_list(v, _is_whole) and len(v) == 2, "[height, width]"),
+    "headline": (lambda v: _is_list(v, _is_text), "a list of tasks"),
+    "pictures": (lambda v: _is_list(v, _is_picture), "a list of pictures, each with prompt, task and value"),
+}
+"""What `compare` reads of a result.json: how each field is known to be sound, and what it must be."""
 
 
 def compare(results: Sequence[Mapping[str, Any]]) -> list[Row]:

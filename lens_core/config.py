@@ -18,7 +18,9 @@ import cattrs
 from attrs import field, frozen
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
 
+from lens_core import reading
 from lens_core.catalog import Catalog
+from lens_core.reading import one_line, shown
 from lens_core.types import ConfigError, LensError, did_you_mean
 
 T = TypeVar("T")
@@ -41,7 +43,7 @@ def _exactly(kind: type[Any], words: str) -> Any:
         if type(value) is not kind:
             colon = kind is str and isinstance(value, dict) and list(value.values()) == [None]
             hint = f'; put quotes around "{next(iter(value))}:", which YAML takes for a mapping' if colon else ""
-            raise _WrongType(f"must be {words}, not {value!r}{hint}")
+            raise _WrongType(f"must be {words}, not {shown(value)}{hint}")
         return value
 
     return check
@@ -51,7 +53,7 @@ def _number(value: Any, _: Any) -> float:
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         return float(value)  # YAML 1.1 reads 1e-4 as a string
     if type(value) not in (int, float):
-        raise _WrongType(f"must be a number, not {value!r}")
+        raise _WrongType(f"must be a number, not {shown(value)}")
     return float(value)
 
 
@@ -59,18 +61,20 @@ def _use(value: Any, _: Any) -> Use:
     if isinstance(value, str):
         return Use(value)
     if not isinstance(value, Mapping) or not isinstance(value.get("use"), str):
-        raise _WrongType(f"must name a component (`flux2`, or `{{use: flux2, …}}`), not {value!r}")
+        raise _WrongType(f"must name a component (`flux2`, or `{{use: flux2, …}}`), not {shown(value)}")
     return Use(value["use"], {k: v for k, v in value.items() if k != "use"})
 
 
 def parse_use(text: str) -> Use:
     """A component named in one line of YAML, as on a command line: `shapes`, or `{use: shapes, split: train}`."""
-    import yaml
-
     try:
-        return _use(yaml.safe_load(text), None)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: what _use refuses, or no such day
-        raise ConfigError(f"{text}: {' '.join(str(error).split())}") from error
+        value, problems = reading.parse_yaml(text)
+        use = _use(value, None)
+    except ValueError as error:  # no YAML, or what _use refuses
+        raise ConfigError(f"{shown(text)[1:-1]}: {one_line(error)}") from error
+    if problems:
+        raise ConfigError([f"{shown(text)[1:-1]}: {problem}" for problem in problems])
+    return use
 
 
 def _is_tuple(hint: Any) -> bool:
@@ -79,7 +83,7 @@ def _is_tuple(hint: Any) -> bool:
 
 def _tuple(value: Any, hint: Any) -> Any:
     if not isinstance(value, list | tuple):
-        raise _WrongType(f"must be a list, not {value!r}")
+        raise _WrongType(f"must be a list, not {shown(value)}")
     args = typing.get_args(hint)
     kinds = [args[0]] * len(value) if len(args) == 2 and args[1] is ... else list(args)
     if len(kinds) != len(value):
@@ -133,7 +137,7 @@ def _problems(error: BaseException, path: str, cls: Any) -> list[str]:
     if isinstance(error, ForbiddenExtraKeysError):
         names = [f.name for f in attrs.fields(error.cl)]
         return [
-            f"{path}.{repr(key)[1:-1]}: unknown.{did_you_mean(key, names)} Fields: {', '.join(names) or 'none'}."
+            f"{path}.{shown(key)[1:-1]}: unknown.{did_you_mean(key, names)} Fields: {', '.join(names) or 'none'}."
             for key in sorted(map(str, error.extra_fields))
         ]
     if isinstance(error, KeyError):
@@ -141,13 +145,13 @@ def _problems(error: BaseException, path: str, cls: Any) -> list[str]:
         return [f"{path.removesuffix(key)}{key}: missing"]
     if isinstance(error, ConfigError):
         return [f"{path}: {p}" for p in error.problems]
-    return [f"{path}: {' '.join(str(error).split())}"]
+    return [f"{path}: {one_line(error, 1000)}"]
 
 
 def structure(cls: type[T], data: Any, path: str = "$") -> T:
     """`data` as a `cls`, or a ConfigError that lists every problem with its path."""
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{path}: must be a mapping, not {data!r}")
+        raise ConfigError(f"{path}: must be a mapping, not {shown(data)}")
     try:
         return _CONVERTER.structure(data, cls)
     except Exception as error:
@@ -234,11 +238,11 @@ class Training:
         if self.steps < 1:
             problems.append(f"steps must be at least 1, not {self.steps}")
         if self.precision not in ("fp32", "bf16"):
-            problems.append(f"precision must be fp32 or bf16, not {self.precision!r}")
+            problems.append(f"precision must be fp32 or bf16, not {shown(self.precision)}")
         if self.weights not in ("fp32", "bf16"):
-            problems.append(f"weights must be fp32 or bf16, not {self.weights!r}")
+            problems.append(f"weights must be fp32 or bf16, not {shown(self.weights)}")
         if self.shape not in ("linear", "cosine"):
-            problems.append(f"shape must be linear or cosine, not {self.shape!r}")
+            problems.append(f"shape must be linear or cosine, not {shown(self.shape)}")
         if not 0 <= self.decay <= 1:
             problems.append(f"decay is a share in [0, 1], not {self.decay}")
         if not 0 <= self.ema < 1:
@@ -280,7 +284,9 @@ class Watch:
             problems.append("a prompt is empty; say what to draw")
         if self.keep_best and self.keep_best not in self.judges():
             named = ", ".join(self.judges()) or "none"
-            problems.append(f"keep_best is {self.keep_best!r}, which is no benchmark of this section; there is {named}")
+            problems.append(
+                f"keep_best is {shown(self.keep_best)}, which is no benchmark of this section; there is {named}"
+            )
         if self.patience and not self.keep_best:
             problems.append("patience waits for a better score; name its benchmark in keep_best")
         if problems:
@@ -333,17 +339,7 @@ def read_recipe(path: Path, catalog: Catalog, changes: Sequence[str] = ()) -> Re
 
     `changes` are PATH=VALUE, as in `method.gan=0`, with values as YAML has them; they count as if the file said so.
     """
-    import yaml
-
-    try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
-        root = loader.get_single_node()
-        problems = list(_twins(root, "$", set()))
-        data = loader.construct_document(root) if root is not None else None
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: there is no such recipe") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or no such day
-        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    data, problems = reading.read_yaml(path, missing="there is no such recipe")
     for change in changes:
         problems += _change(data, change)
     recipe: Recipe | None = None
@@ -365,17 +361,16 @@ def read_recipe(path: Path, catalog: Catalog, changes: Sequence[str] = ()) -> Re
 
 def _change(data: Any, change: str) -> Iterator[str]:
     """Put PATH=VALUE into the data of a recipe, or say why it cannot be done."""
-    import yaml
-
     path, sign, text = change.partition("=")
     *way, last = path.strip().split(".")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        value, twice = reading.parse_yaml(text)
+    except ValueError:
         sign = ""
     if not sign or not all([*way, last]):
-        yield f"{change!r} is no change of a recipe; write PATH=VALUE, method.gan=0 for instance"
+        yield f"{shown(change)} is no change of a recipe; write PATH=VALUE, method.gan=0 for instance"
         return
+    yield from twice
     here = data
     for step in way:
         inner = here.get(step, {}) if isinstance(here, dict) else None
@@ -385,28 +380,7 @@ def _change(data: Any, change: str) -> Iterator[str]:
     if isinstance(here, dict):
         here[last] = value
     else:
-        yield f"{change!r}: {'.'.join(way) or 'the recipe'} is no section, so nothing in it can be changed"
-
-
-def _twins(node: Any, path: str, seen: set[int]) -> Iterator[str]:
-    """Every key that stands more than once in a mapping of this YAML tree; YAML itself would keep the last."""
-    import yaml
-
-    if id(node) in seen:
-        return  # an alias: it has been read where it was defined, and may hold itself
-    seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield from _twins(item, f"{path}[{index}]", seen)
-    if isinstance(node, yaml.MappingNode):
-        lines: dict[str, list[str]] = {}
-        for key, value in node.value:
-            name = f"{path}.{key.value}"
-            lines.setdefault(name, []).append(str(key.start_mark.line + 1))
-            yield from _twins(value, name, seen)
-        for name, places in lines.items():
-            if len(places) > 1:
-                yield f"{name}: stands in lines {' and '.join(places)}; keep one"
+        yield f"{shown(change)}: {'.'.join(way) or 'the recipe'} is no section, so nothing in it can be changed"
 
 
 def _named(data: Mapping[str, Any]) -> list[tuple[str, Any, str]]:

@@ -10,8 +10,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from lens_core import card
-from lens_core.types import CheckpointError, ConfigError
+from lens_core import card, reading
+from lens_core.types import CheckpointError, ConfigError, LensError
 
 FILES = ("*.json", "*.safetensors", "*.jinja", card.FILE)
 """What a checkpoint consists of; nothing else is fetched."""
@@ -94,8 +94,8 @@ def _sharded(folder: Path) -> list[str]:
     files = [] if (folder / "lens.json").is_file() else ["model_index.json"]
     for index in sorted(folder.rglob("*.safetensors.index.json")):
         try:
-            shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+            shards = {str(name) for name in reading.parse_json(reading.read_bytes(index))["weight_map"].values()}
+        except (LensError, ValueError, LookupError, AttributeError, TypeError):
             continue  # whoever reads it says what is wrong with it
         files += [str(index.relative_to(folder).with_name(n)) for n in sorted(shards) if Path(n).name == n != ""]
     return files

@@ -15,7 +15,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from lens_core import checkpoint
+from lens_core import checkpoint, reading
 from lens_core.types import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -88,7 +88,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     try:
         with safe_open(path, "pt"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(min(size, LONGEST_HEADER)), object_pairs_hook=checkpoint.no_twins), 8 + size
+            return json.loads(file.read(min(size, LONGEST_HEADER)), object_pairs_hook=reading.no_twins), 8 + size
     except (SafetensorError, OSError, ValueError) as error:
         raise checkpoint.not_whole(path, error) from error
 

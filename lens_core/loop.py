@@ -446,7 +446,7 @@ class Run:
         refused: CheckpointError | None = None
         for folder in reversed(self._folders()):
             try:
-                state = checkpoint.read_json(folder / "state.json")
+                state = checkpoint.read_json(folder / "state.json", finite=False)
                 if state.get("schema") != SCHEMA:
                     raise CheckpointError(f"{folder}: is of schema {state.get('schema')!r}; this Lens reads {SCHEMA}")
                 sums = checkpoint.read_json(folder / "sums.json")
@@ -473,7 +473,9 @@ class Run:
         # The first process looks for all, so that all go on from the same one.
         folder: Path | None = self.ranks.told(self._newest() if self.ranks.rank == 0 else None)
         if folder is not None:
-            self._restore(checkpoint.read_json(folder / "state.json"), self.ranks.read(folder, self._like()))
+            self._restore(
+                checkpoint.read_json(folder / "state.json", finite=False), self.ranks.read(folder, self._like())
+            )
             self.say(f"resumed at step {self.step} from {folder}")
         if self.ranks.rank == 0:
             log = self.out / "log.jsonl"
@@ -571,7 +573,9 @@ class Run:
         now = json.loads(json.dumps(unstructure(self.recipe)))
         if path.is_file():
             try:  # by way of a Recipe, so that options which are newer than the run count as their defaults
-                before = json.loads(json.dumps(unstructure(structure(Recipe, checkpoint.read_json(path)))))
+                before = json.loads(
+                    json.dumps(unstructure(structure(Recipe, checkpoint.read_json(path, finite=False))))
+                )
                 self.changed = list(_differences(before, now, "$"))
             except (ConfigError, CheckpointError) as error:
                 if self._folders():

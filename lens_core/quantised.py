@@ -12,7 +12,6 @@ Blocks run along a row, the input axis. Comfy's scales are swizzled: cut into ti
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from attrs import frozen
 from torch import Tensor
 
 from lens_core.lazy import Lazy
+from lens_core.reading import one_line, parse_json, shown
 from lens_core.types import CheckpointError
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -118,7 +118,9 @@ class _Layer:
     def of(cls, where: str, note: Mapping[str, Any], parts: Mapping[str, Lazy | None]) -> _Layer:
         kind = FORMATS.get(str(note.get("format")))
         if kind is None:
-            raise CheckpointError(f"{where} has the format {note.get('format')!r:.40}; {', '.join(FORMATS)} are read")
+            raise CheckpointError(
+                f"{where} has the format {shown(note.get('format'), 40)}; {', '.join(FORMATS)} are read"
+            )
         stored, width, block = kind
         weight, scales, scale = (parts[p] for p in PARTS)
         if weight is None or scales is None or (scale is None and width == 2):
@@ -131,7 +133,8 @@ class _Layer:
         fits = fits and isinstance(told, list) and len(told) == len(shape) and told[:-2] == list(shape[:-2])
         if not fits or not all(type(n) is int and 0 < n <= most for n, most in zip(told, shape, strict=True)):
             raise CheckpointError(
-                f"{where} is {list(weight.shape)} of {weight.dtype} for {told!s:.60}, which cannot be {note['format']}"
+                f"{where} is {list(weight.shape)} of {weight.dtype} for {shown(told, 60)}, "
+                f"which cannot be {note['format']}"
             )
         padded = experts * -(-shape[-2] // 128) * -(-shape[-1] // block // 4) * 512
         if scales.dtype not in (torch.uint8, SCALES[width]) or math.prod(scales.shape) != padded:
@@ -227,7 +230,7 @@ def plain(
 def _notes(tensors: Mapping[str, Lazy], texts: Mapping[str, str], where: str, prefix: str) -> dict[str, dict[str, Any]]:
     """Layer -> what the file says about its format."""
     try:
-        header = json.loads(texts.get("_quantization_metadata", "{}"))
+        header = parse_json(texts.get("_quantization_metadata", "{}"), twins=True)
         told = dict(header.get("layers", {}))
         ours = [n for n in told if n.startswith(prefix) or f"{n}.weight" in tensors]
         notes = {n.removeprefix(prefix): told[n] for n in ours}
@@ -235,11 +238,11 @@ def _notes(tensors: Mapping[str, Lazy], texts: Mapping[str, str], where: str, pr
             note = tensors[name]
             if note.dtype != torch.uint8 or len(note.shape) != 1 or note.shape[0] > LONGEST_NOTE:
                 raise ValueError(f"{name} is {list(note.shape)} of {note.dtype}")
-            notes[name.removesuffix(".comfy_quant")] = json.loads(bytes(note.read().tolist()))
+            notes[name.removesuffix(".comfy_quant")] = parse_json(bytes(note.read().tolist()), twins=True)
         if not all(isinstance(note, dict) for note in notes.values()):
             raise ValueError("a layer's note is no object")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise CheckpointError(
             f"{where}: what it says of its formats cannot be read ({reason}); fetch it again"
         ) from error

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from lens_core.checkpoint import read_header, read_tensors, save_tensors
+from lens_core.reading import one_line, parse_json
 from lens_core.types import CheckpointError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _aliases(layers: Collection[str]) -> dict[str, str]:
 def _about(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
     """The header's fields without the prefix of the network; `lora_alpha` is None where it gives none."""
     try:
-        stored = json.loads(header.get(HEADER, "{}"))
+        stored = parse_json(header.get(HEADER, "{}"), twins=True)
         about = {key.rpartition(".")[2]: value for key, value in stored.items()}
         given = [about["lora_alpha"]] if "lora_alpha" in about else []
         given += [header[key] for key in ("ss_network_alpha", "alpha") if key in header]
@@ -116,7 +117,7 @@ def _about(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
         return about
     except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
-            f"{file}: the header of the LoRA file cannot be read ({error}); fetch it again"
+            f"{file}: the header of the LoRA file cannot be read ({one_line(error)}); fetch it again"
         ) from error
 
 

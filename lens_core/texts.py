@@ -15,6 +15,7 @@ from typing import Any
 from attrs import frozen
 
 from lens_core.checkpoint import read_header, read_tensors, save_tensors
+from lens_core.reading import parse_json
 from lens_core.types import CheckpointError, ConfigError, Text
 
 MOST = 64  # prompts in memory: of the published encoder at most 10 MB each
@@ -68,7 +69,7 @@ class TextCache:
 def _read(path: Path, prompt: str) -> Entry | None:
     """The entry in a file, or None where it is damaged or another's: then it is made again, and written over."""
     try:
-        tensors, about = read_tensors(path), json.loads(read_header(path)["lens_text"])
+        tensors, about = read_tensors(path), parse_json(read_header(path)["lens_text"], finite=False)
         # In a file, tensors lie at any byte, where kernels may round otherwise.
         text = Text(tensors["features"].clone(), tensors["mask"].clone())
         whole = text.features.ndim == 4 and text.mask.shape == (1, text.features.shape[2])

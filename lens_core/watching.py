@@ -6,6 +6,7 @@ lines up to the step at hand and of nothing else, so a resumed run decides as th
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -71,6 +72,9 @@ class Watcher:
         path = self.out / "watch.jsonl"
         found = checkpoint.read_log(path, step if changed else torch.inf)
         self.lines = {int(line["step"]): line for line in found}
+        for line in self.lines.values():
+            if not _is_score(line.get("score")):  # a file that was changed, or not written by this version
+                line.pop("score", None)
         best = self.best(step)
         judged = [c for c in changed if c.startswith("$.watch") and not c.startswith(("$.watch.every", "$.watch.pat"))]
         if changed and best is not None and (judged or not self._file(best).is_file()):
@@ -163,7 +167,7 @@ class Watcher:
         found = {name: round(value, 6) for name, value in found.items()}
         line: dict[str, Any] = {"step": step, "seconds": round(time.monotonic() - begun, 1), **found}
         line |= {"failed": failed} if failed else {}
-        if config.keep_best in found:
+        if _is_score(found.get(config.keep_best)):
             best, line["score"] = self.best(step), found[config.keep_best]
             if best is None or line["score"] > self.lines[best]["score"]:
                 held = weights()
@@ -226,3 +230,8 @@ class Watcher:
         if best is not None:
             for path in set((self.out / "best").glob("step-*.safetensors")) - {self._file(best)}:
                 path.unlink()
+
+
+def _is_score(value: object) -> bool:
+    """Whether weights can be chosen by it: NaN, which a benchmark without a verdict gives, is above and below none."""
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]  # a number, by its type

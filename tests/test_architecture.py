@@ -17,7 +17,7 @@ CORE = ROOT / "lens_core"
 PLUGINS = sorted(p.parent for p in (ROOT / "plugins").glob("*/__init__.py"))
 LAYERS = [
     {"types", "flow", "files"},
-    {"protocols", "statistics"},
+    {"protocols", "reading", "statistics"},
     {"hookspecs"},
     {"catalog"},
     {"config", "card", "images"},
@@ -97,7 +97,9 @@ def test_the_core_knows_no_plugin_and_no_model_library(path: Path) -> None:
     assert roots(path, top_only=True).isdisjoint(LAZY), "import it inside the function that needs it"
 
 
-@pytest.mark.parametrize("stem", ["types", "protocols", "hookspecs", "catalog", "config", "checkpoint", "__main__"])
+@pytest.mark.parametrize(
+    "stem", ["types", "reading", "protocols", "hookspecs", "catalog", "config", "checkpoint", "__main__"]
+)
 def test_discovery_costs_no_torch(stem: str) -> None:
     assert roots(CORE / f"{stem}.py", top_only=True).isdisjoint(HEAVY)
 

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
+from lens_core import reading
 from lens_core.catalog import Catalog
 from lens_core.config import Use, build
+from lens_core.reading import shown
 from lens_core.types import ConfigError, Prompt, Score
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "lens-rl/1"
 SPLITS = ("train", "eval")
+LARGEST = 2**28  # bytes of a prompt set, which is read line by line
 ALIKE = 0.8  # share of common words (Jaccard) from which two prompts count as near-duplicates
 
 
@@ -42,10 +45,10 @@ def lint(lines: Iterable[str], rubrics: int | None = 10, alike: float | None = A
 def read(path: Path, rubrics: int | None = 10, alike: float | None = ALIKE) -> list[Prompt]:
     """The prompts of a file; `task` is the taxonomy's class, `data` the whole line. ConfigError with all problems."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        text = reading.read_text(path, LARGEST)
+    except ConfigError as error:
         raise ConfigError(f"{path}: cannot be read as a prompt set: {error}") from error
-    entries, problems = _lint(text.split("\n"), rubrics, alike)
+    entries, problems = _lint(reading.lines(text), rubrics, alike)
     if problems:
         raise ConfigError([f"{path}: {p}" for p in problems])
     return [Prompt(e["prompt"], e["prompt_id"], e["taxonomy"]["class"], e) for e in entries]
@@ -117,9 +120,9 @@ def _lint(lines: Iterable[str], rubrics: int | None, alike: float | None) -> tup
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problems.append((number, f"is not JSON: {error}"))
+            entry = reading.parse_json(line, finite=False)
+        except ValueError as error:
+            problems.append((number, f"is not JSON: {reading.one_line(error)}"))
             continue
         flaws = list(_flaws(entry, rubrics))
         problems += [(number, flaw) for flaw in flaws]
@@ -133,7 +136,7 @@ def _lint(lines: Iterable[str], rubrics: int | None, alike: float | None) -> tup
         (place, one), (number, two) = entries[earlier], entries[later]
         same = one["split"] == two["split"]
         word = "is a near-duplicate of" if same else "overlaps, across train and eval,"
-        problems.append((number, f"the prompt {word} line {place}: {two['prompt']!r}"))
+        problems.append((number, f"the prompt {word} line {place}: {shown(two['prompt'])}"))
     if not entries and not problems:
         problems.append((1, "the set is empty"))
     return [e for _, e in entries], [f"line {n}: {p}" for n, p in sorted(problems)]
@@ -145,11 +148,11 @@ def _flaws(entry: Any, rubrics: int | None) -> Iterator[str]:
         yield "is not a JSON object"
         return
     if entry.get("schema") != SCHEMA:
-        yield f"schema is {entry.get('schema')!r}, not {SCHEMA!r}"
+        yield f"schema is {shown(entry.get('schema'))}, not {SCHEMA!r}"
     if type(entry.get("prompt_id")) is not int or entry["prompt_id"] < 0:
-        yield f"prompt_id must be a whole number from 0 on, not {entry.get('prompt_id')!r}"
+        yield f"prompt_id must be a whole number from 0 on, not {shown(entry.get('prompt_id'))}"
     if entry.get("split") not in SPLITS:
-        yield f"split must be train or eval, not {entry.get('split')!r}"
+        yield f"split must be train or eval, not {shown(entry.get('split'))}"
     if not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         yield "prompt must be text"
     taxonomy = entry.get("taxonomy")
@@ -185,13 +188,13 @@ def _flaws(entry: Any, rubrics: int | None) -> Iterator[str]:
             questions[tuple(_words(rubric["q"]))] += 1
         weight = rubric.get("weight", 1.0)
         if type(weight) not in (int, float) or not 0 < weight < math.inf:
-            yield f"{where}.weight must be above 0, not {weight!r}"
+            yield f"{where}.weight must be above 0, not {shown(weight)}"
     for name, count in ids.items():
         if count > 1:
-            yield f"the rubric id {name!r} stands {count} times"
+            yield f"the rubric id {shown(name)} stands {count} times"
     for words, times in questions.items():
         if times > 1:
-            yield f"{times} rubrics ask the same: {' '.join(words)!r}"
+            yield f"{times} rubrics ask the same: {shown(' '.join(words))}"
 
 
 def _words(text: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from attrs import field, frozen
 
+from lens_core import reading
 from lens_core.config import Use, structure
 from lens_core.types import ConfigError, LensError, Message
 from lens_llm.prompts import ALIKE, SCHEMA, _twins, write
@@ -81,12 +82,9 @@ class Order:
 
 def read_taxonomy(path: Path) -> Taxonomy:
     """ConfigError with every problem and its path."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as a taxonomy: {' '.join(str(error).split())}") from error
+    data, twice = reading.read_yaml(path, "a taxonomy")
+    if twice:
+        raise ConfigError([f"{path}: {problem}" for problem in twice])
     try:
         return structure(Taxonomy, data)
     except ConfigError as error:
@@ -223,9 +221,9 @@ def _kept(partial: Path) -> Iterator[dict[str, Any]]:
     whole = text[: text.rfind(b"\n") + 1]
     if whole != text:
         partial.write_bytes(whole)
-    for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(reading.lines(whole.decode("utf-8", "replace")), 1):
         try:
-            entry = json.loads(line)
+            entry = reading.parse_json(line)
             entry["prompt_id"], entry["split"], entry["prompt"]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(

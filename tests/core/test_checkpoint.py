@@ -22,6 +22,7 @@ from lens_core.checkpoint import (
     load_module,
     read_header,
     read_json,
+    read_log,
     read_tensors,
     save_module,
     save_tensors,
@@ -221,10 +222,29 @@ def test_names_shapes_and_types_must_be_those_of_the_model(
     assert torch.equal(before.weight, net().weight), "nothing is loaded by halves"
 
 
-@pytest.mark.parametrize("text", ["{", "", '{"a": 1, "a": 2}', "[" * 100_000, "\ufeff{}", "[1]", "3"])
+@pytest.mark.parametrize("text", ["{", "", '{"a": 1, "a": 2}', "[" * 100_000, "[1]", "3", "NaN", '{"a": 1e400}'])
 def test_json_that_is_not_one_plain_object_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
     assert "x.json: " in error(lambda: read_json(tmp_path / "x.json"))
+
+
+def test_a_byte_order_mark_before_json_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+
+
+def test_a_log_is_the_lines_about_a_whole_finite_step(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    sound = [{"step": 1, "loss": 0.5, "note": "a\u2028b\x0cc"}, {"step": 2.0}, {"step": 3, "loss": float("nan")}]
+    torn = ['{"step": Infinity}', '{"step": NaN}', '{"step": -1}', '{"step": 1.5}', '{"step": "4"}', '{"step": true}',
+            '{"step": 1e400}', f'{{"step": {"9" * 400}}}', "[" * 100_000, '{"a":' * 100_000, "[1]", "7", "",
+            '{"step": 5, "x": "\\ud800"}', '{"step": 6']  # fmt: skip
+    kept = [json.dumps(line, ensure_ascii=False) for line in sound]
+    path.write_bytes("\n".join([*kept, *torn]).encode() + b'\n{"step": 7, "x": "\xff')
+    found = read_log(path)
+    assert [line["step"] for line in found] == [1, 2, 3]
+    assert found[:2] == sound[:2]
+    assert [line["step"] for line in read_log(path, 2)] == [1, 2]
 
 
 # ---- whole checkpoints ------------------------------------------------------------------------------------------
