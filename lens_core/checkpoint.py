@@ -24,6 +24,7 @@ from lens_core import hub, reading
 from lens_core.catalog import Catalog
 from lens_core.reading import shown
 from lens_core.types import CheckpointError, LensError, did_you_mean
+from lens_core.validators import GUIDANCE, PIXELS, STEPS
 
 if TYPE_CHECKING:
     import torch
@@ -411,21 +412,17 @@ def lends(uri: Any) -> bool:
 def _presets(given: Any) -> bool:
     """Whether a pipeline can draw with these."""
 
-    def whole(value: Any) -> bool:
-        return type(value) is int and 0 < value <= 2**16
-
     def table(sizes: Any) -> bool:
         return isinstance(sizes, dict) and all(
-            isinstance(s, list | tuple) and len(s) == 2 and all(map(whole, s)) for s in sizes.values()
+            isinstance(s, list | tuple) and len(s) == 2 and all(PIXELS.allows(n) for n in s) for s in sizes.values()
         )
 
     if not (isinstance(given, dict) and isinstance(given.get("sizes", {}), dict)):
         return False
-    scale = given.get("guidance_scale", 1.0)
     return (
-        type(scale) in (int, float)
-        and abs(scale) < 2**16
-        and all(whole(given.get(name, 1)) for name in ("steps", "base_resolution"))
+        GUIDANCE.allows(given.get("guidance_scale", 1.0))
+        and STEPS.allows(given.get("steps", 1))
+        and PIXELS.allows(given.get("base_resolution", 1))
         and all(map(table, given.get("sizes", {}).values()))
     )
 

@@ -6,6 +6,7 @@ A component is named by `use`; its other keys are the fields of its Config: `{us
 
 from __future__ import annotations
 
+import contextlib
 import re
 import types
 import typing
@@ -22,6 +23,22 @@ from lens_core import reading
 from lens_core.catalog import Catalog
 from lens_core.reading import one_line, shown
 from lens_core.types import ConfigError, LensError, did_you_mean
+from lens_core.validators import (
+    GUIDANCE,
+    PIXELS,
+    SEED,
+    STEPS,
+    RangeError,
+    Rule,
+    each,
+    integer,
+    one_of,
+    optional,
+    real,
+    shown,
+    text,
+    within,
+)
 
 T = TypeVar("T")
 
@@ -42,7 +59,12 @@ def _exactly(kind: type[Any], words: str) -> Any:
     def check(value: Any, _: Any) -> Any:
         if type(value) is not kind:
             colon = kind is str and isinstance(value, dict) and list(value.values()) == [None]
+<<<<<<< HEAD
             hint = f'; put quotes around "{next(iter(value))}:", which YAML takes for a mapping' if colon else ""
+=======
+            name = str(next(iter(value)))[:80] if colon else ""
+            hint = f'; put quotes around "{name}:", which YAML takes for a mapping' if colon else ""
+>>>>>>> 192a5c5 (config: every number of a recipe has a range, declared beside its field)
             raise _WrongType(f"must be {words}, not {shown(value)}{hint}")
         return value
 
@@ -54,7 +76,14 @@ def _number(value: Any, _: Any) -> float:
         return float(value)  # YAML 1.1 reads 1e-4 as a string
     if type(value) not in (int, float):
         raise _WrongType(f"must be a number, not {shown(value)}")
+<<<<<<< HEAD
     return float(value)
+=======
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise _WrongType(f"must be a number of at most 1e308, not {shown(value)}") from error
+>>>>>>> 192a5c5 (config: every number of a recipe has a range, declared beside its field)
 
 
 def _use(value: Any, _: Any) -> Use:
@@ -108,11 +137,54 @@ def _optional(value: Any, hint: Any) -> Any:
     raise problems[0]
 
 
+def _is_literal(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Literal
+
+
+def _literal(value: Any, hint: Any) -> Any:
+    allowed = typing.get_args(hint)
+    if not any(type(value) is type(word) and value == word for word in allowed):
+        raise _WrongType(f"must be {' or '.join(map(str, allowed))}, not {shown(value)}")
+    return value
+
+
+def _all_at_once(cls: type[Any]) -> Any:
+    """How cattrs builds `cls`. Where a field is of a wrong type there is nothing to build, and the ranges of the other
+    fields are checked one by one, so that their problems are raised together with it."""
+    plain = cattrs.gen.make_dict_structure_fn(
+        cls, _CONVERTER, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True
+    )
+
+    def hook(data: Any, _: Any) -> Any:
+        try:
+            return plain(data, cls)
+        except ClassValidationError as error:
+            if any(isinstance(inner, ConfigError) and not _field(inner) for inner in error.exceptions):
+                raise  # it was built, and refused its values itself
+            failed = {_field(inner) for inner in error.exceptions}
+            found: list[str] = []
+            for a in attrs.fields(cls):
+                if a.name in data and a.name not in failed and isinstance(a.validator, Rule):
+                    found += a.validator.problems(_CONVERTER.structure(data[a.name], a.type), a.name)
+            more = [RangeError(found)] if found else []
+            raise ClassValidationError(error.message, [*error.exceptions, *more], cls) from error
+
+    return hook
+
+
+def _field(error: BaseException) -> str | None:
+    """The field that cattrs was at."""
+    note = next((n for n in getattr(error, "__notes__", []) if hasattr(n, "name")), None)
+    return note.name if note is not None else None
+
+
 _CONVERTER = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
 _CONVERTER.register_structure_hook(bool, _exactly(bool, "true or false"))
 _CONVERTER.register_structure_hook(int, _exactly(int, "a whole number"))
 _CONVERTER.register_structure_hook(str, _exactly(str, "text"))
 _CONVERTER.register_structure_hook(float, _number)
+_CONVERTER.register_structure_hook_func(_is_literal, _literal)
+_CONVERTER.register_structure_hook_factory(attrs.has, _all_at_once)
 _CONVERTER.register_structure_hook(Use, _use)
 _CONVERTER.register_structure_hook_func(_is_tuple, _tuple)
 _CONVERTER.register_structure_hook_func(_is_optional, _optional)
@@ -124,8 +196,7 @@ def _problems(error: BaseException, path: str, cls: Any) -> list[str]:
         fields = {f.name: f.type for f in attrs.fields(error.cl)} if attrs.has(error.cl) else {}
         lines: list[str] = []
         for inner in error.exceptions:
-            note = next((n for n in getattr(inner, "__notes__", []) if hasattr(n, "name")), None)
-            name = note.name if note is not None else None
+            name = _field(inner)
             lines += _problems(inner, f"{path}.{name}" if name else path, fields.get(name or "", error.cl) or error.cl)
         return lines
     if isinstance(error, IterableValidationError):
@@ -143,6 +214,8 @@ def _problems(error: BaseException, path: str, cls: Any) -> list[str]:
     if isinstance(error, KeyError):
         key = f".{error.args[0]}"  # cattrs names the missing field itself
         return [f"{path.removesuffix(key)}{key}: missing"]
+    if isinstance(error, RangeError):
+        return [f"{path}.{p}" for p in error.problems]
     if isinstance(error, ConfigError):
         return [f"{path}: {p}" for p in error.problems]
     return [f"{path}: {one_line(error, 1000)}"]
@@ -175,64 +248,85 @@ def _plain(value: Any) -> Any:
     return value
 
 
+class _Options(Rule):
+    def __init__(self, rules: Mapping[str, Rule]) -> None:
+        self.rules = rules
+
+    def problems(self, value: Any, place: str) -> Iterator[str]:
+        for name, rule in self.rules.items():
+            if isinstance(value, Use) and name in value.options:
+                given = value.options[name]
+                with contextlib.suppress(_WrongType):  # as YAML mistakes it: the rule refuses what is no number at all
+                    given = _number(given, None) if isinstance(given, str) else given
+                yield from rule.problems(given, f"{place}.{name}")
+
+
+def options(**rules: Rule) -> Rule:
+    """Options that a `Use` may carry for whoever names it, such as the weight of a reward, each with its rule."""
+    return _Options(rules)
+
+
 @frozen
 class Parts:
     """The pipeline that a recipe starts from: a checkpoint, parts by name, or a checkpoint with parts replaced."""
 
-    start: str | None = None  # checkpoint URI
+    start: str | None = field(default=None, validator=optional(text()))  # checkpoint URI
     vae: Use | None = None
     text_encoder: Use | None = None
     backbone: Use | None = None
     sampler: Use | None = None
-    guidance_scale: float | None = None  # presets that the checkpoint will carry; None: those of `start`
-    steps: int | None = None
-    base_resolution: int | None = None  # px, side of the square that an aspect ratio keeps the area of
+    # Presets that the checkpoint will carry; None: those of `start`.
+    guidance_scale: float | None = field(default=None, validator=optional(GUIDANCE))
+    steps: int | None = field(default=None, validator=optional(STEPS))
+    # px, side of the square that an aspect ratio keeps the area of
+    base_resolution: int | None = field(default=None, validator=optional(PIXELS))
 
 
 @frozen
 class Adapter:
     """LoRA on a role: a low-rank matrix learns beside each target layer, and the layer itself stays as it is."""
 
-    rank: int = 16
-    scale: float = 1.0  # alpha / rank, which multiplies the adapter
+    rank: int = field(default=16, validator=integer(at_least=1, at_most=2**16))
+    scale: float = field(default=1.0, validator=real(above=0))  # alpha / rank, which multiplies the adapter
     targets: tuple[str, ...] = ()  # ends of the dotted names of linear layers, such as attn.img_qkv; none: all of them
-
-    def __attrs_post_init__(self) -> None:
-        if self.rank < 1 or self.scale <= 0:
-            raise ConfigError(
-                f"an adapter's rank must be at least 1 and its scale above 0, not {self.rank} and {self.scale}"
-            )
 
 
 @frozen
 class Training:
     """What the loop does around a method."""
 
-    steps: int  # optimizer steps in all
-    lr: float = 1e-4
-    rates: dict[str, float] = field(factory=dict)  # by role: what multiplies lr for it; 1 where none is given
-    warmup: int = 0  # steps of linear warm-up
-    decay: float = 0.0  # share of the run, at its end, over which lr falls to 0
-    shape: str = "linear"  # linear | cosine: how it falls
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    clip: float = 1.0  # largest gradient norm; 0 does not clip
-    ema: float = 0.0  # decay of the weights' moving average, which is what is saved; 0 keeps none
-    parts: int = 1  # that a batch is worked through in, each with noise of its own; at least one a process
-    shards: int = 1  # processes among which each role's weights, moments and averages are divided; 0: all; 1: none
-    precision: str = "fp32"  # fp32 | bf16 (autocast over fp32 master weights)
+    steps: int = field(validator=integer(at_least=1))  # optimizer steps in all
+    lr: float = field(default=1e-4, validator=real(at_least=0))
+    # By role: what multiplies lr for it; 1 where none is given.
+    rates: dict[str, float] = field(factory=dict, validator=each(real(at_least=0)))
+    warmup: int = field(default=0, validator=integer(at_least=0))  # steps of linear warm-up
+    decay: float = field(default=0.0, validator=within(0, 1))  # share of the run, at its end, over which lr falls to 0
+    shape: str = field(default="linear", validator=one_of("linear", "cosine"))  # how it falls
+    betas: tuple[float, float] = field(default=(0.9, 0.99), validator=each(real(at_least=0, below=1)))
+    weight_decay: float = field(default=0.0, validator=real(at_least=0))
+    clip: float = field(default=1.0, validator=real(at_least=0))  # largest gradient norm; 0 does not clip
+    # Decay of the weights' moving average, which is what is saved; 0 keeps none.
+    ema: float = field(default=0.0, validator=real(at_least=0, below=1))
+    # That a batch is worked through in, each with noise of its own; at least one a process.
+    parts: int = field(default=1, validator=integer(at_least=1, at_most=2**16))
+    # Processes among which each role's weights, moments and averages are divided; 0: all; 1: none.
+    shards: int = field(default=1, validator=integer(at_least=0, at_most=2**16))
+    precision: str = field(default="fp32", validator=one_of("fp32", "bf16"))  # bf16: autocast over fp32 master weights
     compile: bool = False  # torch.compile each role; needs a C++ compiler on CPUs
     checkpointing: bool = False  # compute activations again on the way back: less memory, a third more time
-    save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
-    log_every: int = 20  # steps between log lines
-    bad_steps: int = 5  # skipped steps in a row before the run stops; those that are not finite are skipped
-    spike: float = 0.0  # times the running median from which a loss or a gradient's norm is skipped as well; 0: never
+    save_every: int = field(default=500, validator=integer(at_least=1))  # steps between checkpoints
+    keep: int = field(default=2, validator=integer(at_least=1))  # checkpoints kept
+    log_every: int = field(default=20, validator=integer(at_least=1))  # steps between log lines
+    # Skipped steps in a row before the run stops; those that are not finite are skipped.
+    bad_steps: int = field(default=5, validator=integer(at_least=1))
+    # Times the running median from which a loss or a gradient's norm is skipped as well; 0: never.
+    spike: float = field(default=0.0, validator=real(above=1, zero=True))
     trackers: tuple[str, ...] = ()  # tensorboard, trackio, wandb …: where lines of the log go besides log.jsonl
-    weights: str = "fp32"  # fp32 | bf16: how the finished model is stored
-    threads: int = 0  # torch threads; 0 leaves them alone
+    weights: str = field(default="fp32", validator=one_of("fp32", "bf16"))  # how the finished model is stored
+    threads: int = field(default=0, validator=integer(at_least=0, at_most=1024))  # torch threads; 0: torch's choice
     adapters: dict[str, Adapter] = field(factory=dict)  # by role; a role without one is trained in full
 
+<<<<<<< HEAD
     def __attrs_post_init__(self) -> None:
         problems = []
         if self.steps < 1:
@@ -256,32 +350,34 @@ class Training:
         if problems:
             raise ConfigError(problems)
 
+=======
+>>>>>>> 192a5c5 (config: every number of a recipe has a range, declared beside its field)
 
 @frozen
 class Watch:
     """What is looked at while a run goes on, with the weights that it would export. Learning never hears of it."""
 
-    every: int  # steps between looks; the beginning and the end are looked at too
-    prompts: tuple[str, ...] = ()  # drawn into samples/step-N.png; picture i has the seed `seed + i`
+    # Steps between looks; the beginning and the end are looked at too.
+    every: int = field(validator=integer(at_least=1))
+    # Drawn into samples/step-N.png; picture i has the seed `seed + i`.
+    prompts: tuple[str, ...] = field(default=(), validator=each(text()))
     benchmarks: tuple[Use, ...] = ()  # drawn and judged, and never learned from
     validation: Use | None = None  # a dataset that is not learned from, for methods that can validate
-    batches: int = 8  # of it
-    seed: int = 0
-    size: tuple[int, int] | None = None  # height, width px of what is drawn; None: the preset
-    steps: int | None = None  # of the sampler; None: the preset
-    guidance_scale: float | None = None  # None: the preset
-    batch: int = 16  # pictures drawn at once
+    batches: int = field(default=8, validator=integer(at_least=1))  # of it
+    seed: int = field(default=0, validator=SEED)
+    # Height, width px of what is drawn; None: the preset.
+    size: tuple[int, int] | None = field(default=None, validator=optional(each(PIXELS)))
+    steps: int | None = field(default=None, validator=optional(STEPS))  # of the sampler; None: the preset
+    guidance_scale: float | None = field(default=None, validator=optional(GUIDANCE))  # None: the preset
+    batch: int = field(default=16, validator=integer(at_least=1, at_most=2**16))  # pictures drawn at once
     keep_best: str = ""  # the benchmark by whose overall score the weights are chosen that are exported; "": the last
-    patience: int = 0  # looks without a better score after which the run ends; 0: never
+    # Looks without a better score after which the run ends; 0: never.
+    patience: int = field(default=0, validator=integer(at_least=0))
 
     def __attrs_post_init__(self) -> None:
         problems = []
-        if min(self.every, self.batches, self.batch) < 1 or min(self.seed, self.patience) < 0:
-            problems.append("every, batches and batch must be at least 1, seed and patience at least 0")
         if not (self.prompts or self.benchmarks or self.validation):
             problems.append("looks at nothing; name prompts, benchmarks or validation")
-        if not all(prompt.strip() for prompt in self.prompts):
-            problems.append("a prompt is empty; say what to draw")
         if self.keep_best and self.keep_best not in self.judges():
             named = ", ".join(self.judges()) or "none"
             problems.append(
@@ -309,7 +405,7 @@ class Recipe:
     train: Training
     dataset: Use | None = None  # where its method reads one
     pipeline: Parts = field(factory=Parts)
-    seed: int = 0
+    seed: int = field(default=0, validator=SEED)
     watch: Watch | None = None
 
 

@@ -18,7 +18,7 @@ PLUGINS = sorted(p.parent for p in (ROOT / "plugins").glob("*/__init__.py"))
 LAYERS = [
     {"types", "flow", "files"},
     {"protocols", "reading", "statistics"},
-    {"hookspecs"},
+    {"hookspecs", "validators"},
     {"catalog"},
     {"config", "card", "images"},
     {"hub"},

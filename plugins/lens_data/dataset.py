@@ -8,7 +8,6 @@ No picture is dropped at the end of a pass, so a bucket with few pictures has it
 from __future__ import annotations
 
 import hashlib
-import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lens_core.types import Batch, ConfigError, LensError, Text
+from lens_core.validators import PIXELS, SEED, each, integer, matching, real, text, within
 from lens_data import pictures
 from lens_data.buckets import LENS, Size, Table, assign
 from lens_data.caching import Cache, encoders, fill, latent_key, text_key
@@ -52,37 +52,24 @@ class Plan:
 class Settings:
     """What every dataset over a store can be told."""
 
-    store: str  # folder or URI of the training store
-    table: Table = LENS  # groups of (height, width) px, a group for each area
+    store: str = field(validator=text())  # folder or URI of the training store
+    # Groups of (height, width) px, a group for each area.
+    table: Table = field(default=LENS, validator=each(each(each(PIXELS), at_least=1), at_least=1))
     every_area: bool = False  # show a picture at each area that it fills; False: at the largest only
-    enlarge: float = 1.0  # factor by which a picture may be enlarged to fill a size
-    cut: float = 0.5  # share of a picture that the crop may cut off
-    dense: float = 1.0  # share of samples with the dense caption; the others have the brief one
-    seed: int = 0
-    cache: str = ""  # name of a cache that `lens data cache` filled: latents and text features are read instead
-    threads: int = 4  # batches that are read ahead, each in a thread of its own
+    enlarge: float = field(default=1.0, validator=real(above=0))  # factor by which a picture may grow to fill a size
+    cut: float = field(default=0.5, validator=real(at_least=0, below=1))  # share that the crop may cut off
+    # Share of samples with the dense caption; the others have the brief one.
+    dense: float = field(default=1.0, validator=within(0, 1))
+    seed: int = field(default=0, validator=SEED)
+    # Name of a cache that `lens data cache` filled: latents and text features are read instead.
+    cache: str = field(default="", validator=matching(r"[\w.-]*", "a name of letters, digits, _ . and -"))
+    # Batches that are read ahead, each in a thread of its own.
+    threads: int = field(default=4, validator=integer(at_least=1, at_most=256))
 
     def __attrs_post_init__(self) -> None:
-        if problems := self.problems():
-            raise ConfigError(problems)
-
-    def problems(self) -> list[str]:
-        found = []
-        sides = [side for group in self.table for size in group for side in size]
-        if not sides or not all(self.table) or min(sides) < 1:
-            found.append(f"table must hold groups of sizes in px, not {self.table}; [[[512, 512]]], say")
-        elif len({size for group in self.table for size in group}) < len(sides) // 2:
-            found.append("table names a size twice; remove one")
-        if self.seed < 0 or self.threads < 1:
-            found.append(f"threads must be at least 1 and seed at least 0, not {self.threads} and {self.seed}")
-        if not (0 <= self.dense <= 1 and 0 <= self.cut < 1 and self.enlarge > 0):
-            found.append(
-                f"dense must be in [0, 1], cut in [0, 1) and enlarge above 0, "
-                f"not {self.dense}, {self.cut} and {self.enlarge}; mend the recipe"
-            )
-        if not re.fullmatch(r"[\w.-]*", self.cache):
-            found.append(f"cache is a name of letters, digits, _ . and -, not {self.cache!r}")
-        return found
+        sizes = [size for group in self.table for size in group]
+        if len(set(sizes)) < len(sizes):
+            raise ConfigError("table names a size twice; remove one")
 
 
 class StoreDataset:
@@ -93,11 +80,8 @@ class StoreDataset:
 
     @frozen
     class Config(Settings):
-        batch: int = 64  # samples a step, all ranks together
-
-        def problems(self) -> list[str]:
-            found = super().problems()
-            return [*found, f"batch must be at least 1, not {self.batch}"] if self.batch < 1 else found
+        # Samples a step, all ranks together.
+        batch: int = field(default=64, validator=integer(at_least=1))
 
     def __init__(self, config: Any) -> None:
         self.config = config

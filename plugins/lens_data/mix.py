@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from lens_core.catalog import Catalog
-from lens_core.config import Use, build
-from lens_core.types import Batch, ConfigError
+from lens_core.config import Use, build, options
+from lens_core.types import Batch
+from lens_core.validators import SEED, each, real
 
 
 class Mix:
@@ -19,17 +20,9 @@ class Mix:
 
     @frozen
     class Config:
-        parts: tuple[Use, ...]  # datasets: [{use: store, …, share: 1.0}]; the share may be left out
-        seed: int = 0
-
-        def __attrs_post_init__(self) -> None:
-            shares = [use.options.get("share", 1.0) for use in self.parts]
-            if not self.parts:
-                raise ConfigError("mix: parts is empty; name at least one dataset")
-            if any(type(s) not in (int, float) or not 0 < s < float("inf") for s in shares):
-                raise ConfigError("mix: a share must be a positive number; leave out what counts for 0")
-            if self.seed < 0:
-                raise ConfigError(f"mix: seed is {self.seed}; it must be at least 0")
+        # Datasets: [{use: store, …, share: 1.0}]; the share may be left out.
+        parts: tuple[Use, ...] = field(validator=each(options(share=real(above=0)), at_least=1))
+        seed: int = field(default=0, validator=SEED)
 
         def uses(self) -> Iterator[tuple[str, str, Use]]:
             """What is checked with this config: (path, kind, use)."""

@@ -11,10 +11,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import field, frozen
 from numpy.typing import NDArray
 
 from lens_core.types import ConfigError
+from lens_core.validators import PIXELS, integer, real
 from lens_data.dataset import _CAPTION, _ORDER, Plan, Settings, StoreDataset
 from lens_data.packing import fill, flops, share, text_tokens
 
@@ -40,18 +41,11 @@ class PackedDataset(StoreDataset):
 
     @frozen
     class Config(Settings):
-        budget: float = 64.0  # work of a step, all ranks together, in pictures of the table's largest size without text
-        width: int = 1536  # channels of the backbone, which tell what its linears cost beside its attention
-        cell: int = 16  # px that a token of a picture is wide and high
-
-        def problems(self) -> list[str]:
-            found = super().problems()
-            if self.budget <= 0 or self.width < 1 or self.cell < 1:
-                found.append(
-                    f"budget must be above 0, width and cell at least 1, "
-                    f"not {self.budget}, {self.width} and {self.cell}; mend the recipe"
-                )
-            return found
+        # Work of a step, all ranks together, in pictures of the table's largest size without text.
+        budget: float = field(default=64.0, validator=real(above=0))
+        # Channels of the backbone, which tell what its linears cost beside its attention.
+        width: int = field(default=1536, validator=integer(at_least=1))
+        cell: int = field(default=16, validator=PIXELS)  # px that a token of a picture is wide and high
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

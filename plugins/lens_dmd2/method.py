@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lens_core import flow
 from lens_core.pipeline import to_pixels
-from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, Text, did_you_mean
+from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, Text
+from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, optional, real, within
 from lens_dmd2 import losses
 from lens_dmd2.heads import HEADS, Heads
 from lens_dmd2.losses import LEVELS, MATCHINGS, Schedule, Views, Weights
@@ -61,66 +62,44 @@ class DMD2:
 
     @frozen
     class Config:
-        steps: int = 4  # the student's
-        guidance_scale: float | None = None  # the teacher's; None: the pipeline's own
-        rollout: str = "ode"  # ode, as the student will sample | renoise
-        matching: str = "decoupled"  # decoupled | joint
-        ca: float = 1.0  # weighs the decoupled gradient towards guidance
-        dm: float = 1.0  # weighs the decoupled gradient towards the teacher
-        levels: str = "even"  # even | logit_normal: the noise levels that everything is compared at, before
-        shift: float = 3.0  # it moves them; 1 leaves them
-        floor: float = 0.1  # least distance from the teacher's guess that gradients are divided by, in latent units
-        critic_steps: int = 5  # updates of the fake (and the heads) before each of the generator
-        warmup: int = 0  # steps at the start in which the generator waits for the fake
-        ida: float = 0.97  # share of itself that the fake keeps after each update of the generator; 1: all
-        isg: float = 0.0  # weighs intra-segment guidance; 0: none
-        gan: float = 0.0  # weighs the discriminator in the generator's loss; 0: none
-        taps: str = "teacher"  # teacher | fake: whose features the discriminator reads
-        blocks: tuple[int, ...] = ()  # of it, that are read; needed with gan
-        head: str = "conv"  # conv | linear: what reads each of them
-        r1: float = 0.01  # weighs the squared norm of the discriminator's gradient at real latents
-        r1_sigma: float = 0.05  # of the differences that approximate it; below 0.03 bfloat16 rounds them away
-        real: float = 0.0  # share of draws that begin at a noised picture, not at what the student made until there
-        share: tuple[str, ...] = ()  # of generator and fake: those that stand on the teacher's weights, as adapters
-        sizes: tuple[tuple[int, int], ...] = ()  # px, for captions without pictures; (): the preset square
+        steps: int = field(default=4, validator=STEPS)  # the student's
+        # The teacher's; None: the pipeline's own.
+        guidance_scale: float | None = field(default=None, validator=optional(GUIDANCE))
+        # ode: as the student will sample.
+        rollout: str = field(default="ode", validator=one_of(*ROLLOUTS))
+        matching: str = field(default="decoupled", validator=one_of(*MATCHINGS))
+        ca: float = field(default=1.0, validator=WEIGHT)  # weighs the decoupled gradient towards guidance
+        dm: float = field(default=1.0, validator=WEIGHT)  # weighs the decoupled gradient towards the teacher
+        # The noise levels that everything is compared at, before `shift`.
+        levels: str = field(default="even", validator=one_of(*LEVELS))
+        shift: float = field(default=3.0, validator=real(above=0))  # it moves them; 1 leaves them
+        # Least distance from the teacher's guess that gradients are divided by, in latent units.
+        floor: float = field(default=0.1, validator=real(above=0))
+        # Updates of the fake (and the heads) before each of the generator.
+        critic_steps: int = field(default=5, validator=integer(at_least=1))
+        # Steps at the start in which the generator waits for the fake.
+        warmup: int = field(default=0, validator=integer(at_least=0))
+        # Share of itself that the fake keeps after each update of the generator; 1: all.
+        ida: float = field(default=0.97, validator=within(0, 1))
+        isg: float = field(default=0.0, validator=WEIGHT)  # weighs intra-segment guidance; 0: none
+        gan: float = field(default=0.0, validator=WEIGHT)  # weighs the discriminator in the generator's loss; 0: none
+        taps: str = field(default="teacher", validator=one_of("teacher", "fake"))  # whose features the heads read
+        # Of it, that are read; needed with gan.
+        blocks: tuple[int, ...] = field(default=(), validator=each(integer(at_least=0)))
+        head: str = field(default="conv", validator=one_of(*HEADS))  # what reads each of them
+        # Weighs the squared norm of the discriminator's gradient at real latents.
+        r1: float = field(default=0.01, validator=WEIGHT)
+        # Of the differences that approximate it; below 0.03 bfloat16 rounds them away.
+        r1_sigma: float = field(default=0.05, validator=real(above=0))
+        # Share of draws that begin at a noised picture, not at what the student made until there.
+        real: float = field(default=0.0, validator=within(0, 1))
+        # Of generator and fake: those that stand on the teacher's weights, as adapters.
+        share: tuple[str, ...] = field(default=(), validator=each(one_of("generator", "fake")))
+        # px, for captions without pictures; (): the preset square.
+        sizes: tuple[tuple[int, int], ...] = field(default=(), validator=each(each(PIXELS)))
 
         def __attrs_post_init__(self) -> None:
-            problems = [
-                f"dmd2: no {kind} is called {name!r}.{did_you_mean(name, known)}"
-                for kind, name, known in (
-                    ("rollout", self.rollout, ROLLOUTS),
-                    ("matching", self.matching, MATCHINGS),
-                    ("levels", self.levels, LEVELS),
-                    ("head", self.head, HEADS),
-                    ("taps", self.taps, ("teacher", "fake")),
-                )
-                if name not in known
-            ]
-            problems += [
-                f"dmd2: {name} is {getattr(self, name)}; it must be at least 1"
-                for name in ("steps", "critic_steps")
-                if getattr(self, name) < 1
-            ]
-            problems += [
-                f"dmd2: {name} is {getattr(self, name)}; it must be positive"
-                for name in ("shift", "floor", "r1_sigma")
-                if not getattr(self, name) > 0
-            ]
-            problems += [
-                f"dmd2: {name} is {getattr(self, name)}; it must not be negative"
-                for name in ("ca", "dm", "warmup", "isg", "gan", "r1")
-                if not getattr(self, name) >= 0
-            ]
-            problems += [
-                f"dmd2: {name} is {getattr(self, name)}; it is a share in [0, 1]"
-                for name in ("ida", "real")
-                if not 0 <= getattr(self, name) <= 1
-            ]
-            problems += [
-                f"dmd2: share names {role!r}; generator and fake can share the teacher's weights"
-                for role in self.share
-                if role not in ("generator", "fake")
-            ]
+            problems = []
             if self.share and self.ida < 1:
                 problems.append(f"dmd2: ida averages whole weights, which share makes one; use ida: 1, not {self.ida}")
             if self.gan and not self.blocks:

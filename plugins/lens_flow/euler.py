@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
 from lens_core.checkpoint import write_json
 from lens_core.types import ConfigError
+from lens_core.validators import optional, within
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x float32 [B,C,h,w], t float32 [B]) -> v [B,C,h,w]."""
@@ -36,11 +37,8 @@ class Scheduled:
 
     @frozen
     class Config:
-        mu: float | None = None  # the log odds that t = 1/2 is moved to; None: by image size and steps, as published
-
-        def __attrs_post_init__(self) -> None:
-            if self.mu is not None and not math.isfinite(self.mu):
-                raise ConfigError(f"mu is {self.mu}; give a finite number, or leave it out")
+        # The log odds that t = 1/2 is moved to; None: by image size and steps, as published.
+        mu: float | None = field(default=None, validator=optional(within(-50, 50)))
 
     def __init__(self, config: Config) -> None:
         self.config = config

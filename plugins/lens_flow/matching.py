@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor, nn
 
 from lens_core import flow
 from lens_core.pipeline import to_pixels
 from lens_core.protocols import BaseMethod
 from lens_core.types import Batch, ConfigError, LensError, Loss, Text
+from lens_core.validators import integer, real, within
 
 if TYPE_CHECKING:
     from lens_core.pipeline import LensPipeline
@@ -44,25 +45,22 @@ class FlowMatching(BaseMethod):
 
     @frozen
     class Config:
-        caption_dropout: float = 0.1  # share of captions replaced by the empty prompt, which guidance needs
-        base_tokens: int = 256  # latent cells at which logit(t) has the mean base_shift
-        base_shift: float = 0.5
-        max_tokens: int = 4096  # latent cells at which logit(t) has the mean max_shift
-        max_shift: float = 1.15
-        std: float = 1.0  # of logit(t)
+        # Share of captions replaced by the empty prompt, which guidance needs.
+        caption_dropout: float = field(default=0.1, validator=within(0, 1))
+        # Latent cells at which logit(t) has the mean base_shift, and max_shift.
+        base_tokens: int = field(default=256, validator=integer(at_least=1))
+        base_shift: float = field(default=0.5, validator=within(-50, 50))
+        max_tokens: int = field(default=4096, validator=integer(at_least=1))
+        max_shift: float = field(default=1.15, validator=within(-50, 50))
+        std: float = field(default=1.0, validator=real(above=0))  # of logit(t)
         cache_latents: bool = False  # keep the latents of pictures that have keys, in memory
         cache_texts: bool = False  # keep encoded captions in memory, for datasets that repeat them
 
         def __attrs_post_init__(self) -> None:
-            if not 0 <= self.caption_dropout <= 1:
-                raise ConfigError(f"flow_matching: caption_dropout is {self.caption_dropout}; it must be in [0, 1]")
-            if not 0 < self.base_tokens < self.max_tokens:
+            if self.base_tokens >= self.max_tokens:
                 raise ConfigError(
-                    f"flow_matching: base_tokens is {self.base_tokens}; it must be positive and below max_tokens "
-                    f"({self.max_tokens})"
+                    f"flow_matching: base_tokens is {self.base_tokens}; it must be below max_tokens ({self.max_tokens})"
                 )
-            if self.std <= 0:
-                raise ConfigError(f"flow_matching: std is {self.std}; it must be positive")
 
         def logit_mean(self, tokens: int) -> float:
             """The mean of logit(t) for pictures of `tokens` latent cells."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
 from lens_core.types import ConfigError
+from lens_core.validators import within
 from lens_flow.euler import Scheduled, Velocity, at
 
 
@@ -53,12 +54,7 @@ class EulerAncestral(Scheduled):
 
     @frozen
     class Config(Scheduled.Config):
-        eta: float = 1.0  # how much of a step is taken twice; 0 is Euler
-
-        def __attrs_post_init__(self) -> None:
-            super().__attrs_post_init__()
-            if not 0 <= self.eta <= 1:
-                raise ConfigError(f"euler_ancestral: eta is {self.eta}; it must be in [0, 1]")
+        eta: float = field(default=1.0, validator=within(0, 1))  # how much of a step is taken twice; 0 is Euler
 
     config: Config
     draws = True

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor, nn
 
 from lens_core.pipeline import to_pixels
 from lens_core.protocols import BaseMethod
 from lens_core.types import Batch, ConfigError, LensError, Loss
+from lens_core.validators import WEIGHT, integer, real, within
 
 if TYPE_CHECKING:
     from lens_core.pipeline import LensPipeline
@@ -26,29 +27,22 @@ class Autoencode(BaseMethod):
 
     @frozen
     class Config:
-        l1: float = 1.0
-        l2: float = 1.0
-        edges: float = 1.0  # weighs the error's differences between neighbours, down and across: keeps edges crisp
-        kl: float = 1e-6  # weighs the divergence in nats a latent element, KL(posterior, N(0, 1))
-        statistics_momentum: float = 0.01  # weight of the newest batch in the latent statistics
-        crop: int = 0  # px, side of a random square to learn from instead of the whole picture; 0: never
-        crop_share: float = 1.0  # of the steps that crop: whole pictures teach the norms their real extent
+        l1: float = field(default=1.0, validator=WEIGHT)
+        l2: float = field(default=1.0, validator=WEIGHT)
+        # Weighs the error's differences between neighbours, down and across: keeps edges crisp.
+        edges: float = field(default=1.0, validator=WEIGHT)
+        # Weighs the divergence in nats a latent element, KL(posterior, N(0, 1)).
+        kl: float = field(default=1e-6, validator=WEIGHT)
+        # Weight of the newest batch in the latent statistics.
+        statistics_momentum: float = field(default=0.01, validator=real(above=0, at_most=1))
+        # px, side of a random square to learn from instead of the whole picture; 0: never.
+        crop: int = field(default=0, validator=integer(at_least=0, at_most=2**16))
+        # Of the steps that crop: whole pictures teach the norms their real extent.
+        crop_share: float = field(default=1.0, validator=within(0, 1))
 
         def __attrs_post_init__(self) -> None:
-            for name in ("l1", "l2", "edges", "kl"):
-                if getattr(self, name) < 0:
-                    raise ConfigError(f"autoencode: {name} is {getattr(self, name)}; a weight must not be negative")
             if self.l1 + self.l2 == 0:
                 raise ConfigError("autoencode: l1 and l2 are both 0; raise one, or nothing is reconstructed")
-            if self.crop < 0 or not 0 <= self.crop_share <= 1:
-                raise ConfigError(
-                    f"autoencode: crop is {self.crop} px and crop_share {self.crop_share}; "
-                    "give at least 0 px and a share in [0, 1]"
-                )
-            if not 0 < self.statistics_momentum <= 1:
-                raise ConfigError(
-                    f"autoencode: statistics_momentum is {self.statistics_momentum}; it must be in (0, 1]"
-                )
 
     def __init__(self, config: Config, pipeline: LensPipeline) -> None:
         vae: Any = pipeline.vae

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from attrs import asdict, fields_dict, frozen
+from attrs import asdict, field, fields_dict, frozen
 from diffusers import AutoencoderKLFlux2
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -21,6 +21,7 @@ from lens_core.config import structure
 from lens_core.lazy import Lazy, read_lazy
 from lens_core.offload import Load
 from lens_core.types import CheckpointError, ConfigError, LensError
+from lens_core.validators import CHANNELS, LAYERS, each, optional, real
 from lens_flux2.single import adopt
 
 FOLDER = "vae"  # where a checkpoint keeps this component
@@ -37,37 +38,33 @@ class Flux2VAE(nn.Module):
     class Config:
         """The fields of the published `vae/config.json`; the defaults are the published model."""
 
-        block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # channels; every level but the last halves H, W
-        decoder_block_out_channels: tuple[int, ...] | None = None  # None: as the encoder
-        layers_per_block: int = 2
-        latent_channels: int = 32  # c
-        norm_num_groups: int = 32  # on a CPU, training is twice as fast with 16 channels a group or more
+        # Channels; every level but the last halves H, W.
+        block_out_channels: tuple[int, ...] = field(default=(128, 256, 512, 512), validator=each(CHANNELS, at_least=1))
+        # None: as the encoder.
+        decoder_block_out_channels: tuple[int, ...] | None = field(
+            default=None, validator=optional(each(CHANNELS, at_least=1))
+        )
+        layers_per_block: int = field(default=2, validator=LAYERS)
+        latent_channels: int = field(default=32, validator=CHANNELS)  # c
+        # On a CPU, training is twice as fast with 16 channels a group or more.
+        norm_num_groups: int = field(default=32, validator=CHANNELS)
         mid_block_add_attention: bool = True
         use_quant_conv: bool = True
         use_post_quant_conv: bool = True
-        batch_norm_eps: float = 1e-4
+        batch_norm_eps: float = field(default=1e-4, validator=real(above=0))
 
         def __attrs_post_init__(self) -> None:
-            for name in ("layers_per_block", "latent_channels", "norm_num_groups"):
-                if getattr(self, name) < 1:
-                    raise ConfigError(f"vae: {name} is {getattr(self, name)}; it must be at least 1")
-            if self.batch_norm_eps <= 0:
-                raise ConfigError(f"vae: batch_norm_eps is {self.batch_norm_eps}; it must be positive")
             for name in ("block_out_channels", "decoder_block_out_channels"):
                 widths = getattr(self, name)
-                if widths is not None and (not widths or any(n < 1 or n % self.norm_num_groups for n in widths)):
+                if widths is not None and any(n % self.norm_num_groups for n in widths):
                     raise ConfigError(
-                        f"vae: {name} is {list(widths)}; give one or more multiples of norm_num_groups "
-                        f"({self.norm_num_groups})"
+                        f"vae: {name} is {list(widths)}; give multiples of norm_num_groups ({self.norm_num_groups})"
                     )
             if self.decoder_block_out_channels and len(self.decoder_block_out_channels) != len(self.block_out_channels):
                 raise ConfigError(
                     f"vae: decoder_block_out_channels has {len(self.decoder_block_out_channels)} levels; "
                     f"block_out_channels has {len(self.block_out_channels)}, and both must match"
                 )
-
-    place = (FOLDER, "diffusion_pytorch_model")
-    single = "vae/flux2-vae.safetensors"
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from attrs import asdict, evolve, fields_dict, frozen
+from attrs import asdict, evolve, field, fields_dict, frozen
 from torch import Tensor, nn
 from transformers import DynamicCache, GptOssConfig, GptOssModel, PreTrainedTokenizerFast
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -24,6 +24,7 @@ from lens_core.checkpoint import blueprint, files, load_module, read_json, save_
 from lens_core.lazy import Lazy, read_lazy, write_lazy
 from lens_core.offload import Load
 from lens_core.types import CheckpointError, ConfigError, LensError, Text
+from lens_core.validators import CHANNELS, LAYERS, each, integer, matching, one_of
 from lens_gpt_oss.experts import pack, packed
 from lens_gpt_oss.single import PACKED, adopt, mxfp4
 from lens_gpt_oss.template import Wrapper, read_tokenizer
@@ -53,28 +54,30 @@ class GptOssEncoder(nn.Module):
     class Config:
         """The defaults are the published 20B model. All but the last four fields are those of its `config.json`."""
 
-        vocab_size: int = 201088  # V
-        hidden_size: int = 2880  # D
-        intermediate_size: int = 2880
-        num_hidden_layers: int = 24
-        num_attention_heads: int = 64
-        num_key_value_heads: int = 8
-        head_dim: int = 64
-        num_local_experts: int = 32  # E
-        num_experts_per_tok: int = 4
-        sliding_window: int = 128  # tokens; on layers 0, 2, …
-        selected_layers: tuple[int, ...] = (5, 11, 17, 23)  # 0-based, ascending; features are taken after them
-        date: str = "2026-05-20"  # YYYY-MM-DD: the day the conversation claims it is, whatever today is
-        max_length: int = 512  # tokens of the whole rendering
-        experts: str = "auto"  # kept in 4 bits if they are so on disk, else eager; or unpacked for one of transformers'
-        # kernels: eager is the fastest on a CPU, grouped_mm suits a GPU
+        vocab_size: int = field(default=201088, validator=integer(at_least=1))  # V
+        hidden_size: int = field(default=2880, validator=CHANNELS)  # D
+        intermediate_size: int = field(default=2880, validator=CHANNELS)
+        num_hidden_layers: int = field(default=24, validator=LAYERS)  # N
+        num_attention_heads: int = field(default=64, validator=CHANNELS)
+        num_key_value_heads: int = field(default=8, validator=CHANNELS)
+        head_dim: int = field(default=64, validator=CHANNELS)
+        num_local_experts: int = field(default=32, validator=CHANNELS)  # E
+        num_experts_per_tok: int = field(default=4, validator=CHANNELS)
+        sliding_window: int = field(default=128, validator=integer(at_least=1))  # tokens; on layers 0, 2, …
+        # 0-based, ascending; features are taken after them.
+        selected_layers: tuple[int, ...] = field(
+            default=(5, 11, 17, 23), validator=each(integer(at_least=0), at_least=1)
+        )
+        # The day the conversation claims it is, whatever today is.
+        date: str = field(
+            default="2026-05-20", validator=matching(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", "a day as YYYY-MM-DD")
+        )
+        max_length: int = field(default=512, validator=integer(at_least=1))  # tokens of the whole rendering
+        # Kept in 4 bits if they are so on disk, else eager; or unpacked for one of transformers' kernels: eager is the
+        # fastest on a CPU, grouped_mm suits a GPU.
+        experts: str = field(default="auto", validator=one_of("auto", "eager", "grouped_mm", "batched_mm"))
 
         def __attrs_post_init__(self) -> None:
-            for name, value in asdict(self).items():
-                if isinstance(value, int) and value < 1:
-                    raise ConfigError(f"gpt_oss: {name} is {value}; it must be at least 1")
-            if self.num_hidden_layers > 1024:  # transformers makes a list of them
-                raise ConfigError(f"gpt_oss: num_hidden_layers is {self.num_hidden_layers}; it must be at most 1024")
             if self.num_attention_heads % self.num_key_value_heads:
                 raise ConfigError(
                     f"gpt_oss: num_attention_heads is {self.num_attention_heads}; "
@@ -88,23 +91,15 @@ class GptOssEncoder(nn.Module):
                     f"there are only {self.num_local_experts} experts (num_local_experts)"
                 )
             taps = self.selected_layers
-            if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= self.num_hidden_layers:
+            if list(taps) != sorted(set(taps)) or taps[-1] >= self.num_hidden_layers:
                 raise ConfigError(
                     f"gpt_oss: selected_layers is {list(taps)}; "
                     f"give ascending layers from 0 to {self.num_hidden_layers - 1}"
                 )
-            if self.experts not in ("auto", "eager", "grouped_mm", "batched_mm"):
-                raise ConfigError(f"gpt_oss: experts is {self.experts!r}; give auto, eager, grouped_mm or batched_mm")
             try:
-                canonical = day.fromisoformat(self.date).isoformat() == self.date
-            except ValueError:
-                canonical = False
-            if not canonical:
-                raise ConfigError(f"gpt_oss: date is {self.date!r}; give a day as YYYY-MM-DD")
-
-    place = (FOLDER, STEM)
-    beside = (TOKENIZER,)
-    single = "text_encoders/gpt_oss.safetensors"
+                day.fromisoformat(self.date)
+            except ValueError as error:
+                raise ConfigError(f"gpt_oss: date is {self.date!r}; there is no such day") from error
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -7,13 +7,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from lens_core.protocols import BaseMethod
 from lens_core.types import Batch, ConfigError, Loss
+from lens_core.validators import WEIGHT, integer
 from lens_gpt_oss.encoder import GptOssEncoder
 from lens_gpt_oss.template import train_tokenizer, wrap_tokenizer
 
@@ -26,16 +27,10 @@ class LanguageModel(BaseMethod):
 
     @frozen
     class Config:
-        tokenizer_batches: int = 50  # batches whose captions make the tokenizer, if the encoder has none yet
-        balance: float = 0.01  # weighs the imbalance, which is 1 when every expert gets an equal share
-
-        def __attrs_post_init__(self) -> None:
-            if self.tokenizer_batches < 1:
-                raise ConfigError(
-                    f"language_model: tokenizer_batches is {self.tokenizer_batches}; it must be at least 1"
-                )
-            if self.balance < 0:
-                raise ConfigError(f"language_model: balance is {self.balance}; a weight must not be negative")
+        # Batches whose captions make the tokenizer, if the encoder has none yet.
+        tokenizer_batches: int = field(default=50, validator=integer(at_least=1))
+        # Weighs the imbalance, which is 1 when every expert gets an equal share.
+        balance: float = field(default=0.01, validator=WEIGHT)
 
     def __init__(self, config: Config, pipeline: LensPipeline) -> None:
         encoder: Any = pipeline.text_encoder

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit, urlunsplit
 from attrs import field, frozen, mutable
 
 from lens_core.types import ConfigError, LensError, Message
+from lens_core.validators import integer, optional, real, text
 from lens_llm.redaction import LEAST, redact, redact_all
 from lens_llm.transport import Answer, NotSent, TooLarge, check_url, post
 
@@ -37,7 +38,7 @@ R = TypeVar("R")
 TRANSIENT = frozenset({408, 429})  # and 5xx: the same request may succeed later
 LONGEST = 60.0  # seconds of backoff at most; an endpoint may ask for more, up to `patience`
 LARGEST = 4 << 20  # bytes of an answer, decompressed; also of a cache entry
-DAY = 86_400.0  # seconds: the longest that `timeout` and `patience` may be
+SECONDS = real(above=0, at_most=86_400)  # up to a day
 OFFICIAL = "https://api.openai.com/v1"
 
 # How endpoints name the end of an answer. What is in none of these sets is an answer that was not finished.
@@ -114,28 +115,29 @@ class OpenAI:
 
     @frozen
     class Config:
-        model: str
-        base_url: str | None = None  # None: OPENAI_BASE_URL, or else OpenAI's own
+        model: str = field(validator=text())
+        base_url: str | None = field(default=None, validator=optional(text()))  # None: OPENAI_BASE_URL, or OpenAI's own
         key_env: str = "OPENAI_API_KEY"  # the NAME of the variable that holds the key
-        timeout: float = 60.0  # seconds for a whole request, from the first byte sent to the last one read
-        retries: int = 4  # after the first attempt
-        patience: float = 120.0  # seconds; an endpoint that asks to wait longer has failed
-        concurrency: int = 8  # requests at a time in `map`
-        temperature: float = 0.0
-        max_tokens: int = 1024  # of an answer
-        image_tokens: int = 1500  # of one picture, for estimates
-        price_in: float = 0.0  # USD per million tokens
-        price_out: float = 0.0
-        max_calls: int | None = None  # requests of this client, retries included
-        max_usd: float | None = None
-        cache: str | None = None  # folder
+        # Seconds for a whole request, from the first byte sent to the last one read.
+        timeout: float = field(default=60.0, validator=SECONDS)
+        retries: int = field(default=4, validator=integer(at_least=0))  # after the first attempt
+        # Seconds; an endpoint that asks to wait longer has failed.
+        patience: float = field(default=120.0, validator=SECONDS)
+        concurrency: int = field(default=8, validator=integer(at_least=1, at_most=1000))  # requests at a time in `map`
+        temperature: float = field(default=0.0, validator=real(at_least=0))
+        max_tokens: int = field(default=1024, validator=integer(at_least=1, at_most=10**7))  # of an answer
+        image_tokens: int = field(default=1500, validator=integer(at_least=0))  # of one picture, for estimates
+        price_in: float = field(default=0.0, validator=real(at_least=0))  # USD per million tokens
+        price_out: float = field(default=0.0, validator=real(at_least=0))
+        # Requests of this client, retries included.
+        max_calls: int | None = field(default=None, validator=optional(integer(at_least=0)))
+        max_usd: float | None = field(default=None, validator=optional(real(at_least=0)))
+        cache: str | None = field(default=None, validator=optional(text()))  # folder
         rename: dict[str, str] = field(factory=dict)  # fields of a request, as in {max_tokens: max_completion_tokens}
         request: dict[str, Any] = field(factory=dict)  # fields to set, as in {top_p: 0.9}; null leaves a field out
 
         def __attrs_post_init__(self) -> None:
-            problems = [*_of_numbers(self), *_of_request(self)]
-            if not self.model:
-                problems.append("model is empty; name one that the endpoint offers")
+            problems = [*_of_request(self)]
             if not _is_name(self.key_env):  # whoever pastes the key itself must not read it in an error
                 problems.append("key_env must be the name of an environment variable, such as OPENAI_API_KEY")
             flaw = check_url(self.base_url) if self.base_url else None
@@ -490,21 +492,6 @@ class OpenAI:
 
 # The names under which endpoints take the limit of an answer.
 LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens")
-
-
-def _of_numbers(c: OpenAI.Config) -> Iterator[str]:
-    """What is wrong with the numbers of a config."""
-    if not all(0 < s <= DAY for s in (c.timeout, c.patience)):
-        yield f"timeout and patience must be positive, and {DAY:g} s at most, not {c.timeout} and {c.patience}"
-    if not 1 <= c.concurrency <= 1000 or not 1 <= c.max_tokens <= 10**7:
-        yield (
-            f"concurrency and max_tokens must be at least 1, and 1000 and 10,000,000 at most, not {c.concurrency} "
-            f"and {c.max_tokens}"
-        )
-    if not all(0 <= n < math.inf for n in (c.retries, c.temperature, c.image_tokens, c.price_in, c.price_out)):
-        yield "retries, temperature, image_tokens and prices must be finite and not negative"
-    if not all(n is None or 0 <= n < math.inf for n in (c.max_calls, c.max_usd)):
-        yield f"max_calls and max_usd must be finite and not negative, not {c.max_calls} and {c.max_usd}"
 
 
 def _of_request(c: OpenAI.Config) -> Iterator[str]:

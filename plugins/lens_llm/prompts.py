@@ -15,13 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from lens_core import reading
 from lens_core.catalog import Catalog
 from lens_core.config import Use, build
 from lens_core.reading import shown
 from lens_core.types import ConfigError, Prompt, Score
+from lens_core.validators import integer, one_of, optional, real, text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,17 +73,13 @@ class PromptFile:
 
     @frozen
     class Config:
-        path: str
-        split: str | None = None  # train | eval; None: all
-        rubrics: int | None = 10  # beside the global one; null: any number
-        alike: float | None = ALIKE  # share of common words from which two prompts are one too many; null: equal ones
+        path: str = field(validator=text())
+        split: str | None = field(default=None, validator=optional(one_of(*SPLITS)))  # None: all
+        # Beside the global one; null: any number.
+        rubrics: int | None = field(default=10, validator=optional(integer(at_least=0)))
+        # Share of common words from which two prompts are one too many; null: equal ones.
+        alike: float | None = field(default=ALIKE, validator=optional(real(above=0, at_most=1)))
         reward: Use | None = None
-
-        def __attrs_post_init__(self) -> None:
-            if self.split not in (None, *SPLITS):
-                raise ConfigError(f"prompts: no split is called {self.split!r}; use 'train' or 'eval'")
-            if self.alike is not None and not 0 < self.alike <= 1:
-                raise ConfigError(f"prompts: alike is a share in (0, 1], not {self.alike}")
 
         def uses(self) -> Iterator[tuple[str, str, Use]]:
             """What is checked with this config: (path, kind, use)."""

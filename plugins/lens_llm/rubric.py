@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from lens_core.catalog import Catalog
 from lens_core.config import Use, build
 from lens_core.types import ConfigError, LensError, Message, Prompt, Score
+from lens_core.validators import SEED, within
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,14 +73,8 @@ class RubricReward:
     class Config:
         llm: Use  # as in {use: openai, model: gpt-4.1-mini}
         gate: bool = False  # value = mean of the rubrics * the global one, instead of a mean over all
-        least: float = 0.7  # share of the verdicts that must count (not be na)
-        seed: int = 0  # of the order in which a judge reads the rubrics
-
-        def __attrs_post_init__(self) -> None:
-            if not 0 <= self.least <= 1 or self.seed < 0:
-                raise ConfigError(
-                    f"rubric: least is a share in [0, 1] and seed at least 0, not {self.least} and {self.seed}"
-                )
+        least: float = field(default=0.7, validator=within(0, 1))  # share of the verdicts that must count (not be na)
+        seed: int = field(default=0, validator=SEED)  # of the order in which a judge reads the rubrics
 
         def uses(self) -> Iterator[tuple[str, str, Use]]:
             """What is checked with this config: (path, kind, use)."""

@@ -17,6 +17,7 @@ from attrs import field, frozen
 from lens_core import reading
 from lens_core.config import Use, structure
 from lens_core.types import ConfigError, LensError, Message
+from lens_core.validators import PIXELS, SEED, each, integer, real, text
 from lens_llm.prompts import ALIKE, SCHEMA, _twins, write
 
 DIMENSIONS = ("attribute", "spatial", "count", "interaction", "colour")
@@ -44,31 +45,19 @@ class Taxonomy:
     """What a set is to be about: classes -> subclasses -> items, and how its prompts are made."""
 
     llm: Use  # as in {use: openai, model: gpt-4.1, cache: prompt-cache}
-    license: str  # of the set, for its provenance
+    license: str = field(validator=text())  # of the set, for its provenance
     classes: dict[str, dict[str, tuple[str, ...]]]
-    prompts_per_item: int = 1
-    rubrics: int = 10  # beside the global one
-    eval: float = 0.1  # share of items kept for evaluation
-    sizes: tuple[tuple[int, int], ...] = ()  # height, width px, offered to every prompt
-    dimensions: tuple[str, ...] = field(default=DIMENSIONS)
-    seed: int = 0
+    prompts_per_item: int = field(default=1, validator=integer(at_least=1))
+    rubrics: int = field(default=10, validator=integer(at_least=1))  # beside the global one
+    eval: float = field(default=0.1, validator=real(at_least=0, below=1))  # share of items kept for evaluation
+    # Height, width px, offered to every prompt.
+    sizes: tuple[tuple[int, int], ...] = field(default=(), validator=each(each(PIXELS)))
+    dimensions: tuple[str, ...] = field(default=DIMENSIONS, validator=each(text(), at_least=1))
+    seed: int = field(default=0, validator=SEED)
 
     def __attrs_post_init__(self) -> None:
-        problems = []
         if not any(items for subclasses in self.classes.values() for items in subclasses.values()):
-            problems.append("classes holds no item; write classes: {animal: {bird: [parrot]}}")
-        if min(self.prompts_per_item, self.rubrics) < 1:
-            problems.append(
-                f"prompts_per_item and rubrics must be at least 1, not {self.prompts_per_item} and {self.rubrics}"
-            )
-        if not 0 <= self.eval < 1:
-            problems.append(f"eval is a share in [0, 1), not {self.eval}")
-        if not self.dimensions:
-            problems.append(f"dimensions is empty; leave it out for {', '.join(DIMENSIONS)}")
-        if not self.license.strip():
-            problems.append("license is empty; name one")
-        if problems:
-            raise ConfigError(problems)
+            raise ConfigError("classes holds no item; write classes: {animal: {bird: [parrot]}}")
 
 
 @frozen

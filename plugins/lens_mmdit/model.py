@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from attrs import asdict, fields_dict, frozen
+from attrs import asdict, field, fields_dict, frozen
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -27,6 +27,7 @@ from lens_core.checkpoint import blueprint, load_module, read_weights, save_modu
 from lens_core.lazy import Lazy, read_lazy
 from lens_core.offload import Load
 from lens_core.types import ConfigError, NumericalError, Text, did_you_mean
+from lens_core.validators import CHANNELS, LAYERS, each, integer, optional
 from lens_mmdit.modulation import Modulation, Tabulating
 from lens_mmdit.segments import Segments, attend_within, spread
 from lens_mmdit.single import adopt
@@ -293,32 +294,28 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
     class Config:
         """The fields of the published `transformer/config.json`; the defaults are the published model."""
 
-        patch_size: int = 2  # latent pixels a token is wide, folded into channels by the VAE component
-        in_channels: int = 128  # latent channels C, = patch_size^2 * out_channels
-        out_channels: int = 32  # channels of an unfolded latent pixel
-        num_layers: int = 48  # blocks
-        attention_head_dim: int = 64  # channels a head
-        num_attention_heads: int = 24
-        inner_dim: int | None = None  # width of both streams; always heads * head width
-        enc_hidden_dim: int = 2880  # width of a text feature
-        axes_dims_rope: tuple[int, ...] = (8, 28, 28)  # channels of a head that turn with frame, height, width
+        # Latent pixels a token is wide, folded into channels by the VAE component.
+        patch_size: int = field(default=2, validator=integer(at_least=1, at_most=256))
+        in_channels: int = field(default=128, validator=CHANNELS)  # latent channels C, = patch_size^2 * out_channels
+        out_channels: int = field(default=32, validator=CHANNELS)  # channels of an unfolded latent pixel
+        num_layers: int = field(default=48, validator=LAYERS)  # blocks
+        attention_head_dim: int = field(default=64, validator=CHANNELS)  # channels a head
+        num_attention_heads: int = field(default=24, validator=CHANNELS)
+        # Width of both streams; always heads * head width.
+        inner_dim: int | None = field(default=None, validator=optional(CHANNELS))
+        enc_hidden_dim: int = field(default=2880, validator=CHANNELS)  # width of a text feature
+        # Channels of a head that turn with frame, height, width.
+        axes_dims_rope: tuple[int, ...] = field(default=(8, 28, 28), validator=each(integer(at_least=0, at_most=2**16)))
         gate_mlp: bool = True  # SwiGLU
         rms_norm: bool = True
         multi_layer_encoder_feature: bool = True
-        selected_layer_index: tuple[int, ...] = (
-            5,
-            11,
-            17,
-            23,
-        )  # encoder layers that feed the text stream; only how many
+        # Encoder layers that feed the text stream; only how many.
+        selected_layer_index: tuple[int, ...] = field(
+            default=(5, 11, 17, 23), validator=each(integer(at_least=0), at_least=1)
+        )
 
         def __attrs_post_init__(self) -> None:
             problems = [
-                f"backbone: {name} is {getattr(self, name)}; it must be at least 1"
-                for name in ("patch_size", "out_channels", "num_layers", "num_attention_heads", "enc_hidden_dim")
-                if getattr(self, name) < 1
-            ]
-            problems += [
                 f"backbone: {name} is False; only True, as published, is implemented"
                 for name in ("gate_mlp", "rms_norm", "multi_layer_encoder_feature")
                 if not getattr(self, name)
@@ -334,13 +331,11 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
                     f"{self.patch_size**2 * self.out_channels}"
                 )
             axes = self.axes_dims_rope
-            if len(axes) != 3 or any(d < 0 or d % 2 for d in axes) or sum(axes) != self.attention_head_dim:
+            if len(axes) != 3 or any(d % 2 for d in axes) or sum(axes) != self.attention_head_dim:
                 problems.append(
                     f"backbone: axes_dims_rope is {list(axes)}; it must be three even numbers that add up to "
                     f"attention_head_dim = {self.attention_head_dim}"
                 )
-            if not self.selected_layer_index:
-                problems.append("backbone: selected_layer_index is empty; name at least one encoder layer")
             if problems:
                 raise ConfigError(problems)
 

@@ -8,14 +8,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor, nn
 
 from lens_core import adapters, flow
 from lens_core.catalog import Catalog
-from lens_core.config import Use, build, structure
+from lens_core.config import Use, build, options, structure
 from lens_core.ranks import seed_of
 from lens_core.types import ConfigError, LensError, Loss, Place, Prompt, Text, did_you_mean
+from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, real, within
 from lens_nft.objective import Advantages, advantages, optimality, reflected_loss, squared_distance
 from lens_nft.panel import Judge, Verdicts, judge, spent
 from lens_nft.rollout import Order, Picture, acting, alike, chosen, diversity, draw
@@ -66,60 +67,45 @@ class DiffusionNFT:
     @frozen
     class Config:
         prompts: Use  # a benchmark whose prompts are learned from, as in {use: shapes, split: train}
-        rewards: tuple[Use, ...]  # judges: [{use: rubric, …, weight: 1.0, fallback: {use: …}}]; both may be left out
+        # Judges: [{use: rubric, …, weight: 1.0, fallback: {use: …}}]; weight and fallback may be left out.
+        rewards: tuple[Use, ...] = field(validator=each(options(weight=real(above=0)), at_least=1))
         tasks: tuple[str, ...] = ()  # of the benchmark's tasks, those whose prompts are used; (): all
-        prompts_per_rollout: int = 48
-        pictures_per_prompt: int = 24
-        sizes: tuple[tuple[int, int], ...] = ()  # height, width px, one for each prompt of a rollout; (): the preset
-        rollout_steps: int = 20
-        rollout_guidance: float = 1.0
-        train_guidance: float = 1.0
-        times: int = 9  # at how many times t each picture is learned, spread over the sampler's schedule
-        common_noise: bool = (
-            False  # the pictures of a prompt share times and noises: what they share cancels in the sum
+        prompts_per_rollout: int = field(default=48, validator=integer(at_least=1))
+        pictures_per_prompt: int = field(default=24, validator=integer(at_least=2))  # a group of one has no advantage
+        # Height, width px, one for each prompt of a rollout; (): the preset.
+        sizes: tuple[tuple[int, int], ...] = field(default=(), validator=each(each(PIXELS)))
+        rollout_steps: int = field(default=20, validator=STEPS)
+        rollout_guidance: float = field(default=1.0, validator=GUIDANCE)
+        train_guidance: float = field(default=1.0, validator=GUIDANCE)
+        # At how many times t each picture is learned, spread over the sampler's schedule.
+        times: int = field(default=9, validator=integer(at_least=1))
+        # The pictures of a prompt share times and noises: what they share cancels in the sum.
+        common_noise: bool = False
+        updates: int = field(default=1, validator=integer(at_least=1))  # optimizer steps a rollout, a part of it each
+        batch: int = field(default=8, validator=integer(at_least=1))  # pictures drawn, or learned, at once
+        # x0: self-normalised, as in the paper's code; velocity: as in its text.
+        form: Literal["x0", "velocity"] = field(default="x0", validator=one_of("x0", "velocity"))
+        # How far the velocity is mirrored beyond the old one; smaller is faster and less stable.
+        beta: float = field(default=0.1, validator=real(above=0))
+        # Advantages beyond this, in standard deviations, count as this.
+        advantage_clip: float = field(default=5.0, validator=real(above=0))
+        # Weighs the squared distance to the velocity at the start; 0 keeps no copy of it.
+        kl: float = field(default=1e-4, validator=WEIGHT)
+        # Over what rewards' standard deviation is taken.
+        spread: Literal["group", "rollout"] = field(default="group", validator=one_of("group", "rollout"))
+        # Several rewards.
+        combine: Literal["normalise_then_sum", "sum_then_normalise"] = field(
+            default="normalise_then_sum", validator=one_of("normalise_then_sum", "sum_then_normalise")
         )
-        updates: int = 1  # optimizer steps a rollout, each on a part of its pictures
-        batch: int = 8  # pictures drawn, or learned, at once
-        form: Literal["x0", "velocity"] = "x0"  # x0: self-normalised, as in the paper's code; velocity: as in its text
-        beta: float = 0.1  # how far the velocity is mirrored beyond the old one; smaller is faster and less stable
-        advantage_clip: float = 5.0  # advantages beyond this, in standard deviations, count as this
-        kl: float = 1e-4  # weighs the squared distance to the velocity at the start; 0 keeps no copy of it
-        spread: Literal["group", "rollout"] = "group"  # over what rewards' standard deviation is taken
-        combine: Literal["normalise_then_sum", "sum_then_normalise"] = "normalise_then_sum"  # several rewards
-        floor: float = 1e-4  # least standard deviation, in the reward's units; the noise of a judge that has some
-        old_wait: int = 0  # optimizer steps for which old is simply the policy of the last rollout
-        old_rise: float = 0.001  # by how much its lag grows a step from then on: old = lag old + (1 - lag) policy
-        old_limit: float = 0.5  # up to which lag; 1 freezes it
-        max_failed: float = 0.05  # share of failed verdicts beyond which a rollout is thrown away
-
-        def __attrs_post_init__(self) -> None:
-            problems = []
-            if not self.rewards:
-                problems.append("rewards is empty; name at least one")
-            if any(type(w) not in (int, float) or w <= 0 for w in (u.options.get("weight", 1.0) for u in self.rewards)):
-                problems.append("the weight of a reward must be a positive number; leave out what counts for 0")
-            if self.pictures_per_prompt < 2:
-                problems.append(f"pictures_per_prompt is {self.pictures_per_prompt}; there is no group of less than 2")
-            for name in ("prompts_per_rollout", "rollout_steps", "times", "updates", "batch"):
-                if getattr(self, name) < 1:
-                    problems.append(f"{name} is {getattr(self, name)}; it must be at least 1")
-            for name in ("beta", "advantage_clip", "floor"):
-                if getattr(self, name) <= 0:
-                    problems.append(f"{name} is {getattr(self, name)}; it must be positive")
-            for name in ("kl", "old_wait", "old_rise"):
-                if getattr(self, name) < 0:
-                    problems.append(f"{name} is {getattr(self, name)}; it must not be negative")
-            for name in ("old_limit", "max_failed"):
-                if not 0 <= getattr(self, name) <= 1:
-                    problems.append(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
-            if self.form not in ("x0", "velocity"):
-                problems.append(f"form must be x0 or velocity, not {self.form!r}")
-            if self.combine not in ("normalise_then_sum", "sum_then_normalise"):
-                problems.append(f"combine must be normalise_then_sum or sum_then_normalise, not {self.combine!r}")
-            if self.spread not in ("group", "rollout"):
-                problems.append(f"spread must be group or rollout, not {self.spread!r}")
-            if problems:
-                raise ConfigError([f"diffusion_nft: {p}" for p in problems])
+        # Least standard deviation, in the reward's units; the noise of a judge that has some.
+        floor: float = field(default=1e-4, validator=real(above=0))
+        # Optimizer steps for which old is simply the policy of the last rollout.
+        old_wait: int = field(default=0, validator=integer(at_least=0))
+        # By how much its lag grows a step from then on: old = lag old + (1 - lag) policy.
+        old_rise: float = field(default=0.001, validator=real(at_least=0))
+        old_limit: float = field(default=0.5, validator=within(0, 1))  # up to which lag; 1 freezes it
+        # Share of failed verdicts beyond which a rollout is thrown away.
+        max_failed: float = field(default=0.05, validator=within(0, 1))
 
         def uses(self) -> Iterator[tuple[str, str, Use]]:
             """(path, kind, use) of every component that these options name: they are checked with the recipe."""

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
-from lens_core.types import ConfigError, Prompt, Score, did_you_mean
+from lens_core.types import Prompt, Score
+from lens_core.validators import SEED, each, integer, one_of, within
 from lens_shapes.captions import NUMBERS, _named, _plural, dense, prompt
 from lens_shapes.reader import NAMES, Reading, judge, read
 from lens_shapes.scenes import COLOURS, GENEVAL, RELATIONS, TASKS, asked, sample
@@ -134,11 +135,7 @@ class ShapesRubrics:
 
     @frozen
     class Config:
-        least: float = 0.7  # share of the rubrics that must have a verdict
-
-        def __attrs_post_init__(self) -> None:
-            if not 0 <= self.least <= 1:
-                raise ConfigError(f"least is a share in [0, 1], not {self.least}")
+        least: float = field(default=0.7, validator=within(0, 1))  # share of the rubrics that must have a verdict
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -171,25 +168,13 @@ class ShapesBenchmark:
 
     @frozen
     class Config:
-        prompts: int = 500
-        seed: int = 0
-        split: Literal["train", "heldout"] = "heldout"
-        tasks: tuple[str, ...] = (*GENEVAL, "words")  # kinds of scene that are asked for; `scenes.TASKS` has them all
+        prompts: int = field(default=500, validator=integer(at_least=1))
+        seed: int = field(default=0, validator=SEED)
+        split: Literal["train", "heldout"] = field(default="heldout", validator=one_of("train", "heldout"))
+        # Kinds of scene that are asked for; `scenes.TASKS` has them all.
+        tasks: tuple[str, ...] = field(default=(*GENEVAL, "words"), validator=each(one_of(*TASKS), at_least=1))
         dense: bool = False  # asked for at length, as a prompt enhancer would; the facts judged are the short prompt's
         largest: bool = False  # scenes whose things are as large as their number allows; long prompts tell of it
-
-        def __attrs_post_init__(self) -> None:
-            if self.prompts < 1 or self.seed < 0:
-                raise ConfigError(
-                    f"prompts must be at least 1, seed at least 0, not {self.prompts} and {self.seed}; try 500 and 0"
-                )
-            if self.split not in ("train", "heldout"):
-                raise ConfigError(f"no split is called {self.split!r}; use 'heldout' or 'train'")
-            if not self.tasks:
-                raise ConfigError("tasks is empty; name at least one, or leave it out")
-            for task in self.tasks:
-                if task not in TASKS:
-                    raise ConfigError(f"no kind of scene is called {task!r}.{did_you_mean(task, TASKS)}")
 
     def __init__(self, config: Config) -> None:
         self.config = config

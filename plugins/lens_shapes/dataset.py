@@ -10,7 +10,8 @@ import torch
 from attrs import field, frozen
 from numpy.typing import NDArray
 
-from lens_core.types import Batch, ConfigError, did_you_mean
+from lens_core.types import Batch, ConfigError
+from lens_core.validators import SEED, each, integer, one_of, optional, real, within
 from lens_shapes.captions import brief, dense
 from lens_shapes.render import render
 from lens_shapes.scenes import TASKS, Scene, sample
@@ -23,41 +24,32 @@ class ShapesDataset:
 
     @frozen
     class Config:
-        sizes: tuple[tuple[int, int], ...] = (
-            (128, 128),
-            (96, 160),
-            (160, 96),
-            (112, 144),
-            (144, 112),
-        )  # height, width px
-        batch: int = 64  # samples a step, all ranks together
-        count: int = 0  # scenes in the pool, drawn again in shuffled epochs; 0: every scene is new
-        dense: float = 0.2  # share of batches with dense captions; the others are brief
-        seed: int = 0
+        # Height, width px.
+        sizes: tuple[tuple[int, int], ...] = field(
+            default=((128, 128), (96, 160), (160, 96), (112, 144), (144, 112)),
+            validator=each(each(integer(at_least=64, at_most=4096)), at_least=1),
+        )
+        batch: int = field(default=64, validator=integer(at_least=1))  # samples a step, all ranks together
+        # Scenes in the pool, drawn again in shuffled epochs; 0: every scene is new.
+        count: int = field(default=0, validator=integer(at_least=0))
+        # Share of batches with dense captions; the others are brief.
+        dense: float = field(default=0.2, validator=within(0, 1))
+        seed: int = field(default=0, validator=SEED)
         images: bool = True  # False: captions only
         largest: bool = False  # things as large as their number allows, instead of any size
-        tasks: dict[str, float] | None = field(default=None)  # weight of each kind of scene; None: the usual mixture
+        # Weight of each kind of scene; None: the usual mixture.
+        tasks: dict[str, float] | None = field(
+            default=None, validator=optional(each(real(at_least=0), at_least=1, keys=one_of(*TASKS)))
+        )
 
         def __attrs_post_init__(self) -> None:
-            if not self.sizes or any(min(size) < 64 or max(size) > 2 * min(size) for size in self.sizes):
-                raise ConfigError(
-                    f"sizes must be at least 64 px and at most 2:1, not {self.sizes}; use (128, 128), say"
-                )
-            if self.batch < 1 or self.seed < 0 or not 0 <= self.dense <= 1:
-                raise ConfigError(
-                    f"batch must be at least 1, seed at least 0 and dense in [0, 1], "
-                    f"not {self.batch}, {self.seed} and {self.dense}; mend the recipe"
-                )
+            if any(max(size) > 2 * min(size) for size in self.sizes):
+                raise ConfigError(f"sizes must be at most 2:1, not {self.sizes}; use (128, 128), say")
             if self.count and self.count < self.batch * len(self.sizes):
                 raise ConfigError(
                     f"count is {self.count}, too few to fill a batch of each size; "
                     f"use 0 or at least {self.batch * len(self.sizes)} (batch x sizes)"
                 )
-            for name, weight in (self.tasks or {}).items():
-                if name not in TASKS:
-                    raise ConfigError(f"no kind of scene is called {name!r}.{did_you_mean(name, TASKS)}")
-                if weight < 0:
-                    raise ConfigError(f"the weight of {name!r} is {weight}; use 0 or more")
             if self.tasks is not None and not sum(self.tasks.values()) > 0:
                 raise ConfigError("tasks has no positive weight; give one kind a weight above 0, or leave tasks out")
 

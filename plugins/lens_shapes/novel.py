@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
-from lens_core.types import ConfigError, Prompt, Score
+from lens_core.types import Prompt, Score
+from lens_core.validators import SEED, integer
 from lens_shapes.benchmark import verdicts
 from lens_shapes.captions import prompt
 from lens_shapes.scenes import asked, sample
@@ -21,14 +22,8 @@ class Novel:
 
     @frozen
     class Config:
-        prompts: int = 100
-        seed: int = 0
-
-        def __attrs_post_init__(self) -> None:
-            if self.prompts < 1 or self.seed < 0:
-                raise ConfigError(
-                    f"prompts must be at least 1, seed at least 0, not {self.prompts} and {self.seed}; try 100 and 0"
-                )
+        prompts: int = field(default=100, validator=integer(at_least=1))
+        seed: int = field(default=0, validator=SEED)
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
-from lens_core.types import ConfigError, Prompt, Score
+from lens_core.types import Prompt, Score
+from lens_core.validators import SEED, integer, one_of
 from lens_shapes.benchmark import ShapesBenchmark
 from lens_shapes.scenes import GENEVAL
 
@@ -24,15 +25,10 @@ class Variety:
 
     @frozen
     class Config:
-        prompts: int = 60  # different ones
-        pictures: int = 4  # of each
-        seed: int = 0
-        split: Literal["train", "heldout"] = "heldout"
-
-        def __attrs_post_init__(self) -> None:
-            if self.pictures < 2:
-                raise ConfigError(f"variety: pictures is {self.pictures}; a distance needs 2 at least")
-            ShapesBenchmark.Config(self.prompts, self.seed, self.split)  # the same bounds
+        prompts: int = field(default=60, validator=integer(at_least=1))  # different ones
+        pictures: int = field(default=4, validator=integer(at_least=2))  # of each; a distance needs two
+        seed: int = field(default=0, validator=SEED)
+        split: Literal["train", "heldout"] = field(default="heldout", validator=one_of("train", "heldout"))
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -300,16 +300,16 @@ def test_a_recipe_names_the_store_and_its_table():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"table": ()}, "table must hold groups"),
-        ({"table": (((0, 512),),)}, "table must hold groups"),
+        ({"table": ()}, "table: must have at least 1 item"),
+        ({"table": (((0, 512),),)}, r"table\[0\]\[0\]\[0\]: must be at least 1"),
         ({"table": (((512, 512),), ((512, 512),))}, "names a size twice"),
-        ({"batch": 0}, "batch must be at least 1"),
-        ({"threads": 0}, "threads must be at least 1"),
-        ({"seed": -1}, "seed at least 0"),
-        ({"dense": 1.5}, "dense must be in"),
-        ({"cut": 1.0}, "cut in"),
-        ({"enlarge": 0.0}, "enlarge above 0"),
-        ({"cache": "a/b"}, "cache is a name"),
+        ({"batch": 0}, "batch: must be at least 1"),
+        ({"threads": 0}, "threads: must be at least 1"),
+        ({"seed": -1}, "seed: must be at least 0"),
+        ({"dense": 1.5}, "dense: must be at least 0 and at most 1"),
+        ({"cut": 1.0}, "cut: must be at least 0 and below 1"),
+        ({"enlarge": 0.0}, "enlarge: must be above 0"),
+        ({"cache": "a/b"}, "cache: must be a name"),
     ],
 )
 def test_a_wrong_config_is_refused_with_its_cure(wrong, message):

@@ -66,10 +66,10 @@ def test_keys_of_two_parts_are_never_one():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"parts": []}, "parts is empty"),
-        ({"parts": [{"use": "shapes", "share": 0}]}, "a share must be a positive number"),
-        ({"parts": [{"use": "shapes", "share": "half"}]}, "a share must be a positive number"),
-        ({"parts": ["shapes"], "seed": -1}, "seed is -1"),
+        ({"parts": []}, "parts: must have at least 1 item"),
+        ({"parts": [{"use": "shapes", "share": 0}]}, r"parts\[0\]\.share: must be above 0, not 0"),
+        ({"parts": [{"use": "shapes", "share": "half"}]}, r"parts\[0\]\.share: must be a number, not 'half'"),
+        ({"parts": ["shapes"], "seed": -1}, "seed: must be at least 0"),
         ({"parts": ["shapez"]}, r"\$\.parts\[0\]: no dataset is called 'shapez'\. Did you mean 'shapes'\?"),
         ({"parts": ["shapes", {"use": "shapes", "bach": 3}]}, r"\$\.parts\[1\]\.bach: unknown"),
     ],

@@ -134,7 +134,7 @@ def test_what_cannot_be_is_refused_in_one_line(store: Path) -> None:
         take(make(store, budget=1.2), 1)
     with pytest.raises(ConfigError, match=r"a step of 2 samples has no share for each of 4 ranks; raise budget"):
         take(make(store, budget=1.8), 1, 0, 4)
-    with pytest.raises(ConfigError, match="budget must be above 0"):
+    with pytest.raises(ConfigError, match="budget: must be above 0"):
         make(store, budget=0.0)
     with pytest.raises(ConfigError, match=r"\$\.batch: unknown"):
         structure(PackedDataset.Config, {"store": "x", "batch": 4})

@@ -98,5 +98,5 @@ def test_fewer_than_one_step_is_refused(steps):
 
 
 def test_an_infinite_mu_is_refused():
-    with pytest.raises(ConfigError, match="mu is inf"):
+    with pytest.raises(ConfigError, match="mu: must be finite"):
         Euler.Config(mu=math.inf)

@@ -146,5 +146,5 @@ def test_it_says_that_it_needs_noise():
     with pytest.raises(ConfigError, match="none to draw; use euler"):
         next(noisy().walk(velocity, torch.zeros(1, 1, 1, 1), 4))
     for eta in (-0.1, 1.1, math.nan):
-        with pytest.raises(ConfigError, match="eta is"):
+        with pytest.raises(ConfigError, match="eta: must be"):
             EulerAncestral.Config(eta=eta)

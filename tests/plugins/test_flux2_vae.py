@@ -143,7 +143,7 @@ def test_a_recipe_that_contradicts_the_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"latent_channels": 0}, "latent_channels is 0"),
+        ({"latent_channels": 0}, "latent_channels: must be at least 1"),
         ({"batch_norm_eps": 0.0}, "batch_norm_eps"),
         ({"block_out_channels": (8, 9)}, r"\[8, 9\].*norm_num_groups \(2\)"),
         ({"block_out_channels": ()}, "block_out_channels"),

@@ -410,7 +410,7 @@ def test_the_fields_of_a_request_are_another_question_to_a_cache(endpoint, clien
         ({"max_usd": float("nan"), "price_in": 1.0}, "max_usd"),
         ({"max_usd": -1.0, "price_in": 1.0}, "max_usd"),
         ({"max_calls": -1}, "max_calls"),
-        ({"price_in": float("nan")}, "prices"),
+        ({"price_in": float("nan")}, "price_in"),
         ({"temperature": float("inf")}, "temperature"),
         ({"concurrency": 10**9}, "concurrency"),
         ({"base_url": "ftp://x/"}, "base_url"),

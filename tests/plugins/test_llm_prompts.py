@@ -137,6 +137,6 @@ def test_an_empty_split_and_an_absent_file_are_errors(tmp_path: Path):
         PromptFile(PromptFile.Config(str(path), split="eval")).prompts()
     with pytest.raises(ConfigError, match="cannot be read as a prompt set"):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(ConfigError, match="no split is called 'test'"):
+    with pytest.raises(ConfigError, match="split: must be train or eval, not 'test'"):
         PromptFile.Config(str(path), split="test")
     assert lint([]) == ["line 1: the set is empty"]

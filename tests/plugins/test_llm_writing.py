@@ -141,13 +141,21 @@ def test_questions_are_checked_before_they_are_taken(questions, words):
 
 def test_a_taxonomy_tells_all_its_problems_with_their_paths(tmp_path: Path):
     path = tmp_path / "t.yaml"
-    path.write_text("llm: openai\nlicense: ''\nclasses: {a: {b: []}}\nrubrics: 0\neval: 1\n")
+    path.write_text("llm: openai\nlicense: ''\nclasses: {a: {b: 3}}\nrubrics: 0\neval: 1\n")
     with pytest.raises(ConfigError) as caught:
         read_taxonomy(path)
     told = "\n".join(caught.value.problems)
-    for words in ("classes holds no item", "license is empty", "rubrics must be at least 1", "eval is a share"):
+    for words in (
+        "classes",
+        "license: must be text",
+        "rubrics: must be at least 1",
+        "eval: must be at least 0 and below 1",
+    ):
         assert words in told
     assert all(p.startswith(str(path)) for p in caught.value.problems)
+    path.write_text("llm: openai\nlicense: CC0\nclasses: {a: {b: []}}\n")
+    with pytest.raises(ConfigError, match="classes holds no item"):
+        read_taxonomy(path)
     path.write_text("licence: CC0\nllm: openai\nlicense: CC0\nclasses: {a: {b: [c]}}\n")
     with pytest.raises(ConfigError, match=r"licence: unknown\. Did you mean 'license'"):
         read_taxonomy(path)

@@ -299,9 +299,9 @@ def test_a_config_comes_back_from_diffusers_form() -> None:
         ({"in_channels": 64}, "in_channels is 64; it must be patch_size"),
         ({"axes_dims_rope": (8, 28, 26)}, "axes_dims_rope is .* attention_head_dim = 64"),
         ({"axes_dims_rope": (9, 28, 27)}, "three even numbers"),
-        ({"num_layers": 0}, "num_layers is 0; it must be at least 1"),
+        ({"num_layers": 0}, "num_layers: must be at least 1"),
         ({"gate_mlp": False}, "gate_mlp is False; only True"),
-        ({"selected_layer_index": ()}, "selected_layer_index is empty"),
+        ({"selected_layer_index": ()}, "selected_layer_index: must have at least 1 item"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(fields: dict[str, Any], says: str) -> None:

@@ -90,7 +90,7 @@ def test_no_heldout_prompt_is_trained_on():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"sizes": ((32, 64),)}, "64 px"),
+        ({"sizes": ((32, 64),)}, r"sizes\[0\]\[0\]: must be at least 64"),
         ({"sizes": ()}, "sizes"),
         ({"batch": 0}, "batch"),
         ({"dense": 1.5}, "dense"),

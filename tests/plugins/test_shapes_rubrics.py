@@ -114,5 +114,5 @@ def test_too_few_answers_abstain_and_none_never_reads_the_picture():
 def test_it_keeps_the_contract_of_rewards():
     prompts = ShapesBenchmark(ShapesBenchmark.Config(prompts=6)).prompts()
     check_reward(judge(), prompts)
-    with pytest.raises(ConfigError, match="least is a share"):
+    with pytest.raises(ConfigError, match="least: must be at least 0 and at most 1, not"):
         judge(least=1.5)

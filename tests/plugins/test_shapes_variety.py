@@ -44,9 +44,9 @@ def test_one_picture_a_prompt_scores_nothing_however_much_the_prompts_differ() -
 def test_a_lonely_picture_abstains_and_impossible_options_are_refused() -> None:
     (score,) = Variety(Variety.Config()).score(pictures(1), [Prompt("a circle", data={"group": 0})])
     assert score.status == "abstain"
-    with pytest.raises(ConfigError, match="pictures is 1; a distance needs 2"):
+    with pytest.raises(ConfigError, match="pictures: must be at least 2, not 1"):
         Variety.Config(pictures=1)
-    with pytest.raises(ConfigError, match="prompts must be at least 1"):
+    with pytest.raises(ConfigError, match="prompts: must be at least 1"):
         Variety.Config(prompts=0)
     with pytest.raises(ValueError, match="pass one picture a prompt"):
         Variety(Variety.Config()).score(pictures(2), [])
