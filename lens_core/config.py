@@ -35,7 +35,6 @@ from lens_core.validators import (
     one_of,
     optional,
     real,
-    shown,
     text,
     within,
 )
@@ -59,12 +58,8 @@ def _exactly(kind: type[Any], words: str) -> Any:
     def check(value: Any, _: Any) -> Any:
         if type(value) is not kind:
             colon = kind is str and isinstance(value, dict) and list(value.values()) == [None]
-<<<<<<< HEAD
-            hint = f'; put quotes around "{next(iter(value))}:", which YAML takes for a mapping' if colon else ""
-=======
             name = str(next(iter(value)))[:80] if colon else ""
             hint = f'; put quotes around "{name}:", which YAML takes for a mapping' if colon else ""
->>>>>>> 192a5c5 (config: every number of a recipe has a range, declared beside its field)
             raise _WrongType(f"must be {words}, not {shown(value)}{hint}")
         return value
 
@@ -76,14 +71,10 @@ def _number(value: Any, _: Any) -> float:
         return float(value)  # YAML 1.1 reads 1e-4 as a string
     if type(value) not in (int, float):
         raise _WrongType(f"must be a number, not {shown(value)}")
-<<<<<<< HEAD
-    return float(value)
-=======
     try:
         return float(value)
     except OverflowError as error:
         raise _WrongType(f"must be a number of at most 1e308, not {shown(value)}") from error
->>>>>>> 192a5c5 (config: every number of a recipe has a range, declared beside its field)
 
 
 def _use(value: Any, _: Any) -> Use:
@@ -326,32 +317,6 @@ class Training:
     threads: int = field(default=0, validator=integer(at_least=0, at_most=1024))  # torch threads; 0: torch's choice
     adapters: dict[str, Adapter] = field(factory=dict)  # by role; a role without one is trained in full
 
-<<<<<<< HEAD
-    def __attrs_post_init__(self) -> None:
-        problems = []
-        if self.steps < 1:
-            problems.append(f"steps must be at least 1, not {self.steps}")
-        if self.precision not in ("fp32", "bf16"):
-            problems.append(f"precision must be fp32 or bf16, not {shown(self.precision)}")
-        if self.weights not in ("fp32", "bf16"):
-            problems.append(f"weights must be fp32 or bf16, not {shown(self.weights)}")
-        if self.shape not in ("linear", "cosine"):
-            problems.append(f"shape must be linear or cosine, not {shown(self.shape)}")
-        if not 0 <= self.decay <= 1:
-            problems.append(f"decay is a share in [0, 1], not {self.decay}")
-        if not 0 <= self.ema < 1:
-            problems.append(f"ema must be in [0, 1), not {self.ema}")
-        if min(self.save_every, self.keep, self.log_every, self.bad_steps, self.parts) < 1:
-            problems.append("save_every, keep, log_every, bad_steps and parts must be at least 1")
-        if self.shards < 0:
-            problems.append(f"shards is a number of processes, or 0 for all, not {self.shards}")
-        if self.spike and self.spike <= 1:
-            problems.append(f"spike is a factor above 1, or 0 for never, not {self.spike}")
-        if problems:
-            raise ConfigError(problems)
-
-=======
->>>>>>> 192a5c5 (config: every number of a recipe has a range, declared beside its field)
 
 @frozen
 class Watch:

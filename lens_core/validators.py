@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import attrs
 
+from lens_core.reading import shown
 from lens_core.types import ConfigError, did_you_mean
 
 COUNT = 2**31 - 1
 """The largest integer that a field takes unless it declares another."""
 LISTED = 5  # of so many words all are named in a message
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
-_short.maxlevel = 3
 
 
 class RangeError(ConfigError):
@@ -50,14 +46,6 @@ def problems(config: Any) -> Iterator[str]:
     for a in attrs.fields(type(config)):
         if isinstance(a.validator, Rule):
             yield from a.validator.problems(getattr(config, a.name), a.name)
-
-
-def shown(value: Any) -> str:
-    """A value in a message, on one line and of bounded length."""
-    try:
-        return " ".join(_short.repr(value).split())[:200]
-    except ValueError:  # Python writes no integer of more than 4300 digits
-        return f"a {type(value).__name__} too long to show"
 
 
 def _negative_zero(value: float) -> bool:
