@@ -70,8 +70,10 @@ def merge(net: nn.Module) -> None:
     layers: list[tuple[str, nn.Module]] = [(n, m) for n, m in net.named_modules() if isinstance(m, BaseTunerLayer)]
     for name, layer in layers:
         layer.merge(safe_merge=True)  # type: ignore[operator]  # torch cannot know that it is PEFT's
+        base: nn.Module = layer.get_base_layer()  # type: ignore[operator]
+        torch.autograd.graph.increment_version(list(base.parameters()))  # PEFT writes `.data`, which does not raise it
         parent, _, child = name.rpartition(".")
-        setattr(net.get_submodule(parent), child, layer.get_base_layer())  # type: ignore[operator]
+        setattr(net.get_submodule(parent), child, base)
 
 
 def tensors(net: nn.Module) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from lens_core import adapters, checkpoint
+from lens_core import adapters, checkpoint, optimizers
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Training, build, structure, unstructure
 from lens_core.locks import locked
@@ -138,16 +138,7 @@ class Run:
             for role, net in self.nets.items()
         }
         self.rng = torch.Generator().manual_seed(recipe.seed)
-        self.optimizers = {
-            role: torch.optim.AdamW(
-                self.learning[role],
-                lr=recipe.train.lr,
-                betas=recipe.train.betas,
-                weight_decay=recipe.train.weight_decay,
-                fused=True,
-            )
-            for role in self.nets
-        }
+        self.optimizers = {role: optimizers.adamw(self.learning[role], recipe.train) for role in self.nets}
         self.ema: dict[str, dict[str, Tensor]] = {
             role: {k: v.detach().clone() for k, v in self._own(role).items()}
             for role, net in self.nets.items()
@@ -348,7 +339,7 @@ class Run:
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.learning[role], config.clip or math.inf)))
         fault = self.spikes.fault(role, told["loss"], norm)
         if fault is None:
-            optimizer.step()
+            optimizers.optimizer_step(optimizer)
             self._average(role)
         else:
             row = self.spikes.row[role]

@@ -61,7 +61,7 @@ BLOCKS = {
     "enc_hidden_dim": 8,
     "selected_layer_index": [0],
 }
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "one": {"method": "flow_matching", "dataset": SHAPES},
     "blocks": {  # a network of several blocks, each of which is divided by itself
         "method": "flow_matching",
@@ -75,6 +75,7 @@ METHODS = {
     },
     "watched": {
         "method": "flow_matching",
+        "train": {"ema": 0.0},  # so that nothing but the optimizer changes weights between two looks
         "dataset": SHAPES,
         "pipeline": {**PARTS, "backbone": BLOCKS},
         "watch": {
@@ -123,13 +124,17 @@ DIVIDED = [name for name in METHODS if name != "rewarded"]
 
 
 def recipe(name: str, **train: int) -> Recipe:
-    return structure(Recipe, {"seed": 3, "pipeline": PARTS, **METHODS[name], "train": {**TRAIN, **train}})
+    own: dict[str, Any] = METHODS[name].get("train", {})
+    return structure(Recipe, {"seed": 3, "pipeline": PARTS, **METHODS[name], "train": {**TRAIN, **own, **train}})
+
+
+def installed() -> Catalog:
+    return Catalog.of(toy, lens_data, lens_flow, lens_mmdit, lens_shapes, lens_dmd2, lens_nft, sys.modules[__name__])
 
 
 def run(name: str, out: Path, **train: int) -> None:
     said: list[str] = []
-    catalog = Catalog.of(toy, lens_data, lens_flow, lens_mmdit, lens_shapes, lens_dmd2, lens_nft, sys.modules[__name__])
-    going = Run(recipe(name, **train), catalog, out, say=said.append)
+    going = Run(recipe(name, **train), installed(), out, say=said.append)
     report = going.train()
     rank = going.ranks.rank
     told = {"steps": report.steps, "said": said, "world": going.ranks.world, "mine": list(going.ranks.mine)}

@@ -22,7 +22,7 @@ LAYERS = [
     {"catalog"},
     {"config", "card", "images"},
     {"hub"},
-    {"checkpoint", "source"},
+    {"checkpoint", "optimizers", "source"},
     {"lazy", "locks", "png", "spelling"},
     {"quantised"},
     {"adapters", "offload", "texts"},

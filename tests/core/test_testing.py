@@ -349,6 +349,25 @@ class Mute(Validating):
         return {"error": 1.0}
 
 
+class Hoarder(toy.Mixer):
+    """It keeps its last layer as it was when it first drew."""
+
+    kept: Tensor | None = None
+
+    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+        v = super().forward(x, t, text)
+        if torch.is_grad_enabled():
+            return v
+        self.kept = self.outer.weight.clone() if self.kept is None else self.kept
+        return v * (self.kept.sum() / self.outer.weight.sum())
+
+
+class Stale(toy.Fit):
+    def __init__(self, config: Any, pipeline: Any) -> None:
+        pipeline.backbone.__class__ = Hoarder
+        super().__init__(config, pipeline)
+
+
 def test_a_sound_validation_passes() -> None:
     method(Validating)
 
@@ -401,6 +420,7 @@ def test_a_sound_validation_passes() -> None:
         (method, Careless, "validate draws from torch's global generator"),
         (method, Cheating, "validate changes weights"),
         (method, Mute, "validate gives .*, no loss"),
+        (method, Stale, "draws with what it kept of earlier weights; a cache must see every step"),
         (method, Pickled, "state_dict must hold tensors and what JSON can keep"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",

@@ -13,6 +13,7 @@ from typing import Any
 
 import lens_dmd2
 import lens_flow
+import lens_mmdit
 import lens_nft
 import pytest
 import torch
@@ -21,11 +22,11 @@ from attrs import evolve, frozen
 from PIL import Image
 from torch import Tensor
 
-from lens_core import checkpoint, evaluation, hookimpl
+from lens_core import checkpoint, evaluation, hookimpl, optimizers
 from lens_core.catalog import Catalog
 from lens_core.config import Adapter, Recipe, Training, Use, Watch, read_recipe
 from lens_core.loop import Run, _exchange
-from lens_core.pipeline import LensPipeline
+from lens_core.pipeline import LensPipeline, to_pixels
 from lens_core.types import ConfigError, LensError, Prompt, Score
 
 
@@ -82,7 +83,7 @@ BEST = evolve(JUDGED, keep_best="scripted")
 
 @pytest.fixture
 def catalog() -> Catalog:
-    return Catalog.of(toy, plugin, lens_flow, lens_nft, lens_dmd2)
+    return Catalog.of(toy, plugin, lens_flow, lens_mmdit, lens_nft, lens_dmd2)
 
 
 @pytest.fixture(autouse=True)
@@ -235,6 +236,80 @@ def test_the_last_grid_shows_what_the_model_draws(runner: Runner, catalog: Catal
     with Image.open(tmp_path / "a" / "samples" / found[-1]) as sheet:
         assert sheet.tobytes() == want.tobytes()
     assert (tmp_path / "a" / "samples" / found[0]).read_bytes() != (tmp_path / "a" / "samples" / found[-1]).read_bytes()
+
+
+SMALL = {"in_channels": 4, "out_channels": 1, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12,
+         "axes_dims_rope": [4, 4, 4], "enc_hidden_dim": 8, "selected_layer_index": [0]}  # fmt: skip
+KERNELS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "plain": {"foreach": False, "fused": False}}
+
+
+class Listen(toy.Fit):
+    """Method: the text encoder learns too."""
+
+    def roles(self) -> dict[str, Any]:
+        return {"backbone": self.pipeline.backbone, "text_encoder": self.pipeline.text_encoder}
+
+    def turns(self, step: int) -> Sequence[str]:
+        return ("text_encoder", "backbone")
+
+    def steps(self, batches: Any, nets: Any, rng: torch.Generator) -> Any:
+        yield from ([(z, captions)] for z, captions in self._plain(batches))
+
+    def _plain(self, batches: Any) -> Any:
+        for batch in batches:
+            with torch.no_grad():
+                z = self.pipeline.vae.encode(to_pixels(batch.images))
+            yield z, batch.captions
+
+    def loss(self, role: str, nets: Any, batch: Any, rng: torch.Generator) -> Any:
+        return super().loss("backbone", nets, (batch[0], nets["text_encoder"].encode(batch[1])), rng)
+
+
+plugin.lens_methods = hookimpl(lambda: {"listen": Listen}, specname="lens_methods")  # type: ignore[attr-defined]
+LEARNERS: dict[str, tuple[Use, Use, dict[str, Adapter]]] = {
+    "all": (Use("flow_matching"), Use("mmdit", SMALL), {}),
+    "adapter": (
+        Use("flow_matching"),
+        Use("mmdit", SMALL),
+        {"backbone": Adapter(rank=2, targets=("linear_1", "proj_out"))},
+    ),
+    "encoder": (Use("listen"), Use("mixer", {"width": 8}), {}),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_the_last_look_sees_the_weights_that_are_exported(
+    learner: str, ema: float, kernel: str, runner: Runner, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever makes the steps, and although what follows from weights was kept at the looks before."""
+    method, backbone, adapters = LEARNERS[learner]
+    monkeypatch.setattr(
+        optimizers, "adamw", lambda weights, train: torch.optim.AdamW(weights, lr=train.lr, **KERNELS[kernel])
+    )
+    seen: list[Tensor] = []
+    draw = evaluation.draw
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        seen.append(torch.cat(list(draw(*arguments, **settings))))
+        yield seen[-1]
+
+    monkeypatch.setattr(evaluation, "draw", watched)
+    train = evolve(TRAIN, steps=12, lr=3e-2, ema=ema, save_every=12, adapters=adapters)
+    base = evolve(BASE, method=method, train=train, pipeline=evolve(PARTS, backbone=backbone))
+    prompts = ("red", "a blue one")
+    run = runner("a", Watch(every=6, prompts=prompts, size=(32, 32)), base=base)
+    with torch.no_grad():
+        for weight in run.nets["backbone"].parameters():  # a new backbone is 0 in many places, and then hides faults
+            weight += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
+    report = run.train()
+    assert len(seen) == 3 and report.model is not None
+    assert not torch.equal(seen[1], seen[2]), "the run must have learned, or being equal says nothing"
+    monkeypatch.undo()
+    model = LensPipeline.from_pretrained(report.model, catalog=catalog)
+    drawn = torch.cat(list(evaluation.draw(model, [Prompt(p) for p in prompts], 0, 16, height=32, width=32)))
+    assert int((drawn.int() - seen[-1].int()).abs().max()) <= 1  # an adapter is merged into what is exported
 
 
 def test_a_line_holds_the_overall_score_and_the_tasks(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,16 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import lens_mmdit
 import pytest
 import torch
+import toy
 from attrs import evolve
 from lens_flow.matching import Cache, FlowMatching, Sample
 from torch import Tensor, nn
 
+from lens_core.catalog import Catalog
+from lens_core.config import Use
 from lens_core.pipeline import LensPipeline
 from lens_core.testing import check_method
 from lens_core.types import Batch, ConfigError, LensError, Text
@@ -87,6 +91,27 @@ def test_a_step_holds_the_latents_and_the_texts_of_its_batch():
 def test_it_keeps_the_contract_of_a_method(cache):
     made = partial(method, cache_latents=cache, cache_texts=cache)
     check_method(made, [batch(keys=(5, 6)), batch(("gh", "abc"), (7, 8)), batch(keys=(5, 6))])
+
+
+SMALL = {"in_channels": 4, "out_channels": 1, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12,
+         "axes_dims_rope": [4, 4, 4], "enc_hidden_dim": 8, "selected_layer_index": [0]}  # fmt: skip
+
+
+def test_the_contract_asks_that_the_backbones_table_of_modulation_follows_each_step(monkeypatch):
+    catalog = Catalog.of(toy, lens_mmdit)
+
+    def made() -> FlowMatching:
+        pipeline = LensPipeline.from_parts(evolve(toy.PARTS, backbone=Use("mmdit", SMALL)), catalog)
+        with torch.no_grad():
+            for weight in pipeline.backbone.parameters():  # a new one is 0 in many places, and then hides faults
+                weight += 0.2 * torch.randn(weight.shape, generator=rng(weight.numel()))
+        return FlowMatching(FlowMatching.Config(), pipeline)
+
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=rng())
+    check_method(made, [Batch(images, ("abc", "de"))])
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", lambda tensors: None)
+    with pytest.raises(AssertionError, match="draws with what it kept of earlier weights"):
+        check_method(made, [Batch(images, ("abc", "de"))])
 
 
 def test_the_loss_is_the_mean_squared_error_of_the_velocity():

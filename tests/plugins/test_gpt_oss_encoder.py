@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, GptOssConfig, GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.utils import chat_template_utils
 
+from lens_core.optimizers import optimizer_step
 from lens_core.testing import check_text_encoder
 from lens_core.types import CheckpointError, ConfigError, LensError
 
@@ -356,6 +357,18 @@ def test_the_head_runs_once_until_a_weight_changes() -> None:
     with torch.autocast("cpu", torch.bfloat16):  # other arithmetic, other keys
         encoder.encode(PROMPTS[:1])
     assert lengths[5:] == [encoder.head_length, own]
+
+
+def test_the_head_runs_again_after_a_step_of_a_fused_optimizer() -> None:
+    encoder = build()
+    before = encoder.encode(PROMPTS[:1]).features
+    weights = list(encoder.model.parameters())
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer_step(torch.optim.AdamW(weights, lr=1e-2, fused=True))
+    after = encoder.encode(PROMPTS[:1]).features
+    encoder._kept = None
+    assert torch.equal(after, encoder.encode(PROMPTS[:1]).features) and not torch.equal(after, before)
 
 
 def test_words_differ_from_the_start(encoder: GptOssEncoder) -> None:
