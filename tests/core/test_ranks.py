@@ -61,7 +61,7 @@ def launch(folder: Path, *names: str, world: int = 2, shards: int = 1) -> None:
         for rank in range(world)
     ]  # fmt: skip
     try:
-        told = [process.communicate(timeout=120) for process in processes]
+        told = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()
