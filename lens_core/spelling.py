@@ -4,21 +4,25 @@ diffusers   `transformer.LAYER.lora_A.weight`, as PEFT too; rank and alpha in th
 comfy       `diffusion_model.LAYER.lora_A.weight` and `.alpha`
 sd-scripts  `lora_unet_LAYER.lora_down.weight`, dots as underscores, and `.alpha`
 
-All carry the header, which knows the layers by their names with dots.
+All carry the header, which knows the layers by their names with dots. PEFT's own files, `adapter_model.safetensors`,
+have none: what they are to be multiplied by stands in the `adapter_config.json` beside them (`lens_core.peft_config`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from attrs import frozen
+from attrs import evolve, frozen
 
-from lens_core.checkpoint import read_header, read_tensors, save_tensors
+from lens_core import peft_config
+from lens_core.checkpoint import read_header, read_json, read_tensors, save_tensors
+from lens_core.peft_config import Strength
 from lens_core.reading import one_line, parse_json
 from lens_core.types import CheckpointError, ConfigError, did_you_mean
 
@@ -39,6 +43,10 @@ _OTHERS = {
     "DoRA": r"\.dora_scale$|lora_magnitude_vector",
     "LoCon": r"\.lora_mid\.",
     "OFT": r"\.oft_",
+    "LoRA with a bias beside its matrices (lora_bias)": r"\.lora_(B|up)(\.[^.]+)?\.bias$",
+    "LoRA of embeddings": r"\.lora_embedding_[AB]",
+    "LoRA with modules that were trained whole (modules_to_save)": r"\.modules_to_save\.",
+    "LoRA with trained tokens": r"\.token_adapter\.|trainable_tokens_",
 }
 """Adapters that are something else than up @ down -> how their keys are known."""
 
@@ -57,19 +65,21 @@ class Pair:
 
 
 def read(path: Path, layers: Collection[str] = ()) -> dict[str, Pair]:
-    """A LoRA file, or a folder with diffusers' `pytorch_lora_weights.safetensors` -> the pair of each layer.
+    """A LoRA file, or a folder with diffusers' `pytorch_lora_weights.safetensors` or PEFT's
+    `adapter_model.safetensors` -> the pair of each layer.
 
     With `layers`, the model's own names, each key must fit one of them; without, names that are written with
-    underscores must stand in the header. alpha is a layer's own tensor, else the header's (`lora_alpha`,
-    `ss_network_alpha`), else the rank. Raises CheckpointError, which lists what fits nothing.
+    underscores must stand in the header. alpha is a layer's own tensor, else what the header says
+    (`lora_adapter_metadata`, `ss_network_alpha`), else what an `adapter_config.json` beside the file says, else the
+    rank. Raises CheckpointError, which lists what fits nothing, or names what cannot be honoured.
     """
-    file = path / FILE if path.is_dir() else path
+    file = _file(path)
     found, header = read_tensors(file), read_header(file)
     for kind, pattern in _OTHERS.items():
         if any(re.search(pattern, key) for key in found):
             raise CheckpointError(f"{file}: is a {kind}; only plain LoRAs are read: extract one, or merge it elsewhere")
-    about = _about(file, header)
-    names = _aliases(layers or [str(n) for n in about.get("target_modules", ()) if isinstance(n, str)])
+    about = _about(file, header, found)
+    names = _aliases(layers or about.names)
     parts: dict[str, dict[str, Tensor]] = {}
     strange: list[str] = []
     for key, value in found.items():
@@ -90,7 +100,34 @@ def read(path: Path, layers: Collection[str] = ()) -> dict[str, Pair]:
         raise CheckpointError(
             f"{file}: {len(strange)} of {len(found)} tensors fit no layer of this model ({listed}){hint}"
         )
+    if (
+        about.alpha is not None
+        and math.isnan(about.alpha)
+        and (bare := [k for k, v in parts.items() if "alpha" not in v])
+    ):
+        given = header.get("ss_network_alpha", header.get("alpha"))
+        raise CheckpointError(
+            f"{file}: its alpha is {given!r:.40}, which is no number, and {bare[0]!r} has none either"
+        )
     return {layer: _pair(file, layer, sides, about) for layer, sides in parts.items()}
+
+
+def _file(path: Path) -> Path:
+    """The LoRA file that is meant by a path: itself, or the one in a folder."""
+    if not path.is_dir():
+        return path
+    there = [path / name for name in (FILE, peft_config.MODEL) if (path / name).is_file()]
+    if len(there) > 1:
+        raise CheckpointError(f"{path}: holds {FILE} and {peft_config.MODEL}; name the file that is meant")
+    if there:
+        return there[0]
+    if (path / "adapter_model.bin").is_file():
+        raise CheckpointError(f"{path}: its adapter_model.bin is a pickle, which can run code; save it as safetensors")
+    others = sorted(
+        p.relative_to(path).as_posix() for p in (*path.glob("*.safetensors"), *path.glob("*/adapter_model*"))
+    )
+    hint = f"; name the file: {', '.join(others[:5])}" if others else "; check the path"
+    raise CheckpointError(f"{path}: holds neither {FILE} nor {peft_config.MODEL}{hint}")
 
 
 def _aliases(layers: Collection[str]) -> dict[str, str]:
@@ -104,40 +141,68 @@ def _aliases(layers: Collection[str]) -> dict[str, str]:
     return {alias: name for alias, name in aliases.items() if name} | {name: name for name in layers}
 
 
-def _about(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """The header's fields without the prefix of the network; `lora_alpha` is None where it gives none."""
+def _about(file: Path, header: Mapping[str, str], found: Mapping[str, Tensor]) -> Strength:
+    """What the file says of all its layers together, in its header or in PEFT's config beside it."""
+    if HEADER in header:
+        stored = _stored(file, header[HEADER])
+        plain = _header_alpha(header)
+        about = peft_config.strength(stored, f"{file}: the header of the LoRA file")
+        return evolve(about, alpha=plain) if about.alpha is None else about
+    config = file.with_name(peft_config.CONFIG)
+    plain = _header_alpha(header)
+    if plain is None and not any(key.endswith(".alpha") for key in found) and config.is_file():
+        return peft_config.strength(read_json(config), str(config), whole=True)
+    return Strength(plain)
+
+
+def _header_alpha(header: Mapping[str, str]) -> float | None:
+    """alpha by sd-scripts' name, or the plain one; NaN if it is no number, such as "Dynamic"."""
+    text = header.get("ss_network_alpha", header.get("alpha"))
     try:
-        stored = parse_json(header.get(HEADER, "{}"), twins=True)
-        about = {key.rpartition(".")[2]: value for key, value in stored.items()}
-        given = [about["lora_alpha"]] if "lora_alpha" in about else []
-        given += [header[key] for key in ("ss_network_alpha", "alpha") if key in header]
-        about["lora_alpha"] = float(given[0]) if given else None
-        about["alpha_pattern"] = {name: float(value) for name, value in (about.get("alpha_pattern") or {}).items()}
-        about["target_modules"] = tuple(about.get("target_modules") or ())
-        return about
-    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        return None if text is None else float(text)
+    except ValueError:
+        return math.nan
+
+
+def _stored(file: Path, text: str) -> dict[str, object]:
+    """The fields that diffusers keeps of a LoraConfig: those of the backbone, without its prefix."""
+    try:
+        stored = parse_json(text, twins=True)
+        owners = {key.rpartition(".")[0] for key in stored}
+        own = next((name for name in ("transformer", "") if name in owners), min(owners, default=""))
+        return {key.rpartition(".")[2]: value for key, value in stored.items() if key.rpartition(".")[0] == own}
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: the header of the LoRA file cannot be read ({one_line(error)}); fetch it again"
         ) from error
 
 
-def _pair(file: Path, layer: str, sides: Mapping[str, Tensor], about: Mapping[str, Any]) -> Pair:
+def _pair(file: Path, layer: str, sides: Mapping[str, Tensor], about: Strength) -> Pair:
     if "down" not in sides or "up" not in sides:
         raise CheckpointError(f"{file}: {layer!r} has only its {', '.join(sorted(sides))}; fetch the file again")
     down, up = sides["down"], sides["up"]
     if down.ndim != 2 or up.ndim != 2 or not len(down) or len(down) != up.shape[1]:
         raise CheckpointError(f"{file}: {layer!r} is {list(up.shape)} x {list(down.shape)}, which is no product")
-    alpha = about["alpha_pattern"].get(layer, about["lora_alpha"])
+    if about.ranks is not None and about.ranks(layer) != len(down):
+        raise CheckpointError(
+            f"{file}: {layer!r} has the rank {len(down)}, and {peft_config.CONFIG} beside it says "
+            f"{about.ranks(layer)}; the two do not belong together"
+        )
+    alpha = about.of(layer, len(down))
     if "alpha" in sides:
         if sides["alpha"].numel() != 1 or sides["alpha"].is_complex():
             raise CheckpointError(f"{file}: {layer!r} has an alpha of {list(sides['alpha'].shape)} numbers, not one")
         alpha = float(sides["alpha"])
-    alpha = float(len(down)) if alpha is None else alpha
     if not (down.is_floating_point() and up.is_floating_point()):
         raise CheckpointError(f"{file}: {layer!r} is {up.dtype} x {down.dtype}, which are no plain weights")
     if not (abs(alpha) < float("inf") and bool(down.float().isfinite().all() & up.float().isfinite().all())):
         raise CheckpointError(f"{file}: {layer!r} holds numbers that are not finite; it was broken in training")
     return Pair(down, up, alpha)
+
+
+def _exact(name: str, names: Collection[str]) -> str:
+    """A key for PEFT's patterns that matches this layer and no other: the name, unless another one ends in it."""
+    return f"^{re.escape(name)}" if any(n != name and re.match(rf"(.*\.)?({name})$", n) for n in names) else name
 
 
 def write(path: Path, pairs: Mapping[str, Pair], spelling: str = "diffusers", prefix: str = "transformer") -> None:
@@ -152,8 +217,8 @@ def write(path: Path, pairs: Mapping[str, Pair], spelling: str = "diffusers", pr
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": sorted(pairs),
-        "rank_pattern": {name: pair.rank for name, pair in sorted(pairs.items()) if pair.rank != rank},
-        "alpha_pattern": {name: pair.alpha for name, pair in sorted(pairs.items()) if pair.alpha != alpha},
+        "rank_pattern": {_exact(n, pairs): pair.rank for n, pair in sorted(pairs.items()) if pair.rank != rank},
+        "alpha_pattern": {_exact(n, pairs): pair.alpha for n, pair in sorted(pairs.items()) if pair.alpha != alpha},
     }
     header = {HEADER: json.dumps({f"{prefix}.{key}": value for key, value in about.items()})}
     tensors: dict[str, Tensor] = {}

@@ -21,7 +21,7 @@ LAYERS = [
     {"hookspecs", "validators"},
     {"catalog"},
     {"config", "card", "images"},
-    {"hub"},
+    {"hub", "peft_config"},
     {"checkpoint", "optimizers", "source"},
     {"lazy", "locks", "png", "spelling"},
     {"quantised"},
