@@ -35,6 +35,12 @@ ALIGNMENT = 64  # bytes, at which torch puts tensors of its own
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORMAT = 1
 """The version of `lens.json`."""
+_DTYPES = {
+    "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64", "F32": "float32", "U32": "uint32",
+    "I32": "int32", "BF16": "bfloat16", "F16": "float16", "U16": "uint16", "I16": "int16", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+"""safetensors' names of dtypes -> torch's, in the order in which its files hold them: wide elements first."""
 
 
 class WriteError(CheckpointError):
@@ -118,24 +124,44 @@ def read_json(path: Path, *, finite: bool = True, most: int = reading.LARGEST_TE
     return data
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to one safetensors file, atomically. Equal tensors and metadata are equal files."""
-    from safetensors.torch import save_file
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write tensors to one safetensors file, atomically; the SHA-256 of the file, taken while it is written.
 
-    plain = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    Equal tensors and metadata are equal files. One tensor at a time is copied to the host, wherever they lie, and two
+    names may share one."""
+    import torch
+
+    names = {getattr(torch, attribute): name for name, attribute in _DTYPES.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in names:
+            raise CheckpointError(
+                f"{path}: {name} is {tensor.dtype}, which no safetensors file can hold; cast it first"
+            )
+    rank = {dtype: place for place, dtype in enumerate(names)}
+    order = sorted(tensors, key=lambda n: (rank[tensors[n].dtype], n))
+    header: dict[str, object] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
 
     def write(temporary: Path) -> None:
-        save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
-        with temporary.open("r+b") as file:  # the library puts metadata in another order each time
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-            if len(text) == size:
-                file.seek(8)
-                file.write(text)
+        with temporary.open("wb") as file:
+            for piece in (len(text).to_bytes(8, "little"), text):
+                digest.update(piece)
+                file.write(piece)
+            for name in order:
+                host = tensors[name].detach().cpu().contiguous().reshape(-1)
+                values = host.view(torch.uint8).numpy().data
+                digest.update(values)
+                file.write(values)
 
     write_atomic(path, write)
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

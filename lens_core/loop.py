@@ -420,13 +420,14 @@ class Run:
         }
         final = self.out / "checkpoints" / f"step-{self.step:07d}"
         with _whole(final) if self.ranks.rank == 0 else contextlib.nullcontext(_partial(final)) as partial:
+            # Hashes are taken while files are written: nobody reads them again while the others wait.
             if self.ranks.divided:
-                self.ranks.write(partial, tensors)
+                sums = self.ranks.write(partial, tensors)
             else:
-                checkpoint.save_tensors(partial / STATE, {k: v.clone() for k, v in tensors.items()})
+                sums = {STATE: checkpoint.save_tensors(partial / STATE, tensors)}
             if self.ranks.rank == 0:
                 checkpoint.write_json(partial / "state.json", state)
-                sums = {str(path.relative_to(partial)): checkpoint.hash_of(path) for path in _files(partial)}
+                sums["state.json"] = checkpoint.hash_of(partial / "state.json")
                 checkpoint.write_json(partial / "sums.json", sums)
         for old in self._folders()[: -self.train_config.keep] if self.ranks.rank == 0 else ():
             shutil.rmtree(old)

@@ -6,11 +6,14 @@ safetensors format: every process writes what it holds, and any number of proces
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import math
+import os
 import struct
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ STATE = "state.safetensors"
 """The file of a checkpoint that one process has written whole."""
 SHARDS = "shards"
 """The folder of a checkpoint in which every process has written what it holds."""
+BUCKET = 2**26
+"""Bytes of gradients that one message sums over the processes."""
 ENTRIES = ("packed", "features", "encode", "decode")
 """Ways into a network besides its forward, for which its divided weights must be gathered as well."""
 
@@ -34,6 +39,31 @@ def seed_of(*numbers: int) -> int:
     """A seed that is a pure function of the numbers, 63 bits: equal for equal numbers on any machine and any rank."""
     packed = struct.pack(f"<{len(numbers)}Q", *(n % 2**64 for n in numbers))
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """`tensors` in their order, in groups of one dtype and at most `size` bytes; one that is larger is its own."""
+    held: list[Tensor] = []
+    total = 0
+    for tensor in tensors:
+        if held and (total + tensor.nbytes > size or tensor.dtype != held[0].dtype):
+            yield held
+            held, total = [], 0
+        held.append(tensor)
+        total += tensor.nbytes
+    if held:
+        yield held
+
+
+def _sum(bucket: Sequence[Tensor]) -> None:
+    """Sum tensors over the processes, in place, in one message."""
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        dist.all_reduce(bucket[0])
+        return
+    flat = torch.cat([tensor.flatten() for tensor in bucket])
+    dist.all_reduce(flat)
+    for tensor, piece in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(piece.view_as(tensor))
 
 
 class Ranks:
@@ -60,7 +90,8 @@ class Ranks:
     # ---- gradients and numbers ------------------------------------------------------------------------------------
 
     def add(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum gradients over the processes, in one message. Those of divided weights were summed on their way back.
+        """Sum gradients over the processes, in messages of about BUCKET bytes, which is all that is copied of them.
+        Those of divided weights were summed on their way back.
 
         A parameter that no sample used gets a gradient of 0, in one process as in many: whether its moments move must
         not depend on who else was in the batch."""
@@ -68,10 +99,8 @@ class Ranks:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if self.world == 1 or self.divided:
             return
-        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-        dist.all_reduce(flat)
-        for p, piece in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
-            p.grad = piece.view_as(p)
+        for bucket in buckets([p.grad for p in parameters if p.grad is not None], BUCKET):
+            _sum(bucket)
 
     @property
     def factor(self) -> int:
@@ -148,14 +177,16 @@ class Ranks:
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
-    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write what this process holds to the folder `shards` of a checkpoint; all processes call it."""
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Write what this process holds to the folder `shards` of a checkpoint; all processes call it. The SHA-256 of
+        every file that any of them has written, by its path in `folder`, taken while it was written."""
         from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
         place = folder / SHARDS
+        written: dict[str, Any] = {}
         if self.rank == 0:
             place.mkdir(parents=True)
         self.wait()
@@ -163,11 +194,17 @@ class Ranks:
             # What is not divided, random states and buffers, is the first process's.
             planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
             writer = HuggingFaceStorageWriter(path=str(place), save_distributed=True)
+            writer.fs = _hashing(written)
             save(dict(tensors), storage_writer=writer, planner=planner)
         except CheckpointException as error:  # of whichever process
             causes = [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
             with checkpoint.writing(place):
                 raise next((c for c in causes if isinstance(c, OSError)), OSError(str(causes[0]))) from error
+        mine = {f"{SHARDS}/{name}": digest.hexdigest() for name, digest in written.items()}
+        everyone: list[dict[str, str]] = [mine] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everyone, mine)
+        return {name: found for each in everyone for name, found in each.items()}
 
     def read(self, folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a checkpoint, whoever wrote it, divided as those of the same name in `like` are."""
@@ -201,6 +238,29 @@ class Ranks:
             if self.rank == 0:
                 found[name] = full.cpu()
         return found
+
+
+def _hashing(written: dict[str, Any]) -> Any:
+    """Files for torch's checkpoints whose hashes are taken as they are written, into `written`, by name."""
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    class Stream(io.BufferedWriter):
+        def __init__(self, raw: io.FileIO) -> None:
+            super().__init__(raw)
+            self.digest = hashlib.sha256()
+
+        def write(self, data: Any, /) -> int:
+            self.digest.update(data)
+            return super().write(data)
+
+    class Files(FileSystem):
+        @contextlib.contextmanager
+        def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+            with Stream(io.FileIO(path, mode.replace("b", ""))) as stream:
+                written[Path(path).name] = stream.digest
+                yield stream
+
+    return Files()
 
 
 def _blocks(net: nn.Module) -> list[nn.Module]:

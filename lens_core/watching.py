@@ -172,8 +172,7 @@ class Watcher:
             if best is None or line["score"] > self.lines[best]["score"]:
                 held = weights()
                 if self.writes:
-                    checkpoint.save_tensors(self._file(step), {k: v.clone() for k, v in held.items()})
-                    line["sha256"] = checkpoint.hash_of(self._file(step))
+                    line["sha256"] = checkpoint.save_tensors(self._file(step), held)
         self.lines[step] = line
         if self.writes:
             checkpoint.append(self.out / "watch.jsonl", line)

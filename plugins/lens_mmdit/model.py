@@ -62,7 +62,13 @@ def rotations(h: int, w: int, tokens: int, axes: tuple[int, ...], device: torch.
 
 def unit(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis, in the dtype of x."""
-    if x.device.type != "cpu":
+    kind = x.device.type
+    if kind not in ("cpu", "meta") and torch.is_autocast_enabled(kind):
+        # There rms_norm would answer in float32, and pull up all that it meets. Its kernel takes the mean in float32
+        # whatever x is.
+        with torch.autocast(kind, enabled=False):
+            return F.rms_norm(x, x.shape[-1:], eps=eps)
+    if kind != "cpu":
         return F.rms_norm(x, x.shape[-1:], eps=eps)
     # On the CPU that is a dozen passes over memory, forward and backward; these are four.
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import mmdit_oracle
 import pytest
 import torch
 from lens_flow.euler import Euler
-from lens_mmdit.model import LensTransformer2DModel, rotations
+from lens_mmdit.model import LensTransformer2DModel, rotations, unit
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lens_core.pipeline import LensPipeline
@@ -316,3 +318,23 @@ def test_flops_are_those_that_torch_counts(size: tuple[int, int], tokens: int) -
     with FlopCounterMode(display=False) as counter:
         net(*inputs(1, *size, tokens))
     assert net.flops(size, tokens) == counter.get_total_flops()
+
+
+@pytest.fixture
+def cuda_autocast() -> Iterator[None]:
+    """Autocast to bfloat16 on CUDA, for tensors that only claim to lie there."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+    torch.set_autocast_dtype("cuda", before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_norm_keeps_its_dtype_under_cuda_autocast(dtype: torch.dtype, cuda_autocast: None) -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 8, device="cuda", dtype=dtype)
+        assert torch.nn.functional.rms_norm(x, (8,)).dtype == torch.float32, "which autocast would make of it"
+        assert (unit(x, 1e-6).dtype, unit(x, 1e-6).device) == (dtype, x.device)
+        assert torch.is_autocast_enabled("cuda")
