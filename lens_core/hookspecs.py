@@ -92,4 +92,7 @@ def lens_fetch(uri: str) -> Path | None:
 @spec(firstresult=True)
 def lens_describe(folder: Path) -> dict[str, Any] | None:
     """The `lens.json` that `folder`, which has none, would have had; None if its layout is unknown to you. It may be a
-    single file too. A component's `file`, a path in the folder, says that a single file holds it."""
+    single file too. A component's `file`, a path in the folder, says that a single file holds it.
+
+    Where only sizes are wanted it may be a name, of a checkpoint that is not on this disk, or `published:`, the
+    published model. Who describes that decides what stands in for it, however many components are installed."""

@@ -15,34 +15,54 @@ from lens_core.config import Recipe, Use, build, unstructure
 from lens_core.pipeline import PARTS, WEIGHTY, LensPipeline
 from lens_core.types import LensError
 
+PUBLISHED = "published:"
+"""The name under which a plugin describes the published model (`lens_describe`)."""
+
+
+def published(catalog: Catalog, name: str = PUBLISHED) -> dict[str, Any]:
+    """The description of the checkpoint `name`, which need not be on this disk, as the plugin that knows it gives it;
+    of the published model, where none does. What else is installed does not count. Raises LensError without one.
+    """
+    found = catalog.first("lens_describe", Path(name)) or catalog.first("lens_describe", Path(PUBLISHED))
+    if found is None:
+        raise LensError(
+            "no plugin here describes the published model; install lens_mmdit, or set LENS_PLUGINS to let it in"
+        )
+    return dict(found)
+
 
 def parts(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, Use], dict[str, Any], list[str]]:
     """(what each part will be, presets, notes): as the recipe names it, or as its start does.
 
-    For a start that is not on this disk, the only component of a kind that is installed stands in, with its defaults,
-    and a note says so.
+    For a start that is not on this disk the published model stands in, and a note says so.
     """
     start, notes = recipe.pipeline.start, []
     uses: dict[str, Use] = {}
     presets: dict[str, Any] = {}
     if start is not None:
-        try:
-            here = not hub.is_name(start) or Path(start).is_dir()
-            folder = checkpoint.fetch(start, catalog) if here else hub.snapshot(*start.split("@", 1), local=True)
-            described = checkpoint.describe(folder, catalog)
-            components = described["components"]
-            uses = {k: Use(c["use"], dict(c.get("config", {}))) for k, c in components.items() if k in PARTS}
-            presets = dict(described.get("presets", {}))
-        except LensError:
-            for kind in WEIGHTY:
-                known = catalog.entries(kind)
-                uses |= {kind: Use(known[0].name)} if len(known) == 1 else {}
-            names = ", ".join(use.use for use in uses.values())
-            notes.append(f"{start} is not on this disk; the sizes are the defaults of {names}")
+        here = _here(start, catalog)
+        described = published(catalog, start) if here is None else checkpoint.describe(here, catalog)
+        components = described["components"]
+        uses = {k: Use(c["use"], dict(c.get("config", {}))) for k, c in components.items() if k in PARTS}
+        presets = dict(described.get("presets", {}))
+        if here is None:
+            names = ", ".join(use.use for kind, use in uses.items() if kind in WEIGHTY)
+            notes.append(f"{start} is not on this disk; the sizes are those of the published model ({names})")
     uses |= {kind: use for kind in PARTS if (use := getattr(recipe.pipeline, kind)) is not None}
     wanted = ("steps", "guidance_scale", "base_resolution")
     presets |= {k: v for k in wanted if (v := getattr(recipe.pipeline, k)) is not None}
     return uses, presets, notes
+
+
+def _here(start: str, catalog: Catalog) -> Path | None:
+    """Where a checkpoint lies on this disk; None where it does not. Fetches nothing."""
+    try:
+        if not hub.is_name(start) or Path(start).is_dir():
+            return checkpoint.fetch(start, catalog)
+        name, _, revision = start.partition("@")
+        return hub.snapshot(name, revision or None, local=True)
+    except LensError:
+        return None
 
 
 def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:

@@ -84,6 +84,8 @@ PARTS = {
 def describe(folder: Path) -> dict[str, Any] | None:
     """The `lens.json` of a published folder, or of a single file with a backbone, or None if `folder` is neither.
 
+    `published:`, and the names of the repositories, are described without a file: as published, in every default.
+
     The VAE and the text encoder read their own config files. Raises CheckpointError for JSON that cannot be read and
     for a transformer that is not Lens's. Fields of `transformer/config.json` that diffusers adds for itself (a leading
     underscore) are left out; every other one is passed on, so that an architecture we do not know is refused by name.
@@ -92,6 +94,8 @@ def describe(folder: Path) -> dict[str, Any] | None:
         return _file(folder)
     if (folder / "diffusion_models").is_dir() and not (folder / "model_index.json").is_file():
         return _comfy(folder)
+    if not folder.exists() and (variant := _known(str(folder))):
+        return _published(variant)
     if not (folder / "model_index.json").is_file():
         return None
     index = read_json(folder / "model_index.json")
@@ -115,6 +119,24 @@ def describe(folder: Path) -> dict[str, Any] | None:
         },
         "presets": {**PRESETS[variant], "base_resolution": 1024, "sizes": SIZES},
         "note": note,
+    }
+
+
+def _known(name: str) -> str | None:
+    """The variant that a repository is known to hold; `published:` is the one that all the others came from."""
+    name = name.partition("@")[0]
+    known = {mirror: variant for variant, mirrors in REPOSITORIES.items() for mirror in mirrors}
+    known |= {f"microsoft/{variant}": variant for variant in REPOSITORIES} | {"published:": "Lens"}
+    return known.get(name)
+
+
+def _published(variant: str) -> dict[str, Any]:
+    parts: dict[str, Any] = {part: {"use": use, "config": {}} for part, (_, use) in PARTS.items()}
+    return {
+        "format": 1,
+        "components": {**parts, "sampler": {"use": "lens_flow:euler", "config": {}}},
+        "presets": {**PRESETS[variant], "base_resolution": 1024, "sizes": SIZES},
+        "note": f"the preset of {variant}, as its repository is known",
     }
 
 

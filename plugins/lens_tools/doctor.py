@@ -13,8 +13,9 @@ import torch
 
 from lens_core import __version__, offload
 from lens_core.catalog import Catalog
+from lens_core.config import Use, build
 from lens_core.offload import Forecast, Load
-from lens_core.types import LensError
+from lens_core.plan import published as described
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "triton", "kernels")
 CARDS = (8, 12, 16, 24, 80)  # GiB that a card is sold with
@@ -24,17 +25,14 @@ FORMS = ("mxfp4", "bfloat16")
 
 
 def published(catalog: Catalog) -> dict[str, Any]:
-    """The parts of the published model on the meta device: of each kind the only component, with its defaults."""
+    """The parts of the published model on the meta device, as the plugin that knows it names them, in bfloat16."""
+    components = described(catalog)["components"]
     found = {}
     for kind in offload.PHASES:
-        names = [entry.name for entry in catalog.entries(kind)]
-        if len(names) != 1:
-            raise LensError(
-                f"whose {kind} is the published one? Here is {', '.join(names) or 'none'}; set LENS_PLUGINS"
-            )
-        cls = catalog.find(kind, names[0]).cls
+        use = Use(components[kind]["use"], dict(components[kind].get("config", {})))
+        _, cls, config = build(catalog, kind, use, f"the published {kind}")
         with torch.device("meta"):
-            found[kind] = cls(cls.Config()).to(torch.bfloat16)
+            found[kind] = cls(config).to(torch.bfloat16)
     return found
 
 
@@ -122,12 +120,13 @@ def _device(_: Catalog) -> dict[str, Any]:
 
 
 def _dtypes(catalog: Catalog) -> dict[str, Any]:
-    """Which dtypes work here, and why the others do not."""
+    """Which dtypes work here with the published backbone, and why the others do not."""
     told: dict[str, Any] = {"float32": "yes"}
     native = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     told["bfloat16"] = "yes" if native else "emulated, slow: this GPU has none"
-    reasons = [e.cls.refuses(torch.float16) for e in catalog.entries("backbone") if hasattr(e.cls, "refuses")]
-    told["float16"] = next((f"refused: {reason}" for reason in reasons if reason), "yes")
+    backbone = catalog.find("backbone", described(catalog)["components"]["backbone"]["use"]).cls
+    reason = backbone.refuses(torch.float16) if hasattr(backbone, "refuses") else None
+    told["float16"] = f"refused: {reason}" if reason else "yes"
     return told
 
 
@@ -150,13 +149,10 @@ def _attention(_: Catalog) -> dict[str, Any]:
 
 
 def _encoder(catalog: Catalog) -> dict[str, Any]:
-    """What each text encoder says of itself."""
-    return {
-        f"{entry.name} {key}": value
-        for entry in catalog.entries("text_encoder")
-        if hasattr(entry.cls, "diagnose")
-        for key, value in entry.cls.diagnose().items()
-    }
+    """What the published text encoder says of itself."""
+    entry = catalog.find("text_encoder", described(catalog)["components"]["text_encoder"]["use"])
+    told = entry.cls.diagnose() if hasattr(entry.cls, "diagnose") else {}
+    return {f"{entry.name} {key}": value for key, value in told.items()}
 
 
 def _fits(catalog: Catalog) -> dict[str, Any]:
@@ -173,9 +169,9 @@ def _fits(catalog: Catalog) -> dict[str, Any]:
         rooms = {"this GPU": torch.cuda.mem_get_info(0)[0]}
     for place, free in rooms.items():
         for form in FORMS:
-            plan = offload.choose(parts, Load(), free, weigh(parts, form))
-            verdict = "" if plan.peak + offload.RESERVE <= free else ", too large"
-            told[f"{place}, encoder {form}"] = f"{plan.plan}, peak {plan.peak / 1e9:.1f} GB{verdict}"
+            best = offload.choose(parts, Load(), free, weigh(parts, form))
+            verdict = "" if best.peak + offload.RESERVE <= free else ", too large"
+            told[f"{place}, encoder {form}"] = f"{best.plan}, peak {best.peak / 1e9:.1f} GB{verdict}"
     return told
 
 

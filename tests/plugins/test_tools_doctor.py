@@ -101,7 +101,7 @@ def test_a_broken_section_does_not_hide_the_others(
     assert main(["doctor", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["device"] == {"error": "RuntimeError: the driver is gone"}
-    assert "whose text_encoder is the published one? Here is none" in told["published model"]["error"]
+    assert "no plugin here describes the published model" in told["published model"]["error"]
     assert told["software"]["python"] and told["attention"]
     with pytest.raises(LensError, match="set LENS_PLUGINS"):
         doctor.published(Catalog.installed())
