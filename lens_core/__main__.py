@@ -517,6 +517,7 @@ def bench(
     try:
         outcome = evaluation.evaluate(
             pipeline, judge, seed=seed, batch=batch, log=_say, keep=partial(evaluation.save_pictures, pictures),
+            ceiling=True,
             height=height, width=width, num_inference_steps=steps, guidance_scale=guidance_scale,
         )  # fmt: skip
     except LensError as error:

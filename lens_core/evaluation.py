@@ -61,6 +61,7 @@ class Outcome:
     scores: tuple[Score, ...]
     images: Tensor
     headline: tuple[str, ...]  # the tasks that `overall` is the mean of
+    ceiling: dict[str, float]  # by task, "overall" and "pooled": what right pictures score after the VAE; may be empty
 
 
 def evaluate(
@@ -71,12 +72,14 @@ def evaluate(
     batch: int = 50,
     log: Callable[[str], None] = lambda line: None,
     keep: Callable[[int, Tensor], None] = lambda first, images: None,
+    ceiling: bool = False,
     **settings: Any,
 ) -> Outcome:
     """Draw every prompt of `benchmark` once and score the pictures; `settings` go to the pipeline's call.
 
     Picture i has the seed `picture_seed(seed, i)`. `keep` gets the pictures as they come, with the index of the first
-    of them, so that they are not lost where scoring fails. Raises LensError where a headline task has no score.
+    of them, so that they are not lost where scoring fails. `ceiling` asks for `ceiling_of` too.
+    Raises LensError where a headline task has no score.
     """
     import torch
 
@@ -89,16 +92,34 @@ def evaluate(
         images.append(part.cpu())
         keep(done, images[-1])
         log(f"drew {done + len(part)} of {len(prompts)}")
-    return score(benchmark, torch.cat(images), prompts)
+    pictures = torch.cat(images)
+    return score(benchmark, pictures, prompts, ceiling_of(pipeline, benchmark, prompts, pictures) if ceiling else {})
 
 
-def score(benchmark: Any, images: Tensor, prompts: Sequence[Prompt]) -> Outcome:
+def score(
+    benchmark: Any, images: Tensor, prompts: Sequence[Prompt], ceiling: Mapping[str, float] | None = None
+) -> Outcome:
     """Score drawn pictures, uint8 [B,3,H,W], one a prompt."""
     scores = tuple(benchmark.score(images, prompts))
     tasks = by_task(prompts, scores)
     headline = tuple(getattr(benchmark, "headline", tasks))
     estimates = {name: task.estimate() for name, task in tasks.items()}
-    return Outcome(estimates, mean_of_tasks(tasks, headline), pooled(tasks), scores, images, headline)
+    overall = mean_of_tasks(tasks, headline)
+    return Outcome(estimates, overall, pooled(tasks), scores, images, headline, dict(ceiling or {}))
+
+
+def ceiling_of(pipeline: LensPipeline, benchmark: Any, prompts: Sequence[Prompt], images: Tensor) -> dict[str, float]:
+    """What pictures that are right score after a pass through the pipeline's own VAE, in the size of `images`: by task,
+    and as "overall" and "pooled". Empty where the benchmark cannot make such pictures."""
+    if not hasattr(benchmark, "ceiling"):
+        return {}
+    tasks = by_task(prompts, benchmark.ceiling(pipeline.vae, *images.shape[-2:]))
+    headline = tuple(getattr(benchmark, "headline", tasks))
+    return {
+        **{name: task.mean for name, task in tasks.items()},
+        "overall": mean_of_tasks(tasks, headline).value,
+        "pooled": pooled(tasks).value,
+    }
 
 
 def save_pictures(folder: Path, first: int, images: Tensor) -> None:
@@ -127,12 +148,14 @@ def as_result(outcome: Outcome, prompts: Sequence[Prompt], seed: int) -> dict[st
         "overall": numbers(outcome.overall),
         "pooled": numbers(outcome.pooled),
         "tasks": {name: numbers(estimate) for name, estimate in outcome.tasks.items()},
+        **({"ceiling": {name: round(value, 6) for name, value in outcome.ceiling.items()}} if outcome.ceiling else {}),
         "pictures": pictures,
     }
 
 
-def table(outcome: Outcome, ceiling: Mapping[str, float] | None = None) -> str:
-    """A Markdown table with 95 % intervals by prompt; `ceiling` is the most that the VAE lets any generator reach."""
+def table(outcome: Outcome) -> str:
+    """A Markdown table with 95 % intervals by prompt, and the ceiling where it is known."""
+    ceiling = outcome.ceiling
     more = " ceiling |" if ceiling else ""
     rows = [
         f"| task | score | 95 % interval | pictures | distinct prompts |{more}",

@@ -36,9 +36,9 @@ class Estimate:
 
 
 def cluster_of(prompt: Prompt) -> Hashable:
-    """What makes two pictures one draw: the prompt's `data["cluster"]` where it has one, else its text."""
-    cluster: Hashable = prompt.data.get("cluster", prompt.text)
-    return cluster
+    """What makes two pictures one draw: the prompt's `data["question"]` where it has one, else its text."""
+    question: Hashable = prompt.data.get("question", prompt.text)
+    return question
 
 
 def wilson_interval(share: float, n: float) -> tuple[float, float]:

@@ -115,7 +115,7 @@ def test_a_missing_score_is_counted_apart_and_never_as_a_zero() -> None:
 
 
 def test_phrasings_of_one_request_are_one_cluster() -> None:
-    prompts = [Prompt("a red star", data={"cluster": "star"}), Prompt("one star, red", data={"cluster": "star"})]
+    prompts = [Prompt("a red star", data={"question": "star"}), Prompt("one star, red", data={"question": "star"})]
     assert by_task(prompts, [Score("ok", 1.0)] * 2)[""].distinct == 1
     assert by_task([Prompt("a"), Prompt("a"), Prompt("b")], [Score("ok", 1.0)] * 3)[""].distinct == 2
 
