@@ -23,11 +23,12 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 from lens_core.checkpoint import blueprint, files, load_module, read_json, save_module, write_json
 from lens_core.lazy import Lazy, read_lazy, write_lazy
 from lens_core.offload import Load
+from lens_core.reading import shown
 from lens_core.types import CheckpointError, ConfigError, LensError, Text
 from lens_core.validators import CHANNELS, LAYERS, each, integer, matching, one_of
 from lens_gpt_oss.experts import pack, packed
 from lens_gpt_oss.single import PACKED, adopt, mxfp4
-from lens_gpt_oss.template import Wrapper, read_tokenizer
+from lens_gpt_oss.template import LARGEST, Wrapper, open_tokenizer, read_tokenizer
 
 FOLDER, TOKENIZER = "text_encoder", "tokenizer"  # where a checkpoint keeps this component
 STEM = "model"
@@ -122,9 +123,11 @@ class GptOssEncoder(nn.Module):
     @tokenizer.setter
     def tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
         wrapper = Wrapper(tokenizer, self.config.date)
-        if len(tokenizer) > self.config.vocab_size:
+        highest = max(tokenizer.get_vocab().values(), default=-1)
+        if max(len(tokenizer), highest + 1) > self.config.vocab_size:
             raise ConfigError(
-                f"gpt_oss: vocab_size is {self.config.vocab_size}; the tokenizer has {len(tokenizer)} tokens: raise it"
+                f"gpt_oss: vocab_size is {self.config.vocab_size}; the tokenizer has {len(tokenizer)} tokens, up to "
+                f"number {highest}: raise it"
             )
         least = len(wrapper.head) + len(wrapper.tail)
         if self.config.max_length <= least:
@@ -327,7 +330,7 @@ class GptOssEncoder(nn.Module):
         others they come out as `dtype`, or bfloat16. A file without lm_head can encode, not predict.
         """
         config = _on_disk(folder / FOLDER / "config.json", config)
-        tokenizer = _tokenizer(folder / TOKENIZER)
+        tokenizer = open_tokenizer(folder / TOKENIZER)
         tensors, _ = read_lazy(*files(folder / FOLDER, STEM))
         encoder = blueprint(lambda: cls(config), folder / FOLDER / "config.json", config.num_hidden_layers, tensors)
         encoder.tokenizer = tokenizer
@@ -352,12 +355,17 @@ class GptOssEncoder(nn.Module):
         with torch.device("meta"):
             encoder = cls(seen)
         if "tokenizer_json" in tensors:
-            data = bytes(tensors["tokenizer_json"].read().numpy().data)
+            stored = tensors["tokenizer_json"]
+            if stored.dtype != torch.uint8 or len(stored.shape) != 1 or stored.shape[0] > LARGEST:
+                raise CheckpointError(
+                    f"{file}: tokenizer_json is {list(stored.shape)} of {stored.dtype}, not its bytes"
+                )
+            data = bytes(stored.read().numpy().data)
             encoder.tokenizer = read_tokenizer(data, texts.get("chat_template"), str(file))
         elif (file / "tokenizer.json").is_file():
-            encoder.tokenizer = _tokenizer(file)
+            encoder.tokenizer = open_tokenizer(file)
         else:
-            encoder.tokenizer = _tokenizer(folder / TOKENIZER)
+            encoder.tokenizer = open_tokenizer(folder / TOKENIZER)
         return encoder, seen, encoder._hollow(found, file, packed=keep or plain, whole=plain)
 
     def _hollow(self, tensors: Mapping[str, Lazy], file: Path, *, packed: bool, whole: bool = False) -> dict[str, Lazy]:
@@ -387,19 +395,11 @@ class GptOssEncoder(nn.Module):
     def extras(cls, source: Path | GptOssEncoder) -> tuple[dict[str, Lazy], dict[str, str]]:
         """What a single file holds besides the weights: the tokenizer of a checkpoint, or of an encoder, and its chat
         template as text."""
-        tokenizer = source._wrap().tokenizer if isinstance(source, GptOssEncoder) else _tokenizer(source / TOKENIZER)
+        tokenizer = (
+            source._wrap().tokenizer if isinstance(source, GptOssEncoder) else open_tokenizer(source / TOKENIZER)
+        )
         tensor = torch.frombuffer(bytearray(tokenizer.backend_tokenizer.to_str().encode()), dtype=torch.uint8)
         return {"tokenizer_json": Lazy.of(tensor)}, {"chat_template": str(tokenizer.chat_template)}
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: missing; fetch the checkpoint again")
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever it meets
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise CheckpointError(f"{folder}: holds no tokenizer that can be read ({reason}); fetch it again") from error
 
 
 def _transformers(config: GptOssEncoder.Config) -> GptOssConfig:
@@ -418,13 +418,13 @@ def _on_disk(path: Path, config: GptOssEncoder.Config) -> GptOssEncoder.Config:
     sizes = {k: disk[k] for k in fields_dict(GptOssEncoder.Config) if k not in OURS and k in disk}
     for name, size in sizes.items():
         if type(size) is not int:
-            raise CheckpointError(f"{path}: {name} is {size!r}, which is not a whole number; fetch it again")
+            raise CheckpointError(f"{path}: {name} is {shown(size)}, which is not a whole number; fetch it again")
     config = evolve(config, **sizes)
     plain = _transformers(config)
     rope = {"rope_theta": disk.get("rope_theta", YARN["rope_theta"])}
     block = disk.get("rope_parameters") or disk.get("rope_scaling") or {}
     if not isinstance(block, dict):
-        raise CheckpointError(f"{path}: its rope block is {block!r:.60}, which is no object; fetch it again")
+        raise CheckpointError(f"{path}: its rope block is {shown(block, 60)}, which is no object; fetch it again")
     rope |= block
     fixed = {"model_type", "layer_types", "hidden_act", "attention_bias", "rms_norm_eps", "swiglu_limit"}
     differ = {k for k in fixed if k in disk and disk[k] != getattr(plain, k)}

@@ -5,17 +5,20 @@ The published format (three turns, two fixed strings) is part of the weights: it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lens_core.types import CheckpointError
+from lens_core import reading
+from lens_core.reading import one_line, shown
+from lens_core.types import CheckpointError, LensError
+from lens_gpt_oss import sandbox
 
+T = TypeVar("T")
 INSTRUCTION = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background."
@@ -26,6 +29,15 @@ PAD = "<|endoftext|>"
 CONTROLS = (
     PAD, "<|startoftext|>", END, "<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|constrain|>", "<|call|>",
 )  # fmt: skip
+LARGEST = 2**26  # bytes of a tokenizer.json; GPT-OSS's has 28 MB
+MOST_VALUES = 5_000_000  # in it
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
+NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents")
+SPLITTERS = ("Split", "Digits", "ByteLevel", "Whitespace", "WhitespaceSplit", "Punctuation")
+"""What a tokenizer.json may do to a text: nothing here makes it more than a few times as long. A second ByteLevel would
+double what the first one wrote."""
+MOST_STEPS = 8
+LETTERS = 256  # of a prompt for each token that may be kept; GPT-OSS's longest token has 128
 _MARK = "\ue000prompt\ue000"  # private-use characters: no template holds them
 
 CHAT_TEMPLATE = """\
@@ -70,20 +82,16 @@ def conversation(prompt: str) -> list[dict[str, str]]:
     ]
 
 
-def _refuse(reason: str) -> NoReturn:
-    raise TemplateError(reason)
-
-
 def render(chat_template: str, messages: Sequence[dict[str, str]], date: str) -> str:
-    """The text of `messages`, written on the day `date` (YYYY-MM-DD) whatever today is. Templates run in a sandbox."""
-    day = datetime.fromisoformat(date)
-    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    jinja.globals |= {"strftime_now": day.strftime, "raise_exception": _refuse}
+    """The text of `messages`, written on the day `date` (YYYY-MM-DD) whatever today is.
+
+    The two templates of this module are run here. Any other is a stranger's program, and is run in a process of its
+    own with little time and memory (`sandbox`). Raises CheckpointError."""
     try:
-        return jinja.from_string(chat_template).render(messages=messages, add_generation_prompt=False)
-    except (TemplateError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"the chat template cannot be rendered ({reason}); fetch the tokenizer again") from error
+        known = chat_template in (CHAT_TEMPLATE, HARMONY)
+        return (sandbox.render_here if known else sandbox.render)(chat_template, messages, date)
+    except ValueError as error:
+        raise CheckpointError(f"the chat template cannot be rendered ({error}); fetch the tokenizer again") from error
 
 
 class Wrapper:
@@ -97,16 +105,24 @@ class Wrapper:
         if not mark or not end or END in head or _MARK in tail:
             raise CheckpointError(f"the chat template must show the prompt once, and {END} after it")
         self.tokenizer = tokenizer
-        self.head: list[int] = tokenizer(head, add_special_tokens=False)["input_ids"]
-        self.tail: list[int] = tokenizer(tail, add_special_tokens=False)["input_ids"]
+        self.head: list[int] = guarded(lambda: tokenizer(head, add_special_tokens=False)["input_ids"])
+        self.tail: list[int] = guarded(lambda: tokenizer(tail, add_special_tokens=False)["input_ids"])
 
     def ids(self, prompts: Sequence[str], longest: int) -> tuple[list[list[int]], list[int]]:
         """Each prompt's ids, at most `longest` with head and tail whole, and how many of its tokens were cut.
 
-        A prompt is plain text: control tokens spelled in it stay letters and open no turn.
+        A prompt is plain text: control tokens spelled in it stay letters and open no turn. Of a prompt of which not
+        even a part could fit, only the beginning is tokenized, and what was cut is counted from there. Raises
+        LensError for a prompt with half a surrogate pair.
         """
         room = longest - len(self.head) - len(self.tail)
-        texts = self.tokenizer(list(prompts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for place, prompt in enumerate(prompts):
+            try:
+                reading.check_text(prompt)
+            except ValueError as error:
+                raise LensError(f"prompt {place} {error}") from error
+        heads = [prompt[: LETTERS * longest] for prompt in prompts]
+        texts = guarded(lambda: self.tokenizer(heads, add_special_tokens=False, split_special_tokens=True)["input_ids"])
         rows = [[*self.head, *text[:room], *self.tail] for text in texts]
         return rows, [max(0, len(text) - room) for text in texts]
 
@@ -144,11 +160,98 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 def read_tokenizer(data: bytes, chat_template: str | None, where: str) -> PreTrainedTokenizerFast:
     """A `tokenizer.json` from within a single file, with `chat_template`, or HARMONY. Raises CheckpointError."""
     try:
-        tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+        check_tokenizer(data)
+        tokenizer = guarded(lambda: Tokenizer.from_str(data.decode("utf-8")))
     except Exception as error:  # tokenizers raises plain Exceptions
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{where}: its tokenizer_json cannot be read ({reason}); fetch it again") from error
+        raise CheckpointError(
+            f"{where}: its tokenizer_json cannot be read ({one_line(error, 200)}); fetch it again"
+        ) from error
     return wrap_tokenizer(tokenizer, chat_template or HARMONY)
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that transformers saved in `folder`. Raises CheckpointError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; fetch the checkpoint again")
+    try:
+        check_tokenizer(reading.read_bytes(path, LARGEST, CheckpointError))
+        for name in BESIDE:
+            if (folder / name).is_file():
+                reading.parse_json(reading.read_bytes(folder / name, error=CheckpointError), finite=False, twins=True)
+        for template in folder.rglob("*.jinja"):
+            reading.read_text(template, sandbox.LARGEST, CheckpointError)
+        return guarded(lambda: PreTrainedTokenizerFast.from_pretrained(folder))
+    except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever it meets
+        name = "" if isinstance(error, LensError | ValueError) else f"{type(error).__name__}: "
+        reason = one_line(f"{name}{error}", 200)
+        raise CheckpointError(f"{folder}: holds no tokenizer that can be read ({reason}); fetch it again") from error
+
+
+def guarded(call: Callable[[], T]) -> T:
+    """What `call` returns. A panic of the Rust library, which is no Exception, becomes a CheckpointError."""
+    try:
+        return call()
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"the tokenizer failed ({one_line(error, 200)}); fetch it again") from error
+
+
+def check_tokenizer(data: bytes) -> None:
+    """Raise ValueError, in one line, for a `tokenizer.json` that could make much of little text, or take long over it.
+
+    GPT-OSS's has no normalizer, one regular expression and byte-level BPE.
+    """
+    if len(data) > LARGEST or sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise ValueError(f"it is larger than any tokenizer ({len(data)} bytes)")
+    tokenizer = reading.parse_json(data, finite=False, twins=True)
+    if not isinstance(tokenizer, dict):
+        raise ValueError("it is no JSON object")
+    for section, plural, known in (
+        ("normalizer", "normalizers", NORMALIZERS),
+        ("pre_tokenizer", "pretokenizers", SPLITTERS),
+    ):
+        steps = list(_steps(tokenizer.get(section), section, plural))
+        kinds = [step.get("type") for step in steps]
+        for step, kind in zip(steps, kinds, strict=True):
+            if kind not in known:
+                raise ValueError(f"its {section} {shown(kind)} may multiply a text; {', '.join(known)} are read")
+            if isinstance(step.get("pattern"), dict) and "Regex" in step["pattern"]:
+                _check_regex(step["pattern"]["Regex"])
+        if len(kinds) > MOST_STEPS or kinds.count("ByteLevel") > 1:
+            raise ValueError(f"its {section} has too many steps: {shown(kinds)}")
+
+
+def _steps(value: Any, section: str, plural: str) -> Iterator[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, those of sequences one by one."""
+    if value is None:
+        return
+    if not isinstance(value, dict):
+        raise ValueError(f"its {section} is {shown(value)}, which is no object")
+    if value.get("type") != "Sequence":
+        yield value
+        return
+    inner = value.get(plural)
+    if not isinstance(inner, list):
+        raise ValueError(f"its {section} is a sequence of {shown(inner)}, which is no list")
+    for step in inner:
+        yield from _steps(step or {}, section, plural)
+
+
+def _check_regex(pattern: Any) -> None:
+    """Raise ValueError for a regular expression that may take more than quadratic time: one with a repeated group, a
+    repetition in a group, a reference back, or more than two repetitions in a row of alternatives' parts."""
+    if not isinstance(pattern, str) or len(pattern) > 2000:
+        raise ValueError(f"its pattern {shown(pattern)} is no short text")
+    # Escapes and classes are single characters; what remains is structure.
+    bare = re.sub(r"\\[pP]\{[^{}]*\}|\\[^1-9gkK]", "a", pattern)
+    bare = re.sub(r"\[\^?\]?(?:[^\[\]]|\[:\^?\w+:\])*\]", "a", bare)
+    bare = re.sub(r"\{\d(?:,\d)?\}", "?", bare)  # of a few characters
+    bare = re.sub(r"([*+?])[+?]", r"\1", bare)  # possessive or lazy
+    bare = re.sub(r"\((?:\?(?:[imx]*:|[=!]|<[=!]))?([^()*+{\\\[\]]*)\)(?![*+{])", "a", bare)
+    if set(bare) & set("(){}[]\\") or any(part.count("*") + part.count("+") > 2 for part in bare.split("|")):
+        raise ValueError(f"its pattern {shown(pattern)} may take very long; GPT-OSS's repeats no group")
 
 
 def wrap_tokenizer(tokenizer: Tokenizer, chat_template: str) -> PreTrainedTokenizerFast:
