@@ -1,11 +1,14 @@
 """Language models as colleagues: they judge pictures by rubrics.
 
-client   llm `openai`: any OpenAI-compatible chat endpoint, with retries, budgets and a cache
-rubric   reward `rubric`: one call a picture, which answers each of its prompt's rubrics
-prompts  benchmark `prompts`: prompt sets in files (`lens-rl/1`), their reader, writer and linter
-writing  prompt sets written by a language model from a taxonomy
-audit    how far a judge agrees with itself, and with another, and what it gives for nothing
-commands what `lens rl` can do: prompts, audit, estimate
+client      llm `openai`: any OpenAI-compatible chat endpoint, with retries, budgets and a cache
+transport   one HTTP request under a deadline and a bound
+redaction   keeps a key out of every text
+rubric      reward `rubric`: one call a picture, which answers each of its prompt's rubrics
+prompts     benchmark `prompts`: prompt sets in files (`lens-rl/1`), their reader, writer and linter
+duplicates  near-duplicates among prompts
+writing     prompt sets written by a language model from a taxonomy
+audit       how far a judge agrees with itself, and with another, and what it gives for nothing
+commands    what `lens rl` can do: prompts, audit, estimate
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from lens_core.types import LensError, Prompt, Score
 def audit(reward: Any, images: Tensor, prompts: Sequence[Prompt], seed: int = 0, auditor: Any = None) -> dict[str, Any]:
     """Judge every picture twice, and three probes once. Images uint8 [B,3,H,W] with their prompts.
 
-    `flips`: for each component, the share of pictures on which the two judgements differ; `noise`: the standard
+    `flips`: for each component, the share of pictures on which the two judgements differ, of those on which either
+    has a verdict: yes once and not applicable once is a flip too; `noise`: the standard
     deviation of one judgement around their mean, which is the least useful `floor` of an advantage; `mean`, and the
     means of the `probes` blank (grey), noise and swapped (the picture of another prompt); `missing`: pictures without a
     verdict in each. A mean is None where nothing was judged. A reward that has `again()` gives its second opinion so.
@@ -36,13 +37,25 @@ def audit(reward: Any, images: Tensor, prompts: Sequence[Prompt], seed: int = 0,
         "pictures": len(images),
         "mean": _mean(one),
         "noise": math.sqrt(sum(g * g for g in gaps) / (2 * len(gaps))) if gaps else None,
-        "flips": {name: 1 - same for name, same in _same(one, two).items()},
+        "flips": _flips(one, two),
         "probes": {name: _mean(scores) for name, scores in probes.items()},
         "missing": {name: _missing(s) for name, s in {"first": one, "second": two, **probes}.items()},
     }
     if auditor is not None:
         found["agreement"] = _same(one, list(auditor.score(images, prompts)))
     return found
+
+
+def _flips(one: Sequence[Score], two: Sequence[Score]) -> dict[str, float]:
+    """For each component, the share of pictures on which its verdict changed, or was there in one judgement alone. What
+    failed was not judged, and does not count."""
+    seen: dict[str, list[bool]] = {}
+    for a, b in zip(one, two, strict=True):
+        if "failed" in (a.status, b.status):
+            continue
+        for name in a.components.keys() | b.components.keys():
+            seen.setdefault(name, []).append(a.components.get(name) != b.components.get(name))
+    return {name: sum(changed) / len(changed) for name, changed in sorted(seen.items())}
 
 
 def _same(one: Sequence[Score], two: Sequence[Score]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from cyclopts import App
 
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Use, build, read_recipe
-from lens_core.types import ConfigError
+from lens_core.types import ConfigError, Prompt, did_you_mean
 
 
 def _say(line: str) -> None:
@@ -66,11 +67,11 @@ def audit(recipe: Path, *, pictures: int = 48, batch: int = 8, seed: int = 0, mo
     recipe
         The YAML file of a run that learns from rewards; its own model draws its own prompts.
     pictures
-        How many to draw; two prompts at least are needed to swap them.
+        How many to draw, each of another prompt, sampled from those of the recipe's tasks; two at least.
     batch
         Pictures drawn at once.
     seed
-        Of the first picture; the others count on.
+        Of the sample of prompts, and of the first picture; the others count on.
     model
         A checkpoint to draw with instead of the one that the recipe starts from.
     """
@@ -87,7 +88,7 @@ def audit(recipe: Path, *, pictures: int = 48, batch: int = 8, seed: int = 0, mo
     plan, config = _plan(recipe, catalog)
     parts = {path: build(catalog, kind, use, f"$.method.{path}") for path, kind, use in config.uses()}
     _, benchmark, options = parts["prompts"]
-    asked = benchmark(options).prompts()[:pictures]
+    asked = sampled(benchmark(options).prompts(), getattr(config, "tasks", ()), pictures, seed)
     judges = {path: (name, cls(options)) for path, (name, cls, options) in parts.items() if path != "prompts"}
     start = evolve(plan.pipeline, start=model) if model else plan.pipeline
     pipeline = LensPipeline.from_parts(start, catalog).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,6 +103,19 @@ def audit(recipe: Path, *, pictures: int = 48, batch: int = 8, seed: int = 0, mo
             found[f"{path} {name}"] = examine(judge, images, asked, seed, auditor)
     print(json.dumps(found, indent=2))
     return 0
+
+
+def sampled(prompts: Sequence[Prompt], tasks: Sequence[str], count: int, seed: int) -> list[Prompt]:
+    """`count` different prompts of the tasks, in their order, or all where there are fewer; every one is as likely."""
+    import numpy as np
+
+    known = {p.task for p in prompts}
+    for task in tasks:
+        if task not in known:
+            raise ConfigError(f"no task of the prompts is called {task!r}.{did_you_mean(task, known)}")
+    mine = [p for p in prompts if not tasks or p.task in tasks]
+    picked = np.random.default_rng(seed).choice(len(mine), min(count, len(mine)), replace=False) if mine else []
+    return [mine[i] for i in sorted(picked)]
 
 
 def estimate(recipe: Path) -> int:

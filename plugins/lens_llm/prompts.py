@@ -7,7 +7,6 @@ weight}, provenance: {…}}, and what else its users need, such as sizes or chec
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -21,8 +20,9 @@ from lens_core import reading
 from lens_core.catalog import Catalog
 from lens_core.config import Use, build
 from lens_core.reading import shown
-from lens_core.types import ConfigError, Prompt, Score
+from lens_core.types import ConfigError, LensError, Prompt, Score
 from lens_core.validators import integer, one_of, optional, real, text
+from lens_llm.duplicates import near_duplicates, words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,13 +32,23 @@ SPLITS = ("train", "eval")
 LARGEST = 2**28  # bytes of a prompt set, which is read line by line
 ALIKE = 0.8  # share of common words (Jaccard) from which two prompts count as near-duplicates
 
+# What a set may hold. A file is written by strangers; whatever reads it later relies on these.
+LINE = 1 << 20  # characters
+PROMPT = 10_000  # characters
+QUESTION = 2_000  # characters
+QUESTIONS = 100  # rubrics of a prompt
+NAME = 200  # characters of a class, under which results are grouped and logged
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a rubric: it stands in what a judge reads, and in logs
+WEIGHTS = (1e-6, 1e6)
+PROMPT_ID = 2**63  # ids are below: they are kept in 64 bits
+
 
 def lint(lines: Iterable[str], rubrics: int | None = 10, alike: float | None = ALIKE) -> list[str]:
     """Every problem of a prompt set, each with its line; an empty list is a sound set.
 
-    `rubrics` is how many each prompt must have beside the global one; None: any number. Words are compared without
-    their order, so that 'a dog and a cat' in train and 'a cat and a dog' in eval are found; they are told as overlap.
-    `alike` None: only equal prompts are duplicates, where the order of few words is all that tells two apart.
+    `rubrics` is how many each prompt must have beside the global one; None: any number up to 100. Words are compared
+    without their order, so that 'a dog and a cat' in train and 'a cat and a dog' in eval are found; they are told as
+    overlap. `alike` None: only equal prompts are duplicates, where the order of few words is all that tells two apart.
     """
     return _lint(lines, rubrics, alike)[1]
 
@@ -58,14 +68,19 @@ def read(path: Path, rubrics: int | None = 10, alike: float | None = ALIKE) -> l
 def write(
     path: Path, entries: Sequence[Mapping[str, Any]], rubrics: int | None = 10, alike: float | None = ALIKE
 ) -> None:
-    """One line an entry, whole or not at all. ConfigError, and no file, where the set has problems."""
+    """One line an entry, whole or not at all. ConfigError, and no file, where the set has problems; LensError where the
+    file cannot be written."""
     lines = [json.dumps({"schema": SCHEMA, **e}, ensure_ascii=False) for e in entries]
     problems = lint(lines, rubrics, alike)
     if problems:
         raise ConfigError([f"{path}: {p}" for p in problems])
     part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise LensError(f"{path}: cannot be written ({error.strerror or error}); make room, or name another") from error
 
 
 class PromptFile:
@@ -116,12 +131,15 @@ def _lint(lines: Iterable[str], rubrics: int | None, alike: float | None) -> tup
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            entry = reading.parse_json(line, finite=False)
-        except ValueError as error:
-            problems.append((number, f"is not JSON: {reading.one_line(error)}"))
+        if len(line) > LINE:
+            problems.append((number, f"has {len(line):,} characters; a line may have {LINE:,}"))
             continue
-        flaws = list(_flaws(entry, rubrics))
+        try:
+            entry = reading.parse_json(reading.check_text(line), finite=False)
+        except ValueError as error:
+            problems.append((number, f"is not JSON that can be used: {reading.one_line(error)}"))
+            continue
+        flaws = list(flaws_of(entry, rubrics))
         problems += [(number, flaw) for flaw in flaws]
         if not flaws:
             entries.append((number, entry))
@@ -129,7 +147,7 @@ def _lint(lines: Iterable[str], rubrics: int | None, alike: float | None) -> tup
     for number, entry in entries:
         if first.setdefault(entry["prompt_id"], number) != number:
             problems.append((number, f"prompt_id {entry['prompt_id']} stands in line {first[entry['prompt_id']]} too"))
-    for earlier, later in _twins([e["prompt"] for _, e in entries], alike):
+    for earlier, later in near_duplicates([e["prompt"] for _, e in entries], alike):
         (place, one), (number, two) = entries[earlier], entries[later]
         same = one["split"] == two["split"]
         word = "is a near-duplicate of" if same else "overlaps, across train and eval,"
@@ -139,22 +157,23 @@ def _lint(lines: Iterable[str], rubrics: int | None, alike: float | None) -> tup
     return [e for _, e in entries], [f"line {n}: {p}" for n, p in sorted(problems)]
 
 
-def _flaws(entry: Any, rubrics: int | None) -> Iterator[str]:
-    """What is wrong with one entry by itself."""
+def flaws_of(entry: Any, rubrics: int | None) -> Iterator[str]:
+    """What is wrong with one entry by itself. It has `rubrics` of them beside the global one; None: any number."""
     if not isinstance(entry, dict):
         yield "is not a JSON object"
         return
     if entry.get("schema") != SCHEMA:
         yield f"schema is {shown(entry.get('schema'))}, not {SCHEMA!r}"
-    if type(entry.get("prompt_id")) is not int or entry["prompt_id"] < 0:
-        yield f"prompt_id must be a whole number from 0 on, not {shown(entry.get('prompt_id'))}"
+    if type(entry.get("prompt_id")) is not int or not 0 <= entry["prompt_id"] < PROMPT_ID:
+        yield f"prompt_id must be a whole number from 0 on and below 2^63, not {shown(entry.get('prompt_id'))}"
     if entry.get("split") not in SPLITS:
         yield f"split must be train or eval, not {shown(entry.get('split'))}"
-    if not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
-        yield "prompt must be text"
+    yield from (f"prompt {flaw}" for flaw in text_flaws(entry.get("prompt"), PROMPT))
     taxonomy = entry.get("taxonomy")
     if not isinstance(taxonomy, dict) or not isinstance(taxonomy.get("class"), str):
         yield "taxonomy.class is missing"
+    elif len(taxonomy["class"]) > NAME:
+        yield f"taxonomy.class has {len(taxonomy['class']):,} characters; it may have {NAME}"
     if not isinstance(entry.get("provenance"), dict) or not entry["provenance"]:
         yield "provenance is missing; say who made the prompt, and under which license"
     sizes = entry.get("sizes", [])
@@ -166,58 +185,49 @@ def _flaws(entry: Any, rubrics: int | None) -> Iterator[str]:
     if not isinstance(own, list) or not own:
         yield "rubrics must be a list of {id, q, weight}"
         own = []
-    elif rubrics is not None and len(own) != rubrics:
-        yield f"has {len(own)} rubrics, not {rubrics}"
+    elif len(own) > QUESTIONS or (rubrics is not None and len(own) != rubrics):
+        yield f"has {len(own)} rubrics, not {rubrics if rubrics is not None else f'{QUESTIONS} at most'}"
+        own = own[:QUESTIONS]
     every = [(f"rubrics[{i}]", r) for i, r in enumerate(own)] + [("global", entry.get("global"))]
     ids: Counter[str] = Counter()
     questions: Counter[tuple[str, ...]] = Counter()
     for where, rubric in every:
-        if not isinstance(rubric, dict):
-            yield f"{where} must be {{id, q, weight}}"
-            continue
-        if not isinstance(rubric.get("id"), str) or not rubric["id"]:
-            yield f"{where}.id must be text"
-        else:
+        flaws = list(rubric_flaws(rubric))
+        yield from (f"{where}{flaw}" for flaw in flaws)
+        if isinstance(rubric, dict) and isinstance(rubric.get("id"), str) and rubric["id"]:
             ids[rubric["id"]] += 1
-        if not isinstance(rubric.get("q"), str) or not rubric["q"].strip():
-            yield f"{where}.q must be a question"
-        else:
-            questions[tuple(_words(rubric["q"]))] += 1
-        weight = rubric.get("weight", 1.0)
-        if type(weight) not in (int, float) or not 0 < weight < math.inf:
-            yield f"{where}.weight must be above 0, not {shown(weight)}"
+        if not flaws:
+            questions[tuple(words(rubric["q"]))] += 1
     for name, count in ids.items():
         if count > 1:
             yield f"the rubric id {shown(name)} stands {count} times"
-    for words, times in questions.items():
+    for asked, times in questions.items():
         if times > 1:
-            yield f"{times} rubrics ask the same: {shown(' '.join(words))}"
+            yield f"{times} rubrics ask the same: {shown(' '.join(asked))}"
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+def rubric_flaws(rubric: Any) -> Iterator[str]:
+    """What is wrong with one rubric, each to be read after its place."""
+    if not isinstance(rubric, Mapping):
+        yield " must be {id, q, weight}"
+        return
+    if not isinstance(rubric.get("id"), str) or not rubric["id"]:
+        yield ".id must be text"
+    elif not ID.fullmatch(rubric["id"]):
+        yield f".id must be of letters, digits, dots, dashes and underscores, 64 at most, not {shown(rubric['id'])}"
+    yield from (f".q {flaw}" for flaw in text_flaws(rubric.get("q"), QUESTION, "a question"))
+    weight = rubric.get("weight", 1.0)
+    if type(weight) not in (int, float) or not WEIGHTS[0] <= weight <= WEIGHTS[1]:
+        yield f".weight must be above 0, and in [1e-6, 1e6], not {shown(weight)}"
 
 
-def _twins(texts: Sequence[str], alike: float | None) -> list[tuple[int, int]]:
-    """Pairs (earlier, later) of texts whose sets of words have at least `alike` of their union in common.
-
-    None: pairs of equal texts, whatever their case and punctuation.
-
-    Prefix filtering: of sets that much alike, the few rarest words of each must share one, so only those are indexed.
-    """
-    if alike is None:
-        return _twins([" ".join(_words(t)).replace(" ", "_") for t in texts], 1.0)
-    sets = [frozenset(_words(t)) for t in texts]
-    common = Counter(word for s in sets for word in s)
-    index: dict[str, list[int]] = {}
-    found = []
-    for later, words in enumerate(sets):
-        rare = sorted(words, key=lambda w: (common[w], w))
-        rare = rare[: len(rare) - math.ceil(alike * len(rare) - 1e-9) + 1]
-        for earlier in sorted({i for w in rare for i in index.get(w, ())}):
-            both = len(words & sets[earlier])
-            if both >= alike * (len(words) + len(sets[earlier]) - both) - 1e-9:
-                found.append((earlier, later))
-        for w in rare:
-            index.setdefault(w, []).append(later)
-    return found
+def text_flaws(text: Any, most: int, what: str = "text") -> Iterator[str]:
+    """What is wrong with a text of at most `most` characters, to be read after its name."""
+    if not isinstance(text, str) or not text.strip():
+        yield f"must be {what}"
+    elif len(text) > most:
+        yield f"has {len(text):,} characters; it may have {most:,}"
+    elif re.search(r"[\ud800-\udfff]", text):
+        yield f"holds half a character: {shown(text)}"
+    elif re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", text):
+        yield f"holds a control character: {shown(text)}"

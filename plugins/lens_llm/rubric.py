@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from lens_core.catalog import Catalog
 from lens_core.config import Use, build
 from lens_core.types import ConfigError, LensError, Message, Prompt, Score
 from lens_core.validators import SEED, within
+from lens_llm.prompts import QUESTIONS, rubric_flaws
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +31,7 @@ SYSTEM = (
     "in one short sentence, what you see; then decide `v`: yes, partial (in part, or not clearly), no, or na (the "
     "question does not apply to this request). Answer every id exactly once."
 )
+EVIDENCE = 500  # characters that are kept of a verdict's evidence
 VALUES = {"yes": 1.0, "partial": 0.5, "no": 0.0}
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -109,7 +112,7 @@ class RubricReward:
 
         asked = [p for p in prompts if p.data.get("rubrics")] or [USUAL]
         image = torch.zeros(3, 1, 1, dtype=torch.uint8)
-        longest = max((self.messages(image, p) for p in asked), key=lambda m: len(m[1].text.encode()))
+        longest = max((self.messages(image, p) for p in asked), key=lambda m: len(m[1].text.encode("utf-8", "replace")))
         return self.llm.estimate(longest, SCHEMA, pictures)
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
@@ -139,13 +142,17 @@ class RubricReward:
         ids = sorted(r["id"] for r in rubrics)
 
         def check(answer: Any) -> str | None:
-            told = sorted(v["id"] for v in answer["verdicts"])
-            return None if told == ids else f"the ids must be {', '.join(ids)}, each once, not {', '.join(told)}"
+            told = Counter(v["id"] for v in answer["verdicts"])
+            if told == Counter(ids):
+                return None
+            missing, extra = [i for i in ids if i not in told], sum((told - Counter(ids)).values())
+            words = f"the ids must be {json.dumps(ids)}, each once"  # quoted: a stranger wrote them
+            return f"{words}; {json.dumps(missing)} are missing, and {extra} of yours are unknown or repeated"
 
         answer = self.llm.chat(self.messages(image, prompt), SCHEMA, check)
         verdicts = {v["id"]: v for v in answer["verdicts"]}
         values = {r["id"]: VALUES[v] for r in rubrics if (v := verdicts[r["id"]]["v"]) in VALUES}
-        evidence = json.dumps({r["id"]: verdicts[r["id"]]["evidence"] for r in rubrics}, ensure_ascii=False)
+        evidence = json.dumps({r["id"]: verdicts[r["id"]]["evidence"][:EVIDENCE] for r in rubrics}, ensure_ascii=False)
         if len(values) < self.config.least * len(rubrics) or not values:
             return Score("abstain", None, values, f"only {len(values)} of {len(rubrics)} verdicts count: {evidence}")
         weights = {r["id"]: float(r.get("weight", 1.0)) for r in rubrics if r["id"] in values}
@@ -164,12 +171,13 @@ def _mean(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
 
 def _rubrics(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The rubrics of a prompt, the global one last. LensError where one is not {id, q, weight} or ids repeat."""
-    found = [*data["rubrics"], *([data["global"]] if data.get("global") else [])]
+    own = data["rubrics"]
+    if not isinstance(own, list | tuple) or len(own) > QUESTIONS:
+        raise LensError(f"rubrics must be a list of {{id, q, weight}}, {QUESTIONS} at most; lint the prompt set")
+    found = [*own, *([data["global"]] if data.get("global") else [])]
     for rubric in found:
-        sound = isinstance(rubric, Mapping) and all(isinstance(rubric.get(k), str) for k in ("id", "q"))
-        weight = rubric.get("weight", 1.0) if sound else None
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight > 0:
-            raise LensError(f"a rubric must be {{id, q, weight > 0}}, not {rubric!r}; lint the prompt set")
+        for flaw in rubric_flaws(rubric):
+            raise LensError(f"a rubric cannot be asked: rubric{flaw}; lint the prompt set")
     if len({r["id"] for r in found}) < len(found):
         raise LensError("two rubrics of the prompt have the same id; lint the prompt set")
     return found

@@ -15,10 +15,12 @@ import numpy as np
 from attrs import field, frozen
 
 from lens_core import reading
-from lens_core.config import Use, structure
+from lens_core.config import Use, structure, unstructure
 from lens_core.types import ConfigError, LensError, Message
 from lens_core.validators import PIXELS, SEED, each, integer, real, text
-from lens_llm.prompts import ALIKE, SCHEMA, _twins, write
+from lens_llm.duplicates import near_duplicates
+from lens_llm.prompts import ALIKE, NAME, QUESTION, QUESTIONS, SCHEMA, flaws_of, text_flaws, write
+from lens_llm.prompts import PROMPT as LONGEST
 
 DIMENSIONS = ("attribute", "spatial", "count", "interaction", "colour")
 GLOBAL = {
@@ -38,6 +40,8 @@ RUBRICS = (
     "things, repeat another, or ask what the request leaves open. `kind` is the dimension that it is about."
 )
 MOST = 30  # words in a question that asks one thing
+PROMPTS = 1_000_000  # of a set at most
+BEGUN = "lens-rl/1 partial"  # the schema of the first line of FILE.partial
 
 
 @frozen
@@ -48,7 +52,7 @@ class Taxonomy:
     license: str = field(validator=text())  # of the set, for its provenance
     classes: dict[str, dict[str, tuple[str, ...]]]
     prompts_per_item: int = field(default=1, validator=integer(at_least=1))
-    rubrics: int = field(default=10, validator=integer(at_least=1))  # beside the global one
+    rubrics: int = field(default=10, validator=integer(at_least=1, at_most=QUESTIONS))  # beside the global one
     eval: float = field(default=0.1, validator=real(at_least=0, below=1))  # share of items kept for evaluation
     # Height, width px, offered to every prompt.
     sizes: tuple[tuple[int, int], ...] = field(default=(), validator=each(each(PIXELS)))
@@ -58,6 +62,14 @@ class Taxonomy:
     def __attrs_post_init__(self) -> None:
         if not any(items for subclasses in self.classes.values() for items in subclasses.values()):
             raise ConfigError("classes holds no item; write classes: {animal: {bird: [parrot]}}")
+        count = sum(len(items) for subclasses in self.classes.values() for items in subclasses.values())
+        if count * self.prompts_per_item > PROMPTS:
+            raise ConfigError(f"classes and prompts_per_item make more than {PROMPTS:,} prompts; divide the taxonomy")
+        inner = [n for subs in self.classes.values() for s, items in subs.items() for n in (s, *items)]
+        names = [*self.classes, *inner, *self.dimensions, self.license]
+        problems = [f"the name {reading.shown(n)} {flaw}" for n in names for flaw in text_flaws(n, NAME)]
+        if problems:  # what would spoil the set when it has been paid for
+            raise ConfigError(problems)
 
 
 @frozen
@@ -104,30 +116,39 @@ def compose(
     train, and else the later ones. `llm` has `chat(messages, schema, check)` and `map`.
 
     LensError where a prompt could not be written; what was written stays in FILE.partial, and the same call goes on.
+    ConfigError, before anything is paid for, where FILE.partial was begun with another taxonomy.
     """
     partial = out.with_name(f"{out.name}.partial")
     wanted = list(orders(taxonomy))
     if len({o.id for o in wanted}) < len(wanted):
         raise ConfigError("the taxonomy names an item twice in one subclass; keep one")
-    done = {e["prompt_id"]: e for e in _kept(partial)}
+    template = hashlib.sha256(f"{PROMPT}{RUBRICS}".encode()).hexdigest()[:16]
+    begun = {"schema": BEGUN, "taxonomy_sha": _sha(taxonomy, template)}
+    done = {e["prompt_id"]: e for e in _kept(partial, begun, taxonomy.rubrics)}
     left = [o for o in wanted if o.id not in done]
     if done:
         say(f"{len(wanted) - len(left)} of {len(wanted)} prompts were written before")
-    template = hashlib.sha256(f"{PROMPT}{RUBRICS}".encode()).hexdigest()[:16]
     problems: list[LensError] = []
     size = 4 * getattr(getattr(llm, "config", None), "concurrency", 1)
-    with partial.open("a", encoding="utf-8") as file:
-        for start in range(0, len(left), size):
-            for found in llm.map(lambda order: _entry(llm, taxonomy, order, template), left[start : start + size]):
-                if isinstance(found, LensError):
-                    problems.append(found)
-                    continue
-                done[found["prompt_id"]] = found
-                file.write(f"{json.dumps(found, ensure_ascii=False)}\n")
-            file.flush()
-            say(f"{sum(o.id in done for o in wanted)} of {len(wanted)} prompts written")
-            if problems:
-                break  # an endpoint that is away, or a spent budget, would fail for all the rest
+    try:
+        with partial.open("a", encoding="utf-8") as file:
+            if not file.tell():
+                file.write(f"{json.dumps(begun)}\n")
+            for start in range(0, len(left), size):
+                for found in llm.map(lambda order: _entry(llm, taxonomy, order, template), left[start : start + size]):
+                    if isinstance(found, LensError):
+                        problems.append(found)
+                        continue
+                    done[found["prompt_id"]] = found
+                    file.write(f"{json.dumps(found, ensure_ascii=False)}\n")
+                file.flush()
+                say(f"{sum(o.id in done for o in wanted)} of {len(wanted)} prompts written")
+                if problems:
+                    break  # an endpoint that is away, or a spent budget, would fail for all the rest
+    except OSError as error:
+        raise LensError(
+            f"{partial}: cannot be written ({error.strerror or error}); make room, and run again"
+        ) from error
     if problems:
         raise LensError(
             f"{len(problems)} prompts could not be written ({problems[0]}); "
@@ -135,7 +156,7 @@ def compose(
         )
     # Those of train stand first, so that an overlap costs eval its prompt, never train and eval one each.
     entries = sorted((done[o.id] for o in wanted), key=lambda e: e["split"] != "train")
-    twins = {later for _, later in _twins([e["prompt"] for e in entries], alike)}
+    twins = {later for _, later in near_duplicates([e["prompt"] for e in entries], alike)}
     kept = [e for i, e in enumerate(entries) if i not in twins]
     if twins:
         say(f"{len(twins)} near-duplicates left out")
@@ -148,7 +169,7 @@ def _entry(llm: Any, taxonomy: Taxonomy, order: Order, template: str) -> dict[st
     text = llm.chat(
         [Message("system", PROMPT), Message("user", json.dumps({**order.taxonomy, "number": order.id % 1000}))],
         _object(prompt={"type": "string"}),
-        lambda answer: None if answer["prompt"].strip() else "the prompt is empty",
+        lambda answer: next((f"the prompt {f}" for f in text_flaws(answer["prompt"], LONGEST)), None),
     )["prompt"].strip()
     asked = {"request": text, "kinds": list(taxonomy.dimensions), "how_many": taxonomy.rubrics}
     one = _object(kind={"type": "string", "enum": list(taxonomy.dimensions)}, q={"type": "string"})
@@ -185,10 +206,13 @@ def flaw(questions: Sequence[str], count: int) -> str | None:
     if len(questions) != count:
         return f"there must be {count} rubrics, not {len(questions)}"
     for q in questions:
+        wrong = next(text_flaws(q, QUESTION, "a question"), None)
+        if wrong is not None:
+            return f"a rubric {wrong}"
         if not q.strip().endswith("?") or q.count("?") != 1 or len(q.split()) > MOST:
-            return f"{q!r} must be one question of at most {MOST} words that ends with its only question mark"
-    alike = _twins(list(questions), 1.0)
-    return f"two rubrics ask the same: {questions[alike[0][1]]!r}" if alike else None
+            return f"{q[:200]!r} must be one question of at most {MOST} words that ends with its only question mark"
+    alike = near_duplicates(questions, 1.0)
+    return f"two rubrics ask the same: {questions[alike[0][1]][:200]!r}" if alike else None
 
 
 def _object(**properties: Any) -> dict[str, Any]:
@@ -202,20 +226,44 @@ def _hash(*names: object) -> int:
     return int.from_bytes(digest, "little") >> 11
 
 
-def _kept(partial: Path) -> Iterator[dict[str, Any]]:
-    """The whole entries of a file that may end inside one. That end is cut off, so that the next line is one."""
+def _sha(taxonomy: Taxonomy, template: str) -> str:
+    """Of all that decides what a set is asked for. The llm may change while it is written: a budget that is raised, or
+    another model, which each entry names."""
+    plain = unstructure(taxonomy)
+    plain.pop("llm")
+    return hashlib.sha256(json.dumps([plain, template]).encode()).hexdigest()[:16]
+
+
+def _kept(partial: Path, begun: Mapping[str, Any], rubrics: int) -> Iterator[dict[str, Any]]:
+    """The whole entries of a file that may end inside one. That end is cut off, so that the next line is one.
+
+    ConfigError where its first line is not `begun`, or another is no entry that the set could take.
+    """
     if not partial.is_file():
         return
-    text = partial.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        partial.write_bytes(whole)
+    try:
+        text = partial.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if whole != text:
+            partial.write_bytes(whole)
+    except OSError as error:
+        raise LensError(f"{partial}: cannot be read or written ({error.strerror or error})") from error
     for number, line in enumerate(reading.lines(whole.decode("utf-8", "replace")), 1):
         try:
             entry = reading.parse_json(line)
-            entry["prompt_id"], entry["split"], entry["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise ConfigError(
                 f"{partial}: line {number} is not an entry of a set; delete the line or the file"
             ) from error
+        if number == 1 and isinstance(entry, dict) and entry.get("schema") == BEGUN:
+            if entry != begun:
+                raise ConfigError(
+                    f"{partial}: was begun with another taxonomy; go on with that one, or delete the file to begin anew"
+                )
+            continue
+        flaw = "the first line does not name its taxonomy" if number == 1 else next(flaws_of(entry, rubrics), None)
+        if flaw is not None:
+            raise ConfigError(
+                f"{partial}: line {number} is not an entry of this set ({flaw}); delete the line or the file"
+            )
         yield entry

@@ -14,6 +14,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from lens_core.reading import one_line, shown
 from lens_core.types import ConfigError, LensError, Score
 from lens_nft.rollout import Picture, alike
 
@@ -52,7 +53,7 @@ class Verdicts:
         facts: dict[str, float] = {}
         for name, row in self.scores.items():
             asked = [s for s in row if s is not None]
-            heard = [{name: s.value, **{f"{name}/{k}": v for k, v in s.components.items()}} for s in asked
+            heard = [{name: s.value, **{f"{name}/{k}": v for k, v in s.components.items() if _finite(v)}} for s in asked
                      if s.value is not None]  # fmt: skip
             for key in sorted({k for h in heard for k in h}):
                 values = [h[key] for h in heard if key in h]
@@ -104,30 +105,45 @@ def spent(judges: Sequence[Judge]) -> dict[str, float]:
     """What the judges have cost since this process began, added up over those that tell it as `spend`."""
     facts: dict[str, float] = {}
     for one in judges:
-        for name, value in getattr(one.reward, "spend", {}).items():
+        spend = getattr(one.reward, "spend", {})
+        for name, value in spend.items() if isinstance(spend, Mapping) else ():
             facts[f"spend/{name}"] = facts.get(f"spend/{name}", 0.0) + float(value)
     return facts
 
 
 def _ask(name: str, reward: Any, pictures: Sequence[Picture]) -> list[Score]:
-    """One score a picture. A value that is not finite is a failure, and so is what a reward raises as LensError.
+    """One score a picture. A value that is not finite is a failure, and so is whatever a reward raises: a judge that is
+    away, or errs in its own code, is what the ladder is for, and its last rung quotes the reason.
 
     Pictures of one size are judged in one call, and a group has one size, so a reward can look at whole groups, or ask
-    in parallel. Raises LensError where a reward does not give one score a picture, ConfigError as it comes.
+    in parallel. Raises LensError where a reward does not give one Score a picture, ConfigError as it comes.
     """
     found: dict[int, Score] = {}
     for rows in alike(pictures, lambda p: p.image.shape, len(pictures)):
         images = torch.stack([pictures[i].image for i in rows])
         try:
-            scores = reward.score(images, [pictures[i].prompt for i in rows])
+            scores = list(reward.score(images, [pictures[i].prompt for i in rows]))
         except ConfigError:
             raise
         except LensError as error:
             scores = [Score("failed", evidence=str(error))] * len(rows)
+        except Exception as error:  # of a plugin, which may be anything
+            scores = [Score("failed", evidence=f"{type(error).__name__}: {one_line(error)}")] * len(rows)
         if len(scores) != len(rows):
             raise LensError(f"the reward {name} gave {len(scores)} scores for {len(rows)} pictures; give one each")
+        for score in scores:
+            if not isinstance(score, Score) or score.status not in ("ok", "abstain", "failed"):
+                raise LensError(f"the reward {name} gave {shown(score)}; it must give one Score a picture")
         found.update(zip(rows, scores, strict=True))
     return [
-        Score("failed", evidence=f"not finite: {s.value}") if s.value is not None and not math.isfinite(s.value) else s
+        Score("failed", evidence=f"not finite: {shown(s.value)}") if s.value is not None and not _finite(s.value) else s
         for s in (found[i] for i in range(len(pictures)))
     ]
+
+
+def _finite(value: Any) -> bool:
+    """Whether a value is a number that can be averaged."""
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # text, None, 10**400, a tensor of several numbers
+        return False

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lens_llm.commands import sampled
 from lens_llm.prompts import read
 from test_llm_client import Endpoint, endpoint  # noqa: F401  # a fixture
 
 from lens_core.__main__ import main
+from lens_core.types import ConfigError, Prompt
 
 AUDIT = """
 pipeline: {{start: "tiny:"}}
@@ -90,6 +93,33 @@ def test_an_audit_tells_that_an_exact_judge_never_flips_and_agrees_with_itself(t
     assert found["pictures"] == 6 and found["noise"] == 0
     assert set(found["flips"].values()) == {0.0} and set(found["agreement"].values()) == {1.0}
     assert found["probes"].keys() == {"blank", "noise", "swapped"} and found["probes"]["blank"] < 0.9
+
+
+def test_an_audit_samples_the_prompts_of_the_recipes_tasks_by_its_seed():
+    prompts = [Prompt(f"p{i}", i, ("a", "b", "c")[i % 3]) for i in range(300)]
+    one = sampled(prompts, ["a", "c"], 40, 7)
+    assert len({p.id for p in one}) == 40 and {p.task for p in one} == {"a", "c"}
+    assert one == sampled(prompts, ["a", "c"], 40, 7) and one != sampled(prompts, ["a", "c"], 40, 8)
+    assert max(p.id for p in one) > 200 and [p.id for p in one] == sorted(p.id for p in one)
+    counts = Counter(p.id for seed in range(300) for p in sampled(prompts, [], 30, seed))
+    assert len(counts) == 300 and max(counts.values()) < 30 + 6 * 30**0.5  # each 30 times on average
+    assert sampled(prompts, ["b"], 1000, 0) == [p for p in prompts if p.task == "b"]
+    with pytest.raises(ConfigError, match="no task of the prompts is called 'bb'"):
+        sampled(prompts, ["bb"], 4, 0)
+
+
+def test_an_audit_asks_for_no_task_that_its_recipe_leaves_out(tmp_path: Path, capsys, monkeypatch):
+    seen: list[Prompt] = []
+
+    def audited(judge: Any, images: Any, prompts: Any, seed: int, auditor: Any) -> dict[str, Any]:
+        seen.extend(prompts)
+        return {}
+
+    monkeypatch.setattr("lens_llm.audit.audit", audited)
+    recipe = tmp_path / "audit.yaml"
+    recipe.write_text(AUDIT.format(reward="shapes_rubrics").replace("train: {", "  tasks: [counting]\ntrain: {"))
+    assert main(["rl", "audit", str(recipe), "--pictures", "4"]) == 0
+    assert len(seen) == 4 and {p.task for p in seen} == {"counting"}
 
 
 def test_an_estimate_is_printed(capsys):

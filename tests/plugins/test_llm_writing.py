@@ -97,7 +97,7 @@ def test_a_stopped_set_goes_on_without_asking_again_even_after_half_a_line(tmp_p
     broken = Writer(fails=["carp"])
     with pytest.raises(LensError, match=r"1 prompts could not be written \(the endpoint is away\); 3 of 6 are kept"):
         compose(broken, taxonomy(), out)
-    assert not out.exists() and len(partial.read_text().splitlines()) == 3
+    assert not out.exists() and len(partial.read_text().splitlines()) == 1 + 3
     with partial.open("a") as file:
         file.write('{"schema": "lens-rl/1", "prompt')  # as if killed while writing
     said: list[str] = []
@@ -115,6 +115,80 @@ def test_a_partial_file_of_another_kind_is_refused(tmp_path: Path):
     (tmp_path / "set.jsonl.partial").write_text('{"a": 1}\n')
     with pytest.raises(ConfigError, match="line 1 is not an entry"):
         compose(Writer(), taxonomy(), tmp_path / "set.jsonl")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rubrics": 4}, {"seed": 1}, {"classes": {"a": {"b": ["wren"]}}}, {"license": "MIT"}, {"sizes": [[64, 64]]}],
+    ids=str,
+)  # fmt: skip
+def test_a_set_begun_with_another_taxonomy_is_refused_before_anything_is_paid_for(tmp_path: Path, changes):
+    out, partial = tmp_path / "set.jsonl", tmp_path / "set.jsonl.partial"
+    with pytest.raises(LensError, match="3 of 6 are kept"):
+        compose(Writer(fails=["carp"]), taxonomy(), out)
+    before, llm = partial.read_bytes(), Writer()
+    with pytest.raises(ConfigError, match="begun with another taxonomy"):
+        compose(llm, taxonomy(**changes), out)
+    assert llm.asked == [] and partial.read_bytes() == before
+    cheaper = taxonomy(llm={"use": "openai", "model": "other", "max_usd": 5})  # who writes may change on the way
+    assert compose(Writer(), cheaper, out) == 6
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda line: line.replace("Is fact 1", "Is fact 0"),
+        lambda line: line.replace('"r01"', '"a b"'),
+        lambda line: "[" * 100_000,
+        lambda line: "5",
+        lambda line: line.replace('"weight": 1.0', '"weight": NaN'),
+    ],
+)
+def test_an_entry_that_the_set_could_not_take_is_refused_before_anything_is_paid_for(tmp_path: Path, spoil):
+    out, partial = tmp_path / "set.jsonl", tmp_path / "set.jsonl.partial"
+    with pytest.raises(LensError, match="3 of 6 are kept"):
+        compose(Writer(fails=["carp"]), taxonomy(), out)
+    rows = partial.read_text().split("\n")
+    rows[2] = spoil(rows[2])
+    partial.write_text("\n".join(rows))
+    llm = Writer()
+    with pytest.raises(ConfigError, match="line 3 is not an entry"):
+        compose(llm, taxonomy(), out)
+    assert llm.asked == []
+
+
+def test_a_prompt_that_holds_a_line_separator_is_gone_on_with(tmp_path: Path):
+    class Separated(Writer):
+        def chat(self, messages: Any, schema: Any = None, check: Any = None) -> Any:
+            answer = super().chat(messages, schema, check)
+            return {"prompt": answer["prompt"].replace(" a ", "a\u2028\x85")} if "prompt" in answer else answer
+
+    out = tmp_path / "set.jsonl"
+    with pytest.raises(LensError, match="3 of 6 are kept"):
+        compose(Separated(fails=["carp"]), taxonomy(), out)
+    assert compose(Separated(), taxonomy(), out) == 6
+    assert all("\u2028" in p.text for p in read(out, rubrics=3))
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path):
+    (tmp_path / "set.jsonl.partial").symlink_to("/dev/full")
+    with pytest.raises(LensError, match=r"set\.jsonl\.partial: cannot be written \(No space left"):
+        compose(Writer(), taxonomy(), tmp_path / "set.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompts_per_item": 10**7}, "1,000,000 prompts"),
+        ({"rubrics": 500}, "rubrics"),
+        ({"sizes": [[0, 64]]}, "sizes"),
+        ({"classes": {"a": {"b": ["x" * 500]}}}, "characters"),
+        ({"classes": {"a\x00": {"b": ["c"]}}}, "control character"),
+    ],
+)
+def test_a_taxonomy_whose_set_would_be_refused_is_refused_first(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        taxonomy(**changes)
 
 
 def test_near_duplicates_are_left_out_and_cost_eval_its_prompt(tmp_path: Path):

@@ -148,3 +148,42 @@ def test_what_happened_is_counted():
         Judge("c", Told()),
     ]
     assert spent(judges) == {"spend/usd": 1.5, "spend/calls": 3.0}
+
+
+class Odd:
+    """Gives what `make` makes of a picture's number."""
+
+    def __init__(self, make: Any) -> None:
+        self.make = make
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Any:
+        return [self.make(int(image[0, 0, 0])) for image in images]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("gone"), KeyError("choices"), TypeError("no"), RecursionError()])
+def test_whatever_a_reward_raises_goes_down_the_ladder_with_its_kind_quoted(error):
+    def fail(number: int) -> Score:
+        raise error
+
+    rescued = judge([Judge("vlm", Odd(fail), 1.0, Told(*range(8)))], pictures())
+    assert rescued.replaced == 8 and not rescued.failed().any()
+    alone = judge([Judge("vlm", Odd(fail))], pictures())
+    assert alone.failed().all() and type(error).__name__ in alone.scores["vlm"][0].evidence
+
+
+@pytest.mark.parametrize("made", [1.0, None, "ok", (1.0,), Score("fine")])  # type: ignore[arg-type]
+def test_what_is_no_score_is_told_with_the_name_of_the_reward(made):
+    with pytest.raises(LensError, match=r"the reward vlm gave .*; it must give one Score a picture"):
+        judge([Judge("vlm", Odd(lambda number: made))], pictures())
+
+
+@pytest.mark.parametrize("value", ["high", [1.0], torch.ones(2), 10**400, 1j])
+def test_a_value_that_is_no_number_is_a_failure(value):
+    found = judge([Judge("vlm", Odd(lambda number: Score("ok", value if number == 0 else 1.0)))], pictures())
+    assert found.failed().tolist() == [True] + [False] * 7 and "not finite" in found.scores["vlm"][0].evidence
+
+
+def test_components_that_are_no_numbers_are_left_out_of_the_means():
+    parts = [{"a": 1.0, "b": None}, {"a": math.nan, "b": "x"}, {"a": 0.0}, {}, *[{"a": 1.0}] * 4]
+    facts = judge([Judge("vlm", Odd(lambda number: Score("ok", 1.0, parts[number])))], pictures()).facts()
+    assert facts["reward/vlm/a"] == pytest.approx(5 / 6) and "reward/vlm/b" not in facts
