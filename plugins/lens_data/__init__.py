@@ -1,7 +1,8 @@
 """Pictures with captions, on disk and on their way into training.
 
 store      the training store: a LanceDB database with every picture, its size and its captions
-imports    fills the store from a folder, from WebDataset tars, from a Hugging Face dataset folder
+imports    fills the store
+sources    reads folders, WebDataset tars and Hugging Face datasets, within bounds
 pictures   image files as upright RGB, resized and cropped to a size
 buckets    which training size a picture is for: a table of areas and aspect ratios
 dataset    dataset `store`: seeded, shuffled, resumable batches of one size

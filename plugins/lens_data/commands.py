@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from cyclopts import App
 
+from lens_core.files import is_system_file
 from lens_core.types import ConfigError
 from lens_data import imports
 from lens_data.buckets import LENS, Table, assign
+from lens_data.sources import is_parquet, is_tar
 from lens_data.store import Store
 
 _FORMATS: dict[str, Callable[..., imports.Report]] = {
@@ -23,7 +25,15 @@ _FORMATS: dict[str, Callable[..., imports.Report]] = {
 
 
 def import_(
-    store: str, path: Path, *, format: str = "auto", caption: str = "dense", source: str = "", update: bool = False
+    store: str,
+    path: Path,
+    *,
+    format: str = "auto",
+    caption: str = "dense",
+    source: str = "",
+    update: bool = False,
+    image_column: str = "",
+    text_column: str = "",
 ) -> int:
     """Import pictures with captions into a training store; what cannot be used is told by reason.
 
@@ -41,12 +51,20 @@ def import_(
         The name of the origin that is noted with each picture; the path's own if not given.
     update
         Replace the captions of pictures that the store has already.
+    image_column
+        The column of parquet files that holds the pictures; one called image, img, jpg or png if not given.
+    text_column
+        The column that holds the captions; brief, dense, caption or text if not given.
     """
     if format == "auto":
         format = _format(path)
     if format not in _FORMATS:
         raise ConfigError(f"no import is called {format!r}; known: auto, {', '.join(_FORMATS)}")
-    print(_FORMATS[format](store, path, caption=caption, source=source, update=update))
+    options = {"image_column": image_column, "text_column": text_column}
+    given = {name: column for name, column in options.items() if column}
+    if given and format != "parquet":
+        raise ConfigError(f"--{next(iter(given)).replace('_', '-')}: {format} have no columns; leave it out")
+    print(_FORMATS[format](store, path, caption=caption, source=source, update=update, **given))
     return 0
 
 
@@ -141,11 +159,12 @@ for _name, _command in (("import", import_), ("show", show), ("cache", cache), (
 
 
 def _format(path: Path) -> str:
-    files = [path] if path.is_file() else path.rglob("*")
-    for file in files:
-        if file.suffix == ".parquet":
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if is_system_file(file.relative_to(path) if file != path else file.name):
+            continue
+        if is_parquet(file.name):
             return "parquet"
-        if ".tar" in file.suffixes:
+        if is_tar(file.name):
             return "tars"
     return "folder"
 

@@ -1,38 +1,36 @@
 """Fills a training store: from a folder, from WebDataset tars, from a Hugging Face dataset folder.
 
 A picture's id is the hash of its file, so the same import twice adds nothing. What cannot be used is counted by reason
-and never stops an import; an import that was killed goes on when it is run again. Import from one process at a time.
+and never stops an import; an import that was killed goes on when it is run again. One import at a time writes to a
+store: another is refused. On object storage, which has no locks, rows are merged by id.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
-from attrs import field, frozen, mutable
+import numpy as np
+from attrs import field, mutable
 
+from lens_core.checkpoint import WriteError
+from lens_core.locks import locked
 from lens_core.types import ConfigError
-from lens_data import pictures
+from lens_data import pictures, sources
+from lens_data.sources import Found, Ids, position
 from lens_data.store import Store
 
 FLUSH = 64 * 1024**2  # bytes of pictures held back before they are written
+ROWS = 4096  # pictures held back at most
+LONGEST = 2**16  # characters of a caption
 _EXAMPLES = 3  # names told for each reason
+_SHOWN = 200  # characters of a name
 
 Row = dict[str, Any]  # of the store's columns
-
-
-@frozen
-class Found:
-    """One picture as its source has it: `told` are its captions by key. `fault` says why it cannot be used."""
-
-    name: str
-    image: bytes | None = None
-    told: Mapping[str, Any] = field(factory=dict)
-    fault: str = ""
 
 
 @mutable
@@ -49,7 +47,7 @@ class Report:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         names = self.examples.setdefault(reason, [])
         if len(names) < _EXAMPLES:
-            names.append(name)
+            names.append(_printable(name))
 
     def __str__(self) -> str:
         lines = [f"{self.found} found, {self.added} added, {self.updated} updated"]
@@ -62,20 +60,21 @@ class Report:
 def import_folder(
     store: str | Path, path: str | Path, *, caption: str = "dense", source: str = "", update: bool = False
 ) -> Report:
-    """Import pictures below `path`, with captions from `captions.jsonl` or from a .txt beside each.
+    """Import pictures below `path`, with captions from a list or from a .txt beside each.
 
-    A line of `captions.jsonl` is `{"file": "a.png", "brief": …, "dense": …}`; `file_name` and `text` do as well. A
-    caption that does not say which it is, is a `caption`: "brief" or "dense". `source` names the origin (default: the
-    folder's name). `update` replaces the captions of pictures that the store has already.
+    A list is `captions.jsonl`, `metadata.jsonl` or `metadata.csv`, in any folder, for the pictures there and below. A
+    line is `{"file": "a.png", "brief": …, "dense": …}`; `file_name` and `text` do as well. A caption that does not say
+    which it is, is a `caption`: "brief" or "dense". `source` names the origin (default: the folder's name). `update`
+    replaces the captions of pictures that the store has already.
     """
-    return _fill(store, _in_folder(_existing(path)), caption, source or _origin(path), update)
+    return _fill(store, sources.in_folder(_existing(path)), caption, source or _origin(path), update)
 
 
 def import_tars(
     store: str | Path, path: str | Path, *, caption: str = "dense", source: str = "", update: bool = False
 ) -> Report:
-    """Import WebDataset tars: `path` is one, or a folder of them. Captions are in .txt or .json members."""
-    return _fill(store, _in_tars(_existing(path)), caption, source or _origin(path), update)
+    """Import WebDataset tars: `path` is one, or a folder of them. Captions are in .json members, or else in .txt."""
+    return _fill(store, sources.in_tars(_existing(path)), caption, source or _origin(path), update)
 
 
 def import_parquet(
@@ -90,10 +89,10 @@ def import_parquet(
 ) -> Report:
     """Import a Hugging Face dataset folder: parquet files with an image column (struct of bytes and path) and captions.
 
-    Without names, the image column is the first such struct, and captions stand in `brief`, `dense`, `caption` or
-    `text`.
+    Without names, the image column is called image, img, jpg, png, jpeg or webp, or is the only such struct, and
+    captions stand in `brief`, `dense`, `caption` or `text`.
     """
-    found = _in_parquet(_existing(path), image_column, text_column)
+    found = sources.in_parquet(_existing(path), image_column, text_column)
     return _fill(store, found, caption, source or _origin(path), update)
 
 
@@ -114,58 +113,124 @@ def _origin(path: str | Path) -> str:
 def _fill(store: str | Path, found: Iterable[Found], caption: str, source: str, update: bool) -> Report:
     if caption not in ("brief", "dense"):
         raise ConfigError(f"a caption is brief or dense, not {caption!r}; choose one")
-    into = Store(str(store), create=True)
-    table = into.columns("id", "brief", "dense").to_pydict()
-    words = ((hash(b), hash(d)) for b, d in zip(table["brief"], table["dense"], strict=True))
-    known = dict(zip(table["id"], zip(table["_rowid"], words, strict=True), strict=True))
-    del table  # only hashes stay: captions are most of what a large store says
-    report, new, changed, held, seen = Report(), list[Row](), dict[int, Row](), 0, set[str]()
+    local = "://" not in str(store)
+    with locked(Path(store), "store") if local else nullcontext():
+        return _Import(Store(str(store), create=True), caption, _printable(source), update).run(found)
 
-    def flush() -> None:
-        if new:
-            into.add(new)
-            report.added += len(new)
-            new.clear()
-        if changed:
-            stored = into.rows(list(changed), "brief", "dense")
-            # A caption that the source does not have is kept.
-            into.replace(
-                [{**row, **{k: row[k] or stored[n][k] for k in ("brief", "dense")}} for n, row in changed.items()]
-            )
-            report.updated += len(changed)
-            changed.clear()
 
-    for item in found:
-        report.found += 1
-        row, fault = _row(item, caption, source)
+class _Import:
+    """One import into an open store. Of what the store holds, only hashes are kept: captions are most of it."""
+
+    def __init__(self, store: Store, caption: str, source: str, update: bool) -> None:
+        self.store, self.caption, self.source, self.update = store, caption, source, update
+        self.known = _Known(store)
+        self.seen = Ids()  # pictures that were new in this import
+        self.report = Report()
+        self.new: list[Row] = []
+        self.changed: dict[int, Row] = {}
+        self.held = 0
+
+    def run(self, found: Iterable[Found]) -> Report:
+        for item in found:
+            self.report.found += 1
+            fault = self._take(item)
+            if fault:
+                self.report.skip(fault, item.name)
+            if self.held >= FLUSH or len(self.new) + len(self.changed) >= ROWS:
+                self._flush()
+        self._flush()
+        if not self.report.found:
+            raise ConfigError(f"{self.source}: holds no picture; check the path, and the format of the import")
+        return self.report
+
+    def _take(self, item: Found) -> str:
+        """Hold a picture back for the store; or why not."""
+        row, fault = _row(item, self.caption, self.source)
         if row is None:
-            report.skip(fault, item.name)
-            continue
-        if row["id"] in seen:
-            report.skip("the same picture again", item.name)
-            continue
-        seen.add(row["id"])
-        if row["id"] not in known:
-            new.append(row)
+            return fault
+        digest = bytes.fromhex(row["id"])
+        place = self.known.place(digest)
+        if digest in self.seen if place is None else self.known.met[place]:
+            return "the same picture again"
+        if place is None:
+            self.seen.add(digest)
+            self.new.append(row)
         else:
-            number, stored = known[row["id"]]
-            if all(
-                not text or hash(text) == old for text, old in zip((row["brief"], row["dense"]), stored, strict=True)
-            ):
-                report.skip("already in the store", item.name)
-                continue
-            if not update:
-                report.skip("already in the store with other captions; --update replaces them", item.name)
-                continue
-            changed[number] = row
-        held += len(row["image"])
-        if held >= FLUSH:
-            flush()
-            held = 0
-    flush()
-    if not report.found:
-        raise ConfigError(f"{source}: holds no picture; check the path, and the format of the import")
-    return report
+            self.known.met[place] = True
+            if self.known.has(place, row):
+                return "already in the store"
+            if not self.update:
+                return "already in the store with other captions; --update replaces them"
+            self.changed[int(self.known.rows[place])] = row
+        self.held += len(row["image"])
+        return ""
+
+    def _flush(self) -> None:
+        try:
+            if self.new:
+                self.report.added += self.store.insert(self.new)
+            if self.changed:
+                stored = self.store.rows(list(self.changed), "brief", "dense")
+                # A caption that the source does not have is kept.
+                self.store.replace(
+                    [
+                        {**row, **{k: row[k] or stored[n][k] for k in ("brief", "dense")}}
+                        for n, row in self.changed.items()
+                    ]
+                )
+                self.report.updated += len(self.changed)
+        except WriteError as error:
+            raise WriteError(
+                f"{error}. {self.report.added} pictures were added before; the same import goes on"
+            ) from error
+        self.new.clear()
+        self.changed.clear()
+        self.held = 0
+
+
+class _Known:
+    """What a store holds, about 60 bytes a picture: ids, sorted; with each, its row, hashes of its captions, and
+    whether this import has met it."""
+
+    def __init__(self, store: Store) -> None:
+        count = len(store)
+        self.ids, self.rows = np.empty(count, "S32"), np.empty(count, np.int64)
+        self.words = np.empty((count, 2), np.int64)
+        at = 0
+        for batch in store.batches("id", "brief", "dense"):
+            part = slice(at, at + batch.num_rows)
+            self.ids[part] = _digests(batch["id"].to_pylist())
+            self.rows[part] = batch["_rowid"].to_numpy()
+            for column, name in enumerate(("brief", "dense")):
+                self.words[part, column] = [hash(text) for text in batch[name].to_pylist()]
+            at += batch.num_rows
+        order = np.argsort(self.ids)
+        for name in ("ids", "rows", "words"):
+            setattr(self, name, getattr(self, name)[order])
+        self.met = np.zeros(count, bool)
+
+    def place(self, digest: bytes) -> int | None:
+        return position(self.ids, digest)
+
+    def has(self, place: int, row: Row) -> bool:
+        """Whether the store has these captions, as far as there are any."""
+        return all(
+            not row[name] or hash(row[name]) == old
+            for name, old in zip(("brief", "dense"), self.words[place].tolist(), strict=True)
+        )
+
+
+def _digests(ids: list[str]) -> list[bytes]:
+    """The digests that ids are the hexadecimal digits of; of others, digests of their own."""
+
+    def one(text: str) -> bytes:
+        try:
+            made = bytes.fromhex(text)
+        except ValueError:
+            made = b""
+        return made if len(made) == 32 else hashlib.sha256(text.encode()).digest()
+
+    return [one(text) for text in ids]
 
 
 def _row(item: Found, caption: str, source: str) -> tuple[Row | None, str]:
@@ -174,157 +239,68 @@ def _row(item: Found, caption: str, source: str) -> tuple[Row | None, str]:
         return None, item.fault
     if item.image is None:
         return None, "no picture"
-    texts = {key: item.told[key] for key in ("brief", "dense", "caption", "text") if key in item.told}
-    words = {key: text.strip() for key, text in texts.items() if isinstance(text, str)}
-    brief, dense = words.get("brief", ""), words.get("dense", "")
-    plain = words.get("caption") or words.get("text") or ""
-    brief, dense = (brief or plain, dense) if caption == "brief" else (brief, dense or plain)
-    if not (brief or dense):
-        return None, "empty caption" if words else "missing caption"
+    brief, dense, fault = _captions(item.captions, caption)
+    if fault:
+        return None, fault
     try:
         width, height = pictures.read(item.image).size
-    except pictures.PictureError:
-        return None, "corrupt image"
+    except pictures.PictureError as error:
+        return None, error.reason
     key = hashlib.sha256(item.image).hexdigest()
     row = {"id": key, "image": item.image, "height": height, "width": width, "brief": brief, "dense": dense}
     return {**row, "source": source}, ""
 
 
-def _is_picture(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in pictures.SUFFIXES
+def _captions(given: Iterable[Mapping[str, Any]], kind: str) -> tuple[str, str, str]:
+    """The brief and the dense caption; or why there is none. The first of each that is sound counts: one that is null,
+    blank or damaged hides no other."""
+    faults: list[str] = []
+
+    def first(*keys: str) -> str:
+        for captions in given:
+            for key in keys:
+                text, fault = _clean(captions.get(key))
+                if text:
+                    return text
+                if fault:
+                    faults.append(fault)
+        return ""
+
+    given = tuple(given)
+    brief, dense, plain = first("brief"), first("dense"), first("caption", "text")
+    brief, dense = (brief or plain, dense) if kind == "brief" else (brief, dense or plain)
+    if brief or dense:
+        return brief, dense, ""
+    faults += [captions["fault"] for captions in given if "fault" in captions]
+    # "empty" is the weakest of the reasons, for another says more of what is there.
+    return "", "", next((f for f in faults if f != EMPTY), faults[0] if faults else "missing caption")
 
 
-def _text(data: bytes) -> str | None:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
+EMPTY = "empty caption"
 
 
-# ---- sources ------------------------------------------------------------------------------------------------------
-
-
-def _in_folder(root: Path) -> Iterator[Found]:
-    paths = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file() and _is_picture(p.name)}
-    listed: dict[str, Mapping[str, Any]] = {}
-    lines = root / "captions.jsonl"
-    if lines.is_file():
-        for number, line in enumerate(lines.read_bytes().splitlines(), 1):
-            if not line.strip():
-                continue
-            where, facts = f"captions.jsonl:{number}", _json(line) or {}
-            name = facts.get("file") or facts.get("file_name")
-            if not isinstance(name, str):
-                yield Found(where, fault="damaged line in captions.jsonl")
-            elif name not in paths:
-                yield Found(f"{where} {name}", fault="caption without a picture")
-            elif name in listed:
-                yield Found(f"{where} {name}", fault="listed again in captions.jsonl")
-            else:
-                listed[name] = facts
-    for name, path in paths.items():
-        told = listed.get(name)
-        beside = path.with_suffix(".txt")
+def _clean(value: Any) -> tuple[str, str]:
+    """A caption without blanks around it; or why it cannot be used; neither, if it is no text at all."""
+    if isinstance(value, bytes):
         try:
-            if told is None and beside.is_file():
-                text = _text(beside.read_bytes())
-                if text is None:
-                    yield Found(name, fault="caption is not UTF-8")
-                    continue
-                told = {"caption": text}
-            yield Found(name, path.read_bytes(), told or {})
-        except OSError:
-            yield Found(name, fault="unreadable file")
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return "", "caption is not UTF-8"
+    if not isinstance(value, str):
+        return "", ""
+    text = value.removeprefix("\ufeff").strip()
+    if not text:
+        return "", EMPTY
+    if len(text) > LONGEST:
+        return "", f"caption longer than {LONGEST} characters"
+    if re.search("[\ud800-\udfff]", text):
+        return "", "caption with half a character (a lone surrogate)"
+    if re.search("[\x00-\x08\x0e-\x1b\x7f]", text):  # of UTF-16 without a mark, every other byte is one
+        return "", "caption with control characters (UTF-16?)"
+    return text, ""
 
 
-def _json(data: bytes) -> dict[str, Any] | None:
-    text = _text(data)
-    try:
-        value = json.loads(text) if text is not None else None
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _in_tars(path: Path) -> Iterator[Found]:
-    tars = sorted(p for p in path.rglob("*") if ".tar" in p.suffixes) if path.is_dir() else [path]
-    for tar in tars:
-        key, members = "", dict[str, bytes]()
-        try:
-            with tarfile.open(tar, "r|*") as archive:
-                for member in archive:
-                    file = archive.extractfile(member) if member.isfile() else None
-                    if file is None:
-                        continue
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, ending = name.partition(".")
-                    here = f"{folder}/{stem}" if folder else stem
-                    if here != key:
-                        if members:
-                            yield _sample(f"{tar.name}:{key}", members)
-                        key, members = here, {}
-                    members[f".{ending.lower()}"] = file.read()
-        except (tarfile.TarError, OSError, EOFError) as error:
-            # The sample at the break may lack a member: it is given up with the rest.
-            yield Found(f"{tar.name} ({' '.join(str(error).split())})", fault="damaged archive, its rest is lost")
-            continue
-        if members:
-            yield _sample(f"{tar.name}:{key}", members)
-
-
-def _sample(name: str, members: Mapping[str, bytes]) -> Found:
-    image = next((data for ending, data in members.items() if _is_picture(f"x{ending}")), None)
-    told: dict[str, Any] = {}
-    for ending, data in members.items():
-        if ending == ".json":
-            facts = _json(data)
-            if facts is None:
-                return Found(name, fault="damaged .json")
-            told |= facts
-        elif ending == ".txt":
-            text = _text(data)
-            if text is None:
-                return Found(name, fault="caption is not UTF-8")
-            told["caption"] = text
-    return Found(name, image, told)
-
-
-def _in_parquet(path: Path, image_column: str, text_column: str) -> Iterator[Found]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    for file in files:
-        try:
-            reader = pq.ParquetFile(file)
-        except (OSError, pa.ArrowInvalid):
-            yield Found(file.name, fault="damaged parquet file")
-            continue
-        with reader:
-            image, texts = _parquet_columns(file, reader.schema_arrow, image_column, text_column)
-            row = 0
-            try:
-                for batch in reader.iter_batches(batch_size=64, columns=[image, *texts]):
-                    for values in batch.to_pylist():
-                        held = values[image]
-                        data = held.get("bytes") if isinstance(held, dict) else held
-                        told = {"text" if key == text_column else key: values[key] for key in texts}
-                        yield Found(f"{file.name}:{row}", data, told)
-                        row += 1
-            except (OSError, pa.ArrowInvalid):
-                yield Found(f"{file.name}:{row}", fault="damaged parquet file, its rest is lost")
-
-
-def _parquet_columns(file: Path, schema: Any, image: str, text: str) -> tuple[str, list[str]]:
-    import pyarrow as pa
-
-    structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-    if not image and not structs:
-        raise ConfigError(f"{file}: has no image column among {', '.join(schema.names)}; name it with image_column")
-    texts = [text] if text else [n for n in ("brief", "dense", "caption", "text") if n in schema.names]
-    if not texts:
-        raise ConfigError(f"{file}: has no caption column among {', '.join(schema.names)}; name it with text_column")
-    for name in (image or structs[0], *texts):
-        if name not in schema.names:
-            raise ConfigError(f"{file}: has no column {name!r} among {', '.join(schema.names)}; mend the name")
-    return image or structs[0], texts
+def _printable(name: str) -> str:
+    """A name for a line of text: of bytes that are no UTF-8, of control characters and line ends, their codes."""
+    short = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)

@@ -7,11 +7,15 @@ A store only grows by versions, and a reader keeps the one it opened, so an impo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lens_core.checkpoint import writing
 from lens_core.types import LensError
 
 SCHEMA = 1
@@ -42,6 +46,24 @@ def _schema(columns: Mapping[str, str], key: str, value: str) -> Any:
     import pyarrow as pa
 
     return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()], metadata={key: value})
+
+
+@contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """What goes wrong with the disk inside becomes a WriteError about `path`, in one line; so does Lance's own error,
+    which tells the system's as `os error N`."""
+    try:
+        with writing(Path(path)):
+            try:
+                yield
+            except (RuntimeError, ValueError) as error:
+                number = re.search(r"os error (\d+)", str(error))
+                if number is None:
+                    raise
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    except (RuntimeError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0][:300]
+        raise LensError(f"{path}: cannot be written: {first}; choose another store, or make a new one") from error
 
 
 def _names(database: Any) -> set[str]:
@@ -114,15 +136,35 @@ class Store:
         found = self.table.take_row_ids(wanted).select(list(names)).with_row_id().to_arrow().to_pylist()
         return {row["_rowid"]: row for row in found}
 
+    def batches(self, *names: str) -> Iterator[Any]:
+        """These columns of every row, and `_rowid`, a few thousand rows at a time."""
+        yield from self.table.search().select(list(names)).with_row_id(True).to_batches(batch_size=4096)
+
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append new rows; all of them appear, or none."""
+        """Append new rows; all of them appear, or none. Raises WriteError."""
         import pyarrow as pa
 
-        self.table.add(pa.Table.from_pylist(list(rows), schema=self.schema))
+        with _writing(self.path):
+            self.table.add(pa.Table.from_pylist(list(rows), schema=self.schema))
+
+    def insert(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Append those rows whose ids are not there, also where another process has written since this store was
+        opened; how many they were. Raises WriteError."""
+        import pyarrow as pa
+
+        with _writing(self.path):
+            new = pa.Table.from_pylist(list(rows), schema=self.schema)
+            before, newest = self.version, int(self._database.open_table(TABLE).version)
+            if newest == before and "://" not in self.path:
+                self.table.add(new)  # nobody has, and none can: an import locks a store on a disk
+                return len(new)
+            self.table.checkout_latest()
+            return int(self.table.merge_insert("id").when_not_matched_insert_all().execute(new).num_inserted_rows)
 
     def replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Overwrite the rows with the same ids."""
+        """Overwrite the rows with the same ids. Raises WriteError."""
         import pyarrow as pa
 
-        new = pa.Table.from_pylist(list(rows), schema=self.schema)
-        self.table.merge_insert("id").when_matched_update_all().execute(new)
+        with _writing(self.path):
+            new = pa.Table.from_pylist(list(rows), schema=self.schema)
+            self.table.merge_insert("id").when_matched_update_all().execute(new)
