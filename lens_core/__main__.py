@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from lens_core import __version__, reading
-from lens_core.catalog import Catalog
-from lens_core.types import ConfigError, LensError, NumericalError
+from lens_core.catalog import Catalog, resolve
+from lens_core.types import ConfigError, LensError, NumericalError, PluginError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -647,17 +648,25 @@ def lora(
 
 
 @app.command
-def plugins(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
+def plugins(
+    *,
+    check: Annotated[bool, Parameter(negative="")] = False,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
     """What is installed, what each plugin offers, and what was set aside and why.
 
     Parameters
     ----------
+    check
+        Ask each plugin for all that it offers, commands included, and list what is wrong; exit 1 if anything is.
     json_
         Print JSON instead of a table.
     """
     from lens_core.protocols import KINDS
 
     catalog = Catalog.installed()
+    problems = catalog.check(OWN) if check else {p.name: [p.error] if p.error else [] for p in catalog.plugins}
+    code = 1 if check and any(problems.values()) else 0
     offers: dict[str, list[str]] = {p.name: [] for p in catalog.plugins}
     for plugin in catalog.plugins:
         # Asking a hook would import models; its presence tells enough, and `--json` keeps to it too.
@@ -672,46 +681,56 @@ def plugins(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = F
                 "version": p.version,
                 "offers": offers[p.name],
                 "error": p.error,
+                **({"problems": problems[p.name]} if check else {}),
             }
             for p in catalog.plugins
         ]
         print(json.dumps(rows, indent=2))
-        return 0
+        return code
     for p in catalog.plugins:
         what = f"set aside: {p.error}" if p.error else ", ".join(offers[p.name])
         print(f"{p.name:16} {p.distribution} {p.version:10} {what}")
-    return 0
+        for problem in problems[p.name]:
+            if problem != p.error:
+                print(f"{'':16} wrong: {problem}")
+    if check:
+        count = sum(map(len, problems.values()))
+        print(f"{count} problem{'s' * (count != 1)}" if count else "every plugin keeps its contract")
+    return code
 
 
 OWN = tuple(name for name in app if not name.startswith("-"))
 
 
-def mount(catalog: Catalog) -> None:
-    """Make the plugins' commands part of `app`; what they run is imported when it is called."""
-    for name, place in catalog.commands(taken=OWN).items():
+def mount(catalog: Catalog) -> dict[str, str]:
+    """Make the plugins' commands part of `app`; what they run is imported when it is called. The commands."""
+    commands = catalog.commands(taken=OWN)
+    for name, place in commands.items():
         group, _, last = name.rpartition(" ")  # "bench train" stands under a command that is here already
         parent = app[group] if group in OWN else app
         if last not in parent:
             module, _, attribute = place.partition(":")
             ready = getattr(sys.modules.get(module), attribute, None)  # if imported already, help can tell what it does
             parent.command(ready if isfunction(ready) else place, name=last)
+    return commands
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Run the command line and return its exit code. LENS_DEBUG=1 prints the traceback of a handled error too."""
     words = sys.argv[1:] if arguments is None else arguments
-    if not words or words[0] not in OWN or words[0] == "bench":  # a plugin's command, or help, which lists them
-        mount(Catalog.installed())
     warnings.showwarning = lambda message, *_: print(f"lens: {message}", file=sys.stderr)
     try:
+        if not words or words[0] not in OWN or words[0] == "bench":  # a plugin's command, or help, which lists them
+            commands = mount(Catalog.installed())
+            place = commands.get(" ".join(words[:2])) or commands.get(words[0] if words else "")
+            if place is not None:
+                resolve(place)  # before cyclopts does, which would not say whose it is
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         return code if isinstance(code, int) else 0
-    except NumericalError as error:
-        print(f"lens: {error}", file=sys.stderr)
-        return 1
+    except (NumericalError, PluginError) as error:
+        return _failed(error, f"{error}", 1)
     except LensError as error:
-        print(f"lens: {error}", file=sys.stderr)
-        return 2
+        return _failed(error, f"{error}", 2)
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:
@@ -720,9 +739,18 @@ def main(arguments: list[str] | None = None) -> int:
         from cyclopts import CycloptsError
 
         if isinstance(error, CycloptsError):
-            print(f"lens: {' '.join(str(error).split())} See lens --help.", file=sys.stderr)
-            return 2
+            return _failed(error, f"{' '.join(str(error).split())} See lens --help.", 2)
         raise
+
+
+def _failed(error: Exception, line: str, code: int) -> int:
+    """Tell of an error in one line, after its traceback where LENS_DEBUG asks for it."""
+    if os.environ.get("LENS_DEBUG", "") not in ("", "0"):
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"lens: {line}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

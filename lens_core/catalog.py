@@ -6,20 +6,29 @@ recipe needs it; it never breaks the others.
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import importlib.metadata
+import inspect
 import os
+import re
 from collections.abc import Callable, Collection
 from functools import partial
+from inspect import isfunction
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import attrs
 import pluggy
 from attrs import field, frozen, mutable
 
 from lens_core import hookspecs
-from lens_core.protocols import KINDS
-from lens_core.types import LensError, did_you_mean
+from lens_core.attribution import remember
+from lens_core.protocols import KINDS, Weighty
+from lens_core.reading import one_line, shown
+from lens_core.types import LensError, PluginError, did_you_mean
+
+RESOLVERS = ("lens_fetch", "lens_describe")
 
 
 @frozen
@@ -48,7 +57,7 @@ class Plugin:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return one_line(error if isinstance(error, LensError) else f"{type(error).__name__}: {error}")
 
 
 def _itself(module: ModuleType) -> ModuleType:
@@ -60,21 +69,95 @@ def _methods_of(protocol: type[Any]) -> list[str]:
     return sorted(n for n, v in vars(protocol).items() if callable(v) and not n.startswith("_") and n not in skip)
 
 
+def _lacks(cls: type[Any], method: str, protocol: type[Any]) -> bool:
+    """Whether `cls` has no method of its own there; a stub that a protocol or torch's Module leaves to it is none."""
+    found = getattr(cls, method, None)
+    stub = found is vars(protocol).get(method) or getattr(found, "__name__", "") == "_forward_unimplemented"
+    return not callable(found) or stub or bool(getattr(found, "__isabstractmethod__", False))
+
+
 def _flaw(cls: Any, kind: str) -> str | None:
     """Why `cls` cannot be a component of `kind`, or None."""
+    from lens_core.structuring import flaw_of
+
     if not isinstance(cls, type):
-        return f"is {cls!r}, not a class"
-    config = cls.__dict__.get("Config") or getattr(cls, "Config", None)
+        return f"is {shown(cls)}, not a class"
+    config = getattr(cls, "Config", None)
     if config is None:
         return f"{cls.__name__} has no nested Config; add `@frozen class Config` (attrs)"
-    if not (isinstance(config, type) and attrs.has(config)):
-        return f"{cls.__name__}.Config is not an attrs class; decorate it with attrs.frozen"
-    if not attrs.inspect(config).is_frozen:
-        return f"{cls.__name__}.Config is not frozen; decorate it with attrs.frozen"
-    missing = [m for m in _methods_of(KINDS[kind][1]) if not callable(getattr(cls, m, None))]
+    if flaw := flaw_of(config):
+        return f"{cls.__name__}.Config {flaw}"
+    missing = [m for m in _methods_of(KINDS[kind][1]) if _lacks(cls, m, KINDS[kind][1])]
     if missing:
         return f"{cls.__name__} lacks {', '.join(missing)}(), which every {kind} has"
     return None
+
+
+def _weaknesses(cls: type[Any], kind: str) -> list[str]:
+    """What would stop a component of `kind` later than its discovery."""
+    found = []
+    given = ("config", "pipeline") if kind == "method" else ("config",)
+    try:
+        inspect.signature(cls).bind(*given)
+    except TypeError:
+        found.append(f"cannot be built as {cls.__name__}({', '.join(given)}); change its __init__")
+    except ValueError:
+        pass  # a class that does not say what it takes
+    lacks = [m for m in ("save", "load") if Weighty in KINDS[kind][1].__mro__ and not hasattr(cls, m)]
+    if lacks:
+        found.append(f"lacks {' and '.join(lacks)}, without which no checkpoint can hold it")
+    return found
+
+
+def _offered(module: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
+    """(what a plugin offers of a kind, everything that is wrong with it)."""
+    hook = KINDS[kind][0]
+    try:
+        offered = getattr(module, hook)()
+    except (Exception, SystemExit) as error:  # whatever a third party's code raises, the others go on
+        return {}, [f"in {hook}: {_one_line(error)}"]
+    if not isinstance(offered, dict) or not all(isinstance(n, str) for n in offered):
+        return {}, [f"in {hook}: {hook} must return {{short name: class}}, not {shown(offered)}"]
+    flaws = {short: flaw for short, component in offered.items() if (flaw := _flaw(component, kind))}
+    return offered, [f"in {hook}: {hook}[{short!r}] {flaw}" for short, flaw in flaws.items()]
+
+
+def _commands(module: Any, taken: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """(the commands that a plugin brings, everything that is wrong with them)."""
+    where = "in lens_commands"
+    try:
+        offered = module.lens_commands()
+    except (Exception, SystemExit) as error:  # as above
+        return {}, [f"{where}: {_one_line(error)}"]
+    if not isinstance(offered, dict):
+        return {}, [f'{where}: lens_commands must return {{name: "module:attribute"}}, not {shown(offered)}']
+    problems = []
+    for name, place in offered.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z][\w-]*( [a-z][\w-]*)?", name):
+            problems.append(f"{where}: {shown(name)} is no name of a command; use lower case letters, digits and -")
+        elif (
+            not isinstance(place, str)
+            or not re.fullmatch(r"[\w.]+:[\w.]+", place)
+            or not all(part.isidentifier() for part in place.replace(":", ".").split("."))
+        ):
+            problems.append(f'{where}: lens_commands[{name!r}] must be "module:attribute", not {shown(place)}')
+        elif name in taken:
+            problems.append(f"{where}: the command {name!r} is the core's own; give yours another name")
+    return offered, problems
+
+
+def resolve(place: str) -> Any:
+    """What "module:attribute" names. Raises LensError, which says what is missing."""
+    name, _, attribute = place.partition(":")
+    try:
+        found: Any = importlib.import_module(name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (Exception, SystemExit) as error:  # as above
+        raise LensError(f"{place} cannot be imported ({_one_line(error)})") from error
+    if not callable(found):
+        raise LensError(f"{place} is {shown(found)}, which cannot be called; name a function or a cyclopts App")
+    return found
 
 
 @mutable
@@ -141,6 +224,9 @@ class Catalog:
             if unknown:
                 known = [n for n in vars(hookspecs) if n.startswith("lens_")]
                 raise LensError(f"there is no hook {unknown[0]!r}.{did_you_mean(unknown[0], known)}")
+            for name in RESOLVERS:  # providers are asked by name, resolvers through pluggy, which knows marked ones
+                if callable(found := getattr(module, name, None)) and not getattr(found, "lens_impl", None):
+                    raise LensError(f"{name} has no @hookimpl, so nothing asks it; decorate it with lens_core.hookimpl")
             self._manager.register(module, name=plugin.name)
         except (Exception, SystemExit) as error:  # whatever a third party's import raises, the others go on
             self._manager.unregister(name=plugin.name) if self._manager.has_plugin(plugin.name) else None
@@ -165,18 +251,13 @@ class Catalog:
             for plugin in list(self.plugins):
                 if plugin.error is not None or not hasattr(plugin.module, hook):
                     continue
-                try:
-                    offered = getattr(plugin.module, hook)()
-                    if not isinstance(offered, dict) or not all(isinstance(n, str) for n in offered):
-                        raise LensError(f"{hook} must return {{short name: class}}, not {offered!r}")
-                    for short, component in offered.items():
-                        flaw = _flaw(component, kind)
-                        if flaw:
-                            raise LensError(f"{hook}[{short!r}] {flaw}")
-                except (Exception, SystemExit) as error:  # as above: one plugin's fault stays its own
-                    self._set_aside(plugin, f"in {hook}: {_one_line(error)}")
+                offered, problems = _offered(plugin.module, kind)
+                if problems:
+                    self._set_aside(plugin, problems[0])
                     continue
-                found += [Entry(kind, plugin.name, short, c) for short, c in offered.items()]
+                for short, component in offered.items():
+                    remember(component, f"{plugin.name}:{short}")
+                    found.append(Entry(kind, plugin.name, short, component))
             found.sort(key=lambda e: e.name)
         return self._kinds[kind]
 
@@ -207,32 +288,74 @@ class Catalog:
         for plugin in list(self.plugins):
             if plugin.error is not None or not hasattr(plugin.module, "lens_commands"):
                 continue
-            try:
-                offered = plugin.module.lens_commands()  # type: ignore[union-attr]  # hasattr has just asked
-                for name, place in offered.items():
-                    if not all(part.isidentifier() for part in f"{place}".replace(":", ".").split(".")):
-                        raise LensError(f'lens_commands[{name!r}] must be "module:attribute", not {place!r}')
-                    if name in taken:
-                        raise LensError(f"the command {name!r} is the core's own; give yours another name")
-                    if name in owners:
-                        both = f"two plugins bring the command {name!r}: {owners[name].name} and {plugin.name}"
-                        self._set_aside(owners[name], both)
-                        raise LensError(both)
-            except (Exception, SystemExit) as error:  # one plugin's fault stays its own
-                self._set_aside(plugin, f"in lens_commands: {_one_line(error)}")
+            offered, problems = _commands(plugin.module, taken)
+            for name in offered.keys() & owners.keys() if not problems else ():
+                both = (
+                    f"in lens_commands: two plugins bring the command {name!r}: {owners[name].name} and {plugin.name}"
+                )
+                self._set_aside(owners[name], both)
+                problems.append(both)
+            if problems:
+                self._set_aside(plugin, problems[0])
                 continue
             owners |= dict.fromkeys(offered, plugin)
             found |= offered
         return {name: place for name, place in found.items() if owners[name].error is None}
 
+    def check(self, taken: Collection[str] = ()) -> dict[str, list[str]]:
+        """Ask every plugin everything: name -> all that is wrong with it. Imports what each plugin offers, its commands
+        included; `taken` are the names of the core's own."""
+        found: dict[str, list[str]] = {}
+        for plugin in list(self.plugins):
+            problems = found.setdefault(plugin.name, [])
+            if plugin.module is None:
+                problems += [plugin.error] if plugin.error else []
+                continue
+            for kind, (hook, _) in KINDS.items():
+                if not hasattr(plugin.module, hook):
+                    continue
+                offered, wrong = _offered(plugin.module, kind)
+                problems += wrong
+                for short, cls in offered.items():
+                    if isinstance(cls, type):
+                        problems += [f"in {hook}: {hook}[{short!r}] {flaw}" for flaw in _weaknesses(cls, kind)]
+            if hasattr(plugin.module, "lens_commands"):
+                offered, wrong = _commands(plugin.module, taken)
+                problems += wrong
+                for name, place in offered.items() if not wrong else ():
+                    try:
+                        resolve(place)
+                    except LensError as error:
+                        problems.append(f"in lens_commands: the command {name!r}: {error}")
+            known = [n for n in vars(hookspecs) if n.startswith("lens_")]
+            for name, value in vars(plugin.module).items():
+                own = isfunction(value) and value.__module__ == plugin.module.__name__
+                if own and name not in known and (near := difflib.get_close_matches(name, known, 1, 0.8)):
+                    problems.append(f"there is no hook {name!r}, so nothing asks it. Did you mean {near[0]!r}?")
+        self.commands(taken)  # which sees what two plugins bring
+        for plugin in self.plugins:
+            if plugin.error and plugin.error not in found[plugin.name]:
+                found[plugin.name].insert(0, plugin.error)
+        return found
+
     def first(self, resolver: str, argument: Any) -> Any:
         """The first answer to a resolver hook, or None. A plugin that raises a LensError speaks for itself."""
-        try:
-            return getattr(self._manager.hook, resolver)(**{"uri" if resolver == "lens_fetch" else "folder": argument})
-        except LensError:
-            raise
-        except Exception as error:
-            raise LensError(f"a plugin failed in {resolver}({str(argument)!r}): {_one_line(error)}") from error
+        name = "uri" if resolver == "lens_fetch" else "folder"
+        kinds: tuple[type[Any], ...] = (str, Path) if resolver == "lens_fetch" else (dict,)
+        for impl in reversed(getattr(self._manager.hook, resolver).get_hookimpls()):  # the order that pluggy asks in
+            where = f"{impl.plugin_name}: {resolver}({shown(str(argument))})"
+            try:
+                answer = impl.function(*((argument,) if name in impl.argnames else ()))
+            except LensError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise PluginError(f"{where} raised {_one_line(error)}") from error
+            if answer is not None and not isinstance(answer, kinds):
+                must = " or ".join(kind.__name__ for kind in kinds)
+                raise PluginError(f"{where} returned {type(answer).__name__}; it must return a {must}, or None")
+            if answer is not None:
+                return answer
+        return None
 
     def version(self, plugin: str) -> str | None:
         """`distribution==version` of a plugin, or None where it is not installed."""

@@ -1,260 +1,25 @@
-"""Strict configuration: recipes and configs become frozen attrs objects, and all problems are told at once.
+"""Recipes: what a training run is, as frozen attrs objects, and how a YAML file becomes one with every problem at once.
 
-Unknown keys, wrong types and `"false"` for a bool are errors; `1e-4`, which YAML reads as a string, is a number.
 A component is named by `use`; its other keys are the fields of its Config: `{use: flux2, latent_channels: 8}`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import re
-import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import attrs
-import cattrs
 from attrs import field, frozen
-from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
 
 from lens_core import reading
 from lens_core.catalog import Catalog
-from lens_core.reading import one_line, shown
-from lens_core.types import ConfigError, LensError, did_you_mean
-from lens_core.validators import (
-    GUIDANCE,
-    PIXELS,
-    SEED,
-    STEPS,
-    RangeError,
-    Rule,
-    each,
-    integer,
-    one_of,
-    optional,
-    real,
-    text,
-    within,
-)
+from lens_core.reading import shown
+from lens_core.structuring import Use, WrongType, as_use, options, parse_use, structure, unstructure
+from lens_core.types import ConfigError, LensError
+from lens_core.validators import GUIDANCE, PIXELS, SEED, STEPS, each, integer, one_of, optional, real, text, within
 
-T = TypeVar("T")
-
-
-@frozen
-class Use:
-    """A named component with the options of its Config, as a recipe writes it."""
-
-    use: str
-    options: dict[str, Any] = field(factory=dict)
-
-
-class _WrongType(ValueError):
-    pass
-
-
-def _exactly(kind: type[Any], words: str) -> Any:
-    def check(value: Any, _: Any) -> Any:
-        if type(value) is not kind:
-            colon = kind is str and isinstance(value, dict) and list(value.values()) == [None]
-            name = str(next(iter(value)))[:80] if colon else ""
-            hint = f'; put quotes around "{name}:", which YAML takes for a mapping' if colon else ""
-            raise _WrongType(f"must be {words}, not {shown(value)}{hint}")
-        return value
-
-    return check
-
-
-def _number(value: Any, _: Any) -> float:
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)  # YAML 1.1 reads 1e-4 as a string
-    if type(value) not in (int, float):
-        raise _WrongType(f"must be a number, not {shown(value)}")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise _WrongType(f"must be a number of at most 1e308, not {shown(value)}") from error
-
-
-def _use(value: Any, _: Any) -> Use:
-    if isinstance(value, str):
-        return Use(value)
-    if not isinstance(value, Mapping) or not isinstance(value.get("use"), str):
-        raise _WrongType(f"must name a component (`flux2`, or `{{use: flux2, …}}`), not {shown(value)}")
-    return Use(value["use"], {k: v for k, v in value.items() if k != "use"})
-
-
-def parse_use(text: str) -> Use:
-    """A component named in one line of YAML, as on a command line: `shapes`, or `{use: shapes, split: train}`."""
-    try:
-        value, problems = reading.parse_yaml(text)
-        use = _use(value, None)
-    except ValueError as error:  # no YAML, or what _use refuses
-        raise ConfigError(f"{shown(text)[1:-1]}: {one_line(error)}") from error
-    if problems:
-        raise ConfigError([f"{shown(text)[1:-1]}: {problem}" for problem in problems])
-    return use
-
-
-def _is_tuple(hint: Any) -> bool:
-    return typing.get_origin(hint) is tuple
-
-
-def _tuple(value: Any, hint: Any) -> Any:
-    if not isinstance(value, list | tuple):
-        raise _WrongType(f"must be a list, not {shown(value)}")
-    args = typing.get_args(hint)
-    kinds = [args[0]] * len(value) if len(args) == 2 and args[1] is ... else list(args)
-    if len(kinds) != len(value):
-        raise _WrongType(f"must have {len(kinds)} items, not {len(value)}")
-    return tuple(_CONVERTER.structure(v, k) for v, k in zip(value, kinds, strict=True))
-
-
-def _is_optional(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in typing.get_args(hint)
-
-
-def _optional(value: Any, hint: Any) -> Any:
-    rest = [a for a in typing.get_args(hint) if a is not type(None)]
-    if value is None:
-        return None
-    problems: list[Exception] = []
-    for kind in rest:
-        try:
-            return _CONVERTER.structure(value, kind)
-        except Exception as error:  # the next alternative may fit
-            problems.append(error)
-    raise problems[0]
-
-
-def _is_literal(hint: Any) -> bool:
-    return typing.get_origin(hint) is typing.Literal
-
-
-def _literal(value: Any, hint: Any) -> Any:
-    allowed = typing.get_args(hint)
-    if not any(type(value) is type(word) and value == word for word in allowed):
-        raise _WrongType(f"must be {' or '.join(map(str, allowed))}, not {shown(value)}")
-    return value
-
-
-def _all_at_once(cls: type[Any]) -> Any:
-    """How cattrs builds `cls`. Where a field is of a wrong type there is nothing to build, and the ranges of the other
-    fields are checked one by one, so that their problems are raised together with it."""
-    plain = cattrs.gen.make_dict_structure_fn(
-        cls, _CONVERTER, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True
-    )
-
-    def hook(data: Any, _: Any) -> Any:
-        try:
-            return plain(data, cls)
-        except ClassValidationError as error:
-            if any(isinstance(inner, ConfigError) and not _field(inner) for inner in error.exceptions):
-                raise  # it was built, and refused its values itself
-            failed = {_field(inner) for inner in error.exceptions}
-            found: list[str] = []
-            for a in attrs.fields(cls):
-                if a.name in data and a.name not in failed and isinstance(a.validator, Rule):
-                    found += a.validator.problems(_CONVERTER.structure(data[a.name], a.type), a.name)
-            more = [RangeError(found)] if found else []
-            raise ClassValidationError(error.message, [*error.exceptions, *more], cls) from error
-
-    return hook
-
-
-def _field(error: BaseException) -> str | None:
-    """The field that cattrs was at."""
-    note = next((n for n in getattr(error, "__notes__", []) if hasattr(n, "name")), None)
-    return note.name if note is not None else None
-
-
-_CONVERTER = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
-_CONVERTER.register_structure_hook(bool, _exactly(bool, "true or false"))
-_CONVERTER.register_structure_hook(int, _exactly(int, "a whole number"))
-_CONVERTER.register_structure_hook(str, _exactly(str, "text"))
-_CONVERTER.register_structure_hook(float, _number)
-_CONVERTER.register_structure_hook_func(_is_literal, _literal)
-_CONVERTER.register_structure_hook_factory(attrs.has, _all_at_once)
-_CONVERTER.register_structure_hook(Use, _use)
-_CONVERTER.register_structure_hook_func(_is_tuple, _tuple)
-_CONVERTER.register_structure_hook_func(_is_optional, _optional)
-
-
-def _problems(error: BaseException, path: str, cls: Any) -> list[str]:
-    """Flatten cattrs' nested groups into lines, each with its path."""
-    if isinstance(error, ClassValidationError):
-        fields = {f.name: f.type for f in attrs.fields(error.cl)} if attrs.has(error.cl) else {}
-        lines: list[str] = []
-        for inner in error.exceptions:
-            name = _field(inner)
-            lines += _problems(inner, f"{path}.{name}" if name else path, fields.get(name or "", error.cl) or error.cl)
-        return lines
-    if isinstance(error, IterableValidationError):
-        lines = []
-        for inner in error.exceptions:
-            note = next((n for n in getattr(inner, "__notes__", []) if hasattr(n, "index")), None)
-            lines += _problems(inner, f"{path}[{note.index}]" if note is not None else path, cls)
-        return lines
-    if isinstance(error, ForbiddenExtraKeysError):
-        names = [f.name for f in attrs.fields(error.cl)]
-        return [
-            f"{path}.{shown(key)[1:-1]}: unknown.{did_you_mean(key, names)} Fields: {', '.join(names) or 'none'}."
-            for key in sorted(map(str, error.extra_fields))
-        ]
-    if isinstance(error, KeyError):
-        key = f".{error.args[0]}"  # cattrs names the missing field itself
-        return [f"{path.removesuffix(key)}{key}: missing"]
-    if isinstance(error, RangeError):
-        return [f"{path}.{p}" for p in error.problems]
-    if isinstance(error, ConfigError):
-        return [f"{path}: {p}" for p in error.problems]
-    return [f"{path}: {one_line(error, 1000)}"]
-
-
-def structure(cls: type[T], data: Any, path: str = "$") -> T:
-    """`data` as a `cls`, or a ConfigError that lists every problem with its path."""
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{path}: must be a mapping, not {shown(data)}")
-    try:
-        return _CONVERTER.structure(data, cls)
-    except Exception as error:
-        raise ConfigError(_problems(error, path, cls)) from error
-
-
-def unstructure(config: Any) -> dict[str, Any]:
-    """The plain mapping that `structure` would read back."""
-    return typing.cast("dict[str, Any]", _plain(config))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Use):
-        return {"use": value.use, **_plain(value.options)}
-    if attrs.has(type(value)):
-        return {f.name: _plain(getattr(value, f.name)) for f in attrs.fields(type(value))}
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value
-
-
-class _Options(Rule):
-    def __init__(self, rules: Mapping[str, Rule]) -> None:
-        self.rules = rules
-
-    def problems(self, value: Any, place: str) -> Iterator[str]:
-        for name, rule in self.rules.items():
-            if isinstance(value, Use) and name in value.options:
-                given = value.options[name]
-                with contextlib.suppress(_WrongType):  # as YAML mistakes it: the rule refuses what is no number at all
-                    given = _number(given, None) if isinstance(given, str) else given
-                yield from rule.problems(given, f"{place}.{name}")
-
-
-def options(**rules: Rule) -> Rule:
-    """Options that a `Use` may carry for whoever names it, such as the weight of a reward, each with its rule."""
-    return _Options(rules)
+__all__ = ["Adapter", "Parts", "Recipe", "Training", "Use", "Watch", "build", "options", "parse_use", "read_recipe",
+           "structure", "unstructure"]  # fmt: skip
 
 
 @frozen
@@ -410,10 +175,10 @@ def read_recipe(path: Path, catalog: Catalog, changes: Sequence[str] = ()) -> Re
         problems += error.problems
     for kind, value, where in _named(data if isinstance(data, Mapping) else {}):
         try:
-            build(catalog, kind, _use(value, None), where)
+            build(catalog, kind, as_use(value, None), where)
         except ConfigError as error:
             problems += error.problems
-        except _WrongType:
+        except WrongType:
             pass  # told above
     if problems or recipe is None:
         raise ConfigError([f"{path}: {p}" for p in problems])

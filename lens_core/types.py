@@ -7,7 +7,9 @@ The dtype tells the unit: uint8 is a picture, float pixels in [-1, 1] exist only
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import field, frozen
@@ -35,6 +37,10 @@ class CheckpointError(LensError):
 
 class NumericalError(LensError):
     """A computation left the finite numbers, or would."""
+
+
+class PluginError(LensError):
+    """A plugin's component raised what it should not, or returned what its kind may not; the message names it."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -75,8 +81,12 @@ class Score:
     evidence: str = ""
 
     def __attrs_post_init__(self) -> None:
+        if self.status not in ("ok", "abstain", "failed"):
+            raise ValueError(f"a score's status is ok, abstain or failed, not {str(self.status)[:80]!r}")
         if (self.status == "ok") != (self.value is not None):
-            raise ValueError(f"a score that is {self.status!r} cannot have the value {self.value!r}")
+            raise ValueError(f"a score that is {self.status!r} cannot have the value {str(self.value)[:80]}")
+        if self.value is not None and not (isinstance(self.value, Real) and math.isfinite(self.value)):
+            raise ValueError(f"a score's value is a finite number, not {str(self.value)[:80]}; what broke is 'failed'")
 
 
 @frozen

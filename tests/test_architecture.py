@@ -19,6 +19,7 @@ LAYERS = [
     {"types", "flow", "files"},
     {"protocols", "reading", "statistics"},
     {"hookspecs", "validators"},
+    {"structuring", "attribution"},
     {"catalog"},
     {"config", "card", "images"},
     {"hub", "peft_config"},

@@ -1,0 +1,185 @@
+"""Calls into plugins: whatever a component raises or wrongly returns becomes one line that names it and its method.
+
+    with calling(reward, "score"):
+        scores = reward.score(images, prompts)
+
+The error is a PluginError, whose cause is the original. A LensError passes: its message is the component's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from weakref import WeakKeyDictionary
+
+from lens_core.reading import one_line
+from lens_core.types import Batch, LensError, Loss, PluginError, Score, Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+_NAMES: WeakKeyDictionary[type[Any], str] = WeakKeyDictionary()  # for messages alone
+
+
+def remember(cls: type[Any], name: str) -> None:
+    """Let `name_of` call the instances of a class `plugin:short`, as a catalog does."""
+    _NAMES[cls] = name
+
+
+def name_of(component: Any) -> str:
+    """`plugin:short` of a component that a catalog offered, else the module and name of its class."""
+    cls = type(component)
+    return _NAMES.get(cls, f"{cls.__module__}:{cls.__qualname__}")
+
+
+@contextmanager
+def calling(component: Any, method: str) -> Iterator[None]:
+    """What is raised inside becomes a PluginError about `component.method`."""
+    try:
+        yield
+    except LensError:
+        raise
+    except Exception as error:
+        reason = one_line(error)
+        raise PluginError(
+            f"{name_of(component)}.{method} raised {type(error).__name__}{': ' if reason else ''}{reason}"
+        ) from error
+
+
+def items(component: Any, method: str, values: Iterable[T]) -> Iterator[T]:
+    """The items of what `component.method` returned, each fetched inside `calling`."""
+    with calling(component, method):
+        if not isinstance(values, Iterable):
+            refuse(component, method, values, "it must return an iterator")
+        source = iter(values)
+    while True:
+        with calling(component, method):
+            try:
+                value = next(source)
+            except StopIteration:
+                return
+        yield value
+
+
+def refuse(component: Any, method: str, value: Any, must: str, *, verb: str = "returned") -> NoReturn:
+    """Raise PluginError: `component.method returned what value is; must`."""
+    raise PluginError(f"{name_of(component)}.{method} {verb} {kind_of(value)}; {must}")
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in a few words: its type, and of a tensor its dtype and shape."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{type(value).__name__} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, list | tuple) and value:
+        kinds = sorted({type(v).__name__ for v in value})
+        return f"{type(value).__name__} of {' and '.join(kinds)}"
+    return type(value).__name__
+
+
+def checked_tensor(
+    component: Any, method: str, value: Any, shape: Sequence[int | None], must: str, dtype: Any = None
+) -> Tensor:
+    """`value`, if it is a tensor of this shape (None: any size) and of `dtype`, or a float where that is None."""
+    if not _fits(value, shape, dtype):
+        refuse(component, method, value, must)
+    return value  # type: ignore[no-any-return]  # a tensor, as `_fits` has seen
+
+
+def checked_scores(component: Any, scores: Any, count: int, method: str = "score") -> tuple[Score, ...]:
+    """What a reward or a benchmark returned for `count` pictures."""
+    must = "it must return one Score an image"
+    if isinstance(scores, str | Mapping) or not isinstance(scores, Iterable):
+        refuse(component, method, scores, must)
+    with calling(component, method):
+        found = tuple(scores)
+    for score in found:
+        if not isinstance(score, Score):
+            refuse(component, method, score, must)
+    if len(found) != count:
+        raise PluginError(f"{name_of(component)}.{method} returned {len(found)} scores for {count} images; {must}")
+    return found
+
+
+def checked_loss(component: Any, loss: Any) -> Loss:
+    """What a method's `loss` returned: a scalar with a gradient, and detached parts by name."""
+    must = "it must return a Loss"
+    if not isinstance(loss, Loss):
+        refuse(component, "loss", loss, must)
+    total = checked_tensor(component, "loss", loss.total, (), "the total of a Loss must be a float scalar")
+    if not total.requires_grad:
+        raise PluginError(f"{name_of(component)}.loss returned a total without a gradient; nothing can learn from it")
+    if not isinstance(loss.parts, Mapping):
+        refuse(
+            component, "loss", loss.parts, "the parts of a Loss must be a mapping of scalars", verb="gave, as parts,"
+        )
+    return loss
+
+
+def checked_step(component: Any, micro: Any) -> Sequence[Any]:
+    """An item of a method's `steps`: the micro-batches of one optimizer step."""
+    import torch
+
+    if isinstance(micro, str | torch.Tensor) or not isinstance(micro, Sequence):
+        refuse(component, "steps", micro, "each step must be a list of micro-batches", verb="yielded")
+    if not len(micro):
+        raise PluginError(f"{name_of(component)}.steps yielded no micro-batch; each step needs at least one")
+    return micro
+
+
+def checked_text(component: Any, text: Any, count: int) -> Text:
+    """What a text encoder returned for `count` prompts: its `layers` and `width`, and a mask of as many tokens."""
+    import torch
+
+    if not isinstance(text, Text):
+        refuse(component, "encode", text, "it must return a Text")
+    layers, width = getattr(component, "layers", None), getattr(component, "width", None)
+    must = f"features must be floats [B,L,T,D] with B = {count}, L = {layers} and D = {width}"
+    features = checked_tensor(component, "encode", text.features, (count, layers, None, width), must)
+    tokens = features.shape[2]
+    must = f"the mask must be bool [B,T] with B = {count} and T = {tokens}, as the features have"
+    checked_tensor(component, "encode", text.mask, (count, tokens), must, torch.bool)
+    return text
+
+
+def checked_batch(component: Any, batch: Any) -> Batch:
+    """An item of a dataset's `batches`: as many pictures, latents, texts and keys as captions, of the right kinds."""
+    import torch
+
+    def fail(value: Any, must: str) -> NoReturn:
+        refuse(component, "batches", value, must, verb="yielded")
+
+    if not isinstance(batch, Batch):
+        fail(batch, "it must yield Batches")
+    count = len(batch.captions) if isinstance(batch.captions, tuple | list) else -1
+    if count < 1 or not all(isinstance(c, str) for c in batch.captions):
+        fail(batch.captions, "the captions of a Batch must be a tuple of texts, at least one")
+    for name, kind, channels in (("images", torch.uint8, 3), ("latents", None, None)):
+        value = getattr(batch, name)
+        one = f"[{channels or 'C'},{'H,W' if channels else 'h,w'}]"
+        words = f"{'uint8' if kind else 'float'} tensor [{count},{one[1:]}"
+        must = f"{name} must be a {words}, or a tuple of {count} of {one}"
+        for tensor in value if isinstance(value, tuple) else (value,) if value is not None else ():
+            whole = not isinstance(value, tuple)
+            shape = (*((count,) if whole else ()), channels, None, None)
+            if not _fits(tensor, shape, kind):
+                fail(tensor, must)
+        if isinstance(value, tuple) and len(value) != count:
+            fail(value, must)
+    if len(batch.keys) not in (0, count):
+        fail(batch.keys, f"{len(batch.keys)} keys are for {count} captions; give as many, or none")
+    if batch.text is not None and not (isinstance(batch.text, Text) and len(batch.text) == count):
+        fail(batch.text, f"text must be a Text of {count} captions")
+    return batch
+
+
+def _fits(value: Any, shape: Sequence[int | None], dtype: Any) -> bool:
+    import torch
+
+    return (
+        isinstance(value, torch.Tensor)
+        and value.ndim == len(shape)
+        and all(want in (None, have) for want, have in zip(shape, value.shape, strict=True))
+        and (value.dtype == dtype if dtype is not None else value.dtype.is_floating_point)
+    )
