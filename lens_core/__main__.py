@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from functools import partial
+from importlib.util import find_spec
 from inspect import isfunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -706,6 +707,8 @@ def mount(catalog: Catalog) -> dict[str, str]:
     """Make the plugins' commands part of `app`; what they run is imported when it is called. The commands."""
     commands = catalog.commands(taken=OWN)
     for name, place in commands.items():
+        if not _exists(place.partition(":")[0]):
+            continue  # cyclopts would raise, whatever else is asked; `main` says what is missing
         group, _, last = name.rpartition(" ")  # "bench train" stands under a command that is here already
         parent = app[group] if group in OWN else app
         if last not in parent:
@@ -713,6 +716,14 @@ def mount(catalog: Catalog) -> dict[str, str]:
             ready = getattr(sys.modules.get(module), attribute, None)  # if imported already, help can tell what it does
             parent.command(ready if isfunction(ready) else place, name=last)
     return commands
+
+
+def _exists(module: str) -> bool:
+    """Whether there is such a module; it is not imported."""
+    try:
+        return module in sys.modules or find_spec(module) is not None
+    except (ImportError, ValueError):  # its package is missing, or fails
+        return False
 
 
 def main(arguments: list[str] | None = None) -> int:

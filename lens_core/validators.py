@@ -142,7 +142,7 @@ class _OneOf(Rule):
         if not isinstance(value, str) or value not in self.words:
             *some, last = self.words
             listed = f"{', '.join(some)} or {last}" if some else last
-            hint = did_you_mean(shown(value), self.words)
+            hint = did_you_mean(value[:80] if isinstance(value, str) else "", self.words)
             if len(self.words) <= LISTED:
                 hint = hint if hint.startswith(" Did") else ""
                 yield f"{place}: must be {listed}, not {shown(value)}.{hint}".removesuffix(".")

@@ -66,6 +66,9 @@ class Flux2VAE(nn.Module):
                     f"block_out_channels has {len(self.block_out_channels)}, and both must match"
                 )
 
+    place = (FOLDER, "diffusion_pytorch_model")
+    single = "vae/flux2-vae.safetensors"
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config

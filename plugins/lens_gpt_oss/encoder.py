@@ -102,6 +102,10 @@ class GptOssEncoder(nn.Module):
             except ValueError as error:
                 raise ConfigError(f"gpt_oss: date is {self.date!r}; there is no such day") from error
 
+    place = (FOLDER, STEM)
+    beside = (TOKENIZER,)
+    single = "text_encoders/gpt_oss.safetensors"
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config

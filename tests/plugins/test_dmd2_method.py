@@ -537,7 +537,7 @@ def test_the_parts_of_a_batch_begin_their_turns_at_the_same_steps() -> None:
     [
         ({"rollout": "odd"}, "rollout: must be ode or renoise, not 'odd'. Did you mean 'ode'?"),
         ({"matching": "join"}, "matching: must be joint or decoupled, not 'join'. Did you mean 'joint'?"),
-        ({"steps": 0}, "steps: must be at least 1, not 0"),
+        ({"steps": 0}, "steps: must be at least 1 and at most 65536, not 0"),
         ({"floor": 0.0}, "floor: must be above 0, not 0.0"),
         ({"dm": -1.0}, "dm: must be at least 0, not -1.0"),
         ({"ida": 1.5}, "ida: must be at least 0 and at most 1, not 1.5"),
