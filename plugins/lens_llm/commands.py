@@ -89,6 +89,8 @@ def audit(recipe: Path, *, pictures: int = 48, batch: int = 8, seed: int = 0, mo
     parts = {path: build(catalog, kind, use, f"$.method.{path}") for path, kind, use in config.uses()}
     _, benchmark, options = parts["prompts"]
     asked = sampled(benchmark(options).prompts(), getattr(config, "tasks", ()), pictures, seed)
+    if len({p.text for p in asked}) < 2:
+        raise ConfigError(f"{recipe}: an audit needs two different prompts at least to swap; ask for more")
     judges = {path: (name, cls(options)) for path, (name, cls, options) in parts.items() if path != "prompts"}
     start = evolve(plan.pipeline, start=model) if model else plan.pipeline
     pipeline = LensPipeline.from_parts(start, catalog).to("cuda" if torch.cuda.is_available() else "cpu")

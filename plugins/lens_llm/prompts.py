@@ -54,15 +54,45 @@ def lint(lines: Iterable[str], rubrics: int | None = 10, alike: float | None = A
 
 
 def read(path: Path, rubrics: int | None = 10, alike: float | None = ALIKE) -> list[Prompt]:
-    """The prompts of a file; `task` is the taxonomy's class, `data` the whole line. ConfigError with all problems."""
+    """The prompts of a file; `task` is the taxonomy's class, `data` the whole line. ConfigError with all problems.
+
+    A file that is no JSON, with one prompt a line, has prompts without a task and without data, whose ids are the
+    numbers of their lines. A reward that needs rubrics abstains from them, and says so.
+    """
     try:
         text = reading.read_text(path, LARGEST)
     except ConfigError as error:
         raise ConfigError(f"{path}: cannot be read as a prompt set: {error}") from error
-    entries, problems = _lint(reading.lines(text), rubrics, alike)
+    lines = reading.lines(text)
+    if is_plain(path, lines):
+        found, problems = _plain(lines)
+        if problems:
+            raise ConfigError([f"{path}: {p}" for p in problems])
+        return found
+    entries, problems = _lint(lines, rubrics, alike)
     if problems:
         raise ConfigError([f"{path}: {p}" for p in problems])
     return [Prompt(e["prompt"], e["prompt_id"], e["taxonomy"]["class"], e) for e in entries]
+
+
+def is_plain(path: Path, lines: Sequence[str]) -> bool:
+    """Whether a file holds one prompt a line: it is not called .jsonl or .json, and does not begin as JSON does."""
+    first = next((line.strip() for line in lines if line.strip()), "")
+    return path.suffix.lower() not in (".jsonl", ".json") and not first.startswith(("{", "["))
+
+
+def _plain(lines: Sequence[str]) -> tuple[list[Prompt], list[str]]:
+    prompts: dict[str, Prompt] = {}
+    problems: list[str] = []
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text:
+            continue
+        problems += [f"line {number}: the prompt {flaw}" for flaw in text_flaws(text, PROMPT)]
+        if text in prompts:
+            problems.append(f"line {number}: stands in line {prompts[text].id} too; keep one")
+        prompts.setdefault(text, Prompt(text, number))
+    return list(prompts.values()), problems or ([] if prompts else ["line 1: the set is empty"])
 
 
 def write(
@@ -113,7 +143,9 @@ class PromptFile:
         """In the order of the file. ConfigError where the split is empty."""
         path = Path(self.config.path).expanduser()
         found = read(path, self.config.rubrics, self.config.alike)
-        mine = [p for p in found if self.config.split in (None, p.data["split"])]
+        if self.config.split is not None and not all("split" in p.data for p in found):
+            raise ConfigError(f"{path}: has one prompt a line, and no splits; leave split out")
+        mine = [p for p in found if self.config.split in (None, p.data.get("split"))]
         if not mine:
             raise ConfigError(f"{path}: has no prompt of the split {self.config.split!r}")
         return mine

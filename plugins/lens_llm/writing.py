@@ -5,6 +5,7 @@ Every finished entry goes to FILE.partial at once, so that a stopped run goes on
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from attrs import field, frozen
 
 from lens_core import reading
 from lens_core.config import Use, structure, unstructure
+from lens_core.locks import locked
 from lens_core.types import ConfigError, LensError, Message
 from lens_core.validators import PIXELS, SEED, each, integer, real, text
 from lens_llm.duplicates import near_duplicates
@@ -116,8 +118,19 @@ def compose(
     train, and else the later ones. `llm` has `chat(messages, schema, check)` and `map`.
 
     LensError where a prompt could not be written; what was written stays in FILE.partial, and the same call goes on.
-    ConfigError, before anything is paid for, where FILE.partial was begun with another taxonomy.
+    ConfigError, before anything is paid for, where FILE.partial was begun with another taxonomy, and LockedError where
+    another process writes the same set.
     """
+    lock = out.with_name(f"{out.name}.lock")  # a folder, for others may write other sets beside this one
+    try:
+        with locked(lock, "prompt set"):
+            return _compose(llm, taxonomy, out, alike, say)
+    finally:
+        with contextlib.suppress(OSError):  # another has it
+            lock.rmdir()
+
+
+def _compose(llm: Any, taxonomy: Taxonomy, out: Path, alike: float, say: Callable[[str], None]) -> int:
     partial = out.with_name(f"{out.name}.partial")
     wanted = list(orders(taxonomy))
     if len({o.id for o in wanted}) < len(wanted):

@@ -127,3 +127,14 @@ def test_an_estimate_is_printed(capsys):
     assert main(["rl", "estimate", str(recipe)]) == 0
     printed = capsys.readouterr().out
     assert "judged pictures" in printed and "backbone: old policy" in printed and "lens_shapes:shapes" in printed
+
+
+def test_an_audit_of_one_prompt_is_refused_before_anything_is_drawn(tmp_path: Path, capsys):
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    recipe = tmp_path / "audit.yaml"
+    text = AUDIT.format(reward="shapes_rubrics").replace(
+        "use: shapes, split: train, prompts: 40", "use: prompts, path: P"
+    )
+    recipe.write_text(text.replace("path: P", f"path: '{tmp_path / 'one.txt'}'"))
+    assert main(["rl", "audit", str(recipe)]) == 2
+    assert "two different prompts at least" in capsys.readouterr().err

@@ -265,6 +265,33 @@ def test_the_benchmark_gives_one_split_and_abstains_without_a_reward(tmp_path: P
     assert PromptFile(held.config, Kind()).score(images, prompts)[0].value == 0.75
 
 
+def test_a_file_with_one_prompt_a_line_is_a_set_without_rubrics(tmp_path: Path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red cat\r\n\n  two green\u2028parrots \r\n{braces} inside".encode())
+    prompts = PromptFile(PromptFile.Config(str(path))).prompts()
+    assert [(p.text, p.id, p.task, dict(p.data)) for p in prompts] == [
+        ("a red cat", 1, "", {}),
+        ("two green\u2028parrots", 3, "", {}),
+        ("{braces} inside", 4, "", {}),
+    ]
+    with pytest.raises(ConfigError, match="no splits; leave split out"):
+        PromptFile(PromptFile.Config(str(path), split="train")).prompts()
+    path.write_text("a cat\na dog\na cat\n" + "x" * 20_000 + "\n")
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+    assert [p.partition("txt: ")[2] for p in caught.value.problems] == [
+        "line 3: stands in line 1 too; keep one",
+        "line 4: the prompt has 20,000 characters; it may have 10,000",
+    ]
+    path.write_text("\n \n")
+    with pytest.raises(ConfigError, match="the set is empty"):
+        read(path)
+    broken = tmp_path / "set.jsonl"
+    broken.write_text("a red cat\n")
+    with pytest.raises(ConfigError, match="line 1: is not JSON"):
+        read(broken)
+
+
 def test_an_empty_split_and_an_absent_file_are_errors(tmp_path: Path):
     path = tmp_path / "set.jsonl"
     write(path, [entry(0)])

@@ -14,6 +14,7 @@ from lens_llm.prompts import read
 from lens_llm.writing import GLOBAL, Taxonomy, compose, flaw, orders, read_taxonomy
 
 from lens_core.config import Use, structure
+from lens_core.locks import LockedError
 from lens_core.types import ConfigError, LensError
 
 ITEMS = {"animal": {"bird": ["parrot", "heron", "wren"], "fish": ["carp"]}, "text": {"sign": ["shop", "road"]}}
@@ -132,6 +133,20 @@ def test_a_set_begun_with_another_taxonomy_is_refused_before_anything_is_paid_fo
     assert llm.asked == [] and partial.read_bytes() == before
     cheaper = taxonomy(llm={"use": "openai", "model": "other", "max_usd": 5})  # who writes may change on the way
     assert compose(Writer(), cheaper, out) == 6
+
+
+def test_two_who_write_one_set_do_not_pay_twice(tmp_path: Path):
+    out, second = tmp_path / "set.jsonl", Writer()
+
+    class First(Writer):
+        def map(self, task: Callable[[Any], Any], things: Sequence[Any]) -> list[Any]:
+            with pytest.raises(LockedError, match="prompt set"):
+                compose(second, taxonomy(), out)
+            assert compose(Writer(), taxonomy(), tmp_path / "other.jsonl") == 6  # beside it all is free
+            return super().map(task, things)
+
+    assert compose(First(), taxonomy(), out) == 6
+    assert second.asked == [] and sorted(p.name for p in tmp_path.iterdir()) == ["other.jsonl", "set.jsonl"]
 
 
 @pytest.mark.parametrize(
