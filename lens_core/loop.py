@@ -530,7 +530,7 @@ class Run:
                 blank.load_state_dict(full, assign=True)
                 for part in PREFIXES:
                     if getattr(self.pipeline, part) is net:
-                        setattr(self.pipeline, part, blank)
+                        self.pipeline.put(part, blank, self.pipeline.uses.get(part))
                 self.nets[role] = blank
                 if role in self.ema:
                     self.ema[role] = average

@@ -19,17 +19,25 @@ from torch import Tensor, nn
 
 from lens_core import adapters, card, checkpoint, flow, hub
 from lens_core import offload as offloads
+from lens_core.arguments import number, texts, whole
 from lens_core.catalog import Catalog
 from lens_core.config import Parts, Use, build, unstructure
 from lens_core.images import to_rgb
 from lens_core.offload import Accelerator, Forecast, Load, Placement
 from lens_core.protocols import Tabulates
+from lens_core.reading import shown
 from lens_core.source import Source, to_mask, to_tensor
 from lens_core.texts import Entry, TextCache
 from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError, Text, did_you_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+MAX_SIDE = 16384
+"""Of a picture's sides the longest, px."""
+MAX_COUNT = 2**16
+"""Of steps, and of pictures a prompt."""
+MAX_SEED = 2**63 - 1
 
 WEIGHTY = ("vae", "text_encoder", "backbone")
 PARTS = (*WEIGHTY, "sampler")
@@ -40,7 +48,7 @@ class Result:
     """What a pipeline returns: `.images` (PIL pictures, or what `output_type` asked for), seeds and settings."""
 
     images: Any
-    seeds: tuple[int, ...]
+    seeds: tuple[int | None, ...]
     settings: Mapping[str, Any] = field(factory=dict)
 
 
@@ -72,8 +80,23 @@ def _dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     return known[name]
 
 
+def _part(kind: str) -> Any:
+    """A part of a pipeline as an attribute. One that is assigned was built by nobody knows whom: see `put`."""
+
+    def get(pipeline: LensPipeline) -> Any:
+        return pipeline._parts[kind]
+
+    return property(get, lambda pipeline, component: pipeline.put(kind, component))
+
+
 class LensPipeline:
-    """The parts of a text-to-image model, put together. `uses` remembers by what name and config each was built."""
+    """The parts of a text-to-image model, put together. `uses` remembers by what name and config each was built.
+
+    A part may be assigned, as in `pipeline.vae = mine`. What was known of the one before is forgotten then: settings no
+    longer name it, and `save_pretrained` asks what the new one is called, `pipeline.uses["vae"] = Use("plugin:name")`.
+    """
+
+    vae, backbone, sampler = _part("vae"), _part("backbone"), _part("sampler")
 
     def __init__(
         self,
@@ -91,7 +114,7 @@ class LensPipeline:
         note: str = "",
         catalog: Catalog | None = None,
     ) -> None:
-        self.vae, self.backbone, self.sampler = vae, backbone, sampler
+        self._parts = {"vae": vae, "backbone": backbone, "sampler": sampler}
         self._encoder = text_encoder
         self._later: Callable[[], tuple[nn.Module, Use]] | None = None  # reads the text encoder when it is first needed
         self._origin = ""  # what the text encoder was read from, as a text; "" where no file has it
@@ -271,8 +294,34 @@ class LensPipeline:
 
     @text_encoder.setter
     def text_encoder(self, encoder: Any) -> None:
-        self._encoder, self._later, self._origin, self._whole = encoder, None, "", None
-        self.texts.kept.clear()  # what another encoder gave
+        self.put("text_encoder", encoder)
+
+    def put(self, kind: str, component: Any, use: Use | None = None) -> None:
+        """Make `component` the part `kind` from now on; `use` says by what name and config it is built again.
+
+        Without a `use` this is forgotten, and the hash of the checkpoint no longer stands for what is drawn. LoRAs that
+        were folded into another backbone go with it; a plan of `offload` is made anew.
+        """
+        now = self._encoder if kind == "text_encoder" else self._parts[kind]
+        if component is now and use is None and (component is not None or self._later is None):
+            return
+        plan = self._asked
+        if self.placement is not None:
+            self.to("cpu")
+        if kind == "text_encoder":
+            self._encoder, self._later, self._origin, self._whole = component, None, "", None
+            self.texts.kept.clear()  # what another encoder gave
+        else:
+            self._parts[kind] = component
+        if kind == "backbone":
+            self._plain.clear()
+            self.loras.clear()
+        self.uses = {k: u for k, u in self.uses.items() if k != kind} | ({kind: use} if use is not None else {})
+        if use is None and self.version:
+            self.version = f"{self.version}+{kind}"
+        if plan is not None:
+            asked, load, accelerator = plan
+            self.offload(asked, load=load, accelerator=accelerator)
 
     def _present(self) -> dict[str, nn.Module]:
         """The parts with weights that have been read."""
@@ -317,7 +366,7 @@ class LensPipeline:
     def use_sampler(self, use: str, **options: Any) -> None:
         """Draw with another sampler from now on: a name such as "heun", with its options. Raises ConfigError."""
         name, cls, config = build(self.catalog or Catalog.installed(), "sampler", Use(use, options), "sampler")
-        self.sampler, self.uses["sampler"] = cls(config), Use(name, unstructure(config))
+        self.put("sampler", cls(config), Use(name, unstructure(config)))
 
     def load_lora_weights(self, path: str | Path, weight: float = 1.0) -> None:
         """Fold a LoRA, a file or its folder, into the backbone, beside those already there. Reads the names of
@@ -349,6 +398,7 @@ class LensPipeline:
         """Write the diffusers folder layout, a model card and `lens.json`. That comes last: without it nothing is read.
         A README.md that a person wrote or changed stays as it is."""
         root = Path(folder)
+        self._check_savable(WEIGHTY)  # before anything is touched
         root.mkdir(parents=True, exist_ok=True)
         if any(root.iterdir()) and not (root / "lens.json").is_file():
             raise CheckpointError(f"{root}: is not empty and not a checkpoint; choose a new folder")
@@ -362,17 +412,14 @@ class LensPipeline:
         """Write what describes a checkpoint in `root`, beside the sub-folders of its parts; `lent` says of each part
         that is another checkpoint's `from` where, and its `hash`."""
         lent = lent or {}
-        index: dict[str, Any] = {"_class_name": "LensPipeline"}
+        self._check_savable(())
         if hasattr(self.sampler, "save"):  # one that other tools have too
             self.sampler.save(root)
-            index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-        # All that other tools can find here.
-        here = {part for part in WEIGHTY if getattr(self, part) is not None and part not in lent}
-        index |= {"vae": ["diffusers", "AutoencoderKLFlux2"]} if "vae" in here else {}
-        if "text_encoder" in here:
-            index |= {"text_encoder": ["transformers", "LensGptOssEncoder"]}
-            index |= {"tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
-        index |= {"transformer": ["diffusers", "LensTransformer2DModel"]} if "backbone" in here else {}
+        index: dict[str, Any] = {"_class_name": "LensPipeline"}
+        for part in PARTS:  # all that other tools can find here, by the names that each component gives itself
+            if part not in lent:
+                entries = getattr(getattr(self, part), "model_index", {})
+                index |= {folder: list(names) for folder, names in entries.items()}
         checkpoint.write_json(root / "model_index.json", index)
         described = {
             "format": checkpoint.FORMAT,
@@ -380,7 +427,7 @@ class LensPipeline:
                 k: {"use": u.use, "config": unstructure(u.options), **lent.get(k, {})} for k, u in self._named().items()
             },
             "presets": self.presets,
-            "plugins": self.plugins,
+            "plugins": self._plugins(),
             "provenance": self.provenance | self._folded(),
         }
         if card.may_replace(root / card.FILE):
@@ -406,9 +453,28 @@ class LensPipeline:
         missing = [p for p in PARTS if getattr(self, p) is not None and p not in self.uses]
         if missing:
             raise LensError(
-                f"{missing[0]} was put in by hand: say how to find it again, uses={{{missing[0]!r}: Use(…)}}"
+                f"{' and '.join(missing)} was put in by hand: say how to find it again before it is saved, "
+                f'pipeline.uses[{missing[0]!r}] = Use("plugin:name", {{…}})'
             )
         return {p: self.uses[p] for p in PARTS if getattr(self, p) is not None}
+
+    def _check_savable(self, kinds: Sequence[str]) -> None:
+        """Raise LensError for what could not be read back: a part without a name, or one of `kinds` without `save`."""
+        named = self._named()
+        for kind in kinds:
+            if kind in named and not callable(getattr(getattr(self, kind), "save", None)):
+                raise LensError(
+                    f"{kind}: {type(getattr(self, kind)).__name__} has no save(folder), so no checkpoint can hold it"
+                )
+        if self.catalog is not None:
+            for kind, use in named.items():
+                build(self.catalog, kind, use, f"pipeline.uses[{kind!r}]")
+
+    def _plugins(self) -> dict[str, str]:
+        """The plugins that the parts are of -> their versions, as far as they are known."""
+        names = sorted({use.use.partition(":")[0] for use in self._named().values() if ":" in use.use})
+        now = {n: self.catalog.version(n) if self.catalog is not None else "" for n in names}
+        return {n: v for n in names if (v := self.plugins.get(n) or now[n])}
 
     # ---- generation -------------------------------------------------------------------------------------------
 
@@ -424,15 +490,18 @@ class LensPipeline:
         if height is not None or width is not None:
             if aspect_ratio is not None:
                 raise ConfigError("give height and width, or an aspect ratio, not both")
-            high = (height if height is not None else width) or 0
-            wide = (width if width is not None else height) or 0
-            for label, value in (("height", high), ("width", wide)):
+            given = {"height": height, "width": width}
+            sides = {k: whole(k, side, -MAX_SIDE, MAX_SIDE) for k, side in given.items() if side is not None}
+            for label, value in sides.items():
                 if value < grid or value % grid:
                     near = max(grid, round(value / grid) * grid)
                     raise ConfigError(f"{label} {value} is not a multiple of {grid} px, the VAE's grid; use {near}")
-            return high, wide
-        base = base_resolution or int(self.presets.get("base_resolution", 1024))
-        ratio = aspect_ratio or "1:1"
+            return sides.get("height", value), sides.get("width", value)
+        wanted = self.presets.get("base_resolution", 1024) if base_resolution is None else base_resolution
+        base = whole("base_resolution", wanted, 1, MAX_SIDE)
+        if aspect_ratio is not None and not isinstance(aspect_ratio, str):
+            raise ConfigError(f'aspect_ratio must be a text, width:height, such as "3:2", not {shown(aspect_ratio)}')
+        ratio = "1:1" if aspect_ratio is None else aspect_ratio
         table = self.presets.get("sizes", {}).get(str(base), {})
         if ratio in table:
             return int(table[ratio][0]), int(table[ratio][1])
@@ -550,13 +619,15 @@ class LensPipeline:
         more |= {"draw": draw} if getattr(self.sampler, "draws", False) else {}
         times = self.sampler.times((noise.shape[-2], noise.shape[-1]), steps)[start:-1]
         with self._at_work("backbone"), self._tabled(times):
-            for number, (t, x) in enumerate(self.sampler.walk(velocity, begin, steps, **more), start + 1):
+            for step, (t, x) in enumerate(self.sampler.walk(velocity, begin, steps, **more), start + 1):
                 if not bool(torch.isfinite(x).all()):
                     dtype = next(self.backbone.parameters()).dtype
+                    wide = dtype in (torch.float32, torch.float64)
+                    cure = "its weights, or what it was given, are broken: run lens check" if wide else "try float32"
                     raise NumericalError(
-                        f"the latents left the finite numbers at step {number} of {steps} in {dtype}; try float32"
+                        f"the latents left the finite numbers at step {step} of {steps} in {dtype}; {cure}"
                     )
-                yield t, source.settle(x) if source is not None and number == steps else x
+                yield t, source.settle(x) if source is not None and step == steps else x
 
     def _tabled(self, times: Tensor) -> AbstractContextManager[Any]:
         """While this lasts the backbone is asked at `times`: what it can work out for all of them at once, it does."""
@@ -590,6 +661,9 @@ class LensPipeline:
     ) -> Result:
         """Draw. Image i of a call with `seed=s` has the seed s + i, and is the picture that `seed=s + i` alone draws.
 
+        `seeds` of the result says which seed alone draws image i; None where none does: from `latents`, or where a
+        generator had been drawn from before, as for all but the first picture of a single one.
+
         `image`: a PIL picture to begin at, in the size of the result unless `height` and `width` ask for another;
         `strength` in [0, 1]: how much of it goes (0.6 if not given, 1 with a mask); `mask_image`: white is drawn anew,
         all else stays as it is. `guidance_interval` (low, high): guidance is at work where low < t <= high alone.
@@ -599,29 +673,34 @@ class LensPipeline:
         """
         if output_type not in ("pil", "pt", "np", "latent"):
             raise ConfigError(f"output_type must be pil, pt, np or latent, not {output_type!r}")
-        there = {"vae": self.vae, "text_encoder": self._encoder or self._later}
-        there |= {"backbone": self.backbone, "sampler": self.sampler}
-        absent = [f"no {p.replace('_', ' ')}" for p in PARTS if there[p] is None]
+        held = {**self._parts, "text_encoder": self._encoder if self._encoder is not None else self._later}
+        absent = [f"no {p.replace('_', ' ')}" for p in PARTS if held[p] is None]
         if absent:
             raise LensError(f"there is {' and '.join(absent)} in this pipeline; add what it takes to draw")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = texts("prompt", prompt)
         if not prompts:
             raise ConfigError("there is no prompt")
-        if num_images_per_prompt < 1:
-            raise ConfigError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}")
+        if negative_prompt is not None:
+            texts("negative_prompt", negative_prompt)
+        num_images_per_prompt = whole("num_images_per_prompt", num_images_per_prompt, 1, MAX_COUNT)
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         count = len(prompts)
-        steps = int(self.presets["steps"] if num_inference_steps is None else num_inference_steps)
-        scale = float(self.presets["guidance_scale"] if guidance_scale is None else guidance_scale)
-        low, top = guidance_interval
+        wanted = self.presets["steps"] if num_inference_steps is None else num_inference_steps
+        steps = whole("num_inference_steps", wanted, 1, MAX_COUNT)
+        wanted = self.presets["guidance_scale"] if guidance_scale is None else guidance_scale
+        scale = number("guidance_scale", wanted, -(2**16), 2**16)
+        low, top = _interval(guidance_interval)
         if not 0 <= low < top <= 1:
             raise ConfigError(f"guidance_interval is two times, 0 <= low < high <= 1, not {low:g} and {top:g}")
+        for name, given in (("image", image), ("mask_image", mask_image)):
+            if given is not None and not hasattr(given, "getbands"):
+                raise ConfigError(f"{name} must be a PIL picture, not {type(given).__name__}")
         if image is not None and height is None and width is None and aspect_ratio is None:
             width, height = to_rgb(image).size
         high, wide = self.size(height, width, aspect_ratio, base_resolution)
         source = self._source(image, mask_image, strength, (high, wide))
         idle = [("a negative prompt", any(negative_prompt or ())), ("a guidance interval", (low, top) != (0, 1))]
-        for name in (name for name, given in idle if given and scale == 1.0):
+        for name in (name for name, asked in idle if asked and scale == 1.0):
             warnings.warn(f"{name} has no effect at guidance 1; give a guidance scale above 1", stacklevel=3)
         if base_resolution is not None and (height is not None or width is not None):
             warnings.warn("a base resolution has no effect beside a size or a picture; give one of them", stacklevel=3)
@@ -638,9 +717,12 @@ class LensPipeline:
             if len(unwanted) != count:
                 unwanted = [p for p in unwanted for _ in range(num_images_per_prompt)]
             negative, _ = self.encode_once(unwanted)
-            wanted = torch.tensor([bool(p) for p in unwanted], device=self.device)[:, None]
-            negative = Text(negative.features * wanted[:, None, :, None], negative.mask & wanted)  # "" has no tokens
+            there = torch.tensor([bool(p) for p in unwanted], device=self.device)[:, None]
+            negative = Text(negative.features * there[:, None, :, None], negative.mask & there)  # "" has no tokens
+        if latents is not None and not isinstance(latents, Tensor):
+            raise ConfigError(f"latents must be a tensor, not {type(latents).__name__}")
         noise = self.noise(generators, grid) if latents is None else latents.to(self.device, torch.float32)
+        seeds = seeds if latents is None else (None,) * count  # which decide nothing then
         if tuple(noise.shape) != (count, self.vae.channels, *grid):
             raise ConfigError(f"latents must be {[count, self.vae.channels, *grid]}, not {list(noise.shape)}")
         x = noise
@@ -648,9 +730,9 @@ class LensPipeline:
             text, noise, steps, scale, negative,
             interval=(low, top), source=source, draw=lambda: self.noise(generators, grid),
         )  # fmt: skip
-        for number, (t, x) in enumerate(walk):
+        for step, (t, x) in enumerate(walk):
             if callback_on_step_end is not None:
-                callback_on_step_end(self, number, t, {"latents": x})
+                callback_on_step_end(self, step, t, {"latents": x})
         settings = {
             "height": high, "width": wide, "steps": steps, "guidance_scale": scale,
             "negative_prompt": negative_prompt or "", "model": self.source, "model_hash": self.version,
@@ -678,7 +760,7 @@ class LensPipeline:
                 given = "a mask" if mask is not None else "a strength"
                 raise ConfigError(f"{given} without a picture has no effect; give an image too")
             return None
-        share = strength if strength is not None else 0.6 if mask is None else 1.0
+        share = number("strength", strength, finite=False) if strength is not None else 0.6 if mask is None else 1.0
         if not 0 <= share <= 1:
             raise ConfigError(f"strength is {share}; it must be in [0, 1]")
         whole = to_rgb(image)
@@ -703,20 +785,41 @@ class LensPipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None,
         seed: int | Sequence[int] | None,
         count: int,
-    ) -> tuple[list[torch.Generator], tuple[int, ...]]:
+    ) -> tuple[list[torch.Generator], tuple[int | None, ...]]:
+        """One generator a picture, and the seed that alone would give each its noise, or None."""
         if generator is not None:
             if seed is not None:
                 raise ConfigError("give a generator or a seed, not both")
             several = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
+            if any(not isinstance(g, torch.Generator) for g in several):
+                raise ConfigError(f"generator must be a torch.Generator, or a list of them, not {shown(generator)}")
             if len(several) != count:
                 raise ConfigError(f"{len(several)} generators do not fit {count} pictures; give one, or one each")
-            return several, tuple(g.initial_seed() for g in several)
+            new = [g.device.type == "cpu" and _untouched(g) and all(g is not h for h in several[:i])
+                   for i, g in enumerate(several)]  # fmt: skip
+            return several, tuple(g.initial_seed() if fresh else None for g, fresh in zip(several, new, strict=True))
         if seed is None:
             seed = secrets.randbelow(2**32)
-        seeds = tuple(seed + i for i in range(count)) if isinstance(seed, int) else tuple(seed)
+        seed = seed.tolist() if hasattr(seed, "tolist") else seed  # numpy's and torch's
+        if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
+            seeds = tuple(whole("seed", s, 0, MAX_SEED) for s in seed)
+        else:
+            seeds = tuple(whole("seed", seed, 0, MAX_SEED) + i for i in range(count))
         if len(seeds) != count:
             raise ConfigError(f"{len(seeds)} seeds do not fit {count} pictures; give one, or one each")
         return [torch.Generator().manual_seed(s) for s in seeds], seeds
+
+
+def _untouched(generator: torch.Generator) -> bool:
+    """Whether nothing has been drawn since it was seeded."""
+    return torch.equal(generator.get_state(), torch.Generator().manual_seed(generator.initial_seed()).get_state())
+
+
+def _interval(given: Any) -> tuple[float, float]:
+    if not isinstance(given, Sequence) or len(given) != 2:
+        raise ConfigError(f"guidance_interval is two times, 0 <= low < high <= 1, not {shown(given)}")
+    low, top = (number("guidance_interval", value, finite=False) for value in given)
+    return low, top
 
 
 def _device(device: str | torch.device | None) -> torch.device:

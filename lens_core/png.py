@@ -50,7 +50,7 @@ def facts(path: Path) -> tuple[Image, dict[str, Any]]:
         "seed": lambda v: _whole(v, 0, 2**63),
         "height": lambda v: _whole(v, 1, 2**14 + 1),
         "width": lambda v: _whole(v, 1, 2**14 + 1),
-        "steps": lambda v: _whole(v, 1, 10_001),
+        "steps": lambda v: _whole(v, 1, 2**16 + 1),
         "guidance_scale": _finite,
         "guidance_interval": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_finite, v)),
         "strength": _finite,

@@ -36,6 +36,9 @@ class Weighty(Protocol):
     @classmethod
     def load(cls, folder: Path, config: Any, dtype: torch.dtype | None = None) -> Self: ...
 
+    # Optional: `model_index: ClassVar[Mapping[str, tuple[str, str]]]`, the entries of diffusers' model_index.json by
+    # which other tools find what `save` writes: {"vae": ("diffusers", "AutoencoderKLFlux2")}. Of a sampler too.
+
 
 @runtime_checkable
 class Portable(Weighty, Protocol):

@@ -95,6 +95,11 @@ class _Number(Rule):
             yield f"{place}: must be {self.range(value)}, not {shown(value)}"
 
 
+def listed(value: Any) -> Any:
+    """The converter of a field that is a tuple: lists, as files and callers have them, are taken too."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def integer(*, at_least: int | None = None, at_most: int | None = None, zero: bool = False) -> Rule:
     """A whole number in this range, `zero`: or 0; of magnitude up to 2^31 - 1 where there is no other limit."""
     return _Number(True, at_least, None, at_most, None, zero)

@@ -21,7 +21,7 @@ LAYERS = [
     {"hookspecs", "validators"},
     {"structuring", "attribution"},
     {"catalog"},
-    {"config", "card", "images"},
+    {"config", "card", "images", "arguments"},
     {"hub", "peft_config"},
     {"checkpoint", "optimizers", "source"},
     {"lazy", "locks", "png", "spelling"},

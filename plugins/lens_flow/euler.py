@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -62,6 +63,8 @@ class Scheduled:
 
 class Euler(Scheduled):
     """x moves by (t' - t) v from each time to the next: the published sampler."""
+
+    model_index: ClassVar = {"scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler")}
 
     def save(self, folder: Path) -> None:
         """Write `scheduler/scheduler_config.json` as the published checkpoints have it, for other tools: they are given

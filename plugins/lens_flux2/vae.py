@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from attrs import asdict, field, fields_dict, frozen
@@ -21,7 +21,7 @@ from lens_core.config import structure
 from lens_core.lazy import Lazy, read_lazy
 from lens_core.offload import Load
 from lens_core.types import CheckpointError, ConfigError, LensError
-from lens_core.validators import CHANNELS, LAYERS, each, optional, real
+from lens_core.validators import CHANNELS, LAYERS, each, listed, optional, real
 from lens_flux2.single import adopt
 
 FOLDER = "vae"  # where a checkpoint keeps this component
@@ -39,10 +39,12 @@ class Flux2VAE(nn.Module):
         """The fields of the published `vae/config.json`; the defaults are the published model."""
 
         # Channels; every level but the last halves H, W.
-        block_out_channels: tuple[int, ...] = field(default=(128, 256, 512, 512), validator=each(CHANNELS, at_least=1))
+        block_out_channels: tuple[int, ...] = field(
+            default=(128, 256, 512, 512), converter=listed, validator=each(CHANNELS, at_least=1)
+        )
         # None: as the encoder.
         decoder_block_out_channels: tuple[int, ...] | None = field(
-            default=None, validator=optional(each(CHANNELS, at_least=1))
+            default=None, converter=listed, validator=optional(each(CHANNELS, at_least=1))
         )
         layers_per_block: int = field(default=2, validator=LAYERS)
         latent_channels: int = field(default=32, validator=CHANNELS)  # c
@@ -68,6 +70,7 @@ class Flux2VAE(nn.Module):
 
     place = (FOLDER, "diffusion_pytorch_model")
     single = "vae/flux2-vae.safetensors"
+    model_index: ClassVar = {"vae": ("diffusers", "AutoencoderKLFlux2")}
 
     def __init__(self, config: Config) -> None:
         super().__init__()

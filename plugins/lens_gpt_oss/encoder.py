@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date as day
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from attrs import asdict, evolve, field, fields_dict, frozen
@@ -25,7 +25,7 @@ from lens_core.lazy import Lazy, read_lazy, write_lazy
 from lens_core.offload import Load
 from lens_core.reading import shown
 from lens_core.types import CheckpointError, ConfigError, LensError, Text
-from lens_core.validators import CHANNELS, LAYERS, each, integer, matching, one_of
+from lens_core.validators import CHANNELS, LAYERS, each, integer, listed, matching, one_of
 from lens_gpt_oss.experts import pack, packed
 from lens_gpt_oss.single import PACKED, adopt, mxfp4
 from lens_gpt_oss.template import LARGEST, Wrapper, open_tokenizer, read_tokenizer
@@ -67,7 +67,7 @@ class GptOssEncoder(nn.Module):
         sliding_window: int = field(default=128, validator=integer(at_least=1))  # tokens; on layers 0, 2, …
         # 0-based, ascending; features are taken after them.
         selected_layers: tuple[int, ...] = field(
-            default=(5, 11, 17, 23), validator=each(integer(at_least=0), at_least=1)
+            default=(5, 11, 17, 23), converter=listed, validator=each(integer(at_least=0), at_least=1)
         )
         # The day the conversation claims it is, whatever today is.
         date: str = field(
@@ -105,6 +105,10 @@ class GptOssEncoder(nn.Module):
     place = (FOLDER, STEM)
     beside = (TOKENIZER,)
     single = "text_encoders/gpt_oss.safetensors"
+    model_index: ClassVar = {
+        FOLDER: ("transformers", "LensGptOssEncoder"),
+        TOKENIZER: ("transformers", "PreTrainedTokenizerFast"),
+    }
 
     def __init__(self, config: Config) -> None:
         super().__init__()

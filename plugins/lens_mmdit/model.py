@@ -27,7 +27,7 @@ from lens_core.checkpoint import blueprint, load_module, read_weights, save_modu
 from lens_core.lazy import Lazy, read_lazy
 from lens_core.offload import Load
 from lens_core.types import ConfigError, NumericalError, Text, did_you_mean
-from lens_core.validators import CHANNELS, LAYERS, each, integer, optional
+from lens_core.validators import CHANNELS, LAYERS, each, integer, listed, optional
 from lens_mmdit.modulation import Modulation, Tabulating
 from lens_mmdit.segments import Segments, attend_within, spread
 from lens_mmdit.single import adopt
@@ -311,13 +311,15 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         inner_dim: int | None = field(default=None, validator=optional(CHANNELS))
         enc_hidden_dim: int = field(default=2880, validator=CHANNELS)  # width of a text feature
         # Channels of a head that turn with frame, height, width.
-        axes_dims_rope: tuple[int, ...] = field(default=(8, 28, 28), validator=each(integer(at_least=0, at_most=2**16)))
+        axes_dims_rope: tuple[int, ...] = field(
+            default=(8, 28, 28), converter=listed, validator=each(integer(at_least=0, at_most=2**16))
+        )
         gate_mlp: bool = True  # SwiGLU
         rms_norm: bool = True
         multi_layer_encoder_feature: bool = True
         # Encoder layers that feed the text stream; only how many.
         selected_layer_index: tuple[int, ...] = field(
-            default=(5, 11, 17, 23), validator=each(integer(at_least=0), at_least=1)
+            default=(5, 11, 17, 23), converter=listed, validator=each(integer(at_least=0), at_least=1)
         )
 
         def __attrs_post_init__(self) -> None:
@@ -351,6 +353,7 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
             return self.num_attention_heads * self.attention_head_dim
 
     place = (FOLDER, "diffusion_pytorch_model")
+    model_index: ClassVar = {FOLDER: ("diffusers", "LensTransformer2DModel")}
     single = "diffusion_models/lens.safetensors"
     config_name = "config.json"
     _supports_gradient_checkpointing = True
@@ -569,7 +572,7 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
                 raise ConfigError(
                     f"backbone: no field is called {name!r}.{did_you_mean(name, fields_dict(cls.Config))}"
                 )
-        model = cls(None, **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        model = cls(None, **fields)
         return (model, unused) if return_unused_kwargs else model
 
     def save(self, folder: Path) -> None:

@@ -217,16 +217,17 @@ def _describe(
     others = {k: Use(v["use"], dict(v.get("config", {}))) for k, v in described["components"].items()}
     uses = {k: others[k] for k in PARTS if k in others} | {part.name: part.use for part in parts}
     names = sorted({use.use.partition(":")[0] for use in uses.values()})
+    found = {part.name: part.component for part in parts}  # the class: the part itself is there, on disk
+    for kind, use in uses.items():
+        if kind not in WEIGHTY:
+            _, cls, config = build(catalog, kind, use, f"components.{kind}")
+            found[kind] = cls(config)
     pipeline = LensPipeline(
+        **found,
         presets=described.get("presets", {}),
         uses=uses,
         plugins={n: v for n in names if (v := catalog.version(n))},
         provenance=described.get("provenance", {}),
+        catalog=catalog,
     )
-    for part, use in uses.items():
-        if part in WEIGHTY:
-            setattr(pipeline, part, True)  # it is there, on disk
-        else:
-            _, cls, config = build(catalog, part, use, f"components.{part}")
-            setattr(pipeline, part, cls(config))
     pipeline.save_about(out, lent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,93 @@ def test_a_call_that_makes_no_sense_is_refused(call: dict[str, Any], words: str,
     with pytest.raises(ConfigError, match=words):
         pipeline(**{"prompt": "a", **call})
     assert pipeline.backbone.calls == []
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
+        ({"num_inference_steps": -3}, "num_inference_steps must be at least 1, not -3"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number, not 2.5"),
+        ({"num_inference_steps": True}, "num_inference_steps must be a whole number, not True"),
+        ({"num_inference_steps": np.bool_(True)}, "num_inference_steps must be a whole number"),
+        ({"num_inference_steps": "4"}, "num_inference_steps must be a whole number, not '4'"),
+        ({"num_inference_steps": 2**20}, "num_inference_steps must be at most 65536"),
+        ({"base_resolution": 0}, "base_resolution must be at least 1, not 0"),
+        ({"base_resolution": 64.5}, "base_resolution must be a whole number, not 64.5"),
+        ({"base_resolution": 10**9}, "base_resolution must be at most 16384"),
+        ({"height": 32.0}, r"height must be a whole number, not 32\.0"),
+        ({"width": "32"}, "width must be a whole number, not '32'"),
+        ({"height": True}, "height must be a whole number, not True"),
+        ({"height": 0}, "height 0 is not a multiple of 16"),
+        ({"height": 2**20}, "height must be at most 16384"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be a finite number, not nan"),
+        ({"guidance_scale": math.inf}, "guidance_scale must be a finite number, not inf"),
+        ({"guidance_scale": True}, "guidance_scale must be a number, not True"),
+        ({"guidance_scale": "5"}, "guidance_scale must be a number, not '5'"),
+        ({"guidance_interval": 0.5}, "guidance_interval is two times"),
+        ({"guidance_interval": (0.1, 0.2, 0.3)}, "guidance_interval is two times"),
+        ({"guidance_interval": (0, "1")}, "guidance_interval must be a number, not '1'"),
+        ({"num_images_per_prompt": 1.5}, "num_images_per_prompt must be a whole number, not 1.5"),
+        ({"num_images_per_prompt": True}, "num_images_per_prompt must be a whole number, not True"),
+        ({"aspect_ratio": 1.5}, "aspect_ratio must be a text"),
+        ({"aspect_ratio": ""}, "must be width:height"),
+        ({"prompt": None}, "prompt must be a text, or a list of texts, not None"),
+        ({"prompt": b"a"}, "prompt must be a text"),
+        ({"prompt": ["a", 3]}, "prompt must be a text, or a list of texts, but 3 is among them"),
+        ({"negative_prompt": [None]}, "negative_prompt must be a text"),
+        ({"negative_prompt": 3}, "negative_prompt must be a text"),
+        ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
+        ({"seed": True}, "seed must be a whole number, not True"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"seed": 2**64}, "seed must be at most"),
+        ({"seed": ["a"]}, "seed must be a whole number, not 'a'"),
+        ({"generator": [3]}, "generator must be a torch.Generator"),
+        ({"latents": np.zeros((1, 4, 2, 3))}, "latents must be a tensor, not ndarray"),
+        ({"image": np.zeros((32, 32, 3))}, "image must be a PIL picture, not ndarray"),
+    ],
+    ids=str,
+)
+def test_arguments_of_the_wrong_kind_or_size_are_refused_by_name(
+    call: dict[str, Any], words: str, pipeline: LensPipeline
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        pipeline(**{"prompt": "a", **call})
+    assert pipeline.backbone.calls == []
+
+
+def test_numpy_numbers_are_numbers(pipeline: LensPipeline) -> None:
+    plain = latents(pipeline, "a", seed=3, num_inference_steps=2, guidance_scale=2.0)
+    counted = pipeline(
+        "a", height=np.int64(32), width=np.int32(48), num_inference_steps=np.int64(2), seed=np.uint8(3),
+        guidance_scale=np.float32(2), num_images_per_prompt=np.int16(1), output_type="latent",
+    )  # fmt: skip
+    assert torch.equal(counted.images, plain) and counted.seeds == (3,)
+    assert json.loads(json.dumps(counted.settings))["steps"] == 2
+    assert pipeline("a", **SIZE, seed=np.array([3]), output_type="latent").seeds == (3,)
+
+
+def test_presets_that_no_picture_can_be_drawn_with_are_refused(pipeline: LensPipeline) -> None:
+    pipeline.presets["steps"] = 0
+    with pytest.raises(ConfigError, match="num_inference_steps must be at least 1"):
+        pipeline("a", **SIZE)
+
+
+def test_reported_seeds_alone_draw_their_pictures(pipeline: LensPipeline) -> None:
+    def generator(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    one = generator(3)
+    result = pipeline("a", **SIZE, generator=one, num_images_per_prompt=2, output_type="latent")
+    assert result.seeds == (3, None)
+    torch.testing.assert_close(result.images[:1], latents(pipeline, "a", seed=3))
+    assert (result.images[1:] - latents(pipeline, "a", seed=3)).abs().max() > 0.1
+    assert pipeline("a", **SIZE, generator=one).seeds == (None,), "it has been drawn from"
+    assert pipeline(["a", "b"], **SIZE, generator=[generator(3), generator(4)]).seeds == (3, 4)
+    again = generator(5)
+    assert pipeline(["a", "b"], **SIZE, generator=[again, again]).seeds == (5, None)
+    noise = pipeline.noise([generator(3)], (2, 3))
+    assert pipeline("a", **SIZE, latents=noise, seed=9).seeds == (None,)
 
 
 def test_aspect_ratios_are_width_to_height_and_keep_the_area(pipeline: LensPipeline) -> None:
@@ -205,6 +293,84 @@ def test_parts_of_a_checkpoint_can_be_replaced(pipeline: LensPipeline, checkpoin
 def test_a_part_put_in_by_hand_cannot_be_saved_without_its_name(pipeline: LensPipeline, tmp_path: Path) -> None:
     with pytest.raises(LensError, match="vae was put in by hand"):
         LensPipeline(vae=pipeline.vae).save_pretrained(tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", ["vae", "text_encoder", "backbone", "sampler"])
+def test_an_assigned_part_forgets_what_the_one_before_was_built_from(
+    kind: str, checkpoint: Path, catalog: Catalog, tmp_path: Path
+) -> None:
+    pipeline = LensPipeline.from_pretrained(checkpoint, catalog=catalog)
+    was, version = getattr(pipeline, kind), pipeline.version
+    setattr(pipeline, kind, was)
+    assert pipeline.version == version and kind in pipeline.uses, "the same part is no other"
+    mine = type("Mine", (type(was),), {})(type(was).Config())
+    setattr(pipeline, kind, mine)
+    assert getattr(pipeline, kind) is mine and kind not in pipeline.uses
+    settings = pipeline("a", **SIZE, seed=0).settings
+    assert settings["model_hash"] != version
+    assert ("sampler" in settings) == (kind != "sampler")
+    before = {p.name: p.stat().st_mtime_ns for p in checkpoint.iterdir()}
+    for folder in (tmp_path / "x", checkpoint):
+        with pytest.raises(LensError, match=rf"{kind} was put in by hand: say how .*pipeline\.uses\['{kind}'\] = Use"):
+            pipeline.save_pretrained(folder)
+    assert not (tmp_path / "x").exists()
+    assert before == {p.name: p.stat().st_mtime_ns for p in checkpoint.iterdir()}, "nothing there was touched"
+    pipeline.uses[kind] = Use(
+        {"vae": "toy:blocks", "text_encoder": "toy:letters", "backbone": "toy:mixer"}.get(kind, "toy:even")
+    )
+    pipeline.save_pretrained(tmp_path / "x")
+    again = LensPipeline.from_pretrained(tmp_path / "x", catalog=catalog)
+    assert torch.equal(latents(again, "a", seed=0), latents(pipeline, "a", seed=0))
+
+
+def test_a_part_that_no_folder_can_hold_is_named_before_anything_is_written(
+    pipeline: LensPipeline, catalog: Catalog, tmp_path: Path
+) -> None:
+    class Mine:
+        layers, width = 1, 8
+
+    pipeline.put("text_encoder", Mine(), Use("toy:letters"))
+    with pytest.raises(LensError, match=r"text_encoder: Mine has no save\(folder\)"):
+        pipeline.save_pretrained(tmp_path / "x")
+    pipeline.catalog = catalog
+    pipeline.put("sampler", pipeline.sampler, Use("toy:uneven"))
+    pipeline.put("text_encoder", None)
+    with pytest.raises(ConfigError, match="no sampler is called 'toy:uneven'"):
+        pipeline.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_loras_go_with_the_backbone_that_they_are_in(pipeline: LensPipeline, tmp_path: Path) -> None:
+    from lens_core.spelling import Pair, write
+
+    write(tmp_path / "a.safetensors", {"inner": Pair(torch.ones(1, 5), torch.ones(16, 1), 1.0)})
+    pipeline.load_lora_weights(tmp_path / "a.safetensors")
+    fresh = type(pipeline.backbone)(type(pipeline.backbone).Config())
+    weight = fresh.inner.weight.clone()
+    pipeline.backbone = fresh
+    assert pipeline.loras == []
+    pipeline.unload_lora_weights()
+    assert torch.equal(fresh.inner.weight, weight)
+
+
+def test_model_index_has_what_each_component_says_of_itself(
+    pipeline: LensPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.save_pretrained(tmp_path / "a")
+    assert json.loads((tmp_path / "a/model_index.json").read_text()) == {"_class_name": "LensPipeline"}
+    monkeypatch.setattr(type(pipeline.vae), "model_index", {"vae": ("acme", "Blocks")}, raising=False)
+    monkeypatch.setattr(type(pipeline.sampler), "model_index", {"scheduler": ("acme", "Even")}, raising=False)
+    pipeline.save_pretrained(tmp_path / "a")
+    assert json.loads((tmp_path / "a/model_index.json").read_text()) == {
+        "_class_name": "LensPipeline", "vae": ["acme", "Blocks"], "scheduler": ["acme", "Even"],
+    }  # fmt: skip
+
+
+def test_the_core_names_no_model_class() -> None:
+    from lens_core import pipeline as module
+
+    source = Path(module.__file__).read_text()
+    assert not any(name in source for name in ("AutoencoderKL", "GptOss", "Transformer2DModel", "EulerDiscrete"))
 
 
 def test_a_pipeline_that_lacks_a_part_says_so(pipeline: LensPipeline) -> None:

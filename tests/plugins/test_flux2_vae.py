@@ -159,3 +159,9 @@ def test_the_decoder_may_be_narrower_than_the_encoder():
     vae = small(evolve(SMALL, decoder_block_out_channels=(4, 8)))
     assert vae.decode(vae.encode(pixels(1, 3, 8, 8))).shape == (1, 3, 8, 8)
     assert vae.net.decoder.conv_in.out_channels == 8
+
+
+def test_lists_do_where_a_config_has_tuples():
+    config = Flux2VAE.Config(block_out_channels=[32, 64], decoder_block_out_channels=[32, 64], norm_num_groups=32)
+    assert config == Flux2VAE.Config(block_out_channels=(32, 64), decoder_block_out_channels=(32, 64))
+    assert isinstance(hash(config), int) and Flux2VAE(config).downscale == 4

@@ -376,3 +376,7 @@ def test_words_differ_from_the_start(encoder: GptOssEncoder) -> None:
     rows = torch.nn.functional.normalize(GptOssEncoder(TINY).model.embed_tokens.weight.detach(), dim=1)
     alike = (rows @ rows.T - torch.eye(len(rows))).abs()
     assert float(alike.mean()) < 2 / TINY.hidden_size**0.5  # as of independent random directions
+
+
+def test_lists_do_where_a_config_has_tuples():
+    assert GptOssEncoder.Config(selected_layers=[1, 2]) == GptOssEncoder.Config(selected_layers=(1, 2))

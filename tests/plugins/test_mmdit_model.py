@@ -338,3 +338,18 @@ def test_a_norm_keeps_its_dtype_under_cuda_autocast(dtype: torch.dtype, cuda_aut
         assert torch.nn.functional.rms_norm(x, (8,)).dtype == torch.float32, "which autocast would make of it"
         assert (unit(x, 1e-6).dtype, unit(x, 1e-6).device) == (dtype, x.device)
         assert torch.is_autocast_enabled("cuda")
+
+
+def test_lists_do_where_a_config_has_tuples() -> None:
+    small: Any = {
+        "num_layers": 1, "attention_head_dim": 12, "num_attention_heads": 1, "in_channels": 8, "out_channels": 2,
+    }  # fmt: skip
+    listed, plain = (
+        LensTransformer2DModel(**small, enc_hidden_dim=8, axes_dims_rope=axes, selected_layer_index=layers)
+        for axes, layers in (([4, 4, 4], [0]), ((4, 4, 4), (0,)))
+    )
+    listed.load_state_dict(plain.state_dict())
+    x, t = torch.randn(1, 8, 2, 2, generator=torch.Generator().manual_seed(0)), torch.ones(1)
+    text = Text(torch.ones(1, 1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
+    assert torch.equal(listed(x, t, text), plain(x, t, text))
+    assert hash(LensTransformer2DModel.Config(axes_dims_rope=[8, 28, 28])) == hash(LensTransformer2DModel.Config())

@@ -1,0 +1,59 @@
+"""Checks what Python callers pass: numbers, texts and generators, each refused by the argument's name.
+
+numpy's integers and floats are numbers; a bool is none. Every function raises ConfigError.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from lens_core.reading import shown
+from lens_core.types import ConfigError
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """An integer from `low` to `high`."""
+    try:
+        if isinstance(value, bool) or type(value).__name__.startswith("bool"):  # numpy's
+            raise TypeError
+        number = operator.index(value)
+    except (TypeError, RuntimeError) as error:  # RuntimeError: a tensor of several numbers
+        raise ConfigError(f"{name} must be a whole number, not {shown(value)}") from error
+    return int(_within(name, number, low, high))
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, finite: bool = True) -> float:
+    """A number from `low` to `high`. Without `finite` the caller deals with NaN and infinity, which pass."""
+    try:
+        if isinstance(value, bool | str | bytes) or type(value).__name__.startswith("bool"):
+            raise TypeError
+        found = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ConfigError(f"{name} must be a number, not {shown(value)}") from error
+    if not math.isfinite(found):
+        if not finite:
+            return found
+        raise ConfigError(f"{name} must be a finite number, not {found}")
+    return float(_within(name, found, low, high))
+
+
+def _within(name: str, value: float, low: float, high: float) -> float:
+    if value < low:
+        raise ConfigError(f"{name} must be at least {low}, not {shown(value)}")
+    if value > high:
+        raise ConfigError(f"{name} must be at most {high}, not {shown(value)}")
+    return value
+
+
+def texts(name: str, value: Any) -> list[str]:
+    """One text, or a sequence of them, as a list."""
+    several = [value] if isinstance(value, str) else value
+    if isinstance(several, bytes) or not isinstance(several, Sequence):
+        raise ConfigError(f"{name} must be a text, or a list of texts, not {shown(value)}")
+    for text in several:
+        if not isinstance(text, str):
+            raise ConfigError(f"{name} must be a text, or a list of texts, but {shown(text)} is among them")
+    return list(several)
