@@ -40,7 +40,9 @@ class Verdicts:
 
     def values(self) -> Tensor:
         """float64 [J,N], NaN where a judge gave none."""
-        rows = [[math.nan if s is None or s.value is None else s.value for s in row] for row in self.scores.values()]
+        rows = [
+            [math.nan if s is None or s.value is None else float(s.value) for s in row] for row in self.scores.values()
+        ]
         return torch.tensor(rows, dtype=torch.float64)
 
     def failed(self) -> Tensor:
@@ -53,8 +55,11 @@ class Verdicts:
         facts: dict[str, float] = {}
         for name, row in self.scores.items():
             asked = [s for s in row if s is not None]
-            heard = [{name: s.value, **{f"{name}/{k}": v for k, v in s.components.items() if _finite(v)}} for s in asked
-                     if s.value is not None]  # fmt: skip
+            heard = [
+                {name: float(s.value), **{f"{name}/{k}": float(v) for k, v in s.components.items() if _finite(v)}}
+                for s in asked
+                if s.value is not None
+            ]
             for key in sorted({k for h in heard for k in h}):
                 values = [h[key] for h in heard if key in h]
                 facts[f"reward/{key}"] = sum(values) / len(values)
@@ -106,7 +111,8 @@ def spent(judges: Sequence[Judge]) -> dict[str, float]:
     facts: dict[str, float] = {}
     for one in judges:
         spend = getattr(one.reward, "spend", {})
-        for name, value in spend.items() if isinstance(spend, Mapping) else ():
+        known = spend.items() if isinstance(spend, Mapping) else ()
+        for name, value in ((n, v) for n, v in known if _finite(v)):
             facts[f"spend/{name}"] = facts.get(f"spend/{name}", 0.0) + float(value)
     return facts
 
@@ -132,11 +138,11 @@ def _ask(name: str, reward: Any, pictures: Sequence[Picture]) -> list[Score]:
         if len(scores) != len(rows):
             raise LensError(f"the reward {name} gave {len(scores)} scores for {len(rows)} pictures; give one each")
         for score in scores:
-            if not isinstance(score, Score) or score.status not in ("ok", "abstain", "failed"):
+            if not isinstance(score, Score):
                 raise LensError(f"the reward {name} gave {shown(score)}; it must give one Score a picture")
         found.update(zip(rows, scores, strict=True))
     return [
-        Score("failed", evidence=f"not finite: {shown(s.value)}") if s.value is not None and not _finite(s.value) else s
+        s if s.value is None or _finite(s.value) else Score("failed", evidence=f"not finite: {shown(s.value)}")
         for s in (found[i] for i in range(len(pictures)))
     ]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lens_nft.objective import advantages
@@ -171,14 +173,22 @@ def test_whatever_a_reward_raises_goes_down_the_ladder_with_its_kind_quoted(erro
     assert alone.failed().all() and type(error).__name__ in alone.scores["vlm"][0].evidence
 
 
-@pytest.mark.parametrize("made", [1.0, None, "ok", (1.0,), Score("fine")])  # type: ignore[arg-type]
+@pytest.mark.parametrize("made", [1.0, None, "ok", (1.0,)])
 def test_what_is_no_score_is_told_with_the_name_of_the_reward(made):
     with pytest.raises(LensError, match=r"the reward vlm gave .*; it must give one Score a picture"):
         judge([Judge("vlm", Odd(lambda number: made))], pictures())
 
 
-@pytest.mark.parametrize("value", ["high", [1.0], torch.ones(2), 10**400, 1j])
-def test_a_value_that_is_no_number_is_a_failure(value):
+@pytest.mark.parametrize("value", ["high", [1.0], torch.ones(2), 1j])
+def test_a_score_that_cannot_be_made_is_a_failure_of_what_was_asked_with_it(value):
+    odd = Odd(lambda number: Score("ok", value if number == 0 else 1.0))
+    assert judge([Judge("vlm", odd)], pictures()).failed().all()
+    rescued = judge([Judge("vlm", odd, 1.0, Told(*range(8)))], pictures())
+    assert rescued.values()[1].tolist() == [float(n) for n in range(8)]
+
+
+@pytest.mark.parametrize("value", [10**400, math.nan, np.float32("inf")])
+def test_a_value_that_no_mean_can_take_is_a_failure_of_its_picture_alone(value):
     found = judge([Judge("vlm", Odd(lambda number: Score("ok", value if number == 0 else 1.0)))], pictures())
     assert found.failed().tolist() == [True] + [False] * 7 and "not finite" in found.scores["vlm"][0].evidence
 
@@ -187,3 +197,16 @@ def test_components_that_are_no_numbers_are_left_out_of_the_means():
     parts = [{"a": 1.0, "b": None}, {"a": math.nan, "b": "x"}, {"a": 0.0}, {}, *[{"a": 1.0}] * 4]
     facts = judge([Judge("vlm", Odd(lambda number: Score("ok", 1.0, parts[number])))], pictures()).facts()
     assert facts["reward/vlm/a"] == pytest.approx(5 / 6) and "reward/vlm/b" not in facts
+
+
+@pytest.mark.parametrize("kind", [int, np.float32, np.float64, Fraction], ids=lambda k: k.__name__)
+def test_a_number_of_any_kind_counts_as_what_it_is(kind):
+    found = judge([Judge("vlm", Odd(lambda number: Score("ok", kind(number), {"a": kind(number)})))], pictures())
+    assert found.values().tolist() == [[float(n) for n in range(8)]] and not found.failed().any()
+    assert found.facts()["reward/vlm"] == found.facts()["reward/vlm/a"] == 3.5
+
+
+def test_a_spend_that_is_no_number_is_left_out():
+    judges = [Judge("a", Told(spend={"usd": math.nan, "calls": None, "cached": 2})), Judge("b", Told())]
+    judges[1].reward.spend = 5
+    assert spent(judges) == {"spend/cached": 2.0}
