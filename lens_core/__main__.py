@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import io
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from lens_core.offload import Load
     from lens_core.pipeline import LensPipeline
 
+MOST_STEPS = 10_000  # of a sampler
+MOST_PICTURES = 1_000_000  # of one run of `lens generate` or `lens bench`
 app = App(name="lens", version=__version__, help="Text-to-image: generate, train, measure. Everything is a plugin.")
 
 
@@ -203,11 +209,13 @@ def generate(
             _pipeline, model, lora, files=files, device=device, dtype=dtype, offload=offload, text_cache=text_cache
         )
         return _reproduce(reproduce, again, begin, anew, output)
-    texts = [t for t in _prompts(prompt, prompts) for _ in range(images)]
     if images < 1 or batch < 1:
         raise ConfigError(f"images and batch must be at least 1, not {images} and {batch}")
-    if steps is not None and steps < 1:
-        raise ConfigError(f"steps must be at least 1, not {steps}")
+    asked_for = _prompts(prompt, prompts)
+    if images * len(asked_for) > MOST_PICTURES:
+        raise ConfigError(f"{images} pictures a prompt are more than {MOST_PICTURES} in all; draw them in several runs")
+    texts = [text for text in asked_for for _ in range(images)]
+    _check_steps(steps)
     paths = _outputs(output or Path("lens.png"), len(texts))
     height, width = _size(size)
     low, high = _interval(guidance_interval)
@@ -373,7 +381,9 @@ def _interval(text: str | None) -> tuple[float, float]:
     try:
         low, high = (float(part) for part in (text or "0,1").split(","))
     except ValueError as error:
-        raise ConfigError(f"guidance interval {text!r} must be LOW,HIGH in times, for example 0.2,0.9") from error
+        raise ConfigError(
+            f"guidance interval {reading.shown(text)} must be LOW,HIGH in times, for example 0.2,0.9"
+        ) from error
     return low, high
 
 
@@ -402,12 +412,19 @@ def _there(path: Path, request: str) -> bool:
     raise ConfigError(f"{path}: is there, and was asked for differently; use --overwrite, or another --output")
 
 
+def _check_steps(steps: int | None) -> None:
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps must be at least 1, not {steps}")
+    if steps is not None and steps > MOST_STEPS:
+        raise ConfigError(f"steps must be at most {MOST_STEPS}, not {steps}")
+
+
 def _size(size: str | None) -> tuple[int | None, int | None]:
     if size is None:
         return None, None
     parts = size.lower().split("x")
-    if len(parts) != 2 or not all(p.isdecimal() and 0 < int(p) <= 16384 for p in parts):
-        raise ConfigError(f"size {size!r} must be HEIGHTxWIDTH in px, for example 128x160")
+    if len(parts) != 2 or not all(p.isdecimal() and len(p) <= 5 and 0 < int(p) <= 16384 for p in parts):
+        raise ConfigError(f"size {reading.shown(size)} must be HEIGHTxWIDTH in px, for example 128x160")
     return int(parts[0]), int(parts[1])
 
 
@@ -500,6 +517,9 @@ def bench(
     """
     from lens_core.config import Use, build, parse_use
 
+    _check_steps(steps)
+    if batch < 1 or not 1 <= (1 if prompts is None else prompts) <= MOST_PICTURES:
+        raise ConfigError(f"batch must be at least 1, and prompts from 1 to {MOST_PICTURES}, not {batch} and {prompts}")
     catalog = Catalog.installed()
     named = parse_use(benchmark)
     use = Use(named.use, named.options if prompts is None else {**named.options, "prompts": prompts})
@@ -727,41 +747,104 @@ def _exists(module: str) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code. LENS_DEBUG=1 prints the traceback of a handled error too."""
+    """Run the command line and return its exit code. Whatever goes wrong is one line on stderr, after its traceback
+    with LENS_DEBUG=1 in the environment."""
     words = sys.argv[1:] if arguments is None else arguments
-    warnings.showwarning = lambda message, *_: print(f"lens: {message}", file=sys.stderr)
+    _write_anywhere()
+    warnings.showwarning = lambda message, *_: _complain(reading.one_line(message, 1000))
     try:
+        _check_words(words)
         if not words or words[0] not in OWN or words[0] == "bench":  # a plugin's command, or help, which lists them
             commands = mount(Catalog.installed())
             place = commands.get(" ".join(words[:2])) or commands.get(words[0] if words else "")
             if place is not None:
                 resolve(place)  # before cyclopts does, which would not say whose it is
-        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except (NumericalError, PluginError) as error:
-        return _failed(error, f"{error}", 1)
-    except LensError as error:
-        return _failed(error, f"{error}", 2)
+    except BrokenPipeError:  # whoever reads has read enough, as `head` does
+        _discard_output()
+        return 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else _failed(stop, 1)
     except KeyboardInterrupt:
         return 130
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    except Exception as error:
-        from cyclopts import CycloptsError
-
-        if isinstance(error, CycloptsError):
-            return _failed(error, f"{' '.join(str(error).split())} See lens --help.", 2)
-        raise
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        usage = isinstance(error, LensError) and not isinstance(error, NumericalError | PluginError)
+        return _failed(error, 2 if usage else 1)
 
 
-def _failed(error: Exception, line: str, code: int) -> int:
-    """Tell of an error in one line, after its traceback where LENS_DEBUG asks for it."""
+def _check_words(words: list[str]) -> None:
+    """Refuse arguments that are no text: no tokenizer, no file and no terminal could take them."""
+    for place, word in enumerate(words, 1):
+        if "\0" in word:
+            raise ConfigError(f"argument {place}, {reading.shown(word)}, holds a NUL character; leave it out")
+        try:
+            reading.check_text(word)
+        except ValueError as error:
+            raise ConfigError(
+                f"argument {place}, {reading.shown(word)}, is not UTF-8; write it anew, or rename the file"
+            ) from error
+
+
+def _failed(error: BaseException, code: int) -> int:
+    """Tell what went wrong, in one line a problem -> `code`, or 2 for arguments that no command takes."""
+    from cyclopts import CycloptsError
+
     if os.environ.get("LENS_DEBUG", "") not in ("", "0"):
         import traceback
 
         traceback.print_exception(error)
-    print(f"lens: {line}", file=sys.stderr)
+    if isinstance(error, ConfigError):
+        lines = error.problems
+    elif isinstance(error, LensError | SystemExit):
+        lines = (str(error),)
+    elif isinstance(error, CycloptsError):
+        lines, code = (f"{reading.one_line(error)} See lens --help.",), 2
+    elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):  # torch's words
+        lines = ("there is not enough memory; ask for smaller or fewer pictures, or a smaller model",)
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        lines = (f"{where}{error.strerror or reading.one_line(error)}; check the path, its permissions and its disk",)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was stdout itself
+            _discard_output()
+    else:
+        what = f"{type(error).__name__}: {reading.one_line(error)}"
+        lines = (f"{what}; this is a fault of Lens or of a plugin: LENS_DEBUG=1 shows where, please report it",)
+    _complain(*lines)
     return code
+
+
+def _complain(*lines: str) -> None:
+    """Each on a line of its own to stderr, with whatever would break the line or command a terminal spelled out."""
+    text = "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
+    with contextlib.suppress(OSError, ValueError):  # stderr is full, broken or closed: there is nobody to tell
+        print(f"lens: {text}", file=sys.stderr, flush=True)
+
+
+def _write_anywhere() -> None:
+    """Let stdout and stderr spell out, as JSON does, what a terminal that is not UTF-8 has no character for."""
+    codecs.register_error("lens", _spelled_out)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="lens")
+
+
+def _spelled_out(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(json.dumps(c)[1:-1] for c in error.object[error.start : error.end]), error.end
+
+
+def _discard_output() -> None:
+    """Send what is left of stdout nowhere, so that Python does not fail to write it once more when it exits."""
+    with contextlib.suppress(OSError, ValueError):  # not a file of the operating system
+        number = sys.stdout.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
 
 
 if __name__ == "__main__":

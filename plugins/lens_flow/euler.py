@@ -33,6 +33,9 @@ def published_mu(tokens: int, steps: int) -> float:
     return slope * steps + at_200 - 200 * slope
 
 
+LARGEST_MU = 50.0  # from which on every time but the last is 1 in float32
+
+
 class Scheduled:
     """What all samplers here share: the published times. A sampler adds `walk`, in float32."""
 
@@ -49,6 +52,11 @@ class Scheduled:
         if steps < 1:
             raise ConfigError(f"sampler: the number of steps is {steps}; it must be at least 1")
         mu = published_mu(size[0] * size[1], steps) if self.config.mu is None else self.config.mu
+        if mu > LARGEST_MU:
+            raise ConfigError(
+                f"sampler: a latent grid of {size[0]} x {size[1]} is beyond what the published times are made for; "
+                "draw a smaller picture, or give the sampler a mu"
+            )
         # float32 throughout, like the published scheduler: the times are equal to the last bit.
         even = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
         shifted = math.exp(mu) / (math.exp(mu) + (1 / even - 1))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lens_core import __main__ as command
 from lens_core import catalog as catalogs
 from lens_core.__main__ import main
 from lens_core.catalog import Catalog
@@ -472,3 +473,103 @@ def test_a_plan_is_printed_and_the_picture_is_the_same(checkpoint: Path, capsys:
     assert draw(checkpoint, "a red cat", "-o", "none.png", "--offload", "blok") == 2
     assert "no offload plan is called 'blok'. Did you mean 'block'?" in refused(capsys)
     assert not Path("none.png").exists()
+
+
+# ---- whatever a user can type -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "caf\udcff"],
+        ["generate", "a", "-o", "a\0.png"],
+        ["generate", "a\0"],
+        ["generate", "a", "--model", "\udc80"],
+        ["generate", "--prompts", "x\0"],
+        ["gen\0"],
+        ["train", "a\0.yaml"],
+        ["train", "x" * 5000],
+        ["train", "x.yaml", "--set", "a=[" + "[" * 10_000],
+        ["bench", "fit", "--size", "9" * 5000 + "x1"],
+        ["bench", "{use: a, x: &a [*a]}"],
+        ["bench", "[" * 10_000],
+        ["compare", "a\0", "b"],
+        ["compare", "x" * 5000],
+        ["lora", "x" * 5000, "a.safetensors", "--as", "comfy"],
+        ["push", "x" * 5000, "a/b"],
+        ["push", "nowhere", "a b"],
+        ["generate", "a", "-o", "x" * 300 + ".png"],
+        ["generate", "a", "--images", "1000000000"],
+        ["generate", "a", "--seed", "9" * 5000],
+        ["generate", "a", "--guidance-interval", "9" * 5000],
+        ["generate", "a", "--size", "9" * 5000 + "x1"],
+        ["generate", "a", "--lora", "\x1b[2J"],
+        ["generate", "a", "--model", "a\nb"],
+    ],
+    ids=lambda words: repr(" ".join(words))[:40],
+)
+def test_whatever_is_typed_is_refused_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(arguments)
+    out, err = capsys.readouterr()
+    assert code in (1, 2) and out == "" and err.startswith("lens: ")
+    assert err.count("\n") == 1 and len(err) < 6000 and err[:-1].isprintable() and "fault of Lens" not in err
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_traceback_where_one_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class PanicException(BaseException):
+        pass
+
+    faults: list[tuple[BaseException, int, str]] = [
+        (ZeroDivisionError("a\nb"), 1, "ZeroDivisionError: a b; this is a fault of Lens or of a plugin"),
+        (PanicException("rust"), 1, "PanicException: rust"),
+        (MemoryError(), 1, "not enough memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory: you tried"), 1, "not enough memory"),
+        (OSError(30, "Read-only file system", "/ro/x"), 1, "/ro/x: Read-only file system; check the path"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (RecursionError("deep"), 1, "RecursionError: deep"),
+        (SystemExit("why"), 1, "why"),
+    ]
+    for fault, code, words in faults:
+
+        def fail(*_: object, fault: BaseException = fault, **__: object) -> None:
+            raise fault
+
+        monkeypatch.setattr(command, "app", fail)
+        assert main(["plugins"]) == code
+        out, err = capsys.readouterr()
+        assert out == "" and words in err and err.count("\n") == 1
+    monkeypatch.setenv("LENS_DEBUG", "1")
+    monkeypatch.setattr(command, "app", lambda *_, **__: 1 // 0)
+    assert main(["plugins"]) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+    monkeypatch.setattr(command, "app", lambda *_, **__: (_ for _ in ()).throw(BrokenPipeError))
+    assert main(["plugins"]) == 0
+
+
+LISTING = "import sys; from lens_core.__main__ import main; sys.exit(main(['plugins']))"
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    code = f"import os; read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n{LISTING}"
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_full_disk_behind_stdout_is_one_line() -> None:
+    if not Path("/dev/full").exists():
+        return
+    done = run("-c", f"import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n{LISTING}")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+
+
+def test_a_terminal_without_unicode_gets_it_spelled_out() -> None:
+    words = r'{"a": "\u00e9 \u732b \U0001f600 \udcff"}'
+    code = f"from lens_core import __main__ as m; m.app = lambda *_, **__: print({words!r}.encode().decode(kind))"
+    for encoding in ("ascii", "latin-1", "cp1252", "utf-8"):
+        begin = f"import sys; kind = 'unicode_escape'; sys.stdout.reconfigure(encoding={encoding!r})"
+        shell = f"{begin}; {code}; m.main(['plugins'])"
+        done = subprocess.run([sys.executable, "-c", shell], capture_output=True, check=False)
+        assert done.returncode == 0 and done.stderr == b""
+        assert json.loads(done.stdout.decode(encoding).replace("\\udcff", "!")) == {"a": "é 猫 😀 !"}
