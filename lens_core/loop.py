@@ -104,6 +104,8 @@ class Run:
         if recipe.dataset is not None:
             _, dataset, config = build(catalog, "dataset", recipe.dataset, "$.dataset")
             self.datasets = [dataset(config) for _ in self.ranks.mine]
+            if hasattr(self.datasets[0], "check_encoders"):  # while the encoders are as they were read
+                self.datasets[0].check_encoders(self.pipeline, recipe.train.precision)
         elif self.ranks.parts > 1 and not getattr(self.method, "divides", False):
             raise ConfigError(f"{recipe.method.use} reads no dataset, so it cannot be divided; run it as one process")
         if self.ranks.divided and getattr(self.method, "divides", False):

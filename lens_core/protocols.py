@@ -171,6 +171,10 @@ class Dataset(Protocol):
     """Endless, seeded, resumable. `state_dict` counts what was handed out, so reading ahead does no harm."""
 
     def batches(self, rank: int, world: int) -> Iterator[Batch]: ...
+
+    # Optional: check_encoders(pipeline, precision: str), before training. Raises LensError where what this dataset has
+    # encoded beforehand was made by other encoders than the pipeline's, or in another precision ("fp32", "bf16").
+
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 

@@ -7,14 +7,17 @@ Everything is encoded alone, so that what is cached depends neither on its neigh
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from attrs import has
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from lens_core.config import unstructure
 from lens_core.pipeline import to_pixels
 from lens_core.types import LensError
 from lens_data import pictures
@@ -36,32 +39,86 @@ def text_key(caption: str) -> str:
     return f"t:{hashlib.sha256(caption.encode()).hexdigest()}"
 
 
-def encoders(pipeline: LensPipeline) -> str:
-    """A digest of the VAE's and the text encoder's weights and provenance: caches of different ones must not mix."""
-    digest = hashlib.sha256()
-    for part in (pipeline.vae, pipeline.text_encoder):
+KINDS = ("vae", "text_encoder")
+
+
+def encoders(pipeline: LensPipeline, precision: str = "fp32") -> dict[str, dict[str, str]]:
+    """What made a cache: of each encoder that there is, its `name`, for people, and a `hash` of all that its features
+    follow from: weights with their dtype, class, config, what pictures must record, and the `precision` of its work."""
+    found = {}
+    for kind in KINDS:
+        part = getattr(pipeline, kind)
+        if part is None:
+            continue
+        digest = hashlib.sha256(precision.encode())
         # What pictures must record, a pinned date for instance, changes features just as weights do.
-        digest.update(f"{type(part).__name__} {getattr(part, 'provenance', None)}".encode())
+        record = getattr(part, "provenance", None)
+        record = record() if callable(record) else record
+        about = [type(part).__module__, type(part).__qualname__, _config(pipeline, kind), record]
+        digest.update(json.dumps(about, sort_keys=True, default=str).encode())
         for name, value in part.state_dict().items() if isinstance(part, nn.Module) else ():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        use = pipeline.uses.get(kind)
+        origin = f" from {pipeline.source}" if pipeline.source else ""
+        found[kind] = {
+            "name": f"{use.use if use else type(part).__name__}{origin} in {precision}",
+            "hash": digest.hexdigest()[:16],
+        }
+    return found
+
+
+def _config(pipeline: LensPipeline, kind: str) -> Any:
+    """An encoder's config as plain values: its own, or what it was built from."""
+    config = getattr(getattr(pipeline, kind), "config", None)
+    if config is not None and has(type(config)):
+        return unstructure(config)
+    if isinstance(config, Mapping):
+        return {str(k): v for k, v in config.items() if not str(k).startswith("_")}
+    use = pipeline.uses.get(kind)
+    return dict(use.options) if use else {}
+
+
+def _makers(data: bytes) -> dict[str, dict[str, str]]:
+    try:
+        made = json.loads(data)
+    except ValueError:
+        return {}  # of an older Lens, or of another program: nothing that is there now has made it
+    return made if isinstance(made, dict) and all(isinstance(part, dict) for part in made.values()) else {}
+
+
+def _named(part: Mapping[str, str] | None) -> str:
+    return f"{part.get('name')} (hash {part.get('hash')})" if part else "not known"
 
 
 class Cache:
-    """The cache `name` of a store as it is now. It is made where `made_by`, a digest of `encoders`, is given."""
+    """The cache `name` of a store as it is now. It is made where `made_by`, which `encoders` gives, is given."""
 
-    def __init__(self, store: Store, name: str, made_by: str = "") -> None:
-        self.name = name
-        self._table = store.beside(f"cache-{name}", {"key": "string", "data": "large_binary"}, made_by)
+    def __init__(self, store: Store, name: str, made_by: Mapping[str, Mapping[str, str]] | None = None) -> None:
+        self.name, self.where = name, store.path
+        text = json.dumps(made_by, sort_keys=True) if made_by else ""
+        self._table = store.beside(f"cache-{name}", {"key": "string", "data": "large_binary"}, text)
         if self._table is None:
             raise LensError(f"{store.path}: has no cache {name!r}; fill it with `lens data cache`")
         metadata = self._table.schema.metadata or {}
-        written = metadata.get(b"lens.made_by", b"").decode()
-        if made_by and written != made_by:
-            raise LensError(f"the cache {name!r} is of another VAE or text encoder; give the new one another name")
+        self._made_by = _makers(metadata.get(b"lens.made_by", b""))
+        if made_by:
+            self.check(made_by)
         table = self._table.search().select(["key"]).with_row_id(True).to_arrow()
         self._rows: dict[str, int] = dict(zip(table["key"].to_pylist(), table["_rowid"].to_pylist(), strict=True))
+
+    def check(self, encoders: Mapping[str, Mapping[str, str]]) -> None:
+        """Raise LensError, which names both, unless these encoders, those that there are, made what the cache holds."""
+        wrong = [
+            f"its {kind.replace('_', ' ')} is {_named(self._made_by.get(kind))}, this one {_named(now)}"
+            for kind, now in encoders.items()
+            if self._made_by.get(kind, {}).get("hash") != now["hash"]
+        ]
+        if wrong:
+            raise LensError(
+                f"{self.where}: the cache {self.name!r} is of another VAE or text encoder; give the new one another "
+                f"name, and fill it with `lens data cache`: {'; '.join(wrong)}"
+            )
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows

@@ -111,7 +111,7 @@ def cache(recipe: Path, *, rank: int = 0, world: int = 1) -> int:
     pipeline = LensPipeline.from_parts(plan.pipeline, catalog).to(device)
     # As the training loop encodes: in the recipe's precision.
     with torch.autocast(device, torch.bfloat16, enabled=plan.train.precision == "bf16"):
-        fill_cache(config, pipeline, rank, world, kind=cls)
+        fill_cache(config, pipeline, rank, world, kind=cls, precision=plan.train.precision)
     return 0
 
 

@@ -136,6 +136,11 @@ class StoreDataset:
                 stacklevel=3,
             )
 
+    def check_encoders(self, pipeline: LensPipeline, precision: str) -> None:
+        """Raise LensError if the cache was made by other encoders, or in another precision, than a run has."""
+        if self._cache is not None:
+            self._cache.check(encoders(pipeline, precision))
+
     def batches(self, rank: int, world: int) -> Iterator[Batch]:
         """Endless. Every rank sees its own share of the same global batch."""
         plans = self._plans(world)
@@ -320,8 +325,10 @@ def fill_cache(
     world: int = 1,
     say: Callable[[str], None] = print,
     kind: type[StoreDataset] = StoreDataset,
+    precision: str = "fp32",
 ) -> None:
-    """Encode what the cache `config.cache` lacks for training with this config; see `caching.fill`."""
+    """Encode what the cache `config.cache` lacks for training with this config; see `caching.fill`. `precision` is the
+    one that the caller encodes in, fp32 or bf16."""
     if not config.cache:
         raise ConfigError("the dataset names no cache; add `cache: NAME` to the recipe's dataset")
     for part in (pipeline.vae, pipeline.text_encoder):
@@ -330,7 +337,7 @@ def fill_cache(
         if isinstance(part, nn.Module):
             part.eval()  # as the training loop has it
     dataset = kind(evolve(config, cache=""))
-    cache = Cache(dataset.store, config.cache, encoders(pipeline))
+    cache = Cache(dataset.store, config.cache, encoders(pipeline, precision))
     fill(dataset.store, cache, pipeline, *dataset.encodings(), rank=rank, world=world, say=say)
 
 

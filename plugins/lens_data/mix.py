@@ -40,6 +40,12 @@ class Mix:
         shares = np.array([float(use.options.get("share", 1.0)) for use in config.parts])
         self._until = np.cumsum(shares / shares.sum())
 
+    def check_encoders(self, pipeline: Any, precision: str) -> None:
+        """See `StoreDataset.check_encoders`; of each part that has one."""
+        for part in self.parts:
+            if hasattr(part, "check_encoders"):
+                part.check_encoders(pipeline, precision)
+
     def batches(self, rank: int, world: int) -> Iterator[Batch]:
         """Endless."""
         streams = [part.batches(rank, world) for part in self.parts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -174,3 +175,81 @@ def test_a_recipe_fills_its_cache_and_trains_from_its_store(store, tmp_path, mon
     recipe.write_text(recipe.read_text().replace("use: store, ", "use: words, "))
     with pytest.raises(ConfigError, match="no dataset is called 'words'"):
         cache(recipe)
+
+
+RECIPE = """
+    pipeline: {{vae: blocks, text_encoder: letters, backbone: mixer, sampler: even, steps: 2}}
+    method: flow_matching
+    dataset: {dataset}
+    train: {{steps: 3}}
+"""
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_training_asks_what_made_its_cache_and_names_both(store, tmp_path, monkeypatch, nested):
+    catalog = Catalog.of(toy, lens_data, lens_flow)
+    monkeypatch.setattr(Catalog, "installed", lambda: catalog)
+    plain = f"{{use: store, store: {store}, table: [[[32, 32], [32, 48]]], batch: 4, cache: c}}"
+    mixed = f"{{use: mix, parts: [{plain}]}}" if nested else plain
+    for name, dataset in (("plain", plain), ("mixed", mixed)):
+        (tmp_path / f"{name}.yaml").write_text(RECIPE.format(dataset=dataset))
+    cache(tmp_path / "plain.yaml")
+
+    def run(*changes: str) -> Run:
+        return Run(read_recipe(tmp_path / "mixed.yaml", catalog, changes), catalog, tmp_path / "run", say=quiet)
+
+    run()
+    # the toy VAE has no random weights: another seed is another text encoder alone
+    for change, wrong in (("seed=1", ["text encoder"]), ("train.precision=bf16", ["vae", "text encoder"])):
+        with pytest.raises(LensError, match="is of another VAE or text encoder; give the new one another") as caught:
+            run(change)
+        (line,) = str(caught.value).splitlines()
+        assert [kind for kind in ("vae", "text encoder") if f"its {kind} is toy:" in line] == wrong
+        hashes = re.findall(r"hash ([0-9a-f]{16})", line)
+        assert len(hashes) == len(set(hashes)) == 2 * len(wrong)
+        assert ("in bf16" in line) == (change != "seed=1")
+    pipeline = Run(read_recipe(tmp_path / "plain.yaml", catalog), catalog, tmp_path / "b", say=quiet).pipeline
+    with torch.no_grad():
+        pipeline.vae.gain.add_(1)
+    with pytest.raises(LensError, match="its vae is") as caught:
+        StoreDataset(config(store, dense=1.0)).check_encoders(pipeline, "fp32")
+    assert "its text encoder is" not in str(caught.value)
+
+
+def test_what_made_a_cache_is_weights_dtype_class_config_records_and_precision(pipeline, monkeypatch):
+    def encoder() -> str:
+        return caching.encoders(pipeline)["text_encoder"]["hash"]
+
+    seen = [encoder()]
+    assert encoder() == seen[0]
+
+    def changed(value: str) -> None:
+        assert value not in seen
+        seen.append(value)
+
+    changed(caching.encoders(pipeline, "bf16")["text_encoder"]["hash"])
+    pipeline.text_encoder.config = toy.Mixer.Config(width=7)
+    changed(encoder())
+    pipeline.text_encoder.config = toy.Mixer.Config(width=8)
+    changed(encoder())
+    pipeline.text_encoder.provenance = lambda: {"date": "2026-05-20"}
+    changed(encoder())
+    pipeline.text_encoder.provenance = lambda: {"date": "2026-05-21"}
+    changed(encoder())
+    pipeline.text_encoder.to(torch.bfloat16)
+    changed(encoder())
+    pipeline.text_encoder.to(torch.float32)
+    pipeline.text_encoder.__class__ = type("Letters", (toy.Letters,), {"__module__": "elsewhere"})
+    changed(encoder())
+    with torch.no_grad():
+        pipeline.text_encoder.table.weight[0, 0] += 1
+    changed(encoder())
+    assert caching.encoders(pipeline)["vae"] == caching.encoders(pipeline)["vae"]
+
+
+def test_a_cache_that_does_not_say_what_made_it_is_refused(store, pipeline):
+    fill_cache(config(store), pipeline, say=quiet)
+    for words in ("0123456789abcdef", "[1]", '{"vae": 1}', "{}"):
+        Store(str(store)).beside(f"cache-{len(words)}", {"key": "string", "data": "large_binary"}, words)
+        with pytest.raises(LensError, match="its vae is not known, this one toy:blocks in fp32"):
+            fill_cache(config(store, cache=str(len(words))), pipeline, say=quiet)
