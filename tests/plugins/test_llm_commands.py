@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from lens_llm.commands import sampled
 from lens_llm.prompts import read
-from test_llm_client import Endpoint, endpoint  # noqa: F401  # a fixture
+from test_llm_client import KEY, Endpoint, endpoint, fault  # noqa: F401  # one is a fixture
 
 from lens_core.__main__ import main
 from lens_core.types import ConfigError, Prompt
@@ -138,3 +138,23 @@ def test_an_audit_of_one_prompt_is_refused_before_anything_is_drawn(tmp_path: Pa
     recipe.write_text(text.replace("path: P", f"path: '{tmp_path / 'one.txt'}'"))
     assert main(["rl", "audit", str(recipe)]) == 2
     assert "two different prompts at least" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("debug", ["", "1"])
+@pytest.mark.parametrize("key", [f"{KEY}\n", "sk-secret\n0123456789"])
+def test_no_output_of_the_command_line_shows_the_key(
+    tmp_path: Path, capfd, endpoint: Endpoint, monkeypatch, debug, key  # noqa: F811
+):  # fmt: skip
+    monkeypatch.setenv("LENS_DEBUG", debug)
+    monkeypatch.setenv("LENS_TEST_KEY", key)
+    endpoint.script = [fault(401, f"{KEY} {key!r} is wrong")] * 20
+    llm = f"{{use: openai, model: m, base_url: '{endpoint.url}', key_env: LENS_TEST_KEY}}"
+    plan = tmp_path / "taxonomy.yaml"
+    plan.write_text(f"llm: {llm}\nlicense: CC0\nclasses: {{animal: {{bird: [parrot, heron]}}}}\n")
+    assert main(["rl", "prompts", str(plan), "--out", str(tmp_path / "set.jsonl")]) == 2
+    told = "".join(capfd.readouterr()) + "".join(p.read_text() for p in tmp_path.rglob("*") if p.is_file())
+    assert "could not be written" in told and "sk-secret" not in told and "0123456789" not in told
+    plan.write_text(plan.read_text().replace("LENS_TEST_KEY", "sk_secret_0123456789"))
+    assert main(["rl", "prompts", str(plan), "--out", str(tmp_path / "set.jsonl")]) == 2
+    told = "".join(capfd.readouterr())
+    assert "key_env must be the name" in told and "sk_secret" not in told

@@ -18,13 +18,16 @@ from email.utils import formatdate
 from typing import Any
 
 import pytest
+import torch
 from attrs import frozen
 from lens_llm.client import LARGEST, LLMError, OpenAI, _retry_after
 from lens_llm.redaction import redact
+from lens_llm.rubric import RubricReward
 from lens_llm.transport import post
 from test_llm_client import ASK, KEY, SCHEMA, client, endpoint, fault, refuse, reset, send  # noqa: F401  # fixtures
 
-from lens_core.types import ConfigError, Message
+from lens_core.config import Use
+from lens_core.types import ConfigError, Message, Prompt
 
 PRICES = {"price_in": 1.0, "price_out": 2.0, "max_tokens": 1000}
 PAID = 1000e-6 + 100 * 2e-6  # an answer of the endpoint: 1,000 tokens in, 100 out
@@ -554,3 +557,17 @@ def test_requests_of_threads_do_not_mix(endpoint, client):  # noqa: F811
     texts = [f"{n} " * (n % 7 + 1) for n in range(64)]
     assert llm.map(lambda t: llm.chat([Message("user", t)]), texts) == texts
     assert threading.active_count() < 40
+
+
+def test_no_misbehaviour_reaches_a_rollout_as_anything_but_a_failed_picture(endpoint, client):  # noqa: F811
+    quick = [c for c in CASES if "drips" not in c.name and "goes on and on" not in c.name]
+    data = {"rubrics": [{"id": "r0", "q": "Is it red?"}], "global": {"id": "g", "q": "Is it whole?"}}
+    good = json.dumps({"verdicts": [{"id": i, "evidence": "", "v": "yes"} for i in ("r0", "g")]})
+    endpoint.reply = lambda body: good
+    endpoint.script = [step for case in quick for step in [case.step] * 2]  # a repair meets the same fault
+    reward = RubricReward(RubricReward.Config(Use("openai")), client(retries=0, timeout=5.0, concurrency=1))
+    prompts = [Prompt(f"p{n}", n, data=data) for n in range(2 * len(quick) + 1)]
+    scores = reward.score(torch.zeros(len(prompts), 3, 4, 4, dtype=torch.uint8), prompts)
+    assert endpoint.script == [] and scores[-1].value == 1.0
+    assert all(s.status == "ok" if s.value == 1.0 else s.status == "failed" and s.evidence for s in scores)
+    assert sum(s.status == "failed" for s in scores) >= 60
