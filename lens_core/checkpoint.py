@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Module = TypeVar("Module", bound="nn.Module")
 ALIGNMENT = 64  # bytes, at which torch puts tensors of its own
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LONGEST_HEADER = 2**24  # bytes of a safetensors header that is read: 100 for each of 160,000 tensors
 FORMAT = 1
 """The version of `lens.json`."""
 _DTYPES = {
@@ -173,7 +174,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
         return tensors
-    except (SafetensorError, OSError, ValueError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # the last two: shapes beyond torch's
         raise not_whole(path, error) from error
 
 
@@ -188,6 +195,9 @@ def refuse_foreign(path: Path) -> None:
     # A safetensors file begins with its header's length, which may be any bytes, and then the header's brace.
     if head[8:] != b"{" and head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
         raise CheckpointError(f"{path}: is a pickle, which can run code; only safetensors are read")
+    length = int.from_bytes(head[:8], "little")
+    if head[8:] == b"{" and LONGEST_HEADER < length <= path.stat().st_size:
+        raise CheckpointError(f"{path}: its header of {length} bytes is longer than that of any model; fetch it again")
     if head[:4] == b"GGUF":
         raise CheckpointError(f"{path}: is a GGUF file; only safetensors are read: fetch the model in that format")
 
@@ -195,7 +205,9 @@ def refuse_foreign(path: Path) -> None:
 def not_whole(path: Path, error: Exception) -> CheckpointError:
     """What to raise where safetensors cannot read `path`."""
     size = path.stat().st_size
-    return CheckpointError(f"{path}: not a whole safetensors file ({size} bytes; {error}); fetch it again")
+    return CheckpointError(
+        f"{path}: not a whole safetensors file ({size} bytes; {reading.one_line(error)}); fetch it again"
+    )
 
 
 def read_header(path: Path) -> dict[str, str]:

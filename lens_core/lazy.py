@@ -27,7 +27,7 @@ DTYPES: dict[str, torch.dtype] = {
 element."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE = 2**26  # bytes read at once
-LONGEST_HEADER = 10**8  # bytes; safetensors' own limit
+LARGEST_EMPTY = 2**31  # the product of an empty tensor's other dimensions: code may walk along them
 
 
 @frozen
@@ -76,6 +76,10 @@ def read_lazy(*paths: Path) -> tuple[dict[str, Lazy], dict[str, str]]:
             if entry["dtype"] not in DTYPES:
                 raise CheckpointError(f"{path}: {name!r} is {entry['dtype']}; {', '.join(DTYPES)} are read")
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            if 0 in shape and math.prod(n for n in shape if n) > LARGEST_EMPTY:
+                raise CheckpointError(
+                    f"{path}: {name!r} has the shape {list(shape)}, which no tensor has; leave it out"
+                )
             found[name] = Lazy(shape, dtype, _reader(path, start + entry["data_offsets"][0], shape, dtype))
     return found, texts
 
@@ -88,7 +92,9 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     try:
         with safe_open(path, "pt"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(min(size, LONGEST_HEADER)), object_pairs_hook=reading.no_twins), 8 + size
+            return json.loads(
+                file.read(min(size, checkpoint.LONGEST_HEADER)), object_pairs_hook=reading.no_twins
+            ), 8 + size
     except (SafetensorError, OSError, ValueError) as error:
         raise checkpoint.not_whole(path, error) from error
 
@@ -100,6 +106,9 @@ def _reader(
     count = shape[0] if shape else 1
 
     def rows(kind: torch.dtype) -> Iterator[Tensor]:
+        if 0 in shape:  # nothing to read, however many rows of nothing there are
+            yield torch.empty(shape, dtype=kind)
+            return
         step = max(1, PIECE // max(1, row))
         with path.open("rb") as file:
             file.seek(start)

@@ -87,7 +87,7 @@ def lazy_mxfp4(name: str, blocks: Lazy, scales: Lazy, where: str) -> tuple[Lazy,
     """The pair, once it fits; its scales are checked as they are read. Raises CheckpointError."""
     if (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):
         raise CheckpointError(f"{where}: {name} is {blocks.dtype} with {scales.dtype}; MXFP4 is uint8; fetch it again")
-    if len(blocks.shape) != 4 or blocks.shape[3] != 16 or blocks.shape[:3] != scales.shape:
+    if not all(blocks.shape) or len(blocks.shape) != 4 or blocks.shape[3] != 16 or blocks.shape[:3] != scales.shape:
         raise CheckpointError(
             f"{where}: {name} has blocks {list(blocks.shape)} with scales {list(scales.shape)}; "
             "MXFP4 has [E, out, in/32, 16] with [E, out, in/32]"

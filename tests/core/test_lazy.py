@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import weakref
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lens_core import lazy
+from lens_core.checkpoint import read_tensors
 from lens_core.lazy import DTYPES, Lazy, read_lazy, write_lazy
 from lens_core.types import CheckpointError
 
@@ -177,3 +179,35 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path: Path) -> None:
     tensors, _ = read_lazy(tmp_path / "a")
     (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-4])
     assert "ends early" in error(tensors["a"].read)
+
+
+@pytest.mark.parametrize("shape", [[0], [0, 4], [4, 0], [3, 0, 2], [2**31, 0]])
+def test_an_empty_tensor_is_read_at_once_in_its_shape(shape: list[int], tmp_path: Path) -> None:
+    _with_empty(tmp_path / "a.safetensors", shape)
+    found, _ = read_lazy(tmp_path / "a.safetensors")
+    assert list(found["x"].read(torch.bfloat16).shape) == shape
+    write_lazy(tmp_path / "b.safetensors", found)
+    assert list(read_lazy(tmp_path / "b.safetensors")[0]["x"].shape) == shape
+
+
+@pytest.mark.parametrize("shape", [[2**62, 0], [0, 2**63], [2**40, 2**40, 0], [2**64 - 1, 0]])
+def test_an_empty_tensor_of_endless_rows_is_refused_by_its_name(shape: list[int], tmp_path: Path) -> None:
+    _with_empty(tmp_path / "a.safetensors", shape)
+    assert "a.safetensors: " in error(lambda: read_lazy(tmp_path / "a.safetensors"))
+    with contextlib.suppress(CheckpointError):  # torch has some of these shapes, and then nothing walks along them
+        assert read_tensors(tmp_path / "a.safetensors")["x"].numel() == 0
+
+
+def _with_empty(path: Path, shape: list[int]) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def test_a_header_longer_than_any_models_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes((2**25).to_bytes(8, "little") + b"{")
+    with path.open("r+b") as file:
+        file.truncate(2**26)
+    for read in (read_lazy, read_tensors):
+        with pytest.raises(CheckpointError, match="header of 33554432 bytes"):
+            read(path)
