@@ -144,20 +144,22 @@ def _plan(recipe: Path, catalog: Catalog) -> tuple[Recipe, Any]:
 
 
 def _of_shapes(catalog: Catalog, count: int, seed: int, out: Path) -> int:
-    """The benchmark `shapes` as a prompt set: its training prompts, and a tenth of its held-out ones."""
+    """The benchmark `shapes` as a prompt set: its training prompts, and a tenth of the split that models are selected
+    by; those of the split `test` are for the last figure alone."""
     from lens_llm.prompts import write
 
     held = max(1, count // 10)
     if count < 2:
         raise ConfigError(f"--shapes is {count}; a set needs one prompt to learn from and one to evaluate, 2 at least")
     entries: dict[str, dict[str, Any]] = {}
-    for split, name, most in (("train", "train", count - held), ("eval", "heldout", held)):
+    for split, name, most in (("train", "train", count - held), ("eval", "select", held)):
         wanted, tried = len(entries) + most, most
-        while len(entries) < wanted and tried < 64 * most:  # many scenes have one prompt: "a circle"
+        while len(entries) < wanted:  # "a circle" has no split of its own, and is in the set once
             _, cls, config = build(catalog, "benchmark", Use("shapes", {"split": name, "prompts": tried, "seed": seed}))
             for p in cls(config).prompts():
-                if len(entries) < wanted and p.text not in entries:
-                    entries[p.text] = {
+                entries.setdefault(
+                    p.text,
+                    {
                         "prompt_id": len(entries),
                         "split": split,
                         "prompt": p.text,
@@ -165,8 +167,9 @@ def _of_shapes(catalog: Catalog, count: int, seed: int, out: Path) -> int:
                         "taxonomy": {"class": p.task},
                         **p.data,
                         "provenance": {"generator": f"shapes, {name}, seed {seed}", "license": "Apache-2.0"},
-                    }
-            tried *= 2
+                    },
+                )
+            tried += wanted - len(entries)
     write(out, list(entries.values()), rubrics=None, alike=None)
     return len(entries)
 

@@ -7,17 +7,22 @@ be asked what the reader answers; `ShapesRubrics` is the reader in that judge's 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
-from lens_core.types import Prompt, Score
+from lens_core.types import ConfigError, Prompt, Score, did_you_mean
 from lens_core.validators import SEED, each, integer, one_of, within
+from lens_shapes import captions, splits
 from lens_shapes.captions import NUMBERS, _named, _plural, dense, prompt
-from lens_shapes.reader import NAMES, Reading, judge, read
-from lens_shapes.scenes import COLOURS, GENEVAL, RELATIONS, TASKS, asked, sample
+from lens_shapes.reader import NAMES, Reading, judge, lies_behind, read
+from lens_shapes.render import render
+from lens_shapes.scenes import BACKGROUNDS, COLOURS, GENEVAL, RELATIONS, TASKS, Scene, asked, sample
+
+RULES = integer(at_least=1, at_most=2)
+"""2: the splits of `splits`; 1: those by which the embedded checkpoints were trained."""
 
 
 def verdicts(images: Tensor, prompts: Sequence[Prompt], partial: bool = False) -> list[Score]:
@@ -75,6 +80,12 @@ def rubrics(facts: Mapping[str, Any]) -> dict[str, Any]:
         else "Is the picture without writing?"
     )
     ask("text", q, "word_eq", word=word)
+    behind = facts.get("background")
+    if behind:
+        names, halves = behind["names"], behind["halves"]
+        one, two = ("top", "bottom") if halves == "across" else ("left", "right")
+        words = f"all {names[0]}" if not halves else f"{names[0]} in its {one} half and {names[1]} in its {two} half"
+        ask("background", f"Is the background {words}?", "background_eq", names=names, halves=halves)
     whole = {"op": "all_named", "args": {}}
     q = "Is every shape whole, of one plain colour and clearly outlined?"
     return {"rubrics": found, "global": {"id": "g", "q": q, "weight": 1.0, "check": whole}}
@@ -105,6 +116,9 @@ OPS: dict[str, Callable[..., bool | None]] = {
     "total_eq": lambda reading, n: len(reading.things) == n,
     "lies": _lies,
     "word_eq": lambda reading, word: reading.word == word,
+    "background_eq": lambda reading, names, halves: (
+        None if set(names) - set(BACKGROUNDS) else lies_behind(reading, names, halves)
+    ),
     "all_named": lambda reading: "?" not in {name for t in reading.things for name in (t.shape, t.colour)},
 }
 """Checks that the reader can make: op -> (reading, **args) -> yes, no, or None where it knows no such thing."""
@@ -162,38 +176,158 @@ class ShapesRubrics:
         return Score("ok", value, values, str(reading))
 
 
+@frozen
+class Ask:
+    """One distinct question of a benchmark: a scene that it is true of, its wordings, and its combination's name."""
+
+    scene: Scene
+    texts: tuple[str, ...]
+    question: str
+    fact: str
+
+
+def check_split(split: str, rules: int) -> None:
+    """ConfigError where the rules know no such split."""
+    known = ("train", "heldout") if rules == 1 else splits.SPLITS
+    if split not in known:
+        other = "; 'heldout' is a split of rules 1" if split == "heldout" else ""
+        other = f"; {split!r} is a split of rules 2" if rules == 1 and split in splits.SPLITS else other
+        raise ConfigError(
+            f"no split of rules {rules} is called {split!r}{other}; use {' or '.join(map(repr, known))}"
+            f"{did_you_mean(split, known)}"
+        )
+
+
+def check_count(name: str, task: str, split: splits.Split, count: int) -> None:
+    """ConfigError where a task has fewer distinct prompts than asked for."""
+    most = splits.capacity(task, split)
+    if count > most:
+        raise ConfigError(
+            f"{name}: the task {task!r} has {most} distinct prompts in the split {split!r}, not {count}; ask for fewer"
+        )
+
+
+def ask(question: splits.Question, split: splits.Split, seed: Sequence[int], phrasings: int, largest: bool) -> Ask:
+    """A question with a scene of its own and `phrasings` different wordings, the plain one first."""
+    rng = np.random.default_rng(seed)
+    scene = splits.scene_for(rng, question, split, largest)
+    plain, *others = captions.phrasings(scene)
+    texts = (plain, *(others[n] for n in rng.permutation(len(others))[: phrasings - 1]))
+    return Ask(scene, texts, str(question), str(evolve(question, background=(), halves="")))
+
+
+def pictures(asks: Sequence[Scene], height: int, width: int) -> Tensor:
+    """Scenes -> uint8 [B,3,H,W]."""
+    import torch
+
+    return torch.from_numpy(np.stack([render(scene, height, width) for scene in asks])).permute(0, 3, 1, 2)
+
+
+def through(vae: Any, images: Tensor, batch: int = 32) -> Tensor:
+    """Images uint8 [B,3,H,W], encoded and decoded by a VAE, as uint8 again."""
+    import torch
+
+    weight = next(iter(vae.parameters()), None) if hasattr(vae, "parameters") else None
+    found = []
+    with torch.no_grad():
+        for part in images.split(batch):
+            pixels = part.float() / 127.5 - 1
+            pixels = pixels if weight is None else pixels.to(weight.device, weight.dtype)
+            back = vae.decode(vae.encode(pixels)).float().clamp(-1, 1)
+            found.append(((back + 1) * 127.5).round().to(torch.uint8).cpu())
+    return torch.cat(found)
+
+
 class ShapesBenchmark:
-    """Prompts spread evenly over the tasks. The overall figure is the mean of `headline`: of GenEval's six where they
-    are among the tasks, else of all."""
+    """Distinct questions spread evenly over the tasks. The overall figure is the mean of `headline`: the tasks of
+    GenEval where there are any among the tasks, else all; without "single", which cannot be held out."""
 
     @frozen
     class Config:
-        prompts: int = field(default=500, validator=integer(at_least=1))
+        prompts: int = field(default=500, validator=integer(at_least=1))  # distinct questions
         seed: int = field(default=0, validator=SEED)
-        split: Literal["train", "heldout"] = field(default="heldout", validator=one_of("train", "heldout"))
+        split: str = ""  # train, select or test (rules 1: train or heldout); "": test (heldout)
         # Kinds of scene that are asked for; `scenes.TASKS` has them all.
         tasks: tuple[str, ...] = field(default=(*GENEVAL, "words"), validator=each(one_of(*TASKS), at_least=1))
         dense: bool = False  # asked for at length, as a prompt enhancer would; the facts judged are the short prompt's
         largest: bool = False  # scenes whose things are as large as their number allows; long prompts tell of it
+        # How often each question is asked, each time in other words.
+        phrasings: int = field(default=1, validator=integer(at_least=1, at_most=5))
+        # 1: the splits by which the embedded checkpoints were trained; prompts may repeat there.
+        rules: int = field(default=2, validator=RULES)
+
+        def __attrs_post_init__(self) -> None:
+            check_split(self.named_split, self.rules)
+            if len(set(self.tasks)) < len(self.tasks):
+                raise ConfigError(f"tasks names one of {list(self.tasks)} twice; name each once")
+            if self.rules == 1 and self.phrasings != 1:
+                raise ConfigError(f"phrasings is {self.phrasings}; rules 1 have one wording of each prompt")
+            if self.rules == 2:
+                for place, task in enumerate(self.tasks):
+                    count = len(range(place, self.prompts, len(self.tasks)))
+                    check_count("shapes", task, self.named_split, count)  # type: ignore[arg-type]
+
+        @property
+        def named_split(self) -> str:
+            """The split, with its default filled in."""
+            return self.split or ("test" if self.rules == 2 else "heldout")
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.headline = tuple(task for task in config.tasks if task in GENEVAL) or config.tasks
+        unseen = [task for task in config.tasks if config.rules == 1 or task != "single"] or list(config.tasks)
+        self.headline = tuple(task for task in unseen if task in GENEVAL) or tuple(unseen)
+
+    def _asks(self) -> list[Ask]:
+        """One for each distinct question (rules 1: one for each prompt); number n is of task n mod their number."""
+        config, tasks = self.config, self.config.tasks
+        if config.rules == 1:
+            return [self._old(number) for number in range(config.prompts)]
+        split: Any = config.named_split
+        lists = [
+            splits.distinct(split, task, len(range(place, config.prompts, len(tasks))), config.seed)
+            for place, task in enumerate(tasks)
+        ]
+        return [
+            ask(lists[n % len(tasks)][n // len(tasks)], split, [config.seed, n], config.phrasings, config.largest)
+            for n in range(config.prompts)
+        ]
+
+    def _old(self, number: int) -> Ask:
+        """Prompt `number` by rules 1: drawn at random, so that it may repeat another."""
+        config = self.config
+        rng = np.random.default_rng([config.seed, number])
+        split: Any = config.named_split
+        scene = sample(rng, split, config.tasks[number % len(config.tasks)], largest=config.largest)
+        return Ask(scene, (prompt(scene),), prompt(scene), prompt(scene))
+
+    def scenes(self) -> list[Scene]:
+        """A scene that each prompt is true of, in the order of `prompts`."""
+        return [one.scene for one in self._asks() for _ in one.texts]
 
     def prompts(self) -> list[Prompt]:
-        """The same prompts for the same config, ordered by id; prompt n is of task n mod their number."""
-        tasks = self.config.tasks
-        found = []
-        for number in range(self.config.prompts):
-            task = tasks[number % len(tasks)]
-            rng = np.random.default_rng([self.config.seed, number])
-            scene = sample(rng, self.config.split, task, largest=self.config.largest)
-            words, facts = dense(scene, rng) if self.config.dense else prompt(scene), asked(scene)
-            found.append(Prompt(words, number, task, {**facts, **rubrics(facts)}))
+        """The same prompts for the same config, ordered by id; the wordings of a question follow each other.
+
+        In `data` stand the facts to judge, `question` (equal for all wordings of one distinct question) and `fact` (the
+        combination behind it, which questions with other backgrounds share).
+        """
+        config = self.config
+        found: list[Prompt] = []
+        for number, one in enumerate(self._asks()):
+            facts = asked(one.scene)
+            data = {**facts, **rubrics(facts), "question": one.question, "fact": one.fact}
+            for turn, words in enumerate(one.texts):
+                if config.dense:
+                    words = dense(one.scene, np.random.default_rng([config.seed, number, turn, 1]))
+                found.append(Prompt(words, len(found), one.scene.task, data))
         return found
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
         return verdicts(images, prompts)
+
+    def ceiling(self, vae: Any, height: int, width: int) -> list[Score]:
+        """The most that any generator with this VAE can score: true scenes, encoded and decoded, judged. One Score a
+        prompt, in the order of `prompts`; pictures of `height` x `width` px, multiples of what the VAE needs."""
+        return self.score(through(vae, pictures(self.scenes(), height, width)), self.prompts())
 
 
 class ShapesReward:

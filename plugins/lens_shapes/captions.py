@@ -1,4 +1,5 @@
-"""A scene in words, always true of it: `prompt` is what a benchmark asks, `brief` rephrases it, `dense` tells all.
+"""A scene in words, always true of it: `prompt` is what a benchmark asks, `phrasings` are its other wordings, `caption`
+(rules 1: `brief`) is one of them for training, `dense` names everything.
 
 The vocabulary is closed: lower case, but for the capitals of a quoted word.
 """
@@ -6,6 +7,7 @@ The vocabulary is closed: lower case, but for the capitals of a quoted word.
 from __future__ import annotations
 
 import numpy as np
+from attrs import evolve
 
 from lens_shapes.scenes import OPPOSITE, Scene, Thing, asked, relation
 
@@ -63,19 +65,73 @@ def _parts(scene: Scene) -> list[str]:
 
 
 def prompt(scene: Scene) -> str:
-    """The benchmark's words: "a circle", "three stars", "a star left of a circle", 'the word "CAT"'."""
+    """The benchmark's words: "a circle", "three stars", "a star left of a circle", 'the word "CAT"'; with "on a white
+    background", or "on a background with a white top half and a brown bottom half", where that is asked for too."""
+    return _plain(scene) + (_behind(scene) if scene.named else "")
+
+
+def _plain(scene: Scene) -> str:
     parts = _parts(scene)
     if scene.relation:
         return f"{parts[0]} {scene.relation} {parts[1]}"
     return _list(parts + ([f'the word "{scene.word}"'] if scene.word else []))
 
 
+def _behind(scene: Scene) -> str:
+    if len(scene.background) == 1:
+        return f" on {_a(scene.background[0])} background"
+    one, two = ("top", "bottom") if scene.split == "across" else ("left", "right")
+    first, second = (_a(colour) for colour in scene.background)
+    return f" on a background with {first} {one} half and {second} {two} half"
+
+
+def _stems(scene: Scene) -> list[str]:
+    """Every way to name the facts asked for, without the background; the benchmark's own first."""
+    parts, side = _parts(scene), scene.relation
+    if side:
+        ways = [(parts[0], side, parts[1]), (parts[1], OPPOSITE[side], parts[0])]
+        return [
+            f"{one} {lead}{way} {other}"
+            for lead in ("", "to the ")
+            for one, way, other in ways
+            if not lead or way in ("left of", "right of")
+        ]
+    if len(parts) == 2:
+        return [f"{parts[0]} {link} {parts[1]}" for link in ("and", "with", "together with")]
+    if scene.word and not parts:
+        return [f'{lead} "{scene.word}"' for lead in ("the word", "the text", "the letters")]
+    return [_plain(scene)]
+
+
+def _wrapped(words: str, parts: list[str]) -> tuple[str, ...]:
+    verb = "is" if not parts or parts[0].startswith(("a ", "an ")) else "are"
+    return (
+        words,
+        f"a picture of {words}",
+        f"an image of {words}",
+        f"there {verb} {words}",
+        f"{words}, simple and flat",
+    )
+
+
+def phrasings(scene: Scene) -> list[str]:
+    """Every wording of what a prompt asks, each with its frames; `prompt` itself is the first. At least five."""
+    behind, parts = _behind(scene) if scene.named else "", _parts(scene)
+    return [words for stem in _stems(scene) for words in _wrapped(stem + behind, parts)]
+
+
 def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One short phrase as `phrasings` words it: half of the time the plain one; one in four names the background."""
+    shown = evolve(scene, named=scene.named or bool(rng.random() < 0.25))
+    return prompt(shown) if rng.random() < 0.5 else _pick(rng, tuple(phrasings(shown)))
+
+
 def brief(scene: Scene, rng: np.random.Generator) -> str:
-    """One short phrase: half of the time the benchmark's own, else a rephrasing that names the same facts."""
+    """One short phrase by rules 1: half of the time the benchmark's own, else a rephrasing of it."""
     plain = prompt(scene)
     if rng.random() < 0.5:
         return plain
@@ -93,11 +149,7 @@ def brief(scene: Scene, rng: np.random.Generator) -> str:
         words = f'{_pick(rng, ("the word", "the text", "the letters"))} "{scene.word}"'
     if len(scene.background) == 1 and rng.random() < 0.25:
         return f"{words} on {_a(scene.background[0])} background"
-    verb = "is" if not parts or parts[0].startswith(("a ", "an ")) else "are"
-    return _pick(
-        rng,
-        (words, f"a picture of {words}", f"an image of {words}", f"there {verb} {words}", f"{words}, simple and flat"),
-    )
+    return _pick(rng, _wrapped(words, parts))
 
 
 def _third(value: float) -> int:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from lens_core.types import Batch, ConfigError
 from lens_core.validators import SEED, each, integer, one_of, optional, real, within
-from lens_shapes.captions import brief, dense
+from lens_shapes import splits
+from lens_shapes.captions import brief, caption, dense
 from lens_shapes.render import render
 from lens_shapes.scenes import TASKS, Scene, sample
 
@@ -41,6 +42,8 @@ class ShapesDataset:
         tasks: dict[str, float] | None = field(
             default=None, validator=optional(each(real(at_least=0), at_least=1, keys=one_of(*TASKS)))
         )
+        # Which scenes are kept from training: 2, as `splits` says; 1, as for the embedded checkpoints.
+        rules: int = field(default=2, validator=integer(at_least=1, at_most=2))
 
         def __attrs_post_init__(self) -> None:
             if any(max(size) > 2 * min(size) for size in self.sizes):
@@ -82,7 +85,8 @@ class ShapesDataset:
     def _batch(self, number: int, rows: slice) -> Batch:
         config = self.config
         size, members = self._members(number)
-        tell = dense if self._rng(_STYLE, number).random() < config.dense else brief
+        short = caption if config.rules == 2 else brief
+        tell = dense if self._rng(_STYLE, number).random() < config.dense else short
         captions: list[str] = []
         images: list[NDArray[np.uint8]] = []
         for row in range(rows.start, rows.stop):
@@ -111,7 +115,8 @@ class ShapesDataset:
     def _sample(self, index: int, size: tuple[int, int]) -> tuple[Scene, NDArray[np.uint8] | None]:
         if index in self._pool:
             return self._pool[index]
-        scene = sample(self._rng(_SCENE, index), "train", tasks=self.config.tasks or TASKS, largest=self.config.largest)
+        draw = splits.sample if self.config.rules == 2 else sample
+        scene = draw(self._rng(_SCENE, index), "train", tasks=self.config.tasks or TASKS, largest=self.config.largest)
         image = render(scene, *size) if self.config.images else None
         if self.config.count:
             self._pool[index] = scene, image

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from attrs import field, frozen
@@ -10,9 +11,12 @@ from torch import Tensor
 
 from lens_core.types import Prompt, Score
 from lens_core.validators import SEED, integer
-from lens_shapes.benchmark import verdicts
+from lens_shapes import splits
+from lens_shapes.benchmark import RULES, Ask, ask, check_count, pictures, through, verdicts
 from lens_shapes.captions import prompt
-from lens_shapes.scenes import asked, sample
+from lens_shapes.scenes import Scene, asked, sample
+
+_SPLITS: tuple[splits.Split, ...] = ("train", "test")
 
 
 class Novel:
@@ -22,20 +26,57 @@ class Novel:
 
     @frozen
     class Config:
-        prompts: int = field(default=100, validator=integer(at_least=1))
+        prompts: int = field(default=100, validator=integer(at_least=1))  # distinct ones (rules 1: they repeat)
         seed: int = field(default=0, validator=SEED)
+        rules: int = field(default=2, validator=RULES)
+
+        def __attrs_post_init__(self) -> None:
+            if self.rules == 2:
+                for place, split in enumerate(_SPLITS):
+                    check_count("novel", "novel", split, len(range(place, self.prompts, 2)))
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
+    def _asks(self) -> list[Ask]:
+        config = self.config
+        if config.rules == 1:
+            old: tuple[Any, ...] = ("train", "heldout")
+            drawn = [
+                sample(np.random.default_rng([config.seed, number]), old[number % 2], "novel")
+                for number in range(config.prompts)
+            ]
+            return [Ask(scene, (prompt(scene),), prompt(scene), prompt(scene)) for scene in drawn]
+        lists = [
+            splits.distinct(split, "novel", len(range(place, config.prompts, 2)), config.seed)
+            for place, split in enumerate(_SPLITS)
+        ]
+        return [
+            ask(lists[n % 2][n // 2], _SPLITS[n % 2], [config.seed, n], phrasings=1, largest=False)
+            for n in range(config.prompts)
+        ]
+
+    def scenes(self) -> list[Scene]:
+        """A scene that each prompt is true of, in the order of `prompts`."""
+        return [one.scene for one in self._asks()]
+
     def prompts(self) -> list[Prompt]:
-        found = []
-        for number in range(self.config.prompts):
-            new = number % 2 == 1
-            scene = sample(np.random.default_rng([self.config.seed, number]), "heldout" if new else "train", "novel")
-            found.append(Prompt(prompt(scene), number, self.headline[new], asked(scene)))
-        return found
+        """The same prompts for the same config, ordered by id; `data` as of `shapes`."""
+        return [
+            Prompt(
+                one.texts[0],
+                number,
+                self.headline[number % 2],
+                {**asked(one.scene), "question": one.question, "fact": one.fact},
+            )
+            for number, one in enumerate(self._asks())
+        ]
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
         """Images uint8 [B,3,H,W] -> 1.0 where exactly the thing asked is there."""
         return verdicts(images, prompts)
+
+    def ceiling(self, vae: Any, height: int, width: int) -> list[Score]:
+        """As of `shapes`."""
+        images = pictures(self.scenes(), height, width)
+        return self.score(through(vae, images), self.prompts())

@@ -7,7 +7,7 @@ colour noise of an autoencoder; what it cannot name it reports as "?", which no 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -68,13 +68,15 @@ class Seen:
 
 @frozen
 class Reading:
-    """Everything read from one picture of `height` x `width` px. `background`: one or two names, larger first."""
+    """Everything read from one picture of `height` x `width` px. `background`: one name, or two of halves that meet in
+    a straight line, `halves` "across" (top, bottom) or "down" (left, right)."""
 
     things: tuple[Seen, ...]
     background: tuple[str, ...]
     word: str
     height: int
     width: int
+    halves: str = ""
 
     def __str__(self) -> str:
         """A short sentence, for evidence."""
@@ -87,7 +89,7 @@ def read(image: NDArray[np.uint8]) -> Reading:
     height, width = image.shape[:2]
     unit = min(height, width)
     pixels = image.astype(np.float32)
-    names, colours, behind = _background(pixels)
+    names, halves, colours, behind = _background(pixels)
     away = _distance(pixels, colours)
     ink = _ink(pixels, behind, away, unit)
     word = _read_word(ink, unit)
@@ -105,7 +107,7 @@ def read(image: NDArray[np.uint8]) -> Reading:
         for alpha, colour, whole in _split(patch, back, mask, edge, away[rows, columns], unit):
             if alpha.sum() >= LEAST * unit**2:
                 things.append(_thing(alpha, colour, whole, rows.start, columns.start, height, width))
-    return Reading(tuple(sorted(things, key=lambda t: (t.x, t.y))), tuple(names), word, height, width)
+    return Reading(tuple(sorted(things, key=lambda t: (t.x, t.y))), names, word, height, width, halves)
 
 
 def _gaps(pixels: Floats, palette: Floats) -> Floats:
@@ -114,33 +116,34 @@ def _gaps(pixels: Floats, palette: Floats) -> Floats:
     return np.asarray(np.sqrt(np.maximum(square, 0)), np.float32)
 
 
-def _background(pixels: Floats) -> tuple[list[str], Floats, Floats]:
-    """The one or two background colours: their names, the RGB [1 or 2, 3] that they have here, and what lies behind
-    each pixel, RGB [H,W,3]."""
+def _background(pixels: Floats) -> tuple[tuple[str, ...], str, Floats, Floats]:
+    """The one or two background colours: their names, how they are halved ("" for one), the RGB [1 or 2, 3] that they
+    have here, and what lies behind each pixel, RGB [H,W,3]."""
+    height, width = pixels.shape[:2]
     smooth = ndimage.uniform_filter(pixels, (3, 3, 0))
     distance = _gaps(smooth, _BACKS)
     nearest = distance.argmin(2)
     # the seam between two colours may resemble a third one: only flat parts vote
     flat = (ndimage.maximum_filter(nearest, 3) == ndimage.minimum_filter(nearest, 3)) & (distance.min(2) < 55)
-    votes = np.bincount(nearest[flat], minlength=len(_BACKS))
-    order = np.argsort(-votes, kind="stable")[:2]
-    found = [n for n in order if votes[n] > 0.12 * nearest.size] or [int(order[0])]
-    # a tint may carry parts of one colour over to its neighbour's name, so colours are measured, then told apart
-    colours = np.stack([np.median(smooth[flat & (nearest == n)], axis=0) if votes[n] else _BACKS[n] for n in found])
-    if len(found) > 1 and np.linalg.norm(colours[0] - colours[1]) < 25:
-        found, colours = found[:1], colours[:1]
-    gaps = _gaps(smooth, colours)
-    chosen = gaps.argmin(2)
-    sure = gaps.min(2) < 25
-    if len(found) > 1:  # the pale rim of a stroke on one colour may resemble the other: only broad parts count
-        for number in range(2):
-            parts, _ = ndimage.label(sure & (chosen == number))
-            sure &= (parts == 0) | (np.bincount(parts.ravel()) > 0.02 * parts.size)[parts]
-    if len(found) > 1 and sure.any():  # under a thing lies what lies beside it
-        rows, columns = ndimage.distance_transform_edt(~sure, return_distances=False, return_indices=True)
-        chosen = chosen[rows, columns]
-    names = list(BACKGROUNDS)
-    return [names[n] for n in found], colours, colours[chosen]
+    row, column = np.arange(height)[:, None], np.arange(width)
+    ways = {"": np.zeros((height, width), int), "across": np.broadcast_to(row >= height // 2, (height, width)) * 1}
+    ways["down"] = np.broadcast_to(column >= width // 2, (height, width)) * 1
+    best, found = 0.0, ("", (0,))
+    for way, side in ways.items():
+        votes = [np.bincount(nearest[flat & (side == n)], minlength=len(_BACKS)) for n in range(1 if not way else 2)]
+        names = tuple(int(v.argmax()) for v in votes)
+        agreed = float(sum(v.max() for v in votes)) * (1.0 if not way else 0.95)
+        if agreed > best and len(set(names)) == len(names) and all(v.any() for v in votes):
+            best, found = agreed, (way, names)
+    way, names = found
+    side = ways[way]
+    # a tint may carry a part of one colour over to its neighbour's name, so colours are measured
+    colours = np.stack([
+        np.median(smooth[mine], axis=0) if (mine := flat & (side == n) & (nearest == name)).any() else _BACKS[name]
+        for n, name in enumerate(names)
+    ])  # fmt: skip
+    known = list(BACKGROUNDS)
+    return tuple(known[n] for n in names), way, colours, colours[side]
 
 
 def _distance(pixels: Floats, colours: Floats) -> Floats:
@@ -308,7 +311,8 @@ def judge(reading: Reading, data: Mapping[str, Any]) -> dict[str, float]:
 
     things: every kind asked for is there; counts: as many of each as asked, and nothing else in the picture;
     colours: every thing asked to have a colour has it; relation: every subject lies on that side of every other, and
-    the way between the groups' centres runs mainly along that axis; word: the writing is exactly the word, or none.
+    the way between the groups' centres runs mainly along that axis; word: the writing is exactly the word, or none;
+    background, where it is asked for: its colours lie where they should.
     """
     groups = data["groups"]
     facts = {"things": 1.0, "counts": 1.0}
@@ -328,12 +332,19 @@ def judge(reading: Reading, data: Mapping[str, Any]) -> dict[str, float]:
     if data["relation"]:
         facts["relation"] = float(_lies(picked, data["relation"], reading))
     facts["word"] = float(reading.word == data["word"])
+    if data.get("background"):
+        facts["background"] = float(lies_behind(reading, **data["background"]))
     return facts
 
 
 def satisfies(reading: Reading, data: Mapping[str, Any]) -> bool:
     """Whether the picture has every fact asked, and no other thing: GenEval mostly lets extra things pass."""
     return all(judge(reading, data).values())
+
+
+def lies_behind(reading: Reading, names: Sequence[str], halves: str) -> bool:
+    """Whether the background has these colours, in this order, halved in this way."""
+    return reading.background == tuple(names) and reading.halves == halves
 
 
 def _lies(groups: list[list[Seen]], relation: str, reading: Reading) -> bool:

@@ -1,11 +1,12 @@
 """What a picture shows. A scene knows no picture size: positions are fractions of width and height, radii of the
 shorter side. A layout without overlap in the square therefore has none at any aspect ratio.
 
-Train and held-out scenes share no combination, in two senses that both hold:
+`splits` says which scenes are trained on and tested with. `sample` here keeps the first rules ("rules 1"), under which
+the embedded checkpoints were trained. By these, two things are kept from training:
 - content: the multiset of (shape, colour) with the word. No held-out content is ever drawn in training, under any task.
-- prompt: what the brief prompt names (a pair of shapes, a count of a shape, two shapes and their relation, a word).
-  No held-out prompt of a task is ever a training prompt. The one exception is the task "single": "a circle" has only as
-  many prompts as there are shapes, so its prompts cannot be unseen; its (shape, colour) contents are.
+- prompt: what the brief prompt names (a pair of shapes, a count of a shape, two shapes and their relation, a word) is
+  never the brief prompt of a training scene *of the same task*. A scene of another task may show it: a held-out pair
+  does occur in training with its colours named. Prompts of "single", "colours" and "attribution" have contents alone.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ class Scene:
     word: str = ""
     word_at: str = ""
     relation: str = ""
+    named: bool = False  # whether the prompt names the background
 
     def groups(self) -> list[tuple[Thing, int]]:
         """(one of the group, how many) in order."""
@@ -119,8 +121,10 @@ class Scene:
 
 
 def asked(scene: Scene) -> dict[str, Any]:
-    """What the brief prompt names, as plain data for a judge: groups (shape, count, colour or None), relation, word."""
+    """What the brief prompt names, as plain data for a judge: groups (shape, count, colour or None), relation, word,
+    and background (names, halves) where it is named."""
     coloured = scene.task in ("colours", "attribution", "novel", *RICH)
+    behind = {"background": {"names": list(scene.background), "halves": scene.split}} if scene.named else {}
     return {
         "groups": [
             {"shape": thing.shape, "count": count, "colour": thing.colour if coloured else None}
@@ -128,6 +132,7 @@ def asked(scene: Scene) -> dict[str, Any]:
         ],
         "relation": scene.relation,
         "word": scene.word,
+        **behind,
     }
 
 
@@ -170,7 +175,8 @@ def sample(
     tasks: Mapping[str, float] = TASKS,
     largest: bool = False,
 ) -> Scene:
-    """One scene of `split`, of kind `task` or else of one drawn with the weights `tasks`. Same state, same scene.
+    """One scene of `split` by rules 1, of kind `task` or else of one drawn with the weights `tasks`. Same state, same
+    scene.
 
     `largest`: all things have the largest size that as many of them may have, instead of any.
     """
@@ -182,66 +188,73 @@ def sample(
         if belongs(draft, split):
             break
     while True:
-        things = _place(rng, draft)
+        things = layout(rng, draft)
         if things is not None:
             break
-    background: tuple[str, ...] = _two(rng, BACKGROUNDS)
-    halves = _pick(rng, ("across", "down")) if rng.random() < 0.3 else ""
+    background: tuple[str, ...] = two_of(rng, BACKGROUNDS)
+    halves = choose(rng, ("across", "down")) if rng.random() < 0.3 else ""
     background = background if halves else background[:1]
     return Scene(task, things, background, halves, draft.word, draft.word_at, draft.relation)
 
 
-def _pick(rng: np.random.Generator, options: Iterable[str]) -> str:
+def choose(rng: np.random.Generator, options: Iterable[str]) -> str:
+    """One of the names, at random."""
     names = tuple(options)
     return names[int(rng.integers(len(names)))]
 
 
-def _two(rng: np.random.Generator, options: Iterable[str]) -> tuple[str, str]:
-    first = _pick(rng, options)
-    return first, _pick(rng, [name for name in options if name != first])
+def two_of(rng: np.random.Generator, options: Iterable[str]) -> tuple[str, str]:
+    """Two different names, at random."""
+    first = choose(rng, options)
+    return first, choose(rng, [name for name in options if name != first])
 
 
-def _word(rng: np.random.Generator) -> str:
+def word_of(rng: np.random.Generator) -> str:
     """1-5 letters, consonants and vowels in turn: pronounceable, and no list to learn by heart."""
     length, vowel = (1, 2, 3, 3, 4, 4, 5, 5)[int(rng.integers(8))], bool(rng.random() < 0.4)
     letters = ("AEIOUY", "BCDFGHJKLMNPQRSTVWXZ")
-    return "".join(_pick(rng, letters[(step + (0 if vowel else 1)) % 2]) for step in range(length))
+    return "".join(choose(rng, letters[(step + (0 if vowel else 1)) % 2]) for step in range(length))
 
 
 def _draft(rng: np.random.Generator, task: str, largest: bool) -> Scene:
     """What the scene holds, before anything has a place."""
-    shapes, colours = _two(rng, SHAPES), _two(rng, COLOURS)
+    shapes, colours = two_of(rng, SHAPES), two_of(rng, COLOURS)
     counts, relation, word, word_at = [1, 1], "", "", ""
     if task == "novel":
-        shapes, counts = (_pick(rng, NOVEL), ""), [1, 0]
+        shapes, counts = (choose(rng, NOVEL), ""), [1, 0]
     elif task in ("single", "colours"):
         counts = [1, 0]
     elif task in ("two", "position"):  # colours are not asked: the two may match
-        colours = (colours[0], _pick(rng, COLOURS))
+        colours = (colours[0], choose(rng, COLOURS))
     elif task in ("counting", "counted colours"):
         counts = [int(rng.integers(2, 7)), 0]
     elif task == "groups":
         first = int(rng.integers(1, 5))
         counts = [first, int(rng.integers(1 if first > 1 else 2, 7 - first))]
-        relation = _pick(rng, RELATIONS) if rng.random() < 0.5 else ""
+        relation = choose(rng, RELATIONS) if rng.random() < 0.5 else ""
     elif task == "words":
-        counts, word, word_at = [0, 0], _word(rng), _pick(rng, ("top", "middle", "bottom"))
+        counts, word, word_at = [0, 0], word_of(rng), choose(rng, ("top", "middle", "bottom"))
     elif task == "word and thing":
-        counts, word, word_at = [1, 0], _word(rng), _pick(rng, ("top", "bottom"))
+        counts, word, word_at = [1, 0], word_of(rng), choose(rng, ("top", "bottom"))
     elif task != "attribution" and task != "coloured position":
         raise ValueError(f"no kind of scene is called {task!r}; the kinds are {', '.join(TASKS)}")
     if task in ("position", "coloured position"):
-        relation = _pick(rng, RELATIONS)
+        relation = choose(rng, RELATIONS)
     total = sum(counts)
-    choices = ("small", "medium", "large") if total <= 2 else ("small", "medium") if total <= 4 else ("small",)
-    choices = choices[-1:] if largest else choices
+    choices = sizes_for(total, largest)
     things: list[Thing] = []
     for shape, colour, count in zip(shapes, colours, counts, strict=True):
-        things += [Thing(shape, colour, _pick(rng, choices), 0.0, 0.0)] * count
+        things += [Thing(shape, colour, choose(rng, choices), 0.0, 0.0)] * count
     return Scene(task, tuple(things), (), "", word, word_at, relation)
 
 
-def _place(rng: np.random.Generator, draft: Scene) -> tuple[Thing, ...] | None:
+def sizes_for(total: int, largest: bool) -> tuple[str, ...]:
+    """The sizes that each of `total` things may have; `largest`: the largest of them alone."""
+    choices = ("small", "medium", "large") if total <= 2 else ("small", "medium") if total <= 4 else ("small",)
+    return choices[-1:] if largest else choices
+
+
+def layout(rng: np.random.Generator, draft: Scene) -> tuple[Thing, ...] | None:
     """The things with their places: apart, inside, clear of the word, and in their relation; None if luck ran out."""
     low, high = 0.0, 1.0
     if draft.word_at == "top":

@@ -6,37 +6,42 @@ A model that draws the same picture whatever the seed scores 0. Read it beside `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lens_core.types import Prompt, Score
-from lens_core.validators import SEED, integer, one_of
-from lens_shapes.benchmark import ShapesBenchmark
-from lens_shapes.scenes import GENEVAL
+from lens_core.validators import SEED, integer
+from lens_shapes.benchmark import RULES, ShapesBenchmark
 
 
 class Variety:
     """Each prompt several times in a row; picture i has its own seed, as ever."""
-
-    headline: tuple[str, ...] = GENEVAL
 
     @frozen
     class Config:
         prompts: int = field(default=60, validator=integer(at_least=1))  # different ones
         pictures: int = field(default=4, validator=integer(at_least=2))  # of each; a distance needs two
         seed: int = field(default=0, validator=SEED)
-        split: Literal["train", "heldout"] = field(default="heldout", validator=one_of("train", "heldout"))
+        split: str = ""  # as of `shapes`
+        rules: int = field(default=2, validator=RULES)
+
+        def __attrs_post_init__(self) -> None:
+            self.shapes()  # the same bounds
+
+        def shapes(self) -> ShapesBenchmark.Config:
+            """The config of the benchmark whose prompts are asked."""
+            return ShapesBenchmark.Config(self.prompts, self.seed, self.split, rules=self.rules)
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.headline = ShapesBenchmark(config.shapes()).headline
 
     def prompts(self) -> list[Prompt]:
         """Those of `shapes`, each `pictures` times; ids count on, and data names the group."""
         config = self.config
-        asked = ShapesBenchmark(ShapesBenchmark.Config(config.prompts, config.seed, config.split)).prompts()
+        asked = ShapesBenchmark(config.shapes()).prompts()
         return [
             evolve(one, id=one.id * config.pictures + turn, data={**one.data, "group": one.id})
             for one in asked

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from itertools import islice
 
-import numpy as np
 import pytest
 import torch
-from lens_shapes.captions import prompt
 from lens_shapes.dataset import ShapesDataset
-from lens_shapes.scenes import sample
 
 from lens_core.testing import check_dataset
 from lens_core.types import ConfigError
@@ -78,13 +75,6 @@ def test_captions_alone_are_the_same_captions():
 def test_only_kinds_with_a_weight_are_drawn():
     captions = [c for b in take(10, batch=4, dense=0.0, images=False, tasks={"words": 1.0}) for c in b.captions]
     assert all('"' in c for c in captions)
-
-
-def test_no_heldout_prompt_is_trained_on():
-    tasks = ("two", "counting", "position")
-    asked = {prompt(sample(np.random.default_rng(n), "heldout", task)) for n in range(60) for task in tasks}
-    captions = {c for b in take(40, batch=32, dense=0.0, images=False) for c in b.captions}
-    assert not asked & captions
 
 
 @pytest.mark.parametrize(
