@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 from lens_core.reading import one_line
-from lens_core.types import Batch, LensError, Loss, PluginError, Score, Text
+from lens_core.types import Batch, ConfigError, LensError, Loss, PluginError, Prompt, Score, Text
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 _NAMES: WeakKeyDictionary[type[Any], str] = WeakKeyDictionary()  # for messages alone
@@ -39,13 +39,24 @@ def calling(component: Any, method: str) -> Iterator[None]:
     """What is raised inside becomes a PluginError about `component.method`."""
     try:
         yield
-    except LensError:
+    except (LensError, MemoryError):  # a full memory is nobody's fault
         raise
     except Exception as error:
         reason = one_line(error)
         raise PluginError(
             f"{name_of(component)}.{method} raised {type(error).__name__}{': ' if reason else ''}{reason}"
         ) from error
+
+
+@contextmanager
+def building(name: str) -> Iterator[None]:
+    """What is raised inside, while the component `plugin:short` is built, becomes a PluginError about it."""
+    try:
+        yield
+    except LensError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{name} cannot be built: {type(error).__name__}: {one_line(error)}") from error
 
 
 def items(component: Any, method: str, values: Iterable[T]) -> Iterator[T]:
@@ -183,3 +194,110 @@ def _fits(value: Any, shape: Sequence[int | None], dtype: Any) -> bool:
         and all(want in (None, have) for want, have in zip(shape, value.shape, strict=True))
         and (value.dtype == dtype if dtype is not None else value.dtype.is_floating_point)
     )
+
+
+# ---- the calls that several make ------------------------------------------------------------------------------------
+
+
+def text_of(encoder: Any, prompts: Sequence[str]) -> Text:
+    """What a text encoder makes of prompts, checked."""
+    with calling(encoder, "encode"):
+        text = encoder.encode(list(prompts))
+    return checked_text(encoder, text, len(prompts))
+
+
+def latents_of(vae: Any, pixels: Tensor) -> Tensor:
+    """What a VAE makes of pixels [B,3,H,W]: z [B,C,h,w], checked."""
+    with calling(vae, "encode"):
+        z = vae.encode(pixels)
+    channels, cell = getattr(vae, "channels", None), getattr(vae, "downscale", None)
+    shape = (len(pixels), channels, *(side // cell if cell else None for side in pixels.shape[-2:]))
+    words = f"B = {len(pixels)}, C = {channels} and {cell} px a cell, for pixels {list(pixels.shape)}"
+    return checked_tensor(vae, "encode", z, shape, f"z must be a float tensor [B,C,h,w] with {words}")
+
+
+def pixels_of(vae: Any, z: Tensor) -> Tensor:
+    """What a VAE makes of z [B,C,h,w]: pixels [B,3,H,W], checked."""
+    with calling(vae, "decode"):
+        pixels = vae.decode(z)
+    cell = getattr(vae, "downscale", None)
+    shape = (len(z), 3, *(side * cell if cell else None for side in z.shape[-2:]))
+    words = f"B = {len(z)} and {cell} px a cell, for z {list(z.shape)}"
+    return checked_tensor(vae, "decode", pixels, shape, f"pixels must be a float tensor [B,3,H,W] with {words}")
+
+
+def times_of(sampler: Any, size: tuple[int, int], steps: int) -> Tensor:
+    """A sampler's times, which fall from 1 to 0: float32 [steps + 1], checked."""
+    with calling(sampler, "times"):
+        times = sampler.times(size, steps)
+    must = f"times must be a float tensor [{steps + 1}] that falls from 1 to 0"
+    times = checked_tensor(sampler, "times", times, (steps + 1,), must)
+    if not (times[0] == 1 and times[-1] == 0 and bool((times.diff() < 0).all())):
+        raise PluginError(f"{name_of(sampler)}.times returned {[round(t, 4) for t in times.tolist()][:8]}; {must}")
+    return times
+
+
+def walk_of(sampler: Any, velocity: Any, x: Tensor, steps: int, **more: Any) -> Iterator[tuple[float, Tensor]]:
+    """The (t, x) of a sampler's walk, x of the shape that it began with; the last has t = 0. Checked."""
+    with calling(sampler, "walk"):
+        walk = sampler.walk(velocity, x, steps, **more)
+    must = f"each step must be (t, x) with x a float tensor {list(x.shape)}"
+    last = 1.0
+    for item in items(sampler, "walk", walk):
+        if not (isinstance(item, tuple | list) and len(item) == 2):
+            refuse(sampler, "walk", item, must, verb="yielded")
+        last, now = item
+        yield last, checked_tensor(sampler, "walk", now, x.shape, must)
+    if abs(float(last)) > 1e-6:
+        raise PluginError(f"{name_of(sampler)}.walk ended at t = {last}; it must end at t = 0, which is the picture")
+
+
+def prompts_of(benchmark: Any) -> list[Prompt]:
+    """The prompts of a benchmark, checked."""
+    with calling(benchmark, "prompts"):
+        prompts = benchmark.prompts()
+    must = "it must return a list of Prompts"
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+        refuse(benchmark, "prompts", prompts, must)
+    found = list(items(benchmark, "prompts", prompts))
+    for prompt in found:
+        if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
+            refuse(benchmark, "prompts", prompt, must)
+    return found
+
+
+def roles_of(method: Any) -> dict[str, nn.Module]:
+    """Who can learn in a method, by name, checked: at least one network, each with a weight."""
+    from torch import nn
+
+    with calling(method, "roles"):
+        roles = method.roles()
+    must = "it must return {role: nn.Module}, at least one"
+    if not isinstance(roles, Mapping) or not roles:
+        refuse(method, "roles", roles, must)
+    for role, net in roles.items():
+        if not isinstance(role, str) or not isinstance(net, nn.Module):
+            refuse(method, "roles", net, must)
+        if not any(p.numel() for p in net.parameters()):
+            raise ConfigError(f"{name_of(method)}: {role} is to learn, and {name_of(net)} has no weight; name another")
+    return dict(roles)
+
+
+def turns_of(method: Any, step: int, roles: Mapping[str, Any]) -> tuple[str, ...]:
+    """Who learns in a step, in order, checked."""
+    with calling(method, "turns"):
+        turns = method.turns(step)
+    must = f"it must return names of roles, which are {', '.join(roles)}"
+    if isinstance(turns, str) or not isinstance(turns, Sequence) or not all(isinstance(role, str) for role in turns):
+        refuse(method, "turns", turns, must)
+    for role in turns:
+        if role not in roles:
+            raise PluginError(f"{name_of(method)}.turns named {role!r}; {must}")
+    return tuple(turns)
+
+
+def batches_of(dataset: Any, rank: int, world: int) -> Iterator[Batch]:
+    """The batches of a dataset, each checked."""
+    with calling(dataset, "batches"):
+        batches = dataset.batches(rank, world)
+    return (checked_batch(dataset, batch) for batch in items(dataset, "batches", batches))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import asdict, frozen
 
+from lens_core.attribution import calling, checked_scores, prompts_of
 from lens_core.statistics import ClusteredScores, Estimate, cluster_of, mean_of_tasks, pooled
 from lens_core.types import ConfigError, Prompt, Score
 
@@ -83,7 +84,7 @@ def evaluate(
     """
     import torch
 
-    prompts = benchmark.prompts()
+    prompts = prompts_of(benchmark)
     if len(prompts) > PICTURES_PER_SEED:
         raise ConfigError(f"a benchmark may have {PICTURES_PER_SEED} prompts at most, not {len(prompts)}")
     images: list[Tensor] = []
@@ -100,7 +101,9 @@ def score(
     benchmark: Any, images: Tensor, prompts: Sequence[Prompt], ceiling: Mapping[str, float] | None = None
 ) -> Outcome:
     """Score drawn pictures, uint8 [B,3,H,W], one a prompt."""
-    scores = tuple(benchmark.score(images, prompts))
+    with calling(benchmark, "score"):
+        scores = benchmark.score(images, prompts)
+    scores = checked_scores(benchmark, scores, len(prompts))
     tasks = by_task(prompts, scores)
     headline = tuple(getattr(benchmark, "headline", tasks))
     estimates = {name: task.estimate() for name, task in tasks.items()}
@@ -113,7 +116,9 @@ def ceiling_of(pipeline: LensPipeline, benchmark: Any, prompts: Sequence[Prompt]
     and as "overall" and "pooled". Empty where the benchmark cannot make such pictures."""
     if not hasattr(benchmark, "ceiling"):
         return {}
-    tasks = by_task(prompts, benchmark.ceiling(pipeline.vae, *images.shape[-2:]))
+    with calling(benchmark, "ceiling"):
+        found = benchmark.ceiling(pipeline.vae, *images.shape[-2:])
+    tasks = by_task(prompts, checked_scores(benchmark, found, len(prompts), "ceiling"))
     headline = tuple(getattr(benchmark, "headline", tasks))
     return {
         **{name: task.mean for name, task in tasks.items()},

@@ -28,6 +28,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from lens_core import adapters, checkpoint, optimizers
+from lens_core.attribution import batches_of, building, calling, checked_loss, checked_step, items, roles_of, turns_of
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Training, build, structure, unstructure
 from lens_core.locks import locked
@@ -98,12 +99,14 @@ class Run:
         self.say: Callable[[str], None] = told if self.ranks.rank == 0 else lambda line: None
         set_seed(recipe.seed)  # before anything is built: initial weights are part of the recipe
         self.pipeline = LensPipeline.from_parts(recipe.pipeline, catalog).to(self.accelerator.device)
-        _, method, config = build(catalog, "method", recipe.method, "$.method")
-        self.method = method(config, self.pipeline)
+        name, method, config = build(catalog, "method", recipe.method, "$.method")
+        with building(name):
+            self.method = method(config, self.pipeline)
         self.datasets: list[Any] = []  # one for each part of a batch that this process works through, all in one state
         if recipe.dataset is not None:
-            _, dataset, config = build(catalog, "dataset", recipe.dataset, "$.dataset")
-            self.datasets = [dataset(config) for _ in self.ranks.mine]
+            name, dataset, config = build(catalog, "dataset", recipe.dataset, "$.dataset")
+            with building(name):
+                self.datasets = [dataset(config) for _ in self.ranks.mine]
             if hasattr(self.datasets[0], "check_encoders"):  # while the encoders are as they were read
                 self.datasets[0].check_encoders(self.pipeline, recipe.train.precision)
         elif self.ranks.parts > 1 and not getattr(self.method, "divides", False):
@@ -113,7 +116,7 @@ class Run:
                 f"$.train.shards: {recipe.method.use} shares out its work unevenly, so processes cannot gather each "
                 "other's weights in step; use shards: 1, and an adapter where memory is short"
             )
-        self.nets: dict[str, nn.Module] = dict(self.method.roles())
+        self.nets = roles_of(self.method)
         for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.backbone, *self.nets.values()):
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -210,11 +213,12 @@ class Run:
         with self._signals():
             while not (finished := self._look()) and not self._stop:
                 micro = [self._next(steps) for steps in parts]
-                for turn, role in enumerate(self.method.turns(self.step)):
+                for turn, role in enumerate(turns_of(self.method, self.step, self.nets)):
                     self.pace.work += self._work(role, micro)
                     for name, value in self._turn(role, turn, micro).items():
                         averages.setdefault(f"{role}/{name}", []).append(value)
-                self.method.after_step(self.step, self.nets)
+                with calling(self.method, "after_step"):
+                    self.method.after_step(self.step, self.nets)
                 self.step += 1
                 self._stop = self.ranks.any(self._stop)
                 if self.step % config.log_every == 0 or self.step == config.steps:
@@ -289,11 +293,12 @@ class Run:
             if getattr(self.method, "divides", False):
                 batches = repeat(Place(part, self.ranks.parts))
             elif self.datasets:
-                batches = self.datasets[number].batches(part, self.ranks.parts)
-                batches = self.feed.through(batches)
+                batches = self.feed.through(batches_of(self.datasets[number], part, self.ranks.parts))
             rng = self.rng if number == 0 else torch.Generator().manual_seed(self.recipe.seed)
             rng.set_state(self.rng.get_state())
-            found.append(self.method.steps(batches, self.nets, rng))
+            with calling(self.method, "steps"):
+                steps = self.method.steps(batches, self.nets, rng)
+            found.append(items(self.method, "steps", steps))
         return found
 
     def _autocast(self) -> torch.autocast:
@@ -305,9 +310,9 @@ class Run:
     def _next(self, steps: Iterator[Sequence[Any]]) -> Sequence[Any]:
         with self._autocast():
             micro = next(steps, None)
-        if not micro:
+        if micro is None:
             raise LensError(f"the method had nothing to learn from at step {self.step}; check $.dataset")
-        return micro
+        return checked_step(self.method, micro)
 
     def _turn(self, role: str, turn: int, parts: Sequence[Sequence[Any]]) -> dict[str, float]:
         """One optimizer step of one role: only it has gradients, which are means over the parts of all processes.
@@ -328,8 +333,9 @@ class Run:
             torch.manual_seed(seed)  # dropout draws there
             rng = torch.Generator().manual_seed(seed)
             for batch in micro:
-                with self._autocast():
+                with self._autocast(), calling(self.method, "loss"):
                     loss: Loss = self.method.loss(role, self.nets, batch, rng)
+                loss = checked_loss(self.method, loss)
                 share = 1 / (len(micro) * self.ranks.parts)
                 (loss.total * share * self.ranks.factor).backward()
                 for name, value in {"loss": loss.total, **loss.parts}.items():
@@ -411,7 +417,8 @@ class Run:
             tensors |= {f"ema/{role}/{k}": v for k, v in self.ema.get(role, {}).items()}
             for index, slots in self.optimizers[role].state_dict()["state"].items():
                 tensors |= {f"optimizer/{role}/{index}/{k}": torch.as_tensor(v) for k, v in slots.items()}
-        method = self.method.state_dict()
+        with calling(self.method, "state_dict"):
+            method = self.method.state_dict()
         tensors |= {f"method/{k}": v for k, v in method.items() if isinstance(v, Tensor)}
         state = {
             "schema": SCHEMA,
@@ -495,7 +502,8 @@ class Run:
         def under(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        self.method.load_state_dict({**state["method"], **under("method/")})
+        with calling(self.method, "load_state_dict"):
+            self.method.load_state_dict({**state["method"], **under("method/")})
         for dataset in self.datasets:
             dataset.load_state_dict(state["dataset"])
         for role in self.nets:

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from lens_core import adapters, card, checkpoint, flow, hub
 from lens_core import offload as offloads
 from lens_core.arguments import number, texts, whole
+from lens_core.attribution import building, calling, checked_tensor, latents_of, pixels_of, text_of, times_of, walk_of
 from lens_core.catalog import Catalog
 from lens_core.config import Parts, Use, build, unstructure
 from lens_core.images import to_rgb
 from lens_core.offload import Accelerator, Forecast, Load, Placement
-from lens_core.protocols import Tabulates
+from lens_core.protocols import Tabulates, dtype_of
 from lens_core.reading import shown
 from lens_core.source import Source, to_mask, to_tensor
 from lens_core.texts import Entry, TextCache
@@ -239,7 +240,8 @@ class LensPipeline:
             use = getattr(parts, kind)
             if use is not None:
                 name, component, config = build(catalog, kind, use, f"$.pipeline.{kind}")
-                setattr(start, kind, component(config))
+                with building(name):
+                    setattr(start, kind, component(config))
                 start.uses[kind] = Use(name, unstructure(config))
         wanted = {k: getattr(parts, k) for k in ("steps", "guidance_scale", "base_resolution")}
         start.presets |= {k: v for k, v in wanted.items() if v is not None}
@@ -259,7 +261,7 @@ class LensPipeline:
             self.placement = self._asked = None
         if dtype is not None:
             self._dtype = dtype
-            if isinstance(self._encoder, nn.Module) and next(self._encoder.parameters()).dtype != dtype:
+            if isinstance(self._encoder, nn.Module) and dtype_of(self._encoder) != dtype:
                 self._origin = ""  # cast there and back, weights are rounded: no longer those of the file
         for module in self._present().values():
             module.to(device=device, dtype=dtype)
@@ -529,11 +531,13 @@ class LensPipeline:
         self, text: Text, negative: Text | None, guidance_scale: float, interval: tuple[float, float] = (0.0, 1.0)
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """(x, t) -> v, guided where low < t <= high. At scale 1, and elsewhere, the unconditional pass is not run."""
-        dtype = next(self.backbone.parameters()).dtype
+        dtype = dtype_of(self.backbone)
 
         def predict(x: Tensor, t: Tensor, words: Text) -> Tensor:
-            out: Tensor = self.backbone(x.to(dtype), t, words)
-            return out.float()
+            with calling(self.backbone, "forward"):
+                out = self.backbone(x.to(dtype), t, words)
+            must = f"v must be a float tensor {list(x.shape)}, as x is"
+            return checked_tensor(self.backbone, "forward", out, x.shape, must).float()
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
             cond = predict(x, t, text)
@@ -549,8 +553,8 @@ class LensPipeline:
         """Prompts -> Text in the backbone's dtype, on the pipeline's device."""
         encoder = self.text_encoder
         with self._at_work("text_encoder"):
-            text: Text = encoder.encode(list(prompts))
-        return text.to(self.device, next(self.backbone.parameters()).dtype)
+            text = text_of(encoder, prompts)
+        return text.to(self.device, dtype_of(self.backbone))
 
     def encode_once(self, prompts: Sequence[str]) -> tuple[Text, dict[str, Any]]:
         """As `encode`, but each prompt by itself, and none that is kept: (Text, what a picture must record of it).
@@ -590,7 +594,7 @@ class LensPipeline:
         kinds = ["cpu" if on_host else self.device.type]
         if self._encoder is None and self.placement is not None and self.placement.auto:
             kinds += ["cpu"]
-        dtype = next(self.backbone.parameters()).dtype
+        dtype = dtype_of(self.backbone)
         rest = "" if lasting else str(state)
         return [(f"{self._origin} {dtype} {kind} {rest}", lasting) for kind in dict.fromkeys(kinds)]
 
@@ -617,11 +621,12 @@ class LensPipeline:
             return
         more: dict[str, Any] = {"start": start} if start else {}  # samplers that only begin at noise are samplers too
         more |= {"draw": draw} if getattr(self.sampler, "draws", False) else {}
-        times = self.sampler.times((noise.shape[-2], noise.shape[-1]), steps)[start:-1]
+        times = times_of(self.sampler, (noise.shape[-2], noise.shape[-1]), steps)[start:-1]
         with self._at_work("backbone"), self._tabled(times):
-            for step, (t, x) in enumerate(self.sampler.walk(velocity, begin, steps, **more), start + 1):
+            step = start
+            for step, (t, x) in enumerate(walk_of(self.sampler, velocity, begin, steps, **more), start + 1):
                 if not bool(torch.isfinite(x).all()):
-                    dtype = next(self.backbone.parameters()).dtype
+                    dtype = dtype_of(self.backbone)
                     wide = dtype in (torch.float32, torch.float64)
                     cure = "its weights, or what it was given, are broken: run lens check" if wide else "try float32"
                     raise NumericalError(
@@ -769,16 +774,15 @@ class LensPipeline:
         picture = to_tensor(whole if whole.size == (wide, high) else whole.resize((wide, high)))
         if where is not None and tuple(where.shape[-2:]) != size:
             where = torch.nn.functional.interpolate(where.float(), size) >= 0.5
-        pixels = to_pixels(picture).to(self.device, next(self.vae.parameters()).dtype)
+        pixels = to_pixels(picture).to(self.device, dtype_of(self.vae))
         with self._at_work("vae"):
-            return Source(picture, self.vae.encode(pixels).float(), share, where)
+            return Source(picture, latents_of(self.vae, pixels).float(), share, where)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B,C,h,w] -> pixels [B,3,H,W], in the VAE's dtype."""
         with self._at_work("vae"):
-            pixels: Tensor = self.vae.decode(z.to(next(self.vae.parameters()).dtype))
-        return pixels
+            return pixels_of(self.vae, z.to(dtype_of(self.vae)))
 
     def _generators(
         self,

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from lens_core.lazy import Lazy
 
 
+def dtype_of(component: Any) -> torch.dtype:
+    """What a part computes in: the dtype of its first floating-point weight or buffer, float32 where it has none."""
+    import torch
+
+    held = [getattr(component, name, None) for name in ("parameters", "buffers")]
+    tensors = (tensor for each in held if each is not None for tensor in each())
+    return next((tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point), torch.float32)
+
+
 class Component(Protocol):
     """Anything a plugin offers by name."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_core import checkpoint, evaluation
+from lens_core.attribution import batches_of, building, calling, prompts_of
 from lens_core.catalog import Catalog
 from lens_core.config import Watch, build
 from lens_core.pipeline import PARTS, LensPipeline
@@ -48,9 +49,10 @@ class Watcher:
             pipeline.size(*(config.size or (None, None)))  # which refuses what is not on its grid
         self.judges: dict[str, Any] = {}
         for i, (name, use) in enumerate(config.judges().items()):
-            _, cls, options = build(catalog, "benchmark", use, f"$.watch.benchmarks[{i}]")
-            self.judges[name] = cls(options)
-            if not self.judges[name].prompts():
+            full, cls, options = build(catalog, "benchmark", use, f"$.watch.benchmarks[{i}]")
+            with building(full):
+                self.judges[name] = cls(options)
+            if not prompts_of(self.judges[name]):
                 raise ConfigError(f"$.watch.benchmarks[{i}]: {name} has no prompts")
         self.held: Any = None
         if config.validation is not None:
@@ -59,8 +61,9 @@ class Watcher:
                     f"$.watch.validation: {type(method).__name__} has no validate(), so it measures nothing on "
                     "pictures that it does not learn from; leave validation out"
                 )
-            _, cls, options = build(catalog, "dataset", config.validation, "$.watch.validation")
-            self.held = cls(options)
+            full, cls, options = build(catalog, "dataset", config.validation, "$.watch.validation")
+            with building(full):
+                self.held = cls(options)
             self._first = self.held.state_dict()
         self.lines: dict[int, dict[str, Any]] = {}  # by step
 
@@ -215,10 +218,12 @@ class Watcher:
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         self.held.load_state_dict(self._first)
-        for number, batch in enumerate(islice(self.held.batches(0, 1), self.config.batches)):
+        for number, batch in enumerate(islice(batches_of(self.held, 0, 1), self.config.batches)):
             check()
             rng = torch.Generator().manual_seed(self.config.seed + number)
-            for name, value in self.method.validate(batch, nets, rng).items():
+            with calling(self.method, "validate"):
+                found = {name: float(value) for name, value in self.method.validate(batch, nets, rng).items()}
+            for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value * len(batch)
                 counts[name] = counts.get(name, 0) + len(batch)
         return {f"validation/{name}": total / counts[name] for name, total in sorted(sums.items())}

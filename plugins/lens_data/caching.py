@@ -17,6 +17,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from lens_core.attribution import latents_of, text_of
 from lens_core.config import unstructure
 from lens_core.pipeline import to_pixels
 from lens_core.types import LensError
@@ -191,10 +192,10 @@ def _latent(pipeline: LensPipeline, data: bytes, size: Size) -> dict[str, Tensor
     except pictures.PictureError:
         return {}
     pixels = to_pixels(torch.from_numpy(image)[None].permute(0, 3, 1, 2))
-    return {"z": pipeline.vae.encode(pixels)[0].cpu().contiguous()}
+    return {"z": latents_of(pipeline.vae, pixels)[0].cpu().contiguous()}
 
 
 @torch.no_grad()
 def _text(pipeline: LensPipeline, caption: str) -> dict[str, Tensor]:
-    text = pipeline.text_encoder.encode([caption])
+    text = text_of(pipeline.text_encoder, [caption])
     return {"features": text.features[0].cpu().contiguous(), "mask": text.mask[0].cpu().contiguous()}

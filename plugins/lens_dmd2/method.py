@@ -15,7 +15,9 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from lens_core import flow
+from lens_core.attribution import latents_of
 from lens_core.pipeline import to_pixels
+from lens_core.protocols import dtype_of
 from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, Text
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, optional, real, within
 from lens_dmd2 import losses
@@ -129,7 +131,7 @@ class DMD2:
     def _heads(self) -> nn.Module:
         if not hasattr(self.teacher, "features"):
             raise ConfigError("dmd2: gan reads features, which this backbone does not offer; use gan: 0")
-        like = next(self.teacher.parameters())
+        like = torch.empty(0, dtype=dtype_of(self.teacher), device=self.pipeline.device)
         encoder = self.pipeline.text_encoder
         with torch.no_grad():
             found = self.teacher.features(
@@ -176,7 +178,7 @@ class DMD2:
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Tensor:
-        z: Tensor = self.pipeline.vae.encode(to_pixels(images.to(self.pipeline.device)))
+        z = latents_of(self.pipeline.vae, to_pixels(images.to(self.pipeline.device)))
         return z.float()
 
     # ---- losses ------------------------------------------------------------------------------------------------

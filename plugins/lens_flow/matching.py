@@ -10,6 +10,7 @@ from attrs import evolve, field, frozen
 from torch import Tensor, nn
 
 from lens_core import flow
+from lens_core.attribution import latents_of, text_of
 from lens_core.pipeline import to_pixels
 from lens_core.protocols import BaseMethod
 from lens_core.types import Batch, ConfigError, LensError, Loss, Text
@@ -133,7 +134,7 @@ class FlowMatching(BaseMethod):
         """The squared error by time, each sample at one even draw from every bin of t, and by size in px; no caption is
         dropped. The mean is over t even in [0, 1], so it is not the training's loss, whose t is logit-normal."""
         z = self._encode_images(evolve(batch, keys=()))  # not cached: another dataset's keys may be the same
-        text = batch.text if batch.text is not None else self.pipeline.text_encoder.encode(batch.captions)
+        text = batch.text if batch.text is not None else text_of(self.pipeline.text_encoder, batch.captions)
         if isinstance(z, tuple):  # of mixed sizes: no part by size, which would be the mean of some samples only
             each = [self._errors(nets["backbone"], one[None], text[i : i + 1], rng) for i, one in enumerate(z)]
             return {name: sum(found[name] for found in each) / len(each) for name in each[0]}
@@ -180,7 +181,7 @@ class FlowMatching(BaseMethod):
         """Of pictures of one size."""
         pixels = to_pixels(images)
         if not (self.config.cache_latents and keys):
-            z: Tensor = self.pipeline.vae.encode(pixels)
+            z = latents_of(self.pipeline.vae, pixels)
             return z
         height, width = pixels.shape[-2:]
         named = [(key, height, width) for key in keys]
@@ -191,15 +192,15 @@ class FlowMatching(BaseMethod):
         if batch.text is not None:
             return batch.text
         if not self.config.cache_texts:
-            text: Text = self.pipeline.text_encoder.encode(batch.captions)
+            text = text_of(self.pipeline.text_encoder, batch.captions)
             return text
         return Text.cat([Text(*self._texts.get(c, self._text, c)) for c in batch.captions])
 
     def _latent(self, row: Tensor) -> tuple[Tensor, ...]:
-        return (self.pipeline.vae.encode(row[None]),)
+        return (latents_of(self.pipeline.vae, row[None]),)
 
     def _text(self, caption: str) -> tuple[Tensor, ...]:
-        text = self.pipeline.text_encoder.encode([caption])
+        text = text_of(self.pipeline.text_encoder, [caption])
         return text.features, text.mask
 
 

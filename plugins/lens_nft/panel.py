@@ -14,7 +14,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from lens_core.reading import one_line, shown
+from lens_core.attribution import calling, checked_scores
+from lens_core.reading import shown
 from lens_core.types import ConfigError, LensError, Score
 from lens_nft.rollout import Picture, alike
 
@@ -128,19 +129,13 @@ def _ask(name: str, reward: Any, pictures: Sequence[Picture]) -> list[Score]:
     for rows in alike(pictures, lambda p: p.image.shape, len(pictures)):
         images = torch.stack([pictures[i].image for i in rows])
         try:
-            scores = list(reward.score(images, [pictures[i].prompt for i in rows]))
+            with calling(reward, "score"):
+                scores = reward.score(images, [pictures[i].prompt for i in rows])
         except ConfigError:
             raise
         except LensError as error:
             scores = [Score("failed", evidence=str(error))] * len(rows)
-        except Exception as error:  # of a plugin, which may be anything
-            scores = [Score("failed", evidence=f"{type(error).__name__}: {one_line(error)}")] * len(rows)
-        if len(scores) != len(rows):
-            raise LensError(f"the reward {name} gave {len(scores)} scores for {len(rows)} pictures; give one each")
-        for score in scores:
-            if not isinstance(score, Score):
-                raise LensError(f"the reward {name} gave {shown(score)}; it must give one Score a picture")
-        found.update(zip(rows, scores, strict=True))
+        found.update(zip(rows, checked_scores(reward, scores, len(rows)), strict=True))
     return [
         s if s.value is None or _finite(s.value) else Score("failed", evidence=f"not finite: {shown(s.value)}")
         for s in (found[i] for i in range(len(pictures)))

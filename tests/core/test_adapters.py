@@ -283,7 +283,7 @@ def test_an_adapter_that_fits_nothing_is_refused_by_name(runner: Runner) -> None
         run(runner, "a", Adapter(targets=("img_qkv",)))
     with pytest.raises(ConfigError, match="no role is called 'judge'; backbone, critic can learn"):
         runner.run(evolve(RECIPE, train=evolve(RECIPE.train, adapters={"judge": Adapter()})), "b")
-    with pytest.raises(ConfigError, match="rank must be at least 1"):
+    with pytest.raises(ConfigError, match="rank: must be at least 1"):
         Adapter(rank=0)
     with pytest.raises(ConfigError, match="no linear layer to adapt"):
         adapters.attach(nn.Conv2d(3, 3, 1), Adapter())

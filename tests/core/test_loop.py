@@ -288,7 +288,7 @@ def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
     assert [rate(Training(steps=4, decay=1.0), s) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
     cosine = Training(steps=9, decay=0.667, shape="cosine")
     assert [rate(cosine, s) for s in (2, 3, 6)] == pytest.approx([1, 1, 0.5], abs=2e-3)
-    with pytest.raises(ConfigError, match="shape must be linear or cosine, not 'step'"):
+    with pytest.raises(ConfigError, match="shape: must be linear or cosine, not 'step'"):
         Training(steps=1, shape="step")
 
 

@@ -534,9 +534,9 @@ def test_what_cannot_be_measured_is_refused_at_the_start(runner: Runner) -> None
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"prompts": ("a",), "every": 0}, "every, batches and batch must be at least 1"),
+        ({"prompts": ("a",), "every": 0}, "every: must be at least 1"),
         ({}, "looks at nothing; name prompts, benchmarks or validation"),
-        ({"prompts": ("a", " ")}, "a prompt is empty"),
+        ({"prompts": ("a", " ")}, "must be text that is not blank"),
         ({"prompts": ("a",), "keep_best": "shapes"}, "keep_best is 'shapes', which is no benchmark .* there is none"),
         ({"benchmarks": (Use("x:reds"), Use("reds")), "keep_best": "red"}, "there is reds, reds_1"),
         ({"benchmarks": (Use("reds"),), "patience": 3}, "patience waits for a better score"),

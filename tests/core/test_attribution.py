@@ -1,0 +1,399 @@
+"""Whatever a plugin raises or wrongly returns is one line that names the component and its method."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from attrs import evolve
+from torch import nn
+
+from lens_core import hookimpl
+from lens_core.attribution import (
+    batches_of,
+    calling,
+    checked_loss,
+    checked_scores,
+    checked_step,
+    items,
+    latents_of,
+    pixels_of,
+    prompts_of,
+    roles_of,
+    text_of,
+    times_of,
+    turns_of,
+    walk_of,
+)
+from lens_core.catalog import Catalog
+from lens_core.config import Parts, Recipe, Training, Use, Watch
+from lens_core.loop import Run
+from lens_core.pipeline import LensPipeline
+from lens_core.types import Batch, ConfigError, LensError, Loss, PluginError, Prompt, Score, Text
+
+PIXELS = torch.zeros(2, 3, 32, 16)
+
+
+def line(call: Callable[[], Any]) -> str:
+    with pytest.raises(PluginError) as caught:
+        call()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    return str(caught.value)
+
+
+def red(kind: str, **methods: Any) -> Any:
+    """A component that `lens_red` offers as `red`, with these methods."""
+    cls = type("Red", (), {"Config": toy.Even.Config, **methods})
+    for name in ("times", "walk", "encode", "decode", "score", "prompts", "state_dict", "load_state_dict", "batches",
+                 "roles", "steps", "turns", "loss", "after_step"):  # fmt: skip
+        if not hasattr(cls, name):
+            setattr(cls, name, lambda self: None)
+    module = types.ModuleType("lens_red")
+    hook = f"lens_{kind}s"
+    setattr(module, hook, hookimpl(lambda: {"red": cls}))
+    assert [e.name for e in Catalog.of(module).entries(kind)] == ["lens_red:red"]
+    return cls()
+
+
+def fail(component: Any) -> None:
+    with calling(component, "score"):
+        raise ConnectionError("no\nroute")
+
+
+def test_an_error_names_the_component_and_keeps_its_cause() -> None:
+    reward = red("reward")
+    with pytest.raises(PluginError, match=r"^lens_red:red\.score raised ConnectionError: no route$") as caught:
+        fail(reward)
+    assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+@pytest.mark.parametrize("error", [ConfigError("mine"), KeyboardInterrupt(), MemoryError()])
+def test_errors_that_speak_for_themselves_pass(error: BaseException) -> None:
+    with pytest.raises(type(error)), calling(object(), "x"):
+        raise error
+
+
+def test_a_component_that_nobody_offers_is_called_by_its_class() -> None:
+    assert line(lambda: checked_step(nn.Linear(1, 1), 3)).startswith("torch.nn.modules.linear:Linear.steps yielded int")
+
+
+def test_an_iterator_that_breaks_in_the_middle_is_named_and_one_that_ends_ends() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        raise ZeroDivisionError("x")
+
+    found = items(toy.Even, "walk", broken())
+    assert next(found) == 1
+    assert "walk raised ZeroDivisionError: x" in line(lambda: next(found))
+    assert list(items(toy.Even, "walk", iter([1, 2]))) == [1, 2]
+    assert "returned int; it must return an iterator" in line(lambda: list(items(toy.Even, "walk", 3)))  # type: ignore[arg-type]
+
+
+MUST = "it must return one Score an image"
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        ([0.5, 0.5], f"lens_red:red.score returned float; {MUST}"),
+        (0.5, f"lens_red:red.score returned float; {MUST}"),
+        (None, f"lens_red:red.score returned NoneType; {MUST}"),
+        (torch.ones(2), f"lens_red:red.score returned Tensor float32 []; {MUST}"),
+        ({"a": Score("ok", 1.0)}, f"lens_red:red.score returned dict; {MUST}"),
+        ("ok", f"lens_red:red.score returned str; {MUST}"),
+        ([Score("ok", 1.0), None], f"lens_red:red.score returned NoneType; {MUST}"),
+        ([Score("ok", 1.0)], f"lens_red:red.score returned 1 scores for 2 images; {MUST}"),
+        ([], f"lens_red:red.score returned 0 scores for 2 images; {MUST}"),
+    ],
+)
+def test_what_is_no_list_of_scores_is_refused(scores: Any, words: str) -> None:
+    assert line(lambda: checked_scores(red("reward"), scores, 2)) == words
+
+
+def test_a_score_of_no_status_is_a_fault_of_its_reward() -> None:
+    def score() -> None:
+        reward = red("reward")
+        with calling(reward, "score"):
+            Score(17)  # type: ignore[arg-type]  # what the test is about
+
+    assert line(score).startswith("lens_red:red.score raised ValueError: a score's status is ok, abstain or failed")
+
+
+def test_scores_may_come_from_a_generator() -> None:
+    good = [Score("ok", 1.0), Score("abstain")]
+    assert checked_scores(red("reward"), iter(good), 2) == tuple(good)
+
+
+FEATURES, MASK = torch.zeros(2, 1, 3, 8), torch.ones(2, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None, FEATURES, (FEATURES, MASK), Text(FEATURES[:1], MASK[:1]), Text(FEATURES, MASK.float()),
+        Text(FEATURES.long(), MASK), Text(FEATURES[0], MASK), Text(FEATURES, MASK[:, :2]),
+        Text(FEATURES[..., :4], MASK), Text(FEATURES.repeat(1, 2, 1, 1), MASK), Text([1, 2], MASK),  # type: ignore[arg-type]
+    ],
+)  # fmt: skip
+def test_what_is_no_text_is_refused(text: Any) -> None:
+    encoder = red("text_encoder", layers=1, width=8, encode=lambda self, prompts: text)
+    assert line(lambda: text_of(encoder, ["a", "b"])).startswith("lens_red:red.encode returned ")
+
+
+@pytest.mark.parametrize(
+    "z",
+    [None, torch.zeros(2, 4, 2, 2), torch.zeros(1, 4, 2, 1), torch.zeros(2, 5, 2, 1), torch.zeros(2, 4, 2, 1).int()],
+)
+def test_wrong_latents_and_pixels_are_refused(z: Any) -> None:
+    vae = red("vae", channels=4, downscale=16, encode=lambda self, x: z, decode=lambda self, x: z)
+    assert line(lambda: latents_of(vae, PIXELS)).startswith("lens_red:red.encode returned ")
+    assert line(lambda: pixels_of(vae, torch.zeros(2, 4, 2, 1))).startswith("lens_red:red.decode returned ")
+
+
+@pytest.mark.parametrize(
+    "times", [None, [1.0, 0.0], torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.2, 0.1]), torch.tensor([0.0, 0.5, 1.0]),
+              torch.tensor([1.0, math.nan, 0.0]), torch.tensor([1, 0, 0])],
+)  # fmt: skip
+def test_wrong_times_are_refused(times: Any) -> None:
+    sampler = red("sampler", times=lambda self, size, steps: times)
+    assert line(lambda: times_of(sampler, (2, 2), 2)).startswith("lens_red:red.times returned ")
+
+
+@pytest.mark.parametrize(
+    ("walk", "words"),
+    [
+        ([(0.0, torch.zeros(1, 4, 2, 2))], "yielded|returned"),
+        ([torch.zeros(2)], "yielded Tensor"),
+        ([(0.5, torch.zeros(2, 4, 2, 2))], "ended at t = 0.5; it must end at t = 0"),
+        ([], "ended at t = 1.0"),
+        (3, "returned int; it must return an iterator"),
+    ],
+)
+def test_a_wrong_walk_is_refused(walk: Any, words: str) -> None:
+    sampler = red("sampler", walk=lambda self, velocity, x, steps: walk)
+    with pytest.raises(PluginError, match=rf"lens_red:red\.walk ({words})"):
+        list(walk_of(sampler, None, torch.zeros(2, 4, 2, 2), 1))
+
+
+IMAGES = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        None, IMAGES, (IMAGES, ("a", "b")), Batch(IMAGES, ()), Batch(IMAGES, ("a",)), Batch(IMAGES.float(), ("a", "b")),
+        Batch(IMAGES[0], ("a", "b")), Batch(IMAGES[:, :1], ("a", "b")), Batch(IMAGES, ("a", 3)),  # type: ignore[arg-type]
+        Batch(IMAGES, ("a", "b"), (1,)), Batch((IMAGES[0],), ("a", "b")), Batch(IMAGES.numpy(), ("a", "b")),  # type: ignore[arg-type]
+        Batch(None, ("a", "b"), latents=torch.zeros(1, 4, 2, 2)), Batch(None, "ab"),  # type: ignore[arg-type]
+        Batch(None, ("a", "b"), text=Text(FEATURES[:1], MASK[:1])),
+    ],
+)  # fmt: skip
+def test_a_batch_that_is_none_is_refused(batch: Any) -> None:
+    dataset = red("dataset", batches=lambda self, rank, world: iter([batch]))
+    with pytest.raises(PluginError, match=r"lens_red:red\.batches yielded "):
+        next(batches_of(dataset, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        Batch(IMAGES, ("a", "b"), (1, 2)), Batch((IMAGES[0], IMAGES[1, :, :8]), ("a", "b")), Batch(None, ("a",)),
+        Batch(None, ("a", "b"), latents=torch.zeros(2, 4, 2, 2).bfloat16(), text=Text(FEATURES, MASK)),
+    ],
+)  # fmt: skip
+def test_a_sound_batch_passes_as_it_is(batch: Batch) -> None:
+    assert next(batches_of(red("dataset", batches=lambda self, rank, world: iter([batch])), 0, 1)) is batch
+
+
+def test_a_method_is_held_to_its_contract() -> None:
+    net, total = nn.Linear(1, 1), torch.ones((), requires_grad=True)
+    method = red("method", roles=lambda self: {"net": net}, turns=lambda self, step: ("net",))
+    assert roles_of(method) == {"net": net} and turns_of(method, 0, {"net": net}) == ("net",)
+    for roles in (None, {}, [net], {"net": 3}, {3: net}):
+        broken = red("method", roles=lambda self, roles=roles: roles)
+        assert line(lambda broken=broken: roles_of(broken)).startswith("lens_red:red.roles returned ")
+    with pytest.raises(ConfigError, match=r"lens_red:red: net is to learn, and .*ReLU has no weight"):
+        roles_of(red("method", roles=lambda self: {"net": nn.ReLU()}))
+    for turns in ("net", None, [net], 3):
+        broken = red("method", turns=lambda self, step, turns=turns: turns)
+        assert line(lambda broken=broken: turns_of(broken, 0, {"net": net})).startswith("lens_red:red.turns returned ")
+    assert "turns named 'nets'" in line(
+        lambda: turns_of(red("method", turns=lambda self, step: ["nets"]), 0, {"net": net})
+    )
+    assert checked_loss(method, Loss(total)).total is total
+    assert line(lambda: checked_loss(method, total)) == (
+        "lens_red:red.loss returned Tensor float32 []; it must return a Loss"
+    )
+    for loss in (Loss(torch.ones(2, requires_grad=True)), Loss(torch.ones(())), Loss(1.0), Loss(total, [total])):  # type: ignore[arg-type]
+        assert line(lambda loss=loss: checked_loss(method, loss)).startswith("lens_red:red.loss ")
+    for step in (Batch(None, ("a",)), torch.ones(3), "ab", 3, {"a": 1}):
+        told = line(lambda step=step: checked_step(method, step))
+        assert told.startswith("lens_red:red.steps yielded ") and "a list of micro-batches" in told
+    assert "yielded no micro-batch" in line(lambda: checked_step(method, []))
+
+
+def test_prompts_are_checked() -> None:
+    assert prompts_of(red("benchmark", prompts=lambda self: (Prompt("a"),))) == [Prompt("a")]
+    for prompts in (None, "abc", ["abc"], [Prompt(3)], {"a": 1}):  # type: ignore[arg-type]
+        broken = red("benchmark", prompts=lambda self, prompts=prompts: prompts)
+        assert line(lambda broken=broken: prompts_of(broken)).startswith("lens_red:red.prompts returned ")
+
+
+# ---- in a run -------------------------------------------------------------------------------------------------------
+
+
+def plugin(**hooks: Any) -> Catalog:
+    module = types.ModuleType("lens_red")
+    for hook, offered in hooks.items():
+        setattr(module, hook, hookimpl(lambda offered=offered: offered))
+    return Catalog.of(toy, module)
+
+
+def run(catalog: Catalog, out: Path, **changes: Any) -> Run:
+    recipe = evolve(Recipe(Use("fit"), Training(3, log_every=1, save_every=10), Use("squares"), toy.PARTS), **changes)
+    return Run(recipe, catalog, out, say=SAID.append)
+
+
+SAID: list[str] = []
+
+
+class Bare(toy.Fit):
+    def steps(self, batches: Any, nets: Any, rng: Any) -> Iterator[Any]:
+        yield from batches
+
+
+class Plain(toy.Fit):
+    def loss(self, role: str, nets: Any, batch: Any, rng: Any) -> Any:
+        return super().loss(role, nets, batch, rng).total
+
+
+class Late(toy.Fit):
+    def after_step(self, step: int, nets: Any) -> None:
+        raise KeyError("lost")
+
+
+class Floats(toy.Squares):
+    def batches(self, rank: int, world: int) -> Iterator[Batch]:
+        for batch in super().batches(rank, world):
+            yield evolve(batch, images=batch.images / 255)  # type: ignore[operator]  # what the test is about
+
+
+@pytest.mark.parametrize(
+    ("method", "dataset", "words"),
+    [
+        (Bare, toy.Squares, "lens_red:x.steps yielded Batch; each step must be a list of micro-batches"),
+        (Plain, toy.Squares, "lens_red:x.loss returned Tensor float32 []; it must return a Loss"),
+        (Late, toy.Squares, "lens_red:x.after_step raised KeyError: 'lost'"),
+        (None, Floats, "lens_red:y.batches yielded Tensor float32 [4, 3, 16, 16]; images must be a uint8 tensor"),
+    ],
+)
+def test_a_run_names_the_plugin_that_breaks_it(method: Any, dataset: Any, words: str, tmp_path: Path) -> None:
+    catalog = plugin(lens_methods={"x": method} if method else {}, lens_datasets={"y": dataset})
+    made = run(catalog, tmp_path / "run", method=Use("x" if method else "fit"),
+               dataset=Use("squares" if dataset is toy.Squares else "y"))  # fmt: skip
+    assert words in line(made.train)
+
+
+class Away(toy.Reds):
+    def score(self, images: Any, prompts: Any) -> Any:
+        raise ConnectionError("no route")
+
+
+class Numbers(toy.Reds):
+    def score(self, images: Any, prompts: Any) -> Any:
+        return [0.5] * len(prompts)
+
+
+def test_a_benchmark_that_raises_is_reported_and_the_run_goes_on(tmp_path: Path) -> None:
+    catalog = plugin(lens_benchmarks={"away": Away, "numbers": Numbers})
+    SAID.clear()
+    watch = Watch(1, benchmarks=(Use("away"), Use("numbers"), Use("reds")), size=(16, 16), steps=1)
+    report = run(catalog, tmp_path / "run", watch=watch).train()
+    assert report.steps == 3 and report.model is not None
+    told = "\n".join(SAID)
+    assert "benchmark away failed, and the run goes on: lens_red:away.score raised ConnectionError: no route" in told
+    assert f"lens_red:numbers.score returned float; {MUST}" in told
+    assert "reds 0" in told or "reds 1" in told
+
+
+# ---- parts without parameters ---------------------------------------------------------------------------------------
+
+
+class Fixed(nn.Module):
+    """A part without weights."""
+
+    Config = toy.Even.Config
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+
+    def save(self, folder: Path) -> None: ...
+
+    @classmethod
+    def load(cls, folder: Path, config: Any, dtype: torch.dtype | None = None) -> Any:
+        return cls(config)
+
+
+class Pool(Fixed):
+    channels, downscale = 4, 16
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        z = nn.functional.avg_pool2d(pixels, 16)
+        return torch.cat([z, z.mean(1, keepdim=True)], 1)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(z[:, :3], scale_factor=16)
+
+
+class Codes(Fixed):
+    layers, width = 1, 8
+
+    def encode(self, prompts: Any) -> Text:
+        codes = [torch.tensor(list(p.encode()), dtype=torch.float32)[None, None, :, None] / 255 for p in prompts]
+        return Text.cat([Text(c.expand(-1, -1, -1, 8), torch.ones(1, c.shape[2], dtype=torch.bool)) for c in codes])
+
+
+def test_parts_without_weights_train_draw_save_and_load(tmp_path: Path) -> None:
+    catalog = plugin(lens_vaes={"pool": Pool}, lens_text_encoders={"codes": Codes})
+    parts = Parts(vae=Use("pool"), text_encoder=Use("codes"), backbone=Use("mixer"), sampler=Use("even"))
+    report = run(
+        catalog, tmp_path / "run", pipeline=parts, watch=Watch(1, prompts=("red",), size=(16, 16), steps=1)
+    ).train()
+    assert report.model is not None
+    pipeline = LensPipeline.from_pretrained(report.model, catalog=catalog, device="cpu")
+    for plan in ("none", "model", "encoder-cpu"):
+        pipeline.offload(plan, "cpu")
+        assert pipeline("red", height=16, width=32, num_inference_steps=2, seed=1).images[0].size == (32, 16)
+    pipeline.to("cpu", torch.float32)
+    again = pipeline("red", height=16, width=16, num_inference_steps=2, seed=1, image=pipeline(
+        "red", height=16, width=16, num_inference_steps=1, seed=1).images[0], strength=1.0)  # fmt: skip
+    assert len(again.images) == 1
+
+
+def test_a_backbone_of_the_wrong_shape_is_named() -> None:
+    class Wide(toy.Mixer):
+        def forward(self, x: Any, t: Any, text: Any) -> Any:
+            return super().forward(x, t, text)[:, :3]
+
+    catalog = plugin(lens_backbones={"wide": Wide})
+    pipeline = LensPipeline.from_parts(evolve(toy.PARTS, backbone=Use("wide")), catalog)
+    told = line(lambda: pipeline("red", height=16, width=16, num_inference_steps=1))
+    assert told == (
+        "lens_red:wide.forward returned Tensor float32 [1, 3, 1, 1]; v must be a float tensor [1, 4, 1, 1], as x is"
+    )
+
+
+def test_a_component_that_cannot_be_built_is_named() -> None:
+    class Shy(toy.Blocks):
+        def __init__(self, config: Any) -> None:
+            raise KeyError("no such table")
+
+    catalog = plugin(lens_vaes={"shy": Shy})
+    with pytest.raises(LensError, match=r"lens_red:shy cannot be built: KeyError: 'no such table'"):
+        LensPipeline.from_parts(evolve(toy.PARTS, vae=Use("shy")), catalog)
