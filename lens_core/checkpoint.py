@@ -277,6 +277,7 @@ def load_module(
             raise CheckpointError(f"{where}: {name!r} has the shape {got}; its config asks for {want}")
         if tensor.dtype.is_floating_point != tensors[name].dtype.is_floating_point:
             raise CheckpointError(f"{where}: {name!r} is {tensors[name].dtype}, which is not a plain weight")
+    refuse_bare_float8({n: t for n, t in tensors.items() if n in expected and expected[n].dtype != t.dtype}, where)
     extra = sorted(set(tensors) - set(expected))
     if extra:
         raise CheckpointError(f"{where}: holds {extra[0]!r} ({len(extra)} such), which the model does not have")
@@ -290,6 +291,16 @@ def load_module(
         # not draw what its own copy draws.
         tensors[name] = value if value.data_ptr() % ALIGNMENT == 0 else value.clone()
     module.load_state_dict(tensors, assign=True)
+
+
+def refuse_bare_float8(tensors: Mapping[str, Any], where: object) -> None:
+    """Raise CheckpointError for a float of 8 bits: without its scales, nobody knows what number it stands for."""
+    for name, tensor in tensors.items():
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
+            raise CheckpointError(
+                f"{where}: {name} is {tensor.dtype} in a format that the file does not tell: its scales are missing; "
+                "fetch the model in bfloat16"
+            )
 
 
 def blueprint(build: Callable[[], Module], where: Path, layers: int, tensors: Mapping[str, Any]) -> Module:

@@ -18,14 +18,19 @@ HISTORY = 100  # steps whose median a spike is measured against
 LEAST = 20  # steps before anything is a spike: a young run's gradients fall fast
 
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bfloat16 FLOP/s by a word of the device's name (the vendor's data sheets)."""
+PEAKS = {
+    "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H200 NVL": 835e12,
+    "GH200 480GB": 989e12, "A100-SXM4-40GB": 312e12, "A100-SXM4-80GB": 312e12, "A100-PCIE-40GB": 312e12,
+    "A100 80GB PCIe": 312e12, "B200": 2250e12,
+}  # fmt: skip
+"""Dense bfloat16 FLOP/s (the vendor's data sheets) by the device's name as CUDA has it, without "NVIDIA ". It must be
+the whole name: an RTX A1000 is no A100, and a MIG slice is less than the card it is of."""
 
 
 def peak(device: torch.device) -> float | None:
     """The most FLOP/s that a device can do; None where that is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((speed for word, speed in PEAKS.items() if word in name), None)
+    return PEAKS.get(name.removeprefix("NVIDIA "))
 
 
 class Feed:

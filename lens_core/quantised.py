@@ -20,6 +20,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from lens_core.checkpoint import refuse_bare_float8
 from lens_core.lazy import Lazy
 from lens_core.reading import one_line, parse_json, shown
 from lens_core.types import CheckpointError
@@ -221,9 +222,7 @@ def plain(
             rest |= {f"{name}.{part}": tensor for part, tensor in layer.packed().items()}
         else:
             rest[f"{name}.weight"] = layer.plain()
-    for name, tensor in rest.items():
-        if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
-            raise CheckpointError(f"{where}: {name} is {tensor.dtype} in a format that the file does not tell")
+    refuse_bare_float8(rest, where)
     return rest
 
 

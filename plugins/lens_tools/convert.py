@@ -83,7 +83,8 @@ def convert(
     if alone:
         _write_single(parts[0], out, kind)
         return [out]
-    partial = out.with_name(f".{out.name}.partial")
+    place = out.absolute()  # "." has no name
+    partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         files = []
@@ -96,8 +97,11 @@ def convert(
         if layout == "diffusers" and len(parts) == len(WEIGHTY):
             described["provenance"] = described.get("provenance", {}) | card.licence(source)
             _describe(parts, described, partial, catalog, lent)
-        out.rmdir() if out.is_dir() else None
-        partial.rename(out)
+        if out.is_dir():  # and empty; it may be the one that we are in, so it stays, and lens.json comes last
+            for path in sorted(partial.iterdir(), key=lambda p: p.name == "lens.json"):
+                path.rename(out / path.name)
+        else:
+            partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return [out / file for file in files]
@@ -116,6 +120,7 @@ def _open(source: Path, part: str, components: dict[str, Any], catalog: Catalog)
         return _Part(part, component, outline, Use(name, unstructure(config)), tensors, root)
     folder, stem = component.place
     tensors, _ = read_lazy(*checkpoint.files(root / folder, stem))
+    checkpoint.refuse_bare_float8(tensors, root / folder)
     return _Part(part, component, None, Use(name, use.options), tensors, root)
 
 

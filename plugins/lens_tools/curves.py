@@ -22,6 +22,7 @@ COLOURS = ("#1f6fb4", "#d95f0e", "#2a9d3a", "#8e44ad", "#b8860b", "#c2185b", "#1
 FINE = 3  # the picture is drawn so many times larger, and then reduced: smooth lines
 WIDE, HIGH = 460, 270  # px, of a panel
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 26, 26  # px around its plot
+LARGEST = 1e300  # of a value; sums and differences of a few must stay finite
 PACE = {"step", "seconds", "steps_per_second", "samples_per_second", "data_wait", "memory_gb", "score"}
 
 
@@ -35,6 +36,11 @@ def read(run: Path) -> Series:
         for line in checkpoint.read_log(path):
             for name, value in line.items():
                 if type(value) in (int, float) and math.isfinite(value) and name != "step":
+                    if max(abs(value), abs(float(line["step"]))) > LARGEST:
+                        raise ConfigError(
+                            f"{path}: {name} is {value:g} at step {float(line['step']):g}, which no axis can show; "
+                            "take the line out"
+                        )
                     name = f"watch/{name}" if name == "seconds" and path is paths[1] else name
                     found.setdefault(name, []).append((float(line["step"]), float(value)))
     return {name: sorted(points) for name, points in found.items()}
@@ -155,7 +161,7 @@ def _panel(
 def ends(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
     """The range that an axis shows: the values', and `margin` of it on each side; never empty."""
     low, high = min(values), max(values)
-    if low == high:
+    if high - low <= max(1e-12 * max(abs(low), abs(high)), 1e-300):  # closer, and ticks could not be told apart
         gap = abs(low) / 2 or 0.5
         return low - gap, high + gap
     return low - margin * (high - low), high + margin * (high - low)

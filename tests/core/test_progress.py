@@ -18,7 +18,7 @@ from lens_core import checkpoint, progress
 from lens_core.catalog import Catalog
 from lens_core.config import Adapter, Recipe, Training, Use, Watch
 from lens_core.loop import Run
-from lens_core.progress import Feed, Pace, Spikes, memory
+from lens_core.progress import Feed, Pace, Spikes, memory, peak
 from lens_core.types import Batch, ConfigError, Loss, NumericalError
 
 RECIPE = Recipe(
@@ -103,6 +103,34 @@ def test_what_is_computed_is_told_a_second_and_of_the_most_that_is_known(clock: 
         assert pace.line(1, Feed(), world=8) == {"steps_per_second": 0.5, **told}
         clock.now += 2
         assert pace.line(2, Feed(), world=8) == {"steps_per_second": 0.5}, "the count begins anew at each line"
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("A100-PCIE-40GB", 312e12),  # older drivers leave the maker out
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A1000 6GB Laptop GPU", None),
+        ("NVIDIA A1000", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA H100 of tomorrow", None),
+        ("", None),
+    ],
+)
+def test_a_device_has_the_peak_of_its_own_name_or_none(
+    name: str, flops: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak(torch.device("cuda")) == flops
+
+
+def test_a_cpu_has_no_peak() -> None:
+    assert peak(torch.device("cpu")) is None
 
 
 def test_backward_counts_twice_as_far_as_weights_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -559,3 +559,34 @@ def test_parts_that_a_model_lacks_may_be_given(singles: Path, tmp_path: Path) ->
     said = error(lambda: LensPipeline.from_pretrained(tmp_path / "lens.safetensors", vae=tmp_path / "vae.safetensors"))
     assert "its layers_per_block is 1, but that of the model it is for is 2" in said
     assert read_lazy(tmp_path / "vae.safetensors")[0].keys() == state.keys()
+
+
+@pytest.mark.parametrize("name", [".", "new", "empty"])
+def test_an_empty_folder_is_filled_even_the_one_that_we_are_in(
+    name: str, tiny: Path, installed: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty" if name == "." else tmp_path)
+    convert(tiny, Path(name), "diffusers", None, installed)
+    assert same(weights(Path(name) / FOLDERS["backbone"]), weights(tiny / FOLDERS["backbone"]))
+    assert (Path(name) / "lens.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+    with pytest.raises(CheckpointError, match="is there already"):
+        convert(tiny, Path(name), "diffusers", None, installed)
+
+
+def test_floats_of_8_bits_without_scales_are_refused_in_a_folder_too(
+    tiny: Path, installed: Catalog, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny, tmp_path / "in")
+    path = tmp_path / "in" / FOLDERS["backbone"]
+    tensors = weights(path)
+    name = next(n for n in tensors if n.endswith("img_qkv.weight"))
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, path)
+    for act in (
+        lambda: LensPipeline.from_pretrained(tmp_path / "in"),
+        lambda: convert(tmp_path / "in", tmp_path / "out", "diffusers", None, installed),
+        lambda: convert(tmp_path / "in", tmp_path / "out", "single", "bf16", installed),
+    ):
+        with pytest.raises(CheckpointError, match=f"{name} is torch.float8_e4m3fn in a format that the file does not"):
+            act()

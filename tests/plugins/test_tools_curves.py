@@ -154,3 +154,16 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path: Path, capsys: pytest.Capture
         (["curves", str(tmp_path), "--out", "c.jpg"], "c.jpg: pictures are written as .png; use c.png"),
     ):
         assert main(arguments) == 2 and capsys.readouterr().err == f"lens: {told}\n"
+
+
+def test_numbers_beyond_any_axis_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write(tmp_path / "a", [{"step": 1, "a/loss": 1e308}, {"step": 2, "a/loss": -1e308}])
+    assert main(["curves", str(run), "--out", str(tmp_path / "a.png")]) == 2
+    said = capsys.readouterr().err
+    assert "a/loss is 1e+308 at step 1, which no axis can show" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("pair", [(0.0, 5e-324), (1e16, 1e16 + 2), (-1e299, 1e299), (1.0, 1.0 + 2.3e-16), (-0.0, 0.0)])
+def test_whatever_two_numbers_a_log_has_can_be_drawn(pair: tuple[float, float], tmp_path: Path) -> None:
+    run = write(tmp_path / "a", [{"step": i, "a/loss": value} for i, value in enumerate(pair)])
+    assert main(["curves", str(run), "--out", str(tmp_path / "a.png")]) == 0
