@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
@@ -35,3 +38,16 @@ def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     ratio = cond.norm(dim=1, keepdim=True) / norm.where(norm > 0, norm.new_ones(()))
     guided: Tensor = combined * ratio.where(norm > 0, ratio.new_ones(()))
     return guided
+
+
+def at(t: float, x: Tensor) -> Tensor:
+    """The time t for every row of x [B,...]: float32 [B], where x is. The host keeps its value: see `known`."""
+    row: Any = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+    row.known = float(torch.tensor(t, dtype=torch.float32))  # as the row has it
+    return row  # type: ignore[no-any-return]  # a tensor with a note
+
+
+def known(t: Tensor) -> list[float]:
+    """The times [B] as numbers. Those of `at` need no read of the device, which the host would have to wait for."""
+    value = getattr(t, "known", None)
+    return t.tolist() if value is None else [value] * len(t)

@@ -33,7 +33,7 @@ from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Training, build, structure, unstructure
 from lens_core.locks import locked
 from lens_core.pipeline import LensPipeline
-from lens_core.progress import Feed, Pace, Spikes, Trackers, check_trackers, memory, peak
+from lens_core.progress import Feed, Pace, Spikes, Tally, Trackers, check_trackers, memory, peak
 from lens_core.ranks import SHARDS, STATE, Ranks, seed_of, whole
 from lens_core.types import CheckpointError, ConfigError, LensError, Loss, NumericalError, Place
 from lens_core.watching import Interrupted, Watcher
@@ -208,24 +208,24 @@ class Run:
     def _train(self, config: Training) -> Report:
         parts = self._parts()
         start = time.monotonic()
-        averages: dict[str, list[float]] = {}
+        tally = Tally()
         last: dict[str, float] = {}
         with self._signals():
             while not (finished := self._look()) and not self._stop:
+                if hasattr(self.method, "logs"):
+                    self.method.logs = self._logs(self.step + 1)
                 micro = [self._next(steps) for steps in parts]
                 for turn, role in enumerate(turns_of(self.method, self.step, self.nets)):
                     self.pace.work += self._work(role, micro)
-                    for name, value in self._turn(role, turn, micro).items():
-                        averages.setdefault(f"{role}/{name}", []).append(value)
+                    tally.add({f"{role}/{name}": value for name, value in self._turn(role, turn, micro).items()})
                 with calling(self.method, "after_step"):
                     self.method.after_step(self.step, self.nets)
                 self.step += 1
                 self._stop = self.ranks.any(self._stop)
-                if self.step % config.log_every == 0 or self.step == config.steps:
+                if self._logs(self.step):
+                    last = tally.means(self.ranks.gathered)
                     if self.ranks.rank == 0:
-                        self._log(averages, time.monotonic() - start)
-                    last = {k: sum(v) / len(v) for k, v in averages.items() if v}
-                    averages = {}
+                        self._log(last, time.monotonic() - start)
                 if self.step % config.save_every == 0 or self.step == config.steps or self._stop:
                     self._save()
             self._save()
@@ -293,7 +293,8 @@ class Run:
             if getattr(self.method, "divides", False):
                 batches = repeat(Place(part, self.ranks.parts))
             elif self.datasets:
-                batches = self.feed.through(batches_of(self.datasets[number], part, self.ranks.parts))
+                own = batches_of(self.datasets[number], part, self.ranks.parts)
+                batches = (batch.to(self.accelerator.device) for batch in self.feed.through(own))
             rng = self.rng if number == 0 else torch.Generator().manual_seed(self.recipe.seed)
             rng.set_state(self.rng.get_state())
             with calling(self.method, "steps"):
@@ -314,8 +315,9 @@ class Run:
             raise LensError(f"the method had nothing to learn from at step {self.step}; check $.dataset")
         return checked_step(self.method, micro)
 
-    def _turn(self, role: str, turn: int, parts: Sequence[Sequence[Any]]) -> dict[str, float]:
-        """One optimizer step of one role: only it has gradients, which are means over the parts of all processes.
+    def _turn(self, role: str, turn: int, parts: Sequence[Sequence[Any]]) -> dict[str, tuple[Tensor, float]]:
+        """One optimizer step of one role: only it has gradients, which are means over the parts of all processes. What
+        is told comes back as sums and their weights, for `Tally`; nothing of a step that was skipped.
 
         The noise of a part is a function of seed, step, turn and part: whoever works through it draws the same.
         """
@@ -326,8 +328,7 @@ class Run:
             parameter.requires_grad_(True)
         net.train()
         optimizer.zero_grad(set_to_none=True)
-        told: dict[str, float] = {}
-        weights: dict[str, float] = {}  # of those that told it: not every part of a batch tells everything
+        told: dict[str, tuple[Tensor, float]] = {}  # and the weight of those that told it: not every part tells all
         for part, micro in zip(self.ranks.mine, parts, strict=True):
             seed = seed_of(self.recipe.seed, self.step, turn, part)
             torch.manual_seed(seed)  # dropout draws there
@@ -339,13 +340,15 @@ class Run:
                 share = 1 / (len(micro) * self.ranks.parts)
                 (loss.total * share * self.ranks.factor).backward()
                 for name, value in {"loss": loss.total, **loss.parts}.items():
-                    told[name] = told.get(name, 0.0) + float(value.detach()) * share
-                    weights[name] = weights.get(name, 0.0) + share
+                    total, weight = told.get(name, (0.0, 0.0))
+                    told[name] = total + _precise(value) * share, weight + share
         self.ranks.add(self.learning[role])
-        sums = self.ranks.total(told | {f"/{name}": weight for name, weight in weights.items()})  # one message
-        told = {name: value / sums[f"/{name}"] for name, value in sums.items() if not name.startswith("/")}
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.learning[role], config.clip or math.inf)))
-        fault = self.spikes.fault(role, told["loss"], norm)
+        length = _precise(whole(torch.nn.utils.clip_grad_norm_(self.learning[role], config.clip or math.inf)))
+        total, weight = told["loss"]
+        loss, weight = self.ranks.summed(torch.stack([total, torch.full_like(total, weight)]))
+        # The one time in this step at which the host waits for the device: whether to take it is decided there.
+        value, norm = torch.stack([loss / weight, length]).tolist()
+        fault = self.spikes.fault(role, value, norm)
         if fault is None:
             optimizers.optimizer_step(optimizer)
             self._average(role)
@@ -356,7 +359,7 @@ class Run:
                 raise NumericalError(f"{row} bad steps in a row of {role} at step {self.step}: {fault}; lower train.lr")
             told = {}
         net.requires_grad_(False).eval()
-        return {**told, "grad_norm": norm} if told else {}
+        return {**told, "grad_norm": (length, 1.0)} if told else {}
 
     def _work(self, role: str, parts: Sequence[Sequence[Any]]) -> float:
         """FLOPs of a turn, forward and backward; what is computed again on the way back does not count."""
@@ -376,8 +379,12 @@ class Run:
             else:
                 self.ema[role][name].copy_(value)
 
-    def _log(self, averages: Mapping[str, list[float]], seconds: float) -> None:
-        values = {k: round(sum(v) / len(v), 6) for k, v in averages.items() if v}
+    def _logs(self, step: int) -> bool:
+        """Whether there is a line about the steps up to `step`."""
+        return step % self.train_config.log_every == 0 or step == self.train_config.steps
+
+    def _log(self, means: Mapping[str, float], seconds: float) -> None:
+        values = {name: round(mean, 6) for name, mean in means.items()}
         pace, held = self.pace.line(self.step, self.feed, self.ranks.world), memory(self.accelerator.device)
         line = {"step": self.step, "seconds": round(seconds, 1), **pace, **values}
         line |= {"memory_gb": round(held, 3)} if held is not None else {}
@@ -635,6 +642,11 @@ def _blank(net: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(t): t.to("meta") for t in net.buffers()}
     memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in net.parameters()}
     return copy.deepcopy(net, memo)
+
+
+def _precise(value: Tensor) -> Tensor:
+    """A scalar to add up, where it is; as Python's numbers are, on devices that have them."""
+    return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
 def _exchange(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

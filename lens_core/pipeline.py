@@ -314,10 +314,9 @@ class LensPipeline:
             self._encoder, self._later, self._origin, self._whole = component, None, "", None
             self.texts.kept.clear()  # what another encoder gave
         else:
-            self._parts[kind] = component
+            self._parts = self._parts | {kind: component}  # a copy of the pipeline keeps its own
         if kind == "backbone":
-            self._plain.clear()
-            self.loras.clear()
+            self._plain, self.loras = {}, []
         self.uses = {k: u for k, u in self.uses.items() if k != kind} | ({kind: use} if use is not None else {})
         if use is None and self.version:
             self.version = f"{self.version}+{kind}"
@@ -539,9 +538,11 @@ class LensPipeline:
             must = f"v must be a float tensor {list(x.shape)}, as x is"
             return checked_tensor(self.backbone, "forward", out, x.shape, must).float()
 
+        always = tuple(interval) == (0.0, 1.0)  # then nobody need ask the device what time it is
+
         def guided(x: Tensor, t: Tensor) -> Tensor:
             cond = predict(x, t, text)
-            if guidance_scale == 1.0 or not interval[0] < float(t[0]) <= interval[1]:
+            if guidance_scale == 1.0 or not (always or interval[0] < flow.known(t)[0] <= interval[1]):
                 return cond
             unwanted = negative or Text.empty(len(text), text.features.shape[1], text.features.shape[3], text.features)
             return flow.guide(cond, predict(x, t, unwanted), guidance_scale)
@@ -611,7 +612,8 @@ class LensPipeline:
         source: Source | None = None,
         draw: Callable[[], Tensor] | None = None,
     ) -> Iterator[tuple[float, Tensor]]:
-        """(t, x) after each step, ending at t = 0. Raises NumericalError rather than go on with non-finite latents."""
+        """(t, x) after each step, ending at t = 0. Raises NumericalError rather than go on with non-finite latents, on
+        a GPU at the last step, which is the only one that waits for it."""
         velocity = self.velocity(text, negative, guidance_scale, interval)
         begin, start = noise, 0
         if source is not None:
@@ -622,17 +624,22 @@ class LensPipeline:
         more: dict[str, Any] = {"start": start} if start else {}  # samplers that only begin at noise are samplers too
         more |= {"draw": draw} if getattr(self.sampler, "draws", False) else {}
         times = times_of(self.sampler, (noise.shape[-2], noise.shape[-1]), steps)[start:-1]
+        finite: list[Tensor] = []
         with self._at_work("backbone"), self._tabled(times):
-            step = start
             for step, (t, x) in enumerate(walk_of(self.sampler, velocity, begin, steps, **more), start + 1):
-                if not bool(torch.isfinite(x).all()):
-                    dtype = dtype_of(self.backbone)
-                    wide = dtype in (torch.float32, torch.float64)
-                    cure = "its weights, or what it was given, are broken: run lens check" if wide else "try float32"
-                    raise NumericalError(
-                        f"the latents left the finite numbers at step {step} of {steps} in {dtype}; {cure}"
-                    )
+                finite.append(torch.isfinite(x).all())
+                if x.device.type == "cpu" or step == steps:  # elsewhere the answer would have to be waited for
+                    self._refuse_non_finite(finite, step, steps)
                 yield t, source.settle(x) if source is not None and step == steps else x
+
+    def _refuse_non_finite(self, finite: Sequence[Tensor], number: int, steps: int) -> None:
+        """Raise NumericalError where one of the flags, of the steps up to `number`, is false."""
+        flags = torch.stack(list(finite)).tolist()
+        if not all(flags):
+            dtype, bad = dtype_of(self.backbone), number - len(flags) + 1 + flags.index(False)
+            wide = dtype in (torch.float32, torch.float64)
+            cure = "its weights, or what it was given, are broken: run lens check" if wide else "try float32"
+            raise NumericalError(f"the latents left the finite numbers at step {bad} of {steps} in {dtype}; {cure}")
 
     def _tabled(self, times: Tensor) -> AbstractContextManager[Any]:
         """While this lasts the backbone is asked at `times`: what it can work out for all of them at once, it does."""

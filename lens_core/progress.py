@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lens_core.types import Batch, ConfigError, did_you_mean
 
@@ -48,6 +49,41 @@ class Feed:
                 return
             self.samples += len(batch)
             yield batch
+
+
+class Tally:
+    """What steps tell, until it is logged: kept where it was computed, so that nobody waits for the device meanwhile.
+
+    A step's value of a name is the sum over the parts of its batch that tell it, in all processes, over their weights.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, tuple[Tensor, float]]] = []
+
+    def add(self, step: Mapping[str, tuple[Tensor, float]]) -> None:
+        """The sums of a step, scalars on any device, and their weights, by name."""
+        self.steps.append(dict(step))
+
+    def means(self, gather: Callable[[Any], list[Any]]) -> dict[str, float]:
+        """By name the mean over the steps that had it, and begin anew. Reads each device once. `gather` gives what all
+        processes hold, each of which must call this."""
+        everyone = gather(self._read())
+        self.steps = []
+        found: dict[str, list[float]] = {}
+        for told in zip(*everyone, strict=True):
+            for name in dict.fromkeys(name for each in told for name in each):
+                parts = [each[name] for each in told if name in each]
+                value = math.fsum(total for total, _ in parts) / math.fsum(weight for _, weight in parts)
+                found.setdefault(name, []).append(value)
+        return {name: sum(values) / len(values) for name, values in found.items()}
+
+    def _read(self) -> list[dict[str, tuple[float, float]]]:
+        places: dict[torch.device, list[Tensor]] = {}
+        for step in self.steps:
+            for value, _ in step.values():
+                places.setdefault(value.device, []).append(value)
+        numbers = {place: iter(torch.stack(values).tolist()) for place, values in places.items()}
+        return [{name: (next(numbers[v.device]), weight) for name, (v, weight) in step.items()} for step in self.steps]
 
 
 class Pace:

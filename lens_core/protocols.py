@@ -236,6 +236,13 @@ class Method(Protocol):
     # Optional: flops(role: str, batch) -> float, of that role's forward over a micro-batch. The log then tells how fast
     # the run computes; what backward adds is the loop's to know.
 
+    # Optional: frozen() -> Mapping[str, nn.Module], by name the networks that it holds besides roles and pipeline, and
+    # that never change: a teacher. The loop keeps them as it keeps the frozen parts of the pipeline, divides them where
+    # it divides roles, and lets them compute activations again.
+
+    # Optional: logs: bool, which the loop sets before each step: whether what `loss` tells is logged. Where it is
+    # False, figures that cost more than a step without them may be left out.
+
     # `BaseMethod` has these three for a method that keeps nothing between steps.
     def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None: ...
     def state_dict(self) -> dict[str, Any]:

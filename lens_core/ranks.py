@@ -111,10 +111,24 @@ class Ranks:
         """Sums over those processes that name a thing."""
         if self.world == 1:
             return dict(values)
-        everyone: list[Mapping[str, float]] = [{}] * self.world
-        dist.all_gather_object(everyone, dict(values))
+        everyone = self.gathered(dict(values))
         names = sorted({name for told in everyone for name in told})
         return {name: math.fsum(told[name] for told in everyone if name in told) for name in names}
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each process gives, in their order."""
+        if self.world == 1:
+            return [value]
+        everyone = [value] * self.world
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum over the processes of a small tensor, where it is."""
+        if self.world > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
 
     def any(self, flag: bool) -> bool:
         """Whether it holds in any process."""
@@ -201,10 +215,7 @@ class Ranks:
             with checkpoint.writing(place):
                 raise next((c for c in causes if isinstance(c, OSError)), OSError(str(causes[0]))) from error
         mine = {f"{SHARDS}/{name}": digest.hexdigest() for name, digest in written.items()}
-        everyone: list[dict[str, str]] = [mine] * self.world
-        if self.world > 1:
-            dist.all_gather_object(everyone, mine)
-        return {name: found for each in everyone for name, found in each.items()}
+        return {name: found for each in self.gathered(mine) for name, found in each.items()}
 
     def read(self, folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a checkpoint, whoever wrote it, divided as those of the same name in `like` are."""

@@ -11,11 +11,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+def move(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`. From the host to a GPU it goes by way of pinned memory, so that the host does not wait for
+    what the GPU has still to do, as it does with a plain copy."""
+    kind = str(device).partition(":")[0]
+    if tensor.device.type != "cpu" or kind == "cpu":
+        return tensor.to(device)
+    return (tensor.pin_memory() if kind == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class LensError(Exception):
@@ -91,24 +100,41 @@ class Score:
 
 @frozen
 class Text:
-    """Encoded prompts: `features` [B,L,T,D], `mask` bool [B,T], True where a token counts. T may be 0."""
+    """Encoded prompts: `features` [B,L,T,D], `mask` bool [B,T], True where a token counts. T may be 0.
+
+    `host` is the mask on the CPU, which whoever made it there keeps: lengths are then known without a read of the
+    device, for which the CPU would have to wait.
+    """
 
     features: Tensor
     mask: Tensor
+    host: Tensor | None = field(default=None, eq=False, repr=False)
 
     def __len__(self) -> int:
         return int(self.features.shape[0])
 
     def __getitem__(self, rows: slice) -> Text:
-        return Text(self.features[rows], self.mask[rows])
+        return Text(self.features[rows], self.mask[rows], None if self.host is None else self.host[rows])
+
+    @property
+    def known(self) -> Tensor:
+        """The mask on the CPU."""
+        if self.mask.device.type == "cpu":
+            return self.mask
+        return self.mask.cpu() if self.host is None else self.host
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Text:
-        return Text(self.features.to(device=device, dtype=dtype), self.mask.to(device=device))
+        host = self.mask if self.mask.device.type == "cpu" else self.host
+        features = self.features if device is None else move(self.features, device)
+        return Text(features.to(dtype=dtype), self.mask if device is None else move(self.mask, device), host)
 
     @staticmethod
     def empty(batch: int, layers: int, width: int, like: Tensor) -> Text:
         """The empty negative prompt: no tokens at all, with the device and dtype of `like`."""
-        return Text(like.new_zeros(batch, layers, 0, width), like.new_zeros(batch, 0).bool())
+        import torch
+
+        nothing = torch.zeros(batch, 0, dtype=torch.bool)
+        return Text(like.new_zeros(batch, layers, 0, width), like.new_zeros(batch, 0).bool(), nothing)
 
     @staticmethod
     def cat(texts: Sequence[Text]) -> Text:
@@ -118,9 +144,12 @@ class Text:
 
         longest = max(t.mask.shape[1] for t in texts)
         gaps = [longest - t.mask.shape[1] for t in texts]
+        hosts = [t.mask if t.mask.device.type == "cpu" else t.host for t in texts]
+        known = [h for h in hosts if h is not None]
         return Text(
             torch.cat([pad(t.features, (0, 0, 0, gap)) for t, gap in zip(texts, gaps, strict=True)]),
             torch.cat([pad(t.mask, (0, gap)) for t, gap in zip(texts, gaps, strict=True)]),
+            torch.cat([pad(h, (0, g)) for h, g in zip(known, gaps, strict=True)]) if len(known) == len(texts) else None,
         )
 
 
@@ -142,6 +171,17 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """What it holds on `device`; pictures travel as the bytes that they are."""
+
+        def there(part: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Tensor, ...] | None:
+            if isinstance(part, tuple):
+                return tuple(move(each, device) for each in part)
+            return None if part is None else move(part, device)
+
+        text = None if self.text is None else self.text.to(device)
+        return evolve(self, images=there(self.images), latents=there(self.latents), text=text)
 
     def even(self) -> Tensor | None:
         """`images`, for methods that need them of one size. Raises LensError for a packed batch."""

@@ -221,8 +221,9 @@ class Watcher:
         for number, batch in enumerate(islice(batches_of(self.held, 0, 1), self.config.batches)):
             check()
             rng = torch.Generator().manual_seed(self.config.seed + number)
+            there = batch.to(self.pipeline.device)
             with calling(self.method, "validate"):
-                found = {name: float(value) for name, value in self.method.validate(batch, nets, rng).items()}
+                found = {name: float(value) for name, value in self.method.validate(there, nets, rng).items()}
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value * len(batch)
                 counts[name] = counts.get(name, 0) + len(batch)

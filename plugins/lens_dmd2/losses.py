@@ -14,7 +14,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from lens_core import flow
-from lens_core.types import ConfigError
+from lens_core.types import ConfigError, move
 from lens_dmd2.rollout import Velocity
 
 
@@ -53,8 +53,8 @@ class Schedule:
 def noised(x: Tensor, rng: torch.Generator, schedule: Schedule, until: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """(x_t, t float32 [B], noise), each row at its own t <= `until`; before the shift, the schedule's levels shrunk."""
     u = LEVELS[schedule.levels](len(x), rng)
-    t = shifted(u * unshifted(until, schedule.shift), schedule.shift).to(x.device)
-    noise = torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device)
+    t = shifted(u * unshifted(until, schedule.shift), schedule.shift)
+    t, noise = (move(part, x.device) for part in (t, torch.randn(x.shape, generator=rng, dtype=x.dtype)))
     return flow.mix(x, noise, t), t, noise
 
 

@@ -18,7 +18,7 @@ from lens_core import flow
 from lens_core.attribution import latents_of
 from lens_core.pipeline import to_pixels
 from lens_core.protocols import dtype_of
-from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, Text
+from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, Text, move
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, optional, real, within
 from lens_dmd2 import losses
 from lens_dmd2.heads import HEADS, Heads
@@ -61,6 +61,8 @@ class DMD2:
     and, with a GAN, of the heads. The pipeline's presets become the student's. The teacher is no role and is not
     saved: a resumed run copies it anew from the recipe's start, and refuses another one.
     """
+
+    logs = True  # whether what this step tells is logged; the loop says so
 
     @frozen
     class Config:
@@ -147,6 +149,9 @@ class DMD2:
     def roles(self) -> Mapping[str, nn.Module]:
         return self._roles
 
+    def frozen(self) -> Mapping[str, nn.Module]:
+        return {"teacher": self.teacher}
+
     def turns(self, step: int) -> Sequence[str]:
         """A pure function of the step, so there is no counter to resume."""
         critic = [role for role in self._roles if role != "generator"] * self.config.critic_steps
@@ -178,7 +183,7 @@ class DMD2:
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Tensor:
-        z = latents_of(self.pipeline.vae, to_pixels(images.to(self.pipeline.device)))
+        z = latents_of(self.pipeline.vae, to_pixels(move(images, self.pipeline.device)))
         return z.float()
 
     # ---- losses ------------------------------------------------------------------------------------------------
@@ -201,12 +206,12 @@ class DMD2:
         entry = next(batch.entries, None) or self._draw(rng)
         count = entry.count
         device = batch.text.features.device
-        noise = torch.randn(len(batch), self.pipeline.vae.channels, *batch.size, generator=rng).to(device)
+        noise = move(torch.randn(len(batch), self.pipeline.vae.channels, *batch.size, generator=rng), device)
         t, after = sampler.times(batch.size, steps)[count : count + 2].tolist()
         if entry.real:
             if batch.z is None:
                 raise LensError("dmd2: there are no pictures to begin at; use a dataset with pictures, or real: 0")
-            return flow.mix(batch.z.to(device), noise, noise.new_full((len(noise),), t)), t, after, student
+            return flow.mix(move(batch.z, device), noise, noise.new_full((len(noise),), t)), t, after, student
         return ROLLOUTS[self.config.rollout](sampler, student, noise, steps, count, rng), t, after, student
 
     @torch.no_grad()
@@ -240,8 +245,10 @@ class DMD2:
         if config.gan:
             x_t, at, _ = losses.noised(x, rng, self.schedule)
             gan = losses.passes_as_real(nets["heads"](self._features(nets, batch.text, at)(x_t)))
-            (push,) = torch.autograd.grad(config.gan * gan, x, retain_graph=True)
-            parts |= {"gan": gan.detach(), "gan_dm": losses.ratio(push * x.numel(), matching.g)}
+            parts["gan"] = gan.detach()
+            if self.logs:  # a backward pass of its own, for one number
+                (push,) = torch.autograd.grad(config.gan * gan, x, retain_graph=True)
+                parts["gan_dm"] = losses.ratio(push * x.numel(), matching.g)
             total = total + config.gan * gan
         return Loss(total, parts)
 
@@ -259,7 +266,7 @@ class DMD2:
             raise LensError("dmd2: there are no real latents to tell the student's from; use a dataset with pictures")
         x = self._made(nets, batch, rng)
         # Real and made meet at the same noise level under the same noise: nothing else tells them apart.
-        real_t, t, noise = losses.noised(batch.z.to(x.device), rng, self.schedule)
+        real_t, t, noise = losses.noised(move(batch.z, x.device), rng, self.schedule)
         features = self._features(nets, batch.text, t)
 
         def logits(x_t: Tensor) -> Tensor:
@@ -272,7 +279,7 @@ class DMD2:
         total = losses.real_or_fake(real, fake)
         parts = {"real": real.detach().mean(), "fake": fake.detach().mean()}
         if self.config.r1:
-            n = torch.randn(real_t.shape, generator=rng).to(x.device)
+            n = move(torch.randn(real_t.shape, generator=rng), x.device)
             r1 = losses.approximate_r1(logits, real_t, real, self.config.r1_sigma, n)
             total = total + self.config.r1 * r1
             parts["r1"] = r1.detach()

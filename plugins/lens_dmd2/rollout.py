@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lens_core import flow
 from lens_core.protocols import Sampler
+from lens_core.types import move
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [B,C,h,w], t float32 [B]) -> v [B,C,h,w]."""
@@ -29,11 +30,11 @@ def renoise(
     sampler: Sampler, velocity: Velocity, noise: Tensor, steps: int, count: int, rng: torch.Generator
 ) -> Tensor:
     """The same times, but each step mixes its guess of the data with noise of its own (DMD2's backward simulation)."""
-    times = sampler.times((noise.shape[-2], noise.shape[-1]), steps).to(noise.device)
+    times = move(sampler.times((noise.shape[-2], noise.shape[-1]), steps), noise.device)
     x = noise
     for t, after in islice(pairwise(times), count):
         row = t.expand(len(x))
-        fresh = torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device)
+        fresh = move(torch.randn(x.shape, generator=rng, dtype=x.dtype), x.device)
         x = flow.mix(flow.data_from(x, velocity(x, row), row), fresh, after.expand(len(x)))
     return x
 

@@ -13,6 +13,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
+from lens_core import flow
 from lens_core.checkpoint import write_json
 from lens_core.types import ConfigError
 from lens_core.validators import optional, within
@@ -95,4 +96,4 @@ class Euler(Scheduled):
 
 def at(velocity: Velocity, x: Tensor, t: float) -> Tensor:
     """The velocity in float32 at one time for all rows."""
-    return velocity(x, torch.full((len(x),), t, device=x.device)).float()
+    return velocity(x, flow.at(t, x)).float()

@@ -13,7 +13,7 @@ from lens_core import flow
 from lens_core.attribution import latents_of, text_of
 from lens_core.pipeline import to_pixels
 from lens_core.protocols import BaseMethod
-from lens_core.types import Batch, ConfigError, LensError, Loss, Text
+from lens_core.types import Batch, ConfigError, LensError, Loss, Text, move
 from lens_core.validators import integer, real, within
 
 if TYPE_CHECKING:
@@ -95,9 +95,10 @@ class FlowMatching(BaseMethod):
             return self._packed_loss(nets[role], batch.z, batch, rng)
         z = batch.z.float()
         normal = torch.randn(len(z), generator=rng)
-        noise = torch.randn(z.shape, generator=rng).to(z.device)
+        noise = move(torch.randn(z.shape, generator=rng), z.device)
         dropped = torch.rand(len(z), generator=rng) < self.config.caption_dropout
-        t = (self.config.std * normal + self.config.logit_mean(z.shape[2] * z.shape[3])).sigmoid().to(z.device)
+        mean = self.config.logit_mean(z.shape[2] * z.shape[3])
+        t = move((self.config.std * normal + mean).sigmoid(), z.device)
         v = nets[role](flow.mix(z, noise, t), t, _drop(batch.text.to(z.device), dropped))
         total = (v.float() - flow.velocity(z, noise)).square().mean() * batch.weight
         return Loss(total, {"loss": total.detach()})
@@ -111,10 +112,10 @@ class FlowMatching(BaseMethod):
         device = latents[0].device
         zs = [z.float() for z in latents]
         normal = torch.randn(len(zs), generator=rng)
-        noise = [torch.randn(z.shape, generator=rng).to(device) for z in zs]
+        noise = [move(torch.randn(z.shape, generator=rng), device) for z in zs]
         dropped = torch.rand(len(zs), generator=rng) < self.config.caption_dropout
         means = torch.tensor([self.config.logit_mean(z[0].numel()) for z in zs])
-        t = (self.config.std * normal + means).sigmoid().to(device)
+        t = move((self.config.std * normal + means).sigmoid(), device)
         xs = [flow.mix(z[None], e[None], t[i : i + 1])[0] for i, (z, e) in enumerate(zip(zs, noise, strict=True))]
         vs = net.packed(xs, t, _drop(batch.text.to(device), dropped))
         errors = [(v.float() - flow.velocity(z, e)).square().mean() for v, z, e in zip(vs, zs, noise, strict=True)]
@@ -126,7 +127,7 @@ class FlowMatching(BaseMethod):
         count = getattr(self.pipeline.backbone, "flops", None)
         if count is None:
             return 0.0
-        tokens = batch.text.mask.sum(1).tolist()
+        tokens = batch.text.known.sum(1).tolist()
         return float(sum(count((z.shape[-2], z.shape[-1]), n) for z, n in zip(batch.z, tokens, strict=True)))
 
     @torch.no_grad()
@@ -161,8 +162,8 @@ class FlowMatching(BaseMethod):
         if batch.latents is not None:
             device = self.pipeline.device
             if isinstance(batch.latents, tuple):
-                return tuple(z.to(device) for z in batch.latents)
-            return batch.latents.to(device)
+                return tuple(move(z, device) for z in batch.latents)
+            return move(batch.latents, device)
         if batch.images is None:
             raise LensError("flow_matching: the dataset yields captions only; name one that yields pictures")
         if not isinstance(batch.images, tuple):
@@ -179,7 +180,7 @@ class FlowMatching(BaseMethod):
 
     def _latents_of(self, images: Tensor, keys: Sequence[int]) -> Tensor:
         """Of pictures of one size."""
-        pixels = to_pixels(images)
+        pixels = to_pixels(images)  # which the loop has brought to the device as bytes
         if not (self.config.cache_latents and keys):
             z = latents_of(self.pipeline.vae, pixels)
             return z
@@ -201,7 +202,7 @@ class FlowMatching(BaseMethod):
 
     def _text(self, caption: str) -> tuple[Tensor, ...]:
         text = text_of(self.pipeline.text_encoder, [caption])
-        return text.features, text.mask
+        return text.features, text.mask, text.known
 
 
 class Cache:
@@ -230,7 +231,7 @@ def _size(tensors: Sequence[Tensor]) -> int:
 
 def _drop(text: Text, dropped: Tensor) -> Text:
     """Empty the `dropped` [B] rows (no token counts: the empty prompt), then cut the padding that all rows share."""
-    mask = text.mask & ~dropped.to(text.mask.device)[:, None]
-    columns = mask.any(0).nonzero()
-    length = int(columns.max()) + 1 if len(columns) else 0
-    return Text(text.features[:, :, :length], mask[:, :length])
+    known = text.known & ~dropped[:, None]
+    columns = known.any(0).nonzero()
+    known = known[:, : int(columns.max()) + 1 if len(columns) else 0]
+    return Text(text.features[:, :, : known.shape[1]], move(known, text.mask.device), known)

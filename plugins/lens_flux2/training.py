@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lens_core.pipeline import to_pixels
 from lens_core.protocols import BaseMethod
-from lens_core.types import Batch, ConfigError, LensError, Loss
+from lens_core.types import Batch, ConfigError, LensError, Loss, move
 from lens_core.validators import WEIGHT, integer, real, within
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Autoencode(BaseMethod):
             raise LensError("autoencode: the dataset yields captions only; name one that yields pictures")
         size, cell = images.shape, self.vae.downscale // 2
         noise = torch.randn(size[0], self.vae.config.latent_channels, size[2] // cell, size[3] // cell, generator=rng)
-        pixels = to_pixels(images)
+        pixels = to_pixels(move(images, next(self.vae.parameters()).device))
         guess, mean, logvar = nets[role](pixels, noise)
         if torch.is_grad_enabled():
             self.vae.track(mean, self.config.statistics_momentum)

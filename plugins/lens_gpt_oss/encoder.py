@@ -24,7 +24,7 @@ from lens_core.checkpoint import blueprint, files, load_module, read_json, save_
 from lens_core.lazy import Lazy, read_lazy, write_lazy
 from lens_core.offload import Load
 from lens_core.reading import shown
-from lens_core.types import CheckpointError, ConfigError, LensError, Text
+from lens_core.types import CheckpointError, ConfigError, LensError, Text, move
 from lens_core.validators import CHANNELS, LAYERS, each, integer, listed, matching, one_of
 from lens_gpt_oss.experts import pack, packed
 from lens_gpt_oss.single import PACKED, adopt, mxfp4
@@ -157,7 +157,14 @@ class GptOssEncoder(nn.Module):
         return len(self._wrap().head)
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Prompts -> ids [B,S] of their renderings, padded on the right, and their mask, True where a token counts.
+        """Prompts -> ids [B,S] of their renderings, padded on the right, and their mask, True where a token counts, on
+        the model's device. Warns as `rendered` does."""
+        device = self.model.embed_tokens.weight.device
+        ids, mask = self.rendered(prompts)
+        return move(ids, device), move(mask, device)
+
+    def rendered(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What `tokens` gives, on the host: lengths can be read there without waiting for the device.
 
         Warns when a prompt is cut to make its rendering fit `max_length`; the conversation around it stays whole.
         """
@@ -175,8 +182,7 @@ class GptOssEncoder(nn.Module):
         longest = int(lengths.max())
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         mask = torch.arange(longest) < lengths[:, None]
-        device = self.model.embed_tokens.weight.device
-        return ids.to(device), mask.to(device)
+        return ids, mask
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Text:
@@ -184,12 +190,13 @@ class GptOssEncoder(nn.Module):
 
         T counts the prompt and what follows it; the head is dropped. Raises LensError without a tokenizer.
         """
-        ids, mask = self.tokens(prompts)
-        head = self.head_length
-        mask = mask[:, head:]
+        device, head = self.model.embed_tokens.weight.device, self.head_length
+        host_ids, host = self.rendered(prompts)
+        host = host[:, head:]
+        ids, mask = move(host_ids, device), move(host, device)
         cache = DynamicCache([tuple(t.expand(len(ids), -1, -1, -1) for t in pair) for pair in self._head(ids.device)])
         features = torch.stack(self._walk(ids[:, head:], cache), dim=1)
-        return Text(features.masked_fill(~mask[:, None, :, None], 0), mask)
+        return Text(features.masked_fill(~mask[:, None, :, None], 0), mask, host)
 
     def _walk(self, ids: Tensor, cache: DynamicCache) -> list[Tensor]:
         """ids [B,S], after what `cache` holds, which grows by them -> the residual stream [B,S,D] after each selected

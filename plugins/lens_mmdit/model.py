@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from lens_core.checkpoint import blueprint, load_module, read_weights, save_module, write_json
 from lens_core.lazy import Lazy, read_lazy
 from lens_core.offload import Load
-from lens_core.types import ConfigError, NumericalError, Text, did_you_mean
+from lens_core.types import ConfigError, NumericalError, Text, did_you_mean, move
 from lens_core.validators import CHANNELS, LAYERS, each, integer, listed, optional
 from lens_mmdit.modulation import Modulation, Tabulating
 from lens_mmdit.segments import Segments, attend_within, spread
@@ -133,6 +133,14 @@ class TurningNorm(RMSNorm):
         return out
 
 
+@functools.lru_cache(maxsize=16)
+def frequencies(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[FREQUENCIES / 2]: those that t is embedded with, made once a device: a copy there would be waited for."""
+    with torch.inference_mode(False), torch.no_grad():
+        steps = torch.arange(FREQUENCIES // 2, dtype=torch.float64) / (FREQUENCIES // 2)
+        return (TIME_SCALE * PERIOD**-steps).to(device=device, dtype=dtype)
+
+
 class TimeEmbedding(nn.Module):
     """t float [B] in [0, 1] -> [B, D]."""
 
@@ -145,11 +153,9 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         first, second = self.timestep_embedder["linear_1"], self.timestep_embedder["linear_2"]
         dtype: torch.dtype = next(first.parameters()).dtype
-        steps = torch.arange(FREQUENCIES // 2, dtype=torch.float64) / (FREQUENCIES // 2)
         # bfloat16 holds 3 digits of t * 1000: the angles need float32 at least.
         precise = torch.promote_types(dtype, torch.float32)
-        frequency = (TIME_SCALE * PERIOD**-steps).to(device=t.device, dtype=precise)
-        angle = torch.outer(t.to(precise), frequency)
+        angle = torch.outer(t.to(precise), frequencies(t.device, precise))
         waves = torch.cat([angle.cos(), angle.sin()], dim=1).to(dtype)
         out: Tensor = second(F.silu(first(waves)))
         return out
@@ -412,8 +418,9 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         for x in xs:
             self._reads(x.shape[0])
         time = self._time(xs[0], t)
-        where = Segments.of([x[0].numel() for x in xs], text.mask.sum(1).tolist(), xs[0].device)
-        samples, columns = text.mask.nonzero(as_tuple=True)
+        known = text.known
+        where = Segments.of([x[0].numel() for x in xs], known.sum(1).tolist(), xs[0].device)
+        samples, columns = (move(part, xs[0].device) for part in known.nonzero(as_tuple=True))
         img = self.img_in(torch.cat([x.flatten(1).T for x in xs])[None].to(self.dtype))
         txt = self._read(text.features[samples, :, columns].to(self.dtype))[None] if any(where.texts) else None
         by = self._rotations(xs, columns, text.mask.shape[1], where)
@@ -528,13 +535,13 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         Columns that count in no row are cut from the right, so a batch without any text runs no text stream.
         """
         self._fits(text)
-        ends = torch.arange(1, text.mask.shape[1] + 1, device=text.mask.device)
-        # One read of the device answers both questions: where does the text end, and how many tokens count?
-        end, count = torch.stack([(ends * text.mask).amax(), text.mask.sum()]).tolist() if len(ends) else (0, 0)
-        if end == 0:
+        known = text.known  # on the host, which would have to wait for an answer of the device
+        columns = known.any(0).nonzero()
+        if not len(columns):
             return None, None
+        end = int(columns.max()) + 1
         features, mask = text.features[:, :, :end].to(self.dtype), text.mask[:, :end]
-        full = count == mask.numel()
+        full = bool(known[:, :end].all())
         if not full:
             # A masked key has weight 0, but 0 * nan is nan.
             features = features.masked_fill(~mask[:, None, :, None], 0)

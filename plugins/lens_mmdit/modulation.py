@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lens_core import flow
+from lens_core.types import move
+
 Visit = Callable[[nn.Module], AbstractContextManager[Any]]
 """A module -> the time for which its weights are where the model runs."""
 
@@ -71,10 +74,10 @@ class Tabulating:
         """t float32 [B] -> int64 [B], the rows for these times; None where the plain path must be taken."""
         if self._visit is None or torch.is_grad_enabled() or not self.modulations():
             return None
-        asked = t.tolist()
+        asked = flow.known(t)
         self._fill(asked)
         place = {time: row for row, time in enumerate(self._times)}
-        return torch.tensor([place[time] for time in asked], device=t.device)
+        return move(torch.tensor([place[time] for time in asked]), t.device)
 
     @torch.no_grad()
     def _fill(self, asked: Iterable[float]) -> None:

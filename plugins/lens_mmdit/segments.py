@@ -15,6 +15,8 @@ from attrs import frozen
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lens_core.types import move
+
 Attend = Callable[[Tensor, Tensor, Tensor, None], Tensor]
 
 
@@ -33,7 +35,7 @@ class Segments:
 
         def samples(counts: Sequence[int]) -> Tensor:
             # Made on the CPU, where the sizes are known: a GPU would have to be waited for.
-            return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
+            return move(torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)), device)
 
         return cls(tuple(images), tuple(texts), samples(images), samples(texts))
 
@@ -54,7 +56,7 @@ class Segments:
         """int32 [B+1]: where each sample begins and ends among the image tokens, and among all of them in `order`."""
         images, texts = torch.tensor(self.images), torch.tensor(self.texts)
         ends = torch.nn.functional.pad(torch.stack([images, images + texts]).cumsum(1), (1, 0))
-        to_images, to_all = ends.to(self.image.device, torch.int32)
+        to_images, to_all = move(ends.to(torch.int32), self.image.device)
         return to_images, to_all
 
     @functools.cached_property

@@ -15,7 +15,7 @@ from lens_core import adapters, flow
 from lens_core.catalog import Catalog
 from lens_core.config import Use, build, options, structure
 from lens_core.ranks import seed_of
-from lens_core.types import ConfigError, LensError, Loss, Place, Prompt, Text, did_you_mean
+from lens_core.types import ConfigError, LensError, Loss, Place, Prompt, Text, did_you_mean, move
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, real, within
 from lens_nft.objective import Advantages, advantages, optimality, reflected_loss, squared_distance
 from lens_nft.panel import Judge, Verdicts, judge, spent
@@ -159,6 +159,10 @@ class DiffusionNFT:
         backbone: Any = self.pipeline.backbone
         return {"backbone": backbone}
 
+    def frozen(self) -> Mapping[str, nn.Module]:
+        """The backbone as the run began with it. The old policy changes, and is none of them."""
+        return {"base": self.base} if self.base is not None else {}
+
     def steps(
         self, batches: Iterator[Any], nets: Mapping[str, nn.Module], rng: torch.Generator
     ) -> Iterator[Sequence[Lesson]]:
@@ -202,8 +206,8 @@ class DiffusionNFT:
         """The reflected loss, and kl times the squared distance to the start. Times and noise are the samples' own."""
         config = self.config
         z = torch.stack([s.picture.z for s in batch.samples])
-        t, noise = (part.to(z.device) for part in self._noise(batch))
-        r = torch.tensor([s.r for s in batch.samples], device=z.device)
+        t, noise = (move(part, z.device) for part in self._noise(batch))
+        r = move(torch.tensor([s.r for s in batch.samples]), z.device)
         text = Text.cat([s.picture.text for s in batch.samples])
         x = flow.mix(z, noise, t)
         v = self._velocity(nets[role], x, t, text)
@@ -361,14 +365,21 @@ def _learned(net: nn.Module) -> dict[str, Tensor]:
 
 
 def _frozen(net: nn.Module) -> nn.Module:
-    return copy.deepcopy(net).requires_grad_(False).eval()
+    """`net` once more, frozen. Of one that learns through adapters, these alone are copied: what they stand beside does
+    not change, and is held once."""
+    named = [*net.named_parameters(), *net.named_buffers()]
+    stays = {id(t): t for name, t in named if not adapters.owned(name)}
+    shared = stays if len(stays) < len({id(t) for _, t in named}) else {}
+    return copy.deepcopy(net, shared).requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def follow(old: nn.Module, new: nn.Module, lag: float) -> None:
-    """old = lag old + (1 - lag) new, in every weight and buffer; what is not floating is copied."""
+    """old = lag old + (1 - lag) new, in every weight and buffer that is not shared; what is not floating is copied."""
     fresh = new.state_dict()
     for name, value in old.state_dict().items():
+        if value.data_ptr() == fresh[name].data_ptr():
+            continue
         if value.dtype.is_floating_point:
             value.lerp_(fresh[name].to(value.dtype), 1 - lag)
         else:

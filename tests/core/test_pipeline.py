@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toy
 from torch import Tensor
 
 from lens_core import flow
@@ -418,3 +420,11 @@ def test_the_settings_say_what_was_drawn(pipeline: LensPipeline, checkpoint: Pat
         "sampler": {"use": "toy:even"},
     }
     assert len(again.version) == 16
+
+
+def test_a_part_that_a_copy_is_given_stays_with_the_copy(catalog: Catalog) -> None:
+    pipeline = LensPipeline.from_parts(toy.PARTS, catalog)
+    own, other = pipeline.backbone, copy.copy(pipeline)
+    other.backbone = copy.deepcopy(own)
+    assert pipeline.backbone is own and other.backbone is not own
+    assert "backbone" in pipeline.uses

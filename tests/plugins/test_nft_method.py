@@ -650,6 +650,25 @@ def test_a_policy_that_learns_through_an_adapter_resumes_too_and_keeps_no_copy_o
     assert old.abs().max() > 0 and not torch.equal(old, learned)
 
 
+def test_a_policy_that_learns_through_an_adapter_holds_one_frozen_backbone(run):
+    going = run("low", evolve(RECIPE, train=evolve(RECIPE.train, adapters={"backbone": Adapter(rank=2)})))
+    method, policy = going.method, going.pipeline.backbone
+    nets = {"policy": policy, "old": method.old, "base": method.base}
+    low = {name: {n: p for n, p in net.named_parameters() if ".lora_" in n} for name, net in nets.items()}
+    rest = {name: {n: p for n, p in net.named_parameters() if ".lora_" not in n} for name, net in nets.items()}
+    assert all(rest["policy"][n] is p for name in ("old", "base") for n, p in rest[name].items())
+    assert len({id(p) for each in low.values() for p in each.values()}) == 3 * len(low["policy"]) > 0
+    before = {n: p.clone() for n, p in rest["policy"].items()}
+    versions = {n: p._version for n, p in rest["policy"].items()}
+    with torch.no_grad():
+        for p in low["policy"].values():
+            p += 1
+    follow(method.old, policy, 0.5)
+    assert all(torch.equal(p, before[n]) and p._version == versions[n] for n, p in rest["policy"].items())
+    assert all((low["policy"][n] - p).mean().item() == pytest.approx(0.5) for n, p in low["old"].items())
+    assert all((low["policy"][n] - p).mean().item() == pytest.approx(1.0) for n, p in low["base"].items())
+
+
 def test_the_method_keeps_its_contract(catalog):
     def made() -> DiffusionNFT:
         pipeline = LensPipeline.from_parts(RECIPE.pipeline, catalog)
