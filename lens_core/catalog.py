@@ -269,12 +269,14 @@ class Catalog:
             return hits[0]
         label = kind.replace("_", " ")
         if hits:
-            raise LensError(f"{name!r} is ambiguous: {', '.join(e.name for e in hits)} are {label}s; write one in full")
+            raise LensError(
+                f"{shown(name)} is ambiguous: {', '.join(e.name for e in hits)} are {label}s; write one in full"
+            )
         plugin_name = name.partition(":")[0] if ":" in name else ""
         known = [e.short for e in entries] + ([e.name for e in entries] if plugin_name else [])
-        message = f"no {label} is called {name!r}.{did_you_mean(name, known)}"
+        message = f"no {label} is called {shown(name)}.{did_you_mean(name, known)}"
         if plugin_name and all(p.name != plugin_name for p in self.plugins):
-            message += f" The plugin {plugin_name!r} is not installed: pip install the package that brings it."
+            message += f" The plugin {shown(plugin_name)} is not installed: pip install the package that brings it."
         aside = [p for p in self.plugins if p.error and (not plugin_name or p.name == plugin_name)]
         if aside:
             message += " Set aside: " + "; ".join(f"{p.name} ({p.error})" for p in aside) + "."

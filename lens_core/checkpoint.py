@@ -236,7 +236,7 @@ def files(folder: Path, stem: str) -> list[Path]:
     names = sorted(set(table.values()))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
-            raise CheckpointError(f"{index}: names {name!r}, which is not a safetensors file of its own folder")
+            raise CheckpointError(f"{index}: names {shown(name)}, which is not a safetensors file of its own folder")
         if not hub.is_file(folder / name):
             raise CheckpointError(f"{folder / name}: this shard is missing; fetch it again")
     return [folder / name for name in names]
@@ -249,7 +249,7 @@ def read_weights(folder: Path, stem: str = "diffusion_pytorch_model") -> dict[st
         part = read_tensors(path)
         twins = tensors.keys() & part.keys()
         if twins:
-            raise CheckpointError(f"{path}: holds {min(twins)!r}, which another shard holds too")
+            raise CheckpointError(f"{path}: holds {shown(min(twins))}, which another shard holds too")
         tensors |= part
     return tensors
 
@@ -271,16 +271,18 @@ def load_module(
     where = folder / f"{stem}.safetensors"
     for name, tensor in expected.items():
         if name not in tensors:
-            raise CheckpointError(f"{where}: lacks {name!r}.{did_you_mean(name, set(tensors) - set(expected))[:200]}")
+            raise CheckpointError(
+                f"{where}: lacks {shown(name)}.{did_you_mean(name, set(tensors) - set(expected))[:200]}"
+            )
         if tuple(tensors[name].shape) != tuple(tensor.shape):
             got, want = list(tensors[name].shape), list(tensor.shape)
-            raise CheckpointError(f"{where}: {name!r} has the shape {got}; its config asks for {want}")
+            raise CheckpointError(f"{where}: {shown(name)} has the shape {got}; its config asks for {want}")
         if tensor.dtype.is_floating_point != tensors[name].dtype.is_floating_point:
-            raise CheckpointError(f"{where}: {name!r} is {tensors[name].dtype}, which is not a plain weight")
+            raise CheckpointError(f"{where}: {shown(name)} is {tensors[name].dtype}, which is not a plain weight")
     refuse_bare_float8({n: t for n, t in tensors.items() if n in expected and expected[n].dtype != t.dtype}, where)
     extra = sorted(set(tensors) - set(expected))
     if extra:
-        raise CheckpointError(f"{where}: holds {extra[0]!r} ({len(extra)} such), which the model does not have")
+        raise CheckpointError(f"{where}: holds {shown(extra[0])} ({len(extra)} such), which the model does not have")
     for name in expected:
         value = tensors[name]
         value = value if isinstance(value, torch.Tensor) else value.read(dtype)
@@ -440,7 +442,7 @@ def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
             kind in hub.FOLDERS and lends(c["from"]) and re.fullmatch("[0-9a-f]{16}", str(c.get("hash")))
         ):
             raise CheckpointError(
-                f"{path}: its {kind!r} is to come from {shown(c['from'])} at {shown(c.get('hash'))}; a vae, "
+                f"{path}: its {shown(kind)} is to come from {shown(c['from'])} at {shown(c.get('hash'))}; a vae, "
                 "text_encoder or backbone comes from org/name@revision or a plugin's name such as tiny:, at a hash of "
                 "16 digits"
             )

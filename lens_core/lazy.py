@@ -16,6 +16,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from lens_core import checkpoint, reading
+from lens_core.reading import shown
 from lens_core.types import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -72,13 +73,13 @@ def read_lazy(*paths: Path) -> tuple[dict[str, Lazy], dict[str, str]]:
         texts |= header.pop("__metadata__", {})
         for name, entry in header.items():
             if name in found:
-                raise CheckpointError(f"{path}: holds {name!r}, which another shard holds too")
+                raise CheckpointError(f"{path}: holds {shown(name)}, which another shard holds too")
             if entry["dtype"] not in DTYPES:
-                raise CheckpointError(f"{path}: {name!r} is {entry['dtype']}; {', '.join(DTYPES)} are read")
+                raise CheckpointError(f"{path}: {shown(name)} is {entry['dtype']}; {', '.join(DTYPES)} are read")
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             if 0 in shape and math.prod(n for n in shape if n) > LARGEST_EMPTY:
                 raise CheckpointError(
-                    f"{path}: {name!r} has the shape {list(shape)}, which no tensor has; leave it out"
+                    f"{path}: {shown(name)} has the shape {list(shape)}, which no tensor has; leave it out"
                 )
             found[name] = Lazy(shape, dtype, _reader(path, start + entry["data_offsets"][0], shape, dtype))
     return found, texts
@@ -159,7 +160,7 @@ def fit(config: Any, published: Any, seen: Mapping[str, Any], telling: Iterable[
             return evolve(known, **seen)
     name = next(n for n in telling if n in seen and getattr(config, n) != seen[n])
     raise CheckpointError(
-        f"{where}: its {name} is {seen[name]!r}, but that of the model it is for is {getattr(config, name)!r}; "
+        f"{where}: its {name} is {shown(seen[name])}, but that of the model it is for is {getattr(config, name)!r}; "
         "give --model a folder that it fits"
     )
 
@@ -174,10 +175,10 @@ def shape_of(tensors: Mapping[str, Lazy], name: str, ndim: int, where: str) -> t
     """The shape of a tensor that must be there. Raises CheckpointError."""
     if name not in tensors:
         some = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise CheckpointError(f"{where}: lacks {name!r}; it holds {some} …: is it another part, or another model?")
+        raise CheckpointError(f"{where}: lacks {shown(name)}; it holds {some} …: is it another part, or another model?")
     shape = tensors[name].shape
     if len(shape) != ndim or not all(shape):
-        raise CheckpointError(f"{where}: {name!r} has the shape {list(shape)}, which is not that of such a weight")
+        raise CheckpointError(f"{where}: {shown(name)} has the shape {list(shape)}, which is not that of such a weight")
     return shape
 
 

@@ -23,7 +23,7 @@ from attrs import evolve, frozen
 from lens_core import peft_config
 from lens_core.checkpoint import read_header, read_json, read_tensors, save_tensors
 from lens_core.peft_config import Strength
-from lens_core.reading import one_line, parse_json
+from lens_core.reading import one_line, parse_json, shown
 from lens_core.types import CheckpointError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def read(path: Path, layers: Collection[str] = ()) -> dict[str, Pair]:
             continue
         side = str({"A": "down", "B": "up", None: "alpha"}.get(match["side"], match["side"]))
         if side in parts.setdefault(layer, {}):
-            raise CheckpointError(f"{file}: holds {layer!r} twice, in two spellings; fetch the file again")
+            raise CheckpointError(f"{file}: holds {shown(layer)} twice, in two spellings; fetch the file again")
         parts[layer][side] = value
     if strange or not parts:
         listed = ", ".join(repr(key)[1:-1][:120] for key in sorted(strange)[:5]) or "none at all"
@@ -107,7 +107,7 @@ def read(path: Path, layers: Collection[str] = ()) -> dict[str, Pair]:
     ):
         given = header.get("ss_network_alpha", header.get("alpha"))
         raise CheckpointError(
-            f"{file}: its alpha is {given!r:.40}, which is no number, and {bare[0]!r} has none either"
+            f"{file}: its alpha is {given!r:.40}, which is no number, and {shown(bare[0])} has none either"
         )
     return {layer: _pair(file, layer, sides, about) for layer, sides in parts.items()}
 
@@ -179,24 +179,26 @@ def _stored(file: Path, text: str) -> dict[str, object]:
 
 def _pair(file: Path, layer: str, sides: Mapping[str, Tensor], about: Strength) -> Pair:
     if "down" not in sides or "up" not in sides:
-        raise CheckpointError(f"{file}: {layer!r} has only its {', '.join(sorted(sides))}; fetch the file again")
+        raise CheckpointError(f"{file}: {shown(layer)} has only its {', '.join(sorted(sides))}; fetch the file again")
     down, up = sides["down"], sides["up"]
     if down.ndim != 2 or up.ndim != 2 or not len(down) or len(down) != up.shape[1]:
-        raise CheckpointError(f"{file}: {layer!r} is {list(up.shape)} x {list(down.shape)}, which is no product")
+        raise CheckpointError(f"{file}: {shown(layer)} is {list(up.shape)} x {list(down.shape)}, which is no product")
     if about.ranks is not None and about.ranks(layer) != len(down):
         raise CheckpointError(
-            f"{file}: {layer!r} has the rank {len(down)}, and {peft_config.CONFIG} beside it says "
+            f"{file}: {shown(layer)} has the rank {len(down)}, and {peft_config.CONFIG} beside it says "
             f"{about.ranks(layer)}; the two do not belong together"
         )
     alpha = about.of(layer, len(down))
     if "alpha" in sides:
         if sides["alpha"].numel() != 1 or sides["alpha"].is_complex():
-            raise CheckpointError(f"{file}: {layer!r} has an alpha of {list(sides['alpha'].shape)} numbers, not one")
+            raise CheckpointError(
+                f"{file}: {shown(layer)} has an alpha of {list(sides['alpha'].shape)} numbers, not one"
+            )
         alpha = float(sides["alpha"])
     if not (down.is_floating_point() and up.is_floating_point()):
-        raise CheckpointError(f"{file}: {layer!r} is {up.dtype} x {down.dtype}, which are no plain weights")
+        raise CheckpointError(f"{file}: {shown(layer)} is {up.dtype} x {down.dtype}, which are no plain weights")
     if not (abs(alpha) < float("inf") and bool(down.float().isfinite().all() & up.float().isfinite().all())):
-        raise CheckpointError(f"{file}: {layer!r} holds numbers that are not finite; it was broken in training")
+        raise CheckpointError(f"{file}: {shown(layer)} holds numbers that are not finite; it was broken in training")
     return Pair(down, up, alpha)
 
 
@@ -210,7 +212,7 @@ def write(path: Path, pairs: Mapping[str, Pair], spelling: str = "diffusers", pr
     import torch
 
     if spelling not in SPELLINGS:
-        raise ConfigError(f"no spelling is called {spelling!r}.{did_you_mean(spelling, SPELLINGS)}")
+        raise ConfigError(f"no spelling is called {shown(spelling)}.{did_you_mean(spelling, SPELLINGS)}")
     rank = Counter(pair.rank for pair in pairs.values()).most_common(1)[0][0]
     alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0]
     about = {

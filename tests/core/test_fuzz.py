@@ -1,13 +1,18 @@
 """Whatever bytes a file holds: it is read, or refused in one line. Never another exception, never more memory than it.
 
-A few hundred cases, always the same. `LENS_FUZZ=10000 make test` tries that many other ones, in each test.
+A few hundred cases, always the same. `LENS_FUZZ=10000 make test` tries that many other ones, in each test;
+`LENS_FUZZ=10000 .venv/bin/python -m pytest tests/core/test_fuzz.py -k mutated -s` as many mutated files and arguments.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ import pytest
 import torch
 import toy
 from attrs import evolve
-from fuzzing import JSON, NUMBERS, TEXTS, changed, fuzz, little_memory, read
+from fuzzing import CASES, JSON, NUMBERS, TEXTS, changed, fuzz, little_memory, read
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -258,3 +263,43 @@ def test_any_lora_is_folded_in_or_refused(
         for name in spelling.SPELLINGS if pairs else ():
             other = Path(folder) / "b.safetensors"
             read(lambda name=name, other=other: spelling.write(other, pairs, name))
+
+
+# ---- every reader, in processes of its own ------------------------------------------------------------------------
+
+WORKER = Path(__file__).resolve().parents[1] / "fuzz_worker.py"
+
+
+def work(first: int, count: int, folder: Path) -> tuple[list[str], list[str]]:
+    """The cases of `count` seeds from `first` on: (the lines that ended, what failed). A worker that a case has killed
+    is followed by another, which goes on behind it."""
+    ended: list[str] = []
+    failed: list[str] = []
+    seed = first
+    while seed < first + count:
+        told, wrong = folder / f"{seed}.out", folder / f"{seed}.err"
+        with told.open("w") as out, wrong.open("w") as err:
+            command = [sys.executable, str(WORKER), str(seed), str(first + count - seed)]
+            code = subprocess.run(command, stdout=out, stderr=err, check=False).returncode
+        lines = [line for line in told.read_text().split("\n") if line[:1].isdigit() and " cases, " not in line]
+        done = [line for line in lines if line.endswith((" ok", " failed"))]
+        ended += done
+        failed += [wrong.read_text()] if any(line.endswith(" failed") for line in done) else []
+        if not lines or lines[-1] != (done or [""])[-1]:  # one had begun
+            failed.append(f"the worker ended with {code} in {lines[-1:]}: {wrong.read_text()[-3000:]}")
+        seed = int(lines[-1].split()[0]) + 1 if lines else first + count
+    return ended, failed
+
+
+def test_mutated_files_and_arguments_are_read_or_refused_in_time_and_in_little_memory(tmp_path: Path) -> None:
+    count = CASES or 300
+    begun = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        halves = list(pool.map(lambda first: work(first, count // 2, tmp_path), (0, count // 2)))
+    ended = [line for done, _ in halves for line in done]
+    failed = [words for _, wrong in halves for words in wrong]
+    slowest = max(([*line.split()[-2:], line] for line in ended), key=lambda words: float(words[0]))
+    print(f"{len(ended)} cases in {time.monotonic() - begun:.0f} s, {len(failed)} failed, the slowest: {slowest[-1]}")
+    assert failed == []
+    assert len(ended) == count // 2 * 2
+    assert len({line.split(maxsplit=1)[1].rsplit(maxsplit=2)[0] for line in ended}) >= 20, "each target has its turn"
