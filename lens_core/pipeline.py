@@ -885,10 +885,13 @@ def _divided(net: Any) -> bool:
 
 
 def _state(module: Any) -> Any:
-    """What changes when a weight is changed in place or replaced, and does not where weights only move."""
+    """What changes when a weight is changed in place or replaced, or a config that says which layers are read and how
+    they attend, and does not where weights only move."""
     if not isinstance(module, nn.Module):
         return None
-    return [(id(p), str(p.dtype), 0 if p.is_inference() else p._version) for p in module.parameters()]
+    configs = {id(c): repr(c) for m in module.modules() if (c := getattr(m, "config", None)) is not None}
+    weights = [(id(p), str(p.dtype), 0 if p.is_inference() else p._version) for p in module.parameters()]
+    return weights, list(configs.values())
 
 
 def _refuse(component: Any, dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,26 @@ def test_rounded_weights_are_not_written_as_the_files_own(checkpoint: Path, cata
     assert not torch.equal(pipeline.text_encoder.table.weight, first)
     pipeline("a", **SIZE)
     assert not list((tmp_path / "texts").glob("*"))
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_another_config_of_the_same_weights_counts(inner: bool, pipeline: LensPipeline) -> None:
+    """Which layers are read, and by what pattern they attend, stands in configs, of the encoder or of a part of it."""
+
+    class Layers(toy.Letters):
+        def encode(self, prompts: Sequence[str]) -> Text:
+            text = super().encode(prompts)
+            return Text(text.features * (self.table if inner else self).config["layer"], text.mask)
+
+    torch.manual_seed(0)
+    pipeline.text_encoder = Layers(None)
+    owner = pipeline.text_encoder.table if inner else pipeline.text_encoder
+    owner.config = {"layer": 1}
+    first = pipeline.encode_once(["a"])[0].features
+    for config in ({"layer": 2}, owner.config):
+        owner.config = config
+        owner.config["layer"] = 2  # in place, the second time
+        assert torch.equal(pipeline.encode_once(["a"])[0].features, 2 * first)
 
 
 def test_an_encoder_put_in_its_place_is_asked(pipeline: LensPipeline) -> None:
