@@ -3,6 +3,7 @@
 store      the training store: a LanceDB database with every picture, its size and its captions
 imports    fills the store
 sources    reads folders, WebDataset tars and Hugging Face datasets, within bounds
+digests    sets of digests in little memory
 pictures   image files as upright RGB, resized and cropped to a size
 buckets    which training size a picture is for: a table of areas and aspect ratios
 dataset    dataset `store`: seeded, shuffled, resumable batches of one size

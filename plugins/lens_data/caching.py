@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from attrs import has
+from attrs import frozen, has
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -23,12 +24,14 @@ from lens_core.pipeline import to_pixels
 from lens_core.types import LensError
 from lens_data import pictures
 from lens_data.buckets import Size
+from lens_data.digests import Ids, batched, of_keys, position
 from lens_data.store import Store
 
 if TYPE_CHECKING:
     from lens_core.pipeline import LensPipeline
 
 FLUSH = 64 * 1024**2  # bytes of tensors held back before they are written
+ROWS = 4096  # entries held back at most
 _CHUNK = 64  # pictures read at once
 
 
@@ -105,8 +108,15 @@ class Cache:
         self._made_by = _makers(metadata.get(b"lens.made_by", b""))
         if made_by:
             self.check(made_by)
-        table = self._table.search().select(["key"]).with_row_id(True).to_arrow()
-        self._rows: dict[str, int] = dict(zip(table["key"].to_pylist(), table["_rowid"].to_pylist(), strict=True))
+        count = int(self._table.count_rows())
+        self._keys, self._rows = np.empty(count, "S16"), np.empty(count, np.int64)  # 24 bytes an entry
+        at = 0
+        for batch in self._table.search().select(["key"]).with_row_id(True).to_batches(batch_size=4096):
+            part = slice(at, at + batch.num_rows)
+            self._keys[part], self._rows[part] = of_keys(batch["key"].to_pylist()), batch["_rowid"].to_numpy()
+            at += batch.num_rows
+        order = np.argsort(self._keys)
+        self._keys, self._rows = self._keys[order], self._rows[order]
 
     def check(self, encoders: Mapping[str, Mapping[str, str]]) -> None:
         """Raise LensError, which names both, unless these encoders, those that there are, made what the cache holds."""
@@ -122,14 +132,22 @@ class Cache:
             )
 
     def __contains__(self, key: str) -> bool:
-        return key in self._rows
+        return position(self._keys, of_keys([key]).tobytes()) is not None
+
+    def lacking(self, keys: Iterable[str]) -> tuple[int, int]:
+        """How many of these keys are not there, of how many different ones."""
+        wanted = np.unique(np.concatenate([np.empty(0, "S16"), *map(of_keys, batched(keys, 4096))]))
+        places = np.searchsorted(self._keys, wanted)
+        inside = places < len(self._keys)
+        return len(wanted) - int((self._keys[places[inside]] == wanted[inside]).sum()), len(wanted)
 
     def get(self, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """The tensors of these keys, which must be there; none for a picture that could not be decoded."""
-        keys = set(keys)
-        if missing := keys - self._rows.keys():
-            raise LensError(f"the cache {self.name!r} lacks {len(missing)} entries; run `lens data cache` again")
-        wanted = sorted(self._rows[key] for key in keys)
+        keys = sorted(set(keys))
+        places = [position(self._keys, of_keys([key]).tobytes()) for key in keys]
+        if missing := places.count(None):
+            raise LensError(f"the cache {self.name!r} lacks {missing} entries; run `lens data cache` again")
+        wanted = sorted(int(self._rows[place]) for place in places if place is not None)
         found = self._table.take_row_ids(wanted).select(["key", "data"]).to_arrow().to_pylist()
         return {row["key"]: from_bytes(row["data"]) if row["data"] else {} for row in found}
 
@@ -138,23 +156,31 @@ class Cache:
         self._table.add([{"key": key, "data": data} for key, data in rows.items()])
 
 
+@frozen
+class Latent:
+    """A picture to encode: its row in the store, at a size."""
+
+    row: int
+    size: Size
+
+
 def fill(
     store: Store,
     cache: Cache,
     pipeline: LensPipeline,
-    latents: Mapping[str, tuple[int, Size]],
-    texts: Mapping[str, str],
+    wanted: Iterable[tuple[str, str | Latent]],
     *,
     rank: int = 0,
     world: int = 1,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Encode this rank's share of what `cache` lacks: pictures (row id, size) and captions, by key.
+    """Encode this rank's share of what `cache` lacks of `wanted`: captions and pictures, by key, some more than once.
 
     Killed and run again, it goes on. A corrupt picture is told, and noted in the cache, so that training replaces it.
     """
     held: dict[str, bytes] = {}
     size = done = corrupt = 0
+    seen = Ids()
 
     def flush() -> None:
         nonlocal size
@@ -164,22 +190,26 @@ def fill(
             held.clear()
             size = 0
 
-    lacking = sorted(k for k in (*latents, *texts) if k not in cache and int(k.split(":")[1][:15], 16) % world == rank)
-    for start in range(0, len(lacking), _CHUNK):
-        keys = lacking[start : start + _CHUNK]
-        numbers = [latents[key][0] for key in keys if key in latents]
+    def lacking() -> Iterator[tuple[str, str | Latent]]:
+        for key, what in wanted:
+            digest = hashlib.sha256(key.encode()).digest()
+            if int(key.split(":")[1][:15], 16) % world == rank and key not in cache and digest not in seen:
+                seen.add(digest)
+                yield key, what
+
+    for some in batched(lacking(), _CHUNK):
+        numbers = [what.row for _, what in some if isinstance(what, Latent)]
         rows = store.rows(numbers, "image") if numbers else {}
-        for key in keys:
-            if key in texts:
-                tensors = _text(pipeline, texts[key])
+        for key, what in some:
+            if isinstance(what, str):
+                tensors = _text(pipeline, what)
             else:
-                number, shape = latents[key]
-                tensors = _latent(pipeline, rows[number]["image"], shape)
+                tensors = _latent(pipeline, rows[what.row]["image"], what.size)
                 corrupt += not tensors
             held[key] = to_bytes(tensors) if tensors else b""
             size += len(held[key])
             done += 1
-            if size >= FLUSH:
+            if size >= FLUSH or len(held) >= ROWS:
                 flush()
     flush()
     say(f"cache {cache.name}: rank {rank} of {world} is done; {done} encoded, {corrupt} corrupt pictures")

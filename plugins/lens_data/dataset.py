@@ -25,13 +25,15 @@ from lens_core.types import Batch, ConfigError, LensError, Text
 from lens_core.validators import PIXELS, SEED, each, integer, matching, real, text, within
 from lens_data import pictures
 from lens_data.buckets import LENS, Size, Table, assign
-from lens_data.caching import Cache, encoders, fill, latent_key, text_key
+from lens_data.caching import Cache, Latent, encoders, fill, latent_key, text_key
+from lens_data.digests import of_ids
 from lens_data.store import Store
 
 if TYPE_CHECKING:
     from lens_core.pipeline import LensPipeline
 
 _ORDER, _SLOTS, _CAPTION, _SUBSTITUTE = range(4)  # separate streams of randomness
+_ROWS = 4096  # rows of a store that are looked through at once
 _TRIES = 9  # pictures tried for one place of a batch before the store is given up
 
 
@@ -94,25 +96,32 @@ class StoreDataset:
 
     def _read(self) -> None:
         """Sizes of all pictures and who is in which bucket. Sorted by id, so that the order of imports is no matter."""
-        table = self.store.columns("id", "height", "width").sort_by("id")
-        self._rows = table["_rowid"].to_numpy()
-        heights, widths = table["height"].to_numpy(), table["width"].to_numpy()
+        count, at = len(self.store), 0
+        ids, self._rows = np.empty(count, "S32"), np.empty(count, np.int64)
+        heights, widths = np.empty(count, np.int32), np.empty(count, np.int32)
+        for batch in self.store.batches("id", "height", "width"):
+            part = slice(at, at + batch.num_rows)
+            ids[part], self._rows[part] = of_ids(batch["id"].to_pylist()), batch["_rowid"].to_numpy()
+            heights[part], widths[part] = batch["height"].to_numpy(), batch["width"].to_numpy()
+            at += batch.num_rows
+        order = np.argsort(ids)
+        ids, self._rows, heights, widths = ids[order], self._rows[order], heights[order], widths[order]
         config = self.config
         self._buckets = assign(
             heights, widths, config.table, enlarge=config.enlarge, cut=config.cut, every_area=config.every_area
         )
         self._counts = np.array([len(m) for m in self._buckets.members], np.int64)
         digest = hashlib.sha256()
-        for key in table["id"].to_pylist():
-            digest.update(key.encode())
+        for start in range(0, count, _ROWS):
+            digest.update(ids[start : start + _ROWS].tobytes().hex().encode())
         self._fingerprint = digest.hexdigest()[:16]
         self._order = lru_cache(2 * len(self._counts) + 2)(self._shuffled)
         self._slots = lru_cache(2)(self._shuffled_slots)
         if self._cache is not None:
-            wanted = [key for keys in self.encodings() for key in keys]
-            if lacking := sum(key not in self._cache for key in wanted):
+            lacking, wanted = self._cache.lacking(key for key, _ in self.encodings())
+            if lacking:
                 raise LensError(
-                    f"{config.store}: the cache {config.cache!r} lacks {lacking} of {len(wanted)} latents and texts; "
+                    f"{config.store}: the cache {config.cache!r} lacks {lacking} of {wanted} latents and texts; "
                     "run `lens data cache` on this recipe"
                 )
 
@@ -231,17 +240,27 @@ class StoreDataset:
     def _shuffled(self, bucket: int, turn: int) -> NDArray[np.int64]:
         return self._rng(_ORDER, bucket, turn).permutation(self._buckets.members[bucket])
 
-    def encodings(self) -> tuple[dict[str, tuple[int, Size]], dict[str, str]]:
-        """What this dataset can show and tell, by cache key: pictures (row id, size), and captions."""
-        table = self.store.columns("id", "brief", "dense").sort_by("id").to_pylist()
-        latents, texts = dict[str, tuple[int, Size]](), dict[str, str]()
-        for size, members in zip(self._buckets.sizes, self._buckets.members, strict=True):
-            for row in (table[m] for m in members):
-                latents[latent_key(row["id"], size)] = row["_rowid"], size
-                for dense, share in ((True, self.config.dense), (False, 1 - self.config.dense)):
-                    if share:
-                        texts[text_key(_caption(row, dense))] = _caption(row, dense)
-        return latents, texts
+    def encodings(self) -> Iterator[tuple[str, str | Latent]]:
+        """What this dataset can tell and show, by cache key: captions, some more than once, then pictures."""
+        for row, _ in self._described():
+            for dense, share in ((True, self.config.dense), (False, 1 - self.config.dense)):
+                if share:
+                    yield text_key(_caption(row, dense)), _caption(row, dense)
+        for row, sizes in self._described():
+            for size in sizes:
+                yield latent_key(row["id"], size), Latent(row["_rowid"], size)
+
+    def _described(self) -> Iterator[tuple[dict[str, Any], list[Size]]]:
+        """Each picture that is in a bucket, in order: its id and captions, and its sizes. So many are held at once."""
+        for start in range(0, len(self._rows), _ROWS):
+            sizes: dict[int, list[Size]] = {}
+            for size, members in zip(self._buckets.sizes, self._buckets.members, strict=True):
+                first, last = np.searchsorted(members, [start, start + _ROWS])
+                for member in members[first:last].tolist():
+                    sizes.setdefault(member, []).append(size)
+            rows = self.store.rows(self._rows[sorted(sizes)].tolist(), "id", "brief", "dense") if sizes else {}
+            for member in sorted(sizes):
+                yield rows[int(self._rows[member])], sizes[member]
 
     # ---- the pictures themselves: in threads ----------------------------------------------------------------------
 
@@ -338,7 +357,7 @@ def fill_cache(
             part.eval()  # as the training loop has it
     dataset = kind(evolve(config, cache=""))
     cache = Cache(dataset.store, config.cache, encoders(pipeline, precision))
-    fill(dataset.store, cache, pipeline, *dataset.encodings(), rank=rank, world=world, say=say)
+    fill(dataset.store, cache, pipeline, dataset.encodings(), rank=rank, world=world, say=say)
 
 
 def _caption(row: Mapping[str, Any], dense: bool) -> str:

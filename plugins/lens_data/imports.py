@@ -21,7 +21,8 @@ from lens_core.checkpoint import WriteError
 from lens_core.locks import locked
 from lens_core.types import ConfigError
 from lens_data import pictures, sources
-from lens_data.sources import Found, Ids, position
+from lens_data.digests import Ids, of_ids, position
+from lens_data.sources import Found
 from lens_data.store import Store
 
 FLUSH = 64 * 1024**2  # bytes of pictures held back before they are written
@@ -199,7 +200,7 @@ class _Known:
         at = 0
         for batch in store.batches("id", "brief", "dense"):
             part = slice(at, at + batch.num_rows)
-            self.ids[part] = _digests(batch["id"].to_pylist())
+            self.ids[part] = of_ids(batch["id"].to_pylist())
             self.rows[part] = batch["_rowid"].to_numpy()
             for column, name in enumerate(("brief", "dense")):
                 self.words[part, column] = [hash(text) for text in batch[name].to_pylist()]
@@ -218,19 +219,6 @@ class _Known:
             not row[name] or hash(row[name]) == old
             for name, old in zip(("brief", "dense"), self.words[place].tolist(), strict=True)
         )
-
-
-def _digests(ids: list[str]) -> list[bytes]:
-    """The digests that ids are the hexadecimal digits of; of others, digests of their own."""
-
-    def one(text: str) -> bytes:
-        try:
-            made = bytes.fromhex(text)
-        except ValueError:
-            made = b""
-        return made if len(made) == 32 else hashlib.sha256(text.encode()).digest()
-
-    return [one(text) for text in ids]
 
 
 def _row(item: Found, caption: str, source: str) -> tuple[Row | None, str]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lens_core.types import ConfigError
 from lens_core.validators import PIXELS, integer, real
-from lens_data.dataset import _CAPTION, _ORDER, Plan, Settings, StoreDataset
+from lens_data.dataset import _CAPTION, _ORDER, _ROWS, Plan, Settings, StoreDataset
 from lens_data.packing import fill, flops, share, text_tokens
 
 
@@ -57,8 +57,12 @@ class PackedDataset(StoreDataset):
         self._owner = np.repeat(np.arange(len(found.sizes)), self._counts)
         self._all = np.concatenate(found.members)
         self._cells = np.array([h * w / config.cell**2 for h, w in found.sizes])
-        table = self.store.columns("id", "brief", "dense").sort_by("id")
-        brief, dense = (np.array([len(t.split()) for t in table[n].to_pylist()], float) for n in ("brief", "dense"))
+        brief, dense = np.zeros(len(self._rows)), np.zeros(len(self._rows))
+        for start in range(0, len(self._rows), _ROWS):
+            part = self._rows[start : start + _ROWS].tolist()
+            rows = self.store.rows(part, "brief", "dense")
+            for words, name in ((brief, "brief"), (dense, "dense")):
+                words[start : start + len(part)] = [len(rows[number][name].split()) for number in part]
         # as the captions themselves: the other one, where a picture has none of the kind
         self._words = np.where(brief > 0, brief, dense), np.where(dense > 0, dense, brief)
         self._pass = lru_cache(2)(self._one_pass)

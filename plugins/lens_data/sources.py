@@ -20,13 +20,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import numpy as np
 from attrs import field, frozen, mutable
-from numpy.typing import NDArray
 
 from lens_core.files import is_system_file
 from lens_core.types import ConfigError
 from lens_data import pictures
+from lens_data.digests import Ids
 
 LARGEST_PICTURE = 128 * 1024**2  # bytes of one image file
 LARGEST_TEXT = 1024**2  # bytes of one .txt or .json, and of one line of a list
@@ -54,31 +53,6 @@ class Found:
     image: bytes | None = None
     captions: tuple[Mapping[str, Any], ...] = ()
     fault: str = ""
-
-
-class Ids:
-    """A set of digests of 32 bytes, in about 40 bytes each: a sorted array, and a set of those that came last."""
-
-    def __init__(self) -> None:
-        self._sorted: NDArray[np.bytes_] = np.empty(0, "S32")
-        self._last: set[bytes] = set()
-
-    def __contains__(self, digest: bytes) -> bool:
-        return digest in self._last or position(self._sorted, digest) is not None
-
-    def add(self, digest: bytes) -> None:
-        self._last.add(digest)
-        if len(self._last) > max(4096, len(self._sorted) // 8):
-            self._sorted = np.concatenate([self._sorted, np.array(list(self._last), "S32")])
-            self._sorted.sort()
-            self._last.clear()
-
-
-def position(ids: NDArray[np.bytes_], digest: bytes) -> int | None:
-    """Where a digest stands in a sorted array (dtype S32); None if it does not."""
-    wanted = np.array([digest], "S32")  # as an array: a scalar loses the NULs at its end
-    place = int(np.searchsorted(ids, wanted)[0])
-    return place if (ids[place : place + 1] == wanted).any() else None
 
 
 # ---- folders ------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 from lens_data import imports, sources
 from lens_data.commands import import_
+from lens_data.digests import Ids
 from lens_data.imports import Report, import_folder, import_parquet, import_tars
-from lens_data.sources import Ids
 from lens_data.store import Store
 from PIL import Image
 from test_data_imports import folder, png, rows, tar
