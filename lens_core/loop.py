@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import repeat
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from attrs import frozen
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lens_core import adapters, checkpoint, optimizers
 from lens_core.attribution import batches_of, building, calling, checked_loss, checked_step, items, roles_of, turns_of
@@ -169,6 +170,8 @@ class Run:
         self.changed: list[str] = []  # where this recipe differs from the one that the run was begun with
         self.step = 0
         self.saved = 0  # the step of the newest checkpoint
+        self.rotated = 0  # the newest checkpoint that others have made room for
+        self.proven = -1  # the newest step whose weights have given finite losses; checkpoints up to it are good
         self.spikes = Spikes(recipe.train.spike, tuple(self.nets))
         self.feed = Feed()
         self._stop = False
@@ -181,9 +184,9 @@ class Run:
     # ---- the loop ---------------------------------------------------------------------------------------------
 
     def train(self) -> Report:
-        """Run to the end. Ctrl-C and SIGTERM save first, then stop. Raises NumericalError after too many bad steps,
-        CheckpointError where something cannot be written; the checkpoints before it are whole. LockedError where
-        another process trains in the same folder."""
+        """Run to the end. Ctrl-C and SIGTERM save first, then stop. Raises NumericalError after too many bad steps and
+        where weights are not finite, CheckpointError where something cannot be written; the checkpoints before it are
+        whole. LockedError where another process trains in the same folder."""
         with locked(self.out, "run") if self.ranks.rank == 0 else contextlib.nullcontext():
             return self._locked()
 
@@ -220,6 +223,9 @@ class Run:
                     tally.add({f"{role}/{name}": value for name, value in self._turn(role, turn, micro).items()})
                 with calling(self.method, "after_step"):
                     self.method.after_step(self.step, self.nets)
+                if not any(self.spikes.row.values()):
+                    self.proven = self.step
+                    self._rotate()
                 self.step += 1
                 self._stop = self.ranks.any(self._stop)
                 if self._logs(self.step):
@@ -232,8 +238,11 @@ class Run:
         if not finished:
             self.say(f"stopped at step {self.step} of {config.steps}; the same command goes on from here")
             return Report(self.step, time.monotonic() - start, {}, None)
+        self._refuse_unproven()
         self._gather()
         model = self.export() if self.ranks.rank == 0 else self.out / "model"
+        self.proven = self.step
+        self._rotate()
         self.ranks.wait()
         return Report(self.step, time.monotonic() - start, last, model)
 
@@ -241,6 +250,8 @@ class Run:
         """Take a look, if it is time to. Whether the run is finished: all steps made and looked at, or no patience."""
         over, last = self.step >= self.train_config.steps, self.train_config.steps
         if self.watcher is not None:
+            if over or self.step % self.watcher.config.every == 0:
+                self._refuse_non_finite()
             pending, together = False, self.ranks.divided  # one process alone cannot draw with divided weights
             if self.ranks.rank == 0 or together:
                 if self.watcher.due(self.step, last):
@@ -349,6 +360,8 @@ class Run:
         # The one time in this step at which the host waits for the device: whether to take it is decided there.
         value, norm = torch.stack([loss / weight, length]).tolist()
         fault = self.spikes.fault(role, value, norm)
+        if not self.spikes.finite[role]:
+            self._refuse_non_finite()
         if fault is None:
             optimizers.optimizer_step(optimizer)
             self._average(role)
@@ -356,7 +369,9 @@ class Run:
             row = self.spikes.row[role]
             self.say(f"step {self.step}: {role} has {fault}; skipped ({row} in a row)")
             if row >= config.bad_steps:
-                raise NumericalError(f"{row} bad steps in a row of {role} at step {self.step}: {fault}; lower train.lr")
+                raise NumericalError(
+                    f"{row} bad steps in a row of {role} at step {self.step}: {fault}; {self._advice()}"
+                )
             told = {}
         net.requires_grad_(False).eval()
         return {**told, "grad_norm": (length, 1.0)} if told else {}
@@ -402,6 +417,48 @@ class Run:
         last = self.train_config.steps
         self.say("  ".join([f"step {self.step}/{last}", *told, self.pace.left(self.step, last)]))
 
+    # ---- numbers that are not finite ---------------------------------------------------------------------------
+
+    def _refuse_non_finite(self) -> None:
+        """Raise NumericalError where weights, averages or moments are not finite. All processes call it.
+
+        It reads all of them once and waits for the device, so it comes before a checkpoint, an evaluation and an
+        export, and where a loss says that something is wrong, and not after each step.
+        """
+        for role in self.nets:
+            slots = [v for slots in self.optimizers[role].state.values() for v in slots.values()]
+            kinds = {"weights": self.learning[role], "averages": self.ema.get(role, {}).values(), "moments": slots}
+            for kind, tensors in kinds.items():
+                if self.ranks.any(not _finite(tensors)):
+                    raise NumericalError(
+                        f"the {kind} of {role} are not finite after step {self.step}; they are not saved; "
+                        f"{self._advice()}"
+                    )
+
+    def _refuse_unproven(self) -> None:
+        """Raise NumericalError where a role that is exported as it is has had no finite loss since its last step."""
+        chosen = self.watcher is not None and self.watcher.best(self.step) is not None  # then others are exported
+        for role in () if chosen else self.exported:
+            if not self.spikes.finite[role]:
+                raise NumericalError(
+                    f"the last {self.spikes.row[role]} steps of {role} had no finite loss, so it is not exported; "
+                    f"{self._advice()}"
+                )
+
+    def _advice(self) -> str:
+        half = self.train_config.precision == "bf16"
+        folders = self._folders()
+        good = [folder.name for folder in folders if _step_of(folder) <= self.proven]
+        if good and good[-1] != folders[-1].name:
+            last = (
+                f"{good[-1]} is the last checkpoint that gave finite losses: move the newer ones away to go on from it"
+            )
+        elif folders:
+            last = f"{folders[-1].name} is the last finite checkpoint, and the same command goes on from it"
+        else:
+            last = "nothing was saved yet"
+        return f"lower train.lr{', or use precision: fp32' if half else ''}; {last}"
+
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
     def _folders(self) -> list[Path]:
@@ -410,6 +467,7 @@ class Run:
     def _save(self) -> None:
         """A checkpoint of this step, once."""
         if self.saved != self.step:
+            self._refuse_non_finite()
             if self.ranks.rank == 0 or self.ranks.divided:
                 self.save()
             self.ranks.wait()
@@ -445,9 +503,16 @@ class Run:
                 checkpoint.write_json(partial / "state.json", state)
                 sums["state.json"] = checkpoint.hash_of(partial / "state.json")
                 checkpoint.write_json(partial / "sums.json", sums)
-        for old in self._folders()[: -self.train_config.keep] if self.ranks.rank == 0 else ():
-            shutil.rmtree(old)
         return final
+
+    def _rotate(self) -> None:
+        """Remove all but the newest `keep` of the checkpoints that are known to be good. The newest of all is known to
+        be once a step from it has been: until then it does not count, and nothing makes room for it."""
+        if self.ranks.rank == 0 and self.rotated != self.saved and self.saved <= self.proven:
+            good = [folder for folder in self._folders() if _step_of(folder) <= self.proven]
+            for old in good[: -self.train_config.keep]:
+                shutil.rmtree(old)
+            self.rotated = self.saved
 
     def _newest(self) -> Path | None:
         """The newest checkpoint that is what was written; None where there is none at all."""
@@ -528,6 +593,7 @@ class Run:
         torch.set_rng_state(tensors["torch_rng"])
         self.spikes.load_state_dict(state["spikes"])
         self.step = self.saved = int(state["step"])
+        self.proven = self.step - 1 - max(self.spikes.row.values())
 
     def _load(self, role: str, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `_own` gave."""
@@ -569,6 +635,9 @@ class Run:
                 adapters.merge(self.nets[role])
         if self.train_config.weights == "bf16":
             self.pipeline.to(dtype=torch.bfloat16)
+        for role in self.exported:
+            if not _finite(self.nets[role].parameters()):
+                raise NumericalError(f"the weights of {role} are not finite; they are not exported; {self._advice()}")
         recipe = json.dumps(unstructure(self.recipe)).encode()
         made = {"method": self.recipe.method.use, "steps": self.train_config.steps, "seed": self.recipe.seed}
         self.pipeline.provenance |= {"recipe": made | {"sha256": hashlib.sha256(recipe).hexdigest()[:16]}}
@@ -635,6 +704,16 @@ def _partial(final: Path) -> Path:
 def _files(folder: Path) -> list[Path]:
     """The files of a checkpoint whose sums are kept: all of them, but the sums."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "sums.json")
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every number is finite. Of divided tensors, those that this process holds."""
+    held = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if t.is_floating_point()]
+    return bool(torch.nn.utils.get_total_norm([t.detach() for t in held if t.numel()], math.inf).isfinite())
 
 
 def _blank(net: nn.Module) -> nn.Module:

@@ -138,10 +138,12 @@ class Spikes:
         self.factor = factor
         self.row = dict.fromkeys(roles, 0)  # bad steps in a row
         self.skipped = dict.fromkeys(roles, 0)  # in all
+        self.finite = dict.fromkeys(roles, True)  # whether the last step's loss and gradient were
         self.usual: dict[str, dict[str, list[float]]] = {role: {"loss": [], "gradient": []} for role in roles}
 
     def fault(self, role: str, loss: float, norm: float) -> str | None:
         """Why the step is not to be taken, or None. Counts it either way."""
+        self.finite[role] = math.isfinite(loss) and math.isfinite(norm)
         found = self._fault(role, loss, norm)
         self.row[role] = self.row[role] + 1 if found else 0
         self.skipped[role] += bool(found)
@@ -151,7 +153,7 @@ class Spikes:
         return found
 
     def _fault(self, role: str, loss: float, norm: float) -> str | None:
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not self.finite[role]:
             return "a non-finite loss or gradient"
         for name, value in (("loss", loss), ("gradient", norm)):
             before = self.usual[role][name]
@@ -162,10 +164,11 @@ class Spikes:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"row": self.row, "skipped": self.skipped, "usual": self.usual}
+        return {"row": self.row, "skipped": self.skipped, "finite": self.finite, "usual": self.usual}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.row, self.skipped = dict(state["row"]), dict(state["skipped"])
+        self.finite = {**self.finite, **state.get("finite", {})}  # not in a checkpoint of before it was kept
         self.usual = {role: {k: list(v) for k, v in kinds.items()} for role, kinds in state["usual"].items()}
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -15,7 +17,7 @@ import toy
 from attrs import evolve
 from torch import Tensor
 
-from lens_core import checkpoint
+from lens_core import checkpoint, optimizers
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Training, Use
 from lens_core.loop import Run, rate
@@ -320,3 +322,94 @@ def test_a_role_can_have_a_rate_of_its_own(runner: Runner) -> None:
 def test_a_recipe_without_a_dataset_is_for_methods_that_read_none(runner: Runner) -> None:
     with pytest.raises(LensError, match=r"nothing to learn from at step 0; check \$\.dataset"):
         runner.run(evolve(RECIPE, dataset=None), "a").train()
+
+
+# ---- numbers that are not finite ------------------------------------------------------------------------------------
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(p.name for p in (folder / "checkpoints").glob("*"))
+
+
+def endless(**train: Any) -> Recipe:
+    """A recipe with numbers that its ranges would refuse: the loop must be safe by itself."""
+    plan = recipe(ema=0.0, warmup=0, decay=0.0)
+    for name, value in train.items():
+        object.__setattr__(plan.train, name, value)
+    return plan
+
+
+@pytest.mark.parametrize("save_every", [1, 2, 4, 500])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("fault", [{"lr": 1e38}, {"lr": float("inf")}, {"clip": float("nan")}])
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(
+    fault: dict[str, float], ema: float, save_every: int, runner: Runner, tmp_path: Path
+) -> None:
+    plan = endless(**fault, steps=4, save_every=save_every, ema=ema)
+    told = (
+        r"of (backbone|critic) are not finite after step \d; they are not saved; lower train.lr; nothing was saved yet"
+    )
+    with pytest.raises(NumericalError, match=told):
+        runner.run(plan, "a").train()
+    assert not (tmp_path / "a" / "model").exists() and left(tmp_path / "a") == []
+
+
+def poisoned(runner: Runner, monkeypatch: pytest.MonkeyPatch, after: int, value: float, **train: Any) -> Run:
+    """A run whose weights become `value` in the step after `after` good ones."""
+    run = runner.run(endless(**{"steps": 20, "save_every": 1, "keep": 1, **train}), "a")
+    step = optimizers.optimizer_step
+
+    def spoil(optimizer: torch.optim.Optimizer) -> None:
+        step(optimizer)
+        if run.step == after:
+            with torch.no_grad():
+                run.nets["backbone"].inner.weight.fill_(value)
+
+    monkeypatch.setattr(optimizers, "optimizer_step", spoil)
+    return run
+
+
+def test_good_checkpoints_do_not_rotate_away_for_weights_that_are_not_finite(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(NumericalError, match=r"not finite after step 4; .*step-0000003 is the last finite checkpoint"):
+        poisoned(runner, monkeypatch, 3, math.nan, keep=2).train()
+    assert left(tmp_path / "a") == ["step-0000002", "step-0000003"]
+
+
+def test_good_checkpoints_do_not_rotate_away_for_finite_weights_without_a_finite_loss(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Weights of 1e38 are finite; what comes of them is not, which the next step shows, after they were saved."""
+    monkeypatch.setattr(torch, "tanh", lambda x: x)
+    told = "3 bad steps in a row of backbone .* step-0000003 is the last checkpoint that gave finite losses: move the"
+    with pytest.raises(NumericalError, match=told):
+        poisoned(runner, monkeypatch, 3, 1e38, bad_steps=3).train()
+    assert "step-0000003" in left(tmp_path / "a")
+    for newer in left(tmp_path / "a"):
+        if newer > "step-0000003":
+            shutil.rmtree(tmp_path / "a" / "checkpoints" / newer)
+    monkeypatch.undo()
+    assert runner.run(endless(steps=20, save_every=1, keep=1, bad_steps=3), "a").train().steps == 20
+    assert left(tmp_path / "a") == ["step-0000020"]
+
+
+def test_a_run_that_ends_without_a_finite_loss_exports_nothing(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch, "tanh", lambda x: x)
+    for _ in range(2):  # the same command again finds no more to export
+        with pytest.raises(
+            NumericalError, match="the last 2 steps of backbone had no finite loss, so it is not exported"
+        ):
+            poisoned(runner, monkeypatch, 3, 1e38, steps=6).train()
+    assert not (tmp_path / "a" / "model").exists() and "step-0000003" in left(tmp_path / "a")
+
+
+def test_the_advice_fits_the_precision(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    for precision, words in (("fp32", "lower train.lr; "), ("bf16", "lower train.lr, or use precision: fp32; ")):
+        run = runner.run(endless(lr=math.inf, precision=precision), precision)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about autocast on some CPUs
+            with pytest.raises(NumericalError, match=words):
+                run.train()
