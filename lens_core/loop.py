@@ -340,6 +340,8 @@ class Run:
         net.train()
         optimizer.zero_grad(set_to_none=True)
         told: dict[str, tuple[Tensor, float]] = {}  # and the weight of those that told it: not every part tells all
+        weighed: set[bool] = set()  # whether losses bring their weight
+        gathered: dict[str, Tensor] = {}  # the losses' sums
         for part, micro in zip(self.ranks.mine, parts, strict=True):
             seed = seed_of(self.recipe.seed, self.step, turn, part)
             torch.manual_seed(seed)  # dropout draws there
@@ -348,22 +350,34 @@ class Run:
                 with self._autocast(), calling(self.method, "loss"):
                     loss: Loss = self.method.loss(role, self.nets, batch, rng)
                 loss = checked_loss(self.method, loss)
-                share = 1 / (len(micro) * self.ranks.parts)
-                (loss.total * share * self.ranks.factor).backward()
+                share = 1 / (len(micro) * self.ranks.parts) if loss.weight is None else loss.weight
+                weighed.add(loss.weight is not None)
+                torch.autograd.backward(loss.total * share * self.ranks.factor)
                 for name, value in {"loss": loss.total, **loss.parts}.items():
                     total, weight = told.get(name, (0.0, 0.0))
                     told[name] = total + _precise(value) * share, weight + share
+                for name, tensor in loss.sums.items():
+                    gathered[name] = gathered[name] + _precise(tensor) if name in gathered else _precise(tensor)
         self.ranks.add(self.learning[role])
-        length = _precise(whole(torch.nn.utils.clip_grad_norm_(self.learning[role], config.clip or math.inf)))
         total, weight = told["loss"]
         loss, weight = self.ranks.summed(torch.stack([total, torch.full_like(total, weight)]))
+        if True in weighed:
+            self._divide_gradients(role, weight)
+        length = _precise(whole(torch.nn.utils.clip_grad_norm_(self.learning[role], config.clip or math.inf)))
         # The one time in this step at which the host waits for the device: whether to take it is decided there.
-        value, norm = torch.stack([loss / weight, length]).tolist()
+        value, norm, weight = torch.stack([loss / weight, length, weight]).tolist()
+        if len(weighed) > 1 or not weight > 0:
+            reason = "some have a weight and some have none" if len(weighed) > 1 else f"they weigh {weight:g} in all"
+            raise LensError(f"{self.recipe.method.use}: of the losses of {role}, {reason} at step {self.step}")
         fault = self.spikes.fault(role, value, norm)
         if not self.spikes.finite[role]:
             self._refuse_non_finite()
         if fault is None:
             optimizers.optimizer_step(optimizer)
+            if gathered:
+                sums_of_all = {name: self.ranks.summed(tensor) for name, tensor in gathered.items()}
+                with calling(self.method, "after_update"):
+                    self.method.after_update(role, self.nets, sums_of_all)
             self._average(role)
         else:
             row = self.spikes.row[role]
@@ -375,6 +389,13 @@ class Run:
             told = {}
         net.requires_grad_(False).eval()
         return {**told, "grad_norm": (length, 1.0)} if told else {}
+
+    def _divide_gradients(self, role: str, weight: Tensor) -> None:
+        """By the weight of all micro-batches of all processes; of divided gradients, what this process holds."""
+        for parameter in self.learning[role]:
+            if parameter.grad is not None:
+                held = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+                held /= weight
 
     def _work(self, role: str, parts: Sequence[Sequence[Any]]) -> float:
         """FLOPs of a turn, forward and backward; what is computed again on the way back does not count."""

@@ -243,6 +243,9 @@ class Method(Protocol):
     # Optional: logs: bool, which the loop sets before each step: whether what `loss` tells is logged. Where it is
     # False, figures that cost more than a step without them may be left out.
 
+    # Optional: after_update(role, nets, sums: Mapping[str, Tensor]), after each optimizer step of a role that was made,
+    # with what the `Loss.sums` of all micro-batches, parts and processes add up to.
+
     # `BaseMethod` has these three for a method that keeps nothing between steps.
     def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None: ...
     def state_dict(self) -> dict[str, Any]:

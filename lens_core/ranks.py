@@ -41,6 +41,28 @@ def seed_of(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
+def parts_of(rank: int, world: int, parts: int) -> range:
+    """The parts of a batch that the process `rank` of `world` works through, in this order."""
+    share = parts // world
+    return range(rank * share, (rank + 1) * share)
+
+
+def own_parts(parts: int) -> range:
+    """`parts_of` this process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return range(parts)
+    return parts_of(dist.get_rank(), dist.get_world_size(), parts)
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every process gives, in their order; `[value]` where there is one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    everyone = [value] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
 def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
     """`tensors` in their order, in groups of one dtype and at most `size` bytes; one that is larger is its own."""
     held: list[Tensor] = []
@@ -78,8 +100,7 @@ class Ranks:
         self.parts = max(parts, self.world)
         if self.parts % self.world:
             raise ConfigError(f"$.train.parts: {parts} parts have no equal shares for {self.world} processes")
-        share = self.parts // self.world
-        self.mine = range(self.rank * share, (self.rank + 1) * share)
+        self.mine = parts_of(self.rank, self.world, self.parts)
         self.shards = min(shards or self.world, self.world)
         if self.world % self.shards:
             raise ConfigError(

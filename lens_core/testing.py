@@ -301,7 +301,7 @@ class _Bench:
         _hold(isinstance(loss, Loss), f"{self.name}.loss gives a {type(loss).__name__}, not a Loss")
         _shaped(loss.total, [], f"{self.name}: the loss of {role}")
         _hold(loss.total.requires_grad, f"{self.name}: the loss of {role} has no gradient")
-        attached = [k for k, v in loss.parts.items() if v.requires_grad]
+        attached = [k for k, v in (*loss.parts.items(), *loss.sums.items()) if v.requires_grad]
         _hold(not attached, f"{self.name}: the parts {attached} have a gradient; detach them")
         loss.total.backward()
         _hold(any(p.grad is not None for p in net.parameters()), f"{self.name}: the loss of {role} does not reach it")
@@ -309,6 +309,8 @@ class _Bench:
         touched = [r for r, n in self.nets.items() for p in n.parameters() if p.grad is not None and id(p) not in own]
         _hold(not touched, f"{self.name}: the loss of {role} gives {', '.join(touched[:1])} gradients too")
         optimizer_step(torch.optim.SGD(list(net.parameters()), lr=1e-3, fused=True))  # without momentum: no state
+        if loss.sums:
+            self.method.after_update(role, self.nets, {k: v.detach().double() for k, v in loss.sums.items()})
         net.zero_grad()
         net.requires_grad_(False).eval()
         return float(loss.total.detach())

@@ -200,10 +200,19 @@ class Place:
 
 @frozen
 class Loss:
-    """`total` is what is minimised (a scalar with a gradient); `parts` is what is logged (detached scalars)."""
+    """`total` is what is minimised (a scalar with a gradient); `parts` is what is logged (detached scalars).
+
+    `weight` is how much `total` counts in the step: the tokens that it is a mean of, say. The step is the mean by
+    weight over the micro-batches of all parts and processes. None: parts count alike, and so do the micro-batches of a
+    part. Either all losses of a role have one or none has.
+    `sums` are detached tensors that are added up over those micro-batches; after a step that is made, and not after one
+    that is skipped, the method gets the sums: `after_update(role, nets, sums)`.
+    """
 
     total: Tensor
     parts: Mapping[str, Tensor] = field(factory=dict)
+    weight: float | None = None
+    sums: Mapping[str, Tensor] = field(factory=dict)
 
 
 @frozen

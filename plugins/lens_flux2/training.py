@@ -69,7 +69,7 @@ class Autoencode(BaseMethod):
         return ("vae",)
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Batch, rng: torch.Generator) -> Loss:
-        """Folds the batch into the latent statistics, unless gradients are off. Raises LensError without pictures."""
+        """Its sums are the moments of the latents, unless gradients are off. Raises LensError without pictures."""
         images = batch.even()
         if images is None:
             raise LensError("autoencode: the dataset yields captions only; name one that yields pictures")
@@ -77,11 +77,14 @@ class Autoencode(BaseMethod):
         noise = torch.randn(size[0], self.vae.config.latent_channels, size[2] // cell, size[3] // cell, generator=rng)
         pixels = to_pixels(move(images, next(self.vae.parameters()).device))
         guess, mean, logvar = nets[role](pixels, noise)
-        if torch.is_grad_enabled():
-            self.vae.track(mean, self.config.statistics_momentum)
+        moments = self.vae.moments(mean) if torch.is_grad_enabled() else {}
         parts = _terms(guess.float() - pixels.to(guess.device), mean.float(), logvar.float())
         total = sum((getattr(self.config, name) * part for name, part in parts.items()), guess.new_zeros(()).float())
-        return Loss(total, {name: part.detach() for name, part in parts.items()})
+        return Loss(total, {name: part.detach() for name, part in parts.items()}, sums=moments)
+
+    def after_update(self, role: str, nets: Mapping[str, nn.Module], sums: Mapping[str, Tensor]) -> None:
+        """Folds the moments of the whole step, of all its parts, into the latent statistics."""
+        self.vae.fold(sums, self.config.statistics_momentum)
 
 
 def _crop(batch: Batch, side: int, rng: torch.Generator) -> Batch:

@@ -105,20 +105,34 @@ class Flux2VAE(nn.Module):
         return self._decode(mean + (logvar / 2).exp() * noise.to(mean)), mean, logvar
 
     @torch.no_grad()
-    def track(self, mean: Tensor, momentum: float) -> None:
-        """Fold posterior means [B,c,2h,2w] into the latent statistics: a plain average over the first 1/momentum calls,
-        then an exponential one. Both moments are those of the weighted mixture of all batches so far. A batch that is
-        not finite is passed over: a run that survives it must not carry it along."""
+    def moments(self, mean: Tensor) -> dict[str, Tensor]:
+        """Of posterior means [B,c,2h,2w], float64: `cells`, how many there are, and their `sum` and `squares` [C].
+        Those of several batches add up. A batch that is not finite has none."""
+        cells = pixel_unshuffle(mean.double(), PATCH).transpose(0, 1).flatten(1)
+        cells = cells if bool(cells.isfinite().all()) else cells[:, :0]
+        count = torch.tensor(cells.shape[1], dtype=torch.float64, device=cells.device)
+        return {"cells": count, "sum": cells.sum(1), "squares": cells.square().sum(1)}
+
+    @torch.no_grad()
+    def fold(self, moments: Mapping[str, Tensor], momentum: float) -> None:
+        """Fold the `moments` of a step into the latent statistics: a plain average over the first 1/momentum calls,
+        then an exponential one. Both moments are those of the weighted mixture of all steps so far."""
         bn = self.net.bn
-        if not mean.isfinite().all():
+        cells = float(moments["cells"])
+        if cells == 0:
             return
-        cells = pixel_unshuffle(mean.float(), PATCH).transpose(0, 1).flatten(1)
+        mean = moments["sum"] / cells
+        variance = (moments["squares"] / cells - mean.square()).clamp(min=0)
         bn.num_batches_tracked += 1
         weight = max(momentum, 1 / int(bn.num_batches_tracked))
-        gap = cells.mean(1) - bn.running_mean
-        bn.running_mean += weight * gap
-        spread = (1 - weight) * bn.running_var + weight * cells.var(1, correction=0) + weight * (1 - weight) * gap**2
+        gap = mean - bn.running_mean.double()
+        spread = (1 - weight) * bn.running_var.double() + weight * variance + weight * (1 - weight) * gap**2
+        bn.running_mean.copy_(bn.running_mean.double() + weight * gap)
         bn.running_var.copy_(spread)
+
+    def track(self, mean: Tensor, momentum: float) -> None:
+        """`fold` the moments of one batch of posterior means."""
+        self.fold(self.moments(mean), momentum)
 
     def working(self, load: Load) -> int:
         """Estimated bytes of a decoding: the second level's channels at full size, three times over. Workspaces of

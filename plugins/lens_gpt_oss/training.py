@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 class LanguageModel(BaseMethod):
-    """loss = cross entropy of the tokens after the head, in nats a token, + balance * the experts' imbalance."""
+    """loss = cross entropy of the tokens after the head, in nats a token, + balance * the experts' imbalance.
+
+    A step that is divided weighs its parts by their tokens: its cross entropy is that of all tokens alike. The
+    imbalance is measured in each part by itself.
+    """
 
     @frozen
     class Config:
@@ -66,7 +70,8 @@ class LanguageModel(BaseMethod):
         counts = mask[:, head:]
         nll = cross_entropy(logits[counts].float(), ids[:, head:][counts])
         uneven = imbalance(routes.flatten(1, 2)[:, mask[:, :-1].flatten()], self.encoder.config.num_experts_per_tok)
-        return Loss(nll + self.config.balance * uneven, {"nll": nll.detach(), "imbalance": uneven.detach()})
+        parts = {"nll": nll.detach(), "imbalance": uneven.detach()}
+        return Loss(nll + self.config.balance * uneven, parts, weight=float(counts.sum()))
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.encoder.tokenizer is None else _state(self.encoder.tokenizer)

@@ -14,10 +14,18 @@ from torch import Tensor, nn
 from lens_core import adapters, flow
 from lens_core.catalog import Catalog
 from lens_core.config import Use, build, options, structure
-from lens_core.ranks import seed_of
+from lens_core.ranks import gathered, own_parts, seed_of
 from lens_core.types import ConfigError, LensError, Loss, Place, Prompt, Text, did_you_mean, move
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, real, within
-from lens_nft.objective import Advantages, advantages, optimality, reflected_loss, squared_distance
+from lens_nft.objective import (
+    Advantages,
+    advantages,
+    heard,
+    optimality,
+    reflected_loss,
+    spreads,
+    squared_distance,
+)
 from lens_nft.panel import Judge, Verdicts, judge, spent
 from lens_nft.rollout import Order, Picture, acting, alike, chosen, diversity, draw
 
@@ -142,6 +150,8 @@ class DiffusionNFT:
         self.rollout = 0  # its number
         self.update = 0  # optimizer steps made with this rollout
         self.aborted = 0  # rollouts thrown away and drawn again
+        self._drawn: dict[int, tuple[list[Picture], Verdicts]] = {}  # parts of this rollout that wait for their turn
+        self._scales: tuple[int, list[float]] = (-1, [])  # a rollout's number, and its rewards' standard deviations
 
     # Copies are made when first asked for, which is before the first step: by then the loop has put adapters in place.
 
@@ -176,28 +186,49 @@ class DiffusionNFT:
                 f"diffusion_nft: {self.config.prompts_per_rollout} prompts have no equal shares for {place.parts} "
                 "parts; change prompts_per_rollout, or the number of processes"
             )
-        spoiled, _ = 0, (self.old, self.base)
+        _ = self.old, self.base
         while True:
-            pictures = self._draw(rng.initial_seed(), place, spoiled)
-            verdicts = judge(self.judges, pictures)
-            failed, groups = verdicts.failed(), [p.prompt.id for p in pictures]
-            found = advantages(
-                verdicts.values(),
-                failed,
-                groups,
-                verdicts.weights,
-                self.config.floor,
-                over_all=self.config.spread == "rollout",
-                sum_first=self.config.combine == "sum_then_normalise",
-            )
-            if float(failed.double().mean()) > self.config.max_failed or not found.valid.any():
-                self.aborted, spoiled = self.aborted + 1, spoiled + 1
-                if spoiled >= PATIENCE:
-                    raise LensError(_lament(verdicts, spoiled))
-                continue
-            spoiled = 0
-            parts = self._lessons(pictures, found, self._facts(pictures, verdicts, failed, found))
+            pictures, verdicts, found = self._judged(rng.initial_seed(), place)
+            parts = self._lessons(pictures, found, self._facts(pictures, verdicts, found))
             yield from parts[self.update :]  # a run that stopped between them draws the same pictures again
+
+    def _judged(self, seed: int, place: Place) -> tuple[list[Picture], Verdicts, Advantages]:
+        """The part of this rollout that falls to `place`, and its advantages. Where they need the spread of the whole
+        rollout, all of this process's parts are drawn first, and the processes tell each other their verdicts."""
+        if self.config.spread == "group" or place.parts == 1:
+            pictures, verdicts = self._accepted(seed, place)
+            return pictures, verdicts, self._advantages(pictures, verdicts)
+        if self._scales[0] != self.rollout:
+            self._drawn = {n: self._accepted(seed, Place(n, place.parts)) for n in own_parts(place.parts)}
+            mine = [heard(*self._verdicts(*part)) for part in self._drawn.values()]
+            self._scales = self.rollout, spreads([part for theirs in gathered(mine) for part in theirs])
+        pictures, verdicts = self._drawn.pop(place.part, None) or self._accepted(seed, place)
+        return pictures, verdicts, self._advantages(pictures, verdicts, self._scales[1])
+
+    def _accepted(self, seed: int, place: Place) -> tuple[list[Picture], Verdicts]:
+        """Pictures, drawn again until their judges leave enough to learn from."""
+        for attempt in range(PATIENCE):
+            pictures = self._draw(seed, place, attempt)
+            verdicts = judge(self.judges, pictures)
+            enough = float(verdicts.failed().double().mean()) <= self.config.max_failed
+            if enough and self._advantages(pictures, verdicts).valid.any():
+                return pictures, verdicts
+            self.aborted += 1
+        raise LensError(_lament(verdicts, PATIENCE))
+
+    def _verdicts(
+        self, pictures: Sequence[Picture], verdicts: Verdicts
+    ) -> tuple[Tensor, Tensor, list[int], Sequence[float], bool]:
+        """values, failed, groups, weights and sum_first, as `objective` takes them."""
+        groups, sum_first = [p.prompt.id for p in pictures], self.config.combine == "sum_then_normalise"
+        return verdicts.values(), verdicts.failed(), groups, verdicts.weights, sum_first
+
+    def _advantages(
+        self, pictures: Sequence[Picture], verdicts: Verdicts, scales: Sequence[float] | None = None
+    ) -> Advantages:
+        *about, sum_first = self._verdicts(pictures, verdicts)
+        over_all = self.config.spread == "rollout"
+        return advantages(*about, self.config.floor, over_all, sum_first, scales)
 
     def turns(self, step: int) -> Sequence[str]:
         return ("backbone",)
@@ -299,12 +330,10 @@ class DiffusionNFT:
     def _velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text) -> Tensor:
         return acting(self.pipeline, net).velocity(text, None, self.config.train_guidance)(x, t)
 
-    def _facts(
-        self, pictures: Sequence[Picture], verdicts: Verdicts, failed: Tensor, found: Advantages
-    ) -> dict[str, Tensor]:
+    def _facts(self, pictures: Sequence[Picture], verdicts: Verdicts, found: Advantages) -> dict[str, Tensor]:
         """What to watch: rewards and their components, what had no verdict, what was flat, the spread of r, spend."""
         facts = verdicts.facts() | spent(self.judges)
-        facts["failed"] = float(failed.double().mean())
+        facts["failed"] = float(verdicts.failed().double().mean())
         facts["masked"] = float((~found.valid).double().mean())
         heard = {p.prompt.id for p, valid in zip(pictures, found.valid.tolist(), strict=True) if valid}
         facts["masked_groups"] = 1 - len(heard) / len({p.prompt.id for p in pictures})

@@ -34,15 +34,40 @@ def advantages(
     floor: float,
     over_all: bool = False,
     sum_first: bool = False,
+    scales: Sequence[float] | None = None,
 ) -> Advantages:
     """Rewards `values` [J,N], NaN where a reward abstained, and `failed` bool [N] -> one advantage a picture.
 
     Each reward is centred on its mean over the group and divided by its standard deviation there (`over_all`: over all
     pictures), at least `floor`; then rewards are averaged by weight. `sum_first`: they are averaged by weight as they
     are, and the average is centred and divided: a reward then counts by its scale too.
+    Where the pictures are a part of a rollout, `scales` are the standard deviations over all of it, from `spreads`.
     A reward that abstains on more than half of a group has no part in it. A picture without the verdict of one that
     has, or that failed, is absent from every statistic; so is its whole group if that leaves fewer than half.
     """
+    values, taking, valid, weights = _counted(values, failed, groups, weights, sum_first)
+    if scales is None:
+        scales = spreads([_heard(values, taking)])
+    value, share, flat = torch.zeros(len(groups)).double(), torch.zeros(len(groups)).double(), valid.clone()
+    keys = torch.tensor(groups)
+    for reward, takes, weight, overall in zip(values, taking, weights, scales, strict=True):
+        for key in sorted(set(groups)):
+            here = takes & (keys == key)
+            if not here.any():
+                continue
+            scale = reward.new_tensor(overall) if over_all else _spread(reward[here])
+            value[here] += weight * (reward[here] - reward[here].mean()) / scale.clamp(min=floor)
+            share[here] += weight
+            if reward[here].min() < reward[here].max():
+                flat[here] = False
+    return Advantages(value / share.where(share > 0, 1), valid, flat)
+
+
+def _counted(
+    values: Tensor, failed: Tensor, groups: Sequence[int], weights: Sequence[float], sum_first: bool
+) -> tuple[Tensor, Tensor, Tensor, Sequence[float]]:
+    """The rewards that are centred and divided: their values float64 [J,N], whose verdict counts for which picture bool
+    [J,N], the pictures that take part bool [N], and weights. See `advantages`."""
     values = values.double()
     keys = torch.tensor(groups)
     names = sorted(set(groups))
@@ -59,19 +84,24 @@ def advantages(
         parts = torch.tensor(weights).double()[:, None] * taking
         values = ((parts * values.nan_to_num()).sum(0) / parts.sum(0).where(valid, 1))[None]
         taking, weights = valid[None], [1.0]
-    value, share, flat = torch.zeros(len(groups)).double(), torch.zeros(len(groups)).double(), valid.clone()
-    for reward, takes, weight in zip(values, taking, weights, strict=True):
-        overall = _spread(reward[takes]) if takes.any() else reward.new_zeros(())
-        for key in names:
-            here = takes & (keys == key)
-            if not here.any():
-                continue
-            scale = overall if over_all else _spread(reward[here])
-            value[here] += weight * (reward[here] - reward[here].mean()) / scale.clamp(min=floor)
-            share[here] += weight
-            if reward[here].min() < reward[here].max():
-                flat[here] = False
-    return Advantages(value / share.where(share > 0, 1), valid, flat)
+    return values, taking, valid, weights
+
+
+def heard(
+    values: Tensor, failed: Tensor, groups: Sequence[int], weights: Sequence[float], sum_first: bool
+) -> list[list[float]]:
+    """Each reward's verdicts that count, of the arguments of `advantages`."""
+    return _heard(*_counted(values, failed, groups, weights, sum_first)[:2])
+
+
+def _heard(values: Tensor, taking: Tensor) -> list[list[float]]:
+    return [reward[takes].tolist() for reward, takes in zip(values, taking, strict=True)]
+
+
+def spreads(parts: Sequence[list[list[float]]]) -> list[float]:
+    """The standard deviation of each reward over what was `heard` in all parts of a rollout; 0 where there is none."""
+    rewards = [[v for part in rows for v in part] for rows in zip(*parts, strict=True)]
+    return [float(_spread(torch.tensor(r, dtype=torch.float64))) if r else 0.0 for r in rewards]
 
 
 def _spread(values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,20 @@ import toy
 from attrs import evolve
 from torch import Tensor
 
-from lens_core import checkpoint, optimizers
+from lens_core import checkpoint, hookimpl, optimizers
 from lens_core.catalog import Catalog
-from lens_core.config import Recipe, Training, Use
+from lens_core.config import Recipe, Training, Use, Watch
 from lens_core.loop import Run, rate
 from lens_core.pipeline import LensPipeline
-from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError
+from lens_core.types import (
+    Batch,
+    CheckpointError,
+    ConfigError,
+    LensError,
+    Loss,
+    NumericalError,
+    Text,
+)
 
 RECIPE = Recipe(
     method=Use("fit"),
@@ -413,3 +422,182 @@ def test_the_advice_fits_the_precision(runner: Runner, monkeypatch: pytest.Monke
             warnings.simplefilter("ignore")  # torch warns about autocast on some CPUs
             with pytest.raises(NumericalError, match=words):
                 run.train()
+
+
+# ---- what a step is made of -----------------------------------------------------------------------------------------
+
+
+class Slopes(toy.Fit):
+    """Method: part n of a step has the micro-batches `given[n]`, of (slope, weight): the loss's gradient is the slope
+    in every weight. `updates` are the sums that it got."""
+
+    given: tuple[tuple[tuple[float, float | None], ...], ...] = ()
+
+    def __init__(self, config: Any, pipeline: Any) -> None:
+        super().__init__(config, pipeline)
+        self.updates: list[tuple[float, float]] = []
+        self.opened = 0
+
+    def roles(self) -> dict[str, Any]:
+        return {"backbone": self.pipeline.backbone}
+
+    def turns(self, step: int) -> list[str]:
+        return ["backbone"]
+
+    def steps(self, batches: Any, nets: Any, rng: torch.Generator) -> Any:
+        mine = Slopes.given[self.opened]
+        self.opened += 1
+        for _ in batches:
+            yield mine
+
+    def loss(self, role: str, nets: Any, batch: Any, rng: torch.Generator) -> Loss:
+        slope, weight = batch
+        total = slope * torch.stack([p.sum() for p in nets[role].parameters()]).sum()
+        about = torch.tensor([slope, 1.0])
+        return Loss(total - total.detach() + slope, {"twice": torch.tensor(2.0 * slope)}, weight, {"about": about})
+
+    def after_update(self, role: str, nets: Any, sums: Any) -> None:
+        self.updates.append(tuple(sums["about"].tolist()))
+
+
+plugin = types.ModuleType("slopes")
+plugin.lens_methods = hookimpl(lambda: {"slopes": Slopes}, specname="lens_methods")  # type: ignore[attr-defined]
+
+
+def sloping(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *given: Any, steps: int = 1, bad_steps: int = 9
+) -> tuple[Run, dict[str, float]]:
+    monkeypatch.setattr(Slopes, "given", given)
+    train = Training(steps=steps, lr=1e-3, clip=0.0, parts=len(given), log_every=1, bad_steps=bad_steps)
+    run = Run(evolve(RECIPE, method=Use("slopes"), train=train), Catalog.of(toy, plugin), folder, say=lambda line: None)
+    run.train()
+    return run, lines(folder)[-1]
+
+
+def slope(run: Run) -> float:
+    (value,) = {round(float(v), 5) for p in run.learning["backbone"] for v in p.grad.flatten()}
+    return value
+
+
+def test_a_step_is_the_mean_over_its_parts_of_the_means_of_their_micro_batches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = (((1.0, None), (2.0, None), (6.0, None)), ((8.0, None),))
+    run, line = sloping(tmp_path, monkeypatch, *given)
+    assert slope(run) == 5.5 and (line["backbone/loss"], line["backbone/twice"]) == (5.5, 11.0)
+
+
+def test_losses_that_bring_a_weight_count_by_it_however_they_are_divided(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    a, b, c = (1.0, 10.0), (2.0, 20.0), (6.0, 70.0)
+    for name, given in {"one": [(a, b, c)], "two": [(a,), (b, c)], "other": [(c, a), (b,)]}.items():
+        run, line = sloping(tmp_path / name, monkeypatch, *given)
+        assert slope(run) == 4.7 and (line["backbone/loss"], line["backbone/twice"]) == (4.7, 9.4)
+
+
+def test_losses_of_which_some_bring_no_weight_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(
+        LensError, match="slopes: of the losses of backbone, some have a weight and some have none at step 0"
+    ):
+        sloping(tmp_path / "a", monkeypatch, ((1.0, 1.0), (1.0, None)))
+    with pytest.raises(LensError, match="slopes: of the losses of backbone, they weigh 0 in all at step 0"):
+        sloping(tmp_path / "b", monkeypatch, ((1.0, 0.0),))
+
+
+def test_a_step_begins_without_the_gradients_of_the_one_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert slope(sloping(tmp_path, monkeypatch, ((3.0, None),), steps=4)[0]) == 3.0
+
+
+def test_a_method_gets_the_sums_of_all_parts_of_each_step_that_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = (((1.0, None), (2.0, None)), ((8.0, None),))
+    run, _ = sloping(tmp_path / "a", monkeypatch, *given, steps=2)
+    assert run.method.updates == [(11.0, 3.0)] * 2
+    monkeypatch.setattr(Slopes, "given", (((math.nan, None),),))
+    train = Training(steps=3, lr=1e-3, bad_steps=2)
+    other = Run(evolve(RECIPE, method=Use("slopes"), train=train), Catalog.of(toy, plugin), tmp_path / "b")
+    with pytest.raises(NumericalError, match="2 bad steps in a row"):
+        other.train()
+    assert other.method.updates == [], "steps that were skipped"
+
+
+def test_dropout_is_a_function_of_seed_step_turn_and_part_alone(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = runner.run(recipe(parts=2), "plain")
+    plain.train()
+    careful = toy.Fit.steps
+
+    def careless(*arguments: Any) -> Any:  # whatever else draws from the global generator
+        for micro in careful(*arguments):
+            torch.rand(7)
+            yield micro
+
+    monkeypatch.setattr(toy.Fit, "steps", careless)
+    runner.run(recipe(parts=2), "careless").train()
+    ours, theirs = runner.state("plain", 6), runner.state("careless", 6)
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items() if k.startswith("net/critic/"))
+
+
+def test_the_parts_of_a_step_have_different_noise(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    loss = toy.Fit.loss
+
+    def drawing(self: Any, role: str, nets: Any, batch: Any, rng: torch.Generator) -> Loss:
+        seen.append(torch.cat([torch.rand(2, generator=torch.Generator().set_state(rng.get_state())), torch.rand(2)]))
+        return loss(self, role, nets, batch, rng)
+
+    monkeypatch.setattr(toy.Fit, "loss", drawing)
+    runner.run(recipe(parts=2, steps=3), "a").train()
+    assert len(seen) == 10 and len({tuple(row.tolist()) for row in seen}) == 10, "by step, by turn and by part"
+
+
+# ---- what a dataset may yield ---------------------------------------------------------------------------------------
+
+
+def square(**changes: Any) -> Batch:
+    return evolve(Batch(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), ("red", "blue")), **changes)
+
+
+PACKED = tuple(torch.zeros(3, 16, 16 * n, dtype=torch.uint8) for n in (1, 2))
+FLAWS: dict[str, tuple[Any, str]] = {
+    "floats": (square(images=torch.zeros(2, 3, 16, 16)), r"float32 \[2, 3, 16, 16\]; images must be a uint8 tensor"),
+    "ints": (square(images=torch.zeros(2, 3, 16, 16, dtype=torch.int64)), r"int64 \[2, 3, 16, 16\]"),
+    "last": (square(images=torch.zeros(2, 16, 16, 3, dtype=torch.uint8)), r"uint8 \[2, 16, 16, 3\]"),
+    "grey": (square(images=torch.zeros(2, 1, 16, 16, dtype=torch.uint8)), r"uint8 tensor \[2,3,H,W\]"),
+    "one": (square(images=torch.zeros(3, 16, 16, dtype=torch.uint8)), r"uint8 \[3, 16, 16\]"),
+    "array": (square(images=torch.zeros(2, 3, 16, 16).numpy()), "ndarray"),
+    "captions": (square(captions=("red",)), r"\[2, 3, 16, 16\]; images must be a uint8 tensor \[1,3,H,W\]"),
+    "text": (square(captions="ab"), "str; the captions of a Batch must be a tuple of texts"),
+    "numbers": (square(captions=(1, 2)), "the captions of a Batch must be a tuple of texts"),
+    "keys": (square(keys=(1,)), "1 keys are for 2 captions"),
+    "empty": (Batch(None, ()), "at least one"),
+    "dict": ({"images": 1}, "dict; it must yield Batches"),
+    "tensor": (torch.zeros(2, 3, 16, 16), "it must yield Batches"),
+    "latents": (square(images=None, latents=torch.zeros(2, 4, 2, 2, dtype=torch.uint8)), "latents must be a float"),
+    "flat": (square(images=None, latents=torch.zeros(2, 4, 2)), r"float32 \[2, 4, 2\]"),
+    "packed": (square(images=(PACKED[0], PACKED[1].float())), r"or a tuple of 2 of \[3,H,W\]"),
+    "fewer": (square(images=PACKED[:1]), r"or a tuple of 2 of \[3,H,W\]"),
+    "words": (square(text=Text(torch.zeros(3, 1, 1, 8), torch.ones(3, 1).bool())), "text must be a Text of 2 captions"),
+}
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_a_dataset_that_yields_something_else_is_refused_by_name_at_its_first_batch(
+    flaw: str, runner: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    batch, words = FLAWS[flaw]
+    monkeypatch.setattr(toy.Squares, "batches", lambda self, rank, world: iter([batch]))
+    with pytest.raises(LensError, match=rf"squares\.batches yielded .*{words}"):
+        runner.run(recipe(), "a").train()
+    assert left(tmp_path / "a") == []
+
+
+def test_a_dataset_that_is_looked_at_is_checked_as_well(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy.Fit, "validate", lambda *_: {"loss": 0.0}, raising=False)
+    run = runner.run(evolve(recipe(), watch=Watch(every=1, validation=Use("squares"))), "a")
+    monkeypatch.setattr(toy.Squares, "batches", lambda self, rank, world: iter([FLAWS["floats"][0]]))
+    with pytest.raises(LensError, match=r"squares\.batches yielded Tensor float32"):
+        run.train()

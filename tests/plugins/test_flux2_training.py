@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import lens_flux2
 import pytest
 import torch
-from attrs import evolve
+from attrs import evolve, frozen
 from lens_flux2.training import Autoencode
 from lens_flux2.vae import Flux2VAE
 
+from lens_core import hookimpl
+from lens_core.catalog import Catalog
+from lens_core.config import Parts, Recipe, Training, Use, unstructure
+from lens_core.loop import Run
 from lens_core.testing import check_method
-from lens_core.types import Batch, ConfigError, LensError
+from lens_core.types import Batch, ConfigError, LensError, Loss, NumericalError
 
 SMALL = Flux2VAE.Config(
     block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=2, mid_block_add_attention=False
@@ -56,12 +63,18 @@ def test_every_weight_learns():
     assert [n for n, p in m.vae.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def learn(m: Autoencode, *batches: Batch) -> None:
+    """What the loop does about the latent statistics in a step of several micro-batches."""
+    sums = [m.loss("vae", m.roles(), each, rng()).sums for each in batches]
+    m.after_update("vae", m.roles(), {name: sum(one[name] for one in sums) for name in sums[0]})
+
+
 def test_with_one_weight_the_statistics_are_those_of_all_cells():
     m = method(statistics_momentum=0.1)
     with torch.no_grad():
         cells = [m.vae.net.encode(batch(i).images / 127.5 - 1).latent_dist.mean for i in range(4)]
     for i in range(4):
-        m.loss("vae", m.roles(), batch(i), rng())
+        learn(m, batch(i))
     folded = torch.cat(cells).unfold(2, 2, 2).unfold(3, 2, 2).permute(1, 4, 5, 0, 2, 3).reshape(8, -1)
     bn = m.vae.net.bn
     torch.testing.assert_close(bn.running_mean, folded.mean(1))
@@ -71,7 +84,7 @@ def test_with_one_weight_the_statistics_are_those_of_all_cells():
 def test_latents_have_unit_variance_after_training_on_them():
     m = method()
     for i in range(4):
-        m.loss("vae", m.roles(), batch(i), rng())
+        learn(m, batch(i))
     with torch.no_grad():
         z = torch.cat([m.vae.encode(batch(i).images / 127.5 - 1) for i in range(4)]).transpose(0, 1).flatten(1)
         eps_shrinks = m.vae.net.bn.running_var / (m.vae.net.bn.running_var + 1e-4)
@@ -92,7 +105,7 @@ def test_the_newest_batch_weighs_the_momentum():
 def test_without_gradients_the_statistics_stand_still():
     m = method()
     with torch.no_grad():
-        m.loss("vae", m.roles(), batch(), rng())
+        assert not m.loss("vae", m.roles(), batch(), rng()).sums
     assert int(m.vae.net.bn.num_batches_tracked) == 0
     assert torch.equal(m.vae.net.bn.running_mean, torch.zeros(8))
 
@@ -101,6 +114,78 @@ def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_statistics():
     m = method()
     m.vae.track(torch.tensor(float("nan")).expand(1, 2, 2, 2), 0.5)
     assert int(m.vae.net.bn.num_batches_tracked) == 0 and m.vae.net.bn.running_var.isfinite().all()
+
+
+class Rows:
+    """Dataset: every part gets its share of the same rows."""
+
+    @frozen
+    class Config:
+        pass
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def batches(self, rank: int, world: int) -> Iterator[Batch]:
+        rows = torch.cat([batch(i).images for i in range(4)])[:, :, :8]  # 12, on the grid of the small VAE
+        while True:
+            yield Batch(rows[rank::world], ("",) * len(rows[rank::world]))
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
+plugin = ModuleType("rows")
+plugin.lens_datasets = hookimpl(lambda: {"rows": Rows}, specname="lens_datasets")
+
+
+@pytest.fixture
+def statistics(tmp_path):
+    """The mean and variance of latents that a run of some parts ends with, by channel, and its number of steps."""
+
+    def run(parts: int, **train: Any) -> tuple[torch.Tensor, torch.Tensor, int]:
+        recipe = Recipe(
+            method=Use("autoencode"),
+            dataset=Use("rows"),
+            pipeline=Parts(vae=Use("flux2", unstructure(SMALL))),
+            train=Training(**{"steps": 1, "lr": 1e-3, "parts": parts, **train}),
+        )
+        going = Run(recipe, Catalog.of(lens_flux2, plugin), tmp_path / f"{parts}-{len(train)}", say=lambda line: None)
+        try:
+            going.train()
+        finally:
+            bn = going.pipeline.vae.net.bn
+            run.seen = bn.running_mean.clone(), bn.running_var.clone(), int(bn.num_batches_tracked)
+        return run.seen
+
+    return run
+
+
+def test_the_statistics_of_a_step_in_parts_are_those_of_the_step_as_a_whole(statistics):
+    mean, variance, steps = statistics(1)
+    assert steps == 1 and mean.abs().min() > 1e-4
+    for parts in (2, 3, 4):
+        other = statistics(parts)
+        torch.testing.assert_close(other[0], mean, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(other[1], variance, atol=1e-6, rtol=1e-6)
+        assert other[2] == 1
+
+
+def test_a_step_that_is_skipped_leaves_the_statistics_alone(statistics, monkeypatch):
+    loss = Autoencode.loss
+
+    def broken(*arguments: Any) -> Loss:
+        found = loss(*arguments)
+        return evolve(found, total=found.total * float("nan"))
+
+    monkeypatch.setattr(Autoencode, "loss", broken)
+    with pytest.raises(NumericalError):
+        statistics(2, bad_steps=2, steps=3)
+    mean, variance, steps = statistics.seen
+    assert steps == 0 and torch.equal(mean, torch.zeros(8)) and torch.equal(variance, torch.ones(8))
 
 
 def test_it_keeps_the_contract_of_a_method():

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import lens_gpt_oss
 import pytest
 import torch
-from attrs import evolve
+from attrs import evolve, frozen
 from lens_gpt_oss.encoder import GptOssEncoder
 from lens_gpt_oss.template import CHAT_TEMPLATE, CONTROLS, Wrapper, render, train_tokenizer
 from lens_gpt_oss.training import LanguageModel, imbalance
 
+from lens_core import hookimpl
+from lens_core.catalog import Catalog
+from lens_core.config import Parts as PipelineParts
+from lens_core.config import Recipe, Training, Use, unstructure
+from lens_core.loop import Run
 from lens_core.testing import check_method
 from lens_core.types import Batch, CheckpointError, ConfigError
 
@@ -92,6 +101,55 @@ def test_the_loss_equals_an_independent_cross_entropy_over_prompt_and_tail() -> 
         terms += [-chances[n - 1, ids[0, n]] for n in range(lm.encoder.head_length, ids.shape[1])]
     torch.testing.assert_close(loss.total.detach(), torch.stack(terms).mean(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loss.parts["nll"], loss.total.detach())
+
+
+class Halves:
+    """Dataset: six captions, the long ones to the last part."""
+
+    @frozen
+    class Config:
+        pass
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def batches(self, rank: int, world: int) -> Iterator[Batch]:
+        captions = ("A dot.", "Red.", "A line.", *(f"{c} {c} {c}" for c in CAPTIONS[:3]))
+        share = len(captions) // world
+        while True:
+            yield Batch(None, captions[rank * share : (rank + 1) * share])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+plugin = ModuleType("halves")
+plugin.lens_datasets = hookimpl(lambda: {"halves": Halves}, specname="lens_datasets")  # type: ignore[attr-defined]
+
+
+def test_a_step_in_parts_of_uneven_length_has_the_gradient_of_the_step_as_a_whole(tmp_path: Path) -> None:
+    found = []
+    for parts in (1, 2, 3, 6):
+        recipe = Recipe(
+            method=Use("language_model", {"tokenizer_batches": 1, "balance": 0.0}),
+            dataset=Use("halves"),
+            pipeline=PipelineParts(text_encoder=Use("gpt_oss", unstructure(TINY))),
+            train=Training(steps=1, lr=1e-3, clip=0.0, parts=parts, log_every=1),
+        )
+        run = Run(recipe, Catalog.of(lens_gpt_oss, plugin), tmp_path / str(parts), say=lambda line: None)
+        captions = next(Halves(Halves.Config()).batches(0, 1)).captions
+        tokenizer = train_tokenizer(captions, TINY.vocab_size)  # else every part would begin with another one
+        run.method.encoder.tokenizer = tokenizer
+        run.train()
+        log = json.loads((tmp_path / str(parts) / "log.jsonl").read_text())
+        grads = torch.cat([p.grad.flatten() for p in run.learning["text_encoder"] if p.grad is not None])
+        found.append((grads, log["text_encoder/nll"]))
+    for grads, nll in found[1:]:
+        assert float((grads - found[0][0]).norm() / found[0][0].norm()) < 1e-5
+        assert nll == pytest.approx(found[0][1], abs=2e-6)
 
 
 def test_the_loss_falls_when_a_few_captions_are_learned_by_heart() -> None:

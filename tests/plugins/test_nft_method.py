@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from lens_core.catalog import Catalog
 from lens_core.config import Adapter, Recipe, Training, Use, build, read_recipe
 from lens_core.loop import Run
 from lens_core.pipeline import LensPipeline, to_images
-from lens_core.ranks import seed_of
+from lens_core.progress import Spikes
+from lens_core.ranks import Ranks, seed_of
 from lens_core.testing import check_method
 from lens_core.types import ConfigError, LensError, Place, Prompt, Score
 
@@ -170,17 +172,32 @@ def behind(m: DiffusionNFT) -> DiffusionNFT:
     return m
 
 
-def learned(m: DiffusionNFT, lessons: Sequence[Lesson]) -> tuple[list[Tensor], dict[str, float]]:
-    """The gradient of a step, gathered as the loop does it, and its logged parts."""
-    net = m.pipeline.backbone.requires_grad_(True)
-    net.zero_grad()
-    parts: dict[str, float] = {}
-    for lesson in lessons:
-        loss = m.loss("backbone", m.roles(), lesson, rng(99))
-        (loss.total / len(lessons)).backward()
-        for name, value in loss.parts.items():
-            parts[name] = parts.get(name, 0.0) + float(value) / len(lessons)
-    return [p.grad.clone() for p in net.parameters()], parts
+class Turn(Run):
+    """A run of one turn: what the loop makes of the micro-batches that a method has already made."""
+
+    def __init__(self, m: DiffusionNFT, folder: Path) -> None:
+        train = Training(steps=1, lr=1e-3, clip=0.0)
+        super().__init__(Recipe(Use("fit"), train, Use("squares"), toy.PARTS), Catalog.of(toy), folder, lambda _: None)
+        self.method, self.nets = m, dict(m.roles())
+        self.learning = {"backbone": list(m.pipeline.backbone.parameters())}
+        self.optimizers = {"backbone": torch.optim.SGD(self.learning["backbone"])}
+        self.spikes = Spikes(0.0, ("backbone",))
+
+    def __call__(self, *parts: Sequence[Lesson]) -> tuple[list[Tensor], dict[str, float]]:
+        self.ranks = Ranks(self.accelerator, len(parts))
+        weights = self.learning["backbone"]
+        before = [p.detach().clone() for p in weights]
+        told = self._turn("backbone", 0, parts)
+        with torch.no_grad():  # the gradient is wanted, and not the step
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
+        return [p.grad.clone() for p in weights], told
+
+
+def learned(m: DiffusionNFT, *parts: Sequence[Lesson]) -> tuple[list[Tensor], dict[str, float]]:
+    """The gradient that the loop gathers from the lessons of a step, part by part, and its logged parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Turn(m, Path(folder))(*parts)
 
 
 def pictures(lessons: Sequence[Lesson]) -> dict[int, Tensor]:
@@ -306,7 +323,7 @@ def test_the_step_is_the_mean_loss_of_its_samples_at_their_own_times_and_noise(f
     found, parts = learned(m, lessons)
     rewards = {p.seed: 0.0 for lesson in lessons for p in (s.picture for s in lesson.samples)}
     losses, distances = [], []
-    net = pipeline.backbone
+    net = pipeline.backbone.requires_grad_(True)
     net.zero_grad()
 
     def velocity(backbone: nn.Module, x: Tensor, t: Tensor, text: Any) -> Tensor:
@@ -479,10 +496,40 @@ def test_a_step_in_parts_is_the_step_as_a_whole(pipeline):
     parts = [next(whole.steps(iter([Place(n, 2)]), whole.roles(), rng())) for n in range(2)]
     seen = [{s.picture.prompt.id for x in part for s in x.samples} for part in parts]
     assert len(seen[0]) == len(seen[1]) == 2 and not seen[0] & seen[1]
-    halves = [learned(whole, part) for part in parts]
-    assert close([(a + b) / 2 for a, b in zip(halves[0][0], halves[1][0], strict=True)], found)
+    gradient, both = learned(whole, *parts)
+    assert close(gradient, found)
     for name in ("policy", "to_old", "to_base", "reward/glow", "pictures"):
-        assert (halves[0][1][name] + halves[1][1][name]) / 2 == pytest.approx(told[name], rel=1e-5)
+        assert both[name] == pytest.approx(told[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("combine", ["normalise_then_sum", "sum_then_normalise"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_the_spread_of_a_rollout_is_that_of_all_its_parts(parts, combine, pipeline):
+    options = {"prompts_per_rollout": 4, "spread": "rollout", "combine": combine, "updates": 2,
+               "rewards": [{"use": "glow", "weight": 3, "dull": 1}, "dark"]}  # fmt: skip
+    whole, divided = (method(pipeline, **options) for _ in range(2))
+
+    def rs(m: DiffusionNFT, *places: Place) -> dict[int, float]:
+        streams = [m.steps(iter([place]), m.roles(), rng()) for place in places]
+        steps = [lessons for stream in streams for lessons in (next(stream), next(stream))]
+        return {s.picture.seed: s.r for lessons in steps for x in lessons for s in x.samples}
+
+    alone, together = rs(whole, Place()), rs(divided, *(Place(n, parts) for n in range(parts)))
+    assert len(alone) >= 12 and together == pytest.approx(alone, abs=1e-12)
+    whole.rollout = divided.rollout = 1
+    one, other = rs(whole, Place()), rs(divided, *(Place(n, parts) for n in range(parts)))
+    assert other == pytest.approx(one, abs=1e-12) and one.keys().isdisjoint(alone), "and of the next rollout"
+
+
+def test_a_part_that_is_asked_alone_knows_the_whole_rollout_too(pipeline):
+    m = method(pipeline, prompts_per_rollout=4, spread="rollout")
+    whole = {
+        s.picture.seed: s.r for x in step(method(pipeline, prompts_per_rollout=4, spread="rollout")) for s in x.samples
+    }
+    for place in (Place(1, 2), Place(1, 2), Place(0, 2)):  # a stream that begins anew draws again
+        lessons = next(m.steps(iter([place]), m.roles(), rng()))
+        mine = {s.picture.seed: s.r for x in lessons for s in x.samples}
+        assert len(mine) == 8 and mine == pytest.approx({k: whole[k] for k in mine}, abs=1e-12)
 
 
 def test_prompts_that_cannot_be_shared_out_are_refused(pipeline):
