@@ -187,7 +187,7 @@ class Turn(Run):
         self.ranks = Ranks(self.accelerator, len(parts))
         weights = self.learning["backbone"]
         before = [p.detach().clone() for p in weights]
-        told = self._turn("backbone", 0, parts)
+        told = {name: float(total) / weight for name, (total, weight) in self._turn("backbone", 0, parts).items()}
         with torch.no_grad():  # the gradient is wanted, and not the step
             for weight, value in zip(weights, before, strict=True):
                 weight.copy_(value)
@@ -561,7 +561,7 @@ def test_a_score_that_is_not_finite_is_a_failure(pipeline):
 
 
 def test_a_reward_that_loses_a_score_is_named(pipeline):
-    with pytest.raises(LensError, match="the reward glow gave 7 scores for 8 pictures"):
+    with pytest.raises(LensError, match=r"glow\.score returned 7 scores for 8 images"):
         step(method(pipeline, rewards=glow(short=True)))
 
 
