@@ -28,7 +28,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lens_core import adapters, checkpoint, optimizers
+from lens_core import adapters, checkpoint, frozen_weights, optimizers
 from lens_core.attribution import batches_of, building, calling, checked_loss, checked_step, items, roles_of, turns_of
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Training, build, structure, unstructure
@@ -128,13 +128,20 @@ class Run:
         for role, adapter in recipe.train.adapters.items():
             adapters.attach(self.nets[role], adapter)
             self.nets[role].requires_grad_(False)
+        # What never learns: networks of the method, such as a teacher, and what the roles leave of the pipeline.
+        self.frozen = frozen_weights.of_method(self.method, self.nets)
+        self.halves: frozen_weights.Halves | None = None
+        if recipe.train.precision == "bf16":
+            held = self.pipeline.present() | self.frozen
+            still = frozen_weights.frozen_parameters(held.values(), self.nets, recipe.train.adapters)
+            self.halves = frozen_weights.Halves(held, still)
         if self.ranks.divided:  # what `export` fills again, for divided modules stay what they are
             self.blanks = {role: _blank(net) for role, net in self.nets.items()}
         if recipe.train.compile:
             for net in self.nets.values():
                 # A stack of equal blocks compiles once, as one block; diffusers' models say which those are.
                 getattr(net, "compile_repeated_blocks", net.compile)()
-        self.ranks.divide(self.nets)
+        self.ranks.divide(self.nets | frozen_weights.apart(self.frozen, self.nets))
         self.learning = {
             role: [p for name, p in net.named_parameters() if role not in recipe.train.adapters or adapters.owned(name)]
             for role, net in self.nets.items()
@@ -156,6 +163,9 @@ class Run:
                     net.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' and transformers' name
                 else:
                     self.say(f"{role} has no blocks to compute again; its activations are all kept")
+            for net in self.frozen.values():  # through which gradients pass, where a discriminator reads its features
+                if hasattr(net, "enable_gradient_checkpointing"):
+                    net.enable_gradient_checkpointing()  # type: ignore[operator]  # as above
         self.exported = [  # the roles that `export` writes
             role
             for role, net in self.nets.items()
@@ -649,6 +659,9 @@ class Run:
             found = {k.removeprefix(f"{role}/"): v for k, v in (best or {}).items() if k.startswith(f"{role}/")}
             if best is not None or role in self.ema:
                 self._load(role, self.ema[role] if best is None else found)
+        if self.halves is not None:
+            for part, net in self.pipeline.present().items():
+                self.halves.restore(part, net)
         for role, adapter in self.train_config.adapters.items():
             prefix = next((f for p, f in PREFIXES.items() if getattr(self.pipeline, p) is self.nets[role]), None)
             adapters.save(self.nets[role], adapter, self.out / "adapters" / role / adapters.FILE, prefix or role)

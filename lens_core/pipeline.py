@@ -263,7 +263,7 @@ class LensPipeline:
             self._dtype = dtype
             if isinstance(self._encoder, nn.Module) and dtype_of(self._encoder) != dtype:
                 self._origin = ""  # cast there and back, weights are rounded: no longer those of the file
-        for module in self._present().values():
+        for module in self.present().values():
             module.to(device=device, dtype=dtype)
         if device is not None:
             self.device = torch.device(device)
@@ -278,7 +278,7 @@ class LensPipeline:
     @property
     def notes(self) -> list[str]:
         """What a user should know of how the parts are held, a line each."""
-        return [note for net in self._present().values() if (note := getattr(net, "note", ""))]
+        return [note for net in self.present().values() if (note := getattr(net, "note", ""))]
 
     @property
     def text_encoder(self) -> Any:
@@ -324,7 +324,7 @@ class LensPipeline:
             asked, load, accelerator = plan
             self.offload(asked, load=load, accelerator=accelerator)
 
-    def _present(self) -> dict[str, nn.Module]:
+    def present(self) -> dict[str, nn.Module]:
         """The parts with weights that have been read."""
         nets = {"text_encoder": self._encoder, "backbone": self.backbone, "vae": self.vae}
         return {part: net for part, net in nets.items() if isinstance(net, nn.Module)}
@@ -350,7 +350,7 @@ class LensPipeline:
         )
         if self.placement is not None:
             self.placement.remove()
-        modules = self._present()
+        modules = self.present()
         free = to.free()
         if free is not None and to.device.type != "cpu":  # what is there already will be placed anew
             tensors = (t for net in modules.values() for t in (*net.parameters(), *net.buffers()))

@@ -28,7 +28,7 @@ LAYERS = [
     {"quantised"},
     {"adapters", "offload", "texts"},
     {"pipeline"},
-    {"evaluation", "progress", "ranks"},
+    {"evaluation", "frozen_weights", "progress", "ranks"},
     {"watching"},
     {"loop", "curation", "comparison", "plan", "testing"},
     {"__main__"},

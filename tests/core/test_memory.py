@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+import lens_dmd2
+import lens_mmdit
 import pytest
+import rank_worker
 import torch
 import toy
 from attrs import evolve
@@ -16,8 +20,9 @@ from torch import Tensor, nn
 
 from lens_core import checkpoint, ranks
 from lens_core.catalog import Catalog
-from lens_core.config import Recipe, Training, Use, Watch
+from lens_core.config import Adapter, Recipe, Training, Use, Watch
 from lens_core.loop import Run
+from lens_core.pipeline import LensPipeline
 from lens_core.ranks import Ranks
 
 WIDE = 2**15  # hidden channels: weights that stand out from all else
@@ -130,3 +135,101 @@ def test_gradients_are_added_up_in_buckets(monkeypatch: pytest.MonkeyPatch) -> N
     assert sent == [400, 1200, 80, 16], "what fits goes together; what is larger goes alone, where it lies"
     assert live.peak <= 400 + 40, "a bucket, and the gradient that nobody had"
     assert all(torch.equal(p.grad, w) for p, w in zip(learning, want, strict=True))
+
+
+# ---- what does not learn --------------------------------------------------------------------------------------
+
+
+def dtypes(net: nn.Module) -> set[torch.dtype]:
+    return {p.dtype for p in net.parameters()}
+
+
+def test_frozen_parts_sit_in_sixteen_bits_and_are_exported_as_they_were(catalog: Catalog, tmp_path: Path) -> None:
+    half = evolve(RECIPE, pipeline=toy.NARROW, train=evolve(RECIPE.train, precision="bf16"))
+    run = Run(half, catalog, tmp_path / "a", say=lambda line: None)
+    parts = run.pipeline.text_encoder, run.pipeline.vae
+    assert [dtypes(part) for part in parts] == [{torch.bfloat16}] * 2
+    assert dtypes(run.pipeline.backbone) == {torch.float32}, "it learns"
+    run.train()
+    whole = Run(evolve(RECIPE, pipeline=toy.NARROW), catalog, tmp_path / "b", say=lambda line: None).pipeline
+    again = LensPipeline.from_pretrained(tmp_path / "a" / "model", catalog=catalog)
+    assert dtypes(again.text_encoder) == {torch.float32}
+    assert torch.equal(again.text_encoder.table.weight, whole.text_encoder.table.weight), "bit for bit"
+
+
+def test_what_an_adapter_leaves_alone_sits_in_sixteen_bits_too(catalog: Catalog, tmp_path: Path) -> None:
+    train = evolve(RECIPE.train, precision="bf16", ema=0.0, lr=1e-2, adapters={"backbone": Adapter(rank=2)})
+    run = Run(evolve(RECIPE, pipeline=toy.NARROW, train=train), catalog, tmp_path / "a", say=lambda line: None)
+    named = dict(run.pipeline.backbone.named_parameters())
+    assert {p.dtype for n, p in named.items() if ".lora_" in n} == {torch.float32}
+    assert {p.dtype for n, p in named.items() if ".lora_" not in n} == {torch.bfloat16}
+    first = Run(evolve(RECIPE, pipeline=toy.NARROW), catalog, tmp_path / "b", say=lambda line: None).pipeline.backbone
+    before = first.inner.weight.detach().clone()
+    run.train()
+    low = checkpoint.read_tensors(tmp_path / "a" / "adapters" / "backbone" / "pytorch_lora_weights.safetensors")
+    change = low["transformer.inner.lora_B.weight"] @ low["transformer.inner.lora_A.weight"]
+    after = LensPipeline.from_pretrained(tmp_path / "a" / "model", catalog=catalog).backbone.inner.weight
+    assert change.abs().max() > 0
+    torch.testing.assert_close(after, before + change, rtol=0, atol=1e-7)
+
+
+def test_nothing_is_cast_where_a_run_computes_in_float32(catalog: Catalog, tmp_path: Path) -> None:
+    run = Run(RECIPE, catalog, tmp_path / "a", say=lambda line: None)
+    assert all(dtypes(net) == {torch.float32} for net in run.pipeline.present().values())
+
+
+def test_a_teacher_sits_in_sixteen_bits_is_divided_and_computes_again(tmp_path: Path, monkeypatch: Any) -> None:
+    divided: dict[str, nn.Module] = {}
+    monkeypatch.setattr(Ranks, "divide", lambda self, nets: divided.update(nets))
+    backbone = Use("mmdit", {k: v for k, v in rank_worker.BLOCKS.items() if k != "use"})
+    recipe = Recipe(
+        method=Use("dmd2", {"gan": 0.1, "blocks": [0], "critic_steps": 1, "ida": 1.0}),
+        dataset=Use("squares"),
+        train=Training(steps=1, precision="bf16", checkpointing=True),
+        pipeline=evolve(toy.PARTS, backbone=backbone, guidance_scale=3.0, steps=2),
+    )
+    run = Run(recipe, Catalog.of(toy, lens_dmd2, lens_mmdit), tmp_path / "a", say=lambda line: None)
+    teacher = run.method.teacher
+    assert divided == {**run.nets, "teacher": teacher}
+    assert dtypes(teacher) == {torch.bfloat16} and dtypes(run.nets["fake"]) == {torch.float32}
+    assert teacher.gradient_checkpointing and run.nets["generator"].gradient_checkpointing
+
+
+def test_the_gradient_of_the_gan_alone_is_taken_where_it_is_logged(tmp_path: Path, monkeypatch: Any) -> None:
+    taken: list[int] = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: taken.append(run.step) or grad(*a, **k))
+    backbone = Use("mmdit", {k: v for k, v in rank_worker.BLOCKS.items() if k != "use"})
+    recipe = Recipe(
+        method=Use("dmd2", {"gan": 0.1, "blocks": [0], "critic_steps": 1, "ida": 1.0}),
+        dataset=Use("squares"),
+        train=Training(steps=5, log_every=2, save_every=9),
+        pipeline=evolve(toy.PARTS, backbone=backbone, guidance_scale=3.0, steps=2),
+    )
+    run = Run(recipe, Catalog.of(toy, lens_dmd2, lens_mmdit), tmp_path / "a", say=lambda line: None)
+    run.train()
+    assert taken == [1, 3, 4], "the steps whose line is written"
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "generator/gan_dm" in line] == [2, 4, 5]
+
+
+def test_the_host_waits_for_the_device_once_an_optimizer_step(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU nothing waits, but what would is the same: a tensor's value that Python asks for."""
+    run = Run(evolve(RECIPE, pipeline=toy.NARROW), catalog, tmp_path / "a", say=lambda line: None)
+    asked: list[str] = []
+    parts = run._parts()
+    micro = [run._next(steps) for steps in parts]
+    for name in ("__float__", "__bool__", "__int__", "item", "tolist", "numpy"):
+        plain = getattr(Tensor, name)
+
+        def note(self: Tensor, *args: Any, plain: Any = plain, name: str = name, **kwargs: Any) -> Any:
+            asked.append(name)
+            return plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(Tensor, name, note)
+    for turn, role in enumerate(("critic", "backbone")):
+        asked.clear()
+        run._turn(role, turn, micro)
+        assert asked == ["tolist"], role
