@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = ROOT / "lens_core"
 PLUGINS = sorted(p.parent for p in (ROOT / "plugins").glob("*/__init__.py"))
 LAYERS = [
-    {"types", "flow", "files"},
+    {"types", "flow", "files", "http"},
     {"protocols", "reading", "statistics"},
     {"hookspecs", "validators"},
     {"structuring", "attribution"},
@@ -41,6 +41,7 @@ LAZY = {
     "PIL",
     "safetensors",
     "peft",
+    "httpx2",
 }  # they cost time, and most commands need none
 HEAVY = {"torch", "diffusers", "transformers"}
 

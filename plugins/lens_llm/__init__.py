@@ -1,7 +1,6 @@
 """Language models as colleagues: they judge pictures by rubrics.
 
 client      llm `openai`: any OpenAI-compatible chat endpoint, with retries, budgets and a cache
-transport   one HTTP request under a deadline and a bound
 redaction   keeps a key out of every text
 rubric      reward `rubric`: one call a picture, which answers each of its prompt's rubrics
 prompts     benchmark `prompts`: prompt sets in files (`lens-rl/1`), their reader, writer and linter

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import http.client
 import json
 import logging
 import math
 import os
 import re
-import ssl
 import threading
 import time
 import warnings
@@ -26,10 +24,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 from attrs import field, frozen, mutable
 
+from lens_core.http import Answer, NotSent, TooLarge, UntrustedHost, check_url, post
 from lens_core.types import ConfigError, LensError, Message
 from lens_core.validators import integer, optional, real, text
 from lens_llm.redaction import LEAST, redact, redact_all
-from lens_llm.transport import Answer, NotSent, TooLarge, check_url, post
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -401,7 +399,11 @@ class OpenAI:
     def _send(self, url: str, secret: str, body: bytes, tokens: int) -> _Reply | _Fault:
         """One request of about so many `tokens`. Whatever an endpoint does, the worst is a fault of this request."""
         c = self.config
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {secret}"}
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "Authorization": f"Bearer {secret}",
+        }
         for variable, header in (("OPENAI_ORG_ID", "OpenAI-Organization"), ("OPENAI_PROJECT_ID", "OpenAI-Project")):
             value = os.environ.get(variable, "").strip()
             if value and value.isascii() and value.isprintable():
@@ -417,18 +419,15 @@ class OpenAI:
                 time.monotonic() - begun,
             )
         except NotSent as error:
-            return _Fault(f"the connection failed: {error}", again=True)
-        except ssl.SSLCertVerificationError as error:
-            return _Fault(f"the connection failed: {error.verify_message}")
+            return _Fault(f"the connection failed: {error}", again=not isinstance(error, UntrustedHost))
         except TimeoutError:
             return _Fault(f"no answer within {c.timeout:g} s", again=True, billed=True)
         except TooLarge as error:
             return _Fault(f"unreadable answer: {error}", billed=True)
         except ValueError as error:
             return _Fault(f"unreadable answer: {error}", again=True, billed=True)
-        except (OSError, http.client.HTTPException) as error:
-            reason = str(error) or type(error).__name__
-            return _Fault(f"the connection failed: {reason}", again=True, billed=True)
+        except ConnectionError as error:
+            return _Fault(f"the connection failed: {error}", again=True, billed=True)
         return self._unpack(answer, secret, tokens)
 
     def _unpack(self, answer: Answer, secret: str, guess: int) -> _Reply | _Fault:
@@ -442,7 +441,7 @@ class OpenAI:
         except ValueError as error:
             if not 200 <= answer.status < 300:
                 return _of_status(answer.status, head, answer.retry_after)
-            if "json" in answer.kind:
+            if "json" in answer.content_type:
                 return _Fault(f"unreadable answer: {error}", again=True, billed=True)
             return _Fault(f"not a chat completion; check base_url: {head}", billed=True)
         error = _error(data)
