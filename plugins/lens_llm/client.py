@@ -116,7 +116,7 @@ class OpenAI:
         model: str = field(validator=text())
         base_url: str | None = field(default=None, validator=optional(text()))  # None: OPENAI_BASE_URL, or OpenAI's own
         key_env: str = "OPENAI_API_KEY"  # the NAME of the variable that holds the key
-        # Seconds for a whole request, from the first byte sent to the last one read.
+        # Seconds for a whole request, from the look-up of the address to the last byte read.
         timeout: float = field(default=60.0, validator=SECONDS)
         retries: int = field(default=4, validator=integer(at_least=0))  # after the first attempt
         # Seconds; an endpoint that asks to wait longer has failed.
