@@ -599,6 +599,45 @@ def compare(*folders: str, out: Path | None = None) -> int:
 
 
 @app.command
+def check(model: str) -> int:
+    """Read every file of a checkpoint, and say which differs from what was written, is missing, or is extra.
+
+    Parameters
+    ----------
+    model
+        A folder, a Hub id org/name[@revision], or tiny:
+    """
+    from lens_core import checkpoint, integrity
+
+    catalog = Catalog.installed()
+    folder = checkpoint.fetch(model, catalog)
+    described = checkpoint.describe(folder, catalog)
+    found = integrity.check(folder, described)
+    problems = found.problems
+    for part, component in described["components"].items():
+        if "from" in component:
+            try:
+                checkpoint.lender(part, component, folder, catalog)
+                print(f"{part}: that of {component['from']}, unchanged")
+            except LensError as error:
+                problems.append(str(error))
+    for line in problems:
+        print(line)
+    if problems:
+        print(f"{model}: {len(problems)} of its files are not as they should be; fetch it again")
+        return 1
+    digest = checkpoint.digest(folder)
+    if found.named is None:
+        print(
+            f"{model}: {found.whole} files are whole, as far as their formats say (hash {digest}); its lens.json holds "
+            "no hashes, so a changed bit would not be seen: save or convert it anew to have them"
+        )
+    else:
+        print(f"{model}: {found.named} files are as they were written (hash {digest})")
+    return 0
+
+
+@app.command
 def push(
     model: str,
     repo: str,
@@ -625,6 +664,9 @@ def push(
     folder = checkpoint.fetch(model, catalog)
     described = checkpoint.describe(folder, catalog)
     checkpoint.read_json(folder / "model_index.json")  # the layout that others read; before anything is made there
+    if "files" not in described:  # from now on it has them
+        ours = {*hub.named(folder, described)} - {"lens.json"}
+        described["files"] = {n: h for n, h in checkpoint.hashes(folder).items() if n in ours}
     hub.create(repo, private=private)
     print(hub.upload(folder, described, repo, message=message))
     return 0

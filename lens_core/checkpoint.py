@@ -1,7 +1,8 @@
 """Weights and descriptions on disk: safetensors and JSON only, checked at the border, written atomically.
 
 A checkpoint is the published diffusers folder layout plus `lens.json`:
-`{"format": 1, "components": {kind: {"use", "config"}}, "presets": {"steps", "guidance_scale"}, "plugins": {name: …}}`.
+`{"format": 1, "components": {kind: {"use", "config"}}, "presets": {"steps", "guidance_scale"}, "plugins": {name: …},
+"files": {path: SHA-256}}`; `files` is what `lens_core.integrity` checks.
 A component with `"from"` is lent: its files are those of another checkpoint, a Hub name or a plugin's such as `tiny:`,
 and `"hash"` says which they were.
 """
@@ -449,6 +450,8 @@ def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
     for name, sound in {"presets": _presets, "plugins": _texts, "provenance": _provenance}.items():
         if not sound(data.get(name, {})):
             raise CheckpointError(f"{path}: its {name} cannot be meant; mend it, or fetch it again")
+    if not _files(data.get("files", {})):
+        raise CheckpointError(f"{path}: its files are no paths with a SHA-256 each; mend it, or fetch it again")
     if not isinstance(data.get("note", ""), str):
         raise CheckpointError(f"{path}: its note is no text; mend it, or fetch it again")
     return data
@@ -480,6 +483,17 @@ def _presets(given: Any) -> bool:
 
 def _texts(given: Any) -> bool:
     return isinstance(given, dict) and all(isinstance(value, str) for value in given.values())
+
+
+def _files(given: Any) -> bool:
+    """Whether these are paths below a checkpoint's folder, each with a SHA-256 in hexadecimal digits."""
+    return isinstance(given, dict) and all(
+        isinstance(digest, str)
+        and re.fullmatch("[0-9a-f]{64}", digest)
+        and name.isprintable()
+        and not re.search(r"^[/~]|^$|\\|:|(^|/)\.{1,2}(/|$)", name)
+        for name, digest in given.items()
+    )
 
 
 def _provenance(given: Any) -> bool:

@@ -11,10 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from lens_core import card, reading
+from lens_core.files import is_system_file
 from lens_core.types import CheckpointError, ConfigError, LensError
 
 FILES = ("*.json", "*.safetensors", "*.jinja", card.FILE)
 """What a checkpoint consists of; nothing else is fetched."""
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+ABOUT = (
+    "config.json", "generation_config.json", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.jinja",
+)  # fmt: skip
+"""What the folders of parts hold by custom: their weights, and what describes them."""
 
 FOLDERS = {"vae": ("vae/",), "text_encoder": ("text_encoder/", "tokenizer/"), "backbone": ("transformer/",)}
 """Where the files of a part with weights lie in a checkpoint."""
@@ -101,6 +109,29 @@ def _sharded(folder: Path) -> list[str]:
     return files
 
 
+def named(folder: Path, described: Mapping[str, Any]) -> list[str]:
+    """The files in `folder` that are the checkpoint's, by their paths: those that its `lens.json` names, those that are
+    usual in the folders of its parts (weights by their names or an index, WEIGHTS, ABOUT), its card and its licences.
+    """
+    parts = tuple(p for part in described["components"] for p in FOLDERS.get(part, ()))
+    weights = {*_sharded(folder), *(c["file"] for c in described["components"].values() if "file" in c)}
+    found = ["lens.json", "model_index.json", "scheduler/scheduler_config.json", card.FILE, *weights]
+    found += [p.name for pattern in ("LICENSE*", "NOTICE*") for p in folder.glob(pattern)]
+    found += described.get("files", ())
+    for path in folder.glob("*/*"):
+        name = path.relative_to(folder).as_posix()
+        if name.startswith(parts) and (path.name in WEIGHTS or any(fnmatch(path.name, p) for p in ABOUT)):
+            found.append(name)
+    ours = {n for n in found if is_file(folder / n) and not is_system_file(n) and not _lent(n, described)}
+    return sorted(ours)
+
+
+def _lent(name: str, described: Mapping[str, Any]) -> bool:
+    """Whether a file would be of a part that another checkpoint lends."""
+    lent = (p for part, c in described["components"].items() if "from" in c for p in FOLDERS[part])
+    return name.startswith(tuple(lent))
+
+
 def create(name: str, *, private: bool = False, token: str | None = None) -> None:
     """Make the repository `name`, unless it is there. Raises CheckpointError; so does a public one, if `private`."""
     from huggingface_hub import HfApi, constants
@@ -129,27 +160,31 @@ def upload(
 ) -> str:
     """Make the checkpoint in `folder` the content of the repository `name`, in one commit; returns where it is.
 
+    Only files that the checkpoint names go (`named`), and none if the repository has changed meanwhile.
+
     Weights of an earlier commit beside the new ones go, and parts that another checkpoint lends now. The card says how
     to load `name`; one that a person wrote, there or here, stays as it is. Raises CheckpointError.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    lacking = _lacking(folder, _sharded(folder))
+    ours = named(folder, described)
+    held = {n.rpartition("/")[0] for n in ours if n.endswith(".safetensors")}  # where weights are, by whatever name
+    listed = [n for n in described.get("files", ()) if n.rpartition("/")[0] not in held and not _lent(n, described)]
+    lacking = _lacking(folder, [*_sharded(folder), *sorted(listed)])
     if lacking:
         raise CheckpointError(f"{folder / lacking[0]}: missing; only a whole checkpoint is uploaded")
-    patterns = (*FILES, "LICENSE*", "NOTICE*")
-    paths = (p for p in sorted(folder.rglob("*")) if p.is_file() and any(fnmatch(p.name, n) for n in patterns))
-    content: dict[str, Any] = {p.relative_to(folder).as_posix(): p for p in paths}
+    content: dict[str, Any] = {name: folder / name for name in ours}
     if "lens.json" not in content:  # its presets may hang on the name that the folder had here
         content["lens.json"] = json.dumps(described, indent=2).encode()
     if card.may_replace(folder / card.FILE):
         content[card.FILE] = card.text(described, name).encode()
     try:
         api = HfApi(token=token)
-        there = api.list_repo_files(name)
+        head = api.repo_info(name).sha
+        there = api.list_repo_files(name, revision=head)
         if card.FILE in there:
             with tempfile.TemporaryDirectory() as place:
-                old = Path(api.hf_hub_download(name, card.FILE, local_dir=place))
+                old = Path(api.hf_hub_download(name, card.FILE, revision=head, local_dir=place))
                 if not card.may_replace(old):
                     del content[card.FILE]
         folders = {path.rpartition("/")[0] for path in content} - {""}
@@ -162,7 +197,8 @@ def upload(
         ]
         steps = [CommitOperationAdd(path, source) for path, source in content.items()]
         steps += [CommitOperationDelete(path) for path in stale]
-        api.create_commit(name, steps, commit_message=message or "Upload a checkpoint with Lens")
+        # What somebody else has put there since is not overwritten: the Hub refuses a commit on another parent.
+        api.create_commit(name, steps, commit_message=message or "Upload a checkpoint with Lens", parent_commit=head)
     except Exception as error:  # as in `snapshot`
         raise CheckpointError(f"{name}: cannot be uploaded: {_reason(error, token)}") from error
     return f"{api.endpoint}/{name}"
@@ -179,6 +215,8 @@ def _reason(error: Exception, token: str | None = None) -> str:
         RevisionNotFoundError: "it has no such branch, tag or commit",
     }
     cure = next((cure for kind, cure in cures.items() if isinstance(error, kind)), None)
+    if getattr(getattr(error, "response", None), "status_code", 0) == 412:
+        cure = "somebody has changed it meanwhile; look at what is there now, and push again"
     if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):
         cure = cure or "your token may not do that; run `hf auth login` with one that can write"
     text = " ".join(f"{type(error).__name__}: {error}".split())

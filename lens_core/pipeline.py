@@ -17,7 +17,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
-from lens_core import adapters, card, checkpoint, flow, hub
+from lens_core import adapters, card, checkpoint, flow, hub, integrity
 from lens_core import offload as offloads
 from lens_core.arguments import number, texts, whole
 from lens_core.attribution import building, calling, checked_tensor, latents_of, pixels_of, text_of, times_of, walk_of
@@ -151,13 +151,15 @@ class LensPipeline:
         offload: str | None = None,
         load: Callable[[Self], Load] | None = None,
         text_cache: str | Path | None = None,
+        verify: bool = False,
     ) -> Self:
         """Read a checkpoint: a folder, a Hub id `org/name[@revision]`, a plugin's name such as `tiny:`, or one file.
 
         `backbone`, `text_encoder`, `vae`: a single .safetensors file each, in the place of that part (or for one that
         `uri` lacks). `dtype` defaults to float32 on CPUs and bfloat16 elsewhere. `offload` is a plan of
         `LensPipeline.offload`, and `load` tells what will be drawn under it. `text_cache` is a folder that keeps
-        features of prompts; the text encoder is then read when the first prompt comes that is not there.
+        features of prompts; the text encoder is then read when the first prompt comes that is not there. `verify` reads
+        every file first and compares it with its hash in `lens.json`.
 
         Raises CheckpointError or ConfigError, in one line.
         """
@@ -168,6 +170,8 @@ class LensPipeline:
         kind = _dtype(dtype or torch_dtype, where)
         folder = checkpoint.fetch(str(uri), catalog)
         described = checkpoint.describe(folder, catalog)
+        if verify:
+            integrity.verify(folder, described, catalog)
         given = {"backbone": backbone, "text_encoder": text_encoder, "vae": vae}
         files = {part: Path(path).expanduser() for part, path in given.items() if path is not None}
         components = described["components"] | {
@@ -401,17 +405,24 @@ class LensPipeline:
         root = Path(folder)
         self._check_savable(WEIGHTY)  # before anything is touched
         root.mkdir(parents=True, exist_ok=True)
+        before = integrity.stamps(root)
         if any(root.iterdir()) and not (root / "lens.json").is_file():
             raise CheckpointError(f"{root}: is not empty and not a checkpoint; choose a new folder")
         (root / "lens.json").unlink(missing_ok=True)
         for part in WEIGHTY:
             if getattr(self, part) is not None:
                 getattr(self, part).save(root)
-        self.save_about(root)
+        self.save_about(root, before=before)
 
-    def save_about(self, root: Path, lent: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    def save_about(
+        self,
+        root: Path,
+        lent: Mapping[str, Mapping[str, str]] | None = None,
+        before: integrity.Stamps | None = None,
+    ) -> None:
         """Write what describes a checkpoint in `root`, beside the sub-folders of its parts; `lent` says of each part
-        that is another checkpoint's `from` where, and its `hash`."""
+        that is another checkpoint's `from` where, and its `hash`. `before`: what was there before the parts were
+        written, and is no part of the checkpoint."""
         lent = lent or {}
         self._check_savable(())
         if hasattr(self.sampler, "save"):  # one that other tools have too
@@ -430,6 +441,7 @@ class LensPipeline:
             "presets": self.presets,
             "plugins": self._plugins(),
             "provenance": self.provenance | self._folded(),
+            "files": integrity.recorded(root, before or {}),
         }
         if card.may_replace(root / card.FILE):
             checkpoint.write_atomic(root / card.FILE, lambda p: p.write_text(card.text(described), encoding="utf-8"))

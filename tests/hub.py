@@ -177,6 +177,9 @@ class Handler(BaseHTTPRequestHandler):
                 for f in json.loads(body)["files"]
             ]
             return self.answer(200, {"files": rows})
+        parents = [json.loads(line)["value"].get("parentCommit") for line in body.splitlines() if b'"header"' in line]
+        if parents[0] not in (None, repository.refs["main"]):
+            return self.answer(412, {"error": "A commit has happened since"})
         files = dict(repository.files)
         for line in body.splitlines():
             item = json.loads(line)

@@ -25,7 +25,7 @@ LAYERS = [
     {"hub", "peft_config"},
     {"checkpoint", "optimizers", "source"},
     {"lazy", "locks", "png", "spelling"},
-    {"quantised"},
+    {"quantised", "integrity"},
     {"adapters", "offload", "texts"},
     {"pipeline"},
     {"evaluation", "frozen_weights", "progress", "ranks"},

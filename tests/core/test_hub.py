@@ -14,6 +14,7 @@ import pytest
 from hub import Hub
 from huggingface_hub import _tree_cache
 
+from lens_core import integrity
 from lens_core.__main__ import main
 from lens_core.catalog import Catalog
 from lens_core.checkpoint import combined, describe, digest, fetch, hashes, read_json, read_tensors, write_json
@@ -376,3 +377,55 @@ def test_the_environment_names_the_hub_the_cache_and_whether_to_ask(hub: Hub, ch
     assert folder.startswith(str(tmp_path / "home")) and digest(Path(folder)) == digest(checkpoint)
     assert hub.asked != []
     assert say(HF_HUB_OFFLINE="1") == folder and hub.asked == []
+
+
+def test_only_what_the_checkpoint_names_is_uploaded(hub: Hub, checkpoint: Path, catalog: Catalog) -> None:
+    for name in (
+        "client_secret.json", "optimizer.safetensors", "transformer/optimizer.safetensors", "vae/notes.json",
+        "._lens.json", "vae/._diffusion_pytorch_model.safetensors", "other/config.json", "prompts.jinja",
+    ):  # fmt: skip
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text("{}")
+    (checkpoint / "LICENSE").write_text("MIT")
+    create("toys/a", token="hf_secret")
+    upload(checkpoint, describe(checkpoint, catalog), "toys/a", token="hf_secret")
+    files = hub.repositories["toys/a"].files
+    weights = "diffusion_pytorch_model.safetensors"
+    assert set(files) - {".gitattributes"} == {
+        "LICENSE", "README.md", "lens.json", "model_index.json",
+        f"vae/{weights}", f"text_encoder/{weights}", f"transformer/{weights}",
+    }  # fmt: skip
+    about = read_json(checkpoint / "lens.json")
+    del about["files"]
+    write_json(checkpoint / "lens.json", about)
+    create("toys/b", token="hf_secret")
+    upload(checkpoint, describe(checkpoint, catalog), "toys/b", token="hf_secret")
+    assert set(hub.repositories["toys/b"].files) == set(files), "nor where lens.json names no files"
+
+
+def test_a_concurrent_change_is_not_overwritten(
+    hub: Hub, checkpoint: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    create("toys/a", token="hf_secret")
+    listed = HfApi.list_repo_files
+
+    def meanwhile(self: HfApi, *args: object, **more: object) -> object:
+        found = listed(self, *args, **more)
+        hub.repositories["toys/a"].commit({"theirs.json": b"{}"})
+        return found
+
+    monkeypatch.setattr(HfApi, "list_repo_files", meanwhile)
+    said = error(lambda: upload(checkpoint, describe(checkpoint, catalog), "toys/a", token="hf_secret"))
+    assert "somebody has changed it meanwhile" in said
+    assert set(hub.repositories["toys/a"].files) == {"theirs.json"}
+
+
+def test_what_was_pushed_and_fetched_is_as_it_was_written(hub: Hub, checkpoint: Path, catalog: Catalog) -> None:
+    create("toys/a", token="hf_secret")
+    upload(checkpoint, describe(checkpoint, catalog), "toys/a", token="hf_secret")
+    folder = fetch("toys/a", catalog)
+    found = integrity.check(folder, describe(folder, catalog))
+    assert found.named == 4 and found.problems == []
+    LensPipeline.from_pretrained("toys/a", catalog=catalog, verify=True)
