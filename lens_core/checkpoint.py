@@ -239,7 +239,7 @@ def files(folder: Path, stem: str) -> list[Path]:
         if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
             raise CheckpointError(f"{index}: names {shown(name)}, which is not a safetensors file of its own folder")
         if not hub.is_file(folder / name):
-            raise CheckpointError(f"{folder / name}: this shard is missing; fetch it again")
+            raise CheckpointError(f"{reading.one_line(folder / name, 1000)}: this shard is missing; fetch it again")
     return [folder / name for name in names]
 
 

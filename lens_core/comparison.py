@@ -46,7 +46,7 @@ def read(path: Path) -> dict[str, Any]:
             )
     for name in (*_MACHINE, "group"):
         if not _is_text(result.get(name, "")):
-            raise CheckpointError(f"{path}: {name} is {shown(result[name])}, not text; run lens bench again")
+            raise CheckpointError(f"{path}: {name} is {shown(result[name])}, not a line of text; run lens bench again")
     pictures = result["pictures"]
     if not set(result["headline"]) <= {p["task"] for p in pictures}:
         raise CheckpointError(f"{path}: names headline tasks that no picture has; run lens bench again")
@@ -73,7 +73,8 @@ def _is_list(value: object, holds: Callable[[Any], bool]) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+    """Whether it is text for a line of a table."""
+    return isinstance(value, str) and len(value) <= 1000 and value.isprintable()
 
 
 def _is_whole(value: object) -> bool:
@@ -81,9 +82,9 @@ def _is_whole(value: object) -> bool:
 
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model": (_is_text, "text"),
-    "model_hash": (_is_text, "text"),
-    "benchmark": (_is_text, "text"),
+    "model": (_is_text, "a line of text"),
+    "model_hash": (_is_text, "a line of text"),
+    "benchmark": (_is_text, "a line of text"),
     "seed": (_is_whole, "a whole number"),
     "steps": (_is_whole, "a whole number"),
     "guidance_scale": (_is_number, "a number"),

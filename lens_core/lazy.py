@@ -160,7 +160,8 @@ def fit(config: Any, published: Any, seen: Mapping[str, Any], telling: Iterable[
             return evolve(known, **seen)
     name = next(n for n in telling if n in seen and getattr(config, n) != seen[n])
     raise CheckpointError(
-        f"{where}: its {name} is {shown(seen[name])}, but that of the model it is for is {getattr(config, name)!r}; "
+        f"{where}: its {name} is {shown(seen[name])}, but that of the model it is for is "
+        f"{shown(getattr(config, name))}; "
         "give --model a folder that it fits"
     )
 

@@ -74,7 +74,9 @@ def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a JSON value, of a long list only the first few."""
+    """Every place in a JSON value, of a long list and a deep one only the first few."""
+    if len(path) > 20:
+        return [path]
     inner = (
         list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
     )

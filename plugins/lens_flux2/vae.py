@@ -20,6 +20,7 @@ from lens_core.checkpoint import blueprint, load_module, read_json, read_weights
 from lens_core.config import structure
 from lens_core.lazy import Lazy, read_lazy
 from lens_core.offload import Load
+from lens_core.reading import one_line, shown
 from lens_core.types import CheckpointError, ConfigError, LensError
 from lens_core.validators import CHANNELS, LAYERS, each, listed, optional, real
 from lens_flux2.single import adopt
@@ -158,7 +159,8 @@ class Flux2VAE(nn.Module):
         if config not in (stored, cls.Config()):
             name = next(n for n in fields_dict(cls.Config) if getattr(config, n) != getattr(stored, n))
             raise CheckpointError(
-                f"{path}: {name} is {getattr(stored, name)!r}, but lens.json says {getattr(config, name)!r}; mend one"
+                f"{path}: {name} is {shown(getattr(stored, name))}, but lens.json says "
+                f"{shown(getattr(config, name))}; mend one"
             )
         tensors = read_weights(folder / FOLDER)
         layers = stored.layers_per_block * len(stored.block_out_channels)
@@ -185,7 +187,9 @@ class Flux2VAE(nn.Module):
     def _read(cls, path: Path) -> Config:
         data = {k: v for k, v in read_json(path).items() if not k.startswith("_") or k == "_class_name"}
         if (kind := data.pop("_class_name", None)) != "AutoencoderKLFlux2":
-            raise CheckpointError(f"{path} describes a {kind}, not an AutoencoderKLFlux2; choose another vae component")
+            raise CheckpointError(
+                f"{path} describes a {one_line(kind, 80)}, not an AutoencoderKLFlux2; choose another vae component"
+            )
         for name, value in FIXED.items():
             if data.pop(name, value) != value:
                 raise CheckpointError(f"{path}: {name} must be {value}; this component reads no other")

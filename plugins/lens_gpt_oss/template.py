@@ -189,13 +189,17 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def guarded(call: Callable[[], T]) -> T:
-    """What `call` returns. A panic of the Rust library, which is no Exception, becomes a CheckpointError."""
+    """What `call` returns. Whatever a tokenizer's files make its libraries raise becomes a CheckpointError, a panic of
+    the one in Rust, which is no Exception, too."""
     try:
         return call()
+    except LensError:
+        raise
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise CheckpointError(f"the tokenizer failed ({one_line(error, 200)}); fetch it again") from error
+        reason = one_line(f"{type(error).__name__}: {error}", 200)
+        raise CheckpointError(f"the tokenizer failed ({reason}); fetch it again") from error
 
 
 def check_tokenizer(data: bytes) -> None:

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from lens_core.checkpoint import blueprint, load_module, read_weights, save_module, write_json
 from lens_core.lazy import Lazy, read_lazy
 from lens_core.offload import Load
+from lens_core.reading import shown
 from lens_core.types import ConfigError, NumericalError, Text, did_you_mean, move
 from lens_core.validators import CHANNELS, LAYERS, each, integer, listed, optional
 from lens_mmdit.modulation import Modulation, Tabulating
@@ -577,7 +578,7 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         for name in fields:
             if name not in fields_dict(cls.Config):
                 raise ConfigError(
-                    f"backbone: no field is called {name!r}.{did_you_mean(name, fields_dict(cls.Config))}"
+                    f"backbone: no field is called {shown(name)}.{did_you_mean(name, fields_dict(cls.Config))}"
                 )
         model = cls(None, **fields)
         return (model, unused) if return_unused_kwargs else model

@@ -10,6 +10,7 @@ from typing import Any
 from lens_core import hub
 from lens_core.checkpoint import read_json
 from lens_core.lazy import read_lazy
+from lens_core.reading import one_line
 from lens_core.types import CheckpointError
 from lens_mmdit.single import prefix
 
@@ -104,7 +105,7 @@ def describe(folder: Path) -> dict[str, Any] | None:
     path = folder / "transformer" / "config.json"
     config = read_json(path)
     if config.get("_class_name", "LensTransformer2DModel") != "LensTransformer2DModel":
-        raise CheckpointError(f"{path} describes a {config['_class_name']}, not a LensTransformer2DModel")
+        raise CheckpointError(f"{path} describes a {one_line(config['_class_name'], 80)}, not a LensTransformer2DModel")
     variant, note = _variant(folder, index)
     return {
         "format": 1,

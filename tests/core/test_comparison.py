@@ -167,6 +167,18 @@ def test_the_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.
         ({"pictures": [{"prompt": "p", "task": "x", "value": "1"}]}, "value"),
         ({"headline": ["z"]}, "headline"),
         ({"headline": []}, "headline"),
+        ({"headline": [["z"]]}, "headline"),
+        ({"model": "a\nb"}, "model"),
+        ({"model_hash": ["a"]}, "model_hash"),
+        ({"benchmark": "x" * 2000}, "benchmark"),
+        ({"seed": 0.5}, "seed"),
+        ({"steps": True}, "steps"),
+        ({"size": [1]}, "size"),
+        ({"guidance_scale": "1"}, "guidance_scale"),
+        ({"group": 7}, "group"),
+        ({"pictures": [{"prompt": "p", "task": "x", "value": float("inf")}]}, "value"),
+        ({"pictures": [{"prompt": "p", "task": "x", "value": True}]}, "value"),
+        ({"pictures": [[[]]]}, "value"),
     ],
 )
 def test_a_result_that_lacks_something_is_refused_by_name(tmp_path: Path, change: dict[str, Any], words: str) -> None:

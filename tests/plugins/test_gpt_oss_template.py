@@ -166,6 +166,15 @@ def test_a_panic_of_the_tokenizers_library_is_one_line(saved: Path, capfd: pytes
         template.guarded(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
 
 
+@pytest.mark.parametrize("change", [{"model_max_length": "x"}, {"model_max_length": []}, {"padding_side": "up"}])
+def test_a_setting_that_makes_a_tokenizer_fail_is_one_line(change: dict[str, Any], saved: Path, tmp_path: Path) -> None:
+    for path in changed(saved).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | change), encoding="utf-8")
+    assert "tokenizer" in refusal(lambda: Wrapper(open_tokenizer(tmp_path), DAY))
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_a_tokenizers_file_beyond_its_bound_is_refused(name: str, saved: Path, tmp_path: Path) -> None:
     for path in changed(saved).iterdir():
