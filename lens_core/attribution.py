@@ -8,6 +8,7 @@ The error is a PluginError, whose cause is the original. A LensError passes: its
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -301,3 +302,51 @@ def batches_of(dataset: Any, rank: int, world: int) -> Iterator[Batch]:
     with calling(dataset, "batches"):
         batches = dataset.batches(rank, world)
     return (checked_batch(dataset, batch) for batch in items(dataset, "batches", batches))
+
+
+# ---- parts that fit one another -------------------------------------------------------------------------------------
+
+MISFIT = re.compile(
+    r"cannot be multiplied|same reduction dim|must match the size|to have \d+ channels|normalized_shape|size mismatch"
+)
+"""What torch says where a tensor is not of the width that a layer reads."""
+
+
+def check_fit(vae: Any, encoder: Any, backbone: Any) -> None:
+    """Raise ConfigError where a backbone says that it `takes` other channels, layers or widths than the VAE and the
+    encoder give. Parts that are None, or do not say, are not compared."""
+    if not hasattr(backbone, "takes"):
+        return
+    with calling(backbone, "takes"):
+        channels, layers, width = backbone.takes()
+    problems = [
+        f"{name_of(backbone)} reads {want} {what}, and {name_of(part)} gives {have}; change one of them"
+        for part, what, want, have in (
+            (vae, "latent channels", channels, getattr(vae, "channels", None)),
+            (encoder, "layers of text features", layers, getattr(encoder, "layers", None)),
+            (encoder, "channels of a text feature", width, getattr(encoder, "width", None)),
+        )
+        if part is not None and have is not None and have != want
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_on_meta(vae: Any, encoder: Any, backbone: Any) -> None:
+    """As `check_fit`; a backbone that does not say what it takes is tried on shapes. All are on the meta device."""
+    import torch
+
+    check_fit(vae, encoder, backbone)
+    if vae is None or encoder is None or not isinstance(backbone, torch.nn.Module) or hasattr(backbone, "takes"):
+        return
+    with torch.no_grad(), torch.device("meta"):
+        x, t = torch.empty(1, vae.channels, 64, 64), torch.empty(1)
+        text = Text(torch.empty(1, encoder.layers, 4, encoder.width), torch.empty(1, 4, dtype=torch.bool))
+        try:
+            backbone(x, t, text)
+        except Exception as error:  # most of which say that values are needed, and nothing of a fit
+            if isinstance(error, RuntimeError) and MISFIT.search(str(error)):
+                raise ConfigError(
+                    f"{name_of(backbone)} cannot take what {name_of(vae)} ({vae.channels} latent channels) and "
+                    f"{name_of(encoder)} ({encoder.layers} layers of {encoder.width} channels) give: {one_line(error)}"
+                ) from error

@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from lens_core import adapters, card, checkpoint, flow, hub, integrity
 from lens_core import offload as offloads
 from lens_core.arguments import number, texts, whole
-from lens_core.attribution import building, calling, checked_tensor, latents_of, pixels_of, text_of, times_of, walk_of
+from lens_core.attribution import (
+    building,
+    calling,
+    check_fit,
+    checked_tensor,
+    latents_of,
+    pixels_of,
+    text_of,
+    times_of,
+    walk_of,
+)
 from lens_core.catalog import Catalog
 from lens_core.config import Parts, Use, build, unstructure
 from lens_core.images import to_rgb
@@ -247,6 +257,7 @@ class LensPipeline:
                 with building(name):
                     setattr(start, kind, component(config))
                 start.uses[kind] = Use(name, unstructure(config))
+        check_fit(start.vae, start._encoder, start.backbone)
         wanted = {k: getattr(parts, k) for k in ("steps", "guidance_scale", "base_resolution")}
         start.presets |= {k: v for k, v in wanted.items() if v is not None}
         start.plugins = {

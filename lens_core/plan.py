@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_core import adapters, checkpoint, hub
+from lens_core.attribution import check_on_meta
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Use, build, unstructure
 from lens_core.pipeline import PARTS, WEIGHTY, LensPipeline
@@ -75,6 +76,7 @@ def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
             found[kind] = cls(config)
         if kind in WEIGHTY:
             found[kind].requires_grad_(False)
+    check_on_meta(*(found.get(kind) for kind in ("vae", "text_encoder", "backbone")))
     return LensPipeline(**found, presets=presets, uses=uses, catalog=catalog), notes
 
 

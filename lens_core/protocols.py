@@ -103,6 +103,8 @@ class TextEncoder(Weighty, Protocol):
 class Backbone(Weighty, Protocol):
     """An `nn.Module` that predicts the velocity. float16 may be refused through `refuses(dtype) -> str | None`.
 
+    `takes() -> (C, L, D)`, optional: the latent channels, encoder layers and text width that it reads. A recipe whose
+    VAE or encoder gives others is then refused before anything is loaded.
     One that can take samples of different sizes in one pass has `packed(xs, t, text)` too: xs [C,h,w] each, t [B] and
     text as in `forward` -> v for each, of its own size and independent of the others. Packed training needs it.
     `flops((h, w), tokens)`, optional, is what a forward costs for one sample, so that a run can tell its MFU.
@@ -161,6 +163,8 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
+    """`needs`, optional, are the keys of `Prompt.data` that it reads: where no prompt has one, RL is refused."""
+
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Sequence[Score]:
         """Images uint8 [B,3,H,W] -> one Score each."""
 

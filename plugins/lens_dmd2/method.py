@@ -133,7 +133,8 @@ class DMD2:
     def _heads(self) -> nn.Module:
         if not hasattr(self.teacher, "features"):
             raise ConfigError("dmd2: gan reads features, which this backbone does not offer; use gan: 0")
-        like = torch.empty(0, dtype=dtype_of(self.teacher), device=self.pipeline.device)
+        device = next((p.device for p in self.teacher.parameters()), self.pipeline.device)
+        like = torch.empty(0, dtype=dtype_of(self.teacher), device=device)
         encoder = self.pipeline.text_encoder
         with torch.no_grad():
             found = self.teacher.features(

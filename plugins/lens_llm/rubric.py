@@ -72,6 +72,8 @@ class RubricReward:
     is a picture of which too few verdicts count.
     """
 
+    needs = ("rubrics",)
+
     @frozen
     class Config:
         llm: Use  # as in {use: openai, model: gpt-4.1-mini}

@@ -448,6 +448,11 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         taps = {n: _grid(img, x) for n, img in enumerate(walk) if n in blocks}
         return [taps[n] for n in blocks]
 
+    def takes(self) -> tuple[int, int, int]:
+        """(C, L, D): latent channels, layers of text features and their width, as it reads them."""
+        c = self.config
+        return c.in_channels, len(c.selected_layer_index), c.enc_hidden_dim
+
     @classmethod
     def refuses(cls, dtype: torch.dtype) -> str | None:
         """Why the model must not run in `dtype`, or None if it may."""
@@ -536,6 +541,8 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         Columns that count in no row are cut from the right, so a batch without any text runs no text stream.
         """
         self._fits(text)
+        if not text.mask.shape[1]:  # T = 0: nothing to look at, on the meta device too
+            return None, None
         known = text.known  # on the host, which would have to wait for an answer of the device
         columns = known.any(0).nonzero()
         if not len(columns):

@@ -12,6 +12,7 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from lens_core import adapters, flow
+from lens_core.attribution import name_of, prompts_of
 from lens_core.catalog import Catalog
 from lens_core.config import Use, build, options, structure
 from lens_core.ranks import gathered, own_parts, seed_of
@@ -137,7 +138,7 @@ class DiffusionNFT:
         catalog = getattr(pipeline, "catalog", None) or Catalog.installed()  # a pipeline made by hand has none
         parts = _parts(config, catalog)
         _, benchmark, options = parts["prompts"]
-        self.prompts = _of_tasks(benchmark(options).prompts(), config.tasks)
+        self.prompts = _of_tasks(prompts_of(benchmark(options)), config.tasks)
         if len({p.id for p in self.prompts}) < len(self.prompts):
             raise ConfigError(f"diffusion_nft: {config.prompts.use} has prompts of one id; a group is known by its id")
         if len(self.prompts) < config.prompts_per_rollout:
@@ -146,6 +147,13 @@ class DiffusionNFT:
                 f"({config.prompts_per_rollout}); ask it for more, or lower prompts_per_rollout"
             )
         self.judges = _judges(config, parts)
+        for one in self.judges:
+            for key in getattr(one.reward, "needs", ()):
+                if not any(key in prompt.data for prompt in self.prompts):
+                    raise ConfigError(
+                        f"diffusion_nft: the reward {name_of(one.reward)} needs {key} with each prompt, and no prompt "
+                        f"of {config.prompts.use} has any; use prompts that do, or another reward"
+                    )
         self.sizes = [pipeline.size(*size) for size in config.sizes] or [pipeline.size()]
         self.rollout = 0  # its number
         self.update = 0  # optimizer steps made with this rollout

@@ -147,6 +147,8 @@ class ShapesRubrics:
     is abstained from where too few of them are of that kind.
     """
 
+    needs = ("rubrics",)
+
     @frozen
     class Config:
         least: float = field(default=0.7, validator=within(0, 1))  # share of the rubrics that must have a verdict

@@ -14,10 +14,12 @@ import toy
 from attrs import evolve
 from torch import nn
 
-from lens_core import hookimpl
+from lens_core import hookimpl, plan
 from lens_core.attribution import (
     batches_of,
     calling,
+    check_fit,
+    check_on_meta,
     checked_loss,
     checked_scores,
     checked_step,
@@ -31,7 +33,7 @@ from lens_core.attribution import (
     turns_of,
     walk_of,
 )
-from lens_core.catalog import Catalog
+from lens_core.catalog import Catalog, Plugin
 from lens_core.config import Parts, Recipe, Training, Use, Watch
 from lens_core.loop import Run
 from lens_core.pipeline import LensPipeline
@@ -367,8 +369,8 @@ def test_parts_without_weights_train_draw_save_and_load(tmp_path: Path) -> None:
     ).train()
     assert report.model is not None
     pipeline = LensPipeline.from_pretrained(report.model, catalog=catalog, device="cpu")
-    for plan in ("none", "model", "encoder-cpu"):
-        pipeline.offload(plan, "cpu")
+    for placed in ("none", "model", "encoder-cpu"):
+        pipeline.offload(placed, "cpu")
         assert pipeline("red", height=16, width=32, num_inference_steps=2, seed=1).images[0].size == (32, 16)
     pipeline.to("cpu", torch.float32)
     again = pipeline("red", height=16, width=16, num_inference_steps=2, seed=1, image=pipeline(
@@ -397,3 +399,65 @@ def test_a_component_that_cannot_be_built_is_named() -> None:
     catalog = plugin(lens_vaes={"shy": Shy})
     with pytest.raises(LensError, match=r"lens_red:shy cannot be built: KeyError: 'no such table'"):
         LensPipeline.from_parts(evolve(toy.PARTS, vae=Use("shy")), catalog)
+
+
+# ---- parts that fit one another -------------------------------------------------------------------------------------
+
+SIZES = {"channels": 4, "downscale": 16}
+
+
+@pytest.mark.parametrize(
+    ("vae", "encoder", "words"),
+    [
+        (4, (1, 8), None),
+        (5, (1, 8), "reads 4 latent channels, and lens_red:red gives 5"),
+        (4, (2, 8), "reads 1 layers of text features, and lens_red:red gives 2"),
+        (4, (1, 64), "reads 8 channels of a text feature, and lens_red:red gives 64"),
+        (None, None, None),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(vae: Any, encoder: Any, words: str | None) -> None:
+    class Saying(toy.Mixer):
+        def takes(self) -> tuple[int, int, int]:
+            return 4, 1, 8
+
+    parts = [
+        None if vae is None else red("vae", channels=vae, downscale=16),
+        None if encoder is None else red("text_encoder", layers=encoder[0], width=encoder[1]),
+        Saying(toy.Mixer.Config()),
+    ]
+    if words is None:
+        check_fit(*parts)
+        return
+    with pytest.raises(ConfigError, match=words):
+        check_fit(*parts)
+
+
+def test_a_backbone_that_does_not_say_what_it_takes_is_tried_on_shapes() -> None:
+    with torch.device("meta"):
+        backbone, vae, encoder = toy.Mixer(toy.Mixer.Config()), toy.Blocks(None), toy.Letters(None)
+    check_on_meta(vae, encoder, backbone)
+    encoder.width = 64
+    with pytest.raises(ConfigError, match=r"cannot take what .* \(4 latent channels\).*1 layers of 64"):
+        check_on_meta(vae, encoder, backbone)
+
+
+class Wide(toy.Letters):
+    width = 64
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.table = nn.Embedding(256, 64)
+
+
+def test_a_dry_run_refuses_an_encoder_that_does_not_fit_the_checkpoint() -> None:
+    catalog = Catalog.installed()
+    module = types.ModuleType("lens_red")
+    module.lens_text_encoders = hookimpl(lambda: {"mine": Wide})  # type: ignore[attr-defined]  # made on the spot
+    catalog._add(Plugin("lens_red", "red", "0"), lambda: module)
+    recipe = Recipe(Use("flow_matching"), Training(3), Use("shapes"), Parts("tiny:", text_encoder=Use("mine")))
+    with pytest.raises(ConfigError, match="channels of a text feature, and lens_red:mine gives 64"):
+        plan.describe(recipe, catalog)
+    with pytest.raises(ConfigError, match="channels of a text feature, and lens_red:mine gives 64"):
+        LensPipeline.from_parts(recipe.pipeline, catalog)
+    assert "learns" in plan.describe(evolve(recipe, pipeline=Parts("tiny:")), catalog)

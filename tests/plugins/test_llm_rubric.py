@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from lens_llm.rubric import SCHEMA, SYSTEM, RubricReward
 from PIL import Image
 from test_llm_client import client, endpoint, fault, refuse  # noqa: F401  # two are fixtures
 
-from lens_core.config import Use
+from lens_core.catalog import Catalog
+from lens_core.config import Use, build
+from lens_core.pipeline import LensPipeline
 from lens_core.testing import check_reward
-from lens_core.types import Prompt, Score
+from lens_core.types import ConfigError, Prompt, Score
 
 
 def prompt(number: int = 0, text: str = "three cups", weights: tuple[float, ...] = (1.0, 1.0, 2.0)) -> Prompt:
@@ -295,3 +298,18 @@ def test_an_audit_of_the_rubric_judge_is_not_answered_by_its_cache(endpoint, rew
     assert len(endpoint.bodies) == 2 * 5  # twice, and three probes
     assert set(found["flips"].values()) == {0.0} and found["noise"] == 0.0
     assert (found["mean"], found["probes"]["blank"], found["probes"]["swapped"]) == (1.0, 0.0, 1.0)
+
+
+def test_a_run_on_prompts_without_rubrics_names_the_reward_that_needs_them(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("a red circle\na blue square\n", encoding="utf-8")
+    pipeline = LensPipeline.from_pretrained("tiny:", device="cpu")
+    options: dict[str, Any] = {
+        "prompts": {"use": "prompts", "path": str(tmp_path / "plain.txt")}, "prompts_per_rollout": 2,
+    }  # fmt: skip
+    rubric = {"use": "rubric", "llm": {"use": "openai", "model": "m"}}
+    catalog = Catalog.installed()
+    _, method, config = build(catalog, "method", Use("diffusion_nft", {**options, "rewards": [rubric]}))
+    with pytest.raises(ConfigError, match="the reward lens_llm:rubric needs rubrics with each prompt, and no"):
+        method(config, pipeline)
+    _, method, config = build(catalog, "method", Use("diffusion_nft", {**options, "rewards": ["shapes"]}))
+    assert [prompt.text for prompt in method(config, pipeline).prompts] == ["a red circle", "a blue square"]
