@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
-from lens_core.types import ConfigError, Prompt, Score
+from lens_core.types import Prompt, Score
+from lens_core.validators import real
 
 
 class Contrast:
@@ -16,11 +17,8 @@ class Contrast:
 
     @frozen
     class Config:
-        full: float = 64.0  # standard deviation, in uint8 levels, that earns 1
-
-        def __attrs_post_init__(self) -> None:
-            if not 0 < self.full <= 127.5:
-                raise ConfigError(f"contrast: full is {self.full}; it must be in (0, 127.5], the most there can be")
+        # Standard deviation, in uint8 levels, that earns 1; there can be 127.5 at most.
+        full: float = field(default=64.0, validator=real(above=0, at_most=127.5))
 
     def __init__(self, config: Config) -> None:
         self.config = config
