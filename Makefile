@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types mutants clean
 
 demo: .venv/ready
 	$(BIN)/python examples/side_by_side.py "two red circles left of a blue star" demo.png
@@ -19,6 +19,9 @@ lint: .venv/ready-dev
 
 types: .venv/ready-dev
 	$(BIN)/mypy
+
+mutants: .venv/ready-dev
+	$(BIN)/python tests/mutants.py
 
 clean:
 	rm -rf .venv

@@ -12,6 +12,7 @@ from typing import Any
 import lens_data
 import lens_dmd2
 import lens_flow
+import lens_flux2
 import lens_mmdit
 import lens_nft
 import lens_shapes
@@ -61,6 +62,13 @@ BLOCKS = {
     "enc_hidden_dim": 8,
     "selected_layer_index": [0],
 }
+VAE = {
+    "block_out_channels": [4, 8],
+    "layers_per_block": 1,
+    "latent_channels": 2,
+    "norm_num_groups": 2,
+    "mid_block_add_attention": False,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "one": {"method": "flow_matching", "dataset": SHAPES},
     "blocks": {  # a network of several blocks, each of which is divided by itself
@@ -104,6 +112,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "dataset": SHAPES,
         "pipeline": {**PARTS, "guidance_scale": 3.0, "steps": 4},
     },
+    "encoded": {  # its latent statistics are those of both processes
+        "method": "autoencode",
+        "dataset": SHAPES,
+        "pipeline": {"vae": {"use": "flux2", **VAE}},
+    },
     "rewarded": {
         "method": {
             "use": "diffusion_nft",
@@ -114,12 +127,13 @@ METHODS: dict[str, dict[str, Any]] = {
             "sizes": [[64, 64], [64, 80]],
             "rollout_steps": 2,
             "times": 2,
+            "spread": "rollout",  # what processes must tell each other
             "batch": 4,
             "kl": 0.1,
         },
     },
 }
-DIVIDED = [name for name in METHODS if name != "rewarded"]
+DIVIDED = [name for name in METHODS if name not in ("encoded", "rewarded")]
 """Those whose weights can be divided among processes."""
 
 
@@ -129,7 +143,9 @@ def recipe(name: str, **train: int) -> Recipe:
 
 
 def installed() -> Catalog:
-    return Catalog.of(toy, lens_data, lens_flow, lens_mmdit, lens_shapes, lens_dmd2, lens_nft, sys.modules[__name__])
+    return Catalog.of(
+        toy, lens_data, lens_flow, lens_flux2, lens_mmdit, lens_shapes, lens_dmd2, lens_nft, sys.modules[__name__]
+    )
 
 
 def run(name: str, out: Path, **train: int) -> None:

@@ -100,7 +100,7 @@ def test_two_processes_end_with_the_weights_of_one(where: str, name: str, both: 
     begun = state(both / "alone" / name, 10)
     assert apart(begun, one, "net/") > 1e-3, "it must have learned, or being equal says nothing"
     models = [sorted((both / w / name / "model").rglob("*.safetensors")) for w in ("alone", where)]
-    assert len(models[0]) == len(models[1]) > 1
+    assert len(models[0]) == len(models[1]) > (name != "encoded")  # which is a VAE alone
     for a, b in zip(*models, strict=True):
         exported = checkpoint.read_tensors(a), checkpoint.read_tensors(b)
         assert apart(*exported, "") <= 1e-5

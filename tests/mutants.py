@@ -1,0 +1,238 @@
+"""Break one line of the science at a time and ask the tests that should see it: `make mutants`.
+
+`python tests/mutants.py [WORD ...]` tries those whose file or new text holds one of the words, or all.
+A mutant is applied to a temporary copy of the tree, never to the tree itself. Exit 1 where one survives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("lens_core", "plugins", "tests", "examples", "docs", "pyproject.toml", "README.md")
+
+
+class Mutant(NamedTuple):
+    """`old`, which occurs once in `file`, becomes `new`; one of the `tests`, pytest's arguments, must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
+    return [Mutant(file, old, new, tuple(tests.split())) for old, new in changes]
+
+
+MUTANTS = [
+    # the loop
+    *_of(
+        "lens_core/loop.py",
+        "tests/core/test_loop.py",
+        ("share = 1 / (len(micro) * self.ranks.parts) if", "share = 1 / self.ranks.parts if"),
+        ("share = 1 / (len(micro) * self.ranks.parts) if", "share = 1 / len(micro) if"),
+        ("            torch.manual_seed(seed)  # dropout draws there\n", ""),
+        ("        optimizer.zero_grad(set_to_none=True)\n", ""),
+        (
+            "seed = seed_of(self.recipe.seed, self.step, turn, part)",
+            "seed = seed_of(self.recipe.seed, self.step, turn)",
+        ),
+        (
+            "seed = seed_of(self.recipe.seed, self.step, turn, part)",
+            "seed = seed_of(self.recipe.seed, self.step, part)",
+        ),
+        ("decay = min(self.train_config.ema, (1 + self.step) / (10 + self.step))", "decay = self.train_config.ema"),
+        (
+            "value.detach().to(self.ema[role][name].dtype), 1 - decay)",
+            "value.detach().to(self.ema[role][name].dtype), decay)",
+        ),
+        ("min(1.0, (step + 1) / train.warmup)", "min(1.0, step / train.warmup)"),
+        ("start = train.steps * (1 - train.decay)", "start = train.steps * train.decay"),
+        ("(1 - math.cos(math.pi * left)) / 2)", "(1 + math.cos(math.pi * left)) / 2)"),
+        ("config.lr * config.rates.get(role, 1.0) * rate", "config.lr * rate"),
+        ("                held /= weight\n", "                held *= 1.0\n"),
+        (
+            "            self._refuse_non_finite()\n            if self.ranks.rank == 0 or",
+            "            if self.ranks.rank == 0 or",
+        ),
+        (
+            "            for old in good[: -self.train_config.keep]:",
+            "            for old in self._folders()[: -self.train_config.keep]:",
+        ),
+        ("        self._refuse_unproven()\n", ""),
+    ),
+    *_of(
+        "lens_core/optimizers.py",
+        "tests/core/test_watching.py -k last_look",
+        ("    torch.autograd.graph.increment_version(", "    list("),
+    ),
+    # DiffusionNFT
+    *_of(
+        "plugins/lens_nft/method.py",
+        "tests/plugins/test_nft_method.py",
+        ("self.config.lag(step + 1)", "self.config.lag(step)"),
+        ("value.lerp_(fresh[name].to(value.dtype), 1 - lag)", "value.lerp_(fresh[name].to(value.dtype), lag)"),
+        ("steps - self.old_wait), self.old_limit)", "steps), self.old_limit)"),
+        ("count / whole, facts)", "1 / whole, facts)"),
+        ("for p, q, s, learn in learned if learn)", "for p, q, s, learn in learned)"),
+        ("(lesson.turn + torch.rand((), generator=rng)) / self.config.times", "torch.rand((), generator=rng)"),
+        ("spreads([part for theirs in gathered(mine) for part in theirs])", "spreads(mine[:1])"),
+        ("total = total + config.kl * parts", "total = total - config.kl * parts"),
+    ),
+    *_of(
+        "plugins/lens_nft/objective.py",
+        "tests/plugins/test_nft_objective.py",
+        ("(reward[here] - reward[here].mean())", "reward[here]"),
+        ("0.5 + 0.5 * advantage.clamp", "0.5 + advantage.clamp"),
+        ("bad = _error(old - d - target", "bad = _error(old + d - target"),
+        ("clip * (r * good + (1 - r) * bad) / beta", "clip * (r * good + r * bad) / beta"),
+        ("values.std(correction=0)", "values.std()"),
+        ("t.square() * square / size.clamp", "t * square / size.clamp"),
+    ),
+    # DMD2
+    *_of(
+        "plugins/lens_dmd2/losses.py",
+        "tests/plugins/test_dmd2_losses.py",
+        ("(ahead - behind) / away", "(behind - ahead) / away"),
+        (
+            "gradient(x, x_t, t, guided, cond, cond, weights.floor)",
+            "gradient(x, x_t, t, cond, guided, cond, weights.floor)",
+        ),
+        ("x_t, t, _ = noised(x, rng, weights.schedule, until)", "x_t, t, _ = noised(x, rng, weights.schedule)"),
+        ("F.softplus(-real).mean() + F.softplus(fake)", "F.softplus(real).mean() + F.softplus(fake)"),
+        ("(logits(x_t + sigma * n) - at) / sigma", "(logits(x_t + sigma * n) - at)"),
+        ("[theirs[name] for name in mine], 1 - keep)", "[theirs[name] for name in mine], keep)"),
+        ("middle = t + u * (after - t)", "middle = t + u * after"),
+    ),
+    # flow, guidance, samplers
+    *_of(
+        "lens_core/flow.py",
+        "tests/plugins/test_flow_matching.py tests/plugins/test_dmd2_losses.py tests/core/test_pipeline.py",
+        ("return (1 - t) * data + t * noise", "return t * data + (1 - t) * noise"),
+        ("return noise - data", "return data - noise"),
+        ("uncond + scale * (cond - uncond)", "cond + scale * (cond - uncond)"),
+        ("ratio = cond.norm(dim=1, keepdim=True)", "ratio = uncond.norm(dim=1, keepdim=True)"),
+    ),
+    *_of(
+        "plugins/lens_flow/matching.py",
+        "tests/plugins/test_flow_matching.py",
+        ("share * (self.max_shift - self.base_shift)", "share * self.max_shift"),
+        ("text.known & ~dropped", "text.known & dropped"),
+        ("(number + torch.rand(len(z), generator=rng)) / BINS", "torch.rand(len(z), generator=rng)"),
+    ),
+    *_of(
+        "plugins/lens_flow/solvers.py",
+        "tests/plugins/test_flow_solvers.py",
+        ("aim = data + ratio / 2 *", "aim = data + ratio *"),
+        ("at(velocity, x + by * v, after)) / 2", "at(velocity, x, after)) / 2"),
+        ("kept = (1 - after) / (1 - down)", "kept = 1.0"),
+    ),
+    *_of(
+        "plugins/lens_flow/euler.py",
+        "tests/plugins/test_flow_euler.py",
+        ("x = x + by * at(velocity, x, t)", "x = x - by * at(velocity, x, t)"),
+        ("slope * steps + at_200 - 200 * slope", "slope * steps + at_200"),
+    ),
+    # LoRA, the VAE, the language model
+    *_of(
+        "lens_core/adapters.py",
+        "tests/core/test_adapters.py",
+        ("lora_alpha=adapter.scale * adapter.rank", "lora_alpha=adapter.scale"),
+        ("pair.alpha / pair.rank", "pair.alpha"),
+    ),
+    *_of(
+        "plugins/lens_flux2/vae.py",
+        "tests/plugins/test_flux2_training.py tests/plugins/test_flux2_vae.py",
+        ("return (z - self._column(self.net.bn.running_mean)) / self._std()", "return z / self._std()"),
+        ("weight = max(momentum, 1 / int(bn.num_batches_tracked))", "weight = momentum"),
+        ("weight * (1 - weight) * gap**2", "0 * gap**2"),
+    ),
+    *_of(
+        "plugins/lens_gpt_oss/training.py",
+        "tests/plugins/test_gpt_oss_training.py",
+        (", weight=float(counts.sum()))", ")"),
+        ("counts = mask[:, head:]", "counts = torch.ones_like(mask[:, head:])"),
+    ),
+    # the backbone
+    *_of(
+        "plugins/lens_mmdit/model.py",
+        "tests/plugins/test_mmdit_model.py",
+        ("rows = torch.arange(h, dtype=torch.float64) - (h - h // 2)", "rows = torch.arange(h, dtype=torch.float64)"),
+        ("torch.float64) + max(h // 2, w // 2)", "torch.float64)"),
+        ("scores.masked_fill(~mask, -torch.inf)", "scores.masked_fill(mask, -torch.inf)"),
+    ),
+    # buckets
+    *_of(
+        "plugins/lens_data/buckets.py",
+        "tests/plugins/test_data_buckets.py",
+        ("scale = np.maximum(height / tall, width / wide)", "scale = np.minimum(height / tall, width / wide)"),
+        ("far = np.abs(np.log(wide * height / (tall * width)))", "far = np.abs(wide * height / (tall * width))"),
+    ),
+]
+
+
+def _copy(target: Path) -> None:
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.is_file():
+            shutil.copy(source, target / name)
+
+
+def flaw(mutant: Mutant) -> str:
+    """Why a mutant cannot be applied; "" where it can."""
+    path = ROOT / mutant.file
+    count = path.read_text(encoding="utf-8").count(mutant.old) if path.is_file() else 0
+    absent = [t for t in mutant.tests if t.startswith("tests/") and not (ROOT / t.partition("::")[0]).is_file()]
+    if count != 1:
+        return f"{mutant.file}: {mutant.old!r} occurs {count} times; it must occur once"
+    if mutant.old == mutant.new or absent:
+        return f"{mutant.file}: {mutant.old!r} changes nothing, or its tests are missing: {absent}"
+    return ""
+
+
+def survives(mutant: Mutant, tree: Path) -> bool:
+    """Whether the tests pass although `mutant` is in the copy `tree`; afterwards the copy is as it was."""
+    path = tree / mutant.file
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace(mutant.old, mutant.new), encoding="utf-8")
+    paths = os.pathsep.join([str(tree), str(tree / "plugins")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests]
+    try:
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    finally:
+        path.write_text(before, encoding="utf-8")
+    if done.returncode not in (0, 1):  # neither passed nor failed: the tests could not run
+        raise SystemExit(f"{mutant.file}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 0
+
+
+def main(words: list[str]) -> int:
+    chosen = [m for m in MUTANTS if not words or any(w in m.file or w in m.new for w in words)]
+    flaws = [f for f in map(flaw, chosen) if f]
+    if flaws:
+        print("\n".join(flaws))
+        return 1
+    alive = 0
+    with tempfile.TemporaryDirectory() as folder:
+        _copy(Path(folder))
+        for mutant in chosen:
+            survived = survives(mutant, Path(folder))
+            alive += survived
+            what = mutant.new.strip() or f"no {mutant.old.strip()}"
+            print(f"{'SURVIVED' if survived else 'killed  '}  {mutant.file}: {what}", flush=True)
+    print(f"{len(chosen) - alive} of {len(chosen)} mutants are killed")
+    return int(alive > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
