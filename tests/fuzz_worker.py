@@ -8,6 +8,7 @@ that fails prints its traceback to stderr. The exit status is 1 if one failed. T
 from __future__ import annotations
 
 import contextlib
+import copy
 import faulthandler
 import io
 import json
@@ -89,14 +90,14 @@ def mutate_value(rng: random.Random, value: Any) -> Any:
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         every = places(value)[1:]
         if not every:
-            return rng.choice(NASTY)
+            return copy.deepcopy(rng.choice(NASTY))
         *way, last = rng.choice(every)
         here = value
         for key in way:
             here = here[key]
         kind = rng.randrange(6)
         if kind <= 2:
-            here[last] = rng.choice(NASTY)
+            here[last] = copy.deepcopy(rng.choice(NASTY))
         elif kind == 3:
             del here[last]
         elif kind == 4 and isinstance(here, dict):
@@ -104,7 +105,7 @@ def mutate_value(rng: random.Random, value: Any) -> Any:
                 last
             )
         elif kind == 4:
-            here.insert(0, here[last])
+            here.insert(0, copy.deepcopy(here[last]))
         else:
             for _ in range(rng.choice([1, 3, 70, 300])):
                 here[last] = [here[last]] if rng.random() < 0.5 else {"a": here[last]}
