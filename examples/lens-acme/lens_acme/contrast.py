@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from attrs import field, frozen
+from attrs import frozen
 from torch import Tensor
 
-from lens_core.types import Prompt, Score
-from lens_core.validators import real
+from lens_core.types import ConfigError, Prompt, Score
 
 
 class Contrast:
@@ -17,8 +16,11 @@ class Contrast:
 
     @frozen
     class Config:
-        # Standard deviation, in uint8 levels, that earns 1; there can be 127.5 at most.
-        full: float = field(default=64.0, validator=real(above=0, at_most=127.5))
+        full: float = 64.0  # standard deviation, in uint8 levels, that earns 1
+
+        def __attrs_post_init__(self) -> None:
+            if not 0 < self.full <= 127.5:
+                raise ConfigError(f"contrast: full is {self.full}; it must be in (0, 127.5], the most there can be")
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from attrs import field, frozen
+from attrs import frozen
 from torch import nn
 
 from lens_core.checkpoint import load_module, save_module
-from lens_core.types import Text
-from lens_core.validators import CHANNELS, integer
+from lens_core.types import ConfigError, Text
 
 
 class HashedWords(nn.Module):
@@ -24,9 +23,14 @@ class HashedWords(nn.Module):
 
     @frozen
     class Config:
-        rows: int = field(default=4096, validator=integer(at_least=1))  # of the table; words may share one
-        width: int = field(default=128, validator=CHANNELS)  # D
-        max_words: int = field(default=64, validator=integer(at_least=1))  # T; what follows is not read
+        rows: int = 4096  # of the table; two words that share one mean the same
+        width: int = 128  # D
+        max_words: int = 64  # T; what follows is not read
+
+        def __attrs_post_init__(self) -> None:
+            for name in ("rows", "width", "max_words"):
+                if getattr(self, name) < 1:
+                    raise ConfigError(f"hashed_words: {name} is {getattr(self, name)}; it must be at least 1")
 
     def __init__(self, config: Config) -> None:
         super().__init__()
