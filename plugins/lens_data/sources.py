@@ -415,8 +415,9 @@ def _in_parquet(reader: Any, name: str, image: str, texts: Mapping[str, str]) ->
         if size > max(about.num_rows, 1) * LARGEST_PICTURE:
             yield Found(f"{name}:{row} to {start - 1}", fault=TOO_LARGE)
             continue
-        # A batch is held whole: so many rows that it is about 64 MiB.
-        rows = min(64, max(1, 64 * 1024**2 * about.num_rows // max(size, 1)))
+        # A batch is held whole, so it has as many rows as make about 64 MiB; but in a large group one cell may be most
+        # of it, and pyarrow doubles the room of a batch until it fits.
+        rows = 1 if size > 2 * LARGEST_PICTURE else min(64, max(1, 64 * 1024**2 * about.num_rows // max(size, 1)))
         try:
             for batch in reader.iter_batches(rows, row_groups=[group], columns=[image, *texts], use_threads=False):
                 cells = {key: _binary(batch, column) for column, key in texts.items()}
