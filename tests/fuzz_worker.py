@@ -382,9 +382,9 @@ class Targets:
         import torch
         from lens_llm.client import OpenAI
         from lens_llm.rubric import RubricReward
-        from lens_llm.transport import Answer
 
         from lens_core.config import Use
+        from lens_core.http import Answer
         from lens_core.types import Prompt, Score
 
         verdicts = {"verdicts": [{"id": i, "evidence": "seen", "v": "yes"} for i in ("r", "g")]}
