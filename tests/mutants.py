@@ -28,18 +28,23 @@ class Mutant(NamedTuple):
 
 
 def _of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
-    return [Mutant(file, old, new, tuple(tests.split())) for old, new in changes]
+    """Mutants of one file with the same tests; `+` in an expression for `-k` is `or`."""
+    arguments = tuple(word.replace("+", " or ") for word in tests.split())
+    return [Mutant(file, old, new, arguments) for old, new in changes]
 
 
 MUTANTS = [
     # the loop
     *_of(
         "lens_core/loop.py",
-        "tests/core/test_loop.py",
+        "tests/core/test_loop.py -k is_the_mean_over_its_parts",
         ("share = 1 / (len(micro) * self.ranks.parts) if", "share = 1 / self.ranks.parts if"),
         ("share = 1 / (len(micro) * self.ranks.parts) if", "share = 1 / len(micro) if"),
+    ),
+    *_of(
+        "lens_core/loop.py",
+        "tests/core/test_loop.py -k dropout+different_noise",
         ("            torch.manual_seed(seed)  # dropout draws there\n", ""),
-        ("        optimizer.zero_grad(set_to_none=True)\n", ""),
         (
             "seed = seed_of(self.recipe.seed, self.step, turn, part)",
             "seed = seed_of(self.recipe.seed, self.step, turn)",
@@ -48,6 +53,16 @@ MUTANTS = [
             "seed = seed_of(self.recipe.seed, self.step, turn, part)",
             "seed = seed_of(self.recipe.seed, self.step, part)",
         ),
+    ),
+    *_of(
+        "lens_core/loop.py",
+        "tests/core/test_loop.py -k gradients_of_the_one_before+bring_a_weight",
+        ("        optimizer.zero_grad(set_to_none=True)\n", ""),
+        ("                held /= weight\n", "                held *= 1.0\n"),
+    ),
+    *_of(
+        "lens_core/loop.py",
+        "tests/core/test_loop.py -k closed_form+the_rate+rate_of_its_own",
         ("decay = min(self.train_config.ema, (1 + self.step) / (10 + self.step))", "decay = self.train_config.ema"),
         (
             "value.detach().to(self.ema[role][name].dtype), 1 - decay)",
@@ -57,7 +72,10 @@ MUTANTS = [
         ("start = train.steps * (1 - train.decay)", "start = train.steps * train.decay"),
         ("(1 - math.cos(math.pi * left)) / 2)", "(1 + math.cos(math.pi * left)) / 2)"),
         ("config.lr * config.rates.get(role, 1.0) * rate", "config.lr * rate"),
-        ("                held /= weight\n", "                held *= 1.0\n"),
+    ),
+    *_of(
+        "lens_core/loop.py",
+        "tests/core/test_loop.py -k not_finite+without_a_finite_loss",
         (
             "            self._refuse_non_finite()\n            if self.ranks.rank == 0 or",
             "            if self.ranks.rank == 0 or",
