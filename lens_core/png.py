@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lens_core import images
 from lens_core.checkpoint import write_atomic
+from lens_core.reading import parse_json
 from lens_core.types import ConfigError
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ def facts(path: Path) -> tuple[Image, dict[str, Any]]:
     try:
         if len(text) > LARGEST:
             raise ValueError(f"{len(text)} characters")
-        found = json.loads(text, parse_constant=lambda name: float("nan"))
+        found = parse_json(text, finite=False, twins=True)
         if not isinstance(found, dict):
             raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: its facts cannot be read ({' '.join(str(error).split())})") from error
     rules: dict[str, Callable[[Any], bool]] = {
         "prompt": lambda v: isinstance(v, str),

@@ -573,3 +573,9 @@ def test_a_terminal_without_unicode_gets_it_spelled_out() -> None:
         done = subprocess.run([sys.executable, "-c", shell], capture_output=True, check=False)
         assert done.returncode == 0 and done.stderr == b""
         assert json.loads(done.stdout.decode(encoding).replace("\\udcff", "!")) == {"a": "é 猫 😀 !"}
+
+
+def test_a_prompts_file_loses_its_byte_order_mark_and_is_split_at_line_feeds_alone(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa cat\u2028on a mat\r\n\n a dog \n".encode())
+    assert command._prompts(None, path) == ["a cat\u2028on a mat", "a dog"]

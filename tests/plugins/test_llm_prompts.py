@@ -302,3 +302,10 @@ def test_an_empty_split_and_an_absent_file_are_errors(tmp_path: Path):
     with pytest.raises(ConfigError, match="split: must be train or eval, not 'test'"):
         PromptFile.Config(str(path), split="test")
     assert lint([]) == ["line 1: the set is empty"]
+
+
+def test_a_prompt_set_may_begin_with_a_byte_order_mark_and_hold_a_line_separator(tmp_path):
+    path = tmp_path / "set.jsonl"
+    rows = [json.dumps(entry(0, "a cat\u2028on a mat"), ensure_ascii=False), json.dumps(entry(1))]
+    path.write_bytes("\ufeff".encode() + "\r\n".join(rows).encode())
+    assert [p.text for p in read(path)] == ["a cat\u2028on a mat", entry(1)["prompt"]]
