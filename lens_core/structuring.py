@@ -25,6 +25,10 @@ from lens_core.validators import RangeError, Rule
 
 T = TypeVar("T")
 
+SECRET = "lens_secret"
+"""The metadata of a field into which a key may be pasted by mistake: what an error says of a value of a wrong type,
+which it does not quote. `key_env: str = field(metadata={SECRET: "must be the name of an environment variable"})`"""
+
 
 @frozen
 class Use:
@@ -169,11 +173,15 @@ _CONVERTER.register_structure_hook_func(_is_optional, _optional)
 def _problems(error: BaseException, path: str, cls: Any) -> list[str]:
     """Flatten cattrs' nested groups into lines, each with its path."""
     if isinstance(error, ClassValidationError):
-        fields = {f.name: f.type for f in attrs.fields(error.cl)} if attrs.has(error.cl) else {}
+        fields = {f.name: f for f in attrs.fields(error.cl)} if attrs.has(error.cl) else {}
         lines: list[str] = []
         for inner in error.exceptions:
             name = _field(inner)
-            lines += _problems(inner, f"{path}.{name}" if name else path, fields.get(name or "", error.cl) or error.cl)
+            known = fields.get(name or "")
+            if known is not None and SECRET in known.metadata:
+                lines.append(f"{path}.{name}: {known.metadata[SECRET]}")
+            else:
+                lines += _problems(inner, f"{path}.{name}" if name else path, (known and known.type) or error.cl)
         return lines
     if isinstance(error, IterableValidationError):
         lines = []

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit, urlunsplit
 from attrs import field, frozen, mutable
 
 from lens_core.http import Answer, NotSent, TooLarge, UntrustedHost, check_url, post
+from lens_core.structuring import SECRET
 from lens_core.types import ConfigError, LensError, Message
 from lens_core.validators import integer, optional, real, text
 from lens_llm.redaction import LEAST, redact, redact_all
@@ -38,6 +39,7 @@ LONGEST = 60.0  # seconds of backoff at most; an endpoint may ask for more, up t
 LARGEST = 4 << 20  # bytes of an answer, decompressed; also of a cache entry
 SECONDS = real(above=0, at_most=86_400)  # up to a day
 OFFICIAL = "https://api.openai.com/v1"
+A_NAME = "must be the name of an environment variable, such as OPENAI_API_KEY"
 
 # How endpoints name the end of an answer. What is in none of these sets is an answer that was not finished.
 FINISHED = frozenset({"stop", "eos", "eos_token", "end_turn", "stop_sequence", "completed", ""})
@@ -114,8 +116,9 @@ class OpenAI:
     @frozen
     class Config:
         model: str = field(validator=text())
-        base_url: str | None = field(default=None, validator=optional(text()))  # None: OPENAI_BASE_URL, or OpenAI's own
-        key_env: str = "OPENAI_API_KEY"  # the NAME of the variable that holds the key
+        # None: OPENAI_BASE_URL, or OpenAI's own.
+        base_url: str | None = field(default=None, validator=optional(text()), metadata={SECRET: "must be a URL"})
+        key_env: str = field(default="OPENAI_API_KEY", metadata={SECRET: A_NAME})  # the NAME of the key's variable
         # Seconds for a whole request, from the look-up of the address to the last byte read.
         timeout: float = field(default=60.0, validator=SECONDS)
         retries: int = field(default=4, validator=integer(at_least=0))  # after the first attempt
@@ -137,7 +140,7 @@ class OpenAI:
         def __attrs_post_init__(self) -> None:
             problems = [*_of_request(self)]
             if not _is_name(self.key_env):  # whoever pastes the key itself must not read it in an error
-                problems.append("key_env must be the name of an environment variable, such as OPENAI_API_KEY")
+                problems.append(f"key_env {A_NAME}")
             flaw = check_url(self.base_url) if self.base_url else None
             if flaw:
                 problems.append(f"base_url {flaw}")
@@ -521,8 +524,10 @@ def _of_request(c: OpenAI.Config) -> Iterator[str]:
         yield "rename gives two fields of a request one name; leave one out with request: {NAME: null}"
 
 
-def _is_name(text: str) -> bool:
+def _is_name(text: Any) -> bool:
     """Whether `text` is the name of a variable, and no key pasted in its place: upper case, in words, few digits."""
+    if not isinstance(text, str):
+        return False
     words = text.split("_")
     return (
         re.fullmatch(r"[A-Z_][A-Z0-9_]*", text) is not None

@@ -27,6 +27,7 @@ from test_llm_client import ASK, KEY, SCHEMA, client, endpoint, fault, refuse, r
 
 from lens_core.config import Use
 from lens_core.http import post
+from lens_core.structuring import structure
 from lens_core.types import ConfigError, Message, Prompt
 
 PRICES = {"price_in": 1.0, "price_out": 2.0, "max_tokens": 1000}
@@ -516,6 +517,26 @@ def test_a_key_pasted_for_its_name_is_not_echoed(pasted):
         OpenAI.Config("m", key_env=pasted)
     assert pasted not in str(caught.value)
     assert OpenAI.Config("m", key_env="MY_API_KEY_2").key_env == "MY_API_KEY_2"
+
+
+@pytest.mark.parametrize(
+    "pasted",
+    [12345678901234567890, 1234567890.5, True, None, [KEY], {KEY: None}, {"key": KEY}, [[{KEY: KEY}]]],
+    ids=str,
+)
+def test_a_key_that_yaml_takes_for_no_text_is_not_echoed(pasted):
+    shown = {KEY, "1234567890"}
+    with pytest.raises(ConfigError) as caught:
+        structure(OpenAI.Config, {"model": "m", "key_env": pasted, "timeout": "soon"}, "$.llm")
+    words = "must be the name of an environment variable, such as OPENAI_API_KEY"
+    assert list(caught.value.problems) == [f"$.llm.key_env: {words}", "$.llm.timeout: must be a number, not 'soon'"]
+    assert not any(part in str(caught.value) for part in shown)
+    with pytest.raises(ConfigError, match="key_env must be the name") as again:
+        OpenAI.Config("m", key_env=pasted)
+    assert not any(part in str(again.value) for part in shown)
+    if pasted is not None:
+        with pytest.raises(ConfigError, match=r"\$\.base_url: must be a URL$"):
+            structure(OpenAI.Config, {"model": "m", "base_url": pasted})
 
 
 def test_a_password_in_an_address_is_refused_and_not_echoed(client, monkeypatch):  # noqa: F811
