@@ -1,13 +1,17 @@
 """Language models as colleagues: they judge pictures by rubrics.
 
-client      llm `openai`: any OpenAI-compatible chat endpoint, with retries, budgets and a cache
-redaction   keeps a key out of every text
-rubric      reward `rubric`: one call a picture, which answers each of its prompt's rubrics
-prompts     benchmark `prompts`: prompt sets in files (`lens-rl/1`), their reader, writer and linter
-duplicates  near-duplicates among prompts
-writing     prompt sets written by a language model from a taxonomy
-audit       how far a judge agrees with itself, and with another, and what it gives for nothing
-commands    what `lens rl` can do: prompts, audit, estimate
+client        llm `openai`: any OpenAI-compatible chat endpoint, with retries, budgets and a cache
+completions   what an endpoint's answer is: a reply, or a fault that may pass or not
+json_answers  JSON in a model's answer, and whether it fits a schema
+budget        calls and USD that were spent, and their ceilings
+cache         good answers in files
+redaction     keeps a key out of every text
+rubric        reward `rubric`: one call a picture, which answers each of its prompt's rubrics
+prompts       benchmark `prompts`: prompt sets in files (`lens-rl/1`), their reader, writer and linter
+duplicates    near-duplicates among prompts
+writing       prompt sets written by a language model from a taxonomy
+audit         how far a judge agrees with itself, and with another, and what it gives for nothing
+commands      what `lens rl` can do: prompts, audit, estimate
 """
 
 from __future__ import annotations

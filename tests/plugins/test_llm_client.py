@@ -13,7 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from lens_llm.client import BudgetError, LLMError, OpenAI, unfit
+from lens_llm.budget import BudgetError, LLMError
+from lens_llm.client import OpenAI
+from lens_llm.json_answers import unfit
 
 from lens_core.types import ConfigError, LensError, Message
 

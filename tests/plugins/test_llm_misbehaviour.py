@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 import torch
 from attrs import frozen
-from lens_llm.client import LARGEST, LLMError, OpenAI, _retry_after
+from lens_llm.budget import LLMError
+from lens_llm.client import LARGEST, OpenAI
+from lens_llm.completions import retry_after_seconds
 from lens_llm.redaction import redact
 from lens_llm.rubric import RubricReward
 from test_llm_client import ASK, KEY, SCHEMA, client, endpoint, fault, refuse, reset, send  # noqa: F401  # fixtures
@@ -264,7 +266,7 @@ def test_a_misbehaviour_is_a_fault_of_its_call(case, endpoint, client, tmp_path)
     reserved = llm.estimate(ASK, case.schema).usd
     costs = case.usd if isinstance(case.usd, tuple) else (case.usd,)
     assert llm.spend.usd == pytest.approx(sum(reserved if c == R else c for c in costs))
-    assert llm._reserved == 0
+    assert llm.budget.reserved == 0
     files = [p.read_text(encoding="utf-8") for p in tmp_path.rglob("*") if p.is_file()]
     assert len(files) == case.cached and not any(KEY in f for f in files)
     if case.cached:
@@ -316,7 +318,7 @@ def test_nobody_at_home_costs_nothing(client):  # noqa: F811
      ("Mon, 01 Jan 0001 00:00:00 -9999", 0), ("1 2 3 4 5 6 7", 0), ("\u0663", 3)],
 )  # fmt: skip
 def test_a_header_that_asks_to_wait_is_a_number_of_seconds_or_nothing(told, seconds):
-    assert _retry_after(told) == seconds
+    assert retry_after_seconds(told) == seconds
 
 
 def test_a_budget_cannot_be_talked_away(endpoint, client):  # noqa: F811
@@ -368,7 +370,7 @@ def test_a_full_disk_leaves_no_unfinished_file(endpoint, client, tmp_path, monke
     def full(source: Any, target: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lens_llm.client.os.replace", full)
+    monkeypatch.setattr("lens_llm.cache.os.replace", full)
     with pytest.warns(UserWarning, match="No space left on device"):
         assert client(cache=str(tmp_path)).chat(ASK) == "ok"
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
