@@ -1,7 +1,9 @@
 """Pixels back to facts, with classical vision alone, and the strict judge of what a prompt asked.
 
 The reader knows the palette and the outlines, and nothing of the scene. It reads through the blur and the slight
-colour noise of an autoencoder; what it cannot name it reports as "?", which no prompt asks for.
+colour noise of an autoencoder; what it cannot name it reports as "?", which no prompt asks for. What it has read it
+draws again: wherever the picture differs from that, beyond what blur and ringing do at an edge, something stands that
+has no name ("?") either.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 from scipy import ndimage  # type: ignore[import-untyped]  # scipy ships no types
 
+from lens_core.types import ConfigError
 from lens_shapes.render import GLYPHS, RING, coverage, outline
 from lens_shapes.scenes import BACKGROUNDS, CELL, COLOURS, NOVEL, SHAPES, SIZES
 
@@ -53,6 +56,12 @@ ALIKE = 0.3
 RIVAL = 0.7
 """Share of the next shape's misfit from which a shape lies between the two and has no name."""
 
+SLACK = 0.4
+"""Share of the contrast of an edge nearby that a picture may differ by: blur and ringing do that."""
+STRAY = {"specks": 30.0, "spots": 26.0, "broad": 20.0}
+"""RGB distance between a picture and what its reading explains, from which something stands there that has no name; of
+specks at 64 px, and with the root of the side more, as the grain of a JPEG file does."""
+
 
 @frozen
 class Seen:
@@ -85,17 +94,27 @@ class Reading:
 
 
 def read(image: NDArray[np.uint8]) -> Reading:
-    """uint8 [H,W,3], both sides at least 64 px -> what the picture shows, things ordered from left to right."""
+    """uint8 [H,W,3], both sides at least 64 px, at most 2:1 -> what the picture shows, things from left to right.
+
+    What no part of the reading explains is a thing named "?". ConfigError for a picture of another size or kind."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ConfigError(f"a picture is uint8 [H,W,3], not {image.dtype} {list(image.shape)}; convert it first")
     height, width = image.shape[:2]
+    if min(height, width) < 64 or max(height, width) > 2 * min(height, width):
+        raise ConfigError(
+            f"pictures of the shapes' world have sides of at least 64 px and at most 2:1, not {height} x {width}; "
+            f"draw at such a size"
+        )
     unit = min(height, width)
     pixels = image.astype(np.float32)
     names, halves, colours, behind = _background(pixels)
     away = _distance(pixels, colours)
     ink = _ink(pixels, behind, away, unit)
-    word = _read_word(ink, unit)
+    word, boxes = _read_word(ink, unit)
     away[ndimage.binary_dilation(ink > 0.2, iterations=3)] = 0
     marks, count = ndimage.label(away > FAR)
     things: list[Seen] = []
+    colours_seen: list[Floats] = []
     for number, where in enumerate(ndimage.find_objects(marks, count), start=1):
         rows, columns = (slice(max(0, side.start - RIM), side.stop + RIM) for side in where)
         near = marks[rows, columns]
@@ -104,9 +123,12 @@ def read(image: NDArray[np.uint8]) -> Reading:
             continue
         edge = ndimage.binary_dilation(mask, iterations=RIM) & (near == 0) & (away[rows, columns] > FAINT)
         patch, back = pixels[rows, columns], behind[rows, columns]
-        for alpha, colour, whole in _split(patch, back, mask, edge, away[rows, columns], unit):
+        for alpha, colour, measured, whole in _split(patch, back, mask, edge, away[rows, columns], unit):
             if alpha.sum() >= LEAST * unit**2:
                 things.append(_thing(alpha, colour, whole, rows.start, columns.start, height, width))
+                colours_seen.append(measured)
+    if "?" not in word and all(t.shape != "?" for t in things):
+        things += _unexplained(pixels, _drawn(behind, things, colours_seen, word, boxes))
     return Reading(tuple(sorted(things, key=lambda t: (t.x, t.y))), names, word, height, width, halves)
 
 
@@ -184,21 +206,22 @@ def _unit(cells: Floats) -> Floats:
     return np.asarray(centred / max(float(np.linalg.norm(centred)), 1e-6), np.float32)
 
 
-def _read_word(ink: Floats, unit: int) -> str:
-    """The capitals, left to right; "?" for a letter without a name; "" where nothing is written."""
+def _read_word(ink: Floats, unit: int) -> tuple[str, tuple[float, float, float, float]]:
+    """The capitals, left to right; "?" for a letter without a name; "" where nothing is written. With it the place:
+    top, left, height of a cell and width of a letter with its gap, px."""
     cell = CELL * unit
     inside = ink > 0.4
     if inside.sum() < 6 * cell**2:
-        return ""
+        return "", (0.0, 0.0, 0.0, 0.0)
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     top, tall = float(rows[0]), float(rows[-1] + 1 - rows[0])
     left, long = float(columns[0]), float(columns[-1] + 1 - columns[0])
     if not 0.75 < tall / (7 * cell) < 1.3:
-        return "?"
+        return "?", (0.0, 0.0, 0.0, 0.0)
     count = max(1, round((long / cell + 1) / 6))
     pitch = (long + cell) / count  # of a letter with its gap
     if not 0.8 < pitch / (6 * cell) < 1.2:
-        return "?"
+        return "?", (0.0, 0.0, 0.0, 0.0)
     summed = np.pad(ink.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     letters, table = _glyphs()
     word = ""
@@ -211,7 +234,7 @@ def _read_word(ink: Floats, unit: int) -> str:
             if match[number] > best[1]:
                 best = (letters[number % len(letters)], float(match[number]))
         word += best[0]
-    return word
+    return word, (top, left, tall / 7, pitch)
 
 
 def _cells(summed: NDArray[Any], top: float, left: float, tall: float, wide: float) -> Floats:
@@ -227,11 +250,72 @@ def _cells(summed: NDArray[Any], top: float, left: float, tall: float, wide: flo
     return np.asarray(total / ((y1 - y0)[:, None] * (x1 - x0)), np.float32)
 
 
+def _drawn(
+    behind: Floats, things: Sequence[Seen], colours: Sequence[Floats], word: str, place: tuple[float, ...]
+) -> Floats:
+    """The picture that a reading claims: sharp, in the colours that were measured, RGB [H,W,3]."""
+    height, width = behind.shape[:2]
+    unit = min(height, width)
+    image = behind.copy()
+    for thing, colour in zip(things, colours, strict=True):
+        x, y, radius = thing.x * width, thing.y * height, thing.radius * unit
+        left, top = max(0, int(x - radius * 1.2) - 1), max(0, int(y - radius * 1.2) - 1)
+        right, bottom = min(width, int(x + radius * 1.2) + 2), min(height, int(y + radius * 1.2) + 2)
+        down, across = _middle(thing.shape)
+        inside = (x - across * radius - left, y - down * radius - top, bottom - top, right - left)
+        alpha = coverage(thing.shape, radius, *inside).astype(np.float32)[..., None] / 255
+        image[top:bottom, left:right] += alpha * (colour - image[top:bottom, left:right])
+    if word:
+        top, left, tall, pitch = place
+        wide = pitch / 6
+        for number, letter in enumerate(word):
+            for row, column in np.argwhere(GLYPHS[letter]):
+                y, x = top + row * tall, left + number * pitch + column * wide
+                image[round(y) : max(round(y) + 1, round(y + tall)), round(x) : max(round(x) + 1, round(x + wide))] = 0
+    return image
+
+
+@cache
+def _middle(shape: str) -> tuple[float, float]:
+    """Where the centre of mass of a shape of radius 1 lies (y, x): what `_thing` calls its place."""
+    _, y, x, _ = _normal(coverage(shape, 100.0, 130.0, 130.0, 260, 260).astype(np.float32) / 255)
+    return (y - 130) / 100, (x - 130) / 100
+
+
+def _excess(pixels: Floats, drawn: Floats) -> dict[str, Floats]:
+    """How far a picture differs from what was drawn, beyond what softens and rings about an edge: RGB distance [H,W] of
+    the differences as they are after a slight blur (specks), a wider one (spots), and a broad one, away from edges."""
+    scale = min(pixels.shape[:2]) / 64
+    blurs = (ndimage.gaussian_filter(drawn, (blur, blur, 0)) for blur in _BLURS)
+    left = pixels - min(blurs, key=lambda soft: float(((pixels - soft) ** 2).sum()))
+    reach = 2 * round(3 * min(scale, 2)) + 1
+    edge = ndimage.maximum_filter(drawn, (reach, reach, 1)) - ndimage.minimum_filter(drawn, (reach, reach, 1))
+    found = {}
+    for name, blur, slack in (("specks", 0.5, 2 * SLACK), ("spots", 1.0, SLACK)):
+        soft = ndimage.gaussian_filter(left, (blur * scale, blur * scale, 0))
+        found[name] = np.linalg.norm(np.maximum(np.abs(soft) - slack * edge, 0), axis=2)
+    flat, wide = (edge.max(2) < 8).astype(np.float32)[..., None], (3 * scale, 3 * scale, 0)
+    weight = np.maximum(ndimage.gaussian_filter(flat, wide), 0.25)  # few flat pixels: no certain mean
+    found["broad"] = np.linalg.norm(ndimage.gaussian_filter(left * flat, wide) / weight * flat, axis=2)
+    return found
+
+
+def _unexplained(pixels: Floats, drawn: Floats) -> list[Seen]:
+    """A thing without a name where no part of the reading explains the picture: a stain, specks, a slope, a ghost."""
+    height, width = pixels.shape[:2]
+    for name, stray in _excess(pixels, drawn).items():
+        scale = math.sqrt(min(height, width) / 64) if name == "specks" else 1.0
+        if float(stray.max()) > STRAY[name] * scale:
+            y, x = divmod(int(stray.argmax()), width)
+            return [Seen("?", "?", "?", (x + 0.5) / width, (y + 0.5) / height, 0.0)]
+    return []
+
+
 def _split(
     patch: Floats, back: Floats, mask: Mask, edge: Mask, away: Floats, unit: int
-) -> Iterator[tuple[Floats, str, bool]]:
-    """A connected spot with its soft edge as (coverage [h,w], colour name, whether it is drawn in full) of each colour
-    in it: two things that touch are still two."""
+) -> Iterator[tuple[Floats, str, Floats, bool]]:
+    """A connected spot with its soft edge as (coverage [h,w], colour name, RGB, whether it is drawn in full) of each
+    colour in it: two things that touch are still two."""
     distance = _gaps(patch, _THINGS)
     nearest = distance.argmin(2)
     core = ndimage.binary_erosion(mask)
@@ -254,7 +338,7 @@ def _split(
         along = colour - back
         share = ((patch - back) * along).sum(2) / np.maximum((along**2).sum(2), 1.0)
         alpha = np.where((mask | edge) & (owner == number), np.clip(share, 0, 1), 0)
-        yield alpha.astype(np.float32), name, bool(gap < BETWEEN * np.linalg.norm(colour - behind))
+        yield alpha.astype(np.float32), name, colour, bool(gap < BETWEEN * np.linalg.norm(colour - behind))
 
 
 def _thing(alpha: Floats, colour: str, whole: bool, top: int, left: int, height: int, width: int) -> Seen:

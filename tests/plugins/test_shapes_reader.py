@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
+from lens_shapes import splits
 from lens_shapes.benchmark import ShapesBenchmark, ShapesReward
+from lens_shapes.hostile import HONEST, HOSTILE, blurred, hazed
 from lens_shapes.reader import judge, read, satisfies
 from lens_shapes.render import coverage, render
-from lens_shapes.scenes import COLOURS, GENEVAL, OPPOSITE, RELATIONS, SHAPES, Scene, Thing, asked, sample
+from lens_shapes.scenes import BACKGROUNDS, COLOURS, GENEVAL, OPPOSITE, RELATIONS, SHAPES, Scene, Thing, asked, sample
 from scipy import ndimage
 
 from lens_core.types import ConfigError, Prompt
@@ -22,21 +24,6 @@ SIZES = ((128, 128), (96, 160), (144, 112))
 
 def scene_of(number):
     return sample(np.random.default_rng([7, number]), "train")
-
-
-def blurred(image, rng):
-    """What an autoencoder does to a picture: a blur of one pixel, a tint and noise."""
-    soft = ndimage.gaussian_filter(image.astype(float), (1.0, 1.0, 0.0))
-    return np.clip(soft + rng.normal(0, 5, 3) + rng.normal(0, 5, image.shape), 0, 255).astype(np.uint8)
-
-
-def hazed(image, rng):
-    """What a small autoencoder does to a picture of 64 px: blur, ringing one or two pixels wide, a tint and grain."""
-    sharp = image.astype(float)
-    narrow, wide = (ndimage.gaussian_filter(sharp, (sigma, sigma, 0)) for sigma in (1.0, 1.9))
-    grain = ndimage.gaussian_filter(rng.normal(0, 10, image.shape), (0.7, 0.7, 0)) + rng.normal(0, 3, 3)
-    soft = ndimage.gaussian_filter(sharp, (0.8, 0.8, 0)) + 0.45 * (narrow - wide) + grain
-    return np.clip(soft.round(), 0, 255).astype(np.uint8)
 
 
 def right(scene, reading):
@@ -348,3 +335,83 @@ def test_partial_credit_is_the_share_of_facts() -> None:
     kind = ShapesReward(ShapesReward.Config(partial=True)).score(pair, asks)
     assert [s.value for s in strict] == [1.0, 0.0]
     assert [s.value for s in kind] == [1.0, 0.75]  # things, counts and no word, but not the relation
+
+
+TASKS_OF_THINGS = ("two", "attribution", "colours", "position", "counting", "single")
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_picture_with_something_that_its_caption_does_not_say_is_refused(kind):
+    """But for specks of one pixel at 128 px, which a JPEG file's grain hides: see the page on the proving ground."""
+    accepted, tried = [], 0
+    for number in range(24):
+        rng = np.random.default_rng([12, number])
+        scene = splits.sample(rng, "train", TASKS_OF_THINGS[number % 6])
+        height, width = ((64, 64), (128, 128), (64, 96))[number % 3]
+        if kind == "60 specks of confetti, 1 px" and height == 128:
+            continue
+        picture = HOSTILE[kind](scene, height, width, rng)
+        if picture is not None:
+            tried += 1
+            accepted += [scene] if satisfies(read(picture), asked(scene)) else []
+    assert tried >= 3 and not accepted
+
+
+@pytest.mark.parametrize("kind", HONEST)
+def test_true_scenes_are_not_taken_for_cheats(kind):
+    side, change = HONEST[kind]
+    rng = np.random.default_rng(13)
+    wrong = 0
+    for number in range(100):
+        scene = splits.sample(rng, "test", (*GENEVAL, *("words", "groups"))[number % 8])
+        wrong += not satisfies(read(change(render(scene, side, side), rng)), asked(scene))
+    assert wrong <= {"blur, tint and noise, 128 px": 0, "JPEG of quality 60, 128 px": 1}.get(kind, 0)
+
+
+def test_what_is_not_explained_is_a_thing_without_a_name():
+    scene = Scene("single", (Thing("circle", "blue", "medium", 0.3, 0.7),), ("beige", "mint"), "down")
+    image = render(scene, 64, 64)
+    assert [t.shape for t in read(image).things] == ["circle"] and read(image).halves == "down"
+    image[8:16, 44:52] = BACKGROUNDS["beige"]  # a colour of the other half
+    assert sorted(t.shape for t in read(image).things) == ["?", "circle"]
+
+
+@pytest.mark.parametrize("halves", ["across", "down"])
+def test_two_backgrounds_are_read_in_their_order_and_nothing_but_halves_are_two(halves):
+    for one, two in combinations(BACKGROUNDS, 2):
+        for names in ((one, two), (two, one)):
+            reading = read(render(Scene("single", (), names, halves), 64, 96))
+            assert (reading.background, reading.halves, reading.things) == (names, halves, ())
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((63, 64, 3), np.uint8), "at least 64 px and at most 2:1, not 63 x 64"),
+        (np.zeros((64, 129, 3), np.uint8), "not 64 x 129"),
+        (np.zeros((64, 64), np.uint8), r"uint8 \[H,W,3\], not uint8 \[64, 64\]"),
+        (np.zeros((64, 64, 4), np.uint8), "convert it first"),
+        (np.zeros((64, 64, 3), np.float32), "not float32"),
+    ],
+)
+def test_a_picture_of_another_size_or_kind_is_refused_in_one_line(image, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(image)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_ceiling_is_the_share_of_true_scenes_that_a_vae_leaves_readable():
+    class Whole:
+        def encode(self, pixels):
+            return pixels
+
+        def decode(self, z):
+            return z
+
+    class Grey(Whole):
+        def decode(self, z):
+            return z * 0
+
+    benchmark = ShapesBenchmark(ShapesBenchmark.Config(prompts=14, phrasings=2))
+    assert [s.value for s in benchmark.ceiling(Whole(), 64, 64)] == [1.0] * 28
+    assert [s.value for s in benchmark.ceiling(Grey(), 64, 64)] == [0.0] * 28
