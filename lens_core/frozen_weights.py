@@ -12,6 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from lens_core import adapters
+from lens_core.catalog import Catalog
+from lens_core.config import Recipe, build
+
+
+def unread(recipe: Recipe, catalog: Catalog) -> tuple[str, ...]:
+    """The encoders that a run never asks for: its dataset gives latents and text features (`cache` of its config names
+    where they are), its method takes them (`takes_encoded`), and nothing is drawn meanwhile."""
+    if recipe.dataset is None or recipe.watch is not None:
+        return ()
+    _, _, dataset = build(catalog, "dataset", recipe.dataset, "$.dataset")
+    _, method, _ = build(catalog, "method", recipe.method, "$.method")
+    if not (getattr(dataset, "cache", "") and getattr(method, "takes_encoded", False)):
+        return ()
+    return ("vae", "text_encoder")
 
 
 def of_method(method: object, roles: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -85,7 +85,7 @@ def post(url: str, headers: Mapping[str, str], body: bytes, timeout: float, max_
 
 def _request(*request: Any) -> Answer:
     def run() -> Answer:
-        with asyncio.Runner(loop_factory=_loop) as runner:
+        with asyncio.Runner(loop_factory=_Loop) as runner:
             return runner.run(_exchange(*request))
 
     try:
@@ -112,13 +112,6 @@ class _Loop(asyncio.SelectorEventLoop):
 
         threading.Thread(target=look_up, daemon=True).start()
         return await asyncio.wrap_future(addresses)
-
-
-def _loop() -> _Loop:
-    try:
-        return _Loop()
-    except OSError as error:  # it opens files, of which a process may have only so many
-        raise NotSent(_reason(error)) from None
 
 
 async def _exchange(

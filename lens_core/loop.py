@@ -99,7 +99,8 @@ class Run:
         told = say or (lambda line: print(line, file=sys.stderr, flush=True))
         self.say: Callable[[str], None] = told if self.ranks.rank == 0 else lambda line: None
         set_seed(recipe.seed)  # before anything is built: initial weights are part of the recipe
-        self.pipeline = LensPipeline.from_parts(recipe.pipeline, catalog).to(self.accelerator.device)
+        unread = frozen_weights.unread(recipe, catalog)  # the dataset brings what these would make
+        self.pipeline = LensPipeline.from_parts(recipe.pipeline, catalog, unread).to(self.accelerator.device)
         name, method, config = build(catalog, "method", recipe.method, "$.method")
         with building(name):
             self.method = method(config, self.pipeline)
@@ -110,6 +111,7 @@ class Run:
                 self.datasets = [dataset(config) for _ in self.ranks.mine]
             if hasattr(self.datasets[0], "check_encoders"):  # while the encoders are as they were read
                 self.datasets[0].check_encoders(self.pipeline, recipe.train.precision)
+                self.pipeline.put_off(unread)
         elif self.ranks.parts > 1 and not getattr(self.method, "divides", False):
             raise ConfigError(f"{recipe.method.use} reads no dataset, so it cannot be divided; run it as one process")
         if self.ranks.divided and getattr(self.method, "divides", False):
@@ -118,9 +120,8 @@ class Run:
                 "other's weights in step; use shards: 1, and an adapter where memory is short"
             )
         self.nets = roles_of(self.method)
-        for part in (self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.backbone, *self.nets.values()):
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False).eval()
+        for part in (*self.pipeline.present().values(), *self.nets.values()):
+            part.requires_grad_(False).eval()
         for option in ("adapters", "rates"):
             for role in getattr(recipe.train, option):
                 if role not in self.nets:
@@ -155,7 +156,7 @@ class Run:
         self.ema: dict[str, dict[str, Tensor]] = {
             role: {k: v.detach().clone() for k, v in self._own(role).items()}
             for role, net in self.nets.items()
-            if recipe.train.ema and any(net is getattr(self.pipeline, part) for part in PREFIXES)  # what is exported
+            if recipe.train.ema and any(net is part for part in self.pipeline.present().values())  # what is exported
         }
         if recipe.train.checkpointing:
             for role, net in self.nets.items():
@@ -169,7 +170,7 @@ class Run:
         self.exported = [  # the roles that `export` writes
             role
             for role, net in self.nets.items()
-            if role in recipe.train.adapters or any(net is getattr(self.pipeline, part) for part in PREFIXES)
+            if role in recipe.train.adapters or any(net is part for part in self.pipeline.present().values())
         ]
         self.watcher: Watcher | None = None
         if recipe.watch is not None:
@@ -643,7 +644,7 @@ class Run:
                 blank = self.blanks[role]
                 blank.load_state_dict(full, assign=True)
                 for part in PREFIXES:
-                    if getattr(self.pipeline, part) is net:
+                    if self.pipeline.present().get(part) is net:
                         self.pipeline.put(part, blank, self.pipeline.uses.get(part))
                 self.nets[role] = blank
                 if role in self.ema:
@@ -663,7 +664,7 @@ class Run:
             for part, net in self.pipeline.present().items():
                 self.halves.restore(part, net)
         for role, adapter in self.train_config.adapters.items():
-            prefix = next((f for p, f in PREFIXES.items() if getattr(self.pipeline, p) is self.nets[role]), None)
+            prefix = next((f for p, f in PREFIXES.items() if self.pipeline.present().get(p) is self.nets[role]), None)
             adapters.save(self.nets[role], adapter, self.out / "adapters" / role / adapters.FILE, prefix or role)
             if prefix:  # other networks are not exported, and may stand on the same weights
                 adapters.merge(self.nets[role])
@@ -675,6 +676,7 @@ class Run:
         recipe = json.dumps(unstructure(self.recipe)).encode()
         made = {"method": self.recipe.method.use, "steps": self.train_config.steps, "seed": self.recipe.seed}
         self.pipeline.provenance |= {"recipe": made | {"sha256": hashlib.sha256(recipe).hexdigest()[:16]}}
+        self.pipeline.device = torch.device("cpu")  # where parts that the run never touched are read now
         final = self.out / "model"
         with _whole(final) as partial:
             self.pipeline.save_pretrained(partial)

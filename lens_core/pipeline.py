@@ -7,7 +7,7 @@ import math
 import secrets
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -95,6 +95,8 @@ def _part(kind: str) -> Any:
     """A part of a pipeline as an attribute. One that is assigned was built by nobody knows whom: see `put`."""
 
     def get(pipeline: LensPipeline) -> Any:
+        if kind in pipeline._waiting:
+            pipeline._arrive(kind)
         return pipeline._parts[kind]
 
     return property(get, lambda pipeline, component: pipeline.put(kind, component))
@@ -126,6 +128,8 @@ class LensPipeline:
         catalog: Catalog | None = None,
     ) -> None:
         self._parts = {"vae": vae, "backbone": backbone, "sampler": sampler}
+        self._waiting: dict[str, Callable[[], tuple[nn.Module, Use]]] = {}  # reads parts that nobody has touched yet
+        self._readers: dict[str, Callable[[], tuple[nn.Module, Use]]] = {}  # reads parts of the checkpoint again
         self._encoder = text_encoder
         self._later: Callable[[], tuple[nn.Module, Use]] | None = None  # reads the text encoder when it is first needed
         self._origin = ""  # what the text encoder was read from, as a text; "" where no file has it
@@ -162,6 +166,7 @@ class LensPipeline:
         load: Callable[[Self], Load] | None = None,
         text_cache: str | Path | None = None,
         verify: bool = False,
+        later: Collection[str] = (),
     ) -> Self:
         """Read a checkpoint: a folder, a Hub id `org/name[@revision]`, a plugin's name such as `tiny:`, or one file.
 
@@ -170,6 +175,7 @@ class LensPipeline:
         `LensPipeline.offload`, and `load` tells what will be drawn under it. `text_cache` is a folder that keeps
         features of prompts; the text encoder is then read when the first prompt comes that is not there. `verify` reads
         every file first and compares it with its hash in `lens.json`.
+        `later` are parts with weights that are read when they are first asked for.
 
         Raises CheckpointError or ConfigError, in one line.
         """
@@ -189,7 +195,7 @@ class LensPipeline:
         }
         found: dict[str, Any] = {}
         uses: dict[str, Use] = {}
-        later, about = None, []
+        reading, about = None, []
         store = TextCache(Path(text_cache).expanduser() if text_cache is not None else None)
         built: dict[str, tuple[str, Any, Any]] = {}
         lent: dict[str, tuple[Path, dict[str, str]]] = {}  # where parts are that another checkpoint lends
@@ -204,6 +210,7 @@ class LensPipeline:
             # A single file has the VAE and the backbone whole; an encoder's tokenizer may still be where it was.
             if "from" in components[part] and (part not in files or part == "text_encoder"):
                 lent[part] = checkpoint.lender(part, components[part], folder, catalog)
+        readers: dict[str, Callable[[], tuple[nn.Module, Use]]] = {}
         for part, (name, component, config) in built.items():
             if part not in WEIGHTY:
                 found[part] = component(config)
@@ -213,8 +220,9 @@ class LensPipeline:
             file = files.get(part) or (_root(home) / held if held is not None else None)
             read = partial(_read, component, home, config, kind, uses[part], file)
             if part == "text_encoder":
-                later, about = read, [name, unstructure(config), catalog.version(name.partition(":")[0]), str(kind)]
-            if part != "text_encoder" or text_cache is None:
+                reading, about = read, [name, unstructure(config), catalog.version(name.partition(":")[0]), str(kind)]
+            readers[part] = read
+            if part not in later and (part != "text_encoder" or text_cache is None):
                 found[part], uses[part] = read()
         hashes = checkpoint.hashes(folder)
         own = {p: checkpoint.combined(checkpoint.hashes(path)) for p, path in sorted(files.items())}
@@ -230,23 +238,27 @@ class LensPipeline:
             catalog=catalog,
         )
         pipeline.texts = store
-        if later is not None:
+        pipeline._readers = readers
+        pipeline._waiting = {part: readers[part] for part in later if part in readers and part != "text_encoder"}
+        if reading is not None:
             under = checkpoint.places("text_encoder", components["text_encoder"])
             _, around = lent.get("text_encoder", (folder, hashes))
             encoders = {k: v for k, v in around.items() if k.startswith(under)} or hashes
             encoders |= {k: v for k, v in own.items() if k == "text_encoder"}
             pipeline._origin = json.dumps([checkpoint.combined(encoders), *about])
-            pipeline._later, pipeline._whole = later, _state(pipeline._encoder)
+            pipeline._later, pipeline._whole = reading, _state(pipeline._encoder)
         if offload is None:
             return pipeline.to(where)
         pipeline.offload(offload, where, load=load(pipeline) if load is not None else None)
         return pipeline
 
     @classmethod
-    def from_parts(cls, parts: Parts, catalog: Catalog) -> Self:
-        """What a recipe's `pipeline` describes: parts of a checkpoint, new parts by name, or both. Weights float32."""
+    def from_parts(cls, parts: Parts, catalog: Catalog, later: Collection[str] = ()) -> Self:
+        """What a recipe's `pipeline` describes: parts of a checkpoint, new parts by name, or both. Weights float32.
+        Parts of a checkpoint that are `later`, or that a new part takes the place of, are not read."""
+        later = {*later, *(kind for kind in WEIGHTY if getattr(parts, kind) is not None)}
         start = (
-            cls.from_pretrained(parts.start, catalog=catalog, dtype=torch.float32, device="cpu")
+            cls.from_pretrained(parts.start, catalog=catalog, dtype=torch.float32, device="cpu", later=later)
             if parts.start
             else cls(catalog=catalog)
         )
@@ -257,7 +269,7 @@ class LensPipeline:
                 with building(name):
                     setattr(start, kind, component(config))
                 start.uses[kind] = Use(name, unstructure(config))
-        check_fit(start.vae, start._encoder, start.backbone)
+        check_fit(start._parts["vae"], start._encoder, start.backbone)
         wanted = {k: getattr(parts, k) for k in ("steps", "guidance_scale", "base_resolution")}
         start.presets |= {k: v for k, v in wanted.items() if v is not None}
         start.plugins = {
@@ -299,7 +311,8 @@ class LensPipeline:
     def text_encoder(self) -> Any:
         """The text encoder; read now if it has been waiting for its first prompt."""
         if self._encoder is None and self._later is not None:
-            self._encoder, self.uses["text_encoder"] = self._later()
+            with torch.random.fork_rng(devices=[]):
+                self._encoder, self.uses["text_encoder"] = self._later()
             self._whole = _state(self._encoder)
             if self._asked is not None:
                 plan, load, accelerator = self._asked
@@ -325,6 +338,8 @@ class LensPipeline:
         plan = self._asked
         if self.placement is not None:
             self.to("cpu")
+        self._waiting.pop(kind, None)
+        self._readers = {k: read for k, read in self._readers.items() if k != kind}
         if kind == "text_encoder":
             self._encoder, self._later, self._origin, self._whole = component, None, "", None
             self.texts.kept.clear()  # what another encoder gave
@@ -339,9 +354,25 @@ class LensPipeline:
             asked, load, accelerator = plan
             self.offload(asked, load=load, accelerator=accelerator)
 
+    def put_off(self, kinds: Iterable[str]) -> None:
+        """Let go of parts with weights of the checkpoint; they are read again when they are next asked for."""
+        for kind in kinds:
+            if kind not in self._readers:
+                continue
+            if kind == "text_encoder":
+                self._encoder, self._later = None, self._readers[kind]
+            else:
+                self._parts = self._parts | {kind: None}
+                self._waiting[kind] = self._readers[kind]
+
+    def _arrive(self, kind: str) -> None:
+        with torch.random.fork_rng(devices=[]):  # when it is read must not matter to what else is drawn
+            net, self.uses[kind] = self._waiting.pop(kind)()
+        self._parts = self._parts | {kind: net.to(self.device, self._dtype)}
+
     def present(self) -> dict[str, nn.Module]:
         """The parts with weights that have been read."""
-        nets = {"text_encoder": self._encoder, "backbone": self.backbone, "vae": self.vae}
+        nets = {"text_encoder": self._encoder, "backbone": self._parts["backbone"], "vae": self._parts["vae"]}
         return {part: net for part, net in nets.items() if isinstance(net, nn.Module)}
 
     def offload(
@@ -708,7 +739,11 @@ class LensPipeline:
         """
         if output_type not in ("pil", "pt", "np", "latent"):
             raise ConfigError(f"output_type must be pil, pt, np or latent, not {output_type!r}")
-        held = {**self._parts, "text_encoder": self._encoder if self._encoder is not None else self._later}
+        held = {
+            **self._parts,
+            **self._waiting,
+            "text_encoder": self._encoder if self._encoder is not None else self._later,
+        }
         absent = [f"no {p.replace('_', ' ')}" for p in PARTS if held[p] is None]
         if absent:
             raise LensError(f"there is {' and '.join(absent)} in this pipeline; add what it takes to draw")

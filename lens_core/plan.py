@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lens_core import adapters, checkpoint, hub
+from lens_core import adapters, checkpoint, frozen_weights, hub
 from lens_core.attribution import check_on_meta
 from lens_core.catalog import Catalog
 from lens_core.config import Recipe, Use, build, unstructure
@@ -81,16 +81,40 @@ def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes that a run holds tensors in: float32, whatever its precision."""
+    """Bytes that a run holds tensors in that learn, or follow what learns: float32, whatever its precision."""
     return sum(4 * t.numel() for t in tensors)
 
 
-def _tensors(net: nn.Module, seen: set[int]) -> Iterator[Tensor]:
-    """Parameters and buffers that no other part has been counted for."""
-    for tensor in (*net.parameters(), *net.buffers()):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield tensor
+class Weigher:
+    """How many bytes a run holds the tensors of its networks in, each of which it counts once.
+
+    What learns is float32. What does not is bfloat16 where the run computes in it, buffers excepted. An encoder whose
+    published file has its experts in 4 bits keeps them so, and holds nothing that encoding does not read.
+    """
+
+    def __init__(self, half: bool) -> None:
+        self.half = half
+        self.seen: set[int] = set()
+        self.packed: dict[int, int] = {}
+        self.unheld: set[int] = set()
+
+    def as_published(self, net: Any) -> None:
+        """`net` is read from the published file."""
+        config = getattr(net, "config", None)
+        if hasattr(net, "sizes_in_4_bits") and getattr(config, "experts", "") == "auto":
+            self.packed |= net.sizes_in_4_bits()
+            self.unheld |= {id(p) for module in net.idle() for p in module.parameters()}
+
+    def weigh(self, net: nn.Module, learns: bool) -> int:
+        """The bytes of those of its tensors that were not counted yet."""
+        found = 0
+        for tensor in (*net.parameters(), *net.buffers()):
+            if id(tensor) in self.seen or id(tensor) in self.unheld:
+                continue
+            self.seen.add(id(tensor))
+            frozen = self.half and not learns and isinstance(tensor, nn.Parameter)
+            found += self.packed.get(id(tensor), tensor.numel() * (2 if frozen else 4))
+        return found
 
 
 def memory(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, int], dict[str, int], list[str]]:
@@ -103,25 +127,38 @@ def memory(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, int], dict[str, 
     with torch.device("meta"):
         method = cls(config, pipeline)
     roles: Mapping[str, nn.Module] = method.roles()
+    unread = frozen_weights.unread(recipe, catalog)
+    if unread:
+        notes.append(f"{' and '.join(unread)} are read for nothing but to check the cache, and held by nobody")
     names = {id(net): role for role, net in roles.items()}
     nets = {kind: getattr(pipeline, kind) for kind in WEIGHTY if getattr(pipeline, kind) is not None}
-    held = {names.get(id(net), kind): net for kind, net in nets.items()} | dict(roles)
+    held = {names.get(id(net), kind): net for kind, net in nets.items() if kind not in unread} | dict(roles)
     known = {id(net) for net in held.values()}
     held |= {k: v for k, v in vars(method).items() if isinstance(v, nn.Module) and id(v) not in known}
-    found, learns = cost(held, roles, list(nets.values()), recipe)
+    found, learns = cost(
+        held, roles, list(nets.values()), recipe, published=any("is not on this disk" in n for n in notes)
+    )
     return found, learns, notes
 
 
 def cost(
-    held: Mapping[str, nn.Module], roles: Mapping[str, nn.Module], parts: Sequence[nn.Module], recipe: Recipe
+    held: Mapping[str, nn.Module],
+    roles: Mapping[str, nn.Module],
+    parts: Sequence[nn.Module],
+    recipe: Recipe,
+    published: bool = False,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """(bytes by part, parameters that learn by role) of networks on the meta device, to which the recipe's adapters are
-    put. `held` are all of them by name; `parts` are those of the pipeline, which alone have moving averages."""
+    put. `held` are all of them by name; `parts` are those of the pipeline, which alone have moving averages.
+    `published`: they are read from the published files."""
     found: dict[str, int] = {}
     learns: dict[str, int] = {}
-    seen: set[int] = set()
+    weigher = Weigher(recipe.train.precision == "bf16")
+    for net in held.values() if published else ():
+        weigher.as_published(net)
     for name, net in held.items():
-        found[f"{name}: weights"] = size_of(_tensors(net, seen))
+        full = name in roles and name not in recipe.train.adapters
+        found[f"{name}: weights"] = weigher.weigh(net, full)
     for role, net in roles.items():
         adapter = recipe.train.adapters.get(role)
         if adapter is not None:
@@ -135,6 +172,17 @@ def cost(
         if recipe.train.ema and any(net is part for part in parts):
             found[f"{role}: moving average"] = grows
     return {k: v for k, v in found.items() if v}, learns
+
+
+def divided(recipe: Recipe, catalog: Catalog, found: Mapping[str, int], learns: Mapping[str, int]) -> float | None:
+    """Bytes of one process of `train.shards`: roles are divided, and so are the method's frozen networks where they
+    share no weight with a role. None where nothing is divided."""
+    if recipe.train.shards <= 1:
+        return None
+    _, cls, _ = build(catalog, "method", recipe.method, "$.method")
+    names = {*learns, *(("teacher",) if hasattr(cls, "frozen") and "teacher: weights" in found else ())}
+    share = sum(size for name, size in found.items() if name.partition(":")[0] in names)
+    return sum(found.values()) - share + share / recipe.train.shards
 
 
 def describe(recipe: Recipe, catalog: Catalog) -> str:
@@ -151,9 +199,8 @@ def describe(recipe: Recipe, catalog: Catalog) -> str:
     lines = ["learns"] + [f"  {role:28}{count / 1e6:12,.2f} M parameters" for role, count in learns.items()]
     lines += ["memory, GB (10^9 bytes)"] + [f"  {name:28}{size / 1e9:12,.3f}" for name, size in found.items()]
     lines += [f"  {'all of it':28}{sum(found.values()) / 1e9:12,.3f}"]
-    if recipe.train.shards > 1:
-        whole = sum(size for name, size in found.items() if name.partition(":")[0] not in learns)
-        each = whole + (sum(found.values()) - whole) / recipe.train.shards
+    each = divided(recipe, catalog, found, learns)
+    if each is not None:
         lines += [f"  {f'of a process of {recipe.train.shards}':28}{each / 1e9:12,.3f}"]
     return "\n".join([text, *lines, *(f"note: {note}" for note in ("activations come on top", *notes))])
 

@@ -133,7 +133,7 @@ class Text:
         """The empty negative prompt: no tokens at all, with the device and dtype of `like`."""
         import torch
 
-        nothing = torch.zeros(batch, 0, dtype=torch.bool)
+        nothing = torch.zeros(batch, 0, dtype=torch.bool, device="cpu")
         return Text(like.new_zeros(batch, layers, 0, width), like.new_zeros(batch, 0).bool(), nothing)
 
     @staticmethod

@@ -44,6 +44,8 @@ class FlowMatching(BaseMethod):
     The mean of logit(t) is linear in the latent cells of the picture: larger pictures need more noise.
     """
 
+    takes_encoded = True  # batches may bring latents and features; then no encoder is asked for
+
     @frozen
     class Config:
         # Share of captions replaced by the empty prompt, which guidance needs.

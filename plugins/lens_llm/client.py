@@ -54,9 +54,7 @@ class OpenAI:
         retries: int = field(default=4, validator=integer(at_least=0))  # after the first attempt
         # Seconds; an endpoint that asks to wait longer has failed.
         patience: float = field(default=120.0, validator=SECONDS)
-        concurrency: int = field(
-            default=8, validator=integer(at_least=1, at_most=1000)
-        )  # requests at a time in `map`, each with 4 open files
+        concurrency: int = field(default=8, validator=integer(at_least=1, at_most=1000))  # requests at a time in `map`
         temperature: float = field(default=0.0, validator=real(at_least=0))
         max_tokens: int = field(default=1024, validator=integer(at_least=1, at_most=10**7))  # of an answer
         image_tokens: int = field(default=1500, validator=integer(at_least=0))  # of one picture, for estimates

@@ -65,9 +65,12 @@ def _memory(recipe: Recipe, catalog: Catalog, keeps_base: bool) -> tuple[dict[st
     for part, net in held.items():
         if net is None:
             raise ConfigError(f"$.pipeline.{part}: missing; name one, or a checkpoint to start from")
-    memory, _ = cost(held, {"backbone": held["backbone"]}, list(held.values()), recipe)
-    size = memory["backbone: weights"] + memory.get("backbone: adapter", 0)
-    memory["backbone: old policy"] = size
+    published = any("is not on this disk" in note for note in notes)
+    memory, _ = cost(held, {"backbone": held["backbone"]}, list(held.values()), recipe, published)
+    # Of a policy that learns through an adapter, adapters alone are copied: what they stand beside is held once.
+    adapter = memory.get("backbone: adapter", 0)
+    memory["backbone: old policy"] = adapter or memory["backbone: weights"]
     if keeps_base:
-        memory["backbone: start, for kl"] = size
+        half = recipe.train.precision == "bf16"
+        memory["backbone: start, for kl"] = adapter or memory["backbone: weights"] // (2 if half else 1)
     return memory, notes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import errno
 import gc
 import gzip
 import logging
@@ -101,10 +100,9 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    cached = http._tls
-    cached.cache_clear()
+    http._tls.cache_clear()
     yield
-    cached.cache_clear()
+    http._tls.cache_clear()
 
 
 @contextmanager
@@ -178,17 +176,6 @@ def test_nobody_at_home_is_not_sent():
     for host in ("127.0.0.1", "localhost"):
         with pytest.raises(NotSent, match=r"^Connection refused$"):
             post(f"http://{host}:{port}/", {}, b"x", 20, 100)
-
-
-def test_a_process_that_may_open_no_more_files_has_not_sent(monkeypatch):
-    def full() -> None:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    for name in ("_Loop", "_tls"):
-        with monkeypatch.context() as patch, serving(answers(OK)) as port:
-            patch.setattr(http, name, full)
-            with pytest.raises(NotSent, match=r"^Too many open files$"):
-                get(f"http://127.0.0.1:{port}/", {}, 20, 100)
 
 
 def test_a_caller_with_an_event_loop_can_call():

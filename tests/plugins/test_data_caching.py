@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import toy
+from attrs import evolve
 from lens_data import caching
 from lens_data.commands import cache
 from lens_data.dataset import StoreDataset, fill_cache
@@ -22,8 +23,9 @@ from lens_flow.matching import FlowMatching, Sample
 from PIL import Image
 
 from lens_core.catalog import Catalog
-from lens_core.config import read_recipe
+from lens_core.config import read_recipe, structure
 from lens_core.loop import Run
+from lens_core.pipeline import LensPipeline
 from lens_core.types import Batch, ConfigError, LensError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is corrupt")
@@ -253,3 +255,44 @@ def test_a_cache_that_does_not_say_what_made_it_is_refused(store, pipeline):
         Store(str(store)).beside(f"cache-{len(words)}", {"key": "string", "data": "large_binary"}, words)
         with pytest.raises(LensError, match="its vae is not known, this one toy:blocks in fp32"):
             fill_cache(config(store, cache=str(len(words))), pipeline, say=quiet)
+
+
+def test_a_run_from_a_cache_holds_no_encoder_and_exports_both(store, pipeline, tmp_path):
+    catalog = Catalog.of(toy, lens_data, lens_flow)
+    LensPipeline.from_parts(toy.PARTS, catalog).save_pretrained(tmp_path / "start")
+    text = f"""
+        pipeline: {{start: {tmp_path / "start"}, steps: 2}}
+        method: flow_matching
+        dataset: {{use: store, store: {store}, table: [[[32, 32], [32, 48]]], batch: 4, cache: c}}
+        train: {{steps: 3}}
+    """
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = read_recipe(tmp_path / "recipe.yaml", catalog)
+    start = LensPipeline.from_parts(recipe.pipeline, catalog)
+    settings = structure(StoreDataset.Config, recipe.dataset.options)
+    fill_cache(settings, start, say=quiet)
+    run = Run(recipe, catalog, tmp_path / "run", say=quiet)
+    assert set(run.pipeline.present()) == {"backbone"}
+    run.train()
+    made = LensPipeline.from_pretrained(tmp_path / "run" / "model", catalog=catalog)
+    assert torch.equal(made.vae.gain, start.vae.gain)
+    assert torch.equal(made.text_encoder.table.weight, start.text_encoder.table.weight)
+    assert not torch.equal(made.backbone.outer.weight, start.backbone.outer.weight)
+
+
+def test_a_part_that_is_replaced_or_put_off_is_not_read(tmp_path, monkeypatch):
+    catalog = Catalog.of(toy)
+    LensPipeline.from_parts(toy.PARTS, catalog).save_pretrained(tmp_path / "start")
+    read = []
+    for cls in (toy.Blocks, toy.Letters, toy.Mixer):
+        load = cls.load.__func__
+        monkeypatch.setattr(cls, "load", classmethod(lambda c, *a, load=load, **k: read.append(c) or load(c, *a, **k)))
+    parts = evolve(toy.PARTS, start=str(tmp_path / "start"), vae=None, text_encoder=None, sampler=None)
+    pipeline = LensPipeline.from_parts(parts, catalog, later=["vae", "text_encoder"])
+    assert read == [] and isinstance(pipeline.backbone, toy.Mixer)
+    state = torch.get_rng_state()
+    assert isinstance(pipeline.vae, toy.Blocks) and isinstance(pipeline.text_encoder, toy.Letters)
+    assert read == [toy.Blocks, toy.Letters] and torch.equal(torch.get_rng_state(), state)
+    pipeline.put_off(["vae", "text_encoder", "backbone"])
+    assert set(pipeline.present()) == {"backbone"}, "a new part can be read from nowhere"
+    assert pipeline("red", height=16, width=16, num_inference_steps=1, seed=0).images

@@ -52,7 +52,7 @@ def test_dollars_are_tokens_times_prices(found, published, catalog):
 
 def test_memory_is_that_of_the_tensors_of_the_published_model(found, published, catalog):
     memory = found.memory
-    assert round(memory["backbone: weights"] / 4e9, 3) == 4.104
+    assert round(memory["backbone: weights"] / 2e9, 3) == 4.104
     # LoRA of rank 32 on every linear layer: rank x (in + out) each, here counted from the published sizes
     d, mlp, blocks = 1536, 4096, 48
     linears = [(128, d), (4 * 2880, d), (256, d), (d, d), (d, 2 * d), (d, 128)]
@@ -61,9 +61,7 @@ def test_memory_is_that_of_the_tensors_of_the_published_model(found, published, 
     assert memory["backbone: adapter"] == 4 * learned
     assert memory["backbone: gradients"] == memory["backbone: moving average"] == 4 * learned
     assert memory["backbone: AdamW's moments"] == 8 * learned
-    assert (
-        memory["backbone: old policy"] == memory["backbone: start, for kl"] == memory["backbone: weights"] + 4 * learned
-    )
+    assert memory["backbone: old policy"] == memory["backbone: start, for kl"] == 4 * learned, "one frozen backbone"
     freed = evolve(published, method=Use("diffusion_nft", {**published.method.options, "kl": 0.0}))
     assert "backbone: start, for kl" not in told(freed, catalog).memory
 
