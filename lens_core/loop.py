@@ -541,8 +541,7 @@ class Run:
         """Remove all but the newest `keep` of the checkpoints that are known to be good. The newest of all is known to
         be once a step from it has been: until then it does not count, and nothing makes room for it."""
         if self.ranks.rank == 0 and self.rotated != self.saved and self.saved <= self.proven:
-            good = [folder for folder in self._folders() if _step_of(folder) <= self.proven]
-            for old in good[: -self.train_config.keep]:
+            for old in self._folders()[: -self.train_config.keep]:
                 shutil.rmtree(old)
             self.rotated = self.saved
 

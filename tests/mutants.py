@@ -80,10 +80,7 @@ MUTANTS = [
             "            self._refuse_non_finite()\n            if self.ranks.rank == 0 or",
             "            if self.ranks.rank == 0 or",
         ),
-        (
-            "            for old in good[: -self.train_config.keep]:",
-            "            for old in self._folders()[: -self.train_config.keep]:",
-        ),
+        (" and self.saved <= self.proven:", ":"),
         ("        self._refuse_unproven()\n", ""),
     ),
     *_of(

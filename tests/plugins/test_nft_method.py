@@ -157,7 +157,8 @@ def step(m: DiffusionNFT, seed: int = 3) -> Sequence[Lesson]:
 
 
 def nudged(m: DiffusionNFT, by: float = 0.1) -> DiffusionNFT:
-    """The backbone moves away from the old policy."""
+    """The backbone moves away from the old policy and from the start, of which there are copies by now."""
+    _ = m.old, m.base
     with torch.no_grad():
         for n, parameter in enumerate(m.pipeline.backbone.parameters()):
             parameter += by * torch.randn(parameter.shape, generator=rng(n))
