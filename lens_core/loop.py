@@ -538,9 +538,9 @@ class Run:
         return final
 
     def _rotate(self) -> None:
-        """Remove all but the newest `keep` of the checkpoints that are known to be good. The newest of all is known to
-        be once a step from it has been: until then it does not count, and nothing makes room for it."""
-        if self.ranks.rank == 0 and self.rotated != self.saved and self.saved <= self.proven:
+        """Remove all but the newest `keep` checkpoints. Called after a good step and after an export, when the newest
+        is known to be good: until then nothing makes room for it."""
+        if self.ranks.rank == 0 and self.rotated != self.saved:
             for old in self._folders()[: -self.train_config.keep]:
                 shutil.rmtree(old)
             self.rotated = self.saved
