@@ -58,7 +58,7 @@ RIVAL = 0.7
 
 SLACK = 0.4
 """Share of the contrast of an edge nearby that a picture may differ by: blur and ringing do that."""
-STRAY = {"specks": 30.0, "spots": 26.0, "broad": 20.0}
+STRAY = {"specks": 30.0, "spots": 26.0, "broad": 20.0, "texture": 6.5, "frayed": 5.5}
 """RGB distance between a picture and what its reading explains, from which something stands there that has no name; of
 specks at 64 px, and with the root of the side more, as the grain of a JPEG file does."""
 
@@ -284,7 +284,8 @@ def _middle(shape: str) -> tuple[float, float]:
 
 def _excess(pixels: Floats, drawn: Floats) -> dict[str, Floats]:
     """How far a picture differs from what was drawn, beyond what softens and rings about an edge: RGB distance [H,W] of
-    the differences as they are after a slight blur (specks), a wider one (spots), and a broad one, away from edges."""
+    the differences as they are after a slight blur (specks), a wider one (spots), and a broad one, away from edges;
+    and, where they are largest, their root mean square away from edges (texture) and beside them (frayed)."""
     scale = min(pixels.shape[:2]) / 64
     blurs = (ndimage.gaussian_filter(drawn, (blur, blur, 0)) for blur in _BLURS)
     left = pixels - min(blurs, key=lambda soft: float(((pixels - soft) ** 2).sum()))
@@ -295,6 +296,11 @@ def _excess(pixels: Floats, drawn: Floats) -> dict[str, Floats]:
         soft = ndimage.gaussian_filter(left, (blur * scale, blur * scale, 0))
         found[name] = np.linalg.norm(np.maximum(np.abs(soft) - slack * edge, 0), axis=2)
     flat, wide = (edge.max(2) < 8).astype(np.float32)[..., None], (3 * scale, 3 * scale, 0)
+    # many differences, each too faint to be seen alone: their root mean square over all that is flat, or not
+    soft = np.linalg.norm(ndimage.gaussian_filter(left, (scale, scale, 0)), axis=2)
+    for name, far, where in (("texture", soft, flat[..., 0] > 0), ("frayed", found["spots"], flat[..., 0] == 0)):
+        mean = math.sqrt(float((far[where] ** 2).mean())) if where.any() else 0.0
+        found[name] = np.where(far == far.max(), mean, 0).astype(np.float32)
     weight = np.maximum(ndimage.gaussian_filter(flat, wide), 0.25)  # few flat pixels: no certain mean
     found["broad"] = np.linalg.norm(ndimage.gaussian_filter(left * flat, wide) / weight * flat, axis=2)
     return found

@@ -415,3 +415,13 @@ def test_the_ceiling_is_the_share_of_true_scenes_that_a_vae_leaves_readable():
     benchmark = ShapesBenchmark(ShapesBenchmark.Config(prompts=14, phrasings=2))
     assert [s.value for s in benchmark.ceiling(Whole(), 64, 64)] == [1.0] * 28
     assert [s.value for s in benchmark.ceiling(Grey(), 64, 64)] == [0.0] * 28
+
+
+def test_many_faint_patches_are_refused_though_none_is_seen_alone():
+    """What an optimiser found that changed pixels as far as the reader let it."""
+    for number in range(6):
+        rng = np.random.default_rng([14, number])
+        scene = splits.sample(rng, "test", TASKS_OF_THINGS[number])
+        image = render(scene, SIDE, SIDE).astype(float)
+        mosaic = np.kron(rng.choice([-14.0, 14.0], (16, 16, 3)), np.ones((4, 4, 1)))
+        assert not satisfies(read(np.clip(image + mosaic, 0, 255).astype(np.uint8)), asked(scene))
