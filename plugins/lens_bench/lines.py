@@ -1,0 +1,114 @@
+"""Stored perceptions: a JSON object a line. Whatever is wrong names its line and its field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lens_core import reading
+from lens_core.types import ConfigError, did_you_mean
+
+STATUSES = ("ok", "refused", "failed", "missing")  # what became of a picture; only "ok" can have perceptions
+LONGEST_TEXT = 2**16  # characters of one text: edit distance takes quadratic time
+MOST_ROWS = 2**12  # detections of one class
+
+
+class FieldError(ValueError):
+    """What is wrong with one field of a line; `field` is its path, as "detections.dog[3]"."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+
+
+def numbered(path: Path) -> Iterator[tuple[int, dict[str, Any] | FieldError]]:
+    """(number from 1, object) of every line that is not blank; a line that is no JSON object comes as what is wrong.
+
+    Raises ConfigError where the file cannot be read at all.
+    """
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(reading.LARGEST_LINE):
+                number += 1
+                if len(line) == reading.LARGEST_LINE and not line.endswith(b"\n"):
+                    while (rest := file.readline(reading.LARGEST_LINE)) and not rest.endswith(b"\n"):
+                        pass
+                    yield number, FieldError("line", f"is longer than {reading.LARGEST_LINE >> 20} MiB")
+                elif line.strip():
+                    yield number, _parsed(line)
+    except OSError as error:
+        reason = error.strerror or reading.one_line(error)
+        raise ConfigError(f"{path}: cannot be read ({reason}); check the path") from error
+
+
+def _parsed(line: bytes) -> dict[str, Any] | FieldError:
+    try:
+        value = reading.parse_json(line)
+    except ValueError as error:
+        return FieldError("line", f"is not JSON ({reading.one_line(error)})")
+    if not isinstance(value, dict):
+        return FieldError("line", f"must be a JSON object, not {reading.shown(value)}")
+    return value
+
+
+# ---- fields -------------------------------------------------------------------------------------------------------
+
+
+def field(line: Mapping[str, Any], name: str, within: str = "") -> Any:
+    """The value of a field that must be there. Raises FieldError, which names a field with a similar name."""
+    if name not in line:
+        close = did_you_mean(name, line)
+        raise FieldError(within + name, f"is missing.{close}" if close.startswith(" Did") else "is missing")
+    return line[name]
+
+
+def text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise FieldError(name, f"must be a text, not {reading.shown(value)}")
+    if len(value) > LONGEST_TEXT:
+        raise FieldError(name, f"has {len(value)} characters; at most {LONGEST_TEXT} are read")
+    return value
+
+
+def texts(value: Any, name: str) -> list[str]:
+    if not isinstance(value, list):
+        raise FieldError(name, f"must be a list of texts, not {reading.shown(value)}")
+    found = [text(item, f"{name}[{i}]") for i, item in enumerate(value)]
+    text("".join(found), name)  # the bound is for all of them
+    return found
+
+
+def mapping(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise FieldError(name, f"must be an object, not {reading.shown(value)}")
+    return value
+
+
+def items(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise FieldError(name, f"must be a list, not {reading.shown(value)}")
+    return value
+
+
+def number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise FieldError(name, f"must be a finite number, not {reading.shown(value)}")
+    return value
+
+
+def whole(value: Any, name: str, low: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
+        most = "" if low is None else f" of at least {low}"
+        raise FieldError(name, f"must be a whole number{most}, not {reading.shown(value)}")
+    return value
+
+
+def choice(value: Any, name: str, known: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in known:
+        close = did_you_mean(value, known) if isinstance(value, str) else f" Known: {', '.join(known)}."
+        if len(known) > 20 and not close.startswith(" Did"):
+            close = f" {len(known)} are known."
+        raise FieldError(name, f"{reading.shown(value)} is unknown.{close}")
+    return value
