@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from lens_bench.lines import FieldError
-from lens_core.types import did_you_mean
+from lens_bench.lines import FieldError, choice
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -155,9 +154,7 @@ def _answers(name: str, rows: Sequence[int], colors: Mapping[str, Sequence[str]]
     for row in rows:
         if row >= len(given):
             raise FieldError(f"colors.{name}", f"has no answer for row {row}, whose colour is asked for")
-        if given[row] not in COLORS:
-            raise FieldError(f"colors.{name}[{row}]", f"{given[row]!r} is no colour.{did_you_mean(given[row], COLORS)}")
-    return [given[row] for row in rows]
+    return [choice(given[row], f"colors.{name}[{row}]", COLORS) for row in rows]
 
 
 def _color_failure(clause: Mapping[str, Any], answers: Sequence[str]) -> str:

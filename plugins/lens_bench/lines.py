@@ -13,6 +13,7 @@ from lens_core.types import ConfigError, did_you_mean
 STATUSES = ("ok", "refused", "failed", "missing")  # what became of a picture; only "ok" can have perceptions
 LONGEST_TEXT = 2**16  # characters of one text: edit distance takes quadratic time
 MOST_ROWS = 2**12  # detections of one class
+LARGEST_COORDINATE = 1e6  # pixels; squares and products of larger ones leave a float's range in the end
 
 
 class FieldError(ValueError):
@@ -22,9 +23,10 @@ class FieldError(ValueError):
         super().__init__(f"{field}: {reason}")
 
 
-def numbered(path: Path) -> Iterator[tuple[int, dict[str, Any] | FieldError]]:
+def numbered(path: Path, whole: bool = False) -> Iterator[tuple[int, dict[str, Any] | FieldError]]:
     """(number from 1, object) of every line that is not blank; a line that is no JSON object comes as what is wrong.
 
+    `whole`: leave out a last line without its line end, which an interruption may have torn.
     Raises ConfigError where the file cannot be read at all.
     """
     try:
@@ -36,7 +38,7 @@ def numbered(path: Path) -> Iterator[tuple[int, dict[str, Any] | FieldError]]:
                     while (rest := file.readline(reading.LARGEST_LINE)) and not rest.endswith(b"\n"):
                         pass
                     yield number, FieldError("line", f"is longer than {reading.LARGEST_LINE >> 20} MiB")
-                elif line.strip():
+                elif line.strip() and (line.endswith(b"\n") or not whole):
                     yield number, _parsed(line)
     except OSError as error:
         reason = error.strerror or reading.one_line(error)
@@ -92,9 +94,11 @@ def items(value: Any, name: str) -> list[Any]:
     return value
 
 
-def number(value: Any, name: str) -> float:
+def number(value: Any, name: str, most: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise FieldError(name, f"must be a finite number, not {reading.shown(value)}")
+    if abs(value) > most:
+        raise FieldError(name, f"must be at most {most:g} in size, not {reading.shown(value)}")
     return value
 
 

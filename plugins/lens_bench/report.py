@@ -95,9 +95,9 @@ def _metadata(line: Line) -> dict[str, Any]:
 
 
 def _options(line: Line) -> geneval.Options:
-    given = lines.mapping(line.get("options", {}), "options")
+    given = lines.mapping(line.get("options") or {}, "options")
     for name in given:
-        lines.choice(name, f"options.{name}", list(fields_dict(geneval.Options)))
+        lines.choice(name, f"options.{name[:40]}", list(fields_dict(geneval.Options)))
         lines.number(given[name], f"options.{name}")
     if "max_objects" in given:
         lines.whole(given["max_objects"], "options.max_objects", low=0)
@@ -107,7 +107,7 @@ def _options(line: Line) -> geneval.Options:
 def _detections(line: Line) -> dict[str, list[list[float]]]:
     detections = lines.mapping(lines.field(line, "detections"), "detections")
     for name, rows in detections.items():
-        lines.choice(name, f"detections.{name}", geneval.CLASSES)
+        lines.choice(name, f"detections.{name[:40]}", geneval.CLASSES)
         if len(lines.items(rows, f"detections.{name}")) > lines.MOST_ROWS:
             raise FieldError(f"detections.{name}", f"has {len(rows)} rows; at most {lines.MOST_ROWS} are read")
         for i, row in enumerate(rows):
@@ -115,14 +115,14 @@ def _detections(line: Line) -> dict[str, list[list[float]]]:
             if len(lines.items(row, place)) != 5:
                 raise FieldError(place, f"must be [x1, y1, x2, y2, score], not {reading.shown(row)}")
             for value in row:
-                lines.number(value, place)
+                lines.number(value, place, lines.LARGEST_COORDINATE)
     return detections
 
 
 def _decide_geneval(line: Line) -> dict[str, Any]:
-    colors = lines.mapping(line.get("colors", {}), "colors")
+    colors = lines.mapping(line.get("colors") or {}, "colors")
     for name, answers in colors.items():
-        lines.items(answers, f"colors.{name}")
+        lines.items(answers, f"colors.{name[:40]}")
     return asdict(geneval.decide(_metadata(line), _detections(line), colors, _options(line)))
 
 

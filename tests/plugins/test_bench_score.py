@@ -233,6 +233,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("geneval", SEEN | {"metadata": clause(position=["above", 1])["metadata"]}, "its target is clause 1"),
     ("geneval", UNSEEN | {"detections": {"dogg": []}}, "detections.dogg: 'dogg' is unknown. Did you mean 'dog'?"),
     ("geneval", row(0, 0, 1, 1), "detections.dog[0]: must be [x1, y1, x2, y2, score]"),
+    ("geneval", row(0, 0, 1e300, 1, 0.5), "detections.dog[0]: must be at most 1e+06 in size, not 1e+300"),
     ("geneval", row(0, 0, 1, 1, "1"), "detections.dog[0]: must be a finite number, not '1'"),
     ("geneval", '{"detections": {"dog": [[0, 0, 1, 1, NaN]]}}', "line: is not JSON (NaN is no number)"),
     ("geneval", SEEN | {"options": {"treshold": 0.3}}, "options.treshold: 'treshold' is unknown. Did you mean"),
