@@ -11,9 +11,9 @@ from lens_gpt_oss.encoder import GptOssEncoder
 from lens_mmdit.model import LensTransformer2DModel
 
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import describe, fetch
-from lens_core.config import structure
-from lens_core.pipeline import LensPipeline
+from lens_core.checkpoints.manifest import describe, fetch
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import structure
 
 file = sys.argv[1] if len(sys.argv) > 1 else "assemble.png"
 

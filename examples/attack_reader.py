@@ -33,7 +33,7 @@ def scene_of(number: int, tasks: tuple[str, ...] = TASKS) -> Any:
 
 
 def vae_of(uri: str) -> Any:
-    from lens_core.pipeline import LensPipeline
+    from lens_core.inference.pipeline import LensPipeline
 
     return LensPipeline.from_pretrained(uri).vae
 

@@ -10,9 +10,9 @@ import torch
 from lens_mmdit.model import LensTransformer2DModel
 
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import describe, fetch
-from lens_core.config import structure
-from lens_core.pipeline import LensPipeline
+from lens_core.checkpoints.manifest import describe, fetch
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import structure
 
 TEXT = ("txt_", "norm_added", "to_add_out")  # in the names of the text stream's weights
 

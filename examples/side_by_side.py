@@ -8,7 +8,7 @@ import time
 
 from PIL import Image
 
-from lens_core.pipeline import LensPipeline
+from lens_core.inference.pipeline import LensPipeline
 
 SCALE = 4  # pixels of the picture for each that was drawn
 

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from lens_core.reading import shown
+from lens_core.io.readers import shown
 from lens_core.types import ConfigError
 
 

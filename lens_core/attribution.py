@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
-from lens_core.reading import one_line
+from lens_core.io.readers import one_line
 from lens_core.types import Batch, ConfigError, LensError, Loss, PluginError, Prompt, Score, Text
 
 if TYPE_CHECKING:

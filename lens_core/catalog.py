@@ -24,8 +24,8 @@ from attrs import field, frozen, mutable
 
 from lens_core import hookspecs
 from lens_core.attribution import remember
+from lens_core.io.readers import one_line, shown
 from lens_core.protocols import KINDS, Weighty
-from lens_core.reading import one_line, shown
 from lens_core.types import LensError, PluginError, did_you_mean
 
 RESOLVERS = ("lens_fetch", "lens_describe")
@@ -78,7 +78,7 @@ def _lacks(cls: type[Any], method: str, protocol: type[Any]) -> bool:
 
 def _flaw(cls: Any, kind: str) -> str | None:
     """Why `cls` cannot be a component of `kind`, or None."""
-    from lens_core.structuring import flaw_of
+    from lens_core.config import flaw_of
 
     if not isinstance(cls, type):
         return f"is {shown(cls)}, not a class"

@@ -2,7 +2,7 @@
 
 A component is a class with a nested, frozen attrs `Config`, built as `cls(config)`. Whatever carries weights (VAE,
 text encoder, backbone) is an `nn.Module` that can `save(folder)` itself into the sub-folders of a checkpoint and be
-read back with `load(folder, config, dtype)`, both through `lens_core.checkpoint`, so that files are checked once.
+read back with `load(folder, config, dtype)`, both through `lens_core.checkpoints`, so that files are checked once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from lens_core.types import Batch, Drop, Loss, Message, Prompt, Record, Score, T
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-    from lens_core.lazy import Lazy
 
 
 def dtype_of(component: Any) -> torch.dtype:
@@ -45,37 +43,17 @@ class Weighty(Protocol):
     @classmethod
     def load(cls, folder: Path, config: Any, dtype: torch.dtype | None = None) -> Self: ...
 
-    # Optional: `model_index: ClassVar[Mapping[str, tuple[str, str]]]`, the entries of diffusers' model_index.json by
-    # which other tools find what `save` writes: {"vae": ("diffusers", "AutoencoderKLFlux2")}. Of a sampler too.
-
-
-@runtime_checkable
-class Portable(Weighty, Protocol):
-    """A component with weights that a single file may hold too; `lens convert` carries it between the two layouts."""
-
-    place: ClassVar[tuple[str, str]]  # its sub-folder in a checkpoint, and the stem of its weights there
-    single: ClassVar[str]  # where a folder of single files keeps it, in Comfy's layout
-
-    @classmethod
-    def outline(
-        cls, file: Path, config: Any, folder: Path, *, plain: bool = False
-    ) -> tuple[Self, Any, dict[str, Lazy]]:
-        """A single file -> the component on the meta device, the config that the file's shapes tell, given what the
-        checkpoint in `folder` says, and the file's tensors under the names of a checkpoint. Reads headers alone.
-        `plain`: tensors that only Comfy can use quantised are not."""
-
-    def fill(self, tensors: Mapping[str, Lazy], file: Path, dtype: torch.dtype | None = None) -> None:
-        """Read the tensors of `outline`, floats as `dtype`."""
-
-    def save_about(self, folder: Path) -> None:
-        """Write all that `save` writes, but for the weights."""
-
     # Optional. `beside`: sub-folders with more files that describe it. `extras(cls, source)`: tensors and texts that a
     # single file holds besides the weights, those of a checkpoint's folder or of an outline. `note`: a line on how the
     # weights are held, for people.
 
 
 @runtime_checkable
+
+# Optional: `model_index: ClassVar[Mapping[str, tuple[str, str]]]`, the entries of diffusers' model_index.json by
+# which other tools find what `save` writes: {"vae": ("diffusers", "AutoencoderKLFlux2")}. Of a sampler too.
+
+
 class VAE(Weighty, Protocol):
     """Pictures to latents and back. `downscale` is pixels per latent cell; latents have about unit variance."""
 
@@ -128,7 +106,7 @@ class Tabulates(Protocol):
 
 
 class Offloads(Protocol):
-    """What a part with weights may say of itself, all of it optional, so that `lens_core.offload` can do more."""
+    """What a part with weights may say of itself, all of it optional, so that `offload` can do more."""
 
     def blocks(self) -> Sequence[nn.Module]:
         """Modules that run one after the other in this order, each at most once a pass: they can be streamed."""
@@ -137,7 +115,7 @@ class Offloads(Protocol):
         """Modules whose weights drawing does not read, or asks for through `tabulated`."""
 
     def working(self, load: Any) -> int:
-        """An estimate of the bytes beside the weights in one pass of `lens_core.offload.Load`."""
+        """An estimate of the bytes beside the weights in one pass of `lens_core.inference.offload.Load`."""
 
 
 @runtime_checkable
@@ -204,7 +182,7 @@ class Benchmark(Protocol):
     def prompts(self) -> Sequence[Prompt]: ...
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Sequence[Score]:
-        """Images uint8 [B,3,H,W] -> one Score each; `lens_core.evaluation` gathers them by task."""
+        """Images uint8 [B,3,H,W] -> one Score each; `lens_core.evaluation.run` gathers them by task."""
 
 
 @runtime_checkable

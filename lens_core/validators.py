@@ -13,7 +13,7 @@ from typing import Any
 
 import attrs
 
-from lens_core.reading import shown
+from lens_core.io.readers import shown
 from lens_core.types import ConfigError, did_you_mean
 
 COUNT = 2**31 - 1

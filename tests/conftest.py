@@ -16,7 +16,7 @@ import toy
 from attrs import evolve
 
 from lens_core.catalog import Catalog
-from lens_core.pipeline import LensPipeline
+from lens_core.inference.pipeline import LensPipeline
 
 torch.set_num_threads(1)
 

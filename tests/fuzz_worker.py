@@ -148,9 +148,10 @@ class Targets:
         import toy
         from attrs import evolve
 
-        from lens_core import checkpoint, png
         from lens_core.catalog import Catalog
-        from lens_core.pipeline import LensPipeline
+        from lens_core.checkpoints import manifest, tensor_files
+        from lens_core.inference import png_metadata
+        from lens_core.inference.pipeline import LensPipeline
 
         torch.set_num_threads(1)
         self.folder = folder
@@ -160,11 +161,11 @@ class Targets:
         made.presets["sizes"] = {"1024": {"1:1": [32, 32]}}
         made.provenance = {"base_model": "a/b", "recipe": {"method": "fit"}, "loras": ["x:1"]}
         made.save_pretrained(folder / "toy")
-        shutil.copytree(checkpoint.fetch("tiny:", self.catalog), folder / "tiny")
+        shutil.copytree(manifest.fetch("tiny:", self.catalog), folder / "tiny")
         (folder / "tiny" / "lens.json").unlink()
         picture = made("a cat", height=32, width=48, seed=1)
         facts = {"prompt": "a cat", "seed": 1, **picture.settings}
-        png.save(picture.images[0], folder / "a.png", facts)
+        png_metadata.save(picture.images[0], folder / "a.png", facts)
         LensPipeline.from_pretrained("tiny:", device="cpu")  # imports what is heavy, which is no case's fault
         self.facts = json.loads(json.dumps(facts))
         self.picture = picture.images[0]
@@ -176,10 +177,10 @@ class Targets:
             "transformer.inner.alpha": torch.tensor(2.0),
         }
         about = json.dumps({"transformer.lora_alpha": 1, "transformer.r": 1, "transformer.target_modules": ["inner"]})
-        checkpoint.save_tensors(folder / "lora.safetensors", low, {"lora_adapter_metadata": about})
+        tensor_files.save_tensors(folder / "lora.safetensors", low, {"lora_adapter_metadata": about})
         peft = folder / "peft"
         peft.mkdir()
-        checkpoint.save_tensors(
+        tensor_files.save_tensors(
             peft / "adapter_model.safetensors", {f"base_model.model.{k.partition('.')[2]}": v for k, v in low.items()}
         )
         (peft / "adapter_config.json").write_text(
@@ -223,7 +224,7 @@ class Targets:
     def recipe(self, rng: random.Random) -> None:
         import yaml
 
-        from lens_core.config import read_recipe
+        from lens_core.recipe import read_recipe
 
         data = rng.choice(self.recipes).read_bytes()
         if rng.random() < 0.6:
@@ -244,14 +245,14 @@ class Targets:
             path.write_bytes(sound)
 
     def lens_json(self, rng: random.Random) -> None:
-        from lens_core import card
-        from lens_core.checkpoint import describe
-        from lens_core.pipeline import LensPipeline
+        from lens_core.checkpoints import model_card
+        from lens_core.checkpoints.manifest import describe
+        from lens_core.inference.pipeline import LensPipeline
 
         path = self.folder / "toy" / "lens.json"
 
         def call() -> None:
-            card.text(describe(path.parent, self.toys), "toys/blocks")
+            model_card.text(describe(path.parent, self.toys), "toys/blocks")
             pipeline = LensPipeline.from_pretrained(path.parent, catalog=self.toys, device="cpu")
             if pipeline.vae is not None:
                 pipeline.size()
@@ -262,7 +263,7 @@ class Targets:
         import torch
         from lens_mmdit.published import describe
 
-        from lens_core.config import Use, build
+        from lens_core.recipe import Use, build
 
         root = self.folder / "tiny"
 
@@ -292,40 +293,42 @@ class Targets:
         render(text, conversation("a cat"), "2026-05-20")
 
     def png(self, rng: random.Random) -> None:
-        from lens_core import images, png
+        from lens_core.inference import png_metadata
+        from lens_core.io import images
 
         path = self.write("b.png", mutate_bytes(rng, (self.folder / "a.png").read_bytes()))
         images.read_rgb(path)
-        png.facts(path)
+        png_metadata.facts(path)
 
     def facts_of_png(self, rng: random.Random) -> None:
         from PIL.PngImagePlugin import PngInfo
 
-        from lens_core import png
+        from lens_core.inference import png_metadata
 
         text = mutate_json(rng, json.dumps(self.facts).encode()).decode("utf-8", "replace")
         info = PngInfo()
         info.add_itxt("lens", text)
         path = self.write("c.png", b"")
         self.picture.save(path, pnginfo=info)
-        png.facts(path)
+        png_metadata.facts(path)
 
     def lora(self, rng: random.Random) -> None:
-        from lens_core import adapters, spelling
+        from lens_core.checkpoints import lora_keys
+        from lens_core.inference import lora as loras
 
         path = self.write("lora.safetensors", mutate_header(rng, (self.folder / "lora.safetensors").read_bytes()))
-        spelling.write(path.with_name("out.safetensors"), spelling.read(path), rng.choice(spelling.SPELLINGS))
-        adapters.read(path, self.layers)
+        lora_keys.write(path.with_name("out.safetensors"), lora_keys.read(path), rng.choice(lora_keys.SPELLINGS))
+        loras.read(path, self.layers)
 
     def peft(self, rng: random.Random) -> None:
-        from lens_core import adapters
+        from lens_core.inference import lora as loras
 
         path = self.folder / "peft" / "adapter_config.json"
-        self.swapped(path, mutate_json(rng, path.read_bytes()), lambda: adapters.read(path.parent, self.layers))
+        self.swapped(path, mutate_json(rng, path.read_bytes()), lambda: loras.read(path.parent, self.layers))
 
     def tensors(self, rng: random.Random) -> None:
-        from lens_core.checkpoint import read_header, read_tensors
-        from lens_core.lazy import read_lazy
+        from lens_core.checkpoints.lazy_tensors import read_lazy
+        from lens_core.checkpoints.tensor_files import read_header, read_tensors
         from lens_core.types import LensError
 
         path = self.write("x.safetensors", mutate_header(rng, (self.folder / "lora.safetensors").read_bytes()))
@@ -336,7 +339,7 @@ class Targets:
             tensor.read()
 
     def shards(self, rng: random.Random) -> None:
-        from lens_core.checkpoint import read_weights
+        from lens_core.checkpoints.tensor_files import read_weights
 
         index = {"metadata": {"total_size": 4}, "weight_map": {"a": "lora.safetensors", "b": "none.safetensors"}}
         self.write("lora.safetensors", (self.folder / "lora.safetensors").read_bytes())
@@ -344,7 +347,7 @@ class Targets:
         read_weights(path.parent, "m")
 
     def prompts_file(self, rng: random.Random) -> None:
-        from lens_core.__main__ import _prompts
+        from lens_core.cli.main import _prompts
 
         lines = _prompts(None, self.write("prompts.txt", mutate_bytes(rng, "a cat\né\u2028b\r\n\n猫\n".encode())))
         assert all("\n" not in line and line.strip() for line in lines)
@@ -383,8 +386,8 @@ class Targets:
         from lens_llm.client import OpenAI
         from lens_llm.rubric import RubricReward
 
-        from lens_core.config import Use
-        from lens_core.http import Answer
+        from lens_core.io.http import Answer
+        from lens_core.recipe import Use
         from lens_core.types import Prompt, Score
 
         verdicts = {"verdicts": [{"id": i, "evidence": "seen", "v": "yes"} for i in ("r", "g")]}
@@ -419,8 +422,8 @@ class Targets:
             curves.draw(found)
 
     def watch(self, rng: random.Random) -> None:
-        from lens_core.config import Watch
-        from lens_core.watching import Watcher
+        from lens_core.recipe import Watch
+        from lens_core.training.evaluator import Watcher
 
         rows = [{"step": i, "seconds": 1.0, "shapes": 0.1 * i, "score": 0.1 * i, "sha256": "0" * 64} for i in range(6)]
         path = self.write("watch/watch.jsonl", mutate_lines(rng, b"\n".join(json.dumps(row).encode() for row in rows)))
@@ -434,7 +437,7 @@ class Targets:
             watcher.weights(5)
 
     def results(self, rng: random.Random) -> None:
-        from lens_core import comparison
+        from lens_core.evaluation import comparison
 
         def result(model: str, value: float) -> dict[str, Any]:
             pictures = [{"prompt": f"p{i}", "task": "a", "seed": i, "status": "ok", "value": value} for i in range(4)]
@@ -487,8 +490,8 @@ class Targets:
             repr(item)[:10]
 
     def arguments(self, rng: random.Random) -> None:
-        from lens_core import __main__ as command
         from lens_core import catalog as catalogs
+        from lens_core.cli import main as command
 
         toy, place = str(self.folder / "toy"), self.folder / "case"
         lines = [

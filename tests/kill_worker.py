@@ -27,8 +27,8 @@ from accelerate import Accelerator  # noqa: F401  # likewise
 from attrs import evolve
 
 from lens_core.catalog import Catalog
-from lens_core.config import Recipe, Training, Use, Watch
-from lens_core.loop import Run
+from lens_core.recipe import Recipe, Training, Use, Watch
+from lens_core.training.trainer import Run
 
 CATALOG = Catalog.of(toy)
 RECIPE = Recipe(

@@ -36,13 +36,13 @@ def _of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
 MUTANTS = [
     # the loop
     *_of(
-        "lens_core/loop.py",
+        "lens_core/training/trainer.py",
         "tests/core/test_loop.py -k is_the_mean_over_its_parts",
         ("share = 1 / (len(micro) * self.ranks.parts) if", "share = 1 / self.ranks.parts if"),
         ("share = 1 / (len(micro) * self.ranks.parts) if", "share = 1 / len(micro) if"),
     ),
     *_of(
-        "lens_core/loop.py",
+        "lens_core/training/trainer.py",
         "tests/core/test_loop.py -k dropout+different_noise",
         ("            torch.manual_seed(seed)  # dropout draws there\n", ""),
         (
@@ -55,13 +55,13 @@ MUTANTS = [
         ),
     ),
     *_of(
-        "lens_core/loop.py",
+        "lens_core/training/trainer.py",
         "tests/core/test_loop.py -k gradients_of_the_one_before+bring_a_weight",
         ("        optimizer.zero_grad(set_to_none=True)\n", ""),
         ("                held /= weight\n", "                held *= 1.0\n"),
     ),
     *_of(
-        "lens_core/loop.py",
+        "lens_core/training/trainer.py",
         "tests/core/test_loop.py -k closed_form+the_rate+rate_of_its_own",
         ("decay = min(self.train_config.ema, (1 + self.step) / (10 + self.step))", "decay = self.train_config.ema"),
         (
@@ -74,7 +74,7 @@ MUTANTS = [
         ("config.lr * config.rates.get(role, 1.0) * rate", "config.lr * rate"),
     ),
     *_of(
-        "lens_core/loop.py",
+        "lens_core/training/trainer.py",
         "tests/core/test_loop.py -k not_finite+without_a_finite_loss",
         (
             "            self._refuse_non_finite()\n            if self.ranks.rank == 0 or",
@@ -84,7 +84,7 @@ MUTANTS = [
         ("        self._refuse_unproven()\n", ""),
     ),
     *_of(
-        "lens_core/optimizers.py",
+        "lens_core/training/optimizers.py",
         "tests/core/test_watching.py -k last_look",
         ("    torch.autograd.graph.increment_version(", "    list("),
     ),
@@ -157,7 +157,7 @@ MUTANTS = [
     ),
     # LoRA, the VAE, the language model
     *_of(
-        "lens_core/adapters.py",
+        "lens_core/inference/lora.py",
         "tests/core/test_adapters.py",
         ("lora_alpha=adapter.scale * adapter.rank", "lora_alpha=adapter.scale"),
         ("pair.alpha / pair.rank", "pair.alpha"),

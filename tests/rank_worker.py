@@ -22,8 +22,8 @@ from attrs import frozen
 
 from lens_core import hookimpl
 from lens_core.catalog import Catalog
-from lens_core.config import Recipe, structure
-from lens_core.loop import Run
+from lens_core.recipe import Recipe, structure
+from lens_core.training.trainer import Run
 from lens_core.types import Prompt, Score
 
 torch.set_num_threads(1)

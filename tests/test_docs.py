@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from lens_core import hookspecs
-from lens_core.__main__ import app, mount
 from lens_core.catalog import Catalog
-from lens_core.config import read_recipe
-from lens_core.pipeline import LensPipeline
+from lens_core.cli.main import app, mount
+from lens_core.inference.pipeline import LensPipeline
 from lens_core.protocols import KINDS
+from lens_core.recipe import read_recipe
 from lens_core.types import Text
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ import toy
 
 from lens_core.catalog import Catalog, Plugin
 from lens_core.config import read_recipe
-from lens_core.loop import Run
+from lens_core.training.trainer import Run
 
 catalog = Catalog.installed()
 (acme,) = [p for p in catalog.plugins if p.name == "lens_acme"]
@@ -30,7 +30,7 @@ assert catalog.find("reward", "contrast").name == "lens_acme:contrast"
 catalog._add(Plugin("toy", "toy", "0"), lambda: toy)
 report = Run(read_recipe(Path("acme.yaml"), catalog), catalog, Path("run"), say=lambda line: None).train()
 
-from lens_core.pipeline import LensPipeline
+from lens_core.inference.pipeline import LensPipeline
 
 pipeline = LensPipeline.from_pretrained(report.model, catalog=catalog)
 assert pipeline.uses["text_encoder"].use == "lens_acme:hashed_words"

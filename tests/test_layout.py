@@ -8,8 +8,8 @@ import torch
 from lens_gpt_oss.template import train_tokenizer
 
 from lens_core.catalog import Catalog
-from lens_core.config import Parts, Use
-from lens_core.pipeline import LensPipeline
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import Parts, Use
 
 VAE = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
 ENCODER = {

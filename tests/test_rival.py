@@ -15,8 +15,8 @@ from attrs import frozen
 from torch import nn
 
 from lens_core import hookimpl
-from lens_core.__main__ import main
 from lens_core.catalog import Catalog
+from lens_core.cli.main import main
 from lens_core.protocols import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,9 +12,9 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from lens_core import flow, hookimpl
-from lens_core.checkpoint import blueprint, load_module, read_weights, save_module
-from lens_core.config import Parts, Use
-from lens_core.pipeline import to_pixels
+from lens_core.checkpoints.tensor_files import blueprint, load_module, read_weights, save_module
+from lens_core.inference.pipeline import to_pixels
+from lens_core.recipe import Parts, Use
 from lens_core.types import Batch, ConfigError, Loss, Prompt, Score, Text
 
 # A pipeline of all of them; and one whose width is not the default, so that a recipe that loses options shows.

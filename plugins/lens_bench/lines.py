@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lens_core import reading
+from lens_core.io import readers
 from lens_core.types import ConfigError, did_you_mean
 
 STATUSES = ("ok", "refused", "failed", "missing")  # what became of a picture; only "ok" can have perceptions
@@ -32,26 +32,26 @@ def numbered(path: Path, whole: bool = False) -> Iterator[tuple[int, dict[str, A
     try:
         with path.open("rb") as file:
             number = 0
-            while line := file.readline(reading.LARGEST_LINE):
+            while line := file.readline(readers.LARGEST_LINE):
                 number += 1
-                if len(line) == reading.LARGEST_LINE and not line.endswith(b"\n"):
-                    while (rest := file.readline(reading.LARGEST_LINE)) and not rest.endswith(b"\n"):
+                if len(line) == readers.LARGEST_LINE and not line.endswith(b"\n"):
+                    while (rest := file.readline(readers.LARGEST_LINE)) and not rest.endswith(b"\n"):
                         pass
-                    yield number, FieldError("line", f"is longer than {reading.LARGEST_LINE >> 20} MiB")
+                    yield number, FieldError("line", f"is longer than {readers.LARGEST_LINE >> 20} MiB")
                 elif line.strip() and (line.endswith(b"\n") or not whole):
                     yield number, _parsed(line)
     except OSError as error:
-        reason = error.strerror or reading.one_line(error)
+        reason = error.strerror or readers.one_line(error)
         raise ConfigError(f"{path}: cannot be read ({reason}); check the path") from error
 
 
 def _parsed(line: bytes) -> dict[str, Any] | FieldError:
     try:
-        value = reading.parse_json(line)
+        value = readers.parse_json(line)
     except ValueError as error:
-        return FieldError("line", f"is not JSON ({reading.one_line(error)})")
+        return FieldError("line", f"is not JSON ({readers.one_line(error)})")
     if not isinstance(value, dict):
-        return FieldError("line", f"must be a JSON object, not {reading.shown(value)}")
+        return FieldError("line", f"must be a JSON object, not {readers.shown(value)}")
     return value
 
 
@@ -68,7 +68,7 @@ def field(line: Mapping[str, Any], name: str, within: str = "") -> Any:
 
 def text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise FieldError(name, f"must be a text, not {reading.shown(value)}")
+        raise FieldError(name, f"must be a text, not {readers.shown(value)}")
     if len(value) > LONGEST_TEXT:
         raise FieldError(name, f"has {len(value)} characters; at most {LONGEST_TEXT} are read")
     return value
@@ -76,7 +76,7 @@ def text(value: Any, name: str) -> str:
 
 def texts(value: Any, name: str) -> list[str]:
     if not isinstance(value, list):
-        raise FieldError(name, f"must be a list of texts, not {reading.shown(value)}")
+        raise FieldError(name, f"must be a list of texts, not {readers.shown(value)}")
     found = [text(item, f"{name}[{i}]") for i, item in enumerate(value)]
     text("".join(found), name)  # the bound is for all of them
     return found
@@ -84,28 +84,28 @@ def texts(value: Any, name: str) -> list[str]:
 
 def mapping(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise FieldError(name, f"must be an object, not {reading.shown(value)}")
+        raise FieldError(name, f"must be an object, not {readers.shown(value)}")
     return value
 
 
 def items(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list):
-        raise FieldError(name, f"must be a list, not {reading.shown(value)}")
+        raise FieldError(name, f"must be a list, not {readers.shown(value)}")
     return value
 
 
 def number(value: Any, name: str, most: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise FieldError(name, f"must be a finite number, not {reading.shown(value)}")
+        raise FieldError(name, f"must be a finite number, not {readers.shown(value)}")
     if abs(value) > most:
-        raise FieldError(name, f"must be at most {most:g} in size, not {reading.shown(value)}")
+        raise FieldError(name, f"must be at most {most:g} in size, not {readers.shown(value)}")
     return value
 
 
 def whole(value: Any, name: str, low: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
         most = "" if low is None else f" of at least {low}"
-        raise FieldError(name, f"must be a whole number{most}, not {reading.shown(value)}")
+        raise FieldError(name, f"must be a whole number{most}, not {readers.shown(value)}")
     return value
 
 
@@ -114,5 +114,5 @@ def choice(value: Any, name: str, known: Sequence[str]) -> str:
         close = did_you_mean(value, known) if isinstance(value, str) else f" Known: {', '.join(known)}."
         if len(known) > 20 and not close.startswith(" Did"):
             close = f" {len(known)} are known."
-        raise FieldError(name, f"{reading.shown(value)} is unknown.{close}")
+        raise FieldError(name, f"{readers.shown(value)} is unknown.{close}")
     return value

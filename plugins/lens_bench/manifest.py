@@ -19,7 +19,8 @@ from attrs import asdict, fields, frozen
 
 from lens_bench import lines
 from lens_bench.lines import FieldError
-from lens_core import checkpoint, reading
+from lens_core.checkpoints import manifest
+from lens_core.io import atomic_files, readers
 from lens_core.types import ConfigError
 
 STATUSES = ("ok", "refused", "failed")
@@ -77,7 +78,7 @@ def parse(line: Mapping[str, Any]) -> Entry:
 
 def _check_prompt_id(value: Any) -> None:
     if not isinstance(value, str) or not _PROMPT_ID.fullmatch(value):
-        raise FieldError("prompt_id", f"must be 1 to 100 letters, digits, '.', '_' and '-', not {reading.shown(value)}")
+        raise FieldError("prompt_id", f"must be 1 to 100 letters, digits, '.', '_' and '-', not {readers.shown(value)}")
 
 
 def _check_file(entry: Entry) -> None:
@@ -155,7 +156,7 @@ class Manifest:
         file = f"{_stem(key)}.{suffix}"
         entry = self._entry(key, prompt, sent_prompt, seed, seconds, "ok", file, hashlib.sha256(data).hexdigest())
         self._check_new(entry)
-        checkpoint.write_atomic(self.folder / file, lambda p: p.write_bytes(data))
+        atomic_files.write_atomic(self.folder / file, lambda p: p.write_bytes(data))
         return self._append(entry)
 
     def add_outcome(
@@ -187,7 +188,7 @@ class Manifest:
         if self._torn:
             _remove_torn_line(self.path)
             self._torn = False
-        checkpoint.append(self.path, asdict(entry))
+        atomic_files.append(self.path, asdict(entry))
         self.entries[entry.key] = entry
         return entry
 
@@ -202,7 +203,7 @@ class Manifest:
                 continue
             if not path.is_file():
                 problems.append(f"{path}: is missing; put it back, or start with another folder")
-            elif checkpoint.hash_of(path) != entry.sha256:
+            elif manifest.hash_of(path) != entry.sha256:
                 problems.append(f"{path}: is not the picture that was generated; put that back, or start anew")
         if problems:
             raise ConfigError(problems)
@@ -215,7 +216,7 @@ class Manifest:
 
 def _remove_torn_line(path: Path) -> None:
     """Cut off what stands after the last line end."""
-    with checkpoint.writing(path), path.open("r+b") as file:
+    with atomic_files.writing(path), path.open("r+b") as file:
         end = size = file.seek(0, 2)
         while end > 0:
             start = max(0, end - 4096)

@@ -19,8 +19,8 @@ from attrs import asdict, fields_dict, frozen
 
 from lens_bench import cvtg, geneval, lines, longtext, oneig
 from lens_bench.lines import FieldError
-from lens_core import checkpoint, reading
-from lens_core.statistics import ClusteredScores, Estimate, mean_of_tasks, middle
+from lens_core.evaluation.statistics import ClusteredScores, Estimate, mean_of_tasks, middle
+from lens_core.io import atomic_files, readers
 from lens_core.types import ConfigError, LensError, did_you_mean
 
 MOST_PROBLEMS = 20  # lines of errors that are shown
@@ -81,7 +81,7 @@ def _clauses(metadata: Mapping[str, Any], kind: str) -> None:
         if "position" in clause:
             pair = lines.items(clause["position"], f"{name}.position")
             if len(pair) != 2:
-                raise FieldError(f"{name}.position", f"must be [relation, clause], not {reading.shown(pair)}")
+                raise FieldError(f"{name}.position", f"must be [relation, clause], not {readers.shown(pair)}")
             lines.choice(pair[0], f"{name}.position[0]", geneval.RELATIONS)
             lines.whole(pair[1], f"{name}.position[1]")
 
@@ -113,7 +113,7 @@ def _detections(line: Line) -> dict[str, list[list[float]]]:
         for i, row in enumerate(rows):
             place = f"detections.{name}[{i}]"
             if len(lines.items(row, place)) != 5:
-                raise FieldError(place, f"must be [x1, y1, x2, y2, score], not {reading.shown(row)}")
+                raise FieldError(place, f"must be [x1, y1, x2, y2, score], not {readers.shown(row)}")
             for value in row:
                 lines.number(value, place, lines.LARGEST_COORDINATE)
     return detections
@@ -346,7 +346,7 @@ class _Tally:
         if "id" in line:
             identity = json.dumps(line["id"])
             if identity in self.places:
-                raise FieldError("id", f"{reading.shown(line['id'])} stands in line {self.places[identity]} too")
+                raise FieldError("id", f"{readers.shown(line['id'])} stands in line {self.places[identity]} too")
             self.places[identity] = number
 
     def _check_perceiver(self, line: dict[str, Any], number: int) -> None:
@@ -394,7 +394,7 @@ def write(path: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in verdicts)
     for end in "\x85\u2028\u2029":  # many readers of lines take these for line ends
         text = text.replace(end, f"\\u{ord(end):04x}")
-    checkpoint.write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+    atomic_files.write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def as_json(report: Report) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from lens_core.attribution import latents_of, text_of
-from lens_core.config import unstructure
-from lens_core.pipeline import to_pixels
+from lens_core.inference.pipeline import to_pixels
+from lens_core.recipe import unstructure
 from lens_core.types import LensError
 from lens_data import pictures
 from lens_data.buckets import Size
@@ -28,7 +28,7 @@ from lens_data.digests import Ids, batched, of_keys, position
 from lens_data.store import Store
 
 if TYPE_CHECKING:
-    from lens_core.pipeline import LensPipeline
+    from lens_core.inference.pipeline import LensPipeline
 
 FLUSH = 64 * 1024**2  # bytes of tensors held back before they are written
 ROWS = 4096  # entries held back at most

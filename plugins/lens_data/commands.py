@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from cyclopts import App
 
-from lens_core.files import is_system_file
+from lens_core.io.system_files import is_system_file
 from lens_core.types import ConfigError
 from lens_data import imports
 from lens_data.buckets import LENS, Table, assign
@@ -97,8 +97,8 @@ def cache(recipe: Path, *, rank: int = 0, world: int = 1) -> int:
     import torch
 
     from lens_core.catalog import Catalog
-    from lens_core.config import build, read_recipe
-    from lens_core.pipeline import LensPipeline
+    from lens_core.inference.pipeline import LensPipeline
+    from lens_core.recipe import build, read_recipe
     from lens_data.dataset import StoreDataset, fill_cache
 
     catalog = Catalog.installed()
@@ -139,7 +139,7 @@ def plan(recipe: Path | None = None, *, ranks: int = 64, pictures: float = 8.0, 
         work, budget = flops, pictures * float(flops(np.array([4096.0]))[0])
     else:
         from lens_core.catalog import Catalog
-        from lens_core.config import build, read_recipe
+        from lens_core.recipe import build, read_recipe
         from lens_data.packed import PackedDataset
 
         catalog = Catalog.installed()

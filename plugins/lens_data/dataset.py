@@ -30,7 +30,7 @@ from lens_data.digests import of_ids
 from lens_data.store import Store
 
 if TYPE_CHECKING:
-    from lens_core.pipeline import LensPipeline
+    from lens_core.inference.pipeline import LensPipeline
 
 _ORDER, _SLOTS, _CAPTION, _SUBSTITUTE = range(4)  # separate streams of randomness
 _ROWS = 4096  # rows of a store that are looked through at once

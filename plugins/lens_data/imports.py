@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from attrs import field, mutable
 
-from lens_core.checkpoint import WriteError
-from lens_core.locks import locked
+from lens_core.io.atomic_files import WriteError
+from lens_core.io.locks import locked
 from lens_core.types import ConfigError
 from lens_data import pictures, sources
 from lens_data.digests import Ids, of_ids, position

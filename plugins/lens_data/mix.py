@@ -9,7 +9,7 @@ import numpy as np
 from attrs import evolve, field, frozen
 
 from lens_core.catalog import Catalog
-from lens_core.config import Use, build, options
+from lens_core.recipe import Use, build, options
 from lens_core.types import Batch
 from lens_core.validators import SEED, each, real
 

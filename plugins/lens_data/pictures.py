@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from lens_core.images import ImageError as PictureError
-from lens_core.images import read_rgb
+from lens_core.io.images import ImageError as PictureError
+from lens_core.io.images import read_rgb
 
 READ = frozenset({
     ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pgm", ".png",
@@ -20,7 +20,7 @@ __all__ = ["READ", "SUFFIXES", "PictureError", "fit", "read"]
 
 
 def read(data: bytes) -> Image.Image:
-    """An image file as RGB, by the rules of `lens_core.images`, transparency over white. Raises PictureError."""
+    """An image file as RGB, by the rules of `lens_core.io.images`, transparency over white. Raises PictureError."""
     return read_rgb(data)
 
 

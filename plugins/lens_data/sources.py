@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from attrs import field, frozen, mutable
 
-from lens_core.files import is_system_file
+from lens_core.io.system_files import is_system_file
 from lens_core.types import ConfigError
 from lens_data import pictures
 from lens_data.digests import Ids

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lens_core.checkpoint import writing
+from lens_core.io.atomic_files import writing
 from lens_core.types import LensError
 
 SCHEMA = 1

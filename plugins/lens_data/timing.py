@@ -24,9 +24,9 @@ from cyclopts import Parameter
 from torch import Tensor, nn
 
 from lens_core.catalog import Catalog
-from lens_core.config import Recipe, Use, build, read_recipe
-from lens_core.plan import on_meta
-from lens_core.progress import peak
+from lens_core.recipe import Recipe, Use, build, read_recipe
+from lens_core.training.memory_estimate import on_meta
+from lens_core.training.throughput import peak
 from lens_core.types import ConfigError, Text
 from lens_data.packing import flops, share
 

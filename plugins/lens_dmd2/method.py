@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lens_core import flow
 from lens_core.attribution import latents_of
-from lens_core.pipeline import to_pixels
+from lens_core.inference.pipeline import to_pixels
 from lens_core.protocols import dtype_of
 from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, Text, move
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, optional, real, within
@@ -26,7 +26,7 @@ from lens_dmd2.losses import LEVELS, MATCHINGS, Schedule, Views, Weights
 from lens_dmd2.rollout import ROLLOUTS, Velocity
 
 if TYPE_CHECKING:
-    from lens_core.pipeline import LensPipeline
+    from lens_core.inference.pipeline import LensPipeline
 
 
 @frozen

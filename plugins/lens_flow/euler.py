@@ -14,7 +14,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from lens_core import flow
-from lens_core.checkpoint import write_json
+from lens_core.io.atomic_files import write_json
 from lens_core.types import ConfigError
 from lens_core.validators import optional, within
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from lens_core import flow
 from lens_core.attribution import latents_of, text_of
-from lens_core.pipeline import to_pixels
+from lens_core.inference.pipeline import to_pixels
 from lens_core.protocols import BaseMethod
 from lens_core.types import Batch, ConfigError, LensError, Loss, Text, move
 from lens_core.validators import integer, real, within
 
 if TYPE_CHECKING:
-    from lens_core.pipeline import LensPipeline
+    from lens_core.inference.pipeline import LensPipeline
 
 CACHE = 2 * 1024**3  # bytes that each of the two caches may hold; the oldest entries make room
 BINS = 5  # of t, in which validation measures

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lens_core.lazy import Lazy, fit, numbered, shape_of
-from lens_core.quantised import plain
+from lens_core.checkpoints.lazy_tensors import Lazy, fit, numbered, shape_of
+from lens_core.checkpoints.quantization import plain
 from lens_core.types import CheckpointError
 
 if TYPE_CHECKING:

@@ -16,11 +16,12 @@ from diffusers import AutoencoderKLFlux2
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from lens_core.checkpoint import blueprint, load_module, read_json, read_weights, save_module, write_json
-from lens_core.config import structure
-from lens_core.lazy import Lazy, read_lazy
-from lens_core.offload import Load
-from lens_core.reading import one_line, shown
+from lens_core.checkpoints.lazy_tensors import Lazy, read_lazy
+from lens_core.checkpoints.tensor_files import blueprint, load_module, read_weights, save_module
+from lens_core.inference.offload import Load
+from lens_core.io.atomic_files import read_json, write_json
+from lens_core.io.readers import one_line, shown
+from lens_core.recipe import structure
 from lens_core.types import CheckpointError, ConfigError, LensError
 from lens_core.validators import CHANNELS, LAYERS, each, listed, optional, real
 from lens_flux2.single import adopt

@@ -20,10 +20,11 @@ from transformers import DynamicCache, GptOssConfig, GptOssModel, PreTrainedToke
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
-from lens_core.checkpoint import blueprint, files, load_module, read_json, save_module, write_json
-from lens_core.lazy import Lazy, read_lazy, write_lazy
-from lens_core.offload import Load
-from lens_core.reading import shown
+from lens_core.checkpoints.lazy_tensors import Lazy, read_lazy, write_lazy
+from lens_core.checkpoints.tensor_files import blueprint, files, load_module, save_module
+from lens_core.inference.offload import Load
+from lens_core.io.atomic_files import read_json, write_json
+from lens_core.io.readers import shown
 from lens_core.types import CheckpointError, ConfigError, LensError, Text, move
 from lens_core.validators import CHANNELS, LAYERS, each, integer, listed, matching, one_of
 from lens_gpt_oss.experts import pack, packed

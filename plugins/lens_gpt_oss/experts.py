@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lens_core.lazy import Lazy
-from lens_core.quantised import mxfp4, nvfp4
+from lens_core.checkpoints.lazy_tensors import Lazy
+from lens_core.checkpoints.quantization import mxfp4, nvfp4
 
 
 class Packed:

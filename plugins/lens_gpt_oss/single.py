@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
-from lens_core.checkpoint import FORMAT, read_json
-from lens_core.lazy import Lazy, describe_file, fit, numbered, shape_of
-from lens_core.quantised import from_mxfp4, lazy_mxfp4, plain
+from lens_core.checkpoints.lazy_tensors import Lazy, describe_file, fit, numbered, shape_of
+from lens_core.checkpoints.manifest import FORMAT
+from lens_core.checkpoints.quantization import from_mxfp4, lazy_mxfp4, plain
+from lens_core.io.atomic_files import read_json
 from lens_core.types import CheckpointError, ConfigError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lens_core import reading
-from lens_core.reading import one_line, shown
+from lens_core.io import readers
+from lens_core.io.readers import one_line, shown
 from lens_core.types import CheckpointError, LensError
 from lens_gpt_oss import sandbox
 
@@ -118,7 +118,7 @@ class Wrapper:
         room = longest - len(self.head) - len(self.tail)
         for place, prompt in enumerate(prompts):
             try:
-                reading.check_text(prompt)
+                readers.check_text(prompt)
             except ValueError as error:
                 raise LensError(f"prompt {place} {error}") from error
         heads = [prompt[: LETTERS * longest] for prompt in prompts]
@@ -175,12 +175,12 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; fetch the checkpoint again")
     try:
-        check_tokenizer(reading.read_bytes(path, LARGEST, CheckpointError))
+        check_tokenizer(readers.read_bytes(path, LARGEST, CheckpointError))
         for name in BESIDE:
             if (folder / name).is_file():
-                reading.parse_json(reading.read_bytes(folder / name, error=CheckpointError), finite=False, twins=True)
+                readers.parse_json(readers.read_bytes(folder / name, error=CheckpointError), finite=False, twins=True)
         for template in folder.rglob("*.jinja"):
-            reading.read_text(template, sandbox.LARGEST, CheckpointError)
+            readers.read_text(template, sandbox.LARGEST, CheckpointError)
         return guarded(lambda: PreTrainedTokenizerFast.from_pretrained(folder))
     except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever it meets
         name = "" if isinstance(error, LensError | ValueError) else f"{type(error).__name__}: "
@@ -209,7 +209,7 @@ def check_tokenizer(data: bytes) -> None:
     """
     if len(data) > LARGEST or sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise ValueError(f"it is larger than any tokenizer ({len(data)} bytes)")
-    tokenizer = reading.parse_json(data, finite=False, twins=True)
+    tokenizer = readers.parse_json(data, finite=False, twins=True)
     if not isinstance(tokenizer, dict):
         raise ValueError("it is no JSON object")
     for section, plural, known in (

@@ -19,7 +19,7 @@ from lens_gpt_oss.encoder import GptOssEncoder
 from lens_gpt_oss.template import train_tokenizer, wrap_tokenizer
 
 if TYPE_CHECKING:
-    from lens_core.pipeline import LensPipeline
+    from lens_core.inference.pipeline import LensPipeline
 
 
 class LanguageModel(BaseMethod):

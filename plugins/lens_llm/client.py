@@ -19,8 +19,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from attrs import field, frozen
 
-from lens_core.http import NotSent, TooLarge, UntrustedHost, check_url, post
-from lens_core.structuring import SECRET
+from lens_core.config import SECRET
+from lens_core.io.http import NotSent, TooLarge, UntrustedHost, check_url, post
 from lens_core.types import ConfigError, LensError, Message
 from lens_core.validators import integer, optional, real, text
 from lens_llm.budget import Budget, Estimate, LLMError, Spend

@@ -11,7 +11,7 @@ from typing import Any
 from cyclopts import App
 
 from lens_core.catalog import Catalog
-from lens_core.config import Recipe, Use, build, read_recipe
+from lens_core.recipe import Recipe, Use, build, read_recipe
 from lens_core.types import ConfigError, Prompt, did_you_mean
 
 
@@ -78,8 +78,8 @@ def audit(recipe: Path, *, pictures: int = 48, batch: int = 8, seed: int = 0, mo
     import torch
     from attrs import evolve
 
-    from lens_core.evaluation import draw
-    from lens_core.pipeline import LensPipeline
+    from lens_core.evaluation.run import draw
+    from lens_core.inference.pipeline import LensPipeline
     from lens_llm.audit import audit as examine
 
     if pictures < 2 or batch < 1 or seed < 0:

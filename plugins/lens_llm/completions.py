@@ -10,7 +10,7 @@ from typing import Any
 
 from attrs import frozen
 
-from lens_core.http import Answer
+from lens_core.io.http import Answer
 from lens_llm.json_answers import parse, replace_surrogates
 from lens_llm.redaction import LEAST, redact
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
-from lens_core import reading
 from lens_core.catalog import Catalog
-from lens_core.config import Use, build
-from lens_core.reading import shown
+from lens_core.io import readers
+from lens_core.io.readers import shown
+from lens_core.recipe import Use, build
 from lens_core.types import ConfigError, LensError, Prompt, Score
 from lens_core.validators import integer, one_of, optional, real, text
 from lens_llm.duplicates import near_duplicates, words
@@ -60,10 +60,10 @@ def read(path: Path, rubrics: int | None = 10, alike: float | None = ALIKE) -> l
     numbers of their lines. A reward that needs rubrics abstains from them, and says so.
     """
     try:
-        text = reading.read_text(path, LARGEST)
+        text = readers.read_text(path, LARGEST)
     except ConfigError as error:
         raise ConfigError(f"{path}: cannot be read as a prompt set: {error}") from error
-    lines = reading.lines(text)
+    lines = readers.lines(text)
     if is_plain(path, lines):
         found, problems = _plain(lines)
         if problems:
@@ -167,9 +167,9 @@ def _lint(lines: Iterable[str], rubrics: int | None, alike: float | None) -> tup
             problems.append((number, f"has {len(line):,} characters; a line may have {LINE:,}"))
             continue
         try:
-            entry = reading.parse_json(reading.check_text(line), finite=False)
+            entry = readers.parse_json(readers.check_text(line), finite=False)
         except ValueError as error:
-            problems.append((number, f"is not JSON that can be used: {reading.one_line(error)}"))
+            problems.append((number, f"is not JSON that can be used: {readers.one_line(error)}"))
             continue
         flaws = list(flaws_of(entry, rubrics))
         problems += [(number, flaw) for flaw in flaws]

@@ -15,7 +15,7 @@ import numpy as np
 from attrs import evolve, field, frozen
 
 from lens_core.catalog import Catalog
-from lens_core.config import Use, build
+from lens_core.recipe import Use, build
 from lens_core.types import ConfigError, LensError, Message, Prompt, Score
 from lens_core.validators import SEED, within
 from lens_llm.prompts import QUESTIONS, rubric_flaws

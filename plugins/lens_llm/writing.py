@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from attrs import field, frozen
 
-from lens_core import reading
-from lens_core.config import Use, structure, unstructure
-from lens_core.locks import locked
+from lens_core.io import readers
+from lens_core.io.locks import locked
+from lens_core.recipe import Use, structure, unstructure
 from lens_core.types import ConfigError, LensError, Message
 from lens_core.validators import PIXELS, SEED, each, integer, real, text
 from lens_llm.duplicates import near_duplicates
@@ -69,7 +69,7 @@ class Taxonomy:
             raise ConfigError(f"classes and prompts_per_item make more than {PROMPTS:,} prompts; divide the taxonomy")
         inner = [n for subs in self.classes.values() for s, items in subs.items() for n in (s, *items)]
         names = [*self.classes, *inner, *self.dimensions, self.license]
-        problems = [f"the name {reading.shown(n)} {flaw}" for n in names for flaw in text_flaws(n, NAME)]
+        problems = [f"the name {readers.shown(n)} {flaw}" for n in names for flaw in text_flaws(n, NAME)]
         if problems:  # what would spoil the set when it has been paid for
             raise ConfigError(problems)
 
@@ -85,7 +85,7 @@ class Order:
 
 def read_taxonomy(path: Path) -> Taxonomy:
     """ConfigError with every problem and its path."""
-    data, twice = reading.read_yaml(path, "a taxonomy")
+    data, twice = readers.read_yaml(path, "a taxonomy")
     if twice:
         raise ConfigError([f"{path}: {problem}" for problem in twice])
     try:
@@ -261,9 +261,9 @@ def _kept(partial: Path, begun: Mapping[str, Any], rubrics: int) -> Iterator[dic
             partial.write_bytes(whole)
     except OSError as error:
         raise LensError(f"{partial}: cannot be read or written ({error.strerror or error})") from error
-    for number, line in enumerate(reading.lines(whole.decode("utf-8", "replace")), 1):
+    for number, line in enumerate(readers.lines(whole.decode("utf-8", "replace")), 1):
         try:
-            entry = reading.parse_json(line)
+            entry = readers.parse_json(line)
         except ValueError as error:
             raise ConfigError(
                 f"{partial}: line {number} is not an entry of a set; delete the line or the file"

@@ -23,10 +23,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lens_core.checkpoint import blueprint, load_module, read_weights, save_module, write_json
-from lens_core.lazy import Lazy, read_lazy
-from lens_core.offload import Load
-from lens_core.reading import shown
+from lens_core.checkpoints.lazy_tensors import Lazy, read_lazy
+from lens_core.checkpoints.tensor_files import blueprint, load_module, read_weights, save_module
+from lens_core.inference.offload import Load
+from lens_core.io.atomic_files import write_json
+from lens_core.io.readers import shown
 from lens_core.types import ConfigError, NumericalError, Text, did_you_mean, move
 from lens_core.validators import CHANNELS, LAYERS, each, integer, listed, optional
 from lens_mmdit.modulation import Modulation, Tabulating

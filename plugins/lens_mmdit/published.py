@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lens_core import hub
-from lens_core.checkpoint import read_json
-from lens_core.lazy import read_lazy
-from lens_core.reading import one_line
+from lens_core.checkpoints import hub
+from lens_core.checkpoints.lazy_tensors import read_lazy
+from lens_core.io.atomic_files import read_json
+from lens_core.io.readers import one_line
 from lens_core.types import CheckpointError
 from lens_mmdit.single import prefix
 

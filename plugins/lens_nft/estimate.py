@@ -8,7 +8,7 @@ from typing import Any
 from attrs import frozen
 
 from lens_core.catalog import Catalog
-from lens_core.config import Recipe, build
+from lens_core.recipe import Recipe, build
 from lens_core.types import ConfigError, LensError
 
 
@@ -57,8 +57,8 @@ def estimate(config: Any, recipe: Recipe, catalog: Catalog) -> Estimate:
 
 
 def _memory(recipe: Recipe, catalog: Catalog, keeps_base: bool) -> tuple[dict[str, int], list[str]]:
-    from lens_core.pipeline import WEIGHTY
-    from lens_core.plan import cost, on_meta
+    from lens_core.inference.pipeline import WEIGHTY
+    from lens_core.training.memory_estimate import cost, on_meta
 
     pipeline, notes = on_meta(recipe, catalog)
     held = {part: getattr(pipeline, part) for part in WEIGHTY}

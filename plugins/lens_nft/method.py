@@ -11,11 +11,12 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
-from lens_core import adapters, flow
+from lens_core import flow
 from lens_core.attribution import name_of, prompts_of
 from lens_core.catalog import Catalog
-from lens_core.config import Use, build, options, structure
-from lens_core.ranks import gathered, own_parts, seed_of
+from lens_core.inference import lora
+from lens_core.recipe import Use, build, options, structure
+from lens_core.training.distributed import gathered, own_parts, seed_of
 from lens_core.types import ConfigError, LensError, Loss, Place, Prompt, Text, did_you_mean, move
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, real, within
 from lens_nft.objective import (
@@ -31,8 +32,8 @@ from lens_nft.panel import Judge, Verdicts, judge, spent
 from lens_nft.rollout import Order, Picture, acting, alike, chosen, diversity, draw
 
 if TYPE_CHECKING:
-    from lens_core.config import Recipe
-    from lens_core.pipeline import LensPipeline
+    from lens_core.inference.pipeline import LensPipeline
+    from lens_core.recipe import Recipe
     from lens_nft.estimate import Estimate
 
 PATIENCE = 5  # rollouts in a row that a judge may spoil before the run stops
@@ -398,14 +399,14 @@ def _judges(config: DiffusionNFT.Config, parts: Mapping[str, tuple[str, type[Any
 def _learned(net: nn.Module) -> dict[str, Tensor]:
     """The state of the net's adapters if it has any, else all of it."""
     state: dict[str, Tensor] = net.state_dict()
-    return {k: v for k, v in state.items() if adapters.owned(k)} or state
+    return {k: v for k, v in state.items() if lora.owned(k)} or state
 
 
 def _frozen(net: nn.Module) -> nn.Module:
     """`net` once more, frozen. Of one that learns through adapters, these alone are copied: what they stand beside does
     not change, and is held once."""
     named = [*net.named_parameters(), *net.named_buffers()]
-    stays = {id(t): t for name, t in named if not adapters.owned(name)}
+    stays = {id(t): t for name, t in named if not lora.owned(name)}
     shared = stays if len(stays) < len({id(t) for _, t in named}) else {}
     return copy.deepcopy(net, shared).requires_grad_(False).eval()
 

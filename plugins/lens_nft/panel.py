@@ -15,7 +15,7 @@ from attrs import frozen
 from torch import Tensor
 
 from lens_core.attribution import calling, checked_scores
-from lens_core.reading import shown
+from lens_core.io.readers import shown
 from lens_core.types import ConfigError, LensError, Score
 from lens_nft.rollout import Picture, alike
 

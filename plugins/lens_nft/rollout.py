@@ -10,12 +10,12 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from lens_core.pipeline import to_images
-from lens_core.ranks import seed_of
+from lens_core.inference.pipeline import to_images
+from lens_core.training.distributed import seed_of
 from lens_core.types import Prompt, Text
 
 if TYPE_CHECKING:
-    from lens_core.pipeline import LensPipeline
+    from lens_core.inference.pipeline import LensPipeline
 
 T = TypeVar("T")
 

@@ -32,15 +32,16 @@ def convert(
         A checkpoint by its Hub name org/name@revision, or tiny: parts that are the same there, weight for weight, are
         named in the new one and read from there, so that they are kept once.
     """
-    from lens_core import checkpoint
+    from lens_core.checkpoints import manifest
+    from lens_core.io import atomic_files
     from lens_tools.convert import convert as run
 
     catalog = Catalog.installed()
     layout = layout or ("single" if out.suffix == ".safetensors" else "diffusers")
-    for path in run(checkpoint.fetch(source, catalog), out, layout, dtype, catalog, share):
+    for path in run(manifest.fetch(source, catalog), out, layout, dtype, catalog, share):
         print(f"{path}  {path.stat().st_size / 1e9:.2f} GB")
     if share is not None:
-        for part, use in checkpoint.read_json(out / "lens.json")["components"].items():
+        for part, use in atomic_files.read_json(out / "lens.json")["components"].items():
             print(f"{part}: that of {use['from']}, {use['hash']}") if "from" in use else None
     return 0
 
@@ -65,7 +66,7 @@ def curves(
     table
         Print the same as tables too.
     """
-    from lens_core import checkpoint
+    from lens_core.io import atomic_files
     from lens_tools import curves as drawing
 
     if not runs:
@@ -80,7 +81,7 @@ def curves(
         for group in groups
     }
     picture = drawing.draw(found, show or ())
-    checkpoint.write_atomic(out, lambda p: picture.save(p, format="PNG"))
+    atomic_files.write_atomic(out, lambda p: picture.save(p, format="PNG"))
     if table:
         print(drawing.table(found, show or ()))
     print(out)

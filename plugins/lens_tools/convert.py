@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from lens_core import card, checkpoint, hub
 from lens_core.catalog import Catalog
-from lens_core.config import Use, build, unstructure
-from lens_core.lazy import Lazy, read_lazy, write_lazy
-from lens_core.pipeline import PARTS, WEIGHTY, LensPipeline
+from lens_core.checkpoints import hub, manifest, model_card, tensor_files
+from lens_core.checkpoints.lazy_tensors import Lazy, read_lazy, write_lazy
+from lens_core.inference.pipeline import PARTS, WEIGHTY, LensPipeline
+from lens_core.io import atomic_files
+from lens_core.recipe import Use, build, unstructure
 from lens_core.types import CheckpointError, ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -54,13 +55,13 @@ def convert(
     if layout not in LAYOUTS:
         raise ConfigError(f"no layout is called {layout!r}; use diffusers or single")
     kind = DTYPES[dtype] if dtype else None
-    described = checkpoint.describe(source, catalog)
+    described = manifest.describe(source, catalog)
     parts = [
         _open(source, name, described["components"], catalog) for name in WEIGHTY if name in described["components"]
     ]
     if share is not None and (layout != "diffusers" or dtype is not None or len(parts) != len(WEIGHTY)):
         raise ConfigError(f"{share}: parts are shared by whole checkpoints as they are; leave --layout and --dtype out")
-    if share is not None and not checkpoint.lends(share):
+    if share is not None and not manifest.lends(share):
         raise ConfigError(f"{share}: is no name that holds everywhere; use a Hub id org/name@revision, or tiny:")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out}: is there already; choose a new name")
@@ -95,7 +96,7 @@ def convert(
             files.append(part.component.single if layout == "single" else f"{folder}/{stem}.safetensors")
             (_write_single if layout == "single" else _write_folder)(part, partial / files[-1], kind)
         if layout == "diffusers" and len(parts) == len(WEIGHTY):
-            described["provenance"] = described.get("provenance", {}) | card.licence(source)
+            described["provenance"] = described.get("provenance", {}) | model_card.licence(source)
             _describe(parts, described, partial, catalog, lent)
         if out.is_dir():  # and empty; it may be the one that we are in, so it stays, and lens.json comes last
             for path in sorted(partial.iterdir(), key=lambda p: p.name == "lens.json"):
@@ -113,23 +114,23 @@ def _open(source: Path, part: str, components: dict[str, Any], catalog: Catalog)
     name, component, config = build(catalog, part, use, f"{source}: components.{part}")
     if not hasattr(component, "outline"):
         raise ConfigError(f"{source}: {name} is known in one layout alone and cannot be converted")
-    home = checkpoint.lender(part, about, source, catalog)[0] if "from" in about else source
+    home = manifest.lender(part, about, source, catalog)[0] if "from" in about else source
     root = home if home.is_dir() else home.parent
     if "file" in about:
         outline, config, tensors = component.outline(root / about["file"], config, root, plain=True)
         return _Part(part, component, outline, Use(name, unstructure(config)), tensors, root)
     folder, stem = component.place
-    tensors, _ = read_lazy(*checkpoint.files(root / folder, stem))
-    checkpoint.refuse_bare_float8(tensors, root / folder)
+    tensors, _ = read_lazy(*tensor_files.files(root / folder, stem))
+    tensor_files.refuse_bare_float8(tensors, root / folder)
     return _Part(part, component, None, Use(name, use.options), tensors, root)
 
 
 def _shared(parts: list[_Part], components: dict[str, Any], share: str, catalog: Catalog) -> dict[str, dict[str, str]]:
     """Part -> what `lens.json` says of it, for each that is the same in the checkpoint `share`, or is lent already."""
-    lender = checkpoint.fetch(share, catalog, lent=True)
+    lender = manifest.fetch(share, catalog, lent=True)
     name, _, _ = share.partition("@")
     pinned = f"{name}@{lender.name}" if hub.is_name(name) else share  # the Hub's folders are called by their commits
-    theirs = checkpoint.describe(lender, catalog)["components"]
+    theirs = manifest.describe(lender, catalog)["components"]
     found: dict[str, dict[str, str]] = {}
     matched = False
     for part in parts:
@@ -137,8 +138,8 @@ def _shared(parts: list[_Part], components: dict[str, Any], share: str, catalog:
             about, matched = theirs[part.name], True
             found[part.name] = _loan(about)
             if "from" not in about:  # else it is passed on as it is
-                own = checkpoint.hashes(other.root, checkpoint.places(part.name, about))
-                found[part.name] |= {"from": pinned, "hash": checkpoint.combined(own)}
+                own = manifest.hashes(other.root, manifest.places(part.name, about))
+                found[part.name] |= {"from": pinned, "hash": manifest.combined(own)}
         elif "from" in components[part.name]:
             found[part.name] = _loan(components[part.name])
     if not matched:
@@ -168,7 +169,7 @@ def _told(part: _Part) -> dict[str, Any]:
     for file in _files_about(part):
         name = f"{file.parent.name}/{file.name}"
         if file.suffix == ".json":
-            found[name] = {k: v for k, v in checkpoint.read_json(file).items() if k not in STRAY and k[:1] != "_"}
+            found[name] = {k: v for k, v in atomic_files.read_json(file).items() if k not in STRAY and k[:1] != "_"}
         else:
             found[name] = file.read_bytes()
     return found
@@ -206,12 +207,12 @@ def _write_folder(part: _Part, path: Path, dtype: torch.dtype | None) -> None:
         for file in _files_about(part):
             (root / file.parent.name).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, root / file.parent.name / file.name)
-    about = checkpoint.read_json(path.with_name("config.json"))
+    about = atomic_files.read_json(path.with_name("config.json"))
     floats = {t.kind(dtype) for t in part.tensors.values() if t.dtype.is_floating_point}
     if len(floats) == 1:
         told = str(floats.pop()).removeprefix("torch.")
         about |= {name: told for name in ("dtype", "torch_dtype") if name in about}
-        checkpoint.write_json(path.with_name("config.json"), about)
+        atomic_files.write_json(path.with_name("config.json"), about)
     write_lazy(path, part.tensors, dtype)
 
 

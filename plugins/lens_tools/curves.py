@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lens_core import checkpoint
+from lens_core.io import atomic_files
 from lens_core.types import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def read(run: Path) -> Series:
         raise ConfigError(f"{run}: holds neither log.jsonl nor watch.jsonl; give the folder of a run")
     found: Series = {}
     for path in paths:
-        for line in checkpoint.read_log(path):
+        for line in atomic_files.read_log(path):
             for name, value in line.items():
                 if type(value) in (int, float) and math.isfinite(value) and name != "step":
                     if max(abs(value), abs(float(line["step"]))) > LARGEST:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from lens_core import __version__, offload
+from lens_core import __version__
 from lens_core.catalog import Catalog
-from lens_core.config import Use, build
-from lens_core.offload import Forecast, Load
-from lens_core.plan import published as described
+from lens_core.inference import offload
+from lens_core.inference.offload import Forecast, Load
+from lens_core.recipe import Use, build
+from lens_core.training.memory_estimate import published as described
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "triton", "kernels")
 CARDS = (8, 12, 16, 24, 80)  # GiB that a card is sold with

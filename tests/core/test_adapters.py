@@ -15,12 +15,13 @@ from safetensors import safe_open
 from test_loop import RECIPE, Runner, runner, same
 from torch import Tensor, nn
 
-from lens_core import adapters, checkpoint
 from lens_core.catalog import Catalog
-from lens_core.config import Adapter
-from lens_core.loop import Run
-from lens_core.pipeline import LensPipeline
-from lens_core.spelling import FILE, Pair, write
+from lens_core.checkpoints import tensor_files
+from lens_core.checkpoints.lora_keys import FILE, Pair, write
+from lens_core.inference import lora
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import Adapter
+from lens_core.training.trainer import Run
 from lens_core.types import CheckpointError, ConfigError, Text
 
 __all__ = ["runner"]
@@ -40,7 +41,7 @@ def test_a_new_adapter_changes_nothing_and_only_it_learns(runner: Runner) -> Non
     start.train()
     learned = runner.state("a", 6)
     assert all(".lora_" in name for name in learned if name.startswith("net/backbone/"))
-    moved = checkpoint.read_weights(runner.folder / "a" / "model" / "transformer")
+    moved = tensor_files.read_weights(runner.folder / "a" / "model" / "transformer")
     for name, layer in (("inner.weight", "inner"), ("words.weight", "words"), ("outer.weight", "outer")):
         down, up = (learned[f"net/backbone/{layer}.lora_{side}.default.weight"] for side in "AB")
         assert up.abs().max() > 0
@@ -52,16 +53,16 @@ def test_the_written_adapter_on_the_start_is_the_merged_model_to_peft_and_to_dif
     runner: Runner, tmp_path: Path
 ) -> None:
     run(runner, "a", Adapter(rank=2, scale=3.0)).train()
-    path = tmp_path / "a" / "adapters" / "backbone" / adapters.FILE
+    path = tmp_path / "a" / "adapters" / "backbone" / lora.FILE
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["lora_adapter_metadata"])
     assert about["transformer.r"] == 2 and about["transformer.lora_alpha"] == 6.0
     fresh = runner.run(RECIPE, "fresh").nets["backbone"]
     targets = about["transformer.target_modules"]
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=6.0, target_modules=targets), fresh)
-    found = {k.removeprefix("transformer."): v for k, v in checkpoint.read_tensors(path).items()}
+    found = {k.removeprefix("transformer."): v for k, v in tensor_files.read_tensors(path).items()}
     assert not set_peft_model_state_dict(fresh, found).unexpected_keys
-    adapters.merge(fresh)
+    lora.merge(fresh)
     same(fresh.state_dict(), runner.model("a"))
 
 
@@ -78,20 +79,20 @@ def test_diffusers_reads_the_adapter_of_a_backbone(tmp_path: Path) -> None:
 
     ours, theirs = build(), build()
     adapter = Adapter(rank=4, scale=0.5, targets=("attn.img_qkv", "img_mlp.w1"))
-    adapters.attach(ours, adapter)
+    lora.attach(ours, adapter)
     for name, parameter in ours.named_parameters():
-        if adapters.owned(name):
+        if lora.owned(name):
             nn.init.normal_(parameter)
-    assert len(adapters.tensors(ours)) == 2 * 2 * 2  # blocks, layers, A and B
-    adapters.save(ours, adapter, tmp_path / adapters.FILE, "transformer")
-    theirs.load_lora_adapter(tmp_path, weight_name=adapters.FILE, use_safetensors=True, prefix="transformer")
+    assert len(lora.tensors(ours)) == 2 * 2 * 2  # blocks, layers, A and B
+    lora.save(ours, adapter, tmp_path / lora.FILE, "transformer")
+    theirs.load_lora_adapter(tmp_path, weight_name=lora.FILE, use_safetensors=True, prefix="transformer")
     x, t = torch.randn(2, 8, 3, 3), torch.rand(2)
     text = Text(torch.randn(2, 2, 5, 8), torch.ones(2, 5).bool())
     with torch.no_grad():
         torch.testing.assert_close(theirs(x, t, text), ours(x, t, text), atol=1e-5, rtol=1e-5)
         assert not torch.allclose(build()(x, t, text), ours(x, t, text), atol=1e-2)
         beside = ours(x, t, text)
-        adapters.merge(ours)
+        lora.merge(ours)
         assert ours.state_dict().keys() == build().state_dict().keys()
         torch.testing.assert_close(ours(x, t, text), beside, atol=1e-5, rtol=1e-5)
 
@@ -115,9 +116,9 @@ def test_diffusers_reads_ranks_and_alphas_that_differ_by_layer(tmp_path: Path) -
         )
     }
     write(tmp_path / FILE, pairs)
-    adapters.fold(ours, adapters.read(tmp_path, ours), 1.0, {})
+    lora.fold(ours, lora.read(tmp_path, ours), 1.0, {})
     theirs.load_lora_adapter(tmp_path, weight_name=FILE, use_safetensors=True, prefix="transformer")
-    adapters.merge(theirs)
+    lora.merge(theirs)
     for name in pairs:
         assert not torch.equal(ours.get_submodule(name).weight, build().get_submodule(name).weight)
         torch.testing.assert_close(theirs.get_submodule(name).weight, ours.get_submodule(name).weight)
@@ -153,14 +154,14 @@ def written(path: Path, layout: str, header: dict[str, str] | None = None, **ext
     for name, (down, up) in pairs().items():
         spelled = name.replace(".", "_") if flat else name
         tensors |= {down_key.format(spelled): down, up_key.format(spelled): up}
-    checkpoint.save_tensors(path, tensors, header)
+    tensor_files.save_tensors(path, tensors, header)
     return path
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_of_names_means_the_same_change(layout: str, tmp_path: Path) -> None:
     net, plain = backbone(), backbone()
-    adapters.fold(net, adapters.read(written(tmp_path / "a.safetensors", layout), net), 0.5, {})
+    lora.fold(net, lora.read(written(tmp_path / "a.safetensors", layout), net), 0.5, {})
     for name, (down, up) in pairs().items():
         was, now = plain.get_submodule(name), net.get_submodule(name)
         torch.testing.assert_close(now.weight, was.weight + 0.5 * up @ down)
@@ -180,19 +181,19 @@ def test_alpha_is_the_layers_own_then_the_headers_then_the_rank(
     header: dict[str, str], extra: dict[str, Tensor], scale: float, tmp_path: Path
 ) -> None:
     path = written(tmp_path / "a.safetensors", "sd-scripts", header, **extra)
-    assert adapters.read(path, backbone())["blocks.0.img_qkv"].scale == scale
+    assert lora.read(path, backbone())["blocks.0.img_qkv"].scale == scale
 
 
 def test_several_are_folded_and_taken_out_exactly() -> None:
     net, plain, kept = backbone().bfloat16(), backbone().bfloat16(), {}
-    changes = {name: adapters.Low(down, up, 1.0) for name, (down, up) in pairs().items()}
-    adapters.fold(net, changes, 0.7, kept)
-    adapters.fold(net, changes, -0.2, kept)
+    changes = {name: lora.Low(down, up, 1.0) for name, (down, up) in pairs().items()}
+    lora.fold(net, changes, 0.7, kept)
+    lora.fold(net, changes, -0.2, kept)
     layer = "blocks.0.img_qkv"
     expected = plain.get_submodule(layer).weight.float() + 0.5 * changes[layer].delta()
     torch.testing.assert_close(net.get_submodule(layer).weight.float(), expected, atol=2e-2, rtol=1e-2)
     assert not torch.equal(net.get_submodule(layer).weight, plain.get_submodule(layer).weight)
-    adapters.unfold(net, kept)
+    lora.unfold(net, kept)
     same(net.state_dict(), plain.state_dict())
     assert not kept
 
@@ -212,20 +213,20 @@ def test_several_are_folded_and_taken_out_exactly() -> None:
 )
 def test_a_file_that_does_not_fit_is_refused_whole(extra: dict[str, Tensor], says: str, tmp_path: Path) -> None:
     path = written(tmp_path / "a.safetensors", "diffusers")
-    checkpoint.save_tensors(path, checkpoint.read_tensors(path) | extra)
+    tensor_files.save_tensors(path, tensor_files.read_tensors(path) | extra)
     with pytest.raises(CheckpointError, match=says):
-        adapters.read(path, backbone())
+        lora.read(path, backbone())
 
 
 def test_half_an_adapter_and_a_broken_header_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "a.safetensors", "diffusers")
-    whole = checkpoint.read_tensors(path)
-    checkpoint.save_tensors(path, {k: v for k, v in whole.items() if "img_qkv.lora_B" not in k})
+    whole = tensor_files.read_tensors(path)
+    tensor_files.save_tensors(path, {k: v for k, v in whole.items() if "img_qkv.lora_B" not in k})
     with pytest.raises(CheckpointError, match=r"'blocks\.0\.img_qkv' has only its down"):
-        adapters.read(path, backbone())
-    checkpoint.save_tensors(path, whole, {"lora_adapter_metadata": "{"})
+        lora.read(path, backbone())
+    tensor_files.save_tensors(path, whole, {"lora_adapter_metadata": "{"})
     with pytest.raises(CheckpointError, match="header of the LoRA file cannot be read"):
-        adapters.read(path, backbone())
+        lora.read(path, backbone())
 
 
 def test_a_pipeline_draws_with_a_trained_lora_as_with_the_merged_model(runner: Runner, catalog: Catalog) -> None:
@@ -286,7 +287,7 @@ def test_an_adapter_that_fits_nothing_is_refused_by_name(runner: Runner) -> None
     with pytest.raises(ConfigError, match="rank: must be at least 1"):
         Adapter(rank=0)
     with pytest.raises(ConfigError, match="no linear layer to adapt"):
-        adapters.attach(nn.Conv2d(3, 3, 1), Adapter())
+        lora.attach(nn.Conv2d(3, 3, 1), Adapter())
 
 
 def test_a_run_begun_before_an_option_existed_goes_on(runner: Runner) -> None:

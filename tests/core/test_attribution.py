@@ -14,7 +14,7 @@ import toy
 from attrs import evolve
 from torch import nn
 
-from lens_core import hookimpl, plan
+from lens_core import hookimpl
 from lens_core.attribution import (
     batches_of,
     calling,
@@ -34,9 +34,10 @@ from lens_core.attribution import (
     walk_of,
 )
 from lens_core.catalog import Catalog, Plugin
-from lens_core.config import Parts, Recipe, Training, Use, Watch
-from lens_core.loop import Run
-from lens_core.pipeline import LensPipeline
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import Parts, Recipe, Training, Use, Watch
+from lens_core.training import memory_estimate
+from lens_core.training.trainer import Run
 from lens_core.types import Batch, ConfigError, LensError, Loss, PluginError, Prompt, Score, Text
 
 PIXELS = torch.zeros(2, 3, 32, 16)
@@ -457,7 +458,7 @@ def test_a_dry_run_refuses_an_encoder_that_does_not_fit_the_checkpoint() -> None
     catalog._add(Plugin("lens_red", "red", "0"), lambda: module)
     recipe = Recipe(Use("flow_matching"), Training(3), Use("shapes"), Parts("tiny:", text_encoder=Use("mine")))
     with pytest.raises(ConfigError, match="channels of a text feature, and lens_red:mine gives 64"):
-        plan.describe(recipe, catalog)
+        memory_estimate.describe(recipe, catalog)
     with pytest.raises(ConfigError, match="channels of a text feature, and lens_red:mine gives 64"):
         LensPipeline.from_parts(recipe.pipeline, catalog)
-    assert "learns" in plan.describe(evolve(recipe, pipeline=Parts("tiny:")), catalog)
+    assert "learns" in memory_estimate.describe(evolve(recipe, pipeline=Parts("tiny:")), catalog)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lens_core import card
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import digest, read_json, write_json
-from lens_core.pipeline import LensPipeline
+from lens_core.checkpoints import model_card
+from lens_core.checkpoints.manifest import digest
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.io.atomic_files import read_json, write_json
 
 DESCRIBED = {
     "format": 1,
@@ -33,17 +34,17 @@ def head(text: str) -> dict[str, object]:
 
 
 def test_the_front_matter_holds_what_is_known_and_nothing_else() -> None:
-    assert head(card.text({"format": 1, "components": {}})) == {
+    assert head(model_card.text({"format": 1, "components": {}})) == {
         "pipeline_tag": "text-to-image",
         "library_name": "lens-t2i",
         "tags": ["lens"],
     }
-    told = head(card.text(DESCRIBED))
+    told = head(model_card.text(DESCRIBED))
     assert told["license"] == "apache-2.0" and told["base_model"] == 'a/b"\nlicense: mit'
 
 
 def test_the_card_tells_recipe_presets_loras_and_versions() -> None:
-    text = card.text(DESCRIBED, "toys/blocks")
+    text = model_card.text(DESCRIBED, "toys/blocks")
     for row in (
         "| vae | `toy:blocks` |",
         "| steps | 3 |",
@@ -57,10 +58,10 @@ def test_the_card_tells_recipe_presets_loras_and_versions() -> None:
 
 
 def test_a_changed_card_is_a_persons() -> None:
-    text = card.text(DESCRIBED)
-    assert card.ours(text)
-    assert not card.ours(text.replace("star", "moon"))
-    assert not card.ours(f"{text}More.\n") and not card.ours("# Mine\n") and not card.ours("")
+    text = model_card.text(DESCRIBED)
+    assert model_card.ours(text)
+    assert not model_card.ours(text.replace("star", "moon"))
+    assert not model_card.ours(f"{text}More.\n") and not model_card.ours("# Mine\n") and not model_card.ours("")
 
 
 def test_a_folder_gets_a_card_unless_a_person_wrote_one(pipeline: LensPipeline, tmp_path: Path) -> None:
@@ -68,7 +69,11 @@ def test_a_folder_gets_a_card_unless_a_person_wrote_one(pipeline: LensPipeline, 
     pipeline.save_pretrained(folder)
     path = folder / "README.md"
     first, before = path.read_text(), digest(folder)
-    assert card.ours(first) and "from lens_core.pipeline import LensPipeline" in first and str(tmp_path) not in first
+    assert (
+        model_card.ours(first)
+        and "from lens_core.inference.pipeline import LensPipeline" in first
+        and str(tmp_path) not in first
+    )
     pipeline.presets["steps"] = 7
     pipeline.save_pretrained(folder)
     assert "| steps | 7 |" in path.read_text()

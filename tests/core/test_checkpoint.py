@@ -15,21 +15,10 @@ from torch import nn
 
 from lens_core import hookimpl
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import (
-    describe,
-    digest,
-    fetch,
-    load_module,
-    read_header,
-    read_json,
-    read_log,
-    read_tensors,
-    save_module,
-    save_tensors,
-    write_atomic,
-    write_json,
-)
-from lens_core.pipeline import LensPipeline
+from lens_core.checkpoints.manifest import describe, digest, fetch
+from lens_core.checkpoints.tensor_files import load_module, read_header, read_tensors, save_module, save_tensors
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.io.atomic_files import read_json, read_log, write_atomic, write_json
 from lens_core.types import CheckpointError, ConfigError, LensError
 
 STEM = "diffusion_pytorch_model"

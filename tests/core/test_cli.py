@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lens_core import __main__ as command
 from lens_core import catalog as catalogs
-from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import read_json, read_weights, save_tensors, write_json
+from lens_core.checkpoints.tensor_files import read_weights, save_tensors
+from lens_core.cli import main as command
+from lens_core.cli.main import main
+from lens_core.io.atomic_files import read_json, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -259,7 +260,7 @@ def run(*code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_help_and_plugins_import_no_model_library() -> None:
     script = """
 import sys
-from lens_core.__main__ import main
+from lens_core.cli.main import main
 assert main(["--help"]) == 0
 assert main(["plugins"]) == 0
 heavy = {"torch", "diffusers", "transformers", "numpy", "accelerate", "safetensors"} & set(sys.modules)
@@ -285,7 +286,7 @@ from lens_core import catalog as catalogs
 from lens_core.catalog import Catalog
 import brings
 catalogs.Catalog.installed = classmethod(lambda cls: Catalog.of(brings))
-from lens_core.__main__ import main
+from lens_core.cli.main import main
 assert main(["weigh", "--times", "3"]) == 7
 assert main(["--help"]) == 0
 """
@@ -548,7 +549,7 @@ def test_what_nobody_foresaw_is_one_line_and_a_traceback_where_one_is_wanted(
     assert main(["plugins"]) == 0
 
 
-LISTING = "import sys; from lens_core.__main__ import main; sys.exit(main(['plugins']))"
+LISTING = "import sys; from lens_core.cli.main import main; sys.exit(main(['plugins']))"
 
 
 def test_a_reader_that_has_read_enough_is_no_error() -> None:
@@ -566,7 +567,7 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
 
 def test_a_terminal_without_unicode_gets_it_spelled_out() -> None:
     words = r'{"a": "\u00e9 \u732b \U0001f600 \udcff"}'
-    code = f"from lens_core import __main__ as m; m.app = lambda *_, **__: print({words!r}.encode().decode(kind))"
+    code = f"from lens_core.cli import main as m; m.app = lambda *_, **__: print({words!r}.encode().decode(kind))"
     for encoding in ("ascii", "latin-1", "cp1252", "utf-8"):
         begin = f"import sys; kind = 'unicode_escape'; sys.stdout.reconfigure(encoding={encoding!r})"
         shell = f"{begin}; {code}; m.main(['plugins'])"

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lens_core.__main__ import main
-from lens_core.comparison import compare, read, table
+from lens_core.cli.main import main
+from lens_core.evaluation.comparison import compare, read, table
 from lens_core.types import CheckpointError, ConfigError
 
 

@@ -11,7 +11,7 @@ import toy
 from attrs import frozen
 
 from lens_core.catalog import Catalog
-from lens_core.config import Parts, Recipe, Training, Use, build, read_recipe, structure, unstructure
+from lens_core.recipe import Parts, Recipe, Training, Use, build, read_recipe, structure, unstructure
 from lens_core.types import ConfigError
 
 GOOD = """

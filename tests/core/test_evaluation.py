@@ -11,9 +11,10 @@ import torch
 import toy
 from PIL import Image
 
-from lens_core import evaluation
-from lens_core.evaluation import as_result, contact_sheet, evaluate, picture_seed, table
-from lens_core.pipeline import LensPipeline
+from lens_core.evaluation import report
+from lens_core.evaluation.report import as_result, contact_sheet, table
+from lens_core.evaluation.run import evaluate, picture_seed
+from lens_core.inference.pipeline import LensPipeline
 from lens_core.types import ConfigError, LensError, Prompt, Score
 
 
@@ -83,7 +84,7 @@ def test_pictures_are_kept_where_scoring_fails(pipeline: LensPipeline, tmp_path:
 
     def keep(first: int, images: torch.Tensor) -> None:
         drawn.append(images)
-        evaluation.save_pictures(tmp_path, first, images)
+        report.save_pictures(tmp_path, first, images)
 
     with pytest.raises(LensError, match="out"):
         evaluate(pipeline, Broken(Broken.Config(3)), batch=2, keep=keep, height=16, width=32)

@@ -16,10 +16,11 @@ import toy
 from attrs import evolve
 from torch import Tensor
 
-from lens_core import checkpoint
 from lens_core.catalog import Catalog
-from lens_core.config import Adapter, Recipe, Training, Use, Watch
-from lens_core.loop import Run
+from lens_core.checkpoints import tensor_files
+from lens_core.io import atomic_files
+from lens_core.recipe import Adapter, Recipe, Training, Use, Watch
+from lens_core.training.trainer import Run
 from lens_core.types import CheckpointError
 
 RECIPE = Recipe(
@@ -38,7 +39,7 @@ def run(out: Path, plan: Recipe = RECIPE) -> Run:
 
 
 def state(out: Path) -> dict[str, Tensor]:
-    return checkpoint.read_tensors(out / "checkpoints" / "step-0000006" / "state.safetensors")
+    return tensor_files.read_tensors(out / "checkpoints" / "step-0000006" / "state.safetensors")
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -164,14 +165,14 @@ def test_a_log_that_is_torn_in_the_middle_of_a_line_is_mended(tmp_path: Path) ->
     size = log.stat().st_size
     again = Run(plan, CATALOG, tmp_path, say=lambda line: None, allow_changed=True)
     with room(size + 20), pytest.raises(CheckpointError, match=r"log\.jsonl: cannot be written: File too large"):
-        checkpoint.append(log, {"step": 4, "words": "x" * 100})
+        atomic_files.append(log, {"step": 4, "words": "x" * 100})
     assert log.stat().st_size == size + 20, "half a line is there"
     again.train()
-    assert [line["step"] for line in checkpoint.read_log(log)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in atomic_files.read_log(log)] == [1, 2, 3, 4, 5, 6]
     assert len(log.read_text().splitlines()) == 6
 
 
 def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"file/x\.json: cannot be written: .*; choose another output"):
-        checkpoint.write_json(tmp_path / "file" / "x.json", {})
+        atomic_files.write_json(tmp_path / "file" / "x.json", {})

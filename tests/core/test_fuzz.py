@@ -25,10 +25,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lens_core import adapters, card, spelling
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import describe, load_module, read_header, read_json, read_tensors, read_weights, save_tensors
-from lens_core.pipeline import LensPipeline
+from lens_core.checkpoints import lora_keys, model_card
+from lens_core.checkpoints.manifest import describe
+from lens_core.checkpoints.tensor_files import load_module, read_header, read_tensors, read_weights, save_tensors
+from lens_core.inference import lora
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.io.atomic_files import read_json
 
 STEM = "diffusion_pytorch_model"
 
@@ -167,7 +170,7 @@ def test_any_text_is_an_object_or_a_refusal(data: bytes) -> None:
         found = read(lambda: read_json(path))
         assert found is None or isinstance(found, dict)
         (Path(folder) / "README.md").write_bytes(data)
-        assert all(isinstance(v, str) for v in card.licence(Path(folder)).values())
+        assert all(isinstance(v, str) for v in model_card.licence(Path(folder)).values())
 
 
 @fuzz
@@ -180,7 +183,7 @@ def test_any_lens_json_is_a_pipeline_or_a_refusal(drawn: st.DataObject, saved: P
     described = read(lambda: describe(saved, catalog))
     assert pipeline is None or described is not None
     if described is not None:
-        card.text(described, "toys/blocks")
+        model_card.text(described, "toys/blocks")
     if pipeline is not None and all(
         getattr(pipeline, part) is not None for part in ("vae", "text_encoder", "backbone")
     ):
@@ -255,14 +258,14 @@ def test_any_lora_is_folded_in_or_refused(
         save_tensors(path, tensors, header)
         if scribble.draw(st.booleans()):
             path.write_bytes(scribble.draw(st.composite(damage)(path.read_bytes())))
-        changes = read(lambda: adapters.read(path, net))
+        changes = read(lambda: lora.read(path, net))
         if changes:
-            adapters.fold(net, changes, 1.0, kept := {})
-            adapters.unfold(net, kept)
-        pairs = read(lambda: spelling.read(path))
-        for name in spelling.SPELLINGS if pairs else ():
+            lora.fold(net, changes, 1.0, kept := {})
+            lora.unfold(net, kept)
+        pairs = read(lambda: lora_keys.read(path))
+        for name in lora_keys.SPELLINGS if pairs else ():
             other = Path(folder) / "b.safetensors"
-            read(lambda name=name, other=other: spelling.write(other, pairs, name))
+            read(lambda name=name, other=other: lora_keys.write(other, pairs, name))
 
 
 # ---- every reader, in processes of its own ------------------------------------------------------------------------

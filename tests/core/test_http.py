@@ -24,8 +24,8 @@ from typing import Any
 
 import pytest
 
-from lens_core import http
-from lens_core.http import BadAnswer, NotSent, TooLarge, UntrustedHost, get, post
+from lens_core.io import http
+from lens_core.io.http import BadAnswer, NotSent, TooLarge, UntrustedHost, get, post
 
 SECRET = "sk-secret-0123456789"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

@@ -14,12 +14,14 @@ import pytest
 from hub import Hub
 from huggingface_hub import _tree_cache
 
-from lens_core import integrity
-from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import combined, describe, digest, fetch, hashes, read_json, read_tensors, write_json
-from lens_core.hub import FOLDERS, _reason, create, snapshot, upload
-from lens_core.pipeline import LensPipeline
+from lens_core.checkpoints import integrity
+from lens_core.checkpoints.hub import FOLDERS, _reason, create, snapshot, upload
+from lens_core.checkpoints.manifest import combined, describe, digest, fetch, hashes
+from lens_core.checkpoints.tensor_files import read_tensors
+from lens_core.cli.main import main
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.io.atomic_files import read_json, write_json
 from lens_core.types import CheckpointError, ConfigError
 
 # The Hub's client, where it uploads without Xet, hands its files over in a way that its own HTTP library is leaving.

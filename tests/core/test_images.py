@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from lens_core import images
-from lens_core.images import ImageError, read_raw, read_rgb, to_mask, to_rgb
+from lens_core.io import images
+from lens_core.io.images import ImageError, read_raw, read_rgb, to_mask, to_rgb
 from lens_core.types import ConfigError
 
 
@@ -266,7 +266,8 @@ def test_reading_takes_8_bytes_a_pixel(tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGBA", (side, side), (255, 0, 0, 9)).save(path, compress_level=1)
     code = (
-        "import resource, sys; from lens_core.images import read_rgb; from PIL import Image, ImageCms; Image.init()\n"
+        "import resource, sys; from lens_core.io.images import read_rgb\n"
+        "from PIL import Image, ImageCms; Image.init()\n"
         "import numpy\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"read_rgb({str(path)!r}); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

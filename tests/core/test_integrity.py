@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import describe, fetch, read_json, write_json
-from lens_core.integrity import check
-from lens_core.pipeline import LensPipeline
+from lens_core.checkpoints.integrity import check
+from lens_core.checkpoints.manifest import describe, fetch
+from lens_core.cli.main import main
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.io.atomic_files import read_json, write_json
 from lens_core.types import CheckpointError
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lens_core import lazy
-from lens_core.checkpoint import read_tensors
-from lens_core.lazy import DTYPES, Lazy, read_lazy, write_lazy
+from lens_core.checkpoints import lazy_tensors
+from lens_core.checkpoints.lazy_tensors import DTYPES, Lazy, read_lazy, write_lazy
+from lens_core.checkpoints.tensor_files import read_tensors
 from lens_core.types import CheckpointError
 
 
@@ -81,7 +81,7 @@ def test_shards_are_one(tmp_path: Path) -> None:
 
 def test_a_copy_holds_one_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However large the tensors are: the reader's buffers that are alive never exceed one piece and its cast."""
-    monkeypatch.setattr(lazy, "PIECE", 4096)
+    monkeypatch.setattr(lazy_tensors, "PIECE", 4096)
     shapes = {"tall": (5000, 8), "wide": (3, 900), "deep": (40, 10, 10)}
     save_file({k: torch.rand(s, generator=torch.Generator().manual_seed(0)) for k, s in shapes.items()}, tmp_path / "a")
     alive, most, empty = [0], [0], torch.empty

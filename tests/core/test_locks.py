@@ -15,19 +15,19 @@ from pathlib import Path
 import pytest
 import toy
 
-from lens_core import locks
-from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import WriteError
-from lens_core.config import Recipe, Training, Use
-from lens_core.files import is_system_file
-from lens_core.locks import LockedError, locked
-from lens_core.loop import Run
+from lens_core.cli.main import main
+from lens_core.io import locks
+from lens_core.io.atomic_files import WriteError
+from lens_core.io.locks import LockedError, locked
+from lens_core.io.system_files import is_system_file
+from lens_core.recipe import Recipe, Training, Use
+from lens_core.training.trainer import Run
 
 HOLD = """
 import sys
 from pathlib import Path
-from lens_core.locks import LockedError, locked
+from lens_core.io.locks import LockedError, locked
 try:
     with locked(Path(sys.argv[1]), "run"):
         print("held", flush=True)

@@ -18,11 +18,14 @@ import toy
 from attrs import evolve
 from torch import Tensor
 
-from lens_core import checkpoint, hookimpl, optimizers
+from lens_core import hookimpl
 from lens_core.catalog import Catalog
-from lens_core.config import Recipe, Training, Use, Watch
-from lens_core.loop import Run, rate
-from lens_core.pipeline import LensPipeline
+from lens_core.checkpoints import manifest, tensor_files
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.io import atomic_files
+from lens_core.recipe import Recipe, Training, Use, Watch
+from lens_core.training import optimizers
+from lens_core.training.trainer import Run, rate
 from lens_core.types import (
     Batch,
     CheckpointError,
@@ -57,10 +60,10 @@ class Runner:
         return Run(plan, self.catalog, self.folder / name, say=self.said.append)
 
     def state(self, name: str, step: int) -> dict[str, Tensor]:
-        return checkpoint.read_tensors(self.folder / name / "checkpoints" / f"step-{step:07d}" / "state.safetensors")
+        return tensor_files.read_tensors(self.folder / name / "checkpoints" / f"step-{step:07d}" / "state.safetensors")
 
     def model(self, name: str) -> dict[str, Tensor]:
-        return checkpoint.read_weights(self.folder / name / "model" / "transformer")
+        return tensor_files.read_weights(self.folder / name / "model" / "transformer")
 
 
 @pytest.fixture
@@ -128,7 +131,7 @@ def test_where_no_checkpoint_can_be_read_none_is_lost(
 ) -> None:
     runner.run(recipe(), "a").train()
     there = sorted((tmp_path / "a" / "checkpoints").rglob("*"))
-    monkeypatch.setattr("lens_core.loop.SCHEMA", 99)
+    monkeypatch.setattr("lens_core.training.trainer.SCHEMA", 99)
     runner.said.clear()
     told = r"none of its checkpoints can be read; choose a new --out or .* is of schema 2; this Lens reads 99"
     with pytest.raises(CheckpointError, match=told):
@@ -204,12 +207,12 @@ def test_a_checkpoint_that_cannot_be_finished_is_not_seen(
 
     def full(path: Path, data: object) -> None:
         if path.name == "state.json":
-            raise checkpoint.CheckpointError("full")
+            raise manifest.CheckpointError("full")
         write(path, data)
 
-    write = checkpoint.write_json
-    monkeypatch.setattr(checkpoint, "write_json", full)
-    with pytest.raises(checkpoint.CheckpointError, match="full"):
+    write = atomic_files.write_json
+    monkeypatch.setattr(atomic_files, "write_json", full)
+    with pytest.raises(manifest.CheckpointError, match="full"):
         run.train()
     assert list((tmp_path / "a" / "checkpoints").glob("step-*")) == []
 

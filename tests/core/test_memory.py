@@ -18,12 +18,13 @@ from live import Live
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lens_core import checkpoint, ranks
 from lens_core.catalog import Catalog
-from lens_core.config import Adapter, Recipe, Training, Use, Watch
-from lens_core.loop import Run
-from lens_core.pipeline import LensPipeline
-from lens_core.ranks import Ranks
+from lens_core.checkpoints import manifest, tensor_files
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import Adapter, Recipe, Training, Use, Watch
+from lens_core.training import distributed
+from lens_core.training.distributed import Ranks
+from lens_core.training.trainer import Run
 
 WIDE = 2**15  # hidden channels: weights that stand out from all else
 RECIPE = Recipe(
@@ -53,7 +54,7 @@ def test_saving_copies_no_weight_and_reads_none_again(
     run = Run(RECIPE, catalog, tmp_path / "a", say=lambda line: None)
     run.train()
     read: list[str] = []
-    monkeypatch.setattr(checkpoint, "hash_of", lambda path: read.append(path.name) or "")
+    monkeypatch.setattr(manifest, "hash_of", lambda path: read.append(path.name) or "")
     with Live() as live:
         run.save()
     assert read == ["state.json"], "what is large is hashed while it is written"
@@ -83,7 +84,7 @@ def test_a_file_of_tensors_is_the_one_that_safetensors_writes(tmp_path: Path) ->
         "bytes": one.byte(), "yes": one > 0, "narrow": one.half(), "eight": one.to(torch.float8_e4m3fn),
         "turned": one.T, "part": one[1:3],
     }  # fmt: skip
-    found = checkpoint.save_tensors(tmp_path / "ours.safetensors", tensors, {"x": "1"})
+    found = tensor_files.save_tensors(tmp_path / "ours.safetensors", tensors, {"x": "1"})
     plain = {k: v.contiguous().clone() for k, v in tensors.items()}
     save_file(plain, tmp_path / "theirs.safetensors", {"format": "pt", "x": "1"})
     ours, theirs = ((tmp_path / f"{n}.safetensors").read_bytes() for n in ("ours", "theirs"))
@@ -95,8 +96,8 @@ def test_a_file_of_tensors_is_the_one_that_safetensors_writes(tmp_path: Path) ->
 
 def test_two_names_may_share_a_tensor_in_a_file(tmp_path: Path) -> None:
     one = torch.randn(3)
-    checkpoint.save_tensors(tmp_path / "a.safetensors", {"a": one, "b": one, "c": one[1:]})
-    back = checkpoint.read_tensors(tmp_path / "a.safetensors")
+    tensor_files.save_tensors(tmp_path / "a.safetensors", {"a": one, "b": one, "c": one[1:]})
+    back = tensor_files.read_tensors(tmp_path / "a.safetensors")
     assert torch.equal(back["a"], one) and torch.equal(back["b"], one) and torch.equal(back["c"], one[1:])
 
 
@@ -122,8 +123,8 @@ def test_gradients_are_added_up_in_buckets(monkeypatch: pytest.MonkeyPatch) -> N
         sent.append(flat.nbytes)
         flat.mul_(2)
 
-    monkeypatch.setattr(ranks.dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(ranks, "BUCKET", 400)
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(distributed, "BUCKET", 400)
     learning = parameters((10,), (9, 10), (30, 10), (3,), (5, 2), (7,))
     learning[4].grad = None  # nobody used it
     halves = parameters((8,))[0].detach().to(torch.bfloat16)
@@ -166,7 +167,7 @@ def test_what_an_adapter_leaves_alone_sits_in_sixteen_bits_too(catalog: Catalog,
     first = Run(evolve(RECIPE, pipeline=toy.NARROW), catalog, tmp_path / "b", say=lambda line: None).pipeline.backbone
     before = first.inner.weight.detach().clone()
     run.train()
-    low = checkpoint.read_tensors(tmp_path / "a" / "adapters" / "backbone" / "pytorch_lora_weights.safetensors")
+    low = tensor_files.read_tensors(tmp_path / "a" / "adapters" / "backbone" / "pytorch_lora_weights.safetensors")
     change = low["transformer.inner.lora_B.weight"] @ low["transformer.inner.lora_A.weight"]
     after = LensPipeline.from_pretrained(tmp_path / "a" / "model", catalog=catalog).backbone.inner.weight
     assert change.abs().max() > 0

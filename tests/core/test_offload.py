@@ -19,9 +19,9 @@ from lens_mmdit.model import LensTransformer2DModel
 from live import Live
 from torch import Tensor, nn
 
-from lens_core import offload
-from lens_core.offload import ALIGNMENT, PHASES, PLANS, Accelerator, Load
-from lens_core.pipeline import LensPipeline
+from lens_core.inference import offload
+from lens_core.inference.offload import ALIGNMENT, PHASES, PLANS, Accelerator, Load
+from lens_core.inference.pipeline import LensPipeline
 from lens_core.types import ConfigError
 
 PROMPTS = ["a red circle", "a blue square and a small green star"]
@@ -262,7 +262,7 @@ def test_features_of_some_blocks_survive_streaming() -> None:
 
 
 def test_a_lora_is_folded_into_weights_that_are_away(tmp_path: Any) -> None:
-    from lens_core.checkpoint import save_tensors
+    from lens_core.checkpoints.tensor_files import save_tensors
 
     rng = torch.Generator().manual_seed(0)
     low = {}
@@ -283,7 +283,7 @@ def test_a_lora_is_folded_into_weights_that_are_away(tmp_path: Any) -> None:
 
 
 def test_a_saved_pipeline_is_the_same_under_any_plan(tmp_path: Any) -> None:
-    from lens_core.config import Use
+    from lens_core.recipe import Use
 
     pipeline = build()
     pipeline.uses = {

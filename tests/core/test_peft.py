@@ -13,9 +13,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lens_core import adapters, spelling
-from lens_core.__main__ import main
-from lens_core.checkpoint import read_tensors, save_tensors
+from lens_core.checkpoints import lora_keys
+from lens_core.checkpoints.tensor_files import read_tensors, save_tensors
+from lens_core.cli.main import main
+from lens_core.inference import lora
 from lens_core.types import CheckpointError
 
 
@@ -68,7 +69,7 @@ def trained(net: Net, folder: Path, **options: Any) -> Tensor:
 @torch.no_grad()
 def ours(net: Net, path: Path) -> Tensor:
     mine = copy.deepcopy(net)
-    adapters.fold(mine, adapters.read(path, mine), 1.0, {})
+    lora.fold(mine, lora.read(path, mine), 1.0, {})
     found: Tensor = mine(X.to(mine.to_out.weight.dtype))
     return found
 
@@ -157,11 +158,11 @@ def test_a_layer_whose_name_ends_anothers_keeps_its_own_strength(tmp_path: Path)
     rng = torch.Generator().manual_seed(0)
     alphas = {"to_out": 3.0, "a.to_out": 7.0, "b.to_out": 7.0, "c.x": 7.0}
     made = {
-        name: spelling.Pair(torch.randn(2, 4, generator=rng), torch.randn(4, 2, generator=rng), alpha)
+        name: lora_keys.Pair(torch.randn(2, 4, generator=rng), torch.randn(4, 2, generator=rng), alpha)
         for name, alpha in alphas.items()
     }
-    spelling.write(tmp_path / "a.safetensors", made)
-    assert {name: pair.alpha for name, pair in spelling.read(tmp_path / "a.safetensors").items()} == alphas
+    lora_keys.write(tmp_path / "a.safetensors", made)
+    assert {name: pair.alpha for name, pair in lora_keys.read(tmp_path / "a.safetensors").items()} == alphas
 
 
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. 7 LoRA tensor")  # of a bias, which PEFT takes for half a tensor
@@ -235,17 +236,17 @@ def test_the_hardest_pattern_that_is_read_takes_no_time(net: Net, tmp_path: Path
     trained(net, tmp_path / "peft")
     change(tmp_path / "peft", alpha_pattern={f".*.*.*{n}x": 1 for n in range(50)})
     begun = time.perf_counter()
-    adapters.read(tmp_path / "peft", net)
+    lora.read(tmp_path / "peft", net)
     assert time.perf_counter() - begun < 5
 
 
 def test_a_config_beside_a_file_that_says_its_own_alpha_is_another_files(net: Net, tmp_path: Path) -> None:
     want = trained(net, tmp_path / "peft")
-    pairs = spelling.read(tmp_path / "peft")
-    for way in spelling.SPELLINGS:
-        spelling.write(tmp_path / "peft" / f"{way}.safetensors", pairs, way)
+    pairs = lora_keys.read(tmp_path / "peft")
+    for way in lora_keys.SPELLINGS:
+        lora_keys.write(tmp_path / "peft" / f"{way}.safetensors", pairs, way)
     change(tmp_path / "peft", lora_alpha=1000)
-    for way in spelling.SPELLINGS:
+    for way in lora_keys.SPELLINGS:
         torch.testing.assert_close(ours(net, tmp_path / "peft" / f"{way}.safetensors"), want, atol=1e-9, rtol=0)
 
 
@@ -265,7 +266,7 @@ def test_diffusers_header_means_what_it_means_to_peft(net: Net, tmp_path: Path) 
 def test_an_alpha_that_is_dynamic_is_each_layers_own(net: Net, tmp_path: Path) -> None:
     want = trained(net, tmp_path / "peft", alpha_pattern={"to_out": 3})
     path = tmp_path / "a.safetensors"
-    spelling.write(path, spelling.read(tmp_path / "peft"), "sd-scripts")
+    lora_keys.write(path, lora_keys.read(tmp_path / "peft"), "sd-scripts")
     tensors = read_tensors(path)
     save_tensors(path, tensors, {"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"})
     torch.testing.assert_close(ours(net, path), want, atol=1e-9, rtol=0)
@@ -277,15 +278,15 @@ def test_an_alpha_that_is_dynamic_is_each_layers_own(net: Net, tmp_path: Path) -
 
 def test_a_folder_without_a_lora_says_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds neither pytorch_lora_weights.* nor adapter_model\.safetensors"):
-        spelling.read(tmp_path)
+        lora_keys.read(tmp_path)
     (tmp_path / "adapter_model.bin").touch()
     with pytest.raises(CheckpointError, match=r"adapter_model\.bin is a pickle"):
-        spelling.read(tmp_path)
+        lora_keys.read(tmp_path)
     (tmp_path / "adapter_model.bin").unlink()
     (tmp_path / "style.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"name the file: style\.safetensors"):
-        spelling.read(tmp_path)
+        lora_keys.read(tmp_path)
     (tmp_path / "adapter_model.safetensors").touch()
     (tmp_path / "pytorch_lora_weights.safetensors").touch()
     with pytest.raises(CheckpointError, match="name the file that is meant"):
-        spelling.read(tmp_path)
+        lora_keys.read(tmp_path)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lens_core import flow
 from lens_core.catalog import Catalog
-from lens_core.config import Parts, Use
-from lens_core.pipeline import LensPipeline, to_images, to_pixels
+from lens_core.inference.pipeline import LensPipeline, to_images, to_pixels
+from lens_core.recipe import Parts, Use
 from lens_core.types import ConfigError, LensError, NumericalError
 
 SIZE: dict[str, Any] = {"height": 32, "width": 48}
@@ -343,7 +343,7 @@ def test_a_part_that_no_folder_can_hold_is_named_before_anything_is_written(
 
 
 def test_loras_go_with_the_backbone_that_they_are_in(pipeline: LensPipeline, tmp_path: Path) -> None:
-    from lens_core.spelling import Pair, write
+    from lens_core.checkpoints.lora_keys import Pair, write
 
     write(tmp_path / "a.safetensors", {"inner": Pair(torch.ones(1, 5), torch.ones(16, 1), 1.0)})
     pipeline.load_lora_weights(tmp_path / "a.safetensors")
@@ -369,7 +369,7 @@ def test_model_index_has_what_each_component_says_of_itself(
 
 
 def test_the_core_names_no_model_class() -> None:
-    from lens_core import pipeline as module
+    from lens_core.inference import pipeline as module
 
     source = Path(module.__file__).read_text()
     assert not any(name in source for name in ("AutoencoderKL", "GptOss", "Transformer2DModel", "EulerDiscrete"))

@@ -12,11 +12,11 @@ import torch
 from attrs import evolve
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.config import Adapter, read_recipe
-from lens_core.loop import Run
-from lens_core.plan import describe, memory
+from lens_core.cli.main import main
+from lens_core.recipe import Adapter, read_recipe
+from lens_core.training.memory_estimate import describe, memory
+from lens_core.training.trainer import Run
 
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
 

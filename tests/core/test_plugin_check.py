@@ -18,10 +18,10 @@ from attrs import field, frozen
 from torch import nn
 
 from lens_core import hookimpl
-from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.config import Use
-from lens_core.structuring import flaw_of
+from lens_core.cli.main import main
+from lens_core.config import flaw_of
+from lens_core.recipe import Use
 from lens_core.types import LensError, PluginError
 from lens_core.validators import integer
 

@@ -14,11 +14,14 @@ import toy
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from attrs import evolve
 
-from lens_core import checkpoint, progress
 from lens_core.catalog import Catalog
-from lens_core.config import Adapter, Recipe, Training, Use, Watch
-from lens_core.loop import Run
-from lens_core.progress import Feed, Pace, Spikes, memory, peak
+from lens_core.checkpoints import tensor_files
+from lens_core.recipe import Adapter, Recipe, Training, Use, Watch
+from lens_core.training import spikes as spikess
+from lens_core.training import throughput
+from lens_core.training.spikes import Spikes
+from lens_core.training.throughput import Feed, Pace, memory, peak
+from lens_core.training.trainer import Run
 from lens_core.types import Batch, ConfigError, Loss, NumericalError
 
 RECIPE = Recipe(
@@ -57,8 +60,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(progress.time, "monotonic", clock)
-    monkeypatch.setattr(progress.time, "perf_counter", clock)
+    monkeypatch.setattr(throughput.time, "monotonic", clock)
+    monkeypatch.setattr(throughput.time, "perf_counter", clock)
     return clock
 
 
@@ -174,8 +177,8 @@ def test_a_line_tells_pace_memory_and_losses(tmp_path: Path) -> None:
 
 def test_a_spike_is_far_above_the_median_of_the_steps_before() -> None:
     spikes = Spikes(3.0, ("a", "b"))
-    norms = [1.0 + 0.1 * (n % 5) for n in range(progress.LEAST - 1)]
-    assert [spikes.fault("a", 1.0, n) for n in [100.0, *norms][: progress.LEAST]] == [None] * progress.LEAST
+    norms = [1.0 + 0.1 * (n % 5) for n in range(spikess.LEAST - 1)]
+    assert [spikes.fault("a", 1.0, n) for n in [100.0, *norms][: spikess.LEAST]] == [None] * spikess.LEAST
     usual = statistics.median([100.0, *norms])
     assert spikes.fault("a", 1.0, 3.0 * usual) is None
     assert spikes.fault("a", 1.0, 3.01 * usual + 1) is not None
@@ -202,11 +205,11 @@ def test_without_a_factor_only_what_is_not_finite_is_bad() -> None:
 
 def test_the_history_is_of_the_last_good_steps() -> None:
     spikes = Spikes(3.0, ("a",))
-    for n in range(progress.HISTORY + 30):
+    for n in range(spikess.HISTORY + 30):
         spikes.fault("a", 1.0, 1.0 + n / 1000)
     spikes.fault("a", 1.0, 99.0)
     kept = spikes.usual["a"]["gradient"]
-    assert (len(kept), kept[0], kept[-1]) == (progress.HISTORY, 1.03, 1.129)
+    assert (len(kept), kept[0], kept[-1]) == (spikess.HISTORY, 1.03, 1.129)
 
 
 @pytest.fixture
@@ -229,7 +232,7 @@ def test_a_spike_is_skipped_counted_and_does_not_move_the_weights(tmp_path: Path
 
     def weight(step: int) -> torch.Tensor:
         path = tmp_path / "checkpoints" / f"step-{step:07d}" / "state.safetensors"
-        return checkpoint.read_tensors(path)["net/backbone/inner.weight"]
+        return tensor_files.read_tensors(path)["net/backbone/inner.weight"]
 
     moved = [step for step in range(1, 28) if not torch.equal(weight(step), weight(step + 1))]
     assert sorted(set(range(1, 28)) - set(moved)) == [23, 26]

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from lens_core.lazy import read_lazy
-from lens_core.quantised import from_mxfp4, lazy_mxfp4, mxfp8, nvfp4, plain, unswizzle
+from lens_core.checkpoints.lazy_tensors import read_lazy
+from lens_core.checkpoints.quantization import from_mxfp4, lazy_mxfp4, mxfp8, nvfp4, plain, unswizzle
 from lens_core.types import CheckpointError
 
 ODD = (150, 96)  # rows are no multiple of 128, scales in a row no multiple of 4

@@ -17,9 +17,11 @@ from lens_data.imports import import_folder
 from PIL import Image
 from torch import Tensor
 
-from lens_core import checkpoint, evaluation
-from lens_core.pipeline import LensPipeline
-from lens_core.ranks import Ranks
+from lens_core.checkpoints import tensor_files
+from lens_core.evaluation import report
+from lens_core.evaluation import run as runs
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.training.distributed import Ranks
 from lens_core.types import ConfigError, Prompt
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -102,7 +104,7 @@ def test_two_processes_end_with_the_weights_of_one(where: str, name: str, both: 
     models = [sorted((both / w / name / "model").rglob("*.safetensors")) for w in ("alone", where)]
     assert len(models[0]) == len(models[1]) > (name != "encoded")  # which is a VAE alone
     for a, b in zip(*models, strict=True):
-        exported = checkpoint.read_tensors(a), checkpoint.read_tensors(b)
+        exported = tensor_files.read_tensors(a), tensor_files.read_tensors(b)
         assert apart(*exported, "") <= 1e-5
         assert a.with_name("config.json").is_file() == b.with_name("config.json").is_file()
         if a.with_name("config.json").is_file():
@@ -113,7 +115,7 @@ def test_two_processes_end_with_the_weights_of_one(where: str, name: str, both: 
 def test_each_process_writes_its_half(name: str, both: Path) -> None:
     whole, halves = both / "alone" / name, both / "divided" / name
     files = sorted((halves / "checkpoints" / "step-0000020" / "shards").iterdir())
-    sizes = [sum(v.numel() for k, v in checkpoint.read_tensors(f).items() if "/" in k) for f in files]
+    sizes = [sum(v.numel() for k, v in tensor_files.read_tensors(f).items() if "/" in k) for f in files]
     total = sum(v.numel() for k, v in state(whole).items() if "/" in k)
     assert len(files) == 2 and sum(sizes) == total
     assert max(sizes) < 0.7 * total, "a small layer has no two halves"
@@ -142,8 +144,8 @@ def test_the_last_look_sees_the_weights_of_the_last_step(where: str, both: Path)
     last = {name.removeprefix(prefix): t for name, t in state(run).items() if name.startswith(prefix)}
     model.backbone.load_state_dict(last)
     settings = {"height": 64, "width": 64, "num_inference_steps": 2}
-    drawn = torch.cat(list(evaluation.draw(model, [Prompt(p) for p in watch.prompts], 0, 16, **settings)))
-    want = evaluation.contact_sheet(drawn, watch.prompts, [None] * 2, 2)
+    drawn = torch.cat(list(runs.draw(model, [Prompt(p) for p in watch.prompts], 0, 16, **settings)))
+    want = report.contact_sheet(drawn, watch.prompts, [None] * 2, 2)
     with Image.open(run / "samples" / "step-0000020.png") as sheet:
         apart = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).int()
     apart -= torch.frombuffer(bytearray(want.tobytes()), dtype=torch.uint8).int()
@@ -246,6 +248,6 @@ def test_what_stands_on_the_same_weights_is_not_divided() -> None:
 def test_a_method_that_shares_out_unevenly_keeps_its_weights_whole(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lens_core.loop.Ranks", lambda _, parts, shards: Ranks(Fake(0, 2), parts, shards))
+    monkeypatch.setattr("lens_core.training.trainer.Ranks", lambda _, parts, shards: Ranks(Fake(0, 2), parts, shards))
     with pytest.raises(ConfigError, match="diffusion_nft shares out its work unevenly"):
         rank_worker.run("rewarded", tmp_path, shards=2)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from lens_core import reading
 from lens_core.catalog import Catalog
-from lens_core.config import parse_use, read_recipe
+from lens_core.io import readers
+from lens_core.recipe import parse_use, read_recipe
 from lens_core.types import ConfigError, LensError
 
 NESTED = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -37,7 +37,7 @@ def refusal(call: Any, kind: type[Exception] = ValueError) -> str:
     ["a", "it's\n", b"b", 1, -2.5, True, None, [], [1, "b"], (), (1,), (1, 2), {}, {"a": [1, {"b": None}]}, {3}],
 )
 def test_a_short_value_is_shown_as_python_writes_it(value: object) -> None:
-    assert reading.shown(value) == repr(value)
+    assert readers.shown(value) == repr(value)
 
 
 def test_a_value_of_aliases_is_shown_in_a_moment_and_in_one_line() -> None:
@@ -49,8 +49,8 @@ def test_a_value_of_aliases_is_shown_in_a_moment_and_in_one_line() -> None:
     values = [value, {"a": value}, circle, "x" * 10**7, b"x" * 10**7, 1 << 10**7, {"k" * 10**6: 1}, [*range(10**5)]]
     begun = time.perf_counter()
     for each in values:
-        text = reading.shown(each)
-        assert len(text) <= reading.SHOWN and "\n" not in text
+        text = readers.shown(each)
+        assert len(text) <= readers.SHOWN and "\n" not in text
     assert time.perf_counter() - begun < 1
 
 
@@ -59,7 +59,7 @@ def test_what_has_a_repr_of_its_own_is_named_and_not_asked() -> None:
         def __repr__(self) -> str:
             raise AssertionError
 
-    assert reading.shown([Slow()]) == "[<Slow>]"
+    assert readers.shown([Slow()]) == "[<Slow>]"
 
 
 # ---- text ---------------------------------------------------------------------------------------------------------
@@ -68,26 +68,26 @@ def test_what_has_a_repr_of_its_own_is_named_and_not_asked() -> None:
 def test_a_byte_order_mark_is_dropped_and_other_encodings_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfa\xef\xbb\xbfb")
-    assert reading.read_text(path) == "a\ufeffb"
+    assert readers.read_text(path) == "a\ufeffb"
     path.write_bytes("a".encode("utf-16"))
-    assert "a.txt: is UTF-16" in refusal(lambda: reading.read_text(path), ConfigError)
+    assert "a.txt: is UTF-16" in refusal(lambda: readers.read_text(path), ConfigError)
     path.write_bytes(b"caf\xe9")
-    assert "a.txt: is not UTF-8 (byte 3)" in refusal(lambda: reading.read_text(path), ConfigError)
+    assert "a.txt: is not UTF-8 (byte 3)" in refusal(lambda: readers.read_text(path), ConfigError)
 
 
 def test_lines_end_at_line_feeds_alone() -> None:
-    assert reading.lines("a\u2028b\x0b\x0c\x1c\x85\u2029c\r\nd\re\n\nf") == [
+    assert readers.lines("a\u2028b\x0b\x0c\x1c\x85\u2029c\r\nd\re\n\nf") == [
         "a\u2028b\x0b\x0c\x1c\x85\u2029c",
         "d\re",
         "",
         "f",
     ]
-    assert reading.lines("a\n") == reading.lines("a\r\n") == reading.lines("a") == ["a"]
-    assert reading.lines("") == []
+    assert readers.lines("a\n") == readers.lines("a\r\n") == readers.lines("a") == ["a"]
+    assert readers.lines("") == []
 
 
 def test_no_module_splits_text_at_other_than_line_feeds() -> None:
-    root = Path(reading.__file__).parents[1]
+    root = Path(readers.__file__).parents[1]
     files = [*(root / "lens_core").glob("*.py"), *(root / "plugins").rglob("*.py")]
     found = [
         f"{path.relative_to(root)}: {line.strip()}"
@@ -103,7 +103,7 @@ def test_a_file_beyond_its_bound_is_refused_without_being_read(tmp_path: Path) -
     with path.open("wb") as file:
         file.truncate(2**33)
     tracemalloc.start()
-    text = refusal(lambda: reading.read_text(path, 2**20), ConfigError)
+    text = refusal(lambda: readers.read_text(path, 2**20), ConfigError)
     assert tracemalloc.get_traced_memory()[1] < 2**23
     tracemalloc.stop()
     assert "larger than 1 MiB" in text
@@ -112,7 +112,7 @@ def test_a_file_beyond_its_bound_is_refused_without_being_read(tmp_path: Path) -
 @pytest.mark.parametrize("name", ["none", "a\0b", "x" * 300, "a.txt/b"])
 def test_a_path_that_leads_nowhere_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
-    assert "check the path" in refusal(lambda: reading.read_text(tmp_path / name), ConfigError)
+    assert "check the path" in refusal(lambda: readers.read_text(tmp_path / name), ConfigError)
 
 
 # ---- JSON ---------------------------------------------------------------------------------------------------------
@@ -137,17 +137,17 @@ def test_a_path_that_leads_nowhere_is_refused_in_one_line(name: str, tmp_path: P
     ],
 )
 def test_json_that_would_hurt_is_refused(text: str, words: str) -> None:
-    assert words in refusal(lambda: reading.parse_json(text))
+    assert words in refusal(lambda: readers.parse_json(text))
 
 
 def test_json_within_the_bounds_is_what_it_says() -> None:
     deep = "[" * 64 + "]" * 64
-    assert str(reading.parse_json(deep)) == deep
-    assert reading.parse_json('"\\ud83d\\ude00"') == "\U0001f600"
-    assert reading.parse_json(b'\xef\xbb\xbf{"[": "[[["}') == {"[": "[[["}
-    assert reading.parse_json("9" * 64) == int("9" * 64)
-    assert reading.parse_json("[-Infinity]", finite=False) == [float("-inf")]
-    assert reading.parse_json('{"a": 1, "a": 2}', twins=True) == {"a": 2}
+    assert str(readers.parse_json(deep)) == deep
+    assert readers.parse_json('"\\ud83d\\ude00"') == "\U0001f600"
+    assert readers.parse_json(b'\xef\xbb\xbf{"[": "[[["}') == {"[": "[[["}
+    assert readers.parse_json("9" * 64) == int("9" * 64)
+    assert readers.parse_json("[-Infinity]", finite=False) == [float("-inf")]
+    assert readers.parse_json('{"a": 1, "a": 2}', twins=True) == {"a": 2}
 
 
 def test_a_log_with_a_line_without_end_costs_no_memory_for_it(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_log_with_a_line_without_end_costs_no_memory_for_it(tmp_path: Path) ->
         file.seek(2**27)
         file.write(b'"\n{"step": 2}\n')
     tracemalloc.start()
-    assert [line["step"] for line in reading.json_lines(path)] == [1, 2]
+    assert [line["step"] for line in readers.json_lines(path)] == [1, 2]
     assert tracemalloc.get_traced_memory()[1] < 2**25
     tracemalloc.stop()
 
@@ -190,15 +190,15 @@ def test_a_log_with_a_line_without_end_costs_no_memory_for_it(tmp_path: Path) ->
 )
 def test_yaml_that_would_hurt_is_refused_in_a_moment(text: str, words: str) -> None:
     begun = time.process_time()
-    assert words in refusal(lambda: reading.parse_yaml(text))
+    assert words in refusal(lambda: readers.parse_yaml(text))
     assert time.process_time() - begun < 5
 
 
 def test_yaml_within_the_bounds_is_what_it_says() -> None:
-    assert reading.parse_yaml("\ufeffa: &a [1, 2]\nb: *a\n") == ({"a": [1, 2], "b": [1, 2]}, [])
-    assert reading.parse_yaml("") == (None, [])
-    assert reading.parse_yaml("a: 1\na: 2\n")[1] == ["$.a: stands in lines 1 and 2; keep one"]
-    assert "within what it stands for" in reading.parse_yaml("a: &a [*a]")[1][0]
+    assert readers.parse_yaml("\ufeffa: &a [1, 2]\nb: *a\n") == ({"a": [1, 2], "b": [1, 2]}, [])
+    assert readers.parse_yaml("") == (None, [])
+    assert readers.parse_yaml("a: 1\na: 2\n")[1] == ["$.a: stands in lines 1 and 2; keep one"]
+    assert "within what it stands for" in readers.parse_yaml("a: &a [*a]")[1][0]
 
 
 @pytest.mark.parametrize("place", ["lr: *h", "betas: *h", "rates: *h", "threads: *h", "precision: *h", "adapters: *h"])

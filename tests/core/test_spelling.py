@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lens_core import adapters
 from lens_core import catalog as catalogs
-from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import read_header, read_tensors, save_tensors
-from lens_core.config import Adapter
-from lens_core.pipeline import LensPipeline
-from lens_core.spelling import SPELLINGS, Pair, read, write
+from lens_core.checkpoints.lora_keys import SPELLINGS, Pair, read, write
+from lens_core.checkpoints.tensor_files import read_header, read_tensors, save_tensors
+from lens_core.cli.main import main
+from lens_core.inference import lora
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import Adapter
 from lens_core.types import CheckpointError, ConfigError
 
 LAYERS = ("blocks.0.img_qkv", "blocks.0.to_out.0", "blocks.0.w_1")
@@ -145,13 +145,13 @@ def test_a_control_character_in_a_name_does_not_reach_the_terminal(tmp_path: Pat
 def test_a_trained_adapter_is_saved_in_any_spelling(spelling: str, pipeline: LensPipeline, tmp_path: Path) -> None:
     net, adapter = pipeline.backbone, Adapter(rank=2, scale=0.3)
     plain = {name: module.weight.clone() for name, module in net.named_modules() if hasattr(module, "weight")}
-    adapters.attach(net, adapter)
+    lora.attach(net, adapter)
     for name, parameter in net.named_parameters():
-        if adapters.owned(name):
+        if lora.owned(name):
             torch.nn.init.normal_(parameter)
-    adapters.save(net, adapter, tmp_path / "a.safetensors", "transformer", spelling)
-    adapters.merge(net)
-    for layer, change in adapters.read(tmp_path / "a.safetensors", net).items():
+    lora.save(net, adapter, tmp_path / "a.safetensors", "transformer", spelling)
+    lora.merge(net)
+    for layer, change in lora.read(tmp_path / "a.safetensors", net).items():
         torch.testing.assert_close(net.get_submodule(layer).weight, plain[layer] + change.delta())
     with pytest.raises(ConfigError, match="no spelling is called 'kohya'"):
         write(tmp_path / "b.safetensors", pairs(), "kohya")

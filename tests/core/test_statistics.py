@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from lens_core.evaluation import by_task
-from lens_core.statistics import (
+from lens_core.evaluation.run import by_task
+from lens_core.evaluation.statistics import (
     ClusteredScores,
     Estimate,
     mean_of_tasks,

@@ -13,9 +13,9 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from lens_core.catalog import Catalog
-from lens_core.pipeline import LensPipeline
+from lens_core.inference.pipeline import LensPipeline
 from lens_core.protocols import BaseMethod
-from lens_core.testing import (
+from lens_core.testing.checks import (
     check_backbone,
     check_dataset,
     check_method,

@@ -13,11 +13,12 @@ import toy
 from attrs import evolve
 from test_offload import Meter
 
-from lens_core import texts
-from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import read_header, read_json, read_tensors, write_json
-from lens_core.pipeline import LensPipeline
+from lens_core.checkpoints.tensor_files import read_header, read_tensors
+from lens_core.cli.main import main
+from lens_core.inference import prompt_cache
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.io.atomic_files import read_json, write_json
 from lens_core.types import CheckpointError, ConfigError, Text
 
 SIZE: dict[str, Any] = {"height": 32, "width": 48, "output_type": "latent", "seed": 0}
@@ -58,7 +59,7 @@ def test_a_weight_that_changed_counts(pipeline: LensPipeline, asked: list[Any]) 
 def test_memory_holds_so_many_prompts_and_forgets_the_longest_unused(
     pipeline: LensPipeline, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(texts, "MOST", 2)
+    monkeypatch.setattr(prompt_cache, "MOST", 2)
     for prompt in "abacabc":
         pipeline(prompt, **SIZE)
     assert [p for (p,) in asked] == ["a", "b", "c", "b", "c"]

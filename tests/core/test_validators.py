@@ -14,8 +14,8 @@ import pytest
 from attrs import field, frozen
 
 from lens_core.catalog import Catalog
-from lens_core.config import Adapter, Parts, Recipe, Training, Use, Watch, options, read_recipe, structure, unstructure
 from lens_core.protocols import KINDS
+from lens_core.recipe import Adapter, Parts, Recipe, Training, Use, Watch, options, read_recipe, structure, unstructure
 from lens_core.types import ConfigError
 from lens_core.validators import (
     SEED,
@@ -70,7 +70,7 @@ FIELDS = [
 def test_the_walk_finds_the_numbers_of_core_and_plugins() -> None:
     names = {p.id for p in FIELDS}
     assert len(names) > 120
-    assert {"lens_core.config.Training.lr", "lens_mmdit.model.LensTransformer2DModel.Config.num_layers"} <= names
+    assert {"lens_core.recipe.Training.lr", "lens_mmdit.model.LensTransformer2DModel.Config.num_layers"} <= names
 
 
 @pytest.mark.parametrize("attribute", FIELDS)

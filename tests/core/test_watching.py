@@ -22,11 +22,15 @@ from attrs import evolve, frozen
 from PIL import Image
 from torch import Tensor
 
-from lens_core import checkpoint, evaluation, hookimpl, optimizers
+from lens_core import hookimpl
 from lens_core.catalog import Catalog
-from lens_core.config import Adapter, Recipe, Training, Use, Watch, read_recipe
-from lens_core.loop import Run, _exchange
-from lens_core.pipeline import LensPipeline, to_pixels
+from lens_core.checkpoints import tensor_files
+from lens_core.evaluation import report as reports
+from lens_core.evaluation import run as runs
+from lens_core.inference.pipeline import LensPipeline, to_pixels
+from lens_core.recipe import Adapter, Recipe, Training, Use, Watch, read_recipe
+from lens_core.training import optimizers
+from lens_core.training.trainer import Run, _exchange
 from lens_core.types import ConfigError, LensError, Prompt, Score
 
 
@@ -102,10 +106,10 @@ class Runner:
         return Run(plan, self.catalog, self.folder / name, say=self.said.append, allow_changed=allow_changed)
 
     def state(self, name: str, step: int) -> dict[str, Tensor]:
-        return checkpoint.read_tensors(self.folder / name / "checkpoints" / f"step-{step:07d}" / "state.safetensors")
+        return tensor_files.read_tensors(self.folder / name / "checkpoints" / f"step-{step:07d}" / "state.safetensors")
 
     def model(self, name: str) -> dict[str, Tensor]:
-        return checkpoint.read_weights(self.folder / name / "model" / "transformer")
+        return tensor_files.read_weights(self.folder / name / "model" / "transformer")
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / name / "watch.jsonl").read_text().splitlines()]
@@ -232,7 +236,7 @@ def test_the_last_grid_shows_what_the_model_draws(runner: Runner, catalog: Catal
     drawn = LensPipeline.from_pretrained(report.model, catalog=catalog)(
         list(watch.prompts), seed=5, height=16, width=32, output_type="pt"
     ).images
-    want = evaluation.contact_sheet(drawn, watch.prompts, [None] * 3, 3)
+    want = reports.contact_sheet(drawn, watch.prompts, [None] * 3, 3)
     with Image.open(tmp_path / "a" / "samples" / found[-1]) as sheet:
         assert sheet.tobytes() == want.tobytes()
     assert (tmp_path / "a" / "samples" / found[0]).read_bytes() != (tmp_path / "a" / "samples" / found[-1]).read_bytes()
@@ -289,13 +293,13 @@ def test_the_last_look_sees_the_weights_that_are_exported(
         optimizers, "adamw", lambda weights, train: torch.optim.AdamW(weights, lr=train.lr, **KERNELS[kernel])
     )
     seen: list[Tensor] = []
-    draw = evaluation.draw
+    draw = runs.draw
 
     def watched(*arguments: Any, **settings: Any) -> Any:
         seen.append(torch.cat(list(draw(*arguments, **settings))))
         yield seen[-1]
 
-    monkeypatch.setattr(evaluation, "draw", watched)
+    monkeypatch.setattr(runs, "draw", watched)
     train = evolve(TRAIN, steps=12, lr=3e-2, ema=ema, save_every=12, adapters=adapters)
     base = evolve(BASE, method=method, train=train, pipeline=evolve(PARTS, backbone=backbone))
     prompts = ("red", "a blue one")
@@ -308,7 +312,7 @@ def test_the_last_look_sees_the_weights_that_are_exported(
     assert not torch.equal(seen[1], seen[2]), "the run must have learned, or being equal says nothing"
     monkeypatch.undo()
     model = LensPipeline.from_pretrained(report.model, catalog=catalog)
-    drawn = torch.cat(list(evaluation.draw(model, [Prompt(p) for p in prompts], 0, 16, height=32, width=32)))
+    drawn = torch.cat(list(runs.draw(model, [Prompt(p) for p in prompts], 0, 16, height=32, width=32)))
     assert int((drawn.int() - seen[-1].int()).abs().max()) <= 1  # an adapter is merged into what is exported
 
 
@@ -379,7 +383,7 @@ def test_the_best_adapter_is_the_one_that_is_written(
     monkeypatch.setattr(Scripted, "script", (0.1, 0.6, 0.6, 0.3))
     train = evolve(TRAIN, save_every=2, ema=0.0, adapters={"backbone": Adapter(rank=2)})
     runner("a", BEST, base=evolve(BASE, train=train)).train()
-    written = checkpoint.read_tensors(tmp_path / "a" / "adapters" / "backbone" / "pytorch_lora_weights.safetensors")
+    written = tensor_files.read_tensors(tmp_path / "a" / "adapters" / "backbone" / "pytorch_lora_weights.safetensors")
     want = runner.state("a", 2)["net/backbone/inner.lora_B.default.weight"]
     assert torch.equal(written["transformer.inner.lora_B.weight"], want) and want.any()
 
@@ -493,7 +497,7 @@ def test_a_signal_during_a_look_saves_first_and_the_look_is_taken_later(
 ) -> None:
     runner("plain", None).train()
     drawn: list[int] = []
-    draw = evaluation.draw
+    draw = runs.draw
 
     def interrupted(*arguments: Any, **settings: Any) -> Any:
         for part in draw(*arguments, **settings):
@@ -502,7 +506,7 @@ def test_a_signal_during_a_look_saves_first_and_the_look_is_taken_later(
                 os.kill(os.getpid(), signal.SIGTERM)
             yield part
 
-    monkeypatch.setattr(evaluation, "draw", interrupted)
+    monkeypatch.setattr(runs, "draw", interrupted)
     report = runner("a", JUDGED).train()
     assert (report.steps, report.model) == (2 * look, None)
     assert runner.said[-1] == f"stopped at step {2 * look} of 6; the same command goes on from here"

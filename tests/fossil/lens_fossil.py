@@ -12,7 +12,8 @@ from typing import Any
 from attrs import field, frozen
 
 from lens_core import hookimpl
-from lens_core.checkpoint import load_module, read_json, save_module, write_json
+from lens_core.checkpoints.tensor_files import load_module, save_module
+from lens_core.io.atomic_files import read_json, write_json
 from lens_core.types import (
     Batch,
     CheckpointError,

@@ -9,10 +9,10 @@ import lens_fossil
 import pytest
 
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import describe, fetch
-from lens_core.config import Use, build
+from lens_core.checkpoints.manifest import describe, fetch
 from lens_core.hookspecs import ENTRY_POINTS
 from lens_core.protocols import KINDS
+from lens_core.recipe import Use, build
 from lens_core.types import Record
 
 FROZEN = "d59f94b187f65215"

@@ -14,8 +14,8 @@ import pytest
 from lens_bench import geneval, lines, oneig, report
 from lens_bench.commands import score
 
-from lens_core.__main__ import OWN
 from lens_core.catalog import Catalog
+from lens_core.cli.main import OWN
 from lens_core.types import ConfigError, LensError
 
 SAMPLES = Path(__file__).parents[1] / "cases" / "bench_samples.jsonl"

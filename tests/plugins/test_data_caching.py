@@ -23,9 +23,9 @@ from lens_flow.matching import FlowMatching, Sample
 from PIL import Image
 
 from lens_core.catalog import Catalog
-from lens_core.config import read_recipe, structure
-from lens_core.loop import Run
-from lens_core.pipeline import LensPipeline
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import read_recipe, structure
+from lens_core.training.trainer import Run
 from lens_core.types import Batch, ConfigError, LensError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is corrupt")

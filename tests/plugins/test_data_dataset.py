@@ -22,7 +22,7 @@ from lens_data.store import Store
 from PIL import Image
 
 from lens_core.catalog import Catalog
-from lens_core.config import structure
+from lens_core.recipe import structure
 from lens_core.types import Batch, ConfigError, LensError
 
 TABLE = (((16, 16), (16, 24), (24, 16)), ((32, 32),))

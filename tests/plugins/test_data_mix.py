@@ -11,8 +11,8 @@ from lens_data.mix import Mix
 from lens_shapes.dataset import ShapesDataset
 
 from lens_core.catalog import Catalog
-from lens_core.config import Use, build, read_recipe
-from lens_core.testing import check_dataset
+from lens_core.recipe import Use, build, read_recipe
+from lens_core.testing.checks import check_dataset
 from lens_core.types import ConfigError
 
 KNOWN = {"sizes": [[64, 64]], "batch": 4, "count": 8, "dense": 0.0}

@@ -16,8 +16,8 @@ from lens_data.packing import flops
 from lens_data.store import Store
 from test_data_dataset import SIZES, TABLE, corrupt, fill, row
 
-from lens_core.config import structure
-from lens_core.testing import check_dataset
+from lens_core.recipe import structure
+from lens_core.testing.checks import check_dataset
 from lens_core.types import Batch, ConfigError
 
 

@@ -27,10 +27,10 @@ from lens_data.store import Store
 from PIL import Image
 from test_data_imports import folder, png, rows, tar
 
-from lens_core import locks
-from lens_core.__main__ import main
-from lens_core.checkpoint import WriteError
-from lens_core.locks import LockedError
+from lens_core.cli.main import main
+from lens_core.io import locks
+from lens_core.io.atomic_files import WriteError
+from lens_core.io.locks import LockedError
 
 SURROGATE = "caption with half a character (a lone surrogate)"
 CONTROL = "caption with control characters (UTF-16?)"
@@ -478,7 +478,7 @@ def test_two_imports_of_one_source_at_once_never_double_a_row(tmp_path: Path) ->
     )
     script = (
         "import sys; from lens_data import imports; imports.ROWS = 1\n"
-        "from lens_core.__main__ import main; sys.exit(main(['data', 'import', *sys.argv[1:]]))"
+        "from lens_core.cli.main import main; sys.exit(main(['data', 'import', *sys.argv[1:]]))"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "store"), str(source)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]

@@ -9,7 +9,7 @@ import pytest
 from lens_data import timing
 from lens_mmdit.model import LensTransformer2DModel
 
-from lens_core.__main__ import main
+from lens_core.cli.main import main
 
 
 @pytest.fixture

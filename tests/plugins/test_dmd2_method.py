@@ -20,12 +20,13 @@ from lens_dmd2 import losses
 from lens_dmd2.method import DMD2, Sample
 from torch import Tensor, nn
 
-from lens_core import checkpoint, flow, hookimpl
+from lens_core import flow, hookimpl
 from lens_core.catalog import Catalog
-from lens_core.config import Adapter, Parts, Recipe, Training, Use
-from lens_core.loop import Run
-from lens_core.pipeline import LensPipeline, to_pixels
-from lens_core.testing import check_method
+from lens_core.checkpoints import tensor_files
+from lens_core.inference.pipeline import LensPipeline, to_pixels
+from lens_core.recipe import Adapter, Parts, Recipe, Training, Use
+from lens_core.testing.checks import check_method
+from lens_core.training.trainer import Run
 from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, Text
 
 
@@ -389,7 +390,7 @@ def run(recipe: Recipe, out: Path) -> Run:
 
 
 def state(out: Path, step: int) -> dict[str, Tensor]:
-    return checkpoint.read_tensors(out / "checkpoints" / f"step-{step:07d}" / "state.safetensors")
+    return tensor_files.read_tensors(out / "checkpoints" / f"step-{step:07d}" / "state.safetensors")
 
 
 @pytest.mark.parametrize("turn", [1, 4, 6])

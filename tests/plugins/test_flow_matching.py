@@ -16,9 +16,9 @@ from lens_flow.matching import Cache, FlowMatching, Sample
 from torch import Tensor, nn
 
 from lens_core.catalog import Catalog
-from lens_core.config import Use
-from lens_core.pipeline import LensPipeline
-from lens_core.testing import check_method
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import Use
+from lens_core.testing.checks import check_method
 from lens_core.types import Batch, ConfigError, LensError, Text
 
 

@@ -19,12 +19,13 @@ from test_flow_matching import Averages, Letters, Recorder, method
 from test_mmdit_model import distance, model
 from torch import Tensor, nn
 
-from lens_core import checkpoint, flow
+from lens_core import flow
 from lens_core.catalog import Catalog
-from lens_core.config import Recipe, structure
-from lens_core.loop import Run
-from lens_core.pipeline import LensPipeline
-from lens_core.testing import check_method
+from lens_core.checkpoints import tensor_files
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import Recipe, structure
+from lens_core.testing.checks import check_method
+from lens_core.training.trainer import Run
 from lens_core.types import Batch, ConfigError, Text
 
 SIZES = [(4, 4), (3, 5), (4, 4), (2, 2), (3, 5), (4, 4)]
@@ -174,10 +175,10 @@ def test_a_run_on_packed_batches_that_was_stopped_ends_with_the_same_bits(tmp_pa
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-0000006")
     train(store, tmp_path / "again", parts=2)
     ends = [
-        checkpoint.read_tensors(tmp_path / run / "checkpoints" / "step-0000006" / "state.safetensors")
+        tensor_files.read_tensors(tmp_path / run / "checkpoints" / "step-0000006" / "state.safetensors")
         for run in ("whole", "again")
     ]
-    begun = checkpoint.read_tensors(tmp_path / "whole" / "checkpoints" / "step-0000003" / "state.safetensors")
+    begun = tensor_files.read_tensors(tmp_path / "whole" / "checkpoints" / "step-0000003" / "state.safetensors")
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
     assert any(not torch.equal(begun[k], ends[0][k]) for k in begun if k.startswith("net/"))
 

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from lens_core.catalog import Catalog
-from lens_core.images import to_rgb
-from lens_core.pipeline import LensPipeline, to_pixels
-from lens_core.source import to_tensor
+from lens_core.inference.image_to_image import to_tensor
+from lens_core.inference.pipeline import LensPipeline, to_pixels
+from lens_core.io.images import to_rgb
 from lens_core.types import ConfigError
 
 SAMPLERS = pytest.mark.parametrize("name", ["euler", "heun", "dpmpp", "euler_ancestral"])

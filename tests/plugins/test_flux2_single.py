@@ -17,7 +17,7 @@ from lens_flux2.vae import Flux2VAE
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lens_core.lazy import Lazy
+from lens_core.checkpoints.lazy_tensors import Lazy
 from lens_core.types import CheckpointError
 
 Config = Flux2VAE.Config

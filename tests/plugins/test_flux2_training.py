@@ -15,9 +15,9 @@ from lens_flux2.vae import Flux2VAE
 
 from lens_core import hookimpl
 from lens_core.catalog import Catalog
-from lens_core.config import Parts, Recipe, Training, Use, unstructure
-from lens_core.loop import Run
-from lens_core.testing import check_method
+from lens_core.recipe import Parts, Recipe, Training, Use, unstructure
+from lens_core.testing.checks import check_method
+from lens_core.training.trainer import Run
 from lens_core.types import Batch, ConfigError, LensError, Loss, NumericalError
 
 SMALL = Flux2VAE.Config(

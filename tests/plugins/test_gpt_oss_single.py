@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from lens_core.lazy import Lazy
+from lens_core.checkpoints.lazy_tensors import Lazy
 from lens_core.types import CheckpointError, LensError
 
 Config = GptOssEncoder.Config

@@ -18,10 +18,10 @@ from lens_gpt_oss.training import LanguageModel, imbalance
 
 from lens_core import hookimpl
 from lens_core.catalog import Catalog
-from lens_core.config import Parts as PipelineParts
-from lens_core.config import Recipe, Training, Use, unstructure
-from lens_core.loop import Run
-from lens_core.testing import check_method
+from lens_core.recipe import Parts as PipelineParts
+from lens_core.recipe import Recipe, Training, Use, unstructure
+from lens_core.testing.checks import check_method
+from lens_core.training.trainer import Run
 from lens_core.types import Batch, CheckpointError, ConfigError
 
 CAPTIONS = tuple(

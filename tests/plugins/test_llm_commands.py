@@ -12,7 +12,7 @@ from lens_llm.commands import sampled
 from lens_llm.prompts import read
 from test_llm_client import KEY, Endpoint, endpoint, fault  # noqa: F401  # one is a fixture
 
-from lens_core.__main__ import main
+from lens_core.cli.main import main
 from lens_core.types import ConfigError, Prompt
 
 AUDIT = """

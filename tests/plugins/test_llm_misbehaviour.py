@@ -27,9 +27,9 @@ from lens_llm.redaction import redact
 from lens_llm.rubric import RubricReward
 from test_llm_client import ASK, KEY, SCHEMA, client, endpoint, fault, refuse, reset, send  # noqa: F401  # fixtures
 
-from lens_core.config import Use
-from lens_core.http import post
-from lens_core.structuring import structure
+from lens_core.config import structure
+from lens_core.io.http import post
+from lens_core.recipe import Use
 from lens_core.types import ConfigError, Message, Prompt
 
 PRICES = {"price_in": 1.0, "price_out": 2.0, "max_tokens": 1000}

@@ -18,9 +18,9 @@ from PIL import Image
 from test_llm_client import client, endpoint, fault, refuse  # noqa: F401  # two are fixtures
 
 from lens_core.catalog import Catalog
-from lens_core.config import Use, build
-from lens_core.pipeline import LensPipeline
-from lens_core.testing import check_reward
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import Use, build
+from lens_core.testing.checks import check_reward
 from lens_core.types import ConfigError, Prompt, Score
 
 

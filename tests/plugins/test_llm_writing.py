@@ -13,8 +13,8 @@ import pytest
 from lens_llm.prompts import read
 from lens_llm.writing import GLOBAL, Taxonomy, compose, flaw, orders, read_taxonomy
 
-from lens_core.config import Use, structure
-from lens_core.locks import LockedError
+from lens_core.io.locks import LockedError
+from lens_core.recipe import Use, structure
 from lens_core.types import ConfigError, LensError
 
 ITEMS = {"animal": {"bird": ["parrot", "heron", "wren"], "fish": ["carp"]}, "text": {"sign": ["shop", "road"]}}

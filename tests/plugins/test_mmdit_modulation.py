@@ -18,12 +18,12 @@ from lens_mmdit.modulation import Modulation
 from test_mmdit_model import TINY, distance, inputs, model
 from torch import Tensor, nn
 
-from lens_core import adapters
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import save_tensors
-from lens_core.config import Adapter
-from lens_core.pipeline import LensPipeline
-from lens_core.testing import check_backbone
+from lens_core.checkpoints.tensor_files import save_tensors
+from lens_core.inference import lora
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import Adapter
+from lens_core.testing.checks import check_backbone
 
 TIMES = Euler(Euler.Config()).times((4, 4), 20)[:-1]
 
@@ -214,9 +214,9 @@ def test_a_copy_has_a_table_of_its_own() -> None:
 
 def test_an_adapter_beside_modulation_takes_the_plain_path() -> None:
     net, (x, t, text) = model(), inputs()
-    adapters.attach(net, Adapter(rank=2, targets=("img_mod.1",)))
+    lora.attach(net, Adapter(rank=2, targets=("img_mod.1",)))
     for name, p in net.named_parameters():
-        if adapters.owned(name):
+        if lora.owned(name):
             nn.init.ones_(p)
     with torch.no_grad():
         want = net(x, t, text)

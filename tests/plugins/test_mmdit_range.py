@@ -10,10 +10,10 @@ from lens_mmdit.model import Block, rotations
 from test_mmdit_model import distance, inputs, model
 from torch import Tensor
 
-from lens_core import checkpoint
-from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.pipeline import LensPipeline
+from lens_core.checkpoints import tensor_files
+from lens_core.cli.main import main
+from lens_core.inference.pipeline import LensPipeline
 from lens_core.types import ConfigError, Text
 
 LARGE = 1e4
@@ -61,7 +61,7 @@ def test_float16_is_refused_on_load_in_one_line(
     offload: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint, "read_tensors", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr(tensor_files, "read_tensors", lambda path: pytest.fail(f"{path} is read"))
     assert main(["generate", "a red circle", "--dtype", "float16", "--device", "cpu", "--offload", offload]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err == "lens: the backbone's residual streams overflow float16; use bfloat16 or float32\n"

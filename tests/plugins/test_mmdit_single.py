@@ -17,7 +17,7 @@ from lens_mmdit.single import adopt
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lens_core.lazy import Lazy
+from lens_core.checkpoints.lazy_tensors import Lazy
 from lens_core.types import CheckpointError, ConfigError, NumericalError, Text
 
 Config = LensTransformer2DModel.Config

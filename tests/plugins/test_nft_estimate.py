@@ -8,7 +8,7 @@ import pytest
 from attrs import evolve
 
 from lens_core.catalog import Catalog
-from lens_core.config import Recipe, Use, build, read_recipe
+from lens_core.recipe import Recipe, Use, build, read_recipe
 from lens_core.types import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,14 +22,16 @@ from lens_nft.objective import advantages, reflected_loss
 from lens_nft.rollout import chosen
 from torch import Tensor, nn
 
-from lens_core import checkpoint, flow, hookimpl
+from lens_core import flow, hookimpl
 from lens_core.catalog import Catalog
-from lens_core.config import Adapter, Recipe, Training, Use, build, read_recipe
-from lens_core.loop import Run
-from lens_core.pipeline import LensPipeline, to_images
-from lens_core.progress import Spikes
-from lens_core.ranks import Ranks, seed_of
-from lens_core.testing import check_method
+from lens_core.checkpoints import tensor_files
+from lens_core.inference.pipeline import LensPipeline, to_images
+from lens_core.io import atomic_files
+from lens_core.recipe import Adapter, Recipe, Training, Use, build, read_recipe
+from lens_core.testing.checks import check_method
+from lens_core.training.distributed import Ranks, seed_of
+from lens_core.training.spikes import Spikes
+from lens_core.training.trainer import Run
 from lens_core.types import ConfigError, LensError, Place, Prompt, Score
 
 
@@ -640,7 +642,7 @@ def run(catalog: Catalog, tmp_path: Path) -> Any:
 
 def state(folder: Path, number: int = 6) -> tuple[dict[str, Tensor], dict[str, Any]]:
     where = folder / "checkpoints" / f"step-{number:07d}"
-    return checkpoint.read_tensors(where / "state.safetensors"), checkpoint.read_json(where / "state.json")
+    return tensor_files.read_tensors(where / "state.safetensors"), atomic_files.read_json(where / "state.json")
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

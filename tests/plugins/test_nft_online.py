@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from lens_core import flow, hookimpl
 from lens_core.catalog import Catalog
-from lens_core.config import Parts, Recipe, Training, Use
-from lens_core.loop import Run
-from lens_core.pipeline import LensPipeline
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import Parts, Recipe, Training, Use
+from lens_core.training.trainer import Run
 from lens_core.types import Prompt, Score, Text
 
 MODE, SPREAD = 2.0, 0.3  # a prompt's pictures are points near (±2, its own height)

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from lens_mmdit.published import describe
 
 from lens_core.catalog import Catalog
-from lens_core.checkpoint import read_json, read_tensors, save_tensors
-from lens_core.config import Use, build
+from lens_core.checkpoints.tensor_files import read_tensors, save_tensors
+from lens_core.io.atomic_files import read_json
+from lens_core.recipe import Use, build
 
 FILES = {
     "model_index.json": "backbone",
@@ -40,7 +41,7 @@ def _little_memory() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny:` as it would have been published, without a lens.json."""
-    from lens_core.checkpoint import fetch
+    from lens_core.checkpoints.manifest import fetch
 
     place = tmp_path_factory.mktemp("fuzz") / "lens"
     shutil.copytree(fetch("tiny:", Catalog.installed()), place)

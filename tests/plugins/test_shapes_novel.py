@@ -11,7 +11,7 @@ from lens_shapes.render import render
 from lens_shapes.scenes import NOVEL, SHAPES, TASKS, asked, content, sample
 from scipy import ndimage
 
-from lens_core.evaluation import by_task
+from lens_core.evaluation.run import by_task
 
 
 def test_no_scene_of_training_or_of_the_benchmark_holds_it():

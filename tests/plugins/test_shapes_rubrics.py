@@ -14,7 +14,7 @@ from lens_shapes.reader import read
 from lens_shapes.render import render
 from lens_shapes.scenes import TASKS, asked, sample
 
-from lens_core.testing import check_reward
+from lens_core.testing.checks import check_reward
 from lens_core.types import ConfigError, Prompt
 
 

@@ -18,10 +18,10 @@ from lens_tools.convert import convert
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.lazy import Lazy, read_lazy, write_lazy
-from lens_core.pipeline import LensPipeline
+from lens_core.checkpoints.lazy_tensors import Lazy, read_lazy, write_lazy
+from lens_core.cli.main import main
+from lens_core.inference.pipeline import LensPipeline
 from lens_core.types import CheckpointError, ConfigError
 
 SINGLE = {
@@ -43,7 +43,7 @@ def installed() -> Catalog:
 
 @pytest.fixture(scope="module")
 def tiny(installed: Catalog) -> Path:
-    from lens_core.checkpoint import fetch
+    from lens_core.checkpoints.manifest import fetch
 
     return fetch("tiny:", installed)
 
@@ -370,9 +370,9 @@ def test_what_cannot_be_shared_is_told(tiny: Path, sharing: Path, installed: Cat
 def test_a_conversion_holds_no_more_than_a_piece(
     tiny: Path, installed: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lens_core import lazy
+    from lens_core.checkpoints import lazy_tensors
 
-    monkeypatch.setattr(lazy, "PIECE", 2**14)
+    monkeypatch.setattr(lazy_tensors, "PIECE", 2**14)
     made: list[int] = []
     opened = module.read_lazy
 

@@ -11,7 +11,7 @@ import pytest
 from lens_tools import curves
 from PIL import Image, ImageColor
 
-from lens_core.__main__ import main
+from lens_core.cli.main import main
 from lens_core.types import ConfigError
 
 

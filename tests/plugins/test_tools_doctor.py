@@ -12,10 +12,10 @@ import torch
 from lens_gpt_oss import paths
 from lens_tools import doctor
 
-from lens_core import offload
-from lens_core.__main__ import main
 from lens_core.catalog import Catalog
-from lens_core.offload import Load
+from lens_core.cli.main import main
+from lens_core.inference import offload
+from lens_core.inference.offload import Load
 from lens_core.types import LensError
 
 PAGE = Path(__file__).parents[2] / "docs" / "memory.md"

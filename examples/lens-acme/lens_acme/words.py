@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 from torch import nn
 
-from lens_core.checkpoint import load_module, save_module
+from lens_core.checkpoints.tensor_files import load_module, save_module
 from lens_core.types import ConfigError, Text
 
 

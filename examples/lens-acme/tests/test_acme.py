@@ -11,8 +11,8 @@ from lens_acme.contrast import Contrast
 from lens_acme.words import HashedWords
 
 from lens_core.catalog import Catalog
-from lens_core.config import Use, build
-from lens_core.testing import check_reward, check_text_encoder
+from lens_core.recipe import Use, build
+from lens_core.testing.checks import check_reward, check_text_encoder
 from lens_core.types import CheckpointError, ConfigError, Prompt
 
 

@@ -1,0 +1,216 @@
+"""Tensors on disk, a piece at a time: what a file holds is known at once, its values are read when asked for.
+
+Values are read, not mapped: pages of a mapped file count as this process's memory for as long as it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from lens_core.checkpoints import manifest, tensor_files
+from lens_core.io import atomic_files, readers
+from lens_core.io.readers import shown
+from lens_core.protocols import Weighty
+from lens_core.types import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "I16": torch.int16, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""safetensors' names. Wide elements come first, as they do in a file, so that each tensor lies at a multiple of its
+element."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PIECE = 2**26  # bytes read at once
+LARGEST_EMPTY = 2**31  # the product of an empty tensor's other dimensions: code may walk along them
+
+
+@frozen
+class Lazy:
+    """A tensor that is not in memory. `rows(dtype)` yields it in blocks of consecutive rows, floats as `dtype`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: Callable[[torch.dtype], Iterator[Tensor]]
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The whole tensor, floats as `dtype` (None: as stored). No second copy of it is made on the way."""
+        kind = self.kind(dtype)
+        whole = torch.empty(self.shape, dtype=kind)
+        at = 0
+        for block in self.rows(kind):
+            if not whole.ndim:
+                return block.reshape(())
+            whole[at : at + len(block)] = block
+            at += len(block)
+        return whole
+
+    def kind(self, dtype: torch.dtype | None) -> torch.dtype:
+        """What it is read as where floats are wanted as `dtype`."""
+        return dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Lazy:
+        """A tensor that is in memory after all."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda dtype: iter([tensor.detach().to("cpu", dtype)]))
+
+
+def read_lazy(*paths: Path) -> tuple[dict[str, Lazy], dict[str, str]]:
+    """The tensors of one safetensors file, or of its shards, and the free text in their headers. No value is read.
+
+    Raises CheckpointError, in one line, for what is no whole safetensors file, and for a name that stands twice.
+    """
+    found: dict[str, Lazy] = {}
+    texts: dict[str, str] = {}
+    for path in paths:
+        header, start = _header(path)
+        texts |= header.pop("__metadata__", {})
+        for name, entry in header.items():
+            if name in found:
+                raise CheckpointError(f"{path}: holds {shown(name)}, which another shard holds too")
+            if entry["dtype"] not in DTYPES:
+                raise CheckpointError(f"{path}: {shown(name)} is {entry['dtype']}; {', '.join(DTYPES)} are read")
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            if 0 in shape and math.prod(n for n in shape if n) > LARGEST_EMPTY:
+                raise CheckpointError(
+                    f"{path}: {shown(name)} has the shape {list(shape)}, which no tensor has; leave it out"
+                )
+            found[name] = Lazy(shape, dtype, _reader(path, start + entry["data_offsets"][0], shape, dtype))
+    return found, texts
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """A file's header and the byte at which its values begin. safetensors itself checks sizes, gaps and overlaps."""
+    from safetensors import SafetensorError, safe_open
+
+    tensor_files.refuse_foreign(path)
+    try:
+        with safe_open(path, "pt"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return json.loads(
+                file.read(min(size, tensor_files.LONGEST_HEADER)), object_pairs_hook=readers.no_twins
+            ), 8 + size
+    except (SafetensorError, OSError, ValueError) as error:
+        raise tensor_files.not_whole(path, error) from error
+
+
+def _reader(
+    path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Callable[[torch.dtype], Iterator[Tensor]]:
+    row = math.prod(shape[1:]) * dtype.itemsize
+    count = shape[0] if shape else 1
+
+    def rows(kind: torch.dtype) -> Iterator[Tensor]:
+        if 0 in shape:  # nothing to read, however many rows of nothing there are
+            yield torch.empty(shape, dtype=kind)
+            return
+        step = max(1, PIECE // max(1, row))
+        with path.open("rb") as file:
+            file.seek(start)
+            for first in range(0, count, step):
+                part = min(step, count - first)
+                block = torch.empty(part * row, dtype=torch.uint8)
+                if file.readinto(block.numpy().data) != len(block):
+                    raise CheckpointError(f"{path}: ends early; it was whole a moment ago, so leave it alone meanwhile")
+                yield block.view(dtype).reshape(part, *shape[1:]).to(kind)
+
+    return rows
+
+
+def write_lazy(
+    path: Path,
+    tensors: Mapping[str, Lazy],
+    dtype: torch.dtype | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, atomically, floats as `dtype` (None: as they are). Holds one block at a time."""
+    order = sorted(tensors, key=lambda n: (list(NAMES).index(tensors[n].kind(dtype)), n))
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(texts or {})}}
+    end = 0
+    for name in order:
+        kind, shape = tensors[name].kind(dtype), tensors[name].shape
+        begin, end = end, end + math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": NAMES[kind], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                for block in tensors[name].rows(tensors[name].kind(dtype)):
+                    file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if file.tell() != 8 + len(text) + end:
+                raise CheckpointError(f"{path}: a tensor yielded other rows than its shape tells; report it")
+
+    atomic_files.write_atomic(path, write)
+
+
+def fit(config: Any, published: Any, seen: Mapping[str, Any], telling: Iterable[str], where: str) -> Any:
+    """The config of a file whose shapes tell the fields `seen`, and no others: those are taken from `config`, that of
+    the model the file is for, or from `published`, whichever first agrees with the file in the fields `telling`."""
+    for known in (config, published):
+        if all(getattr(known, name) == seen[name] for name in telling if name in seen):
+            return evolve(known, **seen)
+    name = next(n for n in telling if n in seen and getattr(config, n) != seen[n])
+    raise CheckpointError(
+        f"{where}: its {name} is {shown(seen[name])}, but that of the model it is for is "
+        f"{shown(getattr(config, name))}; "
+        "give --model a folder that it fits"
+    )
+
+
+def numbered(names: Iterable[str], before: str) -> int:
+    """How many of `before`0, `before`1, … there are among names of tensors. Counts no further than the first gap."""
+    found = {name[len(before) :].partition(".")[0] for name in names if name.startswith(before)}
+    return next(n for n in range(len(found) + 1) if str(n) not in found)
+
+
+def shape_of(tensors: Mapping[str, Lazy], name: str, ndim: int, where: str) -> tuple[int, ...]:
+    """The shape of a tensor that must be there. Raises CheckpointError."""
+    if name not in tensors:
+        some = ", ".join(sorted(tensors)[:3]) or "nothing"
+        raise CheckpointError(f"{where}: lacks {shown(name)}; it holds {some} …: is it another part, or another model?")
+    shape = tensors[name].shape
+    if len(shape) != ndim or not all(shape):
+        raise CheckpointError(f"{where}: {shown(name)} has the shape {list(shape)}, which is not that of such a weight")
+    return shape
+
+
+def describe_file(
+    path: Path, holds: Callable[[Mapping[str, Lazy]], bool], part: str, use: str
+) -> dict[str, Any] | None:
+    """An answer to the hook `lens_describe`: a model of one part, if `path` is a single file that `holds` it."""
+    if path.suffix != ".safetensors" or not path.is_file() or not holds(read_lazy(path)[0]):
+        return None
+    return {"format": manifest.FORMAT, "components": {part: {"use": use, "file": path.name}}}
+
+
+@runtime_checkable
+class Portable(Weighty, Protocol):
+    """A component with weights that a single file may hold too; `lens convert` carries it between the two layouts."""
+
+    place: ClassVar[tuple[str, str]]  # its sub-folder in a checkpoint, and the stem of its weights there
+    single: ClassVar[str]  # where a folder of single files keeps it, in Comfy's layout
+
+    @classmethod
+    def outline(
+        cls, file: Path, config: Any, folder: Path, *, plain: bool = False
+    ) -> tuple[Self, Any, dict[str, Lazy]]:
+        """A single file -> the component on the meta device, the config that the file's shapes tell, given what the
+        checkpoint in `folder` says, and the file's tensors under the names of a checkpoint. Reads headers alone.
+        `plain`: tensors that only Comfy can use quantised are not."""
+
+    def fill(self, tensors: Mapping[str, Lazy], file: Path, dtype: torch.dtype | None = None) -> None:
+        """Read the tensors of `outline`, floats as `dtype`."""
+
+    def save_about(self, folder: Path) -> None:
+        """Write all that `save` writes, but for the weights."""

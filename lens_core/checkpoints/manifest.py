@@ -1,0 +1,204 @@
+"""Weights and descriptions on disk: safetensors and JSON only, checked at the border, written atomically.
+
+A checkpoint is the published diffusers folder layout plus `lens.json`:
+`{"format": 1, "components": {kind: {"use", "config"}}, "presets": {"steps", "guidance_scale"}, "plugins": {name: …},
+"files": {path: SHA-256}}`; `files` is what `lens_core.checkpoints.integrity` checks.
+A component with `"from"` is lent: its files are those of another checkpoint, a Hub name or a plugin's such as `tiny:`,
+and `"hash"` says which they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lens_core.catalog import Catalog
+from lens_core.checkpoints import hub
+from lens_core.checkpoints.tensor_files import refuse_foreign
+from lens_core.io.atomic_files import read_json
+from lens_core.io.readers import shown
+from lens_core.types import CheckpointError, LensError
+from lens_core.validators import GUIDANCE, PIXELS, STEPS
+
+FORMAT = 1
+"""The version of `lens.json`."""
+
+
+def hash_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(folder: Path) -> str:
+    """A short hash of a checkpoint: of all that decides what it draws, names included, or of one file."""
+    return combined(hashes(folder))
+
+
+def hashes(folder: Path, under: tuple[str, ...] = ("",)) -> dict[str, str]:
+    """The hash of every file of weights, JSON or chat template below `folder`, by its path; of a file, its own.
+
+    `under`: of those alone whose path begins so. Large files of the Hub's cache are named by their hash there, and are
+    not read for it."""
+    found = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".jinja") and p.is_file())
+    paths = {str(path.relative_to(folder)): path for path in (found if folder.is_dir() else [folder])}
+    return {name: hub.known_hash(path) or hash_of(path) for name, path in paths.items() if name.startswith(under)}
+
+
+def places(part: str, component: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the paths of a part's files begin with: its folders, and its single file if it has one."""
+    return (*hub.FOLDERS[part], *([component["file"]] if "file" in component else ()))
+
+
+def lender(part: str, component: Mapping[str, Any], where: Path, catalog: Catalog) -> tuple[Path, dict[str, str]]:
+    """The folder of the checkpoint that lends `part` to the one in `where`, and the hashes of the part's files there.
+
+    Of the Hub, only what the part needs is fetched. Raises CheckpointError, also if the files are not those that were
+    meant.
+    """
+    told = f"{where / 'lens.json'}: its {part.replace('_', ' ')} is that of {component['from']}"
+    under = places(part, component)
+    try:
+        folder = fetch(component["from"], catalog, lent=True, under=under)
+        own = describe(folder, catalog)["components"].get(part)
+    except LensError as error:
+        raise CheckpointError(f"{told}, which cannot be had: {error}") from error
+    if own is None or "from" in own:
+        raise CheckpointError(f"{told}, which has none of its own; name the checkpoint that has")
+    found = hashes(folder, under)
+    if not found:
+        raise CheckpointError(f"{told}, which has no file in {' or '.join(under)}; fetch it again")
+    if combined(found) != component["hash"]:
+        raise CheckpointError(
+            f"{told} as it was at {component['hash']}, and it is at {combined(found)} now; "
+            "name the revision that was meant, or take a checkpoint that has the part itself"
+        )
+    return folder, found
+
+
+def combined(files: Mapping[str, str]) -> str:
+    """One short hash of several files'."""
+    total = hashlib.sha256()
+    for name, each in files.items():
+        total.update(name.encode())
+        total.update(bytes.fromhex(each))
+    return total.hexdigest()[:16]
+
+
+def fetch(uri: str, catalog: Catalog, *, lent: bool = False, under: tuple[str, ...] = ()) -> Path:
+    """Where the checkpoint `uri` lies: a plugin's answer (`tiny:`), a folder, or a Hub name `org/name[@revision]`.
+
+    `lent`: never a folder, which only happens to be called so. `under`: of the Hub, only JSON and files whose paths
+    begin so, and all if it is empty. Raises CheckpointError.
+    """
+    answer = catalog.first("lens_fetch", uri)
+    if answer is not None:
+        return Path(answer)
+    folder = Path(uri).expanduser()
+    if not lent and (folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors")):
+        return folder
+    if not lent and folder.exists():
+        raise CheckpointError(
+            f"{uri}: is a file; a checkpoint is a folder with a lens.json or a model_index.json, or one .safetensors"
+        )
+    name, _, revision = uri.partition("@")
+    if not hub.is_name(name):
+        what = "no installed plugin knows that name" if lent else "no such folder"
+        raise CheckpointError(f"{uri}: {what}, and not a Hub name (org/name[@revision]); `tiny:` is always there")
+    return hub.snapshot(name, revision or None, under=under)
+
+
+def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
+    """The `lens.json` of a checkpoint, or what a plugin says that of this folder, or of this single file, would be."""
+    path = folder / "lens.json"
+    if path.is_file():
+        data = read_json(path)
+    else:
+        data = catalog.first("lens_describe", folder)
+        if data is None:
+            refuse_foreign(folder) if folder.is_file() else None
+            raise CheckpointError(f"{folder}: has neither lens.json nor a layout that an installed plugin knows")
+    if data.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: is of format {shown(data.get('format'))}; this Lens reads {FORMAT}: upgrade lens-t2i"
+        )
+    components = data.get("components")
+    if not isinstance(components, dict) or not all(
+        isinstance(c, dict)
+        and isinstance(c.get("use"), str)
+        and isinstance(c.get("config", {}), dict)
+        and isinstance(c.get("file", ""), str)
+        and not Path(c.get("file", "")).is_absolute()
+        and ".." not in Path(c.get("file", "")).parts
+        for c in components.values()
+    ):
+        raise CheckpointError(f"{path}: has no components that each name what they use")
+    for kind, c in components.items():
+        if "from" in c and not (
+            kind in hub.FOLDERS and lends(c["from"]) and re.fullmatch("[0-9a-f]{16}", str(c.get("hash")))
+        ):
+            raise CheckpointError(
+                f"{path}: its {shown(kind)} is to come from {shown(c['from'])} at {shown(c.get('hash'))}; a vae, "
+                "text_encoder or backbone comes from org/name@revision or a plugin's name such as tiny:, at a hash of "
+                "16 digits"
+            )
+    for name, sound in {"presets": _presets, "plugins": _texts, "provenance": _provenance}.items():
+        if not sound(data.get(name, {})):
+            raise CheckpointError(f"{path}: its {name} cannot be meant; mend it, or fetch it again")
+    if not _files(data.get("files", {})):
+        raise CheckpointError(f"{path}: its files are no paths with a SHA-256 each; mend it, or fetch it again")
+    if not isinstance(data.get("note", ""), str):
+        raise CheckpointError(f"{path}: its note is no text; mend it, or fetch it again")
+    return data
+
+
+def lends(uri: Any) -> bool:
+    """Whether a checkpoint may name this as the one that lends it a part: no path, which is another's elsewhere."""
+    name = r"\w[\w.-]*"
+    return isinstance(uri, str) and bool(re.fullmatch(rf"\w+:[\w-]*|{name}/{name}(@{name}(/{name})*)?", uri, re.ASCII))
+
+
+def _presets(given: Any) -> bool:
+    """Whether a pipeline can draw with these."""
+
+    def table(sizes: Any) -> bool:
+        return isinstance(sizes, dict) and all(
+            isinstance(s, list | tuple) and len(s) == 2 and all(PIXELS.allows(n) for n in s) for s in sizes.values()
+        )
+
+    if not (isinstance(given, dict) and isinstance(given.get("sizes", {}), dict)):
+        return False
+    return (
+        GUIDANCE.allows(given.get("guidance_scale", 1.0))
+        and STEPS.allows(given.get("steps", 1))
+        and PIXELS.allows(given.get("base_resolution", 1))
+        and all(map(table, given.get("sizes", {}).values()))
+    )
+
+
+def _texts(given: Any) -> bool:
+    return isinstance(given, dict) and all(isinstance(value, str) for value in given.values())
+
+
+def _files(given: Any) -> bool:
+    """Whether these are paths below a checkpoint's folder, each with a SHA-256 in hexadecimal digits."""
+    return isinstance(given, dict) and all(
+        isinstance(digest, str)
+        and re.fullmatch("[0-9a-f]{64}", digest)
+        and name.isprintable()
+        and not re.search(r"^[/~]|^$|\\|:|(^|/)\.{1,2}(/|$)", name)
+        for name, digest in given.items()
+    )
+
+
+def _provenance(given: Any) -> bool:
+    loras = given.get("loras", []) if isinstance(given, dict) else None
+    return (
+        isinstance(loras, list)
+        and all(isinstance(name, str) for name in loras)
+        and isinstance(given.get("recipe", {}), dict)
+        and _texts({key: value for key, value in given.items() if key not in ("loras", "recipe")})
+    )

@@ -1,0 +1,1 @@
+"""Scores of a model: running a benchmark, statistics with intervals, reports, comparisons."""

@@ -1,0 +1,227 @@
+"""Models side by side: the results of `lens bench`, several seeds each, with paired differences to the first model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from lens_core.evaluation.statistics import ClusteredScores, Difference, Estimate, mean_of_tasks, paired_difference
+from lens_core.io.atomic_files import read_json
+from lens_core.io.readers import shown
+from lens_core.types import CheckpointError, ConfigError, LensError
+
+_MODEL = ("model", "model_hash")
+_SETTINGS = ("steps", "guidance_scale", "size")
+_MACHINE = ("dtype", "device")  # results of other arithmetic are other results; older files do not say
+
+
+@frozen
+class Row:
+    """A model: its scores by task and overall over all its seeds, and how far it is above the first model.
+
+    Intervals are of 95 %, by prompt (`statistics`): they say what other prompts would have given. The
+    pictures of one prompt, one a seed, count as one draw, and so do the two models' pictures of it.
+    """
+
+    name: str
+    seeds: int
+    tasks: Mapping[str, float]  # NaN where a task has no score
+    overall: Estimate
+    difference: Difference | None  # None for the first model
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result.json, with all that `compare` reads of it in place."""
+    result = read_json(path, finite=False)
+    for name, (sound, what) in _FIELDS.items():
+        if name not in result:
+            raise CheckpointError(f"{path}: lacks {name!r}; run lens bench again with this version")
+        if not sound(result[name]):
+            raise CheckpointError(
+                f"{path}: {name} is {shown(result[name])}, not {what}; run lens bench again with this version"
+            )
+    for name in (*_MACHINE, "group"):
+        if not _is_text(result.get(name, "")):
+            raise CheckpointError(f"{path}: {name} is {shown(result[name])}, not a line of text; run lens bench again")
+    pictures = result["pictures"]
+    if not set(result["headline"]) <= {p["task"] for p in pictures}:
+        raise CheckpointError(f"{path}: names headline tasks that no picture has; run lens bench again")
+    return result
+
+
+def _is_picture(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("prompt"), str)
+        and isinstance(entry.get("task"), str)
+        and "value" in entry
+        and (entry["value"] is None or _is_number(entry["value"]))
+    )
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a score or a setting; sums and squares of what is beyond 1e100 are not finite."""
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= 1e100
+
+
+def _is_list(value: object, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(holds, value))
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is text for a line of a table."""
+    return isinstance(value, str) and len(value) <= 1000 and value.isprintable()
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (_is_text, "a line of text"),
+    "model_hash": (_is_text, "a line of text"),
+    "benchmark": (_is_text, "a line of text"),
+    "seed": (_is_whole, "a whole number"),
+    "steps": (_is_whole, "a whole number"),
+    "guidance_scale": (_is_number, "a number"),
+    "size": (lambda v: _is_list(v, _is_whole) and len(v) == 2, "[height, width]"),
+    "headline": (lambda v: _is_list(v, _is_text), "a list of tasks"),
+    "pictures": (lambda v: _is_list(v, _is_picture), "a list of pictures, each with prompt, task and value"),
+}
+"""What `compare` reads of a result.json: how each field is known to be sound, and what it must be."""
+
+
+def compare(results: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The contents of result.json files, of one benchmark and the same prompts; those of one model are its seeds.
+
+    Those that have the same text under `group` are one row too: models that one recipe gave from several seeds.
+    Raises ConfigError for results that cannot be compared: another benchmark, other prompts, a seed twice.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        one = ("group",) if "group" in result else _MODEL
+        settings = [(key, result.get(key)) for key in (*one, *_SETTINGS, *_MACHINE)]
+        groups.setdefault(repr(settings), []).append(result)
+    first = results[0]
+    asked = [(p["task"], p["prompt"]) for p in first["pictures"]]
+    for result in results:
+        if result["benchmark"] != first["benchmark"]:
+            raise ConfigError(
+                f"{result['benchmark']} and {first['benchmark']} are two benchmarks; compare one at a time"
+            )
+        if [(p["task"], p["prompt"]) for p in result["pictures"]] != asked:
+            raise ConfigError(f"{result['model']}: was asked other prompts than {first['model']}; measure it again")
+    rows: list[Row] = []
+    members_of_first: Sequence[Mapping[str, Any]] = ()
+    for members in groups.values():
+        _refuse_repeated_seed(members)
+        here = members[0]
+        members_of_first = members_of_first or members
+        tasks = _by_task(_scored(members))
+        try:
+            rows.append(
+                Row(
+                    name=_name(here, machines=len({_machine(r) for r in results}) > 1),
+                    seeds=len(members),
+                    tasks={name: task.mean for name, task in tasks.items()},
+                    overall=mean_of_tasks(tasks, first["headline"]),
+                    difference=_difference(members_of_first, members, first["headline"]) if rows else None,
+                )
+            )
+        except LensError as error:
+            raise ConfigError(f"{here['model']}: {error}") from error
+    return rows
+
+
+def _machine(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(result.get(key) for key in _MACHINE)
+
+
+def _name(result: Mapping[str, Any], *, machines: bool) -> str:
+    """What a row is called; with dtype and device where the results have several."""
+    name = f"{result.get('group', result['model'])}, {result['steps']} steps, guidance {result['guidance_scale']:g}"
+    return f"{name}, {' on '.join(map(str, _machine(result)))}" if machines else name
+
+
+def _refuse_repeated_seed(members: Sequence[Mapping[str, Any]]) -> None:
+    seeds = [(m["model_hash"], m["seed"]) for m in members]
+    if len(set(seeds)) != len(seeds):
+        twice = max(seeds, key=seeds.count)[1]
+        raise ConfigError(f"{members[0]['model']}: the seed {twice} stands twice; give it once")
+
+
+_Scored = tuple[str, str, float | None]  # task, cluster, score
+
+
+def _scored(members: Sequence[Mapping[str, Any]]) -> Iterator[_Scored]:
+    for member in members:
+        for picture in member["pictures"]:
+            yield picture["task"], picture.get("cluster", picture["prompt"]), picture["value"]
+
+
+def _by_task(scored: Iterator[_Scored]) -> dict[str, ClusteredScores]:
+    tasks: dict[str, tuple[list[float], list[str], list[None]]] = {}
+    for task, cluster, value in scored:
+        values, clusters, missing = tasks.setdefault(task, ([], [], []))
+        if value is None:
+            missing.append(None)
+        else:
+            values.append(float(value))
+            clusters.append(cluster)
+    return {
+        task: ClusteredScores(values, clusters, len(missing)) for task, (values, clusters, missing) in tasks.items()
+    }
+
+
+def _difference(
+    base: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], headline: Sequence[str]
+) -> Difference:
+    """How far `other` is above `base` on the pictures that both have a score for: of the same prompt, and of the same
+    seed where the two were measured with the same seeds (else a prompt's scores are averaged over seeds first)."""
+    seeds = [sorted(member["seed"] for member in members) for members in (base, other)]
+    if seeds[0] == seeds[1] and len(set(seeds[0])) == len(seeds[0]):
+        by_seed = {member["seed"]: member["pictures"] for member in base}
+        pairs = [pair for m in other for pair in zip(by_seed[m["seed"]], m["pictures"], strict=True)]
+        differences = [(new, _minus(new["value"], old["value"])) for old, new in pairs]
+    else:
+        pictures = other[0]["pictures"]
+        differences = [
+            (picture, _minus(_mean_over_seeds(other, place), _mean_over_seeds(base, place)))
+            for place, picture in enumerate(pictures)
+        ]
+    scored = ((picture["task"], picture.get("cluster", picture["prompt"]), value) for picture, value in differences)
+    return paired_difference(_by_task(scored), headline)
+
+
+def _minus(new: float | None, old: float | None) -> float | None:
+    return None if new is None or old is None else new - old
+
+
+def _mean_over_seeds(members: Sequence[Mapping[str, Any]], place: int) -> float | None:
+    """The mean score of one prompt over the seeds; None where none of its pictures has one."""
+    values = [v for m in members if (v := m["pictures"][place]["value"]) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table; differences are to the first row, on the pairs of pictures that both have a score for."""
+    names = list(rows[0].tasks)
+    lines = [
+        "| model | seeds | "
+        + " | ".join(names)
+        + " | **overall** | 95 % interval | without score | difference | 95 % interval | pairs |",
+        "|" + "---|" * (len(names) + 8),
+    ]
+    for row in rows:
+        whole, apart = row.overall, row.difference
+        by = f"{apart.value:+.3f} | {apart.low:+.3f} to {apart.high:+.3f} | {apart.pairs}" if apart else " | | "
+        cells = " | ".join("–" if math.isnan(row.tasks[name]) else f"{row.tasks[name]:.2f}" for name in names)
+        lines.append(
+            f"| {row.name} | {row.seeds} | {cells} | **{whole.value:.3f}** | {whole.low:.3f} to {whole.high:.3f} "
+            f"| {whole.missing} | {by} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""Running a benchmark over a pipeline: pictures, scores by task with intervals, a table and a contact sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import asdict
+
+from lens_core.evaluation.statistics import Estimate, cluster_of
+from lens_core.types import Prompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+from lens_core.evaluation.run import Outcome, picture_seed
+
+
+def save_pictures(folder: Path, first: int, images: Tensor) -> None:
+    """Pictures uint8 [B,3,H,W] as PNG files, named by their index from `first` on."""
+    from PIL import Image as pil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, picture in enumerate(images, first):
+        pil.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{index:06d}.png")
+
+
+def as_result(outcome: Outcome, prompts: Sequence[Prompt], seed: int) -> dict[str, Any]:
+    """What result.json holds of an outcome: estimates, and each picture's prompt, task, seed, status and score."""
+
+    def numbers(estimate: Estimate) -> dict[str, Any]:  # JSON has no NaN
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(estimate).items()}
+
+    pictures = []
+    for index, (prompt, scored) in enumerate(zip(prompts, outcome.scores, strict=True)):
+        entry = {"prompt": prompt.text, "task": prompt.task, "seed": picture_seed(seed, index)}
+        entry |= {"status": scored.status, "value": scored.value}
+        cluster = cluster_of(prompt)
+        pictures.append(entry if cluster == prompt.text else entry | {"cluster": str(cluster)})
+    return {
+        "headline": [task for task in outcome.tasks if task in outcome.headline],
+        "overall": numbers(outcome.overall),
+        "pooled": numbers(outcome.pooled),
+        "tasks": {name: numbers(estimate) for name, estimate in outcome.tasks.items()},
+        **({"ceiling": {name: round(value, 6) for name, value in outcome.ceiling.items()}} if outcome.ceiling else {}),
+        "pictures": pictures,
+    }
+
+
+def table(outcome: Outcome) -> str:
+    """A Markdown table with 95 % intervals by prompt, and the ceiling where it is known."""
+    ceiling = outcome.ceiling
+    more = " ceiling |" if ceiling else ""
+    rows = [
+        f"| task | score | 95 % interval | pictures | distinct prompts |{more}",
+        "|---|---|---|---|---|" + "---|" * bool(more),
+    ]
+    tasks = len([name for name in outcome.tasks if name in outcome.headline])
+    named = {
+        **{name: (name, estimate) for name, estimate in outcome.tasks.items()},
+        "overall": (f"**overall** (mean of {tasks} tasks)", outcome.overall),
+        "pooled": ("all pictures", outcome.pooled),
+    }
+    for key, (name, estimate) in named.items():
+        span = f"{estimate.low:.3f} to {estimate.high:.3f}"
+        row = f"| {name} | {estimate.value:.3f} | {span} | {estimate.count} | {estimate.distinct} |"
+        rows.append(row + (f" {ceiling[key]:.3f} |" if ceiling and key in ceiling else " |" if ceiling else ""))
+    return "\n".join(rows)
+
+
+def contact_sheet(images: Tensor, labels: Sequence[str], passed: Sequence[bool | None], columns: int = 8) -> Image:
+    """Pictures uint8 [B,3,H,W] in a grid, each with its prompt, framed green if it passed and red if it failed."""
+    import textwrap
+
+    from PIL import Image as pil
+    from PIL import ImageDraw, ImageFont
+
+    high, wide = images.shape[-2:]
+    words = 34
+    rows = math.ceil(len(images) / columns)
+    sheet = pil.new("RGB", (columns * (wide + 8), rows * (high + 8 + words)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for i, picture in enumerate(images):
+        x, y = (i % columns) * (wide + 8) + 4, (i // columns) * (high + 8 + words) + 4
+        frame = {True: "#1a9641", False: "#d7191c", None: "#999999"}[passed[i]]
+        pen.rectangle((x - 3, y - 3, x + wide + 2, y + high + 2), fill=frame)
+        sheet.paste(pil.fromarray(picture.permute(1, 2, 0).numpy()), (x, y))
+        pen.multiline_text(
+            (x, y + high + 4), textwrap.fill(labels[i], max(8, wide // 6), max_lines=3), "black", font, spacing=1
+        )
+    return sheet

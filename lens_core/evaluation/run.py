@@ -1,0 +1,125 @@
+"""Running a benchmark over a pipeline: pictures, scores by task with intervals, a table and a contact sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+
+from lens_core.attribution import calling, checked_scores, prompts_of
+from lens_core.evaluation.statistics import ClusteredScores, Estimate, cluster_of, mean_of_tasks, pooled
+from lens_core.types import ConfigError, Prompt, Score
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lens_core.inference.pipeline import LensPipeline
+
+
+PICTURES_PER_SEED = 1_000_000
+"""Seeds of pictures that belong to one seed of a benchmark, so that two runs of it share no noise."""
+
+
+def picture_seed(seed: int, index: int) -> int:
+    """The seed of picture `index` of a benchmark run with `seed`. Raises ConfigError outside 0 to 2^63 / 1,000,000."""
+    if not 0 <= seed < 2**63 // PICTURES_PER_SEED:
+        raise ConfigError(f"a benchmark's seed must be from 0 to {2**63 // PICTURES_PER_SEED - 1}, not {seed}")
+    return seed * PICTURES_PER_SEED + index
+
+
+def by_task(prompts: Sequence[Prompt], scores: Sequence[Score]) -> dict[str, ClusteredScores]:
+    """Scores by task, in order of first appearance. Pictures without a score are counted apart, never as zeros."""
+    tasks: dict[str, tuple[list[float], list[Any], list[Score]]] = {}
+    for prompt, score in zip(prompts, scores, strict=True):
+        values, clusters, missing = tasks.setdefault(prompt.task, ([], [], []))
+        if score.value is None:
+            missing.append(score)
+        else:
+            values.append(score.value)
+            clusters.append(cluster_of(prompt))
+    return {
+        task: ClusteredScores(values, clusters, len(missing)) for task, (values, clusters, missing) in tasks.items()
+    }
+
+
+def draw(pipeline: LensPipeline, prompts: Sequence[Prompt], seed: int, batch: int, **settings: Any) -> Iterator[Tensor]:
+    """Images uint8 in order, `batch` at a time; picture i has the seed `seed + i` however they are batched."""
+    for start in range(0, len(prompts), batch):
+        texts = [p.text for p in prompts[start : start + batch]]
+        yield pipeline(texts, seed=seed + start, output_type="pt", **settings).images
+
+
+@frozen
+class Outcome:
+    """What a benchmark run measured."""
+
+    tasks: dict[str, Estimate]
+    overall: Estimate  # the mean of the headline tasks' means
+    pooled: Estimate  # the plain mean over all pictures: the share right, where scores are yes or no
+    scores: tuple[Score, ...]
+    images: Tensor
+    headline: tuple[str, ...]  # the tasks that `overall` is the mean of
+    ceiling: dict[str, float]  # by task, "overall" and "pooled": what right pictures score after the VAE; may be empty
+
+
+def evaluate(
+    pipeline: LensPipeline,
+    benchmark: Any,
+    *,
+    seed: int = 0,
+    batch: int = 50,
+    log: Callable[[str], None] = lambda line: None,
+    keep: Callable[[int, Tensor], None] = lambda first, images: None,
+    ceiling: bool = False,
+    **settings: Any,
+) -> Outcome:
+    """Draw every prompt of `benchmark` once and score the pictures; `settings` go to the pipeline's call.
+
+    Picture i has the seed `picture_seed(seed, i)`. `keep` gets the pictures as they come, with the index of the first
+    of them, so that they are not lost where scoring fails. `ceiling` asks for `ceiling_of` too.
+    Raises LensError where a headline task has no score.
+    """
+    import torch
+
+    prompts = prompts_of(benchmark)
+    if len(prompts) > PICTURES_PER_SEED:
+        raise ConfigError(f"a benchmark may have {PICTURES_PER_SEED} prompts at most, not {len(prompts)}")
+    images: list[Tensor] = []
+    for part in draw(pipeline, prompts, picture_seed(seed, 0), batch, **settings):
+        done = sum(map(len, images))
+        images.append(part.cpu())
+        keep(done, images[-1])
+        log(f"drew {done + len(part)} of {len(prompts)}")
+    pictures = torch.cat(images)
+    return score(benchmark, pictures, prompts, ceiling_of(pipeline, benchmark, prompts, pictures) if ceiling else {})
+
+
+def score(
+    benchmark: Any, images: Tensor, prompts: Sequence[Prompt], ceiling: Mapping[str, float] | None = None
+) -> Outcome:
+    """Score drawn pictures, uint8 [B,3,H,W], one a prompt."""
+    with calling(benchmark, "score"):
+        scores = benchmark.score(images, prompts)
+    scores = checked_scores(benchmark, scores, len(prompts))
+    tasks = by_task(prompts, scores)
+    headline = tuple(getattr(benchmark, "headline", tasks))
+    estimates = {name: task.estimate() for name, task in tasks.items()}
+    overall = mean_of_tasks(tasks, headline)
+    return Outcome(estimates, overall, pooled(tasks), scores, images, headline, dict(ceiling or {}))
+
+
+def ceiling_of(pipeline: LensPipeline, benchmark: Any, prompts: Sequence[Prompt], images: Tensor) -> dict[str, float]:
+    """What pictures that are right score after a pass through the pipeline's own VAE, in the size of `images`: by task,
+    and as "overall" and "pooled". Empty where the benchmark cannot make such pictures."""
+    if not hasattr(benchmark, "ceiling"):
+        return {}
+    with calling(benchmark, "ceiling"):
+        found = benchmark.ceiling(pipeline.vae, *images.shape[-2:])
+    tasks = by_task(prompts, checked_scores(benchmark, found, len(prompts), "ceiling"))
+    headline = tuple(getattr(benchmark, "headline", tasks))
+    return {
+        **{name: task.mean for name, task in tasks.items()},
+        "overall": mean_of_tasks(tasks, headline).value,
+        "pooled": pooled(tasks).value,
+    }

@@ -1,0 +1,130 @@
+"""LoRA: low-rank adapters of a network's linear layers (Hu et al., 2021).
+
+A layer W x becomes W x + (alpha / rank) B A x; only A and B learn, and B starts at 0, so a new adapter changes nothing.
+PEFT puts adapters beside layers for training; for sampling they are folded into the weights, at no cost a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from lens_core.checkpoints.lora_keys import FILE, Pair, write
+from lens_core.checkpoints.lora_keys import read as spelled
+from lens_core.recipe import Adapter
+from lens_core.types import CheckpointError, ConfigError
+
+__all__ = ["FILE", "Low", "attach", "fold", "merge", "owned", "read", "save", "tensors", "unfold"]
+NAME = "default"  # PEFT's, which file formats leave out
+
+
+def attach(net: nn.Module, adapter: Adapter) -> None:
+    """Put `adapter` beside its target layers, in place; draws A from torch's default generator.
+
+    Raises ConfigError if it names no linear layer of `net`.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    chosen = [n for n in linear if not adapter.targets or any(_ends(n, target) for target in adapter.targets)]
+    for target in adapter.targets:
+        if not any(_ends(name, target) for name in linear):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear})[:12])
+            raise ConfigError(f"adapter: no linear layer ends in {target!r}; layers end in {known}")
+    if not chosen:
+        raise ConfigError("adapter: the network has no linear layer to adapt; train it in full")
+    config = LoraConfig(r=adapter.rank, lora_alpha=adapter.scale * adapter.rank, target_modules=chosen)
+    inject_adapter_in_model(config, net, adapter_name=NAME)
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def owned(name: str) -> bool:
+    """Whether a parameter or a tensor of a state belongs to an adapter."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def save(net: nn.Module, adapter: Adapter, path: Path, prefix: str, spelling: str = "diffusers") -> None:
+    """Write the adapter in one of `spelling.SPELLINGS`: as diffusers reads it, `prefix.layer.lora_A.weight`, or as
+    Comfy or sd-scripts does, for which a backbone has no other name."""
+    found = {name.replace(f".{NAME}.", "."): value for name, value in tensors(net).items()}
+    pairs = {}
+    for name in sorted({name.partition(".lora_")[0] for name in found}):
+        down, up = (found[f"{name}.lora_{side}.weight"] for side in "AB")
+        pairs[name] = Pair(down, up, adapter.scale * adapter.rank)
+    write(path, pairs, spelling, prefix)
+
+
+@torch.no_grad()
+def merge(net: nn.Module) -> None:
+    """Fold the adapter into the weights it stood beside, in place: the network has its own names again."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[tuple[str, nn.Module]] = [(n, m) for n, m in net.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, layer in layers:
+        layer.merge(safe_merge=True)  # type: ignore[operator]  # torch cannot know that it is PEFT's
+        base: nn.Module = layer.get_base_layer()  # type: ignore[operator]
+        torch.autograd.graph.increment_version(list(base.parameters()))  # PEFT writes `.data`, which does not raise it
+        parent, _, child = name.rpartition(".")
+        setattr(net.get_submodule(parent), child, base)
+
+
+def tensors(net: nn.Module) -> dict[str, Tensor]:
+    """The adapter's part of the network's state."""
+    return {name: value for name, value in net.state_dict().items() if owned(name)}
+
+
+@frozen
+class Low:
+    """One layer's change: scale * up [out,rank] @ down [rank,in]."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def delta(self) -> Tensor:
+        """The change [out,in], in float32 at least."""
+        precise = torch.float64 if torch.float64 in (self.up.dtype, self.down.dtype) else torch.float32
+        return self.scale * (self.up.to(precise) @ self.down.to(precise))
+
+
+def read(path: Path, net: nn.Module) -> dict[str, Low]:
+    """A LoRA file or its folder, in any of the key formats of `lora_keys` -> the change of each layer of
+    `net`. Raises CheckpointError for what fits no layer, and for halves and shapes."""
+    layers = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
+    changes = {}
+    for layer, pair in spelled(path, layers).items():
+        shape = tuple(layers[layer].weight.shape)
+        if (len(pair.up), pair.down.shape[1]) != shape:
+            raise CheckpointError(
+                f"{path}: {layer} is {list(shape)} here, but {list(pair.up.shape)} x {list(pair.down.shape)} in the "
+                "file; it was made for another model"
+            )
+        changes[layer] = Low(pair.down, pair.up, pair.alpha / pair.rank)
+    return changes
+
+
+@torch.no_grad()
+def fold(net: nn.Module, changes: Mapping[str, Low], weight: float, plain: dict[str, Tensor]) -> None:
+    """Add `weight` times the changes to the layers of `net`, in place. `plain` gets the weights as they were before."""
+    for layer, change in changes.items():
+        target: Tensor = net.get_submodule(layer).weight  # type: ignore[assignment]  # a linear layer's
+        if layer not in plain:
+            plain[layer] = target.detach().to("cpu", copy=True)
+        delta = weight * change.delta().to(target.device)
+        target.copy_(target.to(delta.dtype) + delta)
+
+
+@torch.no_grad()
+def unfold(net: nn.Module, plain: dict[str, Tensor]) -> None:
+    """Put back, exactly, what `fold` changed, and empty `plain`."""
+    for layer, before in plain.items():
+        target: Tensor = net.get_submodule(layer).weight  # type: ignore[assignment]
+        target.copy_(before)
+    plain.clear()

@@ -1,0 +1,76 @@
+"""Pictures that Lens drew, as PNG files: written with the facts that drew them, and read back with suspicion."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lens_core.io import images
+from lens_core.io.atomic_files import write_atomic
+from lens_core.io.readers import parse_json
+from lens_core.types import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+LARGEST = 1 << 20
+"""Bytes of facts that are read from a picture."""
+
+
+def save(image: Image, path: Path, facts: dict[str, Any]) -> None:
+    """Write a PIL picture whose text chunk `lens` holds the facts that drew it, as JSON."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("lens", json.dumps(facts, ensure_ascii=False))
+    write_atomic(path, lambda p: image.save(p, format="PNG", pnginfo=info))
+
+
+def facts(path: Path) -> tuple[Image, dict[str, Any]]:
+    """A picture and what Lens wrote into it, of which nothing is believed: kinds and ranges are checked."""
+    image = images.read_raw(path)
+    text = image.info.get("lens")
+    if not isinstance(text, str):
+        raise ConfigError(f"{path}: carries no facts of Lens; it was drawn by something else, or saved again since")
+    try:
+        if len(text) > LARGEST:
+            raise ValueError(f"{len(text)} characters")
+        found = parse_json(text, finite=False, twins=True)
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise ConfigError(f"{path}: its facts cannot be read ({' '.join(str(error).split())})") from error
+    rules: dict[str, Callable[[Any], bool]] = {
+        "prompt": lambda v: isinstance(v, str),
+        "negative_prompt": lambda v: isinstance(v, str),
+        "model": lambda v: isinstance(v, str),
+        "model_hash": lambda v: isinstance(v, str),
+        "seed": lambda v: _whole(v, 0, 2**63),
+        "height": lambda v: _whole(v, 1, 2**14 + 1),
+        "width": lambda v: _whole(v, 1, 2**14 + 1),
+        "steps": lambda v: _whole(v, 1, 2**16 + 1),
+        "guidance_scale": _finite,
+        "guidance_interval": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_finite, v)),
+        "strength": _finite,
+        "sampler": lambda v: isinstance(v, dict) and isinstance(v.get("use"), str),
+        "loras": lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
+    }
+    optional = ("guidance_interval", "strength", "sampler", "loras")
+    for name, holds in rules.items():
+        if name not in found and name in optional:
+            continue
+        if name not in found or not holds(found[name]):
+            raise ConfigError(f"{path}: its facts have no sound {name!r}; the picture cannot be drawn from them")
+    return image, found
+
+
+def _whole(value: object, low: int, high: int) -> bool:
+    return type(value) is int and low <= value < high
+
+
+def _finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]

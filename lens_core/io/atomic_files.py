@@ -1,0 +1,107 @@
+"""Weights and descriptions on disk: safetensors and JSON only, checked at the border, written atomically.
+
+A checkpoint is the published diffusers folder layout plus `lens.json`:
+`{"format": 1, "components": {kind: {"use", "config"}}, "presets": {"steps", "guidance_scale"}, "plugins": {name: …},
+"files": {path: SHA-256}}`; `files` is what `lens_core.checkpoints.integrity` checks.
+A component with `"from"` is lent: its files are those of another checkpoint, a Hub name or a plugin's such as `tiny:`,
+and `"hash"` says which they were.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lens_core.io import readers
+from lens_core.types import CheckpointError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class WriteError(CheckpointError):
+    """Something could not be written: no room, no permission."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong with the disk inside becomes a WriteError about `path`, in one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = re.search(r"os error (\d+)", str(error))  # how safetensors, which raises an error of its own, tells it
+        code = int(number[1]) if number else getattr(error, "errno", None)
+        why = os.strerror(code) if code else " ".join(str(error).split())
+        room = "make room, or " if code in FULL else ""
+        raise WriteError(f"{path}: cannot be written: {why}; {room}choose another output") from error
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary neighbour of `path`, then move it there: whole or not at all."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, data: Mapping[str, Any]) -> None:
+    """Add a line of JSON to a log. A power failure or a full disk may leave the last line torn, never one before."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(data, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_log(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
+    """The lines of a log about steps up to `last`. Lines that are torn, or about no step, are left out.
+
+    A step is a whole number from 0 on; other values are as they stand, NaN and infinite ones included."""
+    found = []
+    for data in readers.json_lines(path, CheckpointError) if path.is_file() else ():
+        step: Any = data.get("step") if isinstance(data, dict) else None
+        if type(step) in (int, float) and 0 <= step < 2**53 and step == int(step) and step <= last:
+            found.append(data)
+    return found
+
+
+def rewrite_log(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """These lines and no others."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_atomic(path, lambda p: p.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
+
+
+def read_json(path: Path, *, finite: bool = True, most: int = readers.LARGEST_TEXT) -> dict[str, Any]:
+    """The JSON object in `path`, a file of at most `most` bytes; `finite`: without NaN and infinite numbers."""
+    missing = "missing; fetch the checkpoint again, this file included"
+    text = readers.read_bytes(path, most, CheckpointError, missing)
+    try:
+        data = readers.parse_json(text, finite=finite)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({readers.one_line(error)})") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, not {type(data).__name__}")
+    return data

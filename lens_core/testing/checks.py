@@ -1,0 +1,385 @@
+"""What components promise, as checks for a plugin's own tests: each raises AssertionError with one clear line.
+
+    def test_hashed_words_keeps_the_contract() -> None:
+        check_text_encoder(HashedWords(config), config)
+
+Give them small float32 components on the CPU, with weights that count: of a network that is still 0 they learn little.
+What carries weights is put in eval mode and saved to a temporary folder. Global generators are left as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens_core.catalog import _flaw
+from lens_core.inference.pipeline import PARTS, LensPipeline
+from lens_core.protocols import KINDS, Weighty
+from lens_core.training.optimizers import optimizer_step
+from lens_core.types import Batch, Loss, Prompt, Score, Text
+
+PROMPTS = ("a red circle", "two blue squares left of a small green star", "")
+NEAR = 1e-4  # relative error that the order of sums may cost in float32
+
+
+def _hold(holds: bool, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)
+
+
+def _near(a: Tensor, b: Tensor, what: str) -> None:
+    a, b = a.float(), b.float()
+    _hold(a.shape == b.shape and float((a - b).norm()) <= NEAR * max(1.0, float(b.norm())), what)
+
+
+def _shaped(x: Any, shape: Sequence[int], what: str, dtype: torch.dtype | None = None) -> None:
+    _hold(isinstance(x, Tensor), f"{what} is a {type(x).__name__}, not a tensor")
+    _hold(list(x.shape) == list(shape), f"{what} has the shape {list(x.shape)}, not {list(shape)}")
+    wrong = x.dtype != dtype if dtype else not x.dtype.is_floating_point
+    _hold(not wrong, f"{what} is {x.dtype}, not {dtype or 'a float'}")
+    _hold(bool(x.isfinite().all()), f"{what} is not finite")
+
+
+def _rand(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _twice(run: Callable[[], Any], what: str) -> Any:
+    """The answer of `run`, which must be the same twice and draw nothing from torch's global generator."""
+    before = torch.get_rng_state()
+    first, second = run(), run()
+    _hold(torch.equal(before, torch.get_rng_state()), f"{what} draws from torch's global generator; take a generator")
+    _hold(_equal(first, second), f"{what} is not the same twice")
+    return first
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, Text):
+        return _equal([a.features, a.mask], [b.features, b.mask])
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)
+
+
+def _json(state: Any, name: str) -> Any:
+    """What is left of a state after a checkpoint."""
+    try:
+        return json.loads(json.dumps(state))
+    except (TypeError, ValueError) as error:
+        raise AssertionError(f"{name}.state_dict must hold tensors and what JSON can keep: {error}") from error
+
+
+def _component(component: Any, kind: str) -> str:
+    """Its name for messages, once its class could be offered by a plugin."""
+    name, protocol = type(component).__name__, KINDS[kind][1]
+    fault = _flaw(type(component), kind)
+    _hold(fault is None, str(fault))
+    promised = [*getattr(protocol, "__annotations__", ()), *(("save", "load") if Weighty in protocol.__mro__ else ())]
+    missing = [n for n in promised if not hasattr(component, n)]
+    _hold(not missing, f"{name} lacks {', '.join(missing)}, which every {kind} has")
+    return name
+
+
+def _survives(module: Any, config: Any, run: Callable[[Any], Any], name: str) -> None:
+    """save, load: the same weights, the same answers; and in bfloat16 if asked."""
+    with tempfile.TemporaryDirectory() as folder:
+        module.save(Path(folder))
+        again = type(module).load(Path(folder), config).eval()
+        half = type(module).load(Path(folder), config, dtype=torch.bfloat16)
+    before, after = module.state_dict(), again.state_dict()
+    lost = sorted(k for k in before.keys() | after.keys() if k not in before or not _equal(before[k], after.get(k)))
+    _hold(not lost, f"{name}: {lost[:1]} is not what was saved")
+    _hold(_equal(run(module), run(again)), f"{name}: answers differently after save and load")
+    kinds = {p.dtype for p in half.parameters()}
+    _hold(kinds <= {torch.bfloat16}, f"{name}: load(dtype=torch.bfloat16) gives {kinds}")
+
+
+@torch.no_grad()
+def check_vae(vae: Any, config: Any) -> None:
+    """Shapes, determinism, rows that do not depend on their batch, and the disk. `config` is what `vae` was built from.
+
+    Unit variance is not asked for: an untrained one does not have it.
+    """
+    name = _component(vae, "vae")
+    vae.eval()
+    h, w = 2, 3
+    pixels = _rand(0, 2, 3, h * vae.downscale, w * vae.downscale).clamp(-1, 1)
+    z = _twice(lambda: vae.encode(pixels), f"{name}.encode")
+    _shaped(z, [2, vae.channels, h, w], f"{name}: z")
+    _near(z[1:], vae.encode(pixels[1:]), f"{name}: a picture's z depends on its batch")
+    back = _twice(lambda: vae.decode(z), f"{name}.decode")
+    _shaped(back, pixels.shape, f"{name}: the decoded picture")
+    _near(back[1:], vae.decode(z[1:]), f"{name}: a decoded picture depends on its batch")
+    _survives(vae, config, lambda v: [v.encode(pixels), v.decode(z)], name)
+
+
+@torch.no_grad()
+def check_text_encoder(encoder: Any, config: Any, prompts: Sequence[str] = PROMPTS) -> None:
+    """Shapes, a mask that says what counts, prompts that are read and do not depend on their batch, and the disk."""
+    name = _component(encoder, "text_encoder")
+    encoder.eval()
+    text = _twice(lambda: encoder.encode(prompts), f"{name}.encode")
+    _hold(isinstance(text, Text), f"{name}.encode gives a {type(text).__name__}, not a Text")
+    tokens = text.mask.shape[-1]
+    _shaped(text.features, [len(prompts), encoder.layers, tokens, encoder.width], f"{name}: features")
+    _shaped(text.mask, [len(prompts), tokens], f"{name}: mask", torch.bool)
+    told = []
+    for row, prompt in enumerate(prompts):
+        alone = encoder.encode([prompt])
+        mine, own = text.features[row][:, text.mask[row]], alone.features[0][:, alone.mask[0]]
+        _near(mine, own, f"{name}: the features of {prompt!r} depend on its batch")
+        told.append(own)
+    _hold(not any(_equal(a, b) for a, b in itertools.combinations(told, 2)), f"{name}: two prompts read the same")
+    _survives(encoder, config, lambda e: e.encode(prompts), name)
+
+
+def check_backbone(backbone: Any, config: Any, *, channels: int, layers: int, width: int) -> None:
+    """Shapes, T = 0, masked tokens that do not count, rows that do not depend on their batch, gradients, the disk; and
+    packed batches where it has `packed`.
+
+    `channels` is C of the VAE it is made for; `layers` and `width` are L and D of the text encoder.
+    """
+    name = _component(backbone, "backbone")
+    backbone.eval()
+    x, t = _rand(0, 2, channels, 4, 6), torch.tensor([0.25, 1.0])
+    mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    text = Text(_rand(1, 2, layers, 5, width), mask)
+    given = copy.deepcopy((x, t, text))
+    with torch.no_grad():
+        v = _twice(lambda: backbone(x, t, text), name)
+        _shaped(v, x.shape, f"{name}: v")
+        _hold(_equal(given, (x, t, text)), f"{name} changes what it is given")
+        for row in (0, 1):
+            own = slice(row, row + 1)
+            _near(v[own], backbone(x[own], t[own], text[own]), f"{name}: a row of v depends on its batch")
+        louder = Text(text.features.masked_fill(~mask[:, None, :, None], 100.0), mask)
+        _near(backbone(x, t, louder), v, f"{name}: tokens that the mask hides change v")
+        none = backbone(x, t, Text.empty(2, layers, width, like=x))
+        _shaped(none, x.shape, f"{name}: v without text (T = 0)")
+        hidden = backbone(x, t, Text(text.features, torch.zeros_like(mask)))
+        _near(hidden, none, f"{name}: a text that is all masked is not the empty text (T = 0)")
+        if hasattr(backbone, "packed"):
+            xs = [x[0], x[1, :, :3], x[0, :, :, :5]]
+            rows = [0, 1, 1]
+            several = Text(text.features[rows], torch.cat([mask, mask.new_zeros(1, 5)]))
+            found = _twice(lambda: backbone.packed(xs, t[rows], several), f"{name}.packed")
+            _hold(len(found) == 3, f"{name}.packed: {len(found)} velocities for 3 samples")
+            for i, one in enumerate(xs):
+                alone = backbone(one[None], t[rows][i : i + 1], several[i : i + 1])[0]
+                _near(found[i], alone, f"{name}.packed: a sample of a packed batch is not what it is alone")
+        _survives(backbone, config, lambda b: b(x, t, text), name)
+    backbone.train().requires_grad_(True)
+    backbone(x, t, text).square().sum().backward()
+    _hold(any(p.grad is not None for p in backbone.parameters()), f"{name}: no weight gets a gradient")
+    backbone.zero_grad()
+    backbone.eval()
+
+
+def check_sampler(sampler: Any) -> None:
+    """Times that fall from 1 to 0, one step each, and an exact arrival where every velocity points at the data."""
+    name = _component(sampler, "sampler")
+    for size, steps in (((2, 3), 1), ((2, 3), 4), ((64, 64), 20)):
+        times = _twice(partial(sampler.times, size, steps), f"{name}.times")
+        _shaped(times, [steps + 1], f"{name}: times for {steps} steps", torch.float32)
+        falls = times[0] == 1 and times[-1] == 0 and bool((times.diff() < 0).all())
+        _hold(bool(falls), f"{name}: times must fall from 1 to 0, not {times.tolist()}")
+    noise, data = _rand(0, 2, 3, 2, 3), _rand(1, 2, 3, 2, 3)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        _shaped(x, [len(x), 3, 2, 3], f"{name}: the velocity's x", torch.float32)
+        _shaped(t, [len(x)], f"{name}: the velocity's t", torch.float32)
+        goal, start = data[-len(x) :], noise[-len(x) :]
+        late = t.view(-1, 1, 1, 1)
+        return torch.where(late > 0, (x - goal) / late, start - goal)
+
+    walk = _twice(lambda: list(sampler.walk(velocity, noise, 4)), f"{name}.walk")
+    _hold(len(walk) == 4, f"{name}: walk yields {len(walk)} times in 4 steps")
+    told, want = [float(t) for t, _ in walk], sampler.times((2, 3), 4)[1:].tolist()
+    _hold(all(map(math.isclose, told, want)), f"{name}: walk is at the times {told}, not at those of times(): {want}")
+    _near(walk[-1][1], data, f"{name}: does not arrive at the data that every velocity points at")
+    alone = list(sampler.walk(velocity, noise[1:], 4))
+    _near(walk[-1][1][1:], alone[-1][1], f"{name}: a row of x depends on its batch")
+
+
+def check_reward(reward: Any, prompts: Sequence[Prompt], images: Tensor | None = None) -> None:
+    """One Score each, the same twice and alone, and no exception for a prompt that it cannot judge.
+
+    `images` uint8 [B,3,H,W] go with the prompts; None: noise of 64 px.
+    """
+    name = _component(reward, "reward")
+    if images is None:
+        images = (_rand(0, len(prompts), 3, 64, 64) * 64 + 128).clamp(0, 255).to(torch.uint8)
+    given = images.clone()
+    scores = _twice(lambda: list(reward.score(images, prompts)), f"{name}.score")
+    _hold(_equal(given, images), f"{name} changes the pictures")
+    _hold(len(scores) == len(prompts), f"{name}: {len(scores)} scores for {len(prompts)} pictures")
+    for row, score in enumerate(scores):
+        _hold(isinstance(score, Score), f"{name}: a verdict is {score!r}, not a Score")
+        _hold(math.isfinite(score.value or 0.0), f"{name}: a score is {score.value}; what broke is Score('failed')")
+        alone = reward.score(images[row : row + 1], prompts[row : row + 1])[0]
+        _hold(alone == score, f"{name}: a picture's score depends on its batch")
+    try:
+        reward.score(images[:1], [Prompt("a prompt without data")])
+    except Exception as error:
+        raise AssertionError(f"{name}: what cannot be judged is Score('abstain'), not {error!r}") from error
+
+
+def check_dataset(make: Callable[[], Any], before: int = 2, after: int = 3) -> None:
+    """Batches of one size or packed, as many captions as pictures, and a state that JSON keeps and goes on exactly.
+
+    The state is taken after `before` batches of what `make` builds; what it builds anew goes on for `after` more.
+    """
+    dataset, fresh = make(), make()
+    name = _component(dataset, "dataset")
+    stream = dataset.batches(0, 1)
+    for batch in itertools.islice(stream, before):
+        _hold(len(batch) > 0, f"{name}: a batch is empty")
+        if isinstance(images := batch.images, tuple):
+            _hold(len(images) == len(batch), f"{name}: {len(images)} images for {len(batch)} captions")
+            for image in images:
+                _shaped(image, [3, *image.shape[1:]], f"{name}: an image", torch.uint8)
+        elif batch.images is not None:
+            _shaped(batch.images, [len(batch), 3, *batch.images.shape[2:]], f"{name}: images", torch.uint8)
+        _hold(len(batch.keys) in (0, len(batch)), f"{name}: {len(batch.keys)} keys for {len(batch)} samples")
+    fresh.load_state_dict(_json(dataset.state_dict(), name))
+    for mine, theirs in zip(itertools.islice(stream, after), fresh.batches(0, 1), strict=False):
+        same = all(_equal(getattr(mine, n), getattr(theirs, n)) for n in ("images", "captions", "keys"))
+        _hold(same, f"{name}: goes on with other batches after state_dict and load_state_dict")
+
+
+class _Bench:
+    """A loop in small: what the trainer does around a method, with plain gradient descent in one fused kernel.
+
+    A fused kernel does not raise the version of the weights that it writes, as the loop's does not.
+    """
+
+    def __init__(self, method: Any, batches: Sequence[Batch]) -> None:
+        self.method, self.batches = method, batches
+        self.nets: dict[str, nn.Module] = dict(method.roles())
+        _hold(bool(self.nets), f"{type(method).__name__}: nobody can learn; roles() is empty")
+        for net in self.nets.values():
+            net.requires_grad_(False).eval()
+        self.rng, self.given, self.step = torch.Generator().manual_seed(0), 0, 0
+        self.name = type(method).__name__
+        self.source: Iterator[Sequence[Any]] | None = None
+
+    def _stream(self) -> Iterator[Batch]:
+        for _ in range(1000):
+            self.given += 1
+            yield self.batches[(self.given - 1) % len(self.batches)]
+        raise AssertionError(f"{self.name}.steps pulls 1000 batches for a few steps; it must be lazy")
+
+    def learn(self, steps: int) -> list[float]:
+        """The losses of the next `steps` steps."""
+        losses = []
+        self.source = self.source or self.method.steps(self._stream(), self.nets, self.rng)
+        for micro in itertools.islice(self.source, steps):
+            _hold(torch.is_grad_enabled(), f"{self.name}.steps leaves gradients off while its step is out")
+            _hold(len(micro) > 0, f"{self.name}.steps yields a step without a micro-batch")
+            for role in self.method.turns(self.step):
+                _hold(role in self.nets, f"{self.name}.turns names {role!r}; the roles are {', '.join(self.nets)}")
+                losses += [self._turn(role, batch) for batch in micro]
+            self.method.after_step(self.step, self.nets)
+            self.step += 1
+        return losses
+
+    def _turn(self, role: str, batch: Any) -> float:
+        net = self.nets[role].requires_grad_(True).train()
+        loss = self.method.loss(role, self.nets, batch, self.rng)
+        _hold(isinstance(loss, Loss), f"{self.name}.loss gives a {type(loss).__name__}, not a Loss")
+        _shaped(loss.total, [], f"{self.name}: the loss of {role}")
+        _hold(loss.total.requires_grad, f"{self.name}: the loss of {role} has no gradient")
+        attached = [k for k, v in (*loss.parts.items(), *loss.sums.items()) if v.requires_grad]
+        _hold(not attached, f"{self.name}: the parts {attached} have a gradient; detach them")
+        loss.total.backward()
+        _hold(any(p.grad is not None for p in net.parameters()), f"{self.name}: the loss of {role} does not reach it")
+        own = {id(p) for p in net.parameters()}
+        touched = [r for r, n in self.nets.items() for p in n.parameters() if p.grad is not None and id(p) not in own]
+        _hold(not touched, f"{self.name}: the loss of {role} gives {', '.join(touched[:1])} gradients too")
+        optimizer_step(torch.optim.SGD(list(net.parameters()), lr=1e-3, fused=True))  # without momentum: no state
+        if loss.sums:
+            self.method.after_update(role, self.nets, {k: v.detach().double() for k, v in loss.sums.items()})
+        net.zero_grad()
+        net.requires_grad_(False).eval()
+        return float(loss.total.detach())
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint would hold of it: the method's tensors, and the rest as JSON."""
+        kept = self.method.state_dict()
+        plain = _json({k: v for k, v in kept.items() if not isinstance(v, Tensor)}, self.name)
+        nets = {r: {k: v.clone() for k, v in n.state_dict().items()} for r, n in self.nets.items()}
+        tensors = {k: v.clone() for k, v in kept.items() if isinstance(v, Tensor)}
+        return {
+            "method": {**plain, **tensors}, "nets": nets, "given": self.given, "step": self.step,
+            "rng": self.rng.get_state(), "torch": torch.get_rng_state(),
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.method.load_state_dict(state["method"])
+        for role, net in self.nets.items():
+            net.load_state_dict(state["nets"][role])
+        self.given, self.step = state["given"], state["step"]
+        self.rng.set_state(state["rng"])
+        torch.set_rng_state(state["torch"])
+
+
+def check_method(make: Callable[[], Any], batches: Sequence[Batch], steps: int = 2) -> None:
+    """Losses with a gradient for the acting role alone, and a run that goes on, loss for loss, where it was stopped.
+
+    Trains what `make` builds for `2 * steps` steps on `batches`, over and over; then what it builds anew goes on from
+    the state after `steps`. A method that pulls batches ahead, or keeps what its state_dict does not tell, differs.
+    Where the method keeps a whole pipeline as `pipeline`, both draw the same picture at the end, although one of them
+    has drawn before: what is kept between pictures must not outlive an optimizer step.
+    """
+
+    def build() -> _Bench:
+        torch.manual_seed(0)  # as the loop seeds before it builds: parts without a role are in no state
+        return _Bench(make(), batches)
+
+    with torch.random.fork_rng(), torch.enable_grad():
+        whole = build()
+        name = _component(whole.method, "method")
+        whole.learn(steps)
+        state = whole.state()
+        _picture(whole.method)
+        want = whole.learn(steps)
+        again = build()
+        again.restore(state)
+        got = again.learn(steps)
+        _hold(got == want, f"{name}: resumed after {steps} steps its losses are {got}, uninterrupted {want}")
+        if hasattr(whole.method, "validate"):
+            before = copy.deepcopy([list(n.parameters()) for n in whole.nets.values()])
+            rng = torch.Generator()
+            seen = _twice(
+                lambda: dict(whole.method.validate(batches[0], whole.nets, rng.manual_seed(0))), f"{name}.validate"
+            )
+            _hold("loss" in seen and all(map(math.isfinite, seen.values())), f"{name}.validate gives {seen}, no loss")
+            _hold(
+                _equal(before, [list(n.parameters()) for n in whole.nets.values()]), f"{name}.validate changes weights"
+            )
+        lost = [r for r, n in whole.nets.items() if not _equal(list(n.parameters()), list(again.nets[r].parameters()))]
+        _hold(not lost, f"{name}: resumed after {steps} steps {', '.join(lost)} ends with other weights")
+        same = _equal(_picture(whole.method), _picture(again.method))
+        _hold(same, f"{name}: its pipeline draws with what it kept of earlier weights; a cache must see every step")
+
+
+def _picture(method: Any) -> list[Tensor]:
+    """The latents of one picture, drawn by the method's pipeline where it keeps a whole one."""
+    pipeline = getattr(method, "pipeline", None)
+    if not isinstance(pipeline, LensPipeline) or any(getattr(pipeline, part) is None for part in PARTS):
+        return []
+    side = 2 * pipeline.vae.downscale
+    settings = {"height": side, "width": side, "num_inference_steps": 2, "seed": 0, "output_type": "latent"}
+    return list(pipeline(PROMPTS[0], **settings).images)

@@ -1,0 +1,1 @@
+"""The one training loop: trainer, evaluation during training, distribution, checkpoints, memory estimates."""

@@ -1,0 +1,242 @@
+"""Looks at a run while it goes on: a grid of samples, benchmarks, held-out losses, and which weights were the best.
+
+A look is a line of `watch.jsonl`. Which weights are the best, and whether patience is at an end, are functions of the
+lines up to the step at hand and of nothing else, so a resumed run decides as the uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens_core.attribution import batches_of, building, calling, prompts_of
+from lens_core.catalog import Catalog
+from lens_core.checkpoints import manifest, tensor_files
+from lens_core.evaluation import report, run
+from lens_core.inference.pipeline import PARTS, LensPipeline
+from lens_core.io import atomic_files
+from lens_core.recipe import Watch, build
+from lens_core.types import CheckpointError, ConfigError, LensError, Prompt
+
+COLUMNS = 8  # of a sample grid
+
+
+class Interrupted(Exception):
+    """The run has been asked to stop; the look has left nothing behind that counts."""
+
+
+class Watcher:
+    """The looks at one run in a folder. Raises ConfigError at once where pipeline or method cannot be watched."""
+
+    def __init__(
+        self, config: Watch, catalog: Catalog, pipeline: LensPipeline, method: Any, out: Path,
+        say: Callable[[str], None], *, writes: bool = True,
+    ) -> None:  # fmt: skip
+        self.config, self.pipeline, self.method, self.out, self.say = config, pipeline, method, out, say
+        self.writes = writes  # where processes look together, one of them does
+        absent = [p.replace("_", " ") for p in PARTS if getattr(pipeline, p) is None]
+        if absent and (config.prompts or config.benchmarks):
+            raise ConfigError(
+                f"$.watch: a pipeline without a {' and a '.join(absent)} cannot draw; add what is missing, or leave "
+                "prompts and benchmarks out"
+            )
+        if not absent:
+            pipeline.size(*(config.size or (None, None)))  # which refuses what is not on its grid
+        self.judges: dict[str, Any] = {}
+        for i, (name, use) in enumerate(config.judges().items()):
+            full, cls, options = build(catalog, "benchmark", use, f"$.watch.benchmarks[{i}]")
+            with building(full):
+                self.judges[name] = cls(options)
+            if not prompts_of(self.judges[name]):
+                raise ConfigError(f"$.watch.benchmarks[{i}]: {name} has no prompts")
+        self.held: Any = None
+        if config.validation is not None:
+            if not hasattr(method, "validate"):
+                raise ConfigError(
+                    f"$.watch.validation: {type(method).__name__} has no validate(), so it measures nothing on "
+                    "pictures that it does not learn from; leave validation out"
+                )
+            full, cls, options = build(catalog, "dataset", config.validation, "$.watch.validation")
+            with building(full):
+                self.held = cls(options)
+            self._first = self.held.state_dict()
+        self.lines: dict[int, dict[str, Any]] = {}  # by step
+
+    # ---- what follows from the lines ------------------------------------------------------------------------------
+
+    def resume(self, step: int, changed: Sequence[str]) -> None:
+        """Read what was seen. Looks beyond `step`, which a killed run had taken, count when the run gets there again:
+        it will be the same run. Where its recipe has `changed`, in these places, they are forgotten."""
+        path = self.out / "watch.jsonl"
+        found = atomic_files.read_log(path, step if changed else torch.inf)
+        self.lines = {int(line["step"]): line for line in found}
+        for line in self.lines.values():
+            if not _is_score(line.get("score")):  # a file that was changed, or not written by this version
+                line.pop("score", None)
+        best = self.best(step)
+        judged = [c for c in changed if c.startswith("$.watch") and not c.startswith(("$.watch.every", "$.watch.pat"))]
+        if changed and best is not None and (judged or not self._file(best).is_file()):
+            why = "were judged otherwise" if judged else "are gone"
+            self.say(f"the weights of step {best}, the best so far, {why}; the best is chosen anew")
+            for line in self.lines.values():
+                line.pop("score", None)
+        if path.is_file():
+            atomic_files.rewrite_log(path, self.lines.values())
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether there is to be a look at `step`, of a run of `last` steps, that has not been taken."""
+        return (step % self.config.every == 0 or step == last) and step not in self.lines
+
+    def _scores(self, step: int) -> dict[int, float]:
+        return {n: line["score"] for n, line in sorted(self.lines.items()) if n <= step and "score" in line}
+
+    def best(self, step: int) -> int | None:
+        """The step of the best score up to `step`; of equal ones the first."""
+        scores = self._scores(step)
+        return max(scores, key=lambda n: scores[n]) if scores else None
+
+    def over(self, step: int) -> bool:
+        """Whether the last `patience` looks have all brought no better score."""
+        best = self.best(step)
+        return bool(self.config.patience) and sum(n > (best or 0) for n in self._scores(step)) >= self.config.patience
+
+    def lament(self) -> str:
+        """Why it is over."""
+        return f"no better {self.config.keep_best} in {self.config.patience} looks"
+
+    def weights(self, step: int) -> dict[str, Tensor] | None:
+        """The best weights up to `step`, as ROLE/NAME; None where none are kept, or they cannot be read."""
+        best = self.best(step)
+        if best is None:
+            return None
+        score, looks = self.lines[best]["score"], len(self._scores(step))
+        try:
+            if manifest.hash_of(self._file(best)) != self.lines[best].get("sha256"):
+                raise CheckpointError(f"{self._file(best)}: is not what was written; some of its bits have changed")
+            found = tensor_files.read_tensors(self._file(best))
+        except (CheckpointError, OSError) as error:
+            self.say(f"the model is that of the last step, {step}, for the best cannot be read: {error}")
+            return None
+        self.say(f"the model is that of step {best}: {self.config.keep_best} {score:.4f}, the best of {looks} looks")
+        return found
+
+    def _file(self, step: int) -> Path:
+        return self.out / "best" / f"step-{step:07d}.safetensors"
+
+    # ---- a look ---------------------------------------------------------------------------------------------------
+
+    def look(
+        self, step: int, nets: Mapping[str, nn.Module], weights: Callable[[], dict[str, Tensor]],
+        stopping: Callable[[], bool], agreed: Callable[[Any], Any],
+    ) -> dict[str, Any]:  # fmt: skip
+        """Draw, judge and measure; the line that tells of it. `weights` are what would be exported now, ROLE/NAME.
+
+        Processes that look together all go by what the first one has seen, which `agreed` gives.
+        A benchmark that fails is told and does not stop the run. Raises Interrupted soon after `stopping` is true.
+        """
+
+        def check(_: str = "") -> None:
+            if stopping():
+                raise Interrupted
+
+        begun, config = time.monotonic(), self.config
+        found: dict[str, float] = {}
+        failed: dict[str, str] = {}
+        check()
+        if config.prompts:
+            self._sheet(step, check)
+        for name, judge in self.judges.items():
+            scores, fault = {}, ""
+            try:
+                outcome = run.evaluate(
+                    self.pipeline, judge, seed=config.seed, batch=config.batch, log=check, **self._settings()
+                )
+                scores = {name: outcome.overall.value}
+                scores |= {f"{name}/{task}": of.value for task, of in outcome.tasks.items() if of.count}
+            except LensError as error:
+                fault = str(error)
+            scores, fault = agreed((scores, fault))
+            if fault:
+                failed[name] = fault
+                self.say(f"step {step}: the benchmark {name} failed, and the run goes on: {fault}")
+            found |= scores
+        if self.held is not None:
+            found |= agreed(self._validate(nets, check))
+        found = {name: round(value, 6) for name, value in found.items()}
+        line: dict[str, Any] = {"step": step, "seconds": round(time.monotonic() - begun, 1), **found}
+        line |= {"failed": failed} if failed else {}
+        if _is_score(found.get(config.keep_best)):
+            best, line["score"] = self.best(step), found[config.keep_best]
+            if best is None or line["score"] > self.lines[best]["score"]:
+                held = weights()
+                if self.writes:
+                    line["sha256"] = tensor_files.save_tensors(self._file(step), held)
+        self.lines[step] = line
+        if self.writes:
+            atomic_files.append(self.out / "watch.jsonl", line)
+            self._tidy()
+        told = "  ".join(f"{k} {found[k]:.4f}" for k in found if k in self.judges or k == "validation/loss")
+        self.say(f"step {step}: looked for {line['seconds']:.0f} s  {told}".rstrip())
+        return line
+
+    def _settings(self) -> dict[str, Any]:
+        height, width = self.config.size or (None, None)
+        return {
+            "height": height,
+            "width": width,
+            "num_inference_steps": self.config.steps,
+            "guidance_scale": self.config.guidance_scale,
+        }
+
+    def _sheet(self, step: int, check: Callable[[], None]) -> None:
+        """samples/step-N.png; where the numbers leave the finite, no picture and a word about it."""
+        prompts = [Prompt(text) for text in self.config.prompts]
+        parts = []
+        try:
+            for part in run.draw(self.pipeline, prompts, self.config.seed, self.config.batch, **self._settings()):
+                parts.append(part.cpu())
+                check()
+        except LensError as error:
+            self.say(f"step {step}: the samples cannot be drawn, and the run goes on: {error}")
+            return
+        if not self.writes:
+            return
+        columns = min(COLUMNS, len(prompts))
+        sheet = report.contact_sheet(torch.cat(parts), self.config.prompts, [None] * len(prompts), columns)
+        path = self.out / "samples" / f"step-{step:07d}.png"
+        atomic_files.write_atomic(path, lambda p: sheet.save(p, format="PNG"))
+
+    def _validate(self, nets: Mapping[str, nn.Module], check: Callable[[], None]) -> dict[str, float]:
+        """Means over the samples of the held-out dataset's first batches: the same ones, under the same noise."""
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        self.held.load_state_dict(self._first)
+        for number, batch in enumerate(islice(batches_of(self.held, 0, 1), self.config.batches)):
+            check()
+            rng = torch.Generator().manual_seed(self.config.seed + number)
+            there = batch.to(self.pipeline.device)
+            with calling(self.method, "validate"):
+                found = {name: float(value) for name, value in self.method.validate(there, nets, rng).items()}
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value * len(batch)
+                counts[name] = counts.get(name, 0) + len(batch)
+        return {f"validation/{name}": total / counts[name] for name, total in sorted(sums.items())}
+
+    def _tidy(self) -> None:
+        """Keep the best weights alone."""
+        best = self.best(max(self.lines))
+        if best is not None:
+            for path in set((self.out / "best").glob("step-*.safetensors")) - {self._file(best)}:
+                path.unlink()
+
+
+def _is_score(value: object) -> bool:
+    """Whether weights can be chosen by it: NaN, which a benchmark without a verdict gives, is above and below none."""
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]  # a number, by its type

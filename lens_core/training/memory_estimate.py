@@ -1,0 +1,214 @@
+"""What a recipe would need, before anything is loaded: its parts on the meta device, and memory by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens_core.attribution import check_on_meta
+from lens_core.catalog import Catalog
+from lens_core.checkpoints import hub, manifest
+from lens_core.inference import lora
+from lens_core.inference.pipeline import PARTS, WEIGHTY, LensPipeline
+from lens_core.recipe import Recipe, Use, build, unstructure
+from lens_core.training import frozen_weights
+from lens_core.types import LensError
+
+PUBLISHED = "published:"
+"""The name under which a plugin describes the published model (`lens_describe`)."""
+
+
+def published(catalog: Catalog, name: str = PUBLISHED) -> dict[str, Any]:
+    """The description of the checkpoint `name`, which need not be on this disk, as the plugin that knows it gives it;
+    of the published model, where none does. What else is installed does not count. Raises LensError without one.
+    """
+    found = catalog.first("lens_describe", Path(name)) or catalog.first("lens_describe", Path(PUBLISHED))
+    if found is None:
+        raise LensError(
+            "no plugin here describes the published model; install lens_mmdit, or set LENS_PLUGINS to let it in"
+        )
+    return dict(found)
+
+
+def parts(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, Use], dict[str, Any], list[str]]:
+    """(what each part will be, presets, notes): as the recipe names it, or as its start does.
+
+    For a start that is not on this disk the published model stands in, and a note says so.
+    """
+    start, notes = recipe.pipeline.start, []
+    uses: dict[str, Use] = {}
+    presets: dict[str, Any] = {}
+    if start is not None:
+        here = _here(start, catalog)
+        described = published(catalog, start) if here is None else manifest.describe(here, catalog)
+        components = described["components"]
+        uses = {k: Use(c["use"], dict(c.get("config", {}))) for k, c in components.items() if k in PARTS}
+        presets = dict(described.get("presets", {}))
+        if here is None:
+            names = ", ".join(use.use for kind, use in uses.items() if kind in WEIGHTY)
+            notes.append(f"{start} is not on this disk; the sizes are those of the published model ({names})")
+    uses |= {kind: use for kind in PARTS if (use := getattr(recipe.pipeline, kind)) is not None}
+    wanted = ("steps", "guidance_scale", "base_resolution")
+    presets |= {k: v for k in wanted if (v := getattr(recipe.pipeline, k)) is not None}
+    return uses, presets, notes
+
+
+def _here(start: str, catalog: Catalog) -> Path | None:
+    """Where a checkpoint lies on this disk; None where it does not. Fetches nothing."""
+    try:
+        if not hub.is_name(start) or Path(start).is_dir():
+            return manifest.fetch(start, catalog)
+        name, _, revision = start.partition("@")
+        return hub.snapshot(name, revision or None, local=True)
+    except LensError:
+        return None
+
+
+def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
+    """The recipe's pipeline with every shape and no weights, and what was assumed."""
+    uses, presets, notes = parts(recipe, catalog)
+    found: dict[str, Any] = {}
+    for kind, use in uses.items():
+        _, cls, config = build(catalog, kind, use, f"$.pipeline.{kind}")
+        with torch.device("meta"):
+            found[kind] = cls(config)
+        if kind in WEIGHTY:
+            found[kind].requires_grad_(False)
+    check_on_meta(*(found.get(kind) for kind in ("vae", "text_encoder", "backbone")))
+    return LensPipeline(**found, presets=presets, uses=uses, catalog=catalog), notes
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes that a run holds tensors in that learn, or follow what learns: float32, whatever its precision."""
+    return sum(4 * t.numel() for t in tensors)
+
+
+class Weigher:
+    """How many bytes a run holds the tensors of its networks in, each of which it counts once.
+
+    What learns is float32. What does not is bfloat16 where the run computes in it, buffers excepted. An encoder whose
+    published file has its experts in 4 bits keeps them so, and holds nothing that encoding does not read.
+    """
+
+    def __init__(self, half: bool) -> None:
+        self.half = half
+        self.seen: set[int] = set()
+        self.packed: dict[int, int] = {}
+        self.unheld: set[int] = set()
+
+    def as_published(self, net: Any) -> None:
+        """`net` is read from the published file."""
+        config = getattr(net, "config", None)
+        if hasattr(net, "sizes_in_4_bits") and getattr(config, "experts", "") == "auto":
+            self.packed |= net.sizes_in_4_bits()
+            self.unheld |= {id(p) for module in net.idle() for p in module.parameters()}
+
+    def weigh(self, net: nn.Module, learns: bool) -> int:
+        """The bytes of those of its tensors that were not counted yet."""
+        found = 0
+        for tensor in (*net.parameters(), *net.buffers()):
+            if id(tensor) in self.seen or id(tensor) in self.unheld:
+                continue
+            self.seen.add(id(tensor))
+            frozen = self.half and not learns and isinstance(tensor, nn.Parameter)
+            found += self.packed.get(id(tensor), tensor.numel() * (2 if frozen else 4))
+        return found
+
+
+def memory(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, int], dict[str, int], list[str]]:
+    """(bytes by part, parameters that learn by role, notes) of a process that holds everything, without activations.
+
+    Raises ConfigError where the method cannot be built without weights.
+    """
+    pipeline, notes = on_meta(recipe, catalog)
+    _, cls, config = build(catalog, "method", recipe.method, "$.method")
+    with torch.device("meta"):
+        method = cls(config, pipeline)
+    roles: Mapping[str, nn.Module] = method.roles()
+    unread = frozen_weights.unread(recipe, catalog)
+    if unread:
+        notes.append(f"{' and '.join(unread)} are read for nothing but to check the cache, and held by nobody")
+    names = {id(net): role for role, net in roles.items()}
+    nets = {kind: getattr(pipeline, kind) for kind in WEIGHTY if getattr(pipeline, kind) is not None}
+    held = {names.get(id(net), kind): net for kind, net in nets.items() if kind not in unread} | dict(roles)
+    known = {id(net) for net in held.values()}
+    held |= {k: v for k, v in vars(method).items() if isinstance(v, nn.Module) and id(v) not in known}
+    found, learns = cost(
+        held, roles, list(nets.values()), recipe, published=any("is not on this disk" in n for n in notes)
+    )
+    return found, learns, notes
+
+
+def cost(
+    held: Mapping[str, nn.Module],
+    roles: Mapping[str, nn.Module],
+    parts: Sequence[nn.Module],
+    recipe: Recipe,
+    published: bool = False,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(bytes by part, parameters that learn by role) of networks on the meta device, to which the recipe's adapters are
+    put. `held` are all of them by name; `parts` are those of the pipeline, which alone have moving averages.
+    `published`: they are read from the published files."""
+    found: dict[str, int] = {}
+    learns: dict[str, int] = {}
+    weigher = Weigher(recipe.train.precision == "bf16")
+    for net in held.values() if published else ():
+        weigher.as_published(net)
+    for name, net in held.items():
+        full = name in roles and name not in recipe.train.adapters
+        found[f"{name}: weights"] = weigher.weigh(net, full)
+    for role, net in roles.items():
+        adapter = recipe.train.adapters.get(role)
+        if adapter is not None:
+            with torch.device("meta"):
+                lora.attach(net, adapter)
+        learned = [p for name, p in net.named_parameters() if adapter is None or lora.owned(name)]
+        grows = size_of(learned)
+        learns[role] = sum(p.numel() for p in learned)
+        found |= {f"{role}: adapter": grows} if adapter is not None else {}
+        found |= {f"{role}: gradients": grows, f"{role}: AdamW's moments": 2 * grows}
+        if recipe.train.ema and any(net is part for part in parts):
+            found[f"{role}: moving average"] = grows
+    return {k: v for k, v in found.items() if v}, learns
+
+
+def divided(recipe: Recipe, catalog: Catalog, found: Mapping[str, int], learns: Mapping[str, int]) -> float | None:
+    """Bytes of one process of `train.shards`: roles are divided, and so are the method's frozen networks where they
+    share no weight with a role. None where nothing is divided."""
+    if recipe.train.shards <= 1:
+        return None
+    _, cls, _ = build(catalog, "method", recipe.method, "$.method")
+    names = {*learns, *(("teacher",) if hasattr(cls, "frozen") and "teacher: weights" in found else ())}
+    share = sum(size for name, size in found.items() if name.partition(":")[0] in names)
+    return sum(found.values()) - share + share / recipe.train.shards
+
+
+def describe(recipe: Recipe, catalog: Catalog) -> str:
+    """The recipe with its defaults, who learns how much, and memory by part, as text."""
+    import yaml
+
+    _, method, config = build(catalog, "method", recipe.method, "$.method")
+    resolved = unstructure(recipe)
+    resolved["method"] = {"use": recipe.method.use, **unstructure(config)}
+    text = yaml.safe_dump(_plain(resolved), sort_keys=False, allow_unicode=True, width=120)
+    if hasattr(method, "estimate"):
+        return f"{text}\n{method.estimate(config, recipe, catalog)}"
+    found, learns, notes = memory(recipe, catalog)
+    lines = ["learns"] + [f"  {role:28}{count / 1e6:12,.2f} M parameters" for role, count in learns.items()]
+    lines += ["memory, GB (10^9 bytes)"] + [f"  {name:28}{size / 1e9:12,.3f}" for name, size in found.items()]
+    lines += [f"  {'all of it':28}{sum(found.values()) / 1e9:12,.3f}"]
+    each = divided(recipe, catalog, found, learns)
+    if each is not None:
+        lines += [f"  {f'of a process of {recipe.train.shards}':28}{each / 1e9:12,.3f}"]
+    return "\n".join([text, *lines, *(f"note: {note}" for note in ("activations come on top", *notes))])
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

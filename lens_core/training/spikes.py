@@ -1,0 +1,56 @@
+"""What a run tells of itself while it goes on: pace, waiting, memory, trackers; and which of its steps are spikes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+HISTORY = 100  # steps whose median a spike is measured against
+LEAST = 20  # steps before anything is a spike: a young run's gradients fall fast
+
+
+class Spikes:
+    """Which steps of a role are not to be taken: those that are not finite, or far above what is usual for it.
+
+    Usual is the running median of the last good steps: of the gradient's norm, and of the loss where it is always
+    positive. All of it is part of a checkpoint.
+    """
+
+    def __init__(self, factor: float, roles: Sequence[str]) -> None:
+        self.factor = factor
+        self.row = dict.fromkeys(roles, 0)  # bad steps in a row
+        self.skipped = dict.fromkeys(roles, 0)  # in all
+        self.finite = dict.fromkeys(roles, True)  # whether the last step's loss and gradient were
+        self.usual: dict[str, dict[str, list[float]]] = {role: {"loss": [], "gradient": []} for role in roles}
+
+    def fault(self, role: str, loss: float, norm: float) -> str | None:
+        """Why the step is not to be taken, or None. Counts it either way."""
+        self.finite[role] = math.isfinite(loss) and math.isfinite(norm)
+        found = self._fault(role, loss, norm)
+        self.row[role] = self.row[role] + 1 if found else 0
+        self.skipped[role] += bool(found)
+        if self.factor and not found:
+            for name, value in (("loss", loss), ("gradient", norm)):
+                self.usual[role][name] = [*self.usual[role][name][1 - HISTORY :], value]
+        return found
+
+    def _fault(self, role: str, loss: float, norm: float) -> str | None:
+        if not self.finite[role]:
+            return "a non-finite loss or gradient"
+        for name, value in (("loss", loss), ("gradient", norm)):
+            before = self.usual[role][name]
+            if self.factor and len(before) >= LEAST and min(before) > 0:
+                usual = statistics.median(before)
+                if value > self.factor * usual:
+                    return f"a {name} of {value:.3g}, {value / usual:.1f} times the usual one"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"row": self.row, "skipped": self.skipped, "finite": self.finite, "usual": self.usual}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.row, self.skipped = dict(state["row"]), dict(state["skipped"])
+        self.finite = {**self.finite, **state.get("finite", {})}  # not in a checkpoint of before it was kept
+        self.usual = {role: {k: list(v) for k, v in kinds.items()} for role, kinds in state["usual"].items()}
