@@ -207,6 +207,8 @@ class Targets:
             ("prompt set", 7, self.prompt_set),
             ("taxonomy", 4, self.taxonomy),
             ("judge's answer", 8, self.judge),
+            ("perceptions", 6, self.perceptions),
+            ("manifest", 4, self.manifest),
             ("log", 5, self.log),
             ("watch log", 6, self.watch),
             ("results", 6, self.results),
@@ -410,6 +412,28 @@ class Targets:
         data = {"rubrics": [{"id": "r", "q": "Is it?"}], "global": {"id": "g", "q": "Coherent?"}}
         (score,) = reward.score(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [Prompt("a cat", data=data)])
         assert isinstance(score, Score) and (score.value is None or 0 <= score.value <= 1)
+
+    def perceptions(self, rng: random.Random) -> None:
+        from lens_bench import report
+
+        data = (ROOT / "tests" / "cases" / "bench_samples.jsonl").read_bytes().strip()
+        path = self.write("perceptions.jsonl", mutate_lines(rng, data))
+        found = report.score(rng.choice(list(report.BENCHMARKS)), path)
+        report.write(path.with_name("verdicts.jsonl"), found.verdicts)
+        json.dumps(report.as_json(found), allow_nan=False)
+        report.table(found).encode()
+
+    def manifest(self, rng: random.Random) -> None:
+        from lens_bench.manifest import Manifest
+
+        row = {
+            "prompt_id": "0", "index": 0, "prompt": "a dog", "sent_prompt": "a dog", "seed": 1, "system": "m",
+            "revision": "", "status": "ok", "seconds": 1.0, "file": "images/0_0.png", "sha256": "0" * 64, "reason": "",
+        }  # fmt: skip
+        lost = row | {"index": 1, "status": "failed", "file": "", "sha256": "", "reason": "timeout"}
+        data = mutate_lines(rng, b"\n".join(json.dumps(r).encode() for r in (row, lost)))
+        found = Manifest(self.write("run/manifest.jsonl", data + b"\n").parent, "m")
+        assert {key[0] for key in found.missing({"0": "a dog"}, 3)} == {"0"}
 
     def log(self, rng: random.Random) -> None:
         from lens_tools import curves

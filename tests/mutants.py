@@ -190,6 +190,54 @@ MUTANTS = [
         ("scale = np.maximum(height / tall, width / wide)", "scale = np.minimum(height / tall, width / wide)"),
         ("far = np.abs(np.log(wide * height / (tall * width)))", "far = np.abs(wide * height / (tall * width))"),
     ),
+    # the public benchmarks
+    *_of(
+        "plugins/lens_bench/geneval.py",
+        "tests/plugins/test_bench_geneval.py",
+        ("if scores[i] > threshold]", "if scores[i] >= threshold]"),
+        ("np.argsort(scores)[::-1]", "np.argsort(-scores)"),
+        ("< max_overlap for k in kept)", "<= max_overlap for k in kept)"),
+        ("max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)", "max(x2 - x1, 0) * max(y2 - y1, 0)"),
+        ("length / float(np.linalg.norm(offset))", "length / float(np.linalg.norm(beyond))"),
+        ("dx < -0.5, dx > 0.5, dy", "dx <= -0.5, dx >= 0.5, dy"),
+        ('metadata["tag"] == "counting"', 'metadata["tag"] == "count"'),
+        ("number >= clause", "number > clause"),
+        ("for other, number in target:", "for other, number in target[:1]:"),
+    ),
+    *_of(
+        "plugins/lens_bench/text.py",
+        "tests/plugins/test_bench_text.py",
+        ("for form in (sentinel, f", "for form in (f"),
+        ("right << 1 | 1, left << 1", "right << 1, left << 1"),
+        ("(Counter(reference) & Counter(prediction))", "Counter(w for w in reference if w in set(prediction))"),
+    ),
+    *_of(
+        "plugins/lens_bench/cvtg.py",
+        "tests/plugins/test_bench_text.py",
+        ("(max(len(a), len(b)) + 1e-5)", "max(len(a), len(b), 1)"),
+        ("line.lower().split()]", "line.split()]"),
+    ),
+    *_of(
+        "plugins/lens_bench/oneig.py",
+        "tests/plugins/test_bench_text.py",
+        ("1 - min(worst, distance)", "1 - distance"),
+        ('without_sentinel(ocr_raw, "addCriterion")', "ocr_raw"),
+    ),
+    *_of(
+        "plugins/lens_bench/report.py",
+        "tests/plugins/test_bench_score.py",
+        ("Row(verdict or nothing, cluster, group)", "Row(verdict or nothing, cluster)"),
+        ("whole = set(tasks) == set(geneval.TAGS)", "whole = bool(tasks)"),
+        ('| {"edit_distance": worst, "completed": 0}', '| {"completed": 0}'),
+        ("clusters = sorted({row.cluster for row in rows})", "clusters = sorted({row.cluster for row in rows})[:1]"),
+    ),
+    *_of(
+        "plugins/lens_bench/manifest.py",
+        "tests/plugins/test_bench_manifest.py",
+        ('or self.entries[k].status == "failed"]', 'or self.entries[k].status != "ok"]'),
+        ("            _remove_torn_line(self.path)\n", ""),
+        ("hash_of(path) != entry.sha256", "False"),
+    ),
 ]
 
 

@@ -19,7 +19,7 @@ from attrs import asdict, fields, frozen
 
 from lens_bench import lines
 from lens_bench.lines import FieldError
-from lens_core.checkpoints import manifest
+from lens_core.checkpoints.manifest import hash_of
 from lens_core.io import atomic_files, readers
 from lens_core.types import ConfigError
 
@@ -203,7 +203,7 @@ class Manifest:
                 continue
             if not path.is_file():
                 problems.append(f"{path}: is missing; put it back, or start with another folder")
-            elif manifest.hash_of(path) != entry.sha256:
+            elif hash_of(path) != entry.sha256:
                 problems.append(f"{path}: is not the picture that was generated; put that back, or start anew")
         if problems:
             raise ConfigError(problems)

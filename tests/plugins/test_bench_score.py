@@ -304,6 +304,6 @@ def test_the_perceptions_are_never_overwritten(write: Write) -> None:
 
 
 def test_a_line_that_is_too_long_is_one_wrong_line(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines.reading, "LARGEST_LINE", 200)
+    monkeypatch.setattr(lines.readers, "LARGEST_LINE", 200)
     found = list(lines.numbered(write("x" * 1000, json.dumps({"a": 1}))))
     assert str(found[0][1]).startswith("line: is longer") and found[1] == (2, {"a": 1})
