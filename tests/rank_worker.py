@@ -48,7 +48,7 @@ def lens_rewards() -> dict[str, type[Any]]:
     return {"redness": Redness}
 
 
-SHAPES = {"use": "shapes", "sizes": [[64, 64], [64, 80]], "batch": 8, "dense": 0.0}
+SHAPES = {"use": "shapes", "sizes": [[64, 64], [64, 80]], "batch": 8, "dense_caption_ratio": 0.0}
 PARTS = {"vae": "blocks", "text_encoder": "letters", "backbone": {"use": "mixer", "width": 8}, "sampler": "euler"}
 TRAIN = {"steps": 20, "lr": 2e-3, "ema": 0.9, "save_every": 10, "keep": 9, "log_every": 10, "parts": 2}
 BLOCKS = {
@@ -104,7 +104,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "use": "packed",
             "store": os.environ.get("RANKS_STORE", ""),
             "budget": 80.0,
-            "table": [[[16, 16], [16, 24], [24, 16]], [[32, 32]]],
+            "buckets": [[[16, 16], [16, 24], [24, 16]], [[32, 32]]],
         },
     },
     "two": {

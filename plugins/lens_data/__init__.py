@@ -5,10 +5,10 @@ imports    fills the store
 sources    reads folders, WebDataset tars and Hugging Face datasets, within bounds
 digests    sets of digests in little memory
 pictures   image files as upright RGB, resized and cropped to a size
-buckets    which training size a picture is for: a table of areas and aspect ratios
+buckets    which training size a picture is for: groups of areas, of aspect ratios
 dataset    dataset `store`: seeded, shuffled, resumable batches of one size
 packed     dataset `packed`: batches of mixed sizes, each of as much work as the others
-mix        dataset `mix`: several datasets in turn, by share
+mix        dataset `mix`: several datasets in turn, by weight
 caching    latents and text features, encoded once and kept beside the pictures
 packing    batches of mixed sizes that cost every rank the same, filled by a FLOP budget
 timing     `lens bench train`: what a training step costs, by part, packed and bucketed

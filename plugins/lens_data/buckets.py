@@ -1,4 +1,4 @@
-"""Which training size a picture is for. A table of buckets is a tuple of groups of about one area, of (height, width).
+"""Which training size a picture is for. Buckets are a tuple of groups of about one area, each of (height, width).
 
 Lens trains at 27 sizes: 3 areas of 9 aspect ratios each (paper, section 3).
 """
@@ -12,7 +12,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 Size = tuple[int, int]
-Table = tuple[tuple[Size, ...], ...]
+Buckets = tuple[tuple[Size, ...], ...]
 
 _LENS = (
     (1472, 736), (1376, 768), (1248, 832), (1152, 864), (1024, 1024),
@@ -28,7 +28,7 @@ def lens_sizes(base: int) -> tuple[Size, ...]:
     return tuple((height * base // 1024 // 16 * 16, width * base // 1024 // 16 * 16) for height, width in _LENS)
 
 
-LENS: Table = (lens_sizes(512), lens_sizes(768), lens_sizes(1024))
+LENS_BUCKETS: Buckets = (lens_sizes(512), lens_sizes(768), lens_sizes(1024))
 
 
 @frozen
@@ -43,18 +43,18 @@ class Assignment:
 def assign(
     heights: Sequence[int] | NDArray[np.int64],
     widths: Sequence[int] | NDArray[np.int64],
-    table: Table,
+    buckets: Buckets,
     *,
-    enlarge: float = 1.0,
-    cut: float = 0.5,
+    max_upscale: float = 1.0,
+    max_crop: float = 0.5,
     every_area: bool = False,
 ) -> Assignment:
     """Give each picture the size of nearest aspect ratio in the largest group that it fills (`every_area`: in each).
 
-    It fills a size if it need not be scaled by more than `enlarge`, and loses at most the share `cut` to the crop.
+    A picture fills a size if it is scaled by at most `max_upscale` and loses at most the share `max_crop` to the crop.
     """
     tall, wide = np.asarray(heights, np.float64), np.asarray(widths, np.float64)
-    groups = sorted(table, key=lambda sizes: sum(h * w for h, w in sizes) / len(sizes))
+    groups = sorted(buckets, key=lambda sizes: sum(h * w for h, w in sizes) / len(sizes))
     flat = tuple(size for sizes in groups for size in sizes)
     large = np.zeros(len(tall), bool)  # large enough for some group
     chosen: list[NDArray[np.int64]] = []  # for each group, the index into `flat` or -1
@@ -68,11 +68,11 @@ def assign(
             distance = np.minimum(distance, far)
         height, width = np.array(sizes, np.float64)[nearest].T
         scale = np.maximum(height / tall, width / wide)
-        enough = scale <= enlarge
+        enough = scale <= max_upscale
         large |= enough
         kept = height * width / (scale**2 * tall * wide)
-        # A crop that loses exactly `cut` may come out a rounding error above it.
-        chosen.append(np.where(enough & (kept >= 1 - cut - 1e-9), start + nearest, -1))
+        # A crop that loses exactly `max_crop` may come out a rounding error above it.
+        chosen.append(np.where(enough & (kept >= 1 - max_crop - 1e-9), start + nearest, -1))
         start += len(sizes)
     fits = np.stack(chosen) >= 0
     if not every_area:

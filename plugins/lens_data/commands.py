@@ -13,7 +13,7 @@ from cyclopts import App
 from lens_core.io.system_files import is_system_file
 from lens_core.types import ConfigError
 from lens_data import imports
-from lens_data.buckets import LENS, Table, assign
+from lens_data.buckets import LENS_BUCKETS, Buckets, assign
 from lens_data.sources import is_parquet, is_tar
 from lens_data.store import Store
 
@@ -135,7 +135,7 @@ def plan(recipe: Path | None = None, *, ranks: int = 64, pictures: float = 8.0, 
     from lens_data.packing import balanced, flops, mixture
 
     if recipe is None:
-        lengths = np.array(mixture(count, [size for group in LENS for size in group]), np.float64)
+        lengths = np.array(mixture(count, [size for group in LENS_BUCKETS for size in group]), np.float64)
         work, budget = flops, pictures * float(flops(np.array([4096.0]))[0])
     else:
         from lens_core.catalog import Catalog
@@ -147,7 +147,7 @@ def plan(recipe: Path | None = None, *, ranks: int = 64, pictures: float = 8.0, 
         if read.dataset is None or build(catalog, "dataset", read.dataset, "$.dataset")[1] is not PackedDataset:
             raise ConfigError(f"{recipe}: its dataset is not `packed`, so there is nothing to plan; use `packed`")
         dataset = PackedDataset(build(catalog, "dataset", read.dataset, "$.dataset")[2])
-        lengths, work = dataset.tokens(count), partial(flops, width=dataset.config.width)
+        lengths, work = dataset.tokens(count), partial(flops, width=dataset.config.backbone_width)
         budget = dataset.config.budget / ranks * float(work(np.array([dataset.largest]))[0])
     print(balanced(lengths.tolist(), budget, ranks, work))
     return 0
@@ -169,8 +169,8 @@ def _format(path: Path) -> str:
     return "folder"
 
 
-def summary(store: Store, table: Table = LENS, **limits: Any) -> str:
-    """Counts by source, size, caption length and bucket of `table`, as text; `limits` are those of `assign`."""
+def summary(store: Store, buckets: Buckets = LENS_BUCKETS, **limits: Any) -> str:
+    """Counts by source, size, caption length and bucket of `buckets`, as text; `limits` are those of `assign`."""
     rows = store.columns("height", "width", "brief", "dense", "source")
     lines = [f"{store.path}: {len(rows)} pictures, version {store.version}"]
     lines += [f"  {count:8}  from {source}" for source, count in sorted(Counter(rows["source"].to_pylist()).items())]
@@ -186,7 +186,7 @@ def summary(store: Store, table: Table = LENS, **limits: Any) -> str:
     for name in ("brief", "dense"):
         words = [len(text.split()) for text in rows[name].to_pylist()]
         lines.append(_spread(f"{name} caption, words", [n for n in words if n]))
-    found = assign(heights, widths, table, **limits)
+    found = assign(heights, widths, buckets, **limits)
     lines += ["", f"{'bucket':20}{'pictures':>9}"]
     lines += [f"{f'{h}x{w}':20}{len(m):9}" for (h, w), m in zip(found.sizes, found.members, strict=True)]
     lines += [f"{reason:20}{count:9}" for reason, count in found.left_out.items()]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lens_core.types import Batch, ConfigError, LensError, Text
 from lens_core.validators import PIXELS, SEED, each, integer, matching, real, text, within
 from lens_data import pictures
-from lens_data.buckets import LENS, Size, Table, assign
+from lens_data.buckets import LENS_BUCKETS, Buckets, Size, assign
 from lens_data.caching import Cache, Latent, encoders, fill, latent_key, text_key
 from lens_data.digests import of_ids
 from lens_data.store import Store
@@ -56,22 +56,24 @@ class Settings:
 
     store: str = field(validator=text())  # folder or URI of the training store
     # Groups of (height, width) px, a group for each area.
-    table: Table = field(default=LENS, validator=each(each(each(PIXELS), at_least=1), at_least=1))
+    buckets: Buckets = field(default=LENS_BUCKETS, validator=each(each(each(PIXELS), at_least=1), at_least=1))
     every_area: bool = False  # show a picture at each area that it fills; False: at the largest only
-    enlarge: float = field(default=1.0, validator=real(above=0))  # factor by which a picture may grow to fill a size
-    cut: float = field(default=0.5, validator=real(at_least=0, below=1))  # share that the crop may cut off
+    max_upscale: float = field(
+        default=1.0, validator=real(above=0)
+    )  # factor by which a picture may grow to fill a size
+    max_crop: float = field(default=0.5, validator=real(at_least=0, below=1))  # share that the crop may cut off
     # Share of samples with the dense caption; the others have the brief one.
-    dense: float = field(default=1.0, validator=within(0, 1))
+    dense_caption_ratio: float = field(default=1.0, validator=within(0, 1))
     seed: int = field(default=0, validator=SEED)
     # Name of a cache that `lens data cache` filled: latents and text features are read instead.
     cache: str = field(default="", validator=matching(r"[\w.-]*", "a name of letters, digits, _ . and -"))
     # Batches that are read ahead, each in a thread of its own.
-    threads: int = field(default=4, validator=integer(at_least=1, at_most=256))
+    prefetch_workers: int = field(default=4, validator=integer(at_least=1, at_most=256))
 
     def __attrs_post_init__(self) -> None:
-        sizes = [size for group in self.table for size in group]
+        sizes = [size for group in self.buckets for size in group]
         if len(set(sizes)) < len(sizes):
-            raise ConfigError("table names a size twice; remove one")
+            raise ConfigError("buckets name a size twice; remove one")
 
 
 class StoreDataset:
@@ -108,7 +110,12 @@ class StoreDataset:
         ids, self._rows, heights, widths = ids[order], self._rows[order], heights[order], widths[order]
         config = self.config
         self._buckets = assign(
-            heights, widths, config.table, enlarge=config.enlarge, cut=config.cut, every_area=config.every_area
+            heights,
+            widths,
+            config.buckets,
+            max_upscale=config.max_upscale,
+            max_crop=config.max_crop,
+            every_area=config.every_area,
         )
         self._counts = np.array([len(m) for m in self._buckets.members], np.int64)
         digest = hashlib.sha256()
@@ -132,8 +139,8 @@ class StoreDataset:
         if fitting < least:
             why = "".join(f"; {n} are {reason}" for reason, n in self._buckets.left_out.items())
             raise ConfigError(
-                f"{config.store}: {fitting} of {len(self._rows)} pictures fit the table, too few for a batch of "
-                f"{least}{why}; lower batch, or change table, enlarge or cut"
+                f"{config.store}: {fitting} of {len(self._rows)} pictures fit the buckets, too few for a batch of "
+                f"{least}{why}; lower batch, or change buckets, max_upscale or max_crop"
             )
         if self._buckets.left_out:
             why = " and ".join(f"{n} {reason}" for reason, n in self._buckets.left_out.items())
@@ -154,10 +161,10 @@ class StoreDataset:
         """Endless. Every rank sees its own share of the same global batch."""
         plans = self._plans(world)
         ahead: deque[tuple[Plan, Future[tuple[Batch, dict[str, str]]]]] = deque()
-        pool = ThreadPoolExecutor(self.config.threads, "store")
+        pool = ThreadPoolExecutor(self.config.prefetch_workers, "store")
         try:
             while True:
-                while len(ahead) < self.config.threads:
+                while len(ahead) < self.config.prefetch_workers:
                     plan = next(plans)
                     ahead.append((plan, pool.submit(self._batch, plan, rank, world)))
                 plan, reading = ahead.popleft()
@@ -211,7 +218,7 @@ class StoreDataset:
         batch, count = self.config.batch, int(self._counts[bucket])
         stream = np.arange(turn * batch, (turn + 1) * batch)
         members = np.array([self._order(bucket, p // count)[p % count] for p in stream.tolist()])
-        dense = self._rng(_CAPTION, number).random(batch) < self.config.dense
+        dense = self._rng(_CAPTION, number).random(batch) < self.config.dense_caption_ratio
         return Plan(number, np.full(batch, bucket), members, dense, {"batch": number + 1})
 
     def _places(self, plan: Plan, rank: int, world: int) -> Sequence[int]:
@@ -243,7 +250,7 @@ class StoreDataset:
     def encodings(self) -> Iterator[tuple[str, str | Latent]]:
         """What this dataset can tell and show, by cache key: captions, some more than once, then pictures."""
         for row, _ in self._described():
-            for dense, share in ((True, self.config.dense), (False, 1 - self.config.dense)):
+            for dense, share in ((True, self.config.dense_caption_ratio), (False, 1 - self.config.dense_caption_ratio)):
                 if share:
                     yield text_key(_caption(row, dense)), _caption(row, dense)
         for row, sizes in self._described():

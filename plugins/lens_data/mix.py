@@ -1,4 +1,4 @@
-"""Dataset `mix`: batches of several datasets in turn, by share: a few pictures to teach beside many that are known."""
+"""Dataset `mix`: batches of several datasets in turn, by weight: a few pictures to teach beside many that are known."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from lens_core.validators import SEED, each, real
 
 
 class Mix:
-    """Which dataset the next batch is from is drawn by share, from the seed and the batch's number: on every rank the
+    """Which dataset the next batch is from is drawn by weight, from the seed and the batch's number: on every rank the
     same one."""
 
     @frozen
     class Config:
-        # Datasets: [{use: store, …, share: 1.0}]; the share may be left out.
-        parts: tuple[Use, ...] = field(validator=each(options(share=real(above=0)), at_least=1))
+        # Datasets: [{use: store, …, weight: 1.0}]; the weight may be left out.
+        datasets: tuple[Use, ...] = field(validator=each(options(weight=real(above=0)), at_least=1))
         seed: int = field(default=0, validator=SEED)
 
         def uses(self) -> Iterator[tuple[str, str, Use]]:
             """What is checked with this config: (path, kind, use)."""
-            for i, use in enumerate(self.parts):
-                own = {k: v for k, v in use.options.items() if k != "share"}
-                yield f"parts[{i}]", "dataset", Use(use.use, own)
+            for i, use in enumerate(self.datasets):
+                own = {k: v for k, v in use.options.items() if k != "weight"}
+                yield f"datasets[{i}]", "dataset", Use(use.use, own)
 
-    def __init__(self, config: Config, parts: list[Any] | None = None) -> None:
-        """`parts` are datasets already built, one for each that the config names; None: those."""
-        if parts is None:
+    def __init__(self, config: Config, datasets: list[Any] | None = None) -> None:
+        """`datasets` are already built, one for each that the config names; None: those."""
+        if datasets is None:
             catalog = Catalog.installed()
             built = [build(catalog, kind, use, f"$.{path}") for path, kind, use in config.uses()]
-            parts = [cls(options) for _, cls, options in built]
-        self.parts, self.seed, self._handed = parts, config.seed, 0
-        shares = np.array([float(use.options.get("share", 1.0)) for use in config.parts])
+            datasets = [cls(options) for _, cls, options in built]
+        self.datasets, self.seed, self._handed = datasets, config.seed, 0
+        shares = np.array([float(use.options.get("weight", 1.0)) for use in config.datasets])
         self._until = np.cumsum(shares / shares.sum())
 
     def check_encoders(self, pipeline: Any, precision: str) -> None:
         """See `StoreDataset.check_encoders`; of each part that has one."""
-        for part in self.parts:
+        for part in self.datasets:
             if hasattr(part, "check_encoders"):
                 part.check_encoders(pipeline, precision)
 
     def batches(self, rank: int, world: int) -> Iterator[Batch]:
         """Endless."""
-        streams = [part.batches(rank, world) for part in self.parts]
+        streams = [part.batches(rank, world) for part in self.datasets]
         while True:
             at = float(np.random.default_rng([self.seed, self._handed]).random())
             which = min(int(np.searchsorted(self._until, at, side="right")), len(streams) - 1)
@@ -58,9 +58,9 @@ class Mix:
             yield evolve(batch, keys=tuple(key * len(streams) + which for key in batch.keys))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batch": self._handed, "parts": [part.state_dict() for part in self.parts]}
+        return {"batch": self._handed, "datasets": [part.state_dict() for part in self.datasets]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._handed = int(state["batch"])
-        for part, saved in zip(self.parts, state["parts"], strict=True):
+        for part, saved in zip(self.datasets, state["datasets"], strict=True):
             part.load_state_dict(saved)

@@ -41,11 +41,11 @@ class PackedDataset(StoreDataset):
 
     @frozen
     class Config(Settings):
-        # Work of a step, all ranks together, in pictures of the table's largest size without text.
+        # Work of a step, all ranks together, in pictures of the largest bucket's size without text.
         budget: float = field(default=64.0, validator=real(above=0))
         # Channels of the backbone, which tell what its linears cost beside its attention.
-        width: int = field(default=1536, validator=integer(at_least=1))
-        cell: int = field(default=16, validator=PIXELS)  # px that a token of a picture is wide and high
+        backbone_width: int = field(default=1536, validator=integer(at_least=1))
+        patch_size: int = field(default=16, validator=PIXELS)  # px that a token of a picture is wide and high
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -56,7 +56,7 @@ class PackedDataset(StoreDataset):
         config, found = self.config, self._buckets
         self._owner = np.repeat(np.arange(len(found.sizes)), self._counts)
         self._all = np.concatenate(found.members)
-        self._cells = np.array([h * w / config.cell**2 for h, w in found.sizes])
+        self._cells = np.array([h * w / config.patch_size**2 for h, w in found.sizes])
         brief, dense = np.zeros(len(self._rows)), np.zeros(len(self._rows))
         for start in range(0, len(self._rows), _ROWS):
             part = self._rows[start : start + _ROWS].tolist()
@@ -72,17 +72,17 @@ class PackedDataset(StoreDataset):
 
     @property
     def largest(self) -> float:
-        """Tokens of a picture of the table's largest size, the unit of the budget."""
+        """Tokens of a picture of the largest bucket's size, the unit of the budget."""
         return float(self._cells.max())
 
     def _work(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-        width = self.config.width
+        width = self.config.backbone_width
         return flops(tokens, width) / flops(np.array([self.largest]), width)
 
     def _one_pass(self, turn: int) -> Pass:
         order = self._rng(_ORDER, turn).permutation(len(self._all))
         buckets, members = self._owner[order], self._all[order]
-        dense = self._rng(_CAPTION, turn).random(len(order)) < self.config.dense
+        dense = self._rng(_CAPTION, turn).random(len(order)) < self.config.dense_caption_ratio
         brief_words, dense_words = (words[members] for words in self._words)
         tokens = self._cells[buckets] + text_tokens(np.where(dense, dense_words, brief_words))
         costs = self._work(tokens)

@@ -208,10 +208,10 @@ def randomised(net: nn.Module, seed: int) -> nn.Module:
 def _sizes(recipe: Recipe, catalog: Catalog, cell: int) -> list[tuple[int, int]]:
     """Latent grids of the smallest, the middle and the largest size of the recipe's dataset."""
     config = build(catalog, "dataset", recipe.dataset, "$.dataset")[2] if recipe.dataset else None
-    table = getattr(config, "table", None) or [getattr(config, "sizes", ())]
-    found = sorted({(max(1, h // cell), max(1, w // cell)) for group in table for h, w in group}, key=math.prod)
+    buckets = getattr(config, "buckets", None) or [getattr(config, "sizes", ())]
+    found = sorted({(max(1, h // cell), max(1, w // cell)) for group in buckets for h, w in group}, key=math.prod)
     if not found:
-        raise ConfigError("$.dataset: tells no sizes of pictures; name one with a table or with sizes")
+        raise ConfigError("$.dataset: tells no sizes of pictures; name one with buckets or with sizes")
     return [found[i] for i in sorted({0, len(found) // 2, len(found) - 1})]
 
 

@@ -151,7 +151,9 @@ class ShapesRubrics:
 
     @frozen
     class Config:
-        least: float = field(default=0.7, validator=within(0, 1))  # share of the rubrics that must have a verdict
+        min_answered: float = field(
+            default=0.7, validator=within(0, 1)
+        )  # share of the rubrics that must have a verdict
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -169,7 +171,7 @@ class ShapesRubrics:
         reading = read(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
         answers = {r["id"]: verdict(reading, r) for r in asked}
         values = {name: float(answer) for name, answer in answers.items() if answer is not None}
-        if not values or len(values) < self.config.least * len(asked):
+        if not values or len(values) < self.config.min_answered * len(asked):
             return Score(
                 "abstain", None, values, f"only {len(values)} of {len(asked)} rubrics can be checked: {reading}"
             )
@@ -251,7 +253,9 @@ class ShapesBenchmark:
         split: str = ""  # train, select or test (rules 1: train or heldout); "": test (heldout)
         # Kinds of scene that are asked for; `scenes.TASKS` has them all.
         tasks: tuple[str, ...] = field(default=(*GENEVAL, "words"), validator=each(one_of(*TASKS), at_least=1))
-        dense: bool = False  # asked for at length, as a prompt enhancer would; the facts judged are the short prompt's
+        dense_prompts: bool = (
+            False  # asked for at length, as a prompt enhancer would; the facts judged are the short prompt's
+        )
         largest: bool = False  # scenes whose things are as large as their number allows; long prompts tell of it
         # How often each question is asked, each time in other words.
         phrasings: int = field(default=1, validator=integer(at_least=1, at_most=5))
@@ -318,7 +322,7 @@ class ShapesBenchmark:
             facts = asked(one.scene)
             data = {**facts, **rubrics(facts), "question": one.question, "fact": one.fact}
             for turn, words in enumerate(one.texts):
-                if config.dense:
+                if config.dense_prompts:
                     words = dense(one.scene, np.random.default_rng([config.seed, number, turn, 1]))
                 found.append(Prompt(words, len(found), one.scene.task, data))
         return found

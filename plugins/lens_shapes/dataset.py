@@ -32,9 +32,9 @@ class ShapesDataset:
         )
         batch: int = field(default=64, validator=integer(at_least=1))  # samples a step, all ranks together
         # Scenes in the pool, drawn again in shuffled epochs; 0: every scene is new.
-        count: int = field(default=0, validator=integer(at_least=0))
+        pool_size: int = field(default=0, validator=integer(at_least=0))
         # Share of batches with dense captions; the others are brief.
-        dense: float = field(default=0.2, validator=within(0, 1))
+        dense_caption_ratio: float = field(default=0.2, validator=within(0, 1))
         seed: int = field(default=0, validator=SEED)
         images: bool = True  # False: captions only
         largest: bool = False  # things as large as their number allows, instead of any size
@@ -48,9 +48,9 @@ class ShapesDataset:
         def __attrs_post_init__(self) -> None:
             if any(max(size) > 2 * min(size) for size in self.sizes):
                 raise ConfigError(f"sizes must be at most 2:1, not {self.sizes}; use (128, 128), say")
-            if self.count and self.count < self.batch * len(self.sizes):
+            if self.pool_size and self.pool_size < self.batch * len(self.sizes):
                 raise ConfigError(
-                    f"count is {self.count}, too few to fill a batch of each size; "
+                    f"pool_size is {self.pool_size}, too few to fill a batch of each size; "
                     f"use 0 or at least {self.batch * len(self.sizes)} (batch x sizes)"
                 )
             if self.tasks is not None and not sum(self.tasks.values()) > 0:
@@ -86,7 +86,7 @@ class ShapesDataset:
         config = self.config
         size, members = self._members(number)
         short = caption if config.rules == 2 else brief
-        tell = dense if self._rng(_STYLE, number).random() < config.dense else short
+        tell = dense if self._rng(_STYLE, number).random() < config.dense_caption_ratio else short
         captions: list[str] = []
         images: list[NDArray[np.uint8]] = []
         for row in range(rows.start, rows.stop):
@@ -95,17 +95,17 @@ class ShapesDataset:
             if image is not None:
                 images.append(image)
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous() if config.images else None
-        keys = tuple(int(member) for member in members[rows]) if config.count else ()
+        keys = tuple(int(member) for member in members[rows]) if config.pool_size else ()
         return Batch(pixels, tuple(captions), keys)
 
     def _members(self, number: int) -> tuple[tuple[int, int], NDArray[np.int64]]:
         """The size and the scene indices of global batch `number`."""
         config = self.config
-        if not config.count:
+        if not config.pool_size:
             size = config.sizes[int(self._rng(_ORDER, number).integers(len(config.sizes)))]
             return size, np.arange(number * config.batch, (number + 1) * config.batch)
         # scene n has size n mod len(sizes) for ever; an epoch is every full batch of every size, shuffled
-        pools = [np.arange(kind, config.count, len(config.sizes)) for kind in range(len(config.sizes))]
+        pools = [np.arange(kind, config.pool_size, len(config.sizes)) for kind in range(len(config.sizes))]
         slots = [(kind, turn) for kind, pool in enumerate(pools) for turn in range(len(pool) // config.batch)]
         epoch, step = divmod(number, len(slots))
         kind, turn = slots[int(self._rng(_ORDER, epoch).permutation(len(slots))[step])]
@@ -118,6 +118,6 @@ class ShapesDataset:
         draw = splits.sample if self.config.rules == 2 else sample
         scene = draw(self._rng(_SCENE, index), "train", tasks=self.config.tasks or TASKS, largest=self.config.largest)
         image = render(scene, *size) if self.config.images else None
-        if self.config.count:
+        if self.config.pool_size:
             self._pool[index] = scene, image
         return scene, image

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from lens_data.buckets import LENS, assign, lens_sizes
+from lens_data.buckets import LENS_BUCKETS, assign, lens_sizes
 from lens_data.pictures import PictureError, fit, read
 from PIL import Image
 
@@ -26,16 +26,16 @@ def test_the_table_of_lens_has_27_sizes_and_the_published_ones_at_1024():
     portrait = ((1472, 736), (1376, 768), (1248, 832), (1152, 864))
     assert lens_sizes(1024) == (*portrait, (1024, 1024), *((w, h) for h, w in reversed(portrait)))
     assert lens_sizes(512) == tuple((h // 2, w // 2) for h, w in lens_sizes(1024))
-    flat = [size for group in LENS for size in group]
+    flat = [size for group in LENS_BUCKETS for size in group]
     assert len(set(flat)) == 27 and all(side % 16 == 0 for size in flat for side in size)
     ratios = [1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2]
-    for base, sizes in zip((512, 768, 1024), LENS, strict=True):
+    for base, sizes in zip((512, 768, 1024), LENS_BUCKETS, strict=True):
         assert [w / h for h, w in sizes] == pytest.approx(ratios, rel=0.02)
         assert all(0.93 < h * w / base**2 < 1.04 for h, w in sizes)  # the published ones span 0.949 to 1.033
 
 
 def one(height: int, width: int, **options: object) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    found = assign([height], [width], LENS, **options)
+    found = assign([height], [width], LENS_BUCKETS, **options)
     return [s for s, m in zip(found.sizes, found.members, strict=True) if len(m)], dict(found.left_out)
 
 
@@ -58,9 +58,9 @@ def test_a_picture_has_the_nearest_ratio_in_the_largest_area_that_it_fills(pictu
 
 def test_what_fits_no_size_is_left_out_with_the_reason():
     assert one(511, 511) == ([], {"too small": 1})
-    assert one(511, 511, enlarge=1.01)[0] == [(512, 512)]
+    assert one(511, 511, max_upscale=1.01)[0] == [(512, 512)]
     assert one(800, 3300) == ([], {"too long or too tall": 1})
-    assert one(800, 3300, cut=0.52)[0] == [(736, 1472)]
+    assert one(800, 3300, max_crop=0.52)[0] == [(736, 1472)]
 
 
 def test_every_area_shows_a_picture_at_each_size_that_it_fills():
@@ -70,11 +70,11 @@ def test_every_area_shows_a_picture_at_each_size_that_it_fills():
 def test_assign_agrees_with_a_search_over_all_sizes():
     rng = np.random.default_rng(1)
     heights, widths = rng.integers(200, 2500, (2, 300))
-    found = assign(heights, widths, LENS)
+    found = assign(heights, widths, LENS_BUCKETS)
     got = {int(i): found.sizes[b] for b, m in enumerate(found.members) for i in m}
     for i, (h, w) in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
         fitting = []
-        for group in LENS:
+        for group in LENS_BUCKETS:
             size = min(group, key=lambda s: abs(np.log(s[1] / s[0]) - np.log(w / h)))
             scale = max(size[0] / h, size[1] / w)
             if scale <= 1 and size[0] * size[1] >= 0.5 * scale**2 * h * w:

@@ -29,7 +29,7 @@ from lens_core.training.trainer import Run
 from lens_core.types import Batch, ConfigError, LensError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is corrupt")
-TABLE = (((32, 32), (32, 48)),)
+BUCKETS = (((32, 32), (32, 48)),)
 
 
 def row(number: int) -> dict[str, object]:
@@ -54,7 +54,7 @@ def store(tmp_path: Path) -> Path:
 
 def config(store: Path, **changes: object) -> StoreDataset.Config:
     return StoreDataset.Config(
-        **{"store": str(store), "table": TABLE, "batch": 4, "dense": 0.5, "cache": "c", **changes}
+        **{"store": str(store), "buckets": BUCKETS, "batch": 4, "dense_caption_ratio": 0.5, "cache": "c", **changes}
     )
 
 
@@ -130,7 +130,7 @@ def test_ranks_share_the_work_and_the_result_is_that_of_one(store, pipeline):
 
 def test_only_captions_that_can_be_told_are_encoded(store, pipeline):
     told = []
-    fill_cache(config(store, dense=1.0), pipeline, say=told.append)
+    fill_cache(config(store, dense_caption_ratio=1.0), pipeline, say=told.append)
     assert "; 40 encoded" in told[-1]
     with pytest.raises(LensError, match="lacks 20 of 60"):
         StoreDataset(config(store))
@@ -165,12 +165,12 @@ def test_a_recipe_fills_its_cache_and_trains_from_its_store(store, tmp_path, mon
     recipe.write_text(f"""
         pipeline: {{vae: blocks, text_encoder: letters, backbone: mixer, sampler: even, steps: 2}}
         method: flow_matching
-        dataset: {{use: store, store: {store}, table: [[[32, 32], [32, 48]]], batch: 4, cache: c}}
+        dataset: {{use: store, store: {store}, buckets: [[[32, 32], [32, 48]]], batch: 4, cache: c}}
         train: {{steps: 3}}
     """)
     assert cache(recipe) == 0
     assert capsys.readouterr().out.endswith("40 encoded, 2 corrupt pictures\n")
-    assert len(take(config(store, dense=1.0), 3)) == 3
+    assert len(take(config(store, dense_caption_ratio=1.0), 3)) == 3
     recipe.write_text(recipe.read_text().replace(", cache: c", ""))
     report = Run(read_recipe(recipe, catalog), catalog, tmp_path / "run", say=quiet).train()
     assert report.steps == 3 and (tmp_path / "run" / "model" / "lens.json").is_file()
@@ -191,8 +191,8 @@ RECIPE = """
 def test_training_asks_what_made_its_cache_and_names_both(store, tmp_path, monkeypatch, nested):
     catalog = Catalog.of(toy, lens_data, lens_flow)
     monkeypatch.setattr(Catalog, "installed", lambda: catalog)
-    plain = f"{{use: store, store: {store}, table: [[[32, 32], [32, 48]]], batch: 4, cache: c}}"
-    mixed = f"{{use: mix, parts: [{plain}]}}" if nested else plain
+    plain = f"{{use: store, store: {store}, buckets: [[[32, 32], [32, 48]]], batch: 4, cache: c}}"
+    mixed = f"{{use: mix, datasets: [{plain}]}}" if nested else plain
     for name, dataset in (("plain", plain), ("mixed", mixed)):
         (tmp_path / f"{name}.yaml").write_text(RECIPE.format(dataset=dataset))
     cache(tmp_path / "plain.yaml")
@@ -214,7 +214,7 @@ def test_training_asks_what_made_its_cache_and_names_both(store, tmp_path, monke
     with torch.no_grad():
         pipeline.vae.gain.add_(1)
     with pytest.raises(LensError, match="its vae is") as caught:
-        StoreDataset(config(store, dense=1.0)).check_encoders(pipeline, "fp32")
+        StoreDataset(config(store, dense_caption_ratio=1.0)).check_encoders(pipeline, "fp32")
     assert "its text encoder is" not in str(caught.value)
 
 
@@ -263,7 +263,7 @@ def test_a_run_from_a_cache_holds_no_encoder_and_exports_both(store, pipeline, t
     text = f"""
         pipeline: {{start: {tmp_path / "start"}, steps: 2}}
         method: flow_matching
-        dataset: {{use: store, store: {store}, table: [[[32, 32], [32, 48]]], batch: 4, cache: c}}
+        dataset: {{use: store, store: {store}, buckets: [[[32, 32], [32, 48]]], batch: 4, cache: c}}
         train: {{steps: 3}}
     """
     (tmp_path / "recipe.yaml").write_text(text)

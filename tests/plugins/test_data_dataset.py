@@ -25,7 +25,7 @@ from lens_core.catalog import Catalog
 from lens_core.recipe import structure
 from lens_core.types import Batch, ConfigError, LensError
 
-TABLE = (((16, 16), (16, 24), (24, 16)), ((32, 32),))
+BUCKETS = (((16, 16), (16, 24), (24, 16)), ((32, 32),))
 SIZES = [(16, 16), (16, 24), (24, 16), (32, 32), (20, 20)]  # of the pictures; the last is shown at 16x16
 
 
@@ -51,7 +51,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(store: Path, **config: object) -> StoreDataset:
-    return StoreDataset(StoreDataset.Config(**{"store": str(store), "table": TABLE, "batch": 4, **config}))
+    return StoreDataset(StoreDataset.Config(**{"store": str(store), "buckets": BUCKETS, "batch": 4, **config}))
 
 
 def take(dataset: StoreDataset, number: int, rank: int = 0, world: int = 1) -> list[Batch]:
@@ -100,7 +100,7 @@ def test_no_pass_is_like_another_and_none_begins_before_the_last_ended(store):
 
 def test_the_seed_alone_decides(store):
     first = take(make(store, seed=3), 12)
-    assert all(same(a, b) for a, b in zip(first, take(make(store, seed=3, threads=1), 12), strict=True))
+    assert all(same(a, b) for a, b in zip(first, take(make(store, seed=3, prefetch_workers=1), 12), strict=True))
     assert [b.captions for b in first] != [b.captions for b in take(make(store, seed=4), 12)]
 
 
@@ -142,9 +142,9 @@ import hashlib, json, sys
 from itertools import islice
 from lens_data.dataset import StoreDataset
 store, state, world = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-table = (((16, 16), (16, 24), (24, 16)), ((32, 32),))
+buckets = (((16, 16), (16, 24), (24, 16)), ((32, 32),))
 for rank in range(world):
-    dataset = StoreDataset(StoreDataset.Config(store=store, table=table, batch=4))
+    dataset = StoreDataset(StoreDataset.Config(store=store, buckets=buckets, batch=4))
     dataset.load_state_dict(state)
     for batch in islice(dataset.batches(rank, world), 5):
         print(batch.images.numpy().tobytes().hex()[:64], *batch.captions, *batch.keys)
@@ -206,9 +206,9 @@ def test_a_copied_store_will_do_and_another_store_will_not(tmp_path):
 
 
 def test_dense_is_the_share_of_dense_captions_and_what_is_missing_is_replaced(tmp_path, store):
-    told = [c for b in take(make(store, dense=0.25, batch=10), 100) for c in b.captions]
+    told = [c for b in take(make(store, dense_caption_ratio=0.25, batch=10), 100) for c in b.captions]
     assert sum(c.startswith("d") for c in told) / 1000 == pytest.approx(0.25, abs=0.05)
-    assert {c[0] for b in take(make(store, dense=0.0), 10) for c in b.captions} == {"b"}
+    assert {c[0] for b in take(make(store, dense_caption_ratio=0.0), 10) for c in b.captions} == {"b"}
     path = tmp_path / "store"
     Store(str(path), create=True).add([row(n, 16, 16, **{k: ""}) for n, k in enumerate(["brief", "dense"] * 4)])
     with pytest.warns(UserWarning, match="3 of 4 buckets have no picture: 16x24, 24x16, 32x32"):
@@ -261,12 +261,12 @@ def test_a_bucket_of_nothing_but_corrupt_pictures_ends_with_one_clear_line(tmp_p
 
 def test_what_fits_no_bucket_is_told(store, tmp_path):
     with pytest.warns(UserWarning, match="of 50 pictures, 40 too small are left out"):
-        dataset = make(store, table=(((32, 32),),))
+        dataset = make(store, buckets=(((32, 32),),))
     assert {tuple(b.images.shape[2:]) for b in take(dataset, 3)} == {(32, 32)}
-    message = "0 of 50 pictures fit the table, too few for a batch of 4; 50 are too small; lower batch"
+    message = "0 of 50 pictures fit the buckets, too few for a batch of 4; 50 are too small; lower batch"
     with pytest.raises(ConfigError, match=message):
-        make(store, table=(((512, 512),),))
-    with pytest.raises(ConfigError, match="50 of 50 pictures fit the table, too few for a batch of 51"):
+        make(store, buckets=(((512, 512),),))
+    with pytest.raises(ConfigError, match="50 of 50 pictures fit the buckets, too few for a batch of 51"):
         make(store, batch=51)
 
 
@@ -289,10 +289,10 @@ def test_stopping_early_leaves_no_thread(store):
 
 
 def test_a_recipe_names_the_store_and_its_table():
-    options = {"store": "x", "table": [[[512, 512]], [[768, 768], [864, 640]]], "dense": 0.8}
+    options = {"store": "x", "buckets": [[[512, 512]], [[768, 768], [864, 640]]], "dense_caption_ratio": 0.8}
     config = structure(StoreDataset.Config, options)
-    assert config.table == (((512, 512),), ((768, 768), (864, 640)))
-    assert sum(map(len, structure(StoreDataset.Config, {"store": "x"}).table)) == 27
+    assert config.buckets == (((512, 512),), ((768, 768), (864, 640)))
+    assert sum(map(len, structure(StoreDataset.Config, {"store": "x"}).buckets)) == 27
     with pytest.raises(ConfigError, match=r"\$\.store: missing"):
         structure(StoreDataset.Config, {})
 
@@ -300,15 +300,15 @@ def test_a_recipe_names_the_store_and_its_table():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"table": ()}, "table: must have at least 1 item"),
-        ({"table": (((0, 512),),)}, r"table\[0\]\[0\]\[0\]: must be at least 1"),
-        ({"table": (((512, 512),), ((512, 512),))}, "names a size twice"),
+        ({"buckets": ()}, "buckets: must have at least 1 item"),
+        ({"buckets": (((0, 512),),)}, r"buckets\[0\]\[0\]\[0\]: must be at least 1"),
+        ({"buckets": (((512, 512),), ((512, 512),))}, "name a size twice"),
         ({"batch": 0}, "batch: must be at least 1"),
-        ({"threads": 0}, "threads: must be at least 1"),
+        ({"prefetch_workers": 0}, "prefetch_workers: must be at least 1"),
         ({"seed": -1}, "seed: must be at least 0"),
-        ({"dense": 1.5}, "dense: must be at least 0 and at most 1"),
-        ({"cut": 1.0}, "cut: must be at least 0 and below 1"),
-        ({"enlarge": 0.0}, "enlarge: must be above 0"),
+        ({"dense_caption_ratio": 1.5}, "dense_caption_ratio: must be at least 0 and at most 1"),
+        ({"max_crop": 1.0}, "max_crop: must be at least 0 and below 1"),
+        ({"max_upscale": 0.0}, "max_upscale: must be above 0"),
         ({"cache": "a/b"}, "cache: must be a name"),
     ],
 )
@@ -340,9 +340,9 @@ def test_read_ahead_in_many_threads_keeps_the_order(store, monkeypatch):
         time.sleep(rng.random() / 200)
         return decode(data)
 
-    expected = take(make(store, threads=1), 20)
+    expected = take(make(store, prefetch_workers=1), 20)
     monkeypatch.setattr(module.pictures, "read", slow)
-    assert all(same(a, b) for a, b in zip(take(make(store, threads=8), 20), expected, strict=True))
+    assert all(same(a, b) for a, b in zip(take(make(store, prefetch_workers=8), 20), expected, strict=True))
 
 
 def test_more_ranks_than_samples_are_refused(store):

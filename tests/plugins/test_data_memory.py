@@ -59,12 +59,12 @@ def test_an_import_of_new_and_of_known_pictures(store: Path) -> None:
 
 def test_opening_a_store_and_a_cache(store: Path) -> None:
     imports._fill(store, found(), "dense", "here", False)
-    plain = StoreDataset.Config(str(store), table=(((64, 64),),), batch=8)
+    plain = StoreDataset.Config(str(store), buckets=(((64, 64),),), batch=8)
     assert peak(lambda: StoreDataset(plain)) < 300
     keys = [key for key, _ in StoreDataset(plain).encodings()]
     assert len(keys) == len(set(keys)) == 2 * MANY
     Cache(Store(str(store)), "c", MADE_BY).add(dict.fromkeys(keys, b""))
-    cached = StoreDataset.Config(str(store), table=(((64, 64),),), batch=8, cache="c")
+    cached = StoreDataset.Config(str(store), buckets=(((64, 64),),), batch=8, cache="c")
     assert peak(lambda: StoreDataset(cached)) < 600
     assert Cache(Store(str(store)), "c").lacking([*keys, "t:other"]) == (1, 2 * MANY + 1)
     assert caching.text_key("other") not in Cache(Store(str(store)), "c")

@@ -1,4 +1,4 @@
-"""Several datasets as one: by share, resumable, and never confused with each other."""
+"""Several datasets as one: by weight, resumable, and never confused with each other."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lens_core.recipe import Use, build, read_recipe
 from lens_core.testing.checks import check_dataset
 from lens_core.types import ConfigError
 
-KNOWN = {"sizes": [[64, 64]], "batch": 4, "count": 8, "dense": 0.0}
+KNOWN = {"sizes": [[64, 64]], "batch": 4, "pool_size": 8, "dense_caption_ratio": 0.0}
 NEW = {**KNOWN, "tasks": {"novel": 1.0}}
 
 
-def mix(share: float = 1.0, seed: int = 0) -> Mix:
-    parts = [{"use": "shapes", **KNOWN, "share": 3}, {"use": "shapes", **NEW, "share": share}]
-    _, cls, config = build(Catalog.installed(), "dataset", Use("mix", {"parts": parts, "seed": seed}))
+def mix(weight: float = 1.0, seed: int = 0) -> Mix:
+    datasets = [{"use": "shapes", **KNOWN, "weight": 3}, {"use": "shapes", **NEW, "weight": weight}]
+    _, cls, config = build(Catalog.installed(), "dataset", Use("mix", {"datasets": datasets, "seed": seed}))
     return cls(config)
 
 
@@ -39,10 +39,10 @@ def test_it_keeps_the_contract_of_a_dataset():
 
 
 def test_batches_come_by_share():
-    found = [is_new(c) for c in told(mix(share=1.0), 400)]
+    found = [is_new(c) for c in told(mix(weight=1.0), 400)]
     assert 65 <= sum(found) <= 135  # a quarter of 400, plus or minus four standard deviations
-    assert found != [is_new(c) for c in told(mix(share=1.0, seed=1), 400)]
-    assert sum(is_new(c) for c in told(mix(share=27.0), 100)) > 75
+    assert found != [is_new(c) for c in told(mix(weight=1.0, seed=1), 400)]
+    assert sum(is_new(c) for c in told(mix(weight=27.0), 100)) > 75
 
 
 def test_each_part_is_what_it_is_alone():
@@ -66,12 +66,12 @@ def test_keys_of_two_parts_are_never_one():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"parts": []}, "parts: must have at least 1 item"),
-        ({"parts": [{"use": "shapes", "share": 0}]}, r"parts\[0\]\.share: must be above 0, not 0"),
-        ({"parts": [{"use": "shapes", "share": "half"}]}, r"parts\[0\]\.share: must be a number, not 'half'"),
-        ({"parts": ["shapes"], "seed": -1}, "seed: must be at least 0"),
-        ({"parts": ["shapez"]}, r"\$\.parts\[0\]: no dataset is called 'shapez'\. Did you mean 'shapes'\?"),
-        ({"parts": ["shapes", {"use": "shapes", "bach": 3}]}, r"\$\.parts\[1\]\.bach: unknown"),
+        ({"datasets": []}, "datasets: must have at least 1 item"),
+        ({"datasets": [{"use": "shapes", "weight": 0}]}, r"datasets\[0\]\.weight: must be above 0, not 0"),
+        ({"datasets": [{"use": "shapes", "weight": "half"}]}, r"datasets\[0\]\.weight: must be a number, not 'half'"),
+        ({"datasets": ["shapes"], "seed": -1}, "seed: must be at least 0"),
+        ({"datasets": ["shapez"]}, r"\$\.datasets\[0\]: no dataset is called 'shapez'\. Did you mean 'shapes'\?"),
+        ({"datasets": ["shapes", {"use": "shapes", "bach": 3}]}, r"\$\.datasets\[1\]\.bach: unknown"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, words):
@@ -82,10 +82,12 @@ def test_what_makes_no_sense_is_refused(options, words):
 def test_a_state_of_other_parts_is_refused():
     state = mix().state_dict()
     with pytest.raises(ValueError, match=r"shorter|longer"):
-        mix().load_state_dict({**state, "parts": state["parts"][:1]})
+        mix().load_state_dict({**state, "datasets": state["datasets"][:1]})
 
 
 def test_a_recipe_may_mix(tmp_path: Path):
     path = tmp_path / "r.yaml"
-    path.write_text("method: flow_matching\ndataset: {use: mix, parts: [{use: shapes, share: 2}]}\ntrain: {steps: 1}\n")
-    assert read_recipe(path, Catalog.installed()).dataset == Use("mix", {"parts": [{"use": "shapes", "share": 2}]})
+    path.write_text(
+        "method: flow_matching\ndataset: {use: mix, datasets: [{use: shapes, weight: 2}]}\ntrain: {steps: 1}\n"
+    )
+    assert read_recipe(path, Catalog.installed()).dataset == Use("mix", {"datasets": [{"use": "shapes", "weight": 2}]})

@@ -14,7 +14,7 @@ from lens_data.commands import plan
 from lens_data.packed import PackedDataset
 from lens_data.packing import flops
 from lens_data.store import Store
-from test_data_dataset import SIZES, TABLE, corrupt, fill, row
+from test_data_dataset import BUCKETS, SIZES, corrupt, fill, row
 
 from lens_core.recipe import structure
 from lens_core.testing.checks import check_dataset
@@ -29,7 +29,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(store: Path, **config: object) -> PackedDataset:
     return PackedDataset(
-        PackedDataset.Config(**{"store": str(store), "table": TABLE, "budget": 40.0, "cell": 4, "width": 16, **config})
+        PackedDataset.Config(
+            **{"store": str(store), "buckets": BUCKETS, "budget": 40.0, "patch_size": 4, "backbone_width": 16, **config}
+        )
     )
 
 
@@ -100,7 +102,9 @@ def test_a_run_that_stopped_after_any_batch_goes_on_with_other_ranks(store: Path
 
 
 def test_the_seed_alone_decides(store: Path) -> None:
-    first, again, other = (take(make(store, **c), 8) for c in ({"seed": 3}, {"seed": 3, "threads": 1}, {"seed": 4}))
+    first, again, other = (
+        take(make(store, **c), 8) for c in ({"seed": 3}, {"seed": 3, "prefetch_workers": 1}, {"seed": 4})
+    )
     assert [told(b) for b in first] == [told(b) for b in again] != [told(b) for b in other]
 
 
@@ -147,8 +151,8 @@ def test_the_plan_of_a_recipe_tells_what_its_dataset_would_do(
 method: flow_matching
 train: {{steps: 1}}
 dataset:
-  {{use: packed, store: '{store}', budget: 40.0, cell: 4, width: 16,
-   table: [[[16, 16], [16, 24], [24, 16]], [[32, 32]]]}}
+  {{use: packed, store: '{store}', budget: 40.0, patch_size: 4, backbone_width: 16,
+   buckets: [[[16, 16], [16, 24], [24, 16]], [[32, 32]]]}}
 """
     (tmp_path / "recipe.yaml").write_text(text)
     assert plan(tmp_path / "recipe.yaml", ranks=4, count=600) == 0
@@ -158,7 +162,7 @@ dataset:
     loads = np.array([[work(part[n]) for part in parts] for n in range(10)])
     assert said[0].startswith("600 samples, ") and list(rows) == ["independent", "tokens", "packed"]
     assert rows["packed"][3] == pytest.approx(loads.mean() / 10, abs=0.01)
-    other = text.replace("packed", "store").replace("budget: 40.0, cell: 4, width: 16", "batch: 4")
+    other = text.replace("packed", "store").replace("budget: 40.0, patch_size: 4, backbone_width: 16", "batch: 4")
     (tmp_path / "recipe.yaml").write_text(other)
     with pytest.raises(ConfigError, match="is not `packed`, so there is nothing to plan"):
         plan(tmp_path / "recipe.yaml")

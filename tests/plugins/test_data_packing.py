@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from lens_data.buckets import LENS
+from lens_data.buckets import LENS_BUCKETS
 from lens_data.packing import Packs, balance, compare, flops, mixture, pack
 
 from lens_core.types import ConfigError
@@ -14,7 +14,7 @@ from lens_core.types import ConfigError
 
 def realistic(count: int, seed: int = 0) -> list[int]:
     """Tokens of a uniform mixture of the 27 sizes, with captions of about 109 words."""
-    return mixture(count, [size for group in LENS for size in group], seed)
+    return mixture(count, [size for group in LENS_BUCKETS for size in group], seed)
 
 
 def budget(images: float) -> float:

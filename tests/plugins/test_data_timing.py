@@ -17,7 +17,7 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "pipeline: {start: 'tiny:'}\nmethod: flow_matching\ntrain: {steps: 1}\n"
-        "dataset: {use: packed, store: nowhere, table: [[[64, 64], [64, 128]], [[128, 128]]]}\n"
+        "dataset: {use: packed, store: nowhere, buckets: [[[64, 64], [64, 128]], [[128, 128]]]}\n"
     )
     return path
 

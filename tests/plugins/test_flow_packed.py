@@ -154,8 +154,8 @@ MMDIT = {
 
 def recipe(store: Path, **train: int) -> Recipe:
     data = {
-        "use": "packed", "store": str(store), "table": [[[16, 16], [16, 32], [32, 16]], [[32, 32]]], "budget": 30.0,
-        "enlarge": 2.0, "every_area": True,
+        "use": "packed", "store": str(store), "buckets": [[[16, 16], [16, 32], [32, 16]], [[32, 32]]], "budget": 30.0,
+        "max_upscale": 2.0, "every_area": True,
     }  # fmt: skip
     parts = {"vae": "blocks", "text_encoder": "letters", "backbone": MMDIT, "sampler": "euler"}
     options = {"steps": 6, "lr": 1e-2, "save_every": 3, "keep": 9, **train}

@@ -41,12 +41,12 @@ def test_ranks_share_the_global_batch():
 
 @pytest.mark.parametrize("count", [0, 24])
 def test_it_keeps_the_contract_of_a_dataset(count):
-    config = ShapesDataset.Config(batch=4, count=count, sizes=((64, 64), (64, 96)))
+    config = ShapesDataset.Config(batch=4, pool_size=count, sizes=((64, 64), (64, 96)))
     check_dataset(lambda: ShapesDataset(config), before=4, after=6)  # an epoch of 24 is 6 batches
 
 
 def test_a_pool_shows_every_scene_once_an_epoch_in_a_new_order_with_new_captions():
-    config = {"batch": 4, "count": 16, "sizes": ((64, 64), (64, 96))}
+    config = {"batch": 4, "pool_size": 16, "sizes": ((64, 64), (64, 96))}
     batches = take(8, **config)
     epochs = [[key for b in part for key in b.keys] for part in (batches[:4], batches[4:])]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(16)) and epochs[0] != epochs[1]
@@ -61,7 +61,7 @@ def test_a_pool_shows_every_scene_once_an_epoch_in_a_new_order_with_new_captions
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_dense_is_the_share_of_batches_with_dense_captions(share):
-    batches = take(40, batch=2, dense=share, images=False)
+    batches = take(40, batch=2, dense_caption_ratio=share, images=False)
     dense = [{len(c.split()) > 60 for c in b.captions} for b in batches]
     assert all(len(kinds) == 1 for kinds in dense)
     assert abs(sum(kinds == {True} for kinds in dense) / 40 - share) < 0.25 * (0 < share < 1) + 1e-9
@@ -73,7 +73,9 @@ def test_captions_alone_are_the_same_captions():
 
 
 def test_only_kinds_with_a_weight_are_drawn():
-    captions = [c for b in take(10, batch=4, dense=0.0, images=False, tasks={"words": 1.0}) for c in b.captions]
+    captions = [
+        c for b in take(10, batch=4, dense_caption_ratio=0.0, images=False, tasks={"words": 1.0}) for c in b.captions
+    ]
     assert all('"' in c for c in captions)
 
 
@@ -83,8 +85,8 @@ def test_only_kinds_with_a_weight_are_drawn():
         ({"sizes": ((32, 64),)}, r"sizes\[0\]\[0\]: must be at least 64"),
         ({"sizes": ()}, "sizes"),
         ({"batch": 0}, "batch"),
-        ({"dense": 1.5}, "dense"),
-        ({"count": 10}, "too few"),
+        ({"dense_caption_ratio": 1.5}, "dense_caption_ratio"),
+        ({"pool_size": 10}, "too few"),
         ({"tasks": {"word": 1.0}}, "Did you mean 'words'"),
         ({"tasks": {"words": 0.0}}, "no positive weight"),
     ],

@@ -305,16 +305,18 @@ def test_other_kinds_of_scene_can_be_asked_for_and_then_are_the_overall_figure()
 
 def test_long_prompts_ask_for_the_facts_of_the_short_ones_and_tell_of_the_same_scenes():
     plain = {"prompts": 70, "largest": True}
-    brief, long = (ShapesBenchmark(ShapesBenchmark.Config(**plain, dense=dense)).prompts() for dense in (False, True))
+    brief, long = (
+        ShapesBenchmark(ShapesBenchmark.Config(**plain, dense_prompts=dense)).prompts() for dense in (False, True)
+    )
     assert [p.data for p in brief] == [p.data for p in long] and [p.task for p in brief] == [p.task for p in long]
     assert all(len(p.text.split()) > 70 for p in long) and all(len(p.text.split()) < 12 for p in brief)
-    assert long == ShapesBenchmark(ShapesBenchmark.Config(**plain, dense=True)).prompts()
+    assert long == ShapesBenchmark(ShapesBenchmark.Config(**plain, dense_prompts=True)).prompts()
     scenes = ShapesBenchmark(ShapesBenchmark.Config(**plain)).scenes()
     for prompt, scene in zip(long, scenes, strict=True):
         assert all(f"{thing.size} {thing.colour} {thing.shape}" in prompt.text for thing in scene.things)
         most = "large" if len(scene.things) <= 2 else "medium" if len(scene.things) <= 4 else "small"
         assert {thing.size for thing in scene.things} <= {most}
-    small = ShapesBenchmark(ShapesBenchmark.Config(prompts=70, dense=True)).prompts()
+    small = ShapesBenchmark(ShapesBenchmark.Config(prompts=70, dense_prompts=True)).prompts()
     assert any("small" in p.text for p in small if p.task == "single")
 
 

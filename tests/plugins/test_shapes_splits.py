@@ -188,7 +188,8 @@ def test_facts_are_what_an_independent_count_sees():
 def test_training_captions_of_either_length_never_ask_what_test_asks():
     held = {p.text for split in ("select", "test") for p in ShapesBenchmark(
         ShapesBenchmark.Config(prompts=480, tasks=ASKED, split=split, phrasings=5)).prompts()}  # fmt: skip
-    told = {c for b in islice(ShapesDataset(ShapesDataset.Config(dense=0.0, images=False)).batches(0, 1), 60)
+    config = ShapesDataset.Config(dense_caption_ratio=0.0, images=False)
+    told = {c for b in islice(ShapesDataset(config).batches(0, 1), 60)
             for c in b.captions}  # fmt: skip
     assert len(held) == 2 * 480 * 5 and len(told) > 1500 and not held & told
 
