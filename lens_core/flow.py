@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""What a sampler integrates: (x [B,C,h,w], t float32 [B]) -> v [B,C,h,w]."""
 
 
 def _over(t: Tensor, x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,15 +12,12 @@ from attrs import frozen
 from torch import Tensor
 
 from lens_core import flow
+from lens_core.flow import Velocity
 from lens_core.io import images
 from lens_core.types import ConfigError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x float32 [B,C,h,w], t float32 [B]) -> v [B,C,h,w]."""
 
 
 def to_tensor(image: Image) -> Tensor:

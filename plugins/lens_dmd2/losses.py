@@ -14,8 +14,8 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from lens_core import flow
+from lens_core.flow import Velocity
 from lens_core.types import ConfigError, move
-from lens_dmd2.rollout import Velocity
 
 
 def shifted(u: Tensor, shift: float) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lens_core import flow
 from lens_core.attribution import latents_of
+from lens_core.flow import Velocity
 from lens_core.inference.pipeline import to_pixels
 from lens_core.protocols import dtype_of
 from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, Text, move
@@ -23,7 +24,7 @@ from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer,
 from lens_dmd2 import losses
 from lens_dmd2.heads import HEADS, Heads
 from lens_dmd2.losses import LEVELS, MATCHINGS, Schedule, Views, Weights
-from lens_dmd2.rollout import ROLLOUTS, Velocity
+from lens_dmd2.rollout import ROLLOUTS
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import islice, pairwise
 
 import torch
 from torch import Tensor
 
 from lens_core import flow
+from lens_core.flow import Velocity
 from lens_core.protocols import Sampler
 from lens_core.types import move
-
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x [B,C,h,w], t float32 [B]) -> v [B,C,h,w]."""
 
 
 @torch.no_grad()

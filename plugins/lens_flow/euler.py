@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -14,12 +14,11 @@ from attrs import field, frozen
 from torch import Tensor
 
 from lens_core import flow
+from lens_core.flow import Velocity
 from lens_core.io.atomic_files import write_json
 from lens_core.types import ConfigError
 from lens_core.validators import optional, within
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x float32 [B,C,h,w], t float32 [B]) -> v [B,C,h,w]."""
 LARGE = 4300  # tokens above which the step count no longer matters
 
 

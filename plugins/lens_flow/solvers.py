@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from attrs import field, frozen
 from torch import Tensor
 
+from lens_core.flow import Velocity
 from lens_core.types import ConfigError
 from lens_core.validators import within
-from lens_flow.euler import Scheduled, Velocity, at
+from lens_flow.euler import Scheduled, at
 
 
 class Heun(Scheduled):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -119,7 +120,7 @@ def test_the_loss_is_the_mean_squared_error_of_the_velocity():
     (sample,) = encoded(m, batch())
     loss = m.loss("backbone", m.roles(), sample, rng())
     draw = rng()
-    t = (0.5 + (4 - 256) / (4096 - 256) * 0.65 + torch.randn(2, generator=draw)).sigmoid()
+    t = (1.0 + (4 - 256) / (4096 - 256) * 0.3 + torch.randn(2, generator=draw)).sigmoid()
     noise = torch.randn(2, 2, 2, 2, generator=draw)
     net = m.roles()["backbone"]
     torch.testing.assert_close(net.t, t)
@@ -138,9 +139,18 @@ def test_the_true_velocity_has_no_loss():
     assert float(loss.total) < 1e-9
 
 
-@pytest.mark.parametrize(("h", "w", "mean"), [(16, 16, 0.5), (64, 64, 1.15), (34, 64, 0.825)])
-def test_the_mean_of_logit_t_is_linear_in_the_latent_cells(h, w, mean):
-    assert FlowMatching.Config().logit_mean(h * w) == pytest.approx(mean)
+@pytest.mark.parametrize(("h", "w", "mean"), [(16, 16, 1.0), (32, 32, 1.06), (64, 64, 1.3), (34, 64, 1.15)])
+def test_the_mean_of_logit_t_is_the_papers_line_in_the_latent_cells(h, w, mean):
+    # A cell is 16 px wide: 256^2 px have 256 cells, 512^2 px 1024 and 1024^2 px 4096.
+    assert FlowMatching.Config().logit_mean(h * w) == pytest.approx(mean, abs=1e-12)
+    assert mean == pytest.approx(0.98 + 0.3 * h * w / 3840), "the same line, by its value at no cell"
+
+
+def test_the_median_time_at_512_px_is_the_papers():
+    m = method()
+    m.loss("backbone", m.roles(), many(4_000, 32, 32), rng())
+    # Half of a logit-normal lies below the sigmoid of its mean.
+    assert float(m.roles()["backbone"].t.median()) == pytest.approx(1 / (1 + math.exp(-1.06)), abs=0.01)
 
 
 def test_t_is_logit_normal_with_the_shifted_mean():

@@ -92,7 +92,7 @@ def test_t_is_drawn_for_the_size_of_each_sample() -> None:
     m = FlowMatching(FlowMatching.Config(std=1e-6, base_tokens=4, max_tokens=16), LensPipeline())
     watched = Watched(model())
     m.loss("backbone", {"backbone": watched}, sample(), torch.Generator().manual_seed(5))
-    want = [0.5 + (h * w - 4) / 12 * 0.65 for h, w in SIZES]
+    want = [1.0 + (h * w - 4) / 12 * 0.3 for h, w in SIZES]
     torch.testing.assert_close(watched.asked[1].logit(), torch.tensor(want), atol=1e-4, rtol=0)
 
 
