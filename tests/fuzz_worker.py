@@ -521,12 +521,13 @@ class Targets:
         lines = [
             ["generate", "a cat", "--model", toy, "--size", "32x48", "--steps", "2", "--seed", "1", "-o", "x.png"],
             ["generate", "a", "--model", toy, "--aspect-ratio", "3:2", "--guidance-interval", "0.1,0.9", "--json"],
-            ["generate", "a", "--model", toy, "--size", "32x32", "--lora", "lora:0.5", "--batch", "1", "--images", "2"],
+            ["generate", "a", "--model", toy, "--size", "32x32", "--lora", "lora:0.5",
+             "--batch-size", "1", "--num-images", "2"],
             ["generate", "--reproduce", str(self.folder / "a.png"), "--model", toy],
             ["train", "recipe.yaml", "--set", "train.steps=1", "--dry-run"],
-            ["bench", "fit", "--model", toy, "--prompts", "1", "--size", "32x32", "--seed", "0", "--batch", "2"],
+            ["bench", "fit", "--model", toy, "--limit", "1", "--size", "32x32", "--seed", "0", "--batch-size", "2"],
             ["compare", "a,b", "c"],
-            ["lora", "lora.safetensors", "y.safetensors", "--as", "comfy"],
+            ["lora", "convert", "lora.safetensors", "y.safetensors", "--to", "comfy"],
             ["push", "nowhere", "a/b", "--message", "x"],
             ["plugins", "--json"],
         ]  # fmt: skip

@@ -52,7 +52,7 @@ def _tell(start: int, note: str, _: Any, step: int, t: float, __: Any) -> None:
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     if (prompt is None) == (file is None):
-        raise ConfigError("give one prompt, or a file of prompts with --prompts, one a line")
+        raise ConfigError("give one prompt, or a file of prompts with --prompts-file, one a line")
     if prompt is not None:
         if not prompt.strip():
             raise ConfigError("the prompt is empty; say what to draw")
@@ -105,7 +105,7 @@ def _versions() -> dict[str, str]:
 def generate(
     prompt: str | None = None,
     *,
-    prompts: Path | None = None,
+    prompts_file: Path | None = None,
     output: Annotated[Path | None, Parameter(alias="-o")] = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     reproduce: Path | None = None,
@@ -126,12 +126,12 @@ def generate(
     image: Path | None = None,
     strength: float | None = None,
     mask: Path | None = None,
-    images: int = 1,
-    batch: int = 8,
+    num_images: int = 1,
+    batch_size: int = 8,
     device: str = "auto",
     dtype: str = "auto",
     offload: str = "auto",
-    text_cache: Path | None = None,
+    prompt_cache: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Draw pictures from a prompt.
@@ -140,7 +140,7 @@ def generate(
     ----------
     prompt
         What to draw.
-    prompts
+    prompts_file
         A UTF-8 file with one prompt a line, instead of a prompt. Run again, only what is missing is drawn.
     output
         The PNG to write, lens.png if not given; several pictures become NAME-0000.png, NAME-0001.png, …
@@ -182,9 +182,9 @@ def generate(
         How much of that picture goes, from 0 to 1; 0.6 if not given, 1 with a mask.
     mask
         A picture of the same size: white is drawn anew, black is kept.
-    images
+    num_images
         Pictures a prompt.
-    batch
+    batch_size
         Pictures drawn at once; the pictures do not depend on it.
     device
         auto, cpu, cuda, cuda:1 …
@@ -192,7 +192,7 @@ def generate(
         auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
     offload
         What leaves the GPU when: none, modulation, model, encoder-cpu, block; auto takes the fastest that fits.
-    text_cache
+    prompt_cache
         A folder that keeps features of prompts; with a prompt that is there the text encoder is not even read.
     json_
         Print one JSON object a picture.
@@ -205,18 +205,20 @@ def generate(
     anew = read_raw(mask) if mask is not None else None  # its transparency counts
     files = {"backbone": backbone, "text_encoder": text_encoder, "vae": vae}
     if reproduce is not None:
-        if prompt is not None or prompts is not None:
+        if prompt is not None or prompts_file is not None:
             raise ConfigError("--reproduce draws what the picture says; leave the prompt out")
         again = partial(
-            _pipeline, model, lora, files=files, device=device, dtype=dtype, offload=offload, text_cache=text_cache
+            _pipeline, model, lora, files=files, device=device, dtype=dtype, offload=offload, text_cache=prompt_cache
         )
         return _reproduce(reproduce, again, begin, anew, output)
-    if images < 1 or batch < 1:
-        raise ConfigError(f"images and batch must be at least 1, not {images} and {batch}")
-    asked_for = _prompts(prompt, prompts)
-    if images * len(asked_for) > MOST_PICTURES:
-        raise ConfigError(f"{images} pictures a prompt are more than {MOST_PICTURES} in all; draw them in several runs")
-    texts = [text for text in asked_for for _ in range(images)]
+    if num_images < 1 or batch_size < 1:
+        raise ConfigError(f"--num-images and --batch-size must be at least 1, not {num_images} and {batch_size}")
+    asked_for = _prompts(prompt, prompts_file)
+    if num_images * len(asked_for) > MOST_PICTURES:
+        raise ConfigError(
+            f"{num_images} pictures a prompt are more than {MOST_PICTURES} in all; draw them in several runs"
+        )
+    texts = [text for text in asked_for for _ in range(num_images)]
     _check_steps(steps)
     paths = _outputs(output or Path("lens.png"), len(texts))
     height, width = _size(size)
@@ -235,11 +237,11 @@ def generate(
         if made.vae is None:
             return Load()  # which cannot be drawn, as will be said
         drawn = made.size(height, width, aspect_ratio, base_resolution)
-        return Load(drawn, made.vae.downscale, min(batch, len(texts)), steps=steps or int(made.presets["steps"]))
+        return Load(drawn, made.vae.downscale, min(batch_size, len(texts)), steps=steps or int(made.presets["steps"]))
 
     pipeline = _pipeline(
         model, lora, Use(sampler) if sampler else None, files=files, device=device, dtype=dtype, offload=offload,
-        load=load, text_cache=text_cache,
+        load=load, text_cache=prompt_cache,
     )  # fmt: skip
     for note in pipeline.notes:
         print(f"lens: {note}", file=sys.stderr)
@@ -250,12 +252,12 @@ def generate(
     ]  # fmt: skip
     requests = [_request([*asked, text, seed + i]) for i, text in enumerate(texts)]
     left = list(range(len(texts)))
-    if prompts is not None and not overwrite:
+    if prompts_file is not None and not overwrite:
         left = [i for i in left if not _there(paths[i], requests[i])]
         if len(left) < len(texts):
             print(f"lens: {len(texts) - len(left)} of {len(texts)} pictures are there already", file=sys.stderr)
-    for start in range(0, len(left), batch):
-        part = left[start : start + batch]
+    for start in range(0, len(left), batch_size):
+        part = left[start : start + batch_size]
         begun = time.perf_counter()
         result = pipeline(
             [texts[i] for i in part],
@@ -434,18 +436,18 @@ def _size(size: str | None) -> tuple[int | None, int | None]:
 def train(
     recipe: Path,
     *,
-    out: Path | None = None,
+    output: Path | None = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
     allow_changed: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Train what a recipe describes, or go on where the run in --out stopped.
+    """Train what a recipe describes, or go on where the run in --output stopped.
 
     Parameters
     ----------
     recipe
         The YAML file.
-    out
+    output
         The run's folder; runs/NAME-OF-RECIPE if not given.
     set_
         PATH=VALUE, in the place of what the recipe says, as in --set method.gan=0; can be given more than once.
@@ -465,7 +467,7 @@ def train(
         return 0
     from lens_core.training.trainer import Run
 
-    report = Run(plan, catalog, out or Path("runs") / recipe.stem, allow_changed=allow_changed).train()
+    report = Run(plan, catalog, output or Path("runs") / recipe.stem, allow_changed=allow_changed).train()
     if report.model is None:
         return 130
     print(f"{report.model}  {report.steps} steps, {report.seconds / 60:.1f} minutes this time")
@@ -478,13 +480,13 @@ def bench(
     *,
     model: str = "tiny:",
     lora: Annotated[list[str] | None, Parameter(negative="")] = None,
-    out: Path | None = None,
-    prompts: int | None = None,
+    output: Path | None = None,
+    limit: int | None = None,
     seed: int = 0,
     steps: int | None = None,
     guidance_scale: float | None = None,
     size: str | None = None,
-    batch: int = 50,
+    batch_size: int = 50,
     device: str = "auto",
     dtype: str = "auto",
 ) -> int:
@@ -498,9 +500,9 @@ def bench(
         A folder, a Hub id org/name[@revision], or tiny:
     lora
         A LoRA, PATH or PATH:WEIGHT, folded into the backbone; may be given more than once.
-    out
+    output
         The folder to write; runs/bench-NAME if not given.
-    prompts
+    limit
         How many prompts; the benchmark's own number if not given.
     seed
         Picture i has the seed SEED * 1,000,000 + i, so that runs with other seeds share no noise.
@@ -510,7 +512,7 @@ def bench(
         The checkpoint's preset if not given.
     size
         Height x width in px.
-    batch
+    batch_size
         Pictures drawn at once.
     device
         auto, cpu, cuda, cuda:1 …
@@ -520,11 +522,13 @@ def bench(
     from lens_core.recipe import Use, build, parse_use
 
     _check_steps(steps)
-    if batch < 1 or not 1 <= (1 if prompts is None else prompts) <= MOST_PICTURES:
-        raise ConfigError(f"batch must be at least 1, and prompts from 1 to {MOST_PICTURES}, not {batch} and {prompts}")
+    if batch_size < 1 or not 1 <= (1 if limit is None else limit) <= MOST_PICTURES:
+        raise ConfigError(
+            f"--batch-size must be at least 1, and --limit from 1 to {MOST_PICTURES}, not {batch_size} and {limit}"
+        )
     catalog = Catalog.installed()
     named = parse_use(benchmark)
-    use = Use(named.use, named.options if prompts is None else {**named.options, "prompts": prompts})
+    use = Use(named.use, named.options if limit is None else {**named.options, "prompts": limit})
     _, cls, config = build(catalog, "benchmark", use, "$")
     height, width = _size(size)
     folds = [_lora(text) for text in lora or ()]
@@ -533,7 +537,7 @@ def bench(
     from lens_core.inference.pipeline import LensPipeline
     from lens_core.io import atomic_files
 
-    folder = out or Path("runs") / f"bench-{use.use.replace(':', '-')}"
+    folder = output or Path("runs") / f"bench-{use.use.replace(':', '-')}"
     pipeline = LensPipeline.from_pretrained(model, catalog=catalog, device=device, dtype=dtype)
     for path, weight in folds:
         pipeline.load_lora_weights(path, weight)
@@ -542,7 +546,7 @@ def bench(
     pictures = folder / "pictures"
     try:
         outcome = run.evaluate(
-            pipeline, judge, seed=seed, batch=batch, log=_say, keep=partial(reports.save_pictures, pictures),
+            pipeline, judge, seed=seed, batch=batch_size, log=_say, keep=partial(reports.save_pictures, pictures),
             ceiling=True,
             height=height, width=width, num_inference_steps=steps, guidance_scale=guidance_scale,
         )  # fmt: skip
@@ -574,7 +578,7 @@ def bench(
 
 
 @app.command
-def compare(*folders: str, out: Path | None = None) -> int:
+def compare(*folders: str, output: Path | None = None) -> int:
     """Set results of `lens bench` side by side: the first folder's model is what the others are measured against.
 
     Parameters
@@ -582,7 +586,7 @@ def compare(*folders: str, out: Path | None = None) -> int:
     folders
         Folders that `lens bench` wrote; several of one model, with different seeds, become one row, and so do those
         that are joined by commas: models of one recipe, trained from different seeds.
-    out
+    output
         A Markdown file to write the table to, besides printing it.
     """
     from lens_core.evaluation import comparison
@@ -597,8 +601,8 @@ def compare(*folders: str, out: Path | None = None) -> int:
             result = comparison.read(Path(folder) / "result.json")
             results.append(result | {"group": joined} if len(several) > 1 else result)
     text = comparison.table(comparison.compare(results))
-    if out is not None:
-        atomic_files.write_atomic(out, lambda p: p.write_text(f"{text}\n", encoding="utf-8"))
+    if output is not None:
+        atomic_files.write_atomic(output, lambda p: p.write_text(f"{text}\n", encoding="utf-8"))
     print(text)
     return 0
 
@@ -678,15 +682,19 @@ def push(
     return 0
 
 
-@app.command
-def lora(
+lora_app = App(name="lora", help="LoRA files: convert between the key formats of tools.")
+app.command(lora_app)
+
+
+@lora_app.command(name="convert")
+def convert_lora(
     source: Path,
     output: Path,
     *,
-    as_: Annotated[Literal["diffusers", "comfy", "sd-scripts"], Parameter(name="--as")],
+    to: Literal["diffusers", "comfy", "sd-scripts"],
     model: str | None = None,
 ) -> int:
-    """Write a LoRA in another tool's spelling of names; its numbers stay bit for bit.
+    """Write a LoRA in another tool's key format; its numbers stay bit for bit.
 
     Parameters
     ----------
@@ -694,7 +702,7 @@ def lora(
         A LoRA file, or a folder with pytorch_lora_weights.safetensors.
     output
         The .safetensors file to write.
-    as_
+    to
         diffusers (PEFT), comfy or sd-scripts.
     model
         The model that it is for, against which its layers are checked; needed where names have underscores for dots.
@@ -711,8 +719,8 @@ def lora(
 
         net = LensPipeline.from_pretrained(model, device="cpu", parts=("backbone",)).backbone
         pairs = lora_keys.read(source, list(lora_module.read(source, net)))
-    lora_keys.write(output, pairs, as_)
-    print(f"{output}  {len(pairs)} layers, as {as_}")
+    lora_keys.write(output, pairs, to)
+    print(f"{output}  {len(pairs)} layers, as {to}")
     return 0
 
 

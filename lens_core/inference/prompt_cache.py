@@ -35,7 +35,7 @@ class TextCache:
 
     def __init__(self, folder: Path | None = None) -> None:
         if folder is not None and folder.exists() and not folder.is_dir():
-            raise ConfigError(f"{folder}: is a file; --text-cache takes a folder")
+            raise ConfigError(f"{folder}: is a file; --prompt-cache takes a folder")
         self.folder = folder
         self.kept: dict[str, Entry] = {}
 

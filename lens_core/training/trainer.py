@@ -574,7 +574,7 @@ class Run:
                 self.say(f"{folder.name} is damaged, so the one before it is used: {error}")
         if refused is not None:  # to begin anew would rotate these away, and they may be all that is left
             raise CheckpointError(
-                f"{self.out}: none of its checkpoints can be read; choose a new --out or move them away ({refused})"
+                f"{self.out}: none of its checkpoints can be read; choose a new --output or move them away ({refused})"
             )
         return None
 
@@ -697,7 +697,7 @@ class Run:
                 self.changed = list(_differences(before, now, "$"))
             except (ConfigError, CheckpointError) as error:
                 if self._folders():
-                    raise ConfigError(f"{path}: this Lens cannot read it; choose a new --out: {error}") from error
+                    raise ConfigError(f"{path}: this Lens cannot read it; choose a new --output: {error}") from error
                 self.changed = ["$"]  # nothing of that run is left to go on with
             changed = self.changed if self._folders() else []
             for line in changed if self.allow_changed else ():
@@ -705,7 +705,7 @@ class Run:
             if changed and not self.allow_changed:
                 raise ConfigError(
                     f"{self.out}: was begun with another recipe: {'; '.join(changed)}. "
-                    "Choose a new --out, or go on with --allow-changed"
+                    "Choose a new --output, or go on with --allow-changed"
                 )
         atomic_files.write_json(path, now)
 

@@ -12,7 +12,7 @@ mix        dataset `mix`: several datasets in turn, by weight
 caching    latents and text features, encoded once and kept beside the pictures
 packing    batches of mixed sizes that cost every rank the same, filled by a FLOP budget
 timing     `lens bench train`: what a training step costs, by part, packed and bucketed
-commands   what `lens data` can do: import, show, cache, plan
+commands   what `lens data` can do: import, info, cache, packing-report
 """
 
 from __future__ import annotations

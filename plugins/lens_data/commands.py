@@ -68,8 +68,8 @@ def import_(
     return 0
 
 
-def show(store: str) -> int:
-    """Tell what a training store holds: sources, sizes, captions, and the pictures in each bucket of Lens.
+def info(store: str) -> int:
+    """Print what a training store holds: sources, sizes, captions, and the pictures in each bucket of Lens.
 
     Parameters
     ----------
@@ -115,8 +115,10 @@ def cache(recipe: Path, *, rank: int = 0, world: int = 1) -> int:
     return 0
 
 
-def plan(recipe: Path | None = None, *, ranks: int = 64, pictures: float = 8.0, count: int = 10_000) -> int:
-    """Tell how evenly a packed training would use its ranks, beside other ways to share the same samples.
+def packing_report(
+    recipe: Path | None = None, *, ranks: int = 64, images_per_rank: float = 8.0, samples: int = 10_000
+) -> int:
+    """Print how evenly a packed training would use its ranks, beside other ways to share the same samples.
 
     Parameters
     ----------
@@ -125,9 +127,9 @@ def plan(recipe: Path | None = None, *, ranks: int = 64, pictures: float = 8.0, 
         of the 27 sizes with captions of about 109 words.
     ranks
         How many are simulated.
-    pictures
+    images_per_rank
         Without a recipe: the budget of a rank, in pictures of 1024x1024.
-    count
+    samples
         How many samples are looked at.
     """
     from functools import partial
@@ -135,8 +137,8 @@ def plan(recipe: Path | None = None, *, ranks: int = 64, pictures: float = 8.0, 
     from lens_data.packing import balanced, flops, mixture
 
     if recipe is None:
-        lengths = np.array(mixture(count, [size for group in LENS_BUCKETS for size in group]), np.float64)
-        work, budget = flops, pictures * float(flops(np.array([4096.0]))[0])
+        lengths = np.array(mixture(samples, [size for group in LENS_BUCKETS for size in group]), np.float64)
+        work, budget = flops, images_per_rank * float(flops(np.array([4096.0]))[0])
     else:
         from lens_core.catalog import Catalog
         from lens_core.recipe import build, read_recipe
@@ -145,16 +147,16 @@ def plan(recipe: Path | None = None, *, ranks: int = 64, pictures: float = 8.0, 
         catalog = Catalog.installed()
         read = read_recipe(recipe, catalog)
         if read.dataset is None or build(catalog, "dataset", read.dataset, "$.dataset")[1] is not PackedDataset:
-            raise ConfigError(f"{recipe}: its dataset is not `packed`, so there is nothing to plan; use `packed`")
+            raise ConfigError(f"{recipe}: its dataset is not `packed`, so it packs nothing; use `packed`")
         dataset = PackedDataset(build(catalog, "dataset", read.dataset, "$.dataset")[2])
-        lengths, work = dataset.tokens(count), partial(flops, width=dataset.config.backbone_width)
+        lengths, work = dataset.tokens(samples), partial(flops, width=dataset.config.backbone_width)
         budget = dataset.config.budget / ranks * float(work(np.array([dataset.largest]))[0])
     print(balanced(lengths.tolist(), budget, ranks, work))
     return 0
 
 
-app = App(name="data", help="The training store: fill it, look at it, encode it once, plan.")
-for _name, _command in (("import", import_), ("show", show), ("cache", cache), ("plan", plan)):
+app = App(name="data", help="The training store: fill it, inspect it, encode it once, estimate packing.")
+for _name, _command in (("import", import_), ("info", info), ("cache", cache), ("packing-report", packing_report)):
     app.command(_command, name=_name)
 
 

@@ -307,7 +307,7 @@ class DMD2:
         if state["teacher"] != self._start:
             raise CheckpointError(
                 f"dmd2: this run was begun with the teacher {state['teacher']}, but the recipe's start is now "
-                f"{self._start}; put the old one back, or choose a new --out"
+                f"{self._start}; put the old one back, or choose a new --output"
             )
 
 

@@ -19,28 +19,28 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def prompts(taxonomy: Path | None = None, *, out: Path, shapes: int | None = None, seed: int = 0) -> int:
+def prompts(taxonomy: Path | None = None, *, output: Path, shapes: int | None = None, seed: int = 0) -> int:
     """Write a prompt set with rubrics (`lens-rl/1`): by a language model from a taxonomy, or from the world of shapes.
 
-    Killed and run again, it goes on: what was written is kept in OUT.partial.
+    Killed and run again, it goes on: what was written is kept in OUTPUT.partial.
 
     Parameters
     ----------
     taxonomy
         A YAML file: llm, license, classes {class: {subclass: [items]}}, and the number of prompts and rubrics.
-    out
+    output
         The file of JSON lines to write.
     shapes
         Write so many prompts about shapes instead, a tenth of them for evaluation: exact, and without a language model.
     seed
         Of the prompts about shapes.
     """
-    out = out.expanduser()
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out}: there is no folder {out.parent}; make it first")
+    output = output.expanduser()
+    if not output.parent.is_dir():
+        raise ConfigError(f"{output}: there is no folder {output.parent}; make it first")
     catalog = Catalog.installed()
     if shapes is not None and taxonomy is None:
-        count = _of_shapes(catalog, shapes, seed, out)
+        count = _of_shapes(catalog, shapes, seed, output)
     elif taxonomy is None or shapes is not None:
         raise ConfigError("lens rl prompts: give a taxonomy file, or --shapes N, and not both")
     else:
@@ -51,12 +51,12 @@ def prompts(taxonomy: Path | None = None, *, out: Path, shapes: int | None = Non
         llm = cls(config)
         if not hasattr(llm, "map"):
             raise ConfigError(f"{taxonomy}: $.llm: {name} cannot map over requests; use 'openai'")
-        count = compose(llm, plan, out, say=_say)
-    print(f"{out}: {count} prompts")
+        count = compose(llm, plan, output, say=_say)
+    print(f"{output}: {count} prompts")
     return 0
 
 
-def audit(recipe: Path, *, pictures: int = 48, batch: int = 8, seed: int = 0, model: str | None = None) -> int:
+def audit(recipe: Path, *, num_images: int = 48, batch_size: int = 8, seed: int = 0, model: str | None = None) -> int:
     """Judge pictures twice and say how far each reward of a recipe can be trusted, as JSON.
 
     Tells the share of verdicts that flip, the noise of one judgement, and what blank, noise and swapped pictures get.
@@ -66,9 +66,9 @@ def audit(recipe: Path, *, pictures: int = 48, batch: int = 8, seed: int = 0, mo
     ----------
     recipe
         The YAML file of a run that learns from rewards; its own model draws its own prompts.
-    pictures
+    num_images
         How many to draw, each of another prompt, sampled from those of the recipe's tasks; two at least.
-    batch
+    batch_size
         Pictures drawn at once.
     seed
         Of the sample of prompts, and of the first picture; the others count on.
@@ -82,13 +82,15 @@ def audit(recipe: Path, *, pictures: int = 48, batch: int = 8, seed: int = 0, mo
     from lens_core.inference.pipeline import LensPipeline
     from lens_llm.audit import audit as examine
 
-    if pictures < 2 or batch < 1 or seed < 0:
-        raise ConfigError(f"pictures must be at least 2, batch 1 and seed 0, not {pictures}, {batch} and {seed}")
+    if num_images < 2 or batch_size < 1 or seed < 0:
+        raise ConfigError(
+            f"--num-images must be at least 2, --batch-size 1 and --seed 0, not {num_images}, {batch_size} and {seed}"
+        )
     catalog = Catalog.installed()
     plan, config = _plan(recipe, catalog)
     parts = {path: build(catalog, kind, use, f"$.method.{path}") for path, kind, use in config.uses()}
     _, benchmark, options = parts["prompts"]
-    asked = sampled(benchmark(options).prompts(), getattr(config, "tasks", ()), pictures, seed)
+    asked = sampled(benchmark(options).prompts(), getattr(config, "tasks", ()), num_images, seed)
     if len({p.text for p in asked}) < 2:
         raise ConfigError(f"{recipe}: an audit needs two different prompts at least to swap; ask for more")
     judges = {path: (name, cls(options)) for path, (name, cls, options) in parts.items() if path != "prompts"}
@@ -96,7 +98,7 @@ def audit(recipe: Path, *, pictures: int = 48, batch: int = 8, seed: int = 0, mo
     pipeline = LensPipeline.from_parts(start, catalog).to("cuda" if torch.cuda.is_available() else "cpu")
     height, width = config.sizes[0] if config.sizes else (None, None)
     settings = {"num_inference_steps": config.rollout_steps, "guidance_scale": config.rollout_guidance}
-    images = torch.cat(list(draw(pipeline, asked, seed, batch, height=height, width=width, **settings))).cpu()
+    images = torch.cat(list(draw(pipeline, asked, seed, batch_size, height=height, width=width, **settings))).cpu()
     _say(f"drawn {len(images)}")
     found = {}
     for path, (name, judge) in judges.items():

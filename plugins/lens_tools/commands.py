@@ -13,7 +13,7 @@ from lens_core.types import ConfigError
 
 
 def convert(
-    source: str, out: Path, *, layout: str | None = None, dtype: str | None = None, share: str | None = None
+    source: str, output: Path, *, layout: str | None = None, dtype: str | None = None, share: str | None = None
 ) -> int:
     """Write a checkpoint in another layout or dtype, a piece at a time: memory for the whole model is not needed.
 
@@ -21,7 +21,7 @@ def convert(
     ----------
     source
         A folder of either layout, a Hub id org/name[@revision], or a single .safetensors file with one part.
-    out
+    output
         A new folder; for a source of one part also a new .safetensors file.
     layout
         diffusers (a sub-folder a part, which Lens and other tools read) or single (a file a part, as Comfy keeps them);
@@ -37,18 +37,18 @@ def convert(
     from lens_tools.convert import convert as run
 
     catalog = Catalog.installed()
-    layout = layout or ("single" if out.suffix == ".safetensors" else "diffusers")
-    for path in run(manifest.fetch(source, catalog), out, layout, dtype, catalog, share):
+    layout = layout or ("single" if output.suffix == ".safetensors" else "diffusers")
+    for path in run(manifest.fetch(source, catalog), output, layout, dtype, catalog, share):
         print(f"{path}  {path.stat().st_size / 1e9:.2f} GB")
     if share is not None:
-        for part, use in atomic_files.read_json(out / "lens.json")["components"].items():
+        for part, use in atomic_files.read_json(output / "lens.json")["components"].items():
             print(f"{part}: that of {use['from']}, {use['hash']}") if "from" in use else None
     return 0
 
 
 def curves(
     *runs: str,
-    out: Path = Path("curves.png"),
+    output: Path = Path("curves.png"),
     show: Annotated[list[str] | None, Parameter(negative="")] = None,
     table: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -59,7 +59,7 @@ def curves(
     runs
         Folders of runs, one colour each. Those that are joined by commas, one recipe's from different seeds, share a
         colour, and their mean is drawn thick.
-    out
+    output
         The PNG to write.
     show
         A value's name or a pattern, as "validation/*"; may be given more than once. Losses and scores if not given.
@@ -71,8 +71,8 @@ def curves(
 
     if not runs:
         raise ConfigError("give the folder of a run, or of several")
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"{out}: pictures are written as .png; use {out.with_suffix('.png')}")
+    if output.suffix.lower() != ".png":
+        raise ConfigError(f"{output}: pictures are written as .png; use {output.with_suffix('.png')}")
     groups = [[Path(run)] if Path(run).is_dir() else [Path(part) for part in run.split(",")] for run in runs]
     every = [run.resolve().name for group in groups for run in group]
     short = len(set(every)) == len(every)
@@ -81,10 +81,10 @@ def curves(
         for group in groups
     }
     picture = drawing.draw(found, show or ())
-    atomic_files.write_atomic(out, lambda p: picture.save(p, format="PNG"))
+    atomic_files.write_atomic(output, lambda p: picture.save(p, format="PNG"))
     if table:
         print(drawing.table(found, show or ()))
-    print(out)
+    print(output)
     return 0
 
 

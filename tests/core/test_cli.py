@@ -67,7 +67,7 @@ def test_a_lora_changes_the_picture_by_its_weight(checkpoint: Path, capsys: pyte
     for name, loras in {"plain": (), "none": ("a.safetensors:0",), "all": ("a.safetensors",)}.items():
         flags = [word for lora in loras for word in ("--lora", lora)]
         assert draw(checkpoint, "a red cat", "--seed", "7", "-o", f"{name}.png", *flags) == 0
-        assert main([*bench, "--out", name, *flags]) == 0
+        assert main([*bench, "--output", name, *flags]) == 0
     sheets = [Path(name, "sheet.png").read_bytes() for name in ("plain", "none", "all")]
     assert sheets[0] == sheets[1] != sheets[2]
     results = [json.loads(Path(name, "result.json").read_text()) for name in ("plain", "none", "all")]
@@ -95,7 +95,10 @@ def test_a_lora_changes_the_picture_by_its_weight(checkpoint: Path, capsys: pyte
 def test_the_preset_is_told_once_and_what_was_asked_for_is_not(
     asked: tuple[str, ...], said: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert draw(checkpoint, "a red cat", "--seed", "7", "-o", "cat.png", "--images", "3", "--batch", "1", *asked) == 0
+    assert (
+        draw(checkpoint, "a red cat", "--seed", "7", "-o", "cat.png", "--num-images", "3", "--batch-size", "1", *asked)
+        == 0
+    )
     assert capsys.readouterr().err == (f"lens: {said}\n" if said else "")
 
 
@@ -121,11 +124,11 @@ def test_pictures_do_not_depend_on_the_batch(checkpoint: Path) -> None:
         assert (
             draw(
                 checkpoint,
-                "--prompts",
+                "--prompts-file",
                 "p.txt",
-                "--images",
+                "--num-images",
                 "2",
-                "--batch",
+                "--batch-size",
                 batch,
                 "--seed",
                 "1",
@@ -146,19 +149,19 @@ def test_pictures_do_not_depend_on_the_batch(checkpoint: Path) -> None:
     ("arguments", "words"),
     [
         ([], "give one prompt, or a file of prompts"),
-        (["a", "--prompts", "p.txt"], "give one prompt, or a file of prompts"),
+        (["a", "--prompts-file", "p.txt"], "give one prompt, or a file of prompts"),
         (["  "], "the prompt is empty"),
-        (["--prompts", "none.txt"], "none.txt: cannot be read"),
-        (["--prompts", "blank.txt"], "blank.txt: holds no prompt"),
-        (["--prompts", "latin.txt"], "latin.txt: is not UTF-8 (byte 3)"),
+        (["--prompts-file", "none.txt"], "none.txt: cannot be read"),
+        (["--prompts-file", "blank.txt"], "blank.txt: holds no prompt"),
+        (["--prompts-file", "latin.txt"], "latin.txt: is not UTF-8 (byte 3)"),
         (["a", "--size", "30x32"], "height 30 is not a multiple of 16 px"),
         (["a", "--size", "32"], "size '32' must be HEIGHTxWIDTH"),
         (["a", "--size", "0x32"], "size '0x32' must be HEIGHTxWIDTH"),
         (["a", "--aspect-ratio", "3:2"], "give height and width, or an aspect ratio, not both"),
         (["a", "--seed", "-1"], "seed -1 must be between"),
         (["a", "--steps", "0"], "steps must be at least 1, not 0"),
-        (["a", "--images", "0"], "images and batch must be at least 1"),
-        (["a", "--batch", "0"], "images and batch must be at least 1"),
+        (["a", "--num-images", "0"], "--num-images and --batch-size must be at least 1"),
+        (["a", "--batch-size", "0"], "--num-images and --batch-size must be at least 1"),
         (["a", "-o", "x.jpg"], "pictures are written as .png; use x.png"),
         (["a", "-o", "no/x.png"], "there is no such folder"),
         (["a", "-o", "folder.png"], "is a folder; name a .png file"),
@@ -304,7 +307,7 @@ assert main(["--help"]) == 0
 
 def test_prompts_from_a_file_go_on_where_they_stopped(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("p.txt").write_text("one\ntwo\nthree\n", encoding="utf-8")
-    flags = ("--prompts", "p.txt", "--seed", "5", "-o", "a.png")
+    flags = ("--prompts-file", "p.txt", "--seed", "5", "-o", "a.png")
     assert draw(checkpoint, *flags) == 0
     names = [f"a-{i:04d}.png" for i in range(3)]
     before = [look(n) for n in names]
@@ -323,7 +326,7 @@ def test_a_picture_that_was_asked_for_differently_is_not_overwritten(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("p.txt").write_text("one\ntwo\n", encoding="utf-8")
-    flags = ("--prompts", "p.txt", "-o", "a.png")
+    flags = ("--prompts-file", "p.txt", "-o", "a.png")
     assert draw(checkpoint, *flags, "--seed", "5") == 0
     first = look("a-0000.png")
     capsys.readouterr()
@@ -486,7 +489,7 @@ def test_a_plan_is_printed_and_the_picture_is_the_same(checkpoint: Path, capsys:
         ["generate", "a", "-o", "a\0.png"],
         ["generate", "a\0"],
         ["generate", "a", "--model", "\udc80"],
-        ["generate", "--prompts", "x\0"],
+        ["generate", "--prompts-file", "x\0"],
         ["gen\0"],
         ["train", "a\0.yaml"],
         ["train", "x" * 5000],
@@ -496,11 +499,11 @@ def test_a_plan_is_printed_and_the_picture_is_the_same(checkpoint: Path, capsys:
         ["bench", "[" * 10_000],
         ["compare", "a\0", "b"],
         ["compare", "x" * 5000],
-        ["lora", "x" * 5000, "a.safetensors", "--as", "comfy"],
+        ["lora", "convert", "x" * 5000, "a.safetensors", "--to", "comfy"],
         ["push", "x" * 5000, "a/b"],
         ["push", "nowhere", "a b"],
         ["generate", "a", "-o", "x" * 300 + ".png"],
-        ["generate", "a", "--images", "1000000000"],
+        ["generate", "a", "--num-images", "1000000000"],
         ["generate", "a", "--seed", "9" * 5000],
         ["generate", "a", "--guidance-interval", "9" * 5000],
         ["generate", "a", "--size", "9" * 5000 + "x1"],

@@ -354,7 +354,7 @@ def test_the_command_pushes_a_folder_as_it_is(
 
 FETCH = """
 import sys
-from lens_core import hub
+from lens_core.checkpoints import hub
 from lens_core.types import CheckpointError
 try:
     print(hub.snapshot("toys/blocks"))

@@ -187,6 +187,6 @@ def test_training_where_nothing_can_be_written_ends_in_one_line(
     )
     (tmp_path / "file").touch()
     for out in (tmp_path / "file" / "run", Path("/proc/run")):
-        assert main(["train", str(recipe), "--out", str(out)]) == 2
+        assert main(["train", str(recipe), "--output", str(out)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"lens: {out}: cannot be written: ")

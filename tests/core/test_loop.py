@@ -133,7 +133,7 @@ def test_where_no_checkpoint_can_be_read_none_is_lost(
     there = sorted((tmp_path / "a" / "checkpoints").rglob("*"))
     monkeypatch.setattr("lens_core.training.trainer.SCHEMA", 99)
     runner.said.clear()
-    told = r"none of its checkpoints can be read; choose a new --out or .* is of schema 2; this Lens reads 99"
+    told = r"none of its checkpoints can be read; choose a new --output or .* is of schema 2; this Lens reads 99"
     with pytest.raises(CheckpointError, match=told):
         runner.run(recipe(), "a").train()
     assert "is of schema 2; this Lens reads 99" in runner.said[0]
@@ -263,9 +263,8 @@ def test_too_many_non_finite_steps_in_a_row_stop_the_run(runner: Runner) -> None
 
 def test_a_changed_recipe_is_refused_and_named(runner: Runner) -> None:
     runner.run(recipe(), "a").train()
-    told = (
-        r"another recipe: \$\.train\.lr was 0\.01 and is 0\.001; \$\.train\.steps was 6 and is 8\. Choose a new --out"
-    )
+    changes = r"\$\.train\.lr was 0\.01 and is 0\.001; \$\.train\.steps was 6 and is 8"
+    told = rf"another recipe: {changes}\. Choose a new --output"
     with pytest.raises(ConfigError, match=told):
         runner.run(recipe(lr=1e-3, steps=8), "a").train()
     again = Run(

@@ -142,7 +142,7 @@ def test_pissa_that_peft_made_plain_is_read_and_else_refused(net: Net, tmp_path:
 def test_a_lora_in_another_spelling_is_as_strong(way: str, options: dict[str, Any], net: Net, tmp_path: Path) -> None:
     want = trained(net, tmp_path / "peft", **options)
     path = tmp_path / "out" / "a.safetensors"
-    assert main(["lora", str(tmp_path / "peft"), str(path), "--as", way]) == 0
+    assert main(["lora", "convert", str(tmp_path / "peft"), str(path), "--to", way]) == 0
     torch.testing.assert_close(ours(net, path), want, atol=1e-9, rtol=0)
     if way == "comfy":  # which has the numbers alone: alpha / rank * up @ down, and no header
         found, mine = read_tensors(path), copy.deepcopy(net)

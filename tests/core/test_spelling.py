@@ -166,17 +166,21 @@ def test_the_command_rewrites_a_lora(
     low = {"inner": Pair(torch.ones(1, wide), torch.ones(high, 1), 0.5)}
     names = {spelling: str(tmp_path / f"{spelling}.safetensors") for spelling in SPELLINGS}
     write(Path(names["diffusers"]), low)
-    assert main(["lora", names["diffusers"], names["comfy"], "--as", "comfy"]) == 0
+    assert main(["lora", "convert", names["diffusers"], names["comfy"], "--to", "comfy"]) == 0
     same(read(Path(names["comfy"])), low)
     bare = tmp_path / "bare.safetensors"
-    assert main(["lora", names["comfy"], names["sd-scripts"], "--as", "sd-scripts"]) == 0
+    assert main(["lora", "convert", names["comfy"], names["sd-scripts"], "--to", "sd-scripts"]) == 0
     save_tensors(bare, read_tensors(Path(names["sd-scripts"])))
     back = str(tmp_path / "back.safetensors")
-    assert main(["lora", str(bare), back, "--as", "diffusers"]) == 2
+    assert main(["lora", "convert", str(bare), back, "--to", "diffusers"]) == 2
     assert "give the model that it is for" in capsys.readouterr().err
-    assert main(["lora", str(bare), back, "--as", "diffusers", "--model", str(checkpoint)]) == 0
+    assert main(["lora", "convert", str(bare), back, "--to", "diffusers", "--model", str(checkpoint)]) == 0
     assert Path(back).read_bytes() == Path(names["diffusers"]).read_bytes()
     write(bare, {"outer": low["inner"]})
-    assert main(["lora", str(bare), back, "--as", "comfy", "--model", str(checkpoint)]) == 2
+    assert main(["lora", "convert", str(bare), back, "--to", "comfy", "--model", str(checkpoint)]) == 2
     assert "made for another model" in capsys.readouterr().err
-    assert main(["lora", str(bare), "x.pt", "--as", "comfy"]) == main(["lora", str(bare), back, "--as", "xl"]) == 2
+    assert (
+        main(["lora", "convert", str(bare), "x.pt", "--to", "comfy"])
+        == main(["lora", "convert", str(bare), back, "--to", "xl"])
+        == 2
+    )

@@ -209,7 +209,7 @@ def test_a_damaged_file_is_made_again(
 
 def test_a_folder_that_cannot_be_is_refused(checkpoint: Path, catalog: Catalog, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file: is a file; --text-cache takes a folder"):
+    with pytest.raises(ConfigError, match="file: is a file; --prompt-cache takes a folder"):
         read(checkpoint, catalog, tmp_path / "file")
     with pytest.raises(CheckpointError, match="cannot be written"):
         read(checkpoint, catalog, tmp_path / "file" / "below")("a", **SIZE)
@@ -254,7 +254,7 @@ def test_the_command_keeps_features(
     checkpoint: Path, catalog: Catalog, tmp_path: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Catalog, "installed", classmethod(lambda cls: catalog))
-    flags = ["--model", str(checkpoint), "--size", "32x48", "--seed", "1", "--text-cache", str(tmp_path / "t")]
+    flags = ["--model", str(checkpoint), "--size", "32x48", "--seed", "1", "--prompt-cache", str(tmp_path / "t")]
     for name in ("a", "b"):
         assert main(["generate", "a red cat", *flags, "-o", str(tmp_path / f"{name}.png")]) == 0
     assert asked == ["load", ["a red cat"]]

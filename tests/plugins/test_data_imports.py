@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from lens_data import imports
-from lens_data.commands import import_, show, summary
+from lens_data.commands import import_, info, summary
 from lens_data.imports import import_folder, import_parquet, import_tars
 from lens_data.store import Store
 from PIL import Image
@@ -257,7 +257,7 @@ def test_an_import_of_nothing_is_refused(tmp_path, path):
 
 def test_a_store_that_is_not_there_is_not_made_by_looking(tmp_path):
     with pytest.raises(LensError, match="holds no training store; fill one with `lens data import`"):
-        show(str(tmp_path / "typo"))
+        info(str(tmp_path / "typo"))
     assert not (tmp_path / "typo").exists()
     (tmp_path / "file").write_text("x")
     with pytest.raises(LensError, match=r"cannot be opened|holds no training store"):

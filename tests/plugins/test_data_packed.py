@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lens_data.commands import plan
+from lens_data.commands import packing_report
 from lens_data.packed import PackedDataset
 from lens_data.packing import flops
 from lens_data.store import Store
@@ -155,7 +155,7 @@ dataset:
    buckets: [[[16, 16], [16, 24], [24, 16]], [[32, 32]]]}}
 """
     (tmp_path / "recipe.yaml").write_text(text)
-    assert plan(tmp_path / "recipe.yaml", ranks=4, count=600) == 0
+    assert packing_report(tmp_path / "recipe.yaml", ranks=4, samples=600) == 0
     said = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: [float(n.rstrip("%")) / 100 for n in line.split()[1:]] for line in said[2:]}
     parts = [take(make(store), 10, rank, 4) for rank in range(4)]
@@ -164,18 +164,18 @@ dataset:
     assert rows["packed"][3] == pytest.approx(loads.mean() / 10, abs=0.01)
     other = text.replace("packed", "store").replace("budget: 40.0, patch_size: 4, backbone_width: 16", "batch: 4")
     (tmp_path / "recipe.yaml").write_text(other)
-    with pytest.raises(ConfigError, match="is not `packed`, so there is nothing to plan"):
-        plan(tmp_path / "recipe.yaml")
+    with pytest.raises(ConfigError, match="is not `packed`, so it packs nothing"):
+        packing_report(tmp_path / "recipe.yaml")
 
 
 def test_on_the_27_sizes_64_ranks_do_useful_work_and_independent_buckets_do_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert plan() == 0
+    assert packing_report() == 0
     said = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: [float(n.rstrip("%")) / 100 for n in line.split()[1:]] for line in said[2:]}
     useful, imbalance, worst, filled = rows["packed"]
     assert useful >= 0.98 and imbalance <= 0.02 and worst <= 0.02 and filled >= 0.98
     assert rows["independent"][0] < 0.6 and rows["independent"][1] > 0.5
     with pytest.raises(ConfigError, match=r"100 samples at a budget of .* fill no step of 64 ranks"):
-        plan(count=100)
+        packing_report(samples=100)

@@ -30,7 +30,7 @@ train: {{steps: 1}}
 
 def test_a_set_about_shapes_needs_no_language_model_and_is_the_same_each_time(tmp_path: Path, capsys):
     out = tmp_path / "set.jsonl"
-    assert main(["rl", "prompts", "--shapes", "40", "--out", str(out)]) == 0
+    assert main(["rl", "prompts", "--shapes", "40", "--output", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}: 40 prompts\n"
     found = read(out, rubrics=None, alike=None)
     assert [p.data["split"] for p in found].count("eval") == 4
@@ -38,7 +38,7 @@ def test_a_set_about_shapes_needs_no_language_model_and_is_the_same_each_time(tm
     assert len(texts) == 40 and len({p.id for p in found}) == 40
     assert all(r["check"]["op"] for p in found for r in (*p.data["rubrics"], p.data["global"]))
     again = tmp_path / "again.jsonl"
-    assert main(["rl", "prompts", "--shapes", "40", "--out", str(again)]) == 0
+    assert main(["rl", "prompts", "--shapes", "40", "--output", str(again)]) == 0
     assert again.read_bytes() == out.read_bytes()
 
 
@@ -59,7 +59,7 @@ def test_a_set_is_written_through_an_endpoint(tmp_path: Path, capsys, endpoint: 
         "license: CC0\nclasses: {animal: {bird: [parrot, heron]}}\n"
     )
     out = tmp_path / "set.jsonl"
-    assert main(["rl", "prompts", str(plan), "--out", str(out)]) == 0
+    assert main(["rl", "prompts", str(plan), "--output", str(out)]) == 0
     assert sorted(p.text for p in read(out)) == ["a heron in the rain", "a parrot in the rain"]
     assert "sk-secret" not in capsys.readouterr().out + out.read_text()
 
@@ -67,13 +67,13 @@ def test_a_set_is_written_through_an_endpoint(tmp_path: Path, capsys, endpoint: 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["prompts", "--out", "x.jsonl"], "give a taxonomy file, or --shapes N"),
-        (["prompts", "t.yaml", "--shapes", "9", "--out", "x.jsonl"], "and not both"),
-        (["prompts", "--shapes", "1", "--out", "x.jsonl"], "2 at least"),
-        (["prompts", "--shapes", "9", "--out", "no/x.jsonl"], "there is no folder"),
-        (["prompts", "no.yaml", "--out", "x.jsonl"], "no.yaml: cannot be read"),
+        (["prompts", "--output", "x.jsonl"], "give a taxonomy file, or --shapes N"),
+        (["prompts", "t.yaml", "--shapes", "9", "--output", "x.jsonl"], "and not both"),
+        (["prompts", "--shapes", "1", "--output", "x.jsonl"], "2 at least"),
+        (["prompts", "--shapes", "9", "--output", "no/x.jsonl"], "there is no folder"),
+        (["prompts", "no.yaml", "--output", "x.jsonl"], "no.yaml: cannot be read"),
         (["estimate", "fit.yaml"], "has no rewards; use `diffusion_nft`"),
-        (["audit", "fit.yaml", "--pictures", "1"], "pictures must be at least 2"),
+        (["audit", "fit.yaml", "--num-images", "1"], "--num-images must be at least 2"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words, told, tmp_path: Path, capsys, monkeypatch):
@@ -88,7 +88,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, told, tmp_path: Path, caps
 def test_an_audit_tells_that_an_exact_judge_never_flips_and_agrees_with_itself(tmp_path: Path, capsys):
     recipe = tmp_path / "audit.yaml"
     recipe.write_text(AUDIT.format(reward="{use: shapes_rubrics, fallback: {use: shapes_rubrics}}"))
-    assert main(["rl", "audit", str(recipe), "--pictures", "6"]) == 0
+    assert main(["rl", "audit", str(recipe), "--num-images", "6"]) == 0
     (found,) = json.loads(capsys.readouterr().out).values()
     assert found["pictures"] == 6 and found["noise"] == 0
     assert set(found["flips"].values()) == {0.0} and set(found["agreement"].values()) == {1.0}
@@ -118,7 +118,7 @@ def test_an_audit_asks_for_no_task_that_its_recipe_leaves_out(tmp_path: Path, ca
     monkeypatch.setattr("lens_llm.audit.audit", audited)
     recipe = tmp_path / "audit.yaml"
     recipe.write_text(AUDIT.format(reward="shapes_rubrics").replace("train: {", "  tasks: [counting]\ntrain: {"))
-    assert main(["rl", "audit", str(recipe), "--pictures", "4"]) == 0
+    assert main(["rl", "audit", str(recipe), "--num-images", "4"]) == 0
     assert len(seen) == 4 and {p.task for p in seen} == {"counting"}
 
 
@@ -151,10 +151,10 @@ def test_no_output_of_the_command_line_shows_the_key(
     llm = f"{{use: openai, model: m, base_url: '{endpoint.url}', key_env: LENS_TEST_KEY}}"
     plan = tmp_path / "taxonomy.yaml"
     plan.write_text(f"llm: {llm}\nlicense: CC0\nclasses: {{animal: {{bird: [parrot, heron]}}}}\n")
-    assert main(["rl", "prompts", str(plan), "--out", str(tmp_path / "set.jsonl")]) == 2
+    assert main(["rl", "prompts", str(plan), "--output", str(tmp_path / "set.jsonl")]) == 2
     told = "".join(capfd.readouterr()) + "".join(p.read_text() for p in tmp_path.rglob("*") if p.is_file())
     assert "could not be written" in told and "sk-secret" not in told and "0123456789" not in told
     plan.write_text(plan.read_text().replace("LENS_TEST_KEY", "sk_secret_0123456789"))
-    assert main(["rl", "prompts", str(plan), "--out", str(tmp_path / "set.jsonl")]) == 2
+    assert main(["rl", "prompts", str(plan), "--output", str(tmp_path / "set.jsonl")]) == 2
     told = "".join(capfd.readouterr())
     assert "key_env must be the name" in told and "sk_secret" not in told

@@ -402,7 +402,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 import torch
-from lens_core import lazy
+from lens_core.checkpoints import lazy_tensors as lazy
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def run(source):

@@ -110,7 +110,7 @@ def test_the_table_tells_means_and_the_spread_of_seeds(tmp_path: Path, capsys: p
     for name, scores in {"a": [0.0, 0.25], "b": [0.0, 0.75], "c": [0.5]}.items():
         write(tmp_path / name, [{"step": 1, "b/loss": 1}], [{"step": n, "shapes": s} for n, s in enumerate(scores)])
     joined = f"{tmp_path / 'a'},{tmp_path / 'b'}"
-    asked = ["curves", joined, str(tmp_path / "c"), "--show", "shapes", "--table", "--out", str(tmp_path / "c.png")]
+    asked = ["curves", joined, str(tmp_path / "c"), "--show", "shapes", "--table", "--output", str(tmp_path / "c.png")]
     assert main(asked) == 0
     assert capsys.readouterr().out.splitlines()[:6] == [
         "shapes",
@@ -132,14 +132,14 @@ def test_runs_of_many_values_get_a_panel_each(tmp_path: Path, capsys: pytest.Cap
     one = write(tmp_path / "one" / "run", [{"step": n, "b/loss": 1 / n, "c/loss": n} for n in (1, 2, 3)])
     two = write(tmp_path / "two" / "run", [{"step": n, "b/loss": 2 / n} for n in (1, 2)], [{"step": 0, "shapes": 0.5}])
     out = tmp_path / "c.png"
-    assert main(["curves", str(one), str(two), "--out", str(out)]) == 0
+    assert main(["curves", str(one), str(two), "--output", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     with Image.open(out) as picture:
         assert picture.size == (2 * curves.WIDE, 2 * curves.HIGH + 52)
-    assert main(["curves", f"{one},{two}", "--out", str(out)]) == 0
+    assert main(["curves", f"{one},{two}", "--output", str(out)]) == 0
     with Image.open(out) as picture:
         assert picture.size == (2 * curves.WIDE, 2 * curves.HIGH + 30)  # one row of the legend
-    assert main(["curves", str(one), "--show", "b/*", "--out", str(out)]) == 0
+    assert main(["curves", str(one), "--show", "b/*", "--output", str(out)]) == 0
     with Image.open(out) as picture:
         assert picture.size == (curves.WIDE, curves.HIGH + 30)
 
@@ -151,14 +151,14 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path: Path, capsys: pytest.Capture
         curves.draw({"a": [{"b/loss": [(1.0, 1.0)], "seconds": [(1.0, 1.0)]}]}, ("kl",))
     for arguments, told in (
         (["curves"], "give the folder of a run, or of several"),
-        (["curves", str(tmp_path), "--out", "c.jpg"], "c.jpg: pictures are written as .png; use c.png"),
+        (["curves", str(tmp_path), "--output", "c.jpg"], "c.jpg: pictures are written as .png; use c.png"),
     ):
         assert main(arguments) == 2 and capsys.readouterr().err == f"lens: {told}\n"
 
 
 def test_numbers_beyond_any_axis_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write(tmp_path / "a", [{"step": 1, "a/loss": 1e308}, {"step": 2, "a/loss": -1e308}])
-    assert main(["curves", str(run), "--out", str(tmp_path / "a.png")]) == 2
+    assert main(["curves", str(run), "--output", str(tmp_path / "a.png")]) == 2
     said = capsys.readouterr().err
     assert "a/loss is 1e+308 at step 1, which no axis can show" in said and said.count("\n") == 1
 
@@ -166,4 +166,4 @@ def test_numbers_beyond_any_axis_are_one_line(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize("pair", [(0.0, 5e-324), (1e16, 1e16 + 2), (-1e299, 1e299), (1.0, 1.0 + 2.3e-16), (-0.0, 0.0)])
 def test_whatever_two_numbers_a_log_has_can_be_drawn(pair: tuple[float, float], tmp_path: Path) -> None:
     run = write(tmp_path / "a", [{"step": i, "a/loss": value} for i, value in enumerate(pair)])
-    assert main(["curves", str(run), "--out", str(tmp_path / "a.png")]) == 0
+    assert main(["curves", str(run), "--output", str(tmp_path / "a.png")]) == 0
