@@ -11,15 +11,15 @@ from lens_gpt_oss.encoder import GptOssEncoder
 from lens_mmdit.model import LensTransformer2DModel
 
 from lens_core.catalog import Catalog
-from lens_core.checkpoints.manifest import describe, fetch
+from lens_core.checkpoints.manifest import read_manifest, resolve_uri
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import structure
 
 file = sys.argv[1] if len(sys.argv) > 1 else "assemble.png"
 
 catalog = Catalog.installed()
-folder = fetch("tiny:", catalog)
-description = describe(folder, catalog)
+folder = resolve_uri("tiny:", catalog)
+description = read_manifest(folder, catalog)
 configs = {kind: part["config"] for kind, part in description["components"].items()}
 
 # Parts with weights are read from their sub-folders of the checkpoint; each config is checked on the way.

@@ -10,7 +10,7 @@ import torch
 from lens_mmdit.model import LensTransformer2DModel
 
 from lens_core.catalog import Catalog
-from lens_core.checkpoints.manifest import describe, fetch
+from lens_core.checkpoints.manifest import read_manifest, resolve_uri
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import structure
 
@@ -18,7 +18,7 @@ TEXT = ("txt_", "norm_added", "to_add_out")  # in the names of the text stream's
 
 source, out, seed = (*sys.argv[1:], *("tiny:", "runs/deaf", "0")[len(sys.argv) - 1 :])
 catalog = Catalog.installed()
-config = describe(fetch(source, catalog), catalog)["components"]["backbone"]["config"]
+config = read_manifest(resolve_uri(source, catalog), catalog)["components"]["backbone"]["config"]
 pipeline = LensPipeline.from_pretrained(source, catalog=catalog)
 
 torch.manual_seed(int(seed))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 from lens_core.io.readers import one_line
-from lens_core.types import Batch, ConfigError, LensError, Loss, PluginError, Prompt, Score, Text
+from lens_core.types import Batch, ConfigError, LensError, Loss, PluginError, Prompt, Score, TextFeatures
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -140,12 +140,12 @@ def checked_step(component: Any, micro: Any) -> Sequence[Any]:
     return micro
 
 
-def checked_text(component: Any, text: Any, count: int) -> Text:
+def checked_text(component: Any, text: Any, count: int) -> TextFeatures:
     """What a text encoder returned for `count` prompts: its `layers` and `width`, and a mask of as many tokens."""
     import torch
 
-    if not isinstance(text, Text):
-        refuse(component, "encode", text, "it must return a Text")
+    if not isinstance(text, TextFeatures):
+        refuse(component, "encode", text, "it must return a TextFeatures")
     layers, width = getattr(component, "layers", None), getattr(component, "width", None)
     must = f"features must be floats [B,L,T,D] with B = {count}, L = {layers} and D = {width}"
     features = checked_tensor(component, "encode", text.features, (count, layers, None, width), must)
@@ -181,8 +181,8 @@ def checked_batch(component: Any, batch: Any) -> Batch:
             fail(value, must)
     if len(batch.keys) not in (0, count):
         fail(batch.keys, f"{len(batch.keys)} keys are for {count} captions; give as many, or none")
-    if batch.text is not None and not (isinstance(batch.text, Text) and len(batch.text) == count):
-        fail(batch.text, f"text must be a Text of {count} captions")
+    if batch.text is not None and not (isinstance(batch.text, TextFeatures) and len(batch.text) == count):
+        fail(batch.text, f"text must be a TextFeatures of {count} captions")
     return batch
 
 
@@ -200,7 +200,7 @@ def _fits(value: Any, shape: Sequence[int | None], dtype: Any) -> bool:
 # ---- the calls that several make ------------------------------------------------------------------------------------
 
 
-def text_of(encoder: Any, prompts: Sequence[str]) -> Text:
+def text_of(encoder: Any, prompts: Sequence[str]) -> TextFeatures:
     """What a text encoder makes of prompts, checked."""
     with calling(encoder, "encode"):
         text = encoder.encode(list(prompts))
@@ -240,17 +240,17 @@ def times_of(sampler: Any, size: tuple[int, int], steps: int) -> Tensor:
 
 def walk_of(sampler: Any, velocity: Any, x: Tensor, steps: int, **more: Any) -> Iterator[tuple[float, Tensor]]:
     """The (t, x) of a sampler's walk, x of the shape that it began with; the last has t = 0. Checked."""
-    with calling(sampler, "walk"):
-        walk = sampler.walk(velocity, x, steps, **more)
+    with calling(sampler, "sample"):
+        walk = sampler.sample(velocity, x, steps, **more)
     must = f"each step must be (t, x) with x a float tensor {list(x.shape)}"
     last = 1.0
-    for item in items(sampler, "walk", walk):
+    for item in items(sampler, "sample", walk):
         if not (isinstance(item, tuple | list) and len(item) == 2):
-            refuse(sampler, "walk", item, must, verb="yielded")
+            refuse(sampler, "sample", item, must, verb="yielded")
         last, now = item
-        yield last, checked_tensor(sampler, "walk", now, x.shape, must)
+        yield last, checked_tensor(sampler, "sample", now, x.shape, must)
     if abs(float(last)) > 1e-6:
-        raise PluginError(f"{name_of(sampler)}.walk ended at t = {last}; it must end at t = 0, which is the picture")
+        raise PluginError(f"{name_of(sampler)}.sample ended at t = {last}; it must end at t = 0, which is the picture")
 
 
 def prompts_of(benchmark: Any) -> list[Prompt]:
@@ -341,7 +341,7 @@ def check_on_meta(vae: Any, encoder: Any, backbone: Any) -> None:
         return
     with torch.no_grad(), torch.device("meta"):
         x, t = torch.empty(1, vae.channels, 64, 64), torch.empty(1)
-        text = Text(torch.empty(1, encoder.layers, 4, encoder.width), torch.empty(1, 4, dtype=torch.bool))
+        text = TextFeatures(torch.empty(1, encoder.layers, 4, encoder.width), torch.empty(1, 4, dtype=torch.bool))
         try:
             backbone(x, t, text)
         except Exception as error:  # most of which say that values are needed, and nothing of a fit

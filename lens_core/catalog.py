@@ -25,7 +25,7 @@ from attrs import field, frozen, mutable
 from lens_core import hookspecs
 from lens_core.attribution import remember
 from lens_core.io.readers import one_line, shown
-from lens_core.protocols import KINDS, Weighty
+from lens_core.protocols import KINDS, HasWeights
 from lens_core.types import LensError, PluginError, did_you_mean
 
 RESOLVERS = ("lens_fetch", "lens_describe")
@@ -103,7 +103,7 @@ def _weaknesses(cls: type[Any], kind: str) -> list[str]:
         found.append(f"cannot be built as {cls.__name__}({', '.join(given)}); change its __init__")
     except ValueError:
         pass  # a class that does not say what it takes
-    lacks = [m for m in ("save", "load") if Weighty in KINDS[kind][1].__mro__ and not hasattr(cls, m)]
+    lacks = [m for m in ("save", "load") if HasWeights in KINDS[kind][1].__mro__ and not hasattr(cls, m)]
     if lacks:
         found.append(f"lacks {' and '.join(lacks)}, without which no checkpoint can hold it")
     return found

@@ -30,7 +30,7 @@ which it does not quote. `key_env: str = field(metadata={SECRET: "must be the na
 
 
 @frozen
-class Use:
+class ComponentSpec:
     """A named component with the options of its Config, as a recipe writes it."""
 
     use: str
@@ -64,16 +64,16 @@ def _number(value: Any, _: Any) -> float:
         raise WrongType(f"must be a number of at most 1e308, not {shown(value)}") from error
 
 
-def as_use(value: Any, _: Any = None) -> Use:
-    """`flux2`, or a mapping with `use`, as a Use. Raises WrongType."""
+def as_use(value: Any, _: Any = None) -> ComponentSpec:
+    """`flux2`, or a mapping with `use`, as a ComponentSpec. Raises WrongType."""
     if isinstance(value, str):
-        return Use(value)
+        return ComponentSpec(value)
     if not isinstance(value, Mapping) or not isinstance(value.get("use"), str):
         raise WrongType(f"must name a component (`flux2`, or `{{use: flux2, …}}`), not {shown(value)}")
-    return Use(value["use"], {k: v for k, v in value.items() if k != "use"})
+    return ComponentSpec(value["use"], {k: v for k, v in value.items() if k != "use"})
 
 
-def parse_use(text: str) -> Use:
+def parse_use(text: str) -> ComponentSpec:
     """A component named in one line of YAML, as on a command line: `shapes`, or `{use: shapes, split: train}`."""
     try:
         value, problems = readers.parse_yaml(text)
@@ -164,7 +164,7 @@ _CONVERTER.register_structure_hook(str, _exactly(str, "text"))
 _CONVERTER.register_structure_hook(float, _number)
 _CONVERTER.register_structure_hook_func(_is_literal, _literal)
 _CONVERTER.register_structure_hook_factory(attrs.has, _all_at_once)
-_CONVERTER.register_structure_hook(Use, as_use)
+_CONVERTER.register_structure_hook(ComponentSpec, as_use)
 _CONVERTER.register_structure_hook_func(_is_tuple, _tuple)
 _CONVERTER.register_structure_hook_func(_is_optional, _optional)
 
@@ -220,7 +220,7 @@ def unstructure(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Use):
+    if isinstance(value, ComponentSpec):
         return {"use": value.use, **_plain(value.options)}
     if attrs.has(type(value)):
         return {f.name: _plain(getattr(value, f.name)) for f in attrs.fields(type(value))}
@@ -237,7 +237,7 @@ class _Options(Rule):
 
     def problems(self, value: Any, place: str) -> Iterator[str]:
         for name, rule in self.rules.items():
-            if isinstance(value, Use) and name in value.options:
+            if isinstance(value, ComponentSpec) and name in value.options:
                 given = value.options[name]
                 with contextlib.suppress(WrongType):  # as YAML mistakes it: the rule refuses what is no number at all
                     given = _number(given, None) if isinstance(given, str) else given
@@ -245,7 +245,7 @@ class _Options(Rule):
 
 
 def options(**rules: Rule) -> Rule:
-    """Options that a `Use` may carry for whoever names it, such as the weight of a reward, each with its rule."""
+    """Check the options that a `ComponentSpec` carries for its user, such as the weight of a reward, one rule each."""
     return _Options(rules)
 
 
@@ -284,7 +284,7 @@ def flaw_of(config: Any) -> str | None:
 def _foreign(hint: Any, seen: tuple[Any, ...]) -> tuple[str, str] | None:
     """(name, cure) of the first type in `hint` that no recipe can hold."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is None or hint is Any or hint in (*PLAIN, Use) or hint in seen:
+    if hint is None or hint is Any or hint in (*PLAIN, ComponentSpec) or hint in seen:
         return None
     if origin is typing.Literal:
         return next(((type(a).__name__, "; use text") for a in args if type(a) not in PLAIN), None)

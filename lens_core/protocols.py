@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
-from lens_core.types import Batch, Drop, Loss, Message, Prompt, Record, Score, Text
+from lens_core.types import Batch, Drop, Loss, Message, Prompt, Record, Score, TextFeatures
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ class Component(Protocol):
 
 
 @runtime_checkable
-class Weighty(Protocol):
+class HasWeights(Protocol):
     """A component with weights. `folder` is the checkpoint's root; each component knows its own sub-folders."""
 
     def save(self, folder: Path) -> None: ...
@@ -43,9 +43,9 @@ class Weighty(Protocol):
     @classmethod
     def load(cls, folder: Path, config: Any, dtype: torch.dtype | None = None) -> Self: ...
 
-    # Optional. `beside`: sub-folders with more files that describe it. `extras(cls, source)`: tensors and texts that a
-    # single file holds besides the weights, those of a checkpoint's folder or of an outline. `note`: a line on how the
-    # weights are held, for people.
+    # Optional. `companion_folders`: sub-folders with more files that describe it. `extras(cls, source)`: tensors and
+    # texts that a single file holds besides the weights, those of a checkpoint's folder or of what `from_header`
+    # returns. `note`: a line on how the weights are held, for people.
 
 
 @runtime_checkable
@@ -54,7 +54,7 @@ class Weighty(Protocol):
 # which other tools find what `save` writes: {"vae": ("diffusers", "AutoencoderKLFlux2")}. Of a sampler too.
 
 
-class VAE(Weighty, Protocol):
+class VAE(HasWeights, Protocol):
     """Pictures to latents and back. `downscale` is pixels per latent cell; latents have about unit variance."""
 
     channels: int
@@ -68,17 +68,17 @@ class VAE(Weighty, Protocol):
 
 
 @runtime_checkable
-class TextEncoder(Weighty, Protocol):
+class TextEncoder(HasWeights, Protocol):
     """Prompts to features. `layers` is L, `width` is D; `provenance` is what a picture must record (a pinned date)."""
 
     layers: int
     width: int
 
-    def encode(self, prompts: Sequence[str]) -> Text: ...
+    def encode(self, prompts: Sequence[str]) -> TextFeatures: ...
 
 
 @runtime_checkable
-class Backbone(Weighty, Protocol):
+class Backbone(HasWeights, Protocol):
     """An `nn.Module` that predicts the velocity. float16 may be refused through `refuses(dtype) -> str | None`.
 
     `takes() -> (C, L, D)`, optional: the latent channels, encoder layers and text width that it reads. A recipe whose
@@ -88,20 +88,20 @@ class Backbone(Weighty, Protocol):
     `flops((h, w), tokens)`, optional, is what a forward costs for one sample, so that a run can tell its MFU.
     """
 
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         """x [B,C,h,w], t float32 [B] in [0, 1], text -> v [B,C,h,w] = noise - data."""
 
 
 @runtime_checkable
-class Tabulates(Protocol):
+class PrecomputesModulation(Protocol):
     """A backbone may have this: what depends on t alone is worked out once for all times of a run."""
 
-    def tabulated(
-        self, times: Tensor, visit: Callable[[nn.Module], AbstractContextManager[Any]]
+    def precomputed(
+        self, times: Tensor, temporarily_on_device: Callable[[nn.Module], AbstractContextManager[Any]]
     ) -> AbstractContextManager[None]:
-        """While this lasts, passes without gradient at `times` float32 [K] read a table, and `idle` modules nothing.
+        """While this lasts, passes without gradient at `times` float32 [K] read a table, and no `unused_modules`.
 
-        What makes the table runs inside `visit(module)`, which brings that module's weights.
+        What makes the table runs inside `temporarily_on_device(module)`, which brings that module's weights.
         """
 
 
@@ -111,11 +111,11 @@ class Offloads(Protocol):
     def blocks(self) -> Sequence[nn.Module]:
         """Modules that run one after the other in this order, each at most once a pass: they can be streamed."""
 
-    def idle(self) -> Sequence[nn.Module]:
-        """Modules whose weights drawing does not read, or asks for through `tabulated`."""
+    def unused_modules(self) -> Sequence[nn.Module]:
+        """Modules whose weights drawing does not read, or asks for through `precomputed`."""
 
-    def working(self, load: Any) -> int:
-        """An estimate of the bytes beside the weights in one pass of `lens_core.inference.offload.Load`."""
+    def activation_bytes(self, workload: Any) -> int:
+        """An estimate of the bytes beside the weights in one pass of `lens_core.inference.offload.Workload`."""
 
 
 @runtime_checkable
@@ -125,7 +125,7 @@ class Sampler(Protocol):
     def times(self, size: tuple[int, int], steps: int) -> Tensor:
         """Latent grid (h, w) -> float32 [steps + 1], falling from 1 to 0."""
 
-    def walk(
+    def sample(
         self,
         velocity: Callable[[Tensor, Tensor], Tensor],
         x: Tensor,
@@ -134,8 +134,8 @@ class Sampler(Protocol):
     ) -> Iterator[tuple[float, Tensor]]:
         """x [B,C,h,w] at times[start], which is noise at 0 -> (t, x) after each further step; the last has t = 0.
 
-        `velocity` sees x and t float32 [B]. A sampler that adds noise of its own has `draws = True` and takes a fifth
-        argument `draw`: () -> noise like x, each row from a generator of its own.
+        `velocity` sees x and t float32 [B]. A sampler that adds noise of its own has `stochastic = True` and takes a
+        fifth argument `draw`: () -> noise like x, each row from a generator of its own.
         """
 
 

@@ -12,14 +12,26 @@ from typing import Any
 from attrs import field, frozen
 
 from lens_core.catalog import Catalog
-from lens_core.config import Use, WrongType, as_use, options, parse_use, structure, unstructure
+from lens_core.config import ComponentSpec, WrongType, as_use, options, parse_use, structure, unstructure
 from lens_core.io import readers
 from lens_core.io.readers import shown
 from lens_core.types import ConfigError, LensError
 from lens_core.validators import GUIDANCE, PIXELS, SEED, STEPS, each, integer, one_of, optional, real, text, within
 
-__all__ = ["Adapter", "Parts", "Recipe", "Training", "Use", "Watch", "build", "options", "parse_use", "read_recipe",
-           "structure", "unstructure"]  # fmt: skip
+__all__ = [
+    "Adapter",
+    "ComponentSpec",
+    "Parts",
+    "Recipe",
+    "Training",
+    "Watch",
+    "build",
+    "options",
+    "parse_use",
+    "read_recipe",
+    "structure",
+    "unstructure",
+]  # fmt: skip
 
 
 @frozen
@@ -27,10 +39,10 @@ class Parts:
     """The pipeline that a recipe starts from: a checkpoint, parts by name, or a checkpoint with parts replaced."""
 
     start: str | None = field(default=None, validator=optional(text()))  # checkpoint URI
-    vae: Use | None = None
-    text_encoder: Use | None = None
-    backbone: Use | None = None
-    sampler: Use | None = None
+    vae: ComponentSpec | None = None
+    text_encoder: ComponentSpec | None = None
+    backbone: ComponentSpec | None = None
+    sampler: ComponentSpec | None = None
     # Presets that the checkpoint will carry; None: those of `start`.
     guidance_scale: float | None = field(default=None, validator=optional(GUIDANCE))
     steps: int | None = field(default=None, validator=optional(STEPS))
@@ -91,8 +103,8 @@ class Watch:
     every: int = field(validator=integer(at_least=1))
     # Drawn into samples/step-N.png; picture i has the seed `seed + i`.
     prompts: tuple[str, ...] = field(default=(), validator=each(text()))
-    benchmarks: tuple[Use, ...] = ()  # drawn and judged, and never learned from
-    validation: Use | None = None  # a dataset that is not learned from, for methods that can validate
+    benchmarks: tuple[ComponentSpec, ...] = ()  # drawn and judged, and never learned from
+    validation: ComponentSpec | None = None  # a dataset that is not learned from, for methods that can validate
     batches: int = field(default=8, validator=integer(at_least=1))  # of it
     seed: int = field(default=0, validator=SEED)
     # Height, width px of what is drawn; None: the preset.
@@ -118,9 +130,9 @@ class Watch:
         if problems:
             raise ConfigError(problems)
 
-    def judges(self) -> dict[str, Use]:
+    def judges(self) -> dict[str, ComponentSpec]:
         """The benchmarks by the names they are logged under: their own, and a number where one is there twice."""
-        found: dict[str, Use] = {}
+        found: dict[str, ComponentSpec] = {}
         for i, use in enumerate(self.benchmarks):
             name = use.use.rpartition(":")[2]
             found[f"{name}_{i}" if name in found else name] = use
@@ -131,15 +143,15 @@ class Watch:
 class Recipe:
     """One training run."""
 
-    method: Use
+    method: ComponentSpec
     train: Training
-    dataset: Use | None = None  # where its method reads one
+    dataset: ComponentSpec | None = None  # where its method reads one
     pipeline: Parts = field(factory=Parts)
     seed: int = field(default=0, validator=SEED)
     watch: Watch | None = None
 
 
-def build(catalog: Catalog, kind: str, use: Use, path: str = "$") -> tuple[str, type[Any], Any]:
+def build(catalog: Catalog, kind: str, use: ComponentSpec, path: str = "$") -> tuple[str, type[Any], Any]:
     """(qualified name, class, config) of the component that `use` names, its options checked.
 
     A config that names components itself tells them: `uses()` yields (path in it, kind, use), and they are checked too.

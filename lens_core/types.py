@@ -99,7 +99,7 @@ class Score:
 
 
 @frozen
-class Text:
+class TextFeatures:
     """Encoded prompts: `features` [B,L,T,D], `mask` bool [B,T], True where a token counts. T may be 0.
 
     `host` is the mask on the CPU, which whoever made it there keeps: lengths are then known without a read of the
@@ -113,8 +113,8 @@ class Text:
     def __len__(self) -> int:
         return int(self.features.shape[0])
 
-    def __getitem__(self, rows: slice) -> Text:
-        return Text(self.features[rows], self.mask[rows], None if self.host is None else self.host[rows])
+    def __getitem__(self, rows: slice) -> TextFeatures:
+        return TextFeatures(self.features[rows], self.mask[rows], None if self.host is None else self.host[rows])
 
     @property
     def known(self) -> Tensor:
@@ -123,21 +123,21 @@ class Text:
             return self.mask
         return self.mask.cpu() if self.host is None else self.host
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Text:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextFeatures:
         host = self.mask if self.mask.device.type == "cpu" else self.host
         features = self.features if device is None else move(self.features, device)
-        return Text(features.to(dtype=dtype), self.mask if device is None else move(self.mask, device), host)
+        return TextFeatures(features.to(dtype=dtype), self.mask if device is None else move(self.mask, device), host)
 
     @staticmethod
-    def empty(batch: int, layers: int, width: int, like: Tensor) -> Text:
+    def empty(batch: int, layers: int, width: int, like: Tensor) -> TextFeatures:
         """The empty negative prompt: no tokens at all, with the device and dtype of `like`."""
         import torch
 
         nothing = torch.zeros(batch, 0, dtype=torch.bool, device="cpu")
-        return Text(like.new_zeros(batch, layers, 0, width), like.new_zeros(batch, 0).bool(), nothing)
+        return TextFeatures(like.new_zeros(batch, layers, 0, width), like.new_zeros(batch, 0).bool(), nothing)
 
     @staticmethod
-    def cat(texts: Sequence[Text]) -> Text:
+    def cat(texts: Sequence[TextFeatures]) -> TextFeatures:
         """Stack texts along the batch, padding each on the right to the longest."""
         import torch
         from torch.nn.functional import pad
@@ -146,7 +146,7 @@ class Text:
         gaps = [longest - t.mask.shape[1] for t in texts]
         hosts = [t.mask if t.mask.device.type == "cpu" else t.host for t in texts]
         known = [h for h in hosts if h is not None]
-        return Text(
+        return TextFeatures(
             torch.cat([pad(t.features, (0, 0, 0, gap)) for t, gap in zip(texts, gaps, strict=True)]),
             torch.cat([pad(t.mask, (0, gap)) for t, gap in zip(texts, gaps, strict=True)]),
             torch.cat([pad(h, (0, g)) for h, g in zip(known, gaps, strict=True)]) if len(known) == len(texts) else None,
@@ -166,7 +166,7 @@ class Batch:
     captions: tuple[str, ...]
     keys: tuple[int, ...] = ()
     latents: Tensor | tuple[Tensor, ...] | None = None
-    text: Text | None = None
+    text: TextFeatures | None = None
     weight: float = 1.0  # of its mean loss, where ranks have unequal numbers of samples: this number over the mean one
 
     def __len__(self) -> int:

@@ -161,7 +161,7 @@ class Targets:
         made.presets["sizes"] = {"1024": {"1:1": [32, 32]}}
         made.provenance = {"base_model": "a/b", "recipe": {"method": "fit"}, "loras": ["x:1"]}
         made.save_pretrained(folder / "toy")
-        shutil.copytree(manifest.fetch("tiny:", self.catalog), folder / "tiny")
+        shutil.copytree(manifest.resolve_uri("tiny:", self.catalog), folder / "tiny")
         (folder / "tiny" / "lens.json").unlink()
         picture = made("a cat", height=32, width=48, seed=1)
         facts = {"prompt": "a cat", "seed": 1, **picture.settings}
@@ -248,13 +248,13 @@ class Targets:
 
     def lens_json(self, rng: random.Random) -> None:
         from lens_core.checkpoints import model_card
-        from lens_core.checkpoints.manifest import describe
+        from lens_core.checkpoints.manifest import read_manifest
         from lens_core.inference.pipeline import LensPipeline
 
         path = self.folder / "toy" / "lens.json"
 
         def call() -> None:
-            model_card.text(describe(path.parent, self.toys), "toys/blocks")
+            model_card.text(read_manifest(path.parent, self.toys), "toys/blocks")
             pipeline = LensPipeline.from_pretrained(path.parent, catalog=self.toys, device="cpu")
             if pipeline.vae is not None:
                 pipeline.size()
@@ -265,7 +265,7 @@ class Targets:
         import torch
         from lens_mmdit.published import describe
 
-        from lens_core.recipe import Use, build
+        from lens_core.recipe import ComponentSpec, build
 
         root = self.folder / "tiny"
 
@@ -273,7 +273,7 @@ class Targets:
             described = describe(root)
             if described is not None:
                 use = described["components"][part]
-                _, cls, config = build(self.catalog, part, Use(use["use"], use["config"]), part)
+                _, cls, config = build(self.catalog, part, ComponentSpec(use["use"], use["config"]), part)
                 cls.load(root, config, dtype=torch.float32)
 
         self.swapped(root / name, mutate_json(rng, (root / name).read_bytes()), call)
@@ -389,7 +389,7 @@ class Targets:
         from lens_llm.rubric import RubricReward
 
         from lens_core.io.http import Answer
-        from lens_core.recipe import Use
+        from lens_core.recipe import ComponentSpec
         from lens_core.types import Prompt, Score
 
         verdicts = {"verdicts": [{"id": i, "evidence": "seen", "v": "yes"} for i in ("r", "g")]}
@@ -408,7 +408,7 @@ class Targets:
                 return self._unpack(answer, secret, tokens)
 
         llm = Canned(OpenAI.Config(model="m", base_url="http://127.0.0.1:9/v1"), sleep=lambda _: None)
-        reward = RubricReward(RubricReward.Config(Use("openai")), llm)
+        reward = RubricReward(RubricReward.Config(ComponentSpec("openai")), llm)
         data = {"rubrics": [{"id": "r", "q": "Is it?"}], "global": {"id": "g", "q": "Coherent?"}}
         (score,) = reward.score(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [Prompt("a cat", data=data)])
         assert isinstance(score, Score) and (score.value is None or 0 <= score.value <= 1)

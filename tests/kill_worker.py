@@ -27,19 +27,19 @@ from accelerate import Accelerator  # noqa: F401  # likewise
 from attrs import evolve
 
 from lens_core.catalog import Catalog
-from lens_core.recipe import Recipe, Training, Use, Watch
+from lens_core.recipe import ComponentSpec, Recipe, Training, Watch
 from lens_core.training.trainer import Run
 
 CATALOG = Catalog.of(toy)
 RECIPE = Recipe(
-    method=Use("fit"),
-    dataset=Use("squares"),
+    method=ComponentSpec("fit"),
+    dataset=ComponentSpec("squares"),
     train=Training(steps=6, lr=1e-2, warmup=2, decay=0.5, ema=0.9, save_every=2, log_every=2),
     pipeline=toy.PARTS,
     seed=3,
 )
 WATCHED = evolve(
-    RECIPE, watch=Watch(every=2, size=(16, 16), prompts=("red",), benchmarks=(Use("reds"),), keep_best="reds")
+    RECIPE, watch=Watch(every=2, size=(16, 16), prompts=("red",), benchmarks=(ComponentSpec("reds"),), keep_best="reds")
 )
 COUNT = 8  # moments to die at, chosen by chance; those in the middle of a file come on top
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}

@@ -20,7 +20,7 @@ from lens_core.cli.main import app, mount
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.protocols import KINDS
 from lens_core.recipe import read_recipe
-from lens_core.types import Text
+from lens_core.types import TextFeatures
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -119,8 +119,8 @@ def test_a_backbone_that_forgot_the_text_has_its_picture_stream_still(
         runpy.run_path(str(ROOT / "examples" / "forget_text.py"), run_name="__main__")
     tiny, one, two = (LensPipeline.from_pretrained(uri).backbone for uri in ("tiny:", tmp_path / "1", tmp_path / "2"))
     x, t = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
-    deaf = Text(torch.zeros(1, 2, 0, 128), torch.zeros(1, 0, dtype=torch.bool))
-    heard = Text(
+    deaf = TextFeatures(torch.zeros(1, 2, 0, 128), torch.zeros(1, 0, dtype=torch.bool))
+    heard = TextFeatures(
         torch.randn(1, 2, 5, 128, generator=torch.Generator().manual_seed(1)), torch.ones(1, 5, dtype=torch.bool)
     )
     with torch.no_grad():

@@ -12,14 +12,19 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from lens_core import flow, hookimpl
-from lens_core.checkpoints.tensor_files import blueprint, load_module, read_weights, save_module
+from lens_core.checkpoints.tensor_files import build_on_meta, load_module, read_weights, save_module
 from lens_core.inference.pipeline import to_pixels
-from lens_core.recipe import Parts, Use
-from lens_core.types import Batch, ConfigError, Loss, Prompt, Score, Text
+from lens_core.recipe import ComponentSpec, Parts
+from lens_core.types import Batch, ConfigError, Loss, Prompt, Score, TextFeatures
 
 # A pipeline of all of them; and one whose width is not the default, so that a recipe that loses options shows.
-PARTS = Parts(vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer"), sampler=Use("even"))
-NARROW = evolve(PARTS, backbone=Use("mixer", {"width": 8}))
+PARTS = Parts(
+    vae=ComponentSpec("blocks"),
+    text_encoder=ComponentSpec("letters"),
+    backbone=ComponentSpec("mixer"),
+    sampler=ComponentSpec("even"),
+)
+NARROW = evolve(PARTS, backbone=ComponentSpec("mixer", {"width": 8}))
 
 
 class Weights(nn.Module):
@@ -35,7 +40,7 @@ class Weights(nn.Module):
     @classmethod
     def load(cls, folder: Path, config: Any, dtype: torch.dtype | None = None) -> Self:
         tensors = read_weights(folder / cls.folder)
-        module = blueprint(lambda: cls(config), folder / "lens.json", 1, tensors)
+        module = build_on_meta(lambda: cls(config), folder / "lens.json", 1, tensors)
         load_module(module, folder / cls.folder, dtype=dtype, tensors=tensors)
         return module
 
@@ -66,9 +71,11 @@ class Letters(Weights):
         super().__init__()
         self.table = nn.Embedding(256, 8)
 
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
         codes = [torch.tensor(list(p.encode()), dtype=torch.long) for p in prompts]
-        return Text.cat([Text(self.table(c)[None, None], torch.ones(1, len(c), dtype=torch.bool)) for c in codes])
+        return TextFeatures.cat(
+            [TextFeatures(self.table(c)[None, None], torch.ones(1, len(c), dtype=torch.bool)) for c in codes]
+        )
 
 
 class Mixer(Weights):
@@ -97,7 +104,7 @@ class Mixer(Weights):
     def refuses(dtype: torch.dtype) -> str | None:
         return "the mixer overflows in float16; use bfloat16" if dtype == torch.float16 else None
 
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         self.calls.append((len(x), text.mask.shape[1]))
         time = t.to(x.dtype).view(-1, 1, 1, 1).expand(len(x), 1, *x.shape[2:])
         cells = torch.cat([x, time], 1).movedim(1, -1)
@@ -106,7 +113,7 @@ class Mixer(Weights):
         v: Tensor = self.outer(torch.tanh(self.inner(cells) + self.words(words)[:, None, None])).movedim(-1, 1)
         return v
 
-    def packed(self, xs: Sequence[Tensor], t: Tensor, text: Text) -> list[Tensor]:
+    def packed(self, xs: Sequence[Tensor], t: Tensor, text: TextFeatures) -> list[Tensor]:
         return [self(x[None], t[i : i + 1], text[i : i + 1])[0] for i, x in enumerate(xs)]
 
 
@@ -123,7 +130,7 @@ class Even:
     def times(self, size: tuple[int, int], steps: int) -> Tensor:
         return torch.linspace(1, 0, steps + 1)
 
-    def walk(
+    def sample(
         self, velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int
     ) -> Iterator[tuple[float, Tensor]]:
         x = noise

@@ -121,14 +121,14 @@ def named(folder: Path, described: Mapping[str, Any]) -> list[str]:
         name = path.relative_to(folder).as_posix()
         if name.startswith(parts) and (path.name in WEIGHTS or any(fnmatch(path.name, p) for p in ABOUT)):
             found.append(name)
-    ours = {n for n in found if is_file(folder / n) and not is_system_file(n) and not _lent(n, described)}
+    ours = {n for n in found if is_file(folder / n) and not is_system_file(n) and not _is_shared_file(n, described)}
     return sorted(ours)
 
 
-def _lent(name: str, described: Mapping[str, Any]) -> bool:
-    """Whether a file would be of a part that another checkpoint lends."""
-    lent = (p for part, c in described["components"].items() if "from" in c for p in FOLDERS[part])
-    return name.startswith(tuple(lent))
+def _is_shared_file(name: str, described: Mapping[str, Any]) -> bool:
+    """Whether a file belongs to a part that another checkpoint shares."""
+    shared = (p for part, c in described["components"].items() if "from" in c for p in FOLDERS[part])
+    return name.startswith(tuple(shared))
 
 
 def create(name: str, *, private: bool = False, token: str | None = None) -> None:
@@ -161,14 +161,16 @@ def upload(
 
     Only files that the checkpoint names go (`named`), and none if the repository has changed meanwhile.
 
-    Weights of an earlier commit beside the new ones go, and parts that another checkpoint lends now. The card says how
+    Weights of an earlier commit beside the new ones go, and parts that are shared now. The card says how
     to load `name`; one that a person wrote, there or here, stays as it is. Raises CheckpointError.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     ours = named(folder, described)
     held = {n.rpartition("/")[0] for n in ours if n.endswith(".safetensors")}  # where weights are, by whatever name
-    listed = [n for n in described.get("files", ()) if n.rpartition("/")[0] not in held and not _lent(n, described)]
+    listed = [
+        n for n in described.get("files", ()) if n.rpartition("/")[0] not in held and not _is_shared_file(n, described)
+    ]
     lacking = _lacking(folder, [*_sharded(folder), *sorted(listed)])
     if lacking:
         raise CheckpointError(f"{folder / lacking[0]}: missing; only a whole checkpoint is uploaded")
@@ -187,12 +189,12 @@ def upload(
                 if not model_card.may_replace(old):
                     del content[model_card.FILE]
         folders = {path.rpartition("/")[0] for path in content} - {""}
-        lent = tuple(p for part, c in described["components"].items() if "from" in c for p in FOLDERS[part])
+        shared = tuple(p for part, c in described["components"].items() if "from" in c for p in FOLDERS[part])
         stale = [
             path
             for path in there
             if path not in content
-            and (path.startswith(lent) or (path.rpartition("/")[0] in folders and ".safetensors" in path))
+            and (path.startswith(shared) or (path.rpartition("/")[0] in folders and ".safetensors" in path))
         ]
         steps = [CommitOperationAdd(path, source) for path, source in content.items()]
         steps += [CommitOperationDelete(path) for path in stale]

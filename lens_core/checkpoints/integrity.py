@@ -97,12 +97,12 @@ def _broken(path: Path, name: str) -> str:
 
 
 def verify(folder: Path, described: Mapping[str, Any], catalog: Catalog) -> None:
-    """Raise CheckpointError unless every file of a checkpoint, and of what it is lent, is as it was written."""
+    """Raise CheckpointError unless every file of a checkpoint, and of the parts it shares, is as it was written."""
     places: list[tuple[Path, Mapping[str, Any], tuple[str, ...]]] = [(folder, described, ("",))]
     for part, component in described["components"].items():
         if "from" in component:
-            lender, _ = manifest.lender(part, component, folder, catalog)
-            places.append((lender, manifest.describe(lender, catalog), manifest.places(part, component)))
+            source, _ = manifest.resolve_shared_part(part, component, folder, catalog)
+            places.append((source, manifest.read_manifest(source, catalog), manifest.file_prefixes(part, component)))
     for place, about, under in places:
         found = check(place, about, under)
         if found.problems:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lens_core.checkpoints import manifest, tensor_files
 from lens_core.io import atomic_files, readers
 from lens_core.io.readers import shown
-from lens_core.protocols import Weighty
+from lens_core.protocols import HasWeights
 from lens_core.types import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -34,7 +34,7 @@ LARGEST_EMPTY = 2**31  # the product of an empty tensor's other dimensions: code
 
 
 @frozen
-class Lazy:
+class LazyTensor:
     """A tensor that is not in memory. `rows(dtype)` yields it in blocks of consecutive rows, floats as `dtype`."""
 
     shape: tuple[int, ...]
@@ -58,17 +58,17 @@ class Lazy:
         return dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Lazy:
+    def of(cls, tensor: Tensor) -> LazyTensor:
         """A tensor that is in memory after all."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda dtype: iter([tensor.detach().to("cpu", dtype)]))
 
 
-def read_lazy(*paths: Path) -> tuple[dict[str, Lazy], dict[str, str]]:
+def read_lazy(*paths: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The tensors of one safetensors file, or of its shards, and the free text in their headers. No value is read.
 
     Raises CheckpointError, in one line, for what is no whole safetensors file, and for a name that stands twice.
     """
-    found: dict[str, Lazy] = {}
+    found: dict[str, LazyTensor] = {}
     texts: dict[str, str] = {}
     for path in paths:
         header, start = _header(path)
@@ -83,7 +83,7 @@ def read_lazy(*paths: Path) -> tuple[dict[str, Lazy], dict[str, str]]:
                 raise CheckpointError(
                     f"{path}: {shown(name)} has the shape {list(shape)}, which no tensor has; leave it out"
                 )
-            found[name] = Lazy(shape, dtype, _reader(path, start + entry["data_offsets"][0], shape, dtype))
+            found[name] = LazyTensor(shape, dtype, _reader(path, start + entry["data_offsets"][0], shape, dtype))
     return found, texts
 
 
@@ -96,10 +96,10 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         with safe_open(path, "pt"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             return json.loads(
-                file.read(min(size, tensor_files.LONGEST_HEADER)), object_pairs_hook=readers.no_twins
+                file.read(min(size, tensor_files.LONGEST_HEADER)), object_pairs_hook=readers.reject_duplicate_keys
             ), 8 + size
     except (SafetensorError, OSError, ValueError) as error:
-        raise tensor_files.not_whole(path, error) from error
+        raise tensor_files.incomplete_file_error(path, error) from error
 
 
 def _reader(
@@ -127,7 +127,7 @@ def _reader(
 
 def write_lazy(
     path: Path,
-    tensors: Mapping[str, Lazy],
+    tensors: Mapping[str, LazyTensor],
     dtype: torch.dtype | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> None:
@@ -174,7 +174,7 @@ def numbered(names: Iterable[str], before: str) -> int:
     return next(n for n in range(len(found) + 1) if str(n) not in found)
 
 
-def shape_of(tensors: Mapping[str, Lazy], name: str, ndim: int, where: str) -> tuple[int, ...]:
+def shape_of(tensors: Mapping[str, LazyTensor], name: str, ndim: int, where: str) -> tuple[int, ...]:
     """The shape of a tensor that must be there. Raises CheckpointError."""
     if name not in tensors:
         some = ", ".join(sorted(tensors)[:3]) or "nothing"
@@ -186,7 +186,7 @@ def shape_of(tensors: Mapping[str, Lazy], name: str, ndim: int, where: str) -> t
 
 
 def describe_file(
-    path: Path, holds: Callable[[Mapping[str, Lazy]], bool], part: str, use: str
+    path: Path, holds: Callable[[Mapping[str, LazyTensor]], bool], part: str, use: str
 ) -> dict[str, Any] | None:
     """An answer to the hook `lens_describe`: a model of one part, if `path` is a single file that `holds` it."""
     if path.suffix != ".safetensors" or not path.is_file() or not holds(read_lazy(path)[0]):
@@ -195,22 +195,22 @@ def describe_file(
 
 
 @runtime_checkable
-class Portable(Weighty, Protocol):
+class SingleFile(HasWeights, Protocol):
     """A component with weights that a single file may hold too; `lens convert` carries it between the two layouts."""
 
     place: ClassVar[tuple[str, str]]  # its sub-folder in a checkpoint, and the stem of its weights there
     single: ClassVar[str]  # where a folder of single files keeps it, in Comfy's layout
 
     @classmethod
-    def outline(
+    def from_header(
         cls, file: Path, config: Any, folder: Path, *, plain: bool = False
-    ) -> tuple[Self, Any, dict[str, Lazy]]:
+    ) -> tuple[Self, Any, dict[str, LazyTensor]]:
         """A single file -> the component on the meta device, the config that the file's shapes tell, given what the
         checkpoint in `folder` says, and the file's tensors under the names of a checkpoint. Reads headers alone.
         `plain`: tensors that only Comfy can use quantised are not."""
 
-    def fill(self, tensors: Mapping[str, Lazy], file: Path, dtype: torch.dtype | None = None) -> None:
-        """Read the tensors of `outline`, floats as `dtype`."""
+    def load_weights(self, tensors: Mapping[str, LazyTensor], file: Path, dtype: torch.dtype | None = None) -> None:
+        """Read the tensors of `from_header`, floats as `dtype`."""
 
     def save_about(self, folder: Path) -> None:
         """Write all that `save` writes, but for the weights."""

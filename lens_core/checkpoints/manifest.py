@@ -3,8 +3,8 @@
 A checkpoint is the published diffusers folder layout plus `lens.json`:
 `{"format": 1, "components": {kind: {"use", "config"}}, "presets": {"steps", "guidance_scale"}, "plugins": {name: …},
 "files": {path: SHA-256}}`; `files` is what `lens_core.checkpoints.integrity` checks.
-A component with `"from"` is lent: its files are those of another checkpoint, a Hub name or a plugin's such as `tiny:`,
-and `"hash"` says which they were.
+A component with `"from"` is shared: its files are those of another checkpoint, a Hub name or a plugin's, such as
+`tiny:`, and `"hash"` says which they were.
 """
 
 from __future__ import annotations
@@ -48,22 +48,24 @@ def hashes(folder: Path, under: tuple[str, ...] = ("",)) -> dict[str, str]:
     return {name: hub.known_hash(path) or hash_of(path) for name, path in paths.items() if name.startswith(under)}
 
 
-def places(part: str, component: Mapping[str, Any]) -> tuple[str, ...]:
+def file_prefixes(part: str, component: Mapping[str, Any]) -> tuple[str, ...]:
     """What the paths of a part's files begin with: its folders, and its single file if it has one."""
     return (*hub.FOLDERS[part], *([component["file"]] if "file" in component else ()))
 
 
-def lender(part: str, component: Mapping[str, Any], where: Path, catalog: Catalog) -> tuple[Path, dict[str, str]]:
-    """The folder of the checkpoint that lends `part` to the one in `where`, and the hashes of the part's files there.
+def resolve_shared_part(
+    part: str, component: Mapping[str, Any], where: Path, catalog: Catalog
+) -> tuple[Path, dict[str, str]]:
+    """Find the checkpoint whose `part` the one in `where` shares: its folder, and the hashes of the part's files there.
 
     Of the Hub, only what the part needs is fetched. Raises CheckpointError, also if the files are not those that were
     meant.
     """
     told = f"{where / 'lens.json'}: its {part.replace('_', ' ')} is that of {component['from']}"
-    under = places(part, component)
+    under = file_prefixes(part, component)
     try:
-        folder = fetch(component["from"], catalog, lent=True, under=under)
-        own = describe(folder, catalog)["components"].get(part)
+        folder = resolve_uri(component["from"], catalog, shared=True, under=under)
+        own = read_manifest(folder, catalog)["components"].get(part)
     except LensError as error:
         raise CheckpointError(f"{told}, which cannot be had: {error}") from error
     if own is None or "from" in own:
@@ -88,30 +90,30 @@ def combined(files: Mapping[str, str]) -> str:
     return total.hexdigest()[:16]
 
 
-def fetch(uri: str, catalog: Catalog, *, lent: bool = False, under: tuple[str, ...] = ()) -> Path:
+def resolve_uri(uri: str, catalog: Catalog, *, shared: bool = False, under: tuple[str, ...] = ()) -> Path:
     """Where the checkpoint `uri` lies: a plugin's answer (`tiny:`), a folder, or a Hub name `org/name[@revision]`.
 
-    `lent`: never a folder, which only happens to be called so. `under`: of the Hub, only JSON and files whose paths
+    `shared`: never a folder, which only happens to be called so. `under`: of the Hub, only JSON and files whose paths
     begin so, and all if it is empty. Raises CheckpointError.
     """
     answer = catalog.first("lens_fetch", uri)
     if answer is not None:
         return Path(answer)
     folder = Path(uri).expanduser()
-    if not lent and (folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors")):
+    if not shared and (folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors")):
         return folder
-    if not lent and folder.exists():
+    if not shared and folder.exists():
         raise CheckpointError(
             f"{uri}: is a file; a checkpoint is a folder with a lens.json or a model_index.json, or one .safetensors"
         )
     name, _, revision = uri.partition("@")
     if not hub.is_name(name):
-        what = "no installed plugin knows that name" if lent else "no such folder"
+        what = "no installed plugin knows that name" if shared else "no such folder"
         raise CheckpointError(f"{uri}: {what}, and not a Hub name (org/name[@revision]); `tiny:` is always there")
     return hub.snapshot(name, revision or None, under=under)
 
 
-def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
+def read_manifest(folder: Path, catalog: Catalog) -> dict[str, Any]:
     """The `lens.json` of a checkpoint, or what a plugin says that of this folder, or of this single file, would be."""
     path = folder / "lens.json"
     if path.is_file():
@@ -138,7 +140,7 @@ def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
         raise CheckpointError(f"{path}: has no components that each name what they use")
     for kind, c in components.items():
         if "from" in c and not (
-            kind in hub.FOLDERS and lends(c["from"]) and re.fullmatch("[0-9a-f]{16}", str(c.get("hash")))
+            kind in hub.FOLDERS and is_shareable_uri(c["from"]) and re.fullmatch("[0-9a-f]{16}", str(c.get("hash")))
         ):
             raise CheckpointError(
                 f"{path}: its {shown(kind)} is to come from {shown(c['from'])} at {shown(c.get('hash'))}; a vae, "
@@ -155,8 +157,8 @@ def describe(folder: Path, catalog: Catalog) -> dict[str, Any]:
     return data
 
 
-def lends(uri: Any) -> bool:
-    """Whether a checkpoint may name this as the one that lends it a part: no path, which is another's elsewhere."""
+def is_shareable_uri(uri: Any) -> bool:
+    """Whether a checkpoint may name this as the origin of a shared part: no path, which differs elsewhere."""
     name = r"\w[\w.-]*"
     return isinstance(uri, str) and bool(re.fullmatch(rf"\w+:[\w-]*|{name}/{name}(@{name}(/{name})*)?", uri, re.ASCII))
 

@@ -20,7 +20,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from lens_core.checkpoints.lazy_tensors import Lazy
+from lens_core.checkpoints.lazy_tensors import LazyTensor
 from lens_core.checkpoints.tensor_files import refuse_bare_float8
 from lens_core.io.readers import one_line, parse_json, shown
 from lens_core.types import CheckpointError
@@ -84,7 +84,7 @@ def from_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return weights
 
 
-def lazy_mxfp4(name: str, blocks: Lazy, scales: Lazy, where: str) -> tuple[Lazy, Lazy]:
+def lazy_mxfp4(name: str, blocks: LazyTensor, scales: LazyTensor, where: str) -> tuple[LazyTensor, LazyTensor]:
     """The pair, once it fits; its scales are checked as they are read. Raises CheckpointError."""
     if (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):
         raise CheckpointError(f"{where}: {name} is {blocks.dtype} with {scales.dtype}; MXFP4 is uint8; fetch it again")
@@ -100,7 +100,7 @@ def lazy_mxfp4(name: str, blocks: Lazy, scales: Lazy, where: str) -> tuple[Lazy,
                 raise CheckpointError(f"{where}: {name} has a scale that is NaN or infinite; fetch it again")
             yield block
 
-    return blocks, Lazy(scales.shape, scales.dtype, rows)
+    return blocks, LazyTensor(scales.shape, scales.dtype, rows)
 
 
 @frozen
@@ -110,22 +110,22 @@ class _Layer:
 
     where: str
     format: str
-    weight: Lazy
-    scales: Lazy
-    scale: Lazy | None  # nvfp4's float32, one or [E]
+    weight: LazyTensor
+    scales: LazyTensor
+    scale: LazyTensor | None  # nvfp4's float32, one or [E]
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, where: str, note: Mapping[str, Any], parts: Mapping[str, Lazy | None]) -> _Layer:
+    def of(cls, where: str, note: Mapping[str, Any], parts: Mapping[str, LazyTensor | None]) -> _Layer:
         kind = FORMATS.get(str(note.get("format")))
         if kind is None:
             raise CheckpointError(
                 f"{where} has the format {shown(note.get('format'), 40)}; {', '.join(FORMATS)} are read"
             )
         stored, width, block = kind
-        weight, scales, scale = (parts[p] for p in PARTS)
+        weight, scales, scale = (parts[p] for p in NVFP4_TENSORS)
         if weight is None or scales is None or (scale is None and width == 2):
-            missing = next(p for p in PARTS if parts[p] is None)
+            missing = next(p for p in NVFP4_TENSORS if parts[p] is None)
             raise CheckpointError(f"{where} is {note['format']} but has no {missing}; fetch the file again")
         shape = (*weight.shape[:-1], weight.shape[-1] * width) if weight.shape else ()
         experts = shape[0] if len(shape) == 3 else 1
@@ -159,7 +159,7 @@ class _Layer:
                 raise CheckpointError(f"{self.where} has a scale that is NaN or infinite; fetch the file again")
             yield scales, one
 
-    def plain(self) -> Lazy:
+    def plain(self) -> LazyTensor:
         def rows(dtype: torch.dtype) -> Iterator[Tensor]:
             alone = len(self.shape) == 2
             stored = self.weight.rows(self.weight.dtype)
@@ -172,20 +172,24 @@ class _Layer:
                 values = values[: self.shape[-2], : self.shape[-1]].to(dtype)
                 yield values if alone else values[None]
 
-        return Lazy(self.shape, torch.bfloat16, rows)
+        return LazyTensor(self.shape, torch.bfloat16, rows)
 
-    def packed(self) -> dict[str, Lazy]:
+    def packed(self) -> dict[str, LazyTensor]:
         """nvfp4 as it is: `blocks` uint8 [E,out,in/2], `scales` uint8 [E,out,in/16] not swizzled, the bytes of e4m3,
         and `scale` int32 [E], those of float32. No cast of a module's floats changes them."""
         experts, out, width = self.shape
         return {
             "blocks": self.weight,
-            "scales": Lazy((experts, out, width // 16), torch.uint8, lambda _: (s[None] for s, _ in self._scales())),
-            "scale": Lazy((experts,), torch.int32, lambda _: (o[None].view(torch.int32) for _, o in self._scales())),
+            "scales": LazyTensor(
+                (experts, out, width // 16), torch.uint8, lambda _: (s[None] for s, _ in self._scales())
+            ),
+            "scale": LazyTensor(
+                (experts,), torch.int32, lambda _: (o[None].view(torch.int32) for _, o in self._scales())
+            ),
         }
 
 
-PARTS = ("weight", "weight_scale", "weight_scale_2")
+NVFP4_TENSORS = ("weight", "weight_scale", "weight_scale_2")
 FORMATS = {
     "nvfp4": (torch.uint8, 2, 16),
     "mxfp8": (torch.float8_e4m3fn, 1, 32),
@@ -196,13 +200,13 @@ SCALES = {2: torch.float8_e4m3fn, 1: torch.float8_e8m0fnu}
 
 
 def plain(
-    tensors: Mapping[str, Lazy],
+    tensors: Mapping[str, LazyTensor],
     texts: Mapping[str, str],
     where: str,
     *,
     prefix: str = "",
     keep: tuple[str, ...] = (),
-) -> dict[str, Lazy]:
+) -> dict[str, LazyTensor]:
     """A Comfy file's tensors with its quantised layers as plain weights: `L.weight` [out,in] or [E,out,in].
 
     Layers are told by the header's `_quantization_metadata`, or by `L.comfy_quant`, JSON in bytes, for each. `prefix`
@@ -213,7 +217,7 @@ def plain(
     rest = dict(tensors)
     notes = _notes(rest, texts, where, prefix)
     for name, note in notes.items():
-        parts = {part: rest.pop(f"{name}.{part}", None) for part in PARTS}
+        parts = {part: rest.pop(f"{name}.{part}", None) for part in NVFP4_TENSORS}
         for unused in ("comfy_quant", "input_scale"):  # the latter is for products of quantised matrices
             rest.pop(f"{name}.{unused}", None)
         layer = _Layer.of(f"{where}: {name}", note, parts)
@@ -226,7 +230,9 @@ def plain(
     return rest
 
 
-def _notes(tensors: Mapping[str, Lazy], texts: Mapping[str, str], where: str, prefix: str) -> dict[str, dict[str, Any]]:
+def _notes(
+    tensors: Mapping[str, LazyTensor], texts: Mapping[str, str], where: str, prefix: str
+) -> dict[str, dict[str, Any]]:
     """Layer -> what the file says about its format."""
     try:
         header = parse_json(texts.get("_quantization_metadata", "{}"), twins=True)

@@ -1,11 +1,4 @@
-"""Weights and descriptions on disk: safetensors and JSON only, checked at the border, written atomically.
-
-A checkpoint is the published diffusers folder layout plus `lens.json`:
-`{"format": 1, "components": {kind: {"use", "config"}}, "presets": {"steps", "guidance_scale"}, "plugins": {name: …},
-"files": {path: SHA-256}}`; `files` is what `lens_core.checkpoints.integrity` checks.
-A component with `"from"` is lent: its files are those of another checkpoint, a Hub name or a plugin's such as `tiny:`,
-and `"hash"` says which they were.
-"""
+"""Read and write safetensors files and shards, and fill modules from them; no other format is read, no pickle."""
 
 from __future__ import annotations
 
@@ -93,7 +86,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         RuntimeError,
         TypeError,
     ) as error:  # the last two: shapes beyond torch's
-        raise not_whole(path, error) from error
+        raise incomplete_file_error(path, error) from error
 
 
 def refuse_foreign(path: Path) -> None:
@@ -114,7 +107,7 @@ def refuse_foreign(path: Path) -> None:
         raise CheckpointError(f"{path}: is a GGUF file; only safetensors are read: fetch the model in that format")
 
 
-def not_whole(path: Path, error: Exception) -> CheckpointError:
+def incomplete_file_error(path: Path, error: Exception) -> CheckpointError:
     """What to raise where safetensors cannot read `path`."""
     size = path.stat().st_size
     return CheckpointError(
@@ -175,7 +168,7 @@ def load_module(
 ) -> None:
     """Fill `module` (on the meta device, say) from files, strictly: every name, every shape, floats as `dtype`.
 
-    `tensors` may be given: Tensors, or Lazy ones, which are read once all of them fit."""
+    `tensors` may be given: Tensors, or LazyTensors, which are read once all of them fit."""
     import torch
 
     tensors = dict(read_weights(folder, stem) if tensors is None else tensors)
@@ -217,7 +210,7 @@ def refuse_bare_float8(tensors: Mapping[str, Any], where: object) -> None:
             )
 
 
-def blueprint(build: Callable[[], Module], where: Path, layers: int, tensors: Mapping[str, Any]) -> Module:
+def build_on_meta(build: Callable[[], Module], where: Path, layers: int, tensors: Mapping[str, Any]) -> Module:
     """The module that a config describes, without memory for its weights. Raises CheckpointError, which names the file
     `where` it stands, for sizes that no module can have, and for more `layers` than the checkpoint has tensors."""
     import torch

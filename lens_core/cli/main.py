@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-    from lens_core.inference.offload import Load
+    from lens_core.inference.offload import Workload
     from lens_core.inference.pipeline import LensPipeline
-    from lens_core.recipe import Use
+    from lens_core.recipe import ComponentSpec
 
 
 MOST_STEPS = 10_000  # of a sampler
@@ -199,7 +199,7 @@ def generate(
     """
     from lens_core.inference import png_metadata
     from lens_core.io.images import read_raw, read_rgb
-    from lens_core.recipe import Use
+    from lens_core.recipe import ComponentSpec
 
     begin = read_rgb(image) if image is not None else None
     anew = read_raw(mask) if mask is not None else None  # its transparency counts
@@ -231,18 +231,27 @@ def generate(
         raise ConfigError(f"seed {seed} must be between 0 and 2^63 - 1")
     begun = time.perf_counter()
 
-    def load(made: LensPipeline) -> Load:
-        from lens_core.inference.offload import Load
+    def load(made: LensPipeline) -> Workload:
+        from lens_core.inference.offload import Workload
 
         if made.vae is None:
-            return Load()  # which cannot be drawn, as will be said
+            return Workload()  # which cannot be drawn, as will be said
         drawn = made.size(height, width, aspect_ratio, base_resolution)
-        return Load(drawn, made.vae.downscale, min(batch_size, len(texts)), steps=steps or int(made.presets["steps"]))
+        return Workload(
+            drawn, made.vae.downscale, min(batch_size, len(texts)), steps=steps or int(made.presets["steps"])
+        )
 
     pipeline = _pipeline(
-        model, lora, Use(sampler) if sampler else None, files=files, device=device, dtype=dtype, offload=offload,
-        load=load, text_cache=prompt_cache,
-    )  # fmt: skip
+        model,
+        lora,
+        ComponentSpec(sampler) if sampler else None,
+        files=files,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+        load=load,
+        text_cache=prompt_cache,
+    )
     for note in pipeline.notes:
         print(f"lens: {note}", file=sys.stderr)
     loaded = time.perf_counter() - begun
@@ -297,10 +306,17 @@ def _preset(pipeline: LensPipeline, steps: int | None, scale: float | None) -> s
 
 
 def _pipeline(
-    model: str | None, loras: list[str] | None, sampler: Use | None, *, files: dict[str, Path | None], device: str,
-    dtype: str, offload: str = "auto", load: Callable[[LensPipeline], Load] | None = None,
+    model: str | None,
+    loras: list[str] | None,
+    sampler: ComponentSpec | None,
+    *,
+    files: dict[str, Path | None],
+    device: str,
+    dtype: str,
+    offload: str = "auto",
+    load: Callable[[LensPipeline], Workload] | None = None,
     text_cache: Path | None = None,
-) -> LensPipeline:  # fmt: skip
+) -> LensPipeline:
     """The pipeline that a command asks for; `model` None: tiny:. `files` take the place of parts, `load` tells what
     will be drawn, for the plan."""
     folds = [_lora(text) for text in loras or ()]
@@ -321,12 +337,12 @@ def _pipeline(
 
 
 def _reproduce(
-    picture: Path, load: Callable[[Use | None], LensPipeline], image: Image | None, mask: Image | None,
+    picture: Path, load: Callable[[ComponentSpec | None], LensPipeline], image: Image | None, mask: Image | None,
     output: Path | None,
 ) -> int:  # fmt: skip
     """Draw a picture again from the facts that it carries, and compare. 0 if no pixel differs beyond rounding."""
     from lens_core.inference import png_metadata
-    from lens_core.recipe import Use
+    from lens_core.recipe import ComponentSpec
 
     paths = _outputs(output, 1) if output is not None else []
     old, told = png_metadata.facts(picture)
@@ -335,7 +351,7 @@ def _reproduce(
             need = "was drawn from one: give it" if given is None else "was drawn without: leave out"
             raise ConfigError(f"{picture}: {need}, --{name}")
     how = told.get("sampler")
-    pipeline = load(Use(how["use"], {k: v for k, v in how.items() if k != "use"}) if how else None)
+    pipeline = load(ComponentSpec(how["use"], {k: v for k, v in how.items() if k != "use"}) if how else None)
     if (pipeline.version, pipeline.loras) != (told["model_hash"], told.get("loras", [])):
         raise ConfigError(
             f"{picture}: was drawn by {told['model']} of hash {told['model_hash']} with the LoRAs "
@@ -519,7 +535,7 @@ def bench(
     dtype
         auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
     """
-    from lens_core.recipe import Use, build, parse_use
+    from lens_core.recipe import ComponentSpec, build, parse_use
 
     _check_steps(steps)
     if batch_size < 1 or not 1 <= (1 if limit is None else limit) <= MOST_PICTURES:
@@ -528,7 +544,7 @@ def bench(
         )
     catalog = Catalog.installed()
     named = parse_use(benchmark)
-    use = Use(named.use, named.options if limit is None else {**named.options, "prompts": limit})
+    use = ComponentSpec(named.use, named.options if limit is None else {**named.options, "prompts": limit})
     _, cls, config = build(catalog, "benchmark", use, "$")
     height, width = _size(size)
     folds = [_lora(text) for text in lora or ()]
@@ -619,14 +635,14 @@ def check(model: str) -> int:
     from lens_core.checkpoints import integrity, manifest
 
     catalog = Catalog.installed()
-    folder = manifest.fetch(model, catalog)
-    described = manifest.describe(folder, catalog)
+    folder = manifest.resolve_uri(model, catalog)
+    described = manifest.read_manifest(folder, catalog)
     found = integrity.check(folder, described)
     problems = found.problems
     for part, component in described["components"].items():
         if "from" in component:
             try:
-                manifest.lender(part, component, folder, catalog)
+                manifest.resolve_shared_part(part, component, folder, catalog)
                 print(f"{part}: that of {component['from']}, unchanged")
             except LensError as error:
                 problems.append(str(error))
@@ -671,8 +687,8 @@ def push(
     from lens_core.io import atomic_files
 
     catalog = Catalog.installed()
-    folder = manifest.fetch(model, catalog)
-    described = manifest.describe(folder, catalog)
+    folder = manifest.resolve_uri(model, catalog)
+    described = manifest.read_manifest(folder, catalog)
     atomic_files.read_json(folder / "model_index.json")  # the layout that others read; before anything is made there
     if "files" not in described:  # from now on it has them
         ours = {*hub.named(folder, described)} - {"lens.json"}

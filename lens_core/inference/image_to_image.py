@@ -59,7 +59,7 @@ class Source:
         start = steps - (max(1, round(self.strength * steps)) if self.strength else 0)
         if start == steps:
             return self.z.expand_as(noise), start, velocity
-        if start and "start" not in inspect.signature(sampler.walk).parameters:
+        if start and "start" not in inspect.signature(sampler.sample).parameters:
             raise ConfigError("this sampler can only begin at noise: use strength 1, or the sampler euler")
         x = noise
         if start:

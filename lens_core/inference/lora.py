@@ -18,7 +18,7 @@ from lens_core.checkpoints.lora_keys import read as spelled
 from lens_core.recipe import Adapter
 from lens_core.types import CheckpointError, ConfigError
 
-__all__ = ["FILE", "Low", "attach", "fold", "merge", "owned", "read", "save", "tensors", "unfold"]
+__all__ = ["FILE", "LoRALayer", "attach", "fold", "merge", "owned", "read", "save", "tensors", "unfold"]
 NAME = "default"  # PEFT's, which file formats leave out
 
 
@@ -81,7 +81,7 @@ def tensors(net: nn.Module) -> dict[str, Tensor]:
 
 
 @frozen
-class Low:
+class LoRALayer:
     """One layer's change: scale * up [out,rank] @ down [rank,in]."""
 
     down: Tensor
@@ -94,7 +94,7 @@ class Low:
         return self.scale * (self.up.to(precise) @ self.down.to(precise))
 
 
-def read(path: Path, net: nn.Module) -> dict[str, Low]:
+def read(path: Path, net: nn.Module) -> dict[str, LoRALayer]:
     """A LoRA file or its folder, in any of the key formats of `lora_keys` -> the change of each layer of
     `net`. Raises CheckpointError for what fits no layer, and for halves and shapes."""
     layers = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
@@ -106,12 +106,12 @@ def read(path: Path, net: nn.Module) -> dict[str, Low]:
                 f"{path}: {layer} is {list(shape)} here, but {list(pair.up.shape)} x {list(pair.down.shape)} in the "
                 "file; it was made for another model"
             )
-        changes[layer] = Low(pair.down, pair.up, pair.alpha / pair.rank)
+        changes[layer] = LoRALayer(pair.down, pair.up, pair.alpha / pair.rank)
     return changes
 
 
 @torch.no_grad()
-def fold(net: nn.Module, changes: Mapping[str, Low], weight: float, plain: dict[str, Tensor]) -> None:
+def fold(net: nn.Module, changes: Mapping[str, LoRALayer], weight: float, plain: dict[str, Tensor]) -> None:
     """Add `weight` times the changes to the layers of `net`, in place. `plain` gets the weights as they were before."""
     for layer, change in changes.items():
         target: Tensor = net.get_submodule(layer).weight  # type: ignore[assignment]  # a linear layer's

@@ -94,7 +94,7 @@ def _own(module: nn.Module, seen: set[int]) -> list[Tensor]:
     return found
 
 
-def lay(sizes: Iterable[int]) -> tuple[list[int], int]:
+def aligned_offsets(sizes: Iterable[int]) -> tuple[list[int], int]:
     """Bytes of each tensor -> where it begins in one buffer, and the buffer's size."""
     starts, end = [], 0
     for size in sizes:
@@ -105,19 +105,19 @@ def lay(sizes: Iterable[int]) -> tuple[list[int], int]:
 
 def split(module: Any, streams: bool, idles: bool) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]]]:
     """A part's tensors: (what works all the time, its blocks, its idle modules). Only parts that say so have the latter
-    two: by `blocks()`, modules that run one after the other in this order, and `idle()`."""
+    two: by `blocks()`, modules that run one after the other in this order, and `unused_modules()`."""
     seen: set[int] = set()
-    idle = [_own(m, seen) for m in module.idle()] if idles and hasattr(module, "idle") else []
+    idle = [_own(m, seen) for m in module.unused_modules()] if idles and hasattr(module, "unused_modules") else []
     blocks = [_own(m, seen) for m in module.blocks()] if streams and hasattr(module, "blocks") else []
     return _own(module, seen), blocks, idle
 
 
-class Pack:
+class TensorGroup:
     """Tensors that travel together: views of host buffers, and of one on the accelerator while they are there."""
 
     def __init__(self, tensors: Sequence[Tensor], accelerator: Accelerator) -> None:
         self.tensors, self.accelerator = list(tensors), accelerator
-        self.starts, self.size = lay([t.numel() * t.element_size() for t in self.tensors])
+        self.starts, self.size = aligned_offsets([t.numel() * t.element_size() for t in self.tensors])
         self.chunks: list[tuple[int, Tensor]] = []  # where each begins in the whole, and its bytes on the host
         self.home: list[Tensor] = []
         bounds, first = [*self.starts, self.size], 0
@@ -163,10 +163,10 @@ def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
     return buffer[start : start + like.numel() * like.element_size()].view(like.dtype).view(like.shape)
 
 
-class Stream:
+class BlockStreamer:
     """Blocks that pass through `SLOTS` buffers, each in its own forward pass, while the next one is on its way."""
 
-    def __init__(self, blocks: Sequence[nn.Module], packs: Sequence[Pack], accelerator: Accelerator) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], packs: Sequence[TensorGroup], accelerator: Accelerator) -> None:
         self.packs, self.accelerator = list(packs), accelerator
         self.slots: list[Tensor] = []
         self.ready: dict[int, tuple[int, Any]] = {}  # block -> its slot, and when it is there
@@ -217,25 +217,27 @@ class Stream:
         self.ready.clear()
 
 
-class Part:
+class OffloadedModule:
     """One part of a pipeline under a plan."""
 
     def __init__(self, module: Any, how: str, idles: bool, accelerator: Accelerator) -> None:
         self.depth = 0
-        self.packs: list[Pack] = []
-        self.visitors: dict[int, Pack] = {}  # by the id of an idle module
-        self.stream: Stream | None = None
+        self.packs: list[TensorGroup] = []
+        self.visitors: dict[int, TensorGroup] = {}  # by the id of an idle module
+        self.stream: BlockStreamer | None = None
         if how == "host":
             module.to("cpu")
             return
         rest, blocks, idle = split(module, how == "streams", idles)
         if idle:
-            packs = [Pack(tensors, accelerator) for tensors in idle]
-            self.visitors = {id(m): pack for m, pack in zip(module.idle(), packs, strict=True)}
+            packs = [TensorGroup(tensors, accelerator) for tensors in idle]
+            self.visitors = {id(m): pack for m, pack in zip(module.unused_modules(), packs, strict=True)}
         if blocks:
-            self.stream = Stream(module.blocks(), [Pack(tensors, accelerator) for tensors in blocks], accelerator)
+            self.stream = BlockStreamer(
+                module.blocks(), [TensorGroup(tensors, accelerator) for tensors in blocks], accelerator
+            )
         if how != "stays":
-            self.packs = [Pack(rest, accelerator)]
+            self.packs = [TensorGroup(rest, accelerator)]
             return
         for tensor in rest:
             tensor.data = accelerator.put(tensor.data)
@@ -260,7 +262,7 @@ class Part:
                     pack.leave()
 
     @contextmanager
-    def visit(self, module: nn.Module) -> Iterator[None]:
+    def temporarily_on_device(self, module: nn.Module) -> Iterator[None]:
         """The time in which an idle module's weights are on the accelerator."""
         pack = self.visitors.get(id(module))
         if pack is not None:
@@ -277,7 +279,7 @@ class Part:
 
 
 @frozen
-class Load:
+class Workload:
     """What a drawing asks of the accelerator beside the weights."""
 
     size: tuple[int, int] = (1024, 1024)  # px, height x width
@@ -288,7 +290,7 @@ class Load:
 
 
 @frozen
-class Forecast:
+class MemoryEstimate:
     """What a plan comes to, in bytes. Weights are exact, and `work` (activations and the like) is estimated."""
 
     plan: str
@@ -308,17 +310,17 @@ class Forecast:
         return max(self.peaks.values(), default=0)
 
 
-def forecast(
-    plan: str, modules: Mapping[str, Any], load: Load, weigh: Callable[[Tensor], int] | None = None
-) -> Forecast:
+def estimate_memory(
+    plan: str, modules: Mapping[str, Any], load: Workload, weigh: Callable[[Tensor], int] | None = None
+) -> MemoryEstimate:
     """What `plan` comes to for these parts, which may be on the meta device. `weigh`: tensor -> bytes, if not its own.
 
-    Estimates come from the parts: `working(load) -> bytes`; a part without that is counted by its weights alone.
+    Estimates come from the parts: `activation_bytes(workload)`; a part without it is counted by its weights alone.
     """
     size = weigh or (lambda tensor: tensor.numel() * tensor.element_size())
 
     def total(tensors: Iterable[Tensor]) -> int:
-        return lay(size(t) for t in tensors)[1]
+        return aligned_offsets(size(t) for t in tensors)[1]
 
     chosen, idles = find(plan), plan != "none"
     how = {part: chosen[part] for part in PHASES if part in modules}
@@ -329,14 +331,16 @@ def forecast(
         rest, blocks, idle = split(module, mode == "streams", idles and mode != "host")
         sizes = [total(tensors) for tensors in (rest, *blocks)]
         away = sum(total(tensors) for tensors in idle)
-        turn = max((total(t) for t in idle), default=0) if hasattr(module, "tabulated") else 0
+        turn = max((total(t) for t in idle), default=0) if hasattr(module, "precomputed") else 0
         slots = SLOTS * max(sizes[1:], default=0)
         there[part] = 0 if mode == "host" else sizes[0] + max(slots, turn)
         host[part] = away + (0 if mode == "stays" else sum(sizes))
         always += sizes[0] if mode == "stays" else 0
         comes[part] = there[part] - (sizes[0] if mode == "stays" else 0)
-        work[part] = 0 if mode == "host" or not hasattr(module, "working") else int(module.working(load))
-    return Forecast(
+        work[part] = (
+            0 if mode == "host" or not hasattr(module, "activation_bytes") else int(module.activation_bytes(load))
+        )
+    return MemoryEstimate(
         plan, how, there, host,
         {PHASES[part]: always + comes[part] for part in how}, {PHASES[part]: work[part] for part in how},
     )  # fmt: skip
@@ -353,16 +357,16 @@ RESERVE = 512 << 20  # bytes that are left free: workspaces of libraries, and ho
 
 
 def choose(
-    modules: Mapping[str, Any], load: Load, free: int | None, weigh: Callable[[Tensor], int] | None = None
-) -> Forecast:
+    modules: Mapping[str, Any], load: Workload, free: int | None, weigh: Callable[[Tensor], int] | None = None
+) -> MemoryEstimate:
     """The fastest plan that fits into `free` bytes, or the smallest if none does; `none` where nobody knows."""
     if free is None:
-        return forecast("none", modules, load, weigh)
-    each = [forecast(plan, modules, load, weigh) for plan in PLANS]
+        return estimate_memory("none", modules, load, weigh)
+    each = [estimate_memory(plan, modules, load, weigh) for plan in PLANS]
     return next((f for f in each if f.peak + RESERVE <= free), min(each, key=lambda f: f.peak))
 
 
-def describe(told: Forecast, device: str, free: int | None = None) -> str:
+def describe(told: MemoryEstimate, device: str, free: int | None = None) -> str:
     """The plan as a table for people, in GB (10^9 bytes)."""
     room = "" if free is None else f", {free / 1e9:.2f} GB free"
     lines = [f"offload: {told.plan} ({device}{room})", f"  {'':14}{'':9}{'there, GB':>12}{'host, GB':>12}"]
@@ -376,15 +380,16 @@ def describe(told: Forecast, device: str, free: int | None = None) -> str:
     return "\n".join(lines)
 
 
-class Placement:
+class OffloadManager:
     """The parts of a pipeline, kept as a plan says."""
 
     def __init__(
-        self, told: Forecast, modules: Mapping[str, Any], accelerator: Accelerator, free: int | None, auto: bool
+        self, told: MemoryEstimate, modules: Mapping[str, Any], accelerator: Accelerator, free: int | None, auto: bool
     ) -> None:
         self.told, self.free, self.auto = told, free, auto  # bytes that were free before; was the plan chosen here?
         self.parts = {
-            part: Part(modules[part], mode, told.plan != "none", accelerator) for part, mode in told.how.items()
+            part: OffloadedModule(modules[part], mode, told.plan != "none", accelerator)
+            for part, mode in told.how.items()
         }
 
     def remove(self) -> None:

@@ -35,14 +35,14 @@ from lens_core.checkpoints import hub, integrity, manifest, model_card
 from lens_core.inference import lora
 from lens_core.inference import offload as offloads
 from lens_core.inference.image_to_image import Source, to_mask, to_tensor
-from lens_core.inference.offload import Accelerator, Forecast, Load, Placement
+from lens_core.inference.offload import Accelerator, MemoryEstimate, OffloadManager, Workload
 from lens_core.inference.prompt_cache import Entry, TextCache
 from lens_core.io import atomic_files
 from lens_core.io.images import to_rgb
 from lens_core.io.readers import shown
-from lens_core.protocols import Tabulates, dtype_of
-from lens_core.recipe import Parts, Use, build, unstructure
-from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError, Text, did_you_mean
+from lens_core.protocols import PrecomputesModulation, dtype_of
+from lens_core.recipe import ComponentSpec, Parts, build, unstructure
+from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError, TextFeatures, did_you_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,8 +53,8 @@ MAX_SIDE = 16384
 MAX_COUNT = 2**16
 """Of steps, and of pictures a prompt."""
 MAX_SEED = 2**63 - 1
-WEIGHTY = ("vae", "text_encoder", "backbone")
-PARTS = (*WEIGHTY, "sampler")
+MODEL_PARTS = ("vae", "text_encoder", "backbone")
+PIPELINE_PARTS = (*MODEL_PARTS, "sampler")
 
 
 @frozen
@@ -109,7 +109,8 @@ class LensPipeline:
     """The parts of a text-to-image model, put together. `uses` remembers by what name and config each was built.
 
     A part may be assigned, as in `pipeline.vae = mine`. What was known of the one before is forgotten then: settings no
-    longer name it, and `save_pretrained` asks what the new one is called, `pipeline.uses["vae"] = Use("plugin:name")`.
+    longer name it, and `save_pretrained` asks what the new one is called:
+    `pipeline.uses["vae"] = ComponentSpec("plugin:name")`.
     """
 
     vae, backbone, sampler = _part("vae"), _part("backbone"), _part("sampler")
@@ -122,7 +123,7 @@ class LensPipeline:
         sampler: Any = None,
         *,
         presets: Mapping[str, Any] | None = None,
-        uses: Mapping[str, Use] | None = None,
+        uses: Mapping[str, ComponentSpec] | None = None,
         source: str = "",
         version: str = "",
         plugins: Mapping[str, str] | None = None,
@@ -131,10 +132,16 @@ class LensPipeline:
         catalog: Catalog | None = None,
     ) -> None:
         self._parts = {"vae": vae, "backbone": backbone, "sampler": sampler}
-        self._waiting: dict[str, Callable[[], tuple[nn.Module, Use]]] = {}  # reads parts that nobody has touched yet
-        self._readers: dict[str, Callable[[], tuple[nn.Module, Use]]] = {}  # reads parts of the checkpoint again
+        self._waiting: dict[
+            str, Callable[[], tuple[nn.Module, ComponentSpec]]
+        ] = {}  # reads parts that nobody has touched yet
+        self._readers: dict[
+            str, Callable[[], tuple[nn.Module, ComponentSpec]]
+        ] = {}  # reads parts of the checkpoint again
         self._encoder = text_encoder
-        self._later: Callable[[], tuple[nn.Module, Use]] | None = None  # reads the text encoder when it is first needed
+        self._later: Callable[[], tuple[nn.Module, ComponentSpec]] | None = (
+            None  # reads the text encoder when it is first needed
+        )
         self._origin = ""  # what the text encoder was read from, as a text; "" where no file has it
         self._whole: Any = None  # the state of its weights as they were read
         self.texts = TextCache()
@@ -149,8 +156,8 @@ class LensPipeline:
         self._dtype: torch.dtype | None = None  # what `to` cast to last
         self.loras: list[str] = []  # what is folded into the backbone, as NAME:WEIGHT
         self._plain: dict[str, Tensor] = {}  # the backbone's layers as they were before
-        self.placement: Placement | None = None  # who is on the accelerator when; None: everything, always
-        self._asked: tuple[str, Load, Accelerator] | None = None  # what it was asked for with
+        self.placement: OffloadManager | None = None  # who is on the accelerator when; None: everything, always
+        self._asked: tuple[str, Workload, Accelerator] | None = None  # what it was asked for with
 
     @classmethod
     def from_pretrained(
@@ -161,12 +168,12 @@ class LensPipeline:
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
-        parts: Sequence[str] = PARTS,
+        parts: Sequence[str] = PIPELINE_PARTS,
         backbone: str | Path | None = None,
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
         offload: str | None = None,
-        load: Callable[[Self], Load] | None = None,
+        load: Callable[[Self], Workload] | None = None,
         text_cache: str | Path | None = None,
         verify: bool = False,
         later: Collection[str] = (),
@@ -187,8 +194,8 @@ class LensPipeline:
         catalog = catalog or Catalog.installed()
         where = _device(device)
         kind = _dtype(dtype or torch_dtype, where)
-        folder = manifest.fetch(str(uri), catalog)
-        described = manifest.describe(folder, catalog)
+        folder = manifest.resolve_uri(str(uri), catalog)
+        described = manifest.read_manifest(folder, catalog)
         if verify:
             integrity.verify(folder, described, catalog)
         given = {"backbone": backbone, "text_encoder": text_encoder, "vae": vae}
@@ -197,28 +204,28 @@ class LensPipeline:
             part: _alone(path, part, described, catalog) for part, path in files.items()
         }
         found: dict[str, Any] = {}
-        uses: dict[str, Use] = {}
+        uses: dict[str, ComponentSpec] = {}
         reading, about = None, []
         store = TextCache(Path(text_cache).expanduser() if text_cache is not None else None)
         built: dict[str, tuple[str, Any, Any]] = {}
-        lent: dict[str, tuple[Path, dict[str, str]]] = {}  # where parts are that another checkpoint lends
-        for part in PARTS:
+        shared: dict[str, tuple[Path, dict[str, str]]] = {}  # where parts are that this checkpoint shares with another
+        for part in PIPELINE_PARTS:
             if part not in components or part not in parts:
                 continue
-            use = Use(components[part]["use"], dict(components[part].get("config", {})))
+            use = ComponentSpec(components[part]["use"], dict(components[part].get("config", {})))
             built[part] = build(catalog, part, use, f"{folder}/lens.json: components.{part}")
-            uses[part] = Use(built[part][0], use.options)
-            if part in WEIGHTY:
+            uses[part] = ComponentSpec(built[part][0], use.options)
+            if part in MODEL_PARTS:
                 _refuse(built[part][1], kind)
             # A single file has the VAE and the backbone whole; an encoder's tokenizer may still be where it was.
             if "from" in components[part] and (part not in files or part == "text_encoder"):
-                lent[part] = manifest.lender(part, components[part], folder, catalog)
-        readers: dict[str, Callable[[], tuple[nn.Module, Use]]] = {}
+                shared[part] = manifest.resolve_shared_part(part, components[part], folder, catalog)
+        readers: dict[str, Callable[[], tuple[nn.Module, ComponentSpec]]] = {}
         for part, (name, component, config) in built.items():
-            if part not in WEIGHTY:
+            if part not in MODEL_PARTS:
                 found[part] = component(config)
                 continue
-            home, _ = lent.get(part, (folder, {}))
+            home, _ = shared.get(part, (folder, {}))
             held = components[part].get("file")
             file = files.get(part) or (_root(home) / held if held is not None else None)
             read = partial(_read, component, home, config, kind, uses[part], file)
@@ -244,8 +251,8 @@ class LensPipeline:
         pipeline._readers = readers
         pipeline._waiting = {part: readers[part] for part in later if part in readers and part != "text_encoder"}
         if reading is not None:
-            under = manifest.places("text_encoder", components["text_encoder"])
-            _, around = lent.get("text_encoder", (folder, hashes))
+            under = manifest.file_prefixes("text_encoder", components["text_encoder"])
+            _, around = shared.get("text_encoder", (folder, hashes))
             encoders = {k: v for k, v in around.items() if k.startswith(under)} or hashes
             encoders |= {k: v for k, v in own.items() if k == "text_encoder"}
             pipeline._origin = json.dumps([manifest.combined(encoders), *about])
@@ -259,19 +266,19 @@ class LensPipeline:
     def from_parts(cls, parts: Parts, catalog: Catalog, later: Collection[str] = ()) -> Self:
         """What a recipe's `pipeline` describes: parts of a checkpoint, new parts by name, or both. Weights float32.
         Parts of a checkpoint that are `later`, or that a new part takes the place of, are not read."""
-        later = {*later, *(kind for kind in WEIGHTY if getattr(parts, kind) is not None)}
+        later = {*later, *(kind for kind in MODEL_PARTS if getattr(parts, kind) is not None)}
         start = (
             cls.from_pretrained(parts.start, catalog=catalog, dtype=torch.float32, device="cpu", later=later)
             if parts.start
             else cls(catalog=catalog)
         )
-        for kind in PARTS:
+        for kind in PIPELINE_PARTS:
             use = getattr(parts, kind)
             if use is not None:
                 name, component, config = build(catalog, kind, use, f"$.pipeline.{kind}")
                 with building(name):
                     setattr(start, kind, component(config))
-                start.uses[kind] = Use(name, unstructure(config))
+                start.uses[kind] = ComponentSpec(name, unstructure(config))
         check_fit(start._parts["vae"], start._encoder, start.backbone)
         wanted = {k: getattr(parts, k) for k in ("steps", "guidance_scale", "base_resolution")}
         start.presets |= {k: v for k, v in wanted.items() if v is not None}
@@ -329,7 +336,7 @@ class LensPipeline:
     def text_encoder(self, encoder: Any) -> None:
         self.put("text_encoder", encoder)
 
-    def put(self, kind: str, component: Any, use: Use | None = None) -> None:
+    def put(self, kind: str, component: Any, use: ComponentSpec | None = None) -> None:
         """Make `component` the part `kind` from now on; `use` says by what name and config it is built again.
 
         Without a `use` this is forgotten, and the hash of the checkpoint no longer stands for what is drawn. LoRAs that
@@ -383,9 +390,9 @@ class LensPipeline:
         plan: str = "auto",
         device: str | torch.device | None = None,
         *,
-        load: Load | None = None,
+        load: Workload | None = None,
         accelerator: Accelerator | None = None,
-    ) -> Forecast:
+    ) -> MemoryEstimate:
         """Draw on `device` with less memory than all parts take: `none`, `modulation`, `model`, `encoder-cpu`, `block`
         (`offload.PLANS`), or `auto`, the fastest of them that fits into what is free. Training takes `to`.
 
@@ -395,7 +402,9 @@ class LensPipeline:
             offloads.find(plan)
         to = accelerator or Accelerator(_device(device))
         load = load or (
-            Load(self.size(), self.vae.downscale, steps=int(self.presets["steps"])) if self.vae is not None else Load()
+            Workload(self.size(), self.vae.downscale, steps=int(self.presets["steps"]))
+            if self.vae is not None
+            else Workload()
         )
         if self.placement is not None:
             self.placement.remove()
@@ -404,8 +413,8 @@ class LensPipeline:
         if free is not None and to.device.type != "cpu":  # what is there already will be placed anew
             tensors = (t for net in modules.values() for t in (*net.parameters(), *net.buffers()))
             free += sum(t.numel() * t.element_size() for t in tensors if t.device.type == to.device.type)
-        told = offloads.choose(modules, load, free) if plan == "auto" else offloads.forecast(plan, modules, load)
-        self.placement, self.device = Placement(told, modules, to, free, plan == "auto"), to.device
+        told = offloads.choose(modules, load, free) if plan == "auto" else offloads.estimate_memory(plan, modules, load)
+        self.placement, self.device = OffloadManager(told, modules, to, free, plan == "auto"), to.device
         self._asked = plan, load, to
         return told
 
@@ -415,8 +424,10 @@ class LensPipeline:
 
     def use_sampler(self, use: str, **options: Any) -> None:
         """Draw with another sampler from now on: a name such as "heun", with its options. Raises ConfigError."""
-        name, cls, config = build(self.catalog or Catalog.installed(), "sampler", Use(use, options), "sampler")
-        self.put("sampler", cls(config), Use(name, unstructure(config)))
+        name, cls, config = build(
+            self.catalog or Catalog.installed(), "sampler", ComponentSpec(use, options), "sampler"
+        )
+        self.put("sampler", cls(config), ComponentSpec(name, unstructure(config)))
 
     def load_lora_weights(self, path: str | Path, weight: float = 1.0) -> None:
         """Fold a LoRA, a file or its folder, into the backbone, beside those already there. Reads the names of
@@ -448,13 +459,13 @@ class LensPipeline:
         """Write the diffusers folder layout, a model card and `lens.json`. That comes last: without it nothing is read.
         A README.md that a person wrote or changed stays as it is."""
         root = Path(folder)
-        self._check_savable(WEIGHTY)  # before anything is touched
+        self._check_savable(MODEL_PARTS)  # before anything is touched
         root.mkdir(parents=True, exist_ok=True)
         before = integrity.stamps(root)
         if any(root.iterdir()) and not (root / "lens.json").is_file():
             raise CheckpointError(f"{root}: is not empty and not a checkpoint; choose a new folder")
         (root / "lens.json").unlink(missing_ok=True)
-        for part in WEIGHTY:
+        for part in MODEL_PARTS:
             if getattr(self, part) is not None:
                 getattr(self, part).save(root)
         self.save_about(root, before=before)
@@ -462,26 +473,27 @@ class LensPipeline:
     def save_about(
         self,
         root: Path,
-        lent: Mapping[str, Mapping[str, str]] | None = None,
+        shared: Mapping[str, Mapping[str, str]] | None = None,
         before: integrity.Stamps | None = None,
     ) -> None:
-        """Write what describes a checkpoint in `root`, beside the sub-folders of its parts; `lent` says of each part
+        """Write what describes a checkpoint in `root`, beside the sub-folders of its parts; `shared` says of each part
         that is another checkpoint's `from` where, and its `hash`. `before`: what was there before the parts were
         written, and is no part of the checkpoint."""
-        lent = lent or {}
+        shared = shared or {}
         self._check_savable(())
         if hasattr(self.sampler, "save"):  # one that other tools have too
             self.sampler.save(root)
         index: dict[str, Any] = {"_class_name": "LensPipeline"}
-        for part in PARTS:  # all that other tools can find here, by the names that each component gives itself
-            if part not in lent:
+        for part in PIPELINE_PARTS:  # all that other tools can find here, by the names that each component gives itself
+            if part not in shared:
                 entries = getattr(getattr(self, part), "model_index", {})
                 index |= {folder: list(names) for folder, names in entries.items()}
         atomic_files.write_json(root / "model_index.json", index)
         described = {
             "format": manifest.FORMAT,
             "components": {
-                k: {"use": u.use, "config": unstructure(u.options), **lent.get(k, {})} for k, u in self._named().items()
+                k: {"use": u.use, "config": unstructure(u.options), **shared.get(k, {})}
+                for k, u in self._named().items()
             },
             "presets": self.presets,
             "plugins": self._plugins(),
@@ -509,14 +521,14 @@ class LensPipeline:
             described = atomic_files.read_json(folder / "lens.json")
             return hub.upload(folder, described, repo_id, token=token, message=commit_message)
 
-    def _named(self) -> dict[str, Use]:
-        missing = [p for p in PARTS if getattr(self, p) is not None and p not in self.uses]
+    def _named(self) -> dict[str, ComponentSpec]:
+        missing = [p for p in PIPELINE_PARTS if getattr(self, p) is not None and p not in self.uses]
         if missing:
             raise LensError(
                 f"{' and '.join(missing)} was put in by hand: say how to find it again before it is saved, "
-                f'pipeline.uses[{missing[0]!r}] = Use("plugin:name", {{…}})'
+                f'pipeline.uses[{missing[0]!r}] = ComponentSpec("plugin:name", {{…}})'
             )
-        return {p: self.uses[p] for p in PARTS if getattr(self, p) is not None}
+        return {p: self.uses[p] for p in PIPELINE_PARTS if getattr(self, p) is not None}
 
     def _check_savable(self, kinds: Sequence[str]) -> None:
         """Raise LensError for what could not be read back: a part without a name, or one of `kinds` without `save`."""
@@ -586,12 +598,16 @@ class LensPipeline:
         return torch.stack(rows).transpose(1, 2).reshape(len(rows), self.vae.channels, h, w)
 
     def velocity(
-        self, text: Text, negative: Text | None, guidance_scale: float, interval: tuple[float, float] = (0.0, 1.0)
+        self,
+        text: TextFeatures,
+        negative: TextFeatures | None,
+        guidance_scale: float,
+        interval: tuple[float, float] = (0.0, 1.0),
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """(x, t) -> v, guided where low < t <= high. At scale 1, and elsewhere, the unconditional pass is not run."""
         dtype = dtype_of(self.backbone)
 
-        def predict(x: Tensor, t: Tensor, words: Text) -> Tensor:
+        def predict(x: Tensor, t: Tensor, words: TextFeatures) -> Tensor:
             with calling(self.backbone, "forward"):
                 out = self.backbone(x.to(dtype), t, words)
             must = f"v must be a float tensor {list(x.shape)}, as x is"
@@ -603,21 +619,23 @@ class LensPipeline:
             cond = predict(x, t, text)
             if guidance_scale == 1.0 or not (always or interval[0] < flow.known(t)[0] <= interval[1]):
                 return cond
-            unwanted = negative or Text.empty(len(text), text.features.shape[1], text.features.shape[3], text.features)
+            unwanted = negative or TextFeatures.empty(
+                len(text), text.features.shape[1], text.features.shape[3], text.features
+            )
             return flow.guide(cond, predict(x, t, unwanted), guidance_scale)
 
         return guided
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Text:
-        """Prompts -> Text in the backbone's dtype, on the pipeline's device."""
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """Prompts -> TextFeatures in the backbone's dtype, on the pipeline's device."""
         encoder = self.text_encoder
         with self._at_work("text_encoder"):
             text = text_of(encoder, prompts)
         return text.to(self.device, dtype_of(self.backbone))
 
-    def encode_once(self, prompts: Sequence[str]) -> tuple[Text, dict[str, Any]]:
-        """As `encode`, but each prompt by itself, and none that is kept: (Text, what a picture must record of it).
+    def encode_once(self, prompts: Sequence[str]) -> tuple[TextFeatures, dict[str, Any]]:
+        """As `encode`, but each prompt by itself, and none that is kept: (TextFeatures, what a picture must record).
 
         The features of a prompt are bit for bit those of `encode([prompt])`, whatever it stands beside.
         """
@@ -633,7 +651,7 @@ class LensPipeline:
                     found[prompt] = Entry(self.encode([prompt]).to("cpu"), told)
                     self.texts.put(prompt, origin, lasting, found[prompt])
         entries = [found[prompt] for prompt in prompts]
-        return Text.cat([entry.text for entry in entries]).to(self.device), dict(entries[0].provenance)
+        return TextFeatures.cat([entry.text for entry in entries]).to(self.device), dict(entries[0].provenance)
 
     def _kept(self, prompts: Sequence[str]) -> dict[str, Entry]:
         """The prompts that need not be encoded."""
@@ -661,11 +679,11 @@ class LensPipeline:
     @torch.no_grad()
     def sample(
         self,
-        text: Text,
+        text: TextFeatures,
         noise: Tensor,
         steps: int,
         guidance_scale: float,
-        negative: Text | None = None,
+        negative: TextFeatures | None = None,
         *,
         interval: tuple[float, float] = (0.0, 1.0),
         source: Source | None = None,
@@ -681,7 +699,7 @@ class LensPipeline:
             yield 0.0, begin
             return
         more: dict[str, Any] = {"start": start} if start else {}  # samplers that only begin at noise are samplers too
-        more |= {"draw": draw} if getattr(self.sampler, "draws", False) else {}
+        more |= {"draw": draw} if getattr(self.sampler, "stochastic", False) else {}
         times = times_of(self.sampler, (noise.shape[-2], noise.shape[-1]), steps)[start:-1]
         finite: list[Tensor] = []
         with self._at_work("backbone"), self._tabled(times):
@@ -702,10 +720,12 @@ class LensPipeline:
 
     def _tabled(self, times: Tensor) -> AbstractContextManager[Any]:
         """While this lasts the backbone is asked at `times`: what it can work out for all of them at once, it does."""
-        if not isinstance(self.backbone, Tabulates) or _divided(self.backbone):
+        if not isinstance(self.backbone, PrecomputesModulation) or _divided(self.backbone):
             return nullcontext()
-        visit = self.placement.parts["backbone"].visit if self.placement is not None else nullcontext
-        return self.backbone.tabulated(times, visit)
+        on_device = (
+            self.placement.parts["backbone"].temporarily_on_device if self.placement is not None else nullcontext
+        )
+        return self.backbone.precomputed(times, on_device)
 
     @torch.no_grad()
     def __call__(
@@ -749,7 +769,7 @@ class LensPipeline:
             **self._waiting,
             "text_encoder": self._encoder if self._encoder is not None else self._later,
         }
-        absent = [f"no {p.replace('_', ' ')}" for p in PARTS if held[p] is None]
+        absent = [f"no {p.replace('_', ' ')}" for p in PIPELINE_PARTS if held[p] is None]
         if absent:
             raise LensError(f"there is {' and '.join(absent)} in this pipeline; add what it takes to draw")
         prompts = texts("prompt", prompt)
@@ -793,7 +813,9 @@ class LensPipeline:
                 unwanted = [p for p in unwanted for _ in range(num_images_per_prompt)]
             negative, _ = self.encode_once(unwanted)
             there = torch.tensor([bool(p) for p in unwanted], device=self.device)[:, None]
-            negative = Text(negative.features * there[:, None, :, None], negative.mask & there)  # "" has no tokens
+            negative = TextFeatures(
+                negative.features * there[:, None, :, None], negative.mask & there
+            )  # "" has no tokens
         if latents is not None and not isinstance(latents, Tensor):
             raise ConfigError(f"latents must be a tensor, not {type(latents).__name__}")
         noise = self.noise(generators, grid) if latents is None else latents.to(self.device, torch.float32)
@@ -918,24 +940,24 @@ def _alone(path: Path, part: str, described: Mapping[str, Any], catalog: Catalog
     if part in described["components"]:
         known: dict[str, Any] = described["components"][part]
         return known
-    found: dict[str, Any] = manifest.describe(path, catalog)["components"]
+    found: dict[str, Any] = manifest.read_manifest(path, catalog)["components"]
     if part not in found:
         raise CheckpointError(f"{path}: is no {part.replace('_', ' ')}, but a {' and '.join(found).replace('_', ' ')}")
     return dict(found[part])
 
 
 def _read(
-    component: Any, folder: Path, config: Any, dtype: torch.dtype, use: Use, file: Path | None
-) -> tuple[nn.Module, Use]:
+    component: Any, folder: Path, config: Any, dtype: torch.dtype, use: ComponentSpec, file: Path | None
+) -> tuple[nn.Module, ComponentSpec]:
     """A part, from the checkpoint in `folder` or from a single `file`, and how it is found again."""
     if file is None:
         net: nn.Module = component.load(folder, config, dtype=dtype).eval()
         return net, use
-    if not hasattr(component, "outline"):
+    if not hasattr(component, "from_header"):
         raise ConfigError(f"{file}: {use.use} reads no single files; give --model a folder with this part in it")
-    part, config, tensors = component.outline(file, config, _root(folder))
-    part.fill(tensors, file, dtype)
-    return part.eval(), Use(use.use, unstructure(config))
+    part, config, tensors = component.from_header(file, config, _root(folder))
+    part.load_weights(tensors, file, dtype)
+    return part.eval(), ComponentSpec(use.use, unstructure(config))
 
 
 def _divided(net: Any) -> bool:

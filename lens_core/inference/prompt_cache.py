@@ -16,7 +16,7 @@ from attrs import frozen
 
 from lens_core.checkpoints.tensor_files import read_header, read_tensors, save_tensors
 from lens_core.io.readers import parse_json
-from lens_core.types import CheckpointError, ConfigError, Text
+from lens_core.types import CheckpointError, ConfigError, TextFeatures
 
 MOST = 64  # prompts in memory: of the published encoder at most 10 MB each
 FORMAT = 1  # of the files
@@ -26,7 +26,7 @@ FORMAT = 1  # of the files
 class Entry:
     """One prompt's features (B = 1) on the host, and what the encoder said a picture must record of it."""
 
-    text: Text
+    text: TextFeatures
     provenance: Mapping[str, Any]
 
 
@@ -71,7 +71,7 @@ def _read(path: Path, prompt: str) -> Entry | None:
     try:
         tensors, about = read_tensors(path), parse_json(read_header(path)["lens_text"], finite=False)
         # In a file, tensors lie at any byte, where kernels may round otherwise.
-        text = Text(tensors["features"].clone(), tensors["mask"].clone())
+        text = TextFeatures(tensors["features"].clone(), tensors["mask"].clone())
         whole = text.features.ndim == 4 and text.mask.shape == (1, text.features.shape[2])
         return Entry(text, about["provenance"]) if whole and about["prompt"] == prompt else None
     except (CheckpointError, KeyError, TypeError, ValueError):

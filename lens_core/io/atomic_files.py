@@ -1,11 +1,4 @@
-"""Weights and descriptions on disk: safetensors and JSON only, checked at the border, written atomically.
-
-A checkpoint is the published diffusers folder layout plus `lens.json`:
-`{"format": 1, "components": {kind: {"use", "config"}}, "presets": {"steps", "guidance_scale"}, "plugins": {name: …},
-"files": {path: SHA-256}}`; `files` is what `lens_core.checkpoints.integrity` checks.
-A component with `"from"` is lent: its files are those of another checkpoint, a Hub name or a plugin's such as `tiny:`,
-and `"hash"` says which they were.
-"""
+"""Files written whole or not at all, logs of JSON lines, and JSON objects that are validated on load."""
 
 from __future__ import annotations
 

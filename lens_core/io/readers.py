@@ -133,7 +133,7 @@ def _size(count: int) -> str:
 # ---- JSON ---------------------------------------------------------------------------------------------------------
 
 
-def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `json.loads`: an object, unless it gives one key twice (ValueError)."""
     if len({k for k, _ in pairs}) != len(pairs):
         raise ValueError("a key stands twice")
@@ -165,7 +165,7 @@ def parse_json(text: str | bytes, *, finite: bool = True, twins: bool = False, d
     try:
         data = json.loads(
             text, parse_int=whole, parse_float=real, parse_constant=constant,
-            object_pairs_hook=None if twins else no_twins,
+            object_pairs_hook=None if twins else reject_duplicate_keys,
         )  # fmt: skip
     except RecursionError as error:
         raise ValueError(f"is nested deeper than {deepest} levels") from error

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from lens_core.catalog import _flaw
-from lens_core.inference.pipeline import PARTS, LensPipeline
-from lens_core.protocols import KINDS, Weighty
+from lens_core.inference.pipeline import PIPELINE_PARTS, LensPipeline
+from lens_core.protocols import KINDS, HasWeights
 from lens_core.training.optimizers import optimizer_step
-from lens_core.types import Batch, Loss, Prompt, Score, Text
+from lens_core.types import Batch, Loss, Prompt, Score, TextFeatures
 
 PROMPTS = ("a red circle", "two blue squares left of a small green star", "")
 NEAR = 1e-4  # relative error that the order of sums may cost in float32
@@ -66,7 +66,7 @@ def _twice(run: Callable[[], Any], what: str) -> Any:
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, Text):
+    if isinstance(a, TextFeatures):
         return _equal([a.features, a.mask], [b.features, b.mask])
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(_equal, a, b))
@@ -86,7 +86,10 @@ def _component(component: Any, kind: str) -> str:
     name, protocol = type(component).__name__, KINDS[kind][1]
     fault = _flaw(type(component), kind)
     _hold(fault is None, str(fault))
-    promised = [*getattr(protocol, "__annotations__", ()), *(("save", "load") if Weighty in protocol.__mro__ else ())]
+    promised = [
+        *getattr(protocol, "__annotations__", ()),
+        *(("save", "load") if HasWeights in protocol.__mro__ else ()),
+    ]
     missing = [n for n in promised if not hasattr(component, n)]
     _hold(not missing, f"{name} lacks {', '.join(missing)}, which every {kind} has")
     return name
@@ -131,7 +134,7 @@ def check_text_encoder(encoder: Any, config: Any, prompts: Sequence[str] = PROMP
     name = _component(encoder, "text_encoder")
     encoder.eval()
     text = _twice(lambda: encoder.encode(prompts), f"{name}.encode")
-    _hold(isinstance(text, Text), f"{name}.encode gives a {type(text).__name__}, not a Text")
+    _hold(isinstance(text, TextFeatures), f"{name}.encode gives a {type(text).__name__}, not a TextFeatures")
     tokens = text.mask.shape[-1]
     _shaped(text.features, [len(prompts), encoder.layers, tokens, encoder.width], f"{name}: features")
     _shaped(text.mask, [len(prompts), tokens], f"{name}: mask", torch.bool)
@@ -155,7 +158,7 @@ def check_backbone(backbone: Any, config: Any, *, channels: int, layers: int, wi
     backbone.eval()
     x, t = _rand(0, 2, channels, 4, 6), torch.tensor([0.25, 1.0])
     mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
-    text = Text(_rand(1, 2, layers, 5, width), mask)
+    text = TextFeatures(_rand(1, 2, layers, 5, width), mask)
     given = copy.deepcopy((x, t, text))
     with torch.no_grad():
         v = _twice(lambda: backbone(x, t, text), name)
@@ -164,16 +167,16 @@ def check_backbone(backbone: Any, config: Any, *, channels: int, layers: int, wi
         for row in (0, 1):
             own = slice(row, row + 1)
             _near(v[own], backbone(x[own], t[own], text[own]), f"{name}: a row of v depends on its batch")
-        louder = Text(text.features.masked_fill(~mask[:, None, :, None], 100.0), mask)
+        louder = TextFeatures(text.features.masked_fill(~mask[:, None, :, None], 100.0), mask)
         _near(backbone(x, t, louder), v, f"{name}: tokens that the mask hides change v")
-        none = backbone(x, t, Text.empty(2, layers, width, like=x))
+        none = backbone(x, t, TextFeatures.empty(2, layers, width, like=x))
         _shaped(none, x.shape, f"{name}: v without text (T = 0)")
-        hidden = backbone(x, t, Text(text.features, torch.zeros_like(mask)))
+        hidden = backbone(x, t, TextFeatures(text.features, torch.zeros_like(mask)))
         _near(hidden, none, f"{name}: a text that is all masked is not the empty text (T = 0)")
         if hasattr(backbone, "packed"):
             xs = [x[0], x[1, :, :3], x[0, :, :, :5]]
             rows = [0, 1, 1]
-            several = Text(text.features[rows], torch.cat([mask, mask.new_zeros(1, 5)]))
+            several = TextFeatures(text.features[rows], torch.cat([mask, mask.new_zeros(1, 5)]))
             found = _twice(lambda: backbone.packed(xs, t[rows], several), f"{name}.packed")
             _hold(len(found) == 3, f"{name}.packed: {len(found)} velocities for 3 samples")
             for i, one in enumerate(xs):
@@ -204,12 +207,12 @@ def check_sampler(sampler: Any) -> None:
         late = t.view(-1, 1, 1, 1)
         return torch.where(late > 0, (x - goal) / late, start - goal)
 
-    walk = _twice(lambda: list(sampler.walk(velocity, noise, 4)), f"{name}.walk")
-    _hold(len(walk) == 4, f"{name}: walk yields {len(walk)} times in 4 steps")
+    walk = _twice(lambda: list(sampler.sample(velocity, noise, 4)), f"{name}.sample")
+    _hold(len(walk) == 4, f"{name}: sample yields {len(walk)} times in 4 steps")
     told, want = [float(t) for t, _ in walk], sampler.times((2, 3), 4)[1:].tolist()
-    _hold(all(map(math.isclose, told, want)), f"{name}: walk is at the times {told}, not at those of times(): {want}")
+    _hold(all(map(math.isclose, told, want)), f"{name}: sample is at the times {told}, not at those of times(): {want}")
     _near(walk[-1][1], data, f"{name}: does not arrive at the data that every velocity points at")
-    alone = list(sampler.walk(velocity, noise[1:], 4))
+    alone = list(sampler.sample(velocity, noise[1:], 4))
     _near(walk[-1][1][1:], alone[-1][1], f"{name}: a row of x depends on its batch")
 
 
@@ -378,7 +381,7 @@ def check_method(make: Callable[[], Any], batches: Sequence[Batch], steps: int =
 def _picture(method: Any) -> list[Tensor]:
     """The latents of one picture, drawn by the method's pipeline where it keeps a whole one."""
     pipeline = getattr(method, "pipeline", None)
-    if not isinstance(pipeline, LensPipeline) or any(getattr(pipeline, part) is None for part in PARTS):
+    if not isinstance(pipeline, LensPipeline) or any(getattr(pipeline, part) is None for part in PIPELINE_PARTS):
         return []
     side = 2 * pipeline.vae.downscale
     settings = {"height": side, "width": side, "num_inference_steps": 2, "seed": 0, "output_type": "latent"}

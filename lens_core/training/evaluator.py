@@ -20,7 +20,7 @@ from lens_core.attribution import batches_of, building, calling, prompts_of
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import manifest, tensor_files
 from lens_core.evaluation import report, run
-from lens_core.inference.pipeline import PARTS, LensPipeline
+from lens_core.inference.pipeline import PIPELINE_PARTS, LensPipeline
 from lens_core.io import atomic_files
 from lens_core.recipe import Watch, build
 from lens_core.types import CheckpointError, ConfigError, LensError, Prompt
@@ -41,7 +41,7 @@ class Watcher:
     ) -> None:  # fmt: skip
         self.config, self.pipeline, self.method, self.out, self.say = config, pipeline, method, out, say
         self.writes = writes  # where processes look together, one of them does
-        absent = [p.replace("_", " ") for p in PARTS if getattr(pipeline, p) is None]
+        absent = [p.replace("_", " ") for p in PIPELINE_PARTS if getattr(pipeline, p) is None]
         if absent and (config.prompts or config.benchmarks):
             raise ConfigError(
                 f"$.watch: a pipeline without a {' and a '.join(absent)} cannot draw; add what is missing, or leave "

@@ -13,8 +13,8 @@ from lens_core.attribution import check_on_meta
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import hub, manifest
 from lens_core.inference import lora
-from lens_core.inference.pipeline import PARTS, WEIGHTY, LensPipeline
-from lens_core.recipe import Recipe, Use, build, unstructure
+from lens_core.inference.pipeline import MODEL_PARTS, PIPELINE_PARTS, LensPipeline
+from lens_core.recipe import ComponentSpec, Recipe, build, unstructure
 from lens_core.training import frozen_weights
 from lens_core.types import LensError
 
@@ -34,24 +34,26 @@ def published(catalog: Catalog, name: str = PUBLISHED) -> dict[str, Any]:
     return dict(found)
 
 
-def parts(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, Use], dict[str, Any], list[str]]:
+def parts(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, ComponentSpec], dict[str, Any], list[str]]:
     """(what each part will be, presets, notes): as the recipe names it, or as its start does.
 
     For a start that is not on this disk the published model stands in, and a note says so.
     """
     start, notes = recipe.pipeline.start, []
-    uses: dict[str, Use] = {}
+    uses: dict[str, ComponentSpec] = {}
     presets: dict[str, Any] = {}
     if start is not None:
         here = _here(start, catalog)
-        described = published(catalog, start) if here is None else manifest.describe(here, catalog)
+        described = published(catalog, start) if here is None else manifest.read_manifest(here, catalog)
         components = described["components"]
-        uses = {k: Use(c["use"], dict(c.get("config", {}))) for k, c in components.items() if k in PARTS}
+        uses = {
+            k: ComponentSpec(c["use"], dict(c.get("config", {}))) for k, c in components.items() if k in PIPELINE_PARTS
+        }
         presets = dict(described.get("presets", {}))
         if here is None:
-            names = ", ".join(use.use for kind, use in uses.items() if kind in WEIGHTY)
+            names = ", ".join(use.use for kind, use in uses.items() if kind in MODEL_PARTS)
             notes.append(f"{start} is not on this disk; the sizes are those of the published model ({names})")
-    uses |= {kind: use for kind in PARTS if (use := getattr(recipe.pipeline, kind)) is not None}
+    uses |= {kind: use for kind in PIPELINE_PARTS if (use := getattr(recipe.pipeline, kind)) is not None}
     wanted = ("steps", "guidance_scale", "base_resolution")
     presets |= {k: v for k in wanted if (v := getattr(recipe.pipeline, k)) is not None}
     return uses, presets, notes
@@ -61,7 +63,7 @@ def _here(start: str, catalog: Catalog) -> Path | None:
     """Where a checkpoint lies on this disk; None where it does not. Fetches nothing."""
     try:
         if not hub.is_name(start) or Path(start).is_dir():
-            return manifest.fetch(start, catalog)
+            return manifest.resolve_uri(start, catalog)
         name, _, revision = start.partition("@")
         return hub.snapshot(name, revision or None, local=True)
     except LensError:
@@ -76,7 +78,7 @@ def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
         _, cls, config = build(catalog, kind, use, f"$.pipeline.{kind}")
         with torch.device("meta"):
             found[kind] = cls(config)
-        if kind in WEIGHTY:
+        if kind in MODEL_PARTS:
             found[kind].requires_grad_(False)
     check_on_meta(*(found.get(kind) for kind in ("vae", "text_encoder", "backbone")))
     return LensPipeline(**found, presets=presets, uses=uses, catalog=catalog), notes
@@ -105,7 +107,7 @@ class Weigher:
         config = getattr(net, "config", None)
         if hasattr(net, "sizes_in_4_bits") and getattr(config, "experts", "") == "auto":
             self.packed |= net.sizes_in_4_bits()
-            self.unheld |= {id(p) for module in net.idle() for p in module.parameters()}
+            self.unheld |= {id(p) for module in net.unused_modules() for p in module.parameters()}
 
     def weigh(self, net: nn.Module, learns: bool) -> int:
         """The bytes of those of its tensors that were not counted yet."""
@@ -133,7 +135,7 @@ def memory(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, int], dict[str, 
     if unread:
         notes.append(f"{' and '.join(unread)} are read for nothing but to check the cache, and held by nobody")
     names = {id(net): role for role, net in roles.items()}
-    nets = {kind: getattr(pipeline, kind) for kind in WEIGHTY if getattr(pipeline, kind) is not None}
+    nets = {kind: getattr(pipeline, kind) for kind in MODEL_PARTS if getattr(pipeline, kind) is not None}
     held = {names.get(id(net), kind): net for kind, net in nets.items() if kind not in unread} | dict(roles)
     known = {id(net) for net in held.values()}
     held |= {k: v for k, v in vars(method).items() if isinstance(v, nn.Module) and id(v) not in known}

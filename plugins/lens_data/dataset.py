@@ -21,7 +21,7 @@ from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lens_core.types import Batch, ConfigError, LensError, Text
+from lens_core.types import Batch, ConfigError, LensError, TextFeatures
 from lens_core.validators import PIXELS, SEED, each, integer, matching, real, text, within
 from lens_data import pictures
 from lens_data.buckets import LENS_BUCKETS, Buckets, Size, assign
@@ -295,7 +295,7 @@ class StoreDataset:
             return Batch(pictures, tuple(captions), tuple(keys), weight=weight), corrupt
         texts = self._cache.get(map(text_key, captions))
         told = [texts[text_key(caption)] for caption in captions]
-        text = Text.cat([Text(t["features"][None], t["mask"][None]) for t in told])
+        text = TextFeatures.cat([TextFeatures(t["features"][None], t["mask"][None]) for t in told])
         return Batch(None, tuple(captions), tuple(keys), pictures, text, weight), corrupt
 
     def _rows_of(self, members: list[int]) -> dict[int, dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 from attrs import evolve, field, frozen
 
 from lens_core.catalog import Catalog
-from lens_core.recipe import Use, build, options
+from lens_core.recipe import ComponentSpec, build, options
 from lens_core.types import Batch
 from lens_core.validators import SEED, each, real
 
@@ -21,14 +21,14 @@ class Mix:
     @frozen
     class Config:
         # Datasets: [{use: store, …, weight: 1.0}]; the weight may be left out.
-        datasets: tuple[Use, ...] = field(validator=each(options(weight=real(above=0)), at_least=1))
+        datasets: tuple[ComponentSpec, ...] = field(validator=each(options(weight=real(above=0)), at_least=1))
         seed: int = field(default=0, validator=SEED)
 
-        def uses(self) -> Iterator[tuple[str, str, Use]]:
+        def uses(self) -> Iterator[tuple[str, str, ComponentSpec]]:
             """What is checked with this config: (path, kind, use)."""
             for i, use in enumerate(self.datasets):
                 own = {k: v for k, v in use.options.items() if k != "weight"}
-                yield f"datasets[{i}]", "dataset", Use(use.use, own)
+                yield f"datasets[{i}]", "dataset", ComponentSpec(use.use, own)
 
     def __init__(self, config: Config, datasets: list[Any] | None = None) -> None:
         """`datasets` are already built, one for each that the config names; None: those."""

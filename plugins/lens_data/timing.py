@@ -24,10 +24,10 @@ from cyclopts import Parameter
 from torch import Tensor, nn
 
 from lens_core.catalog import Catalog
-from lens_core.recipe import Recipe, Use, build, read_recipe
+from lens_core.recipe import ComponentSpec, Recipe, build, read_recipe
 from lens_core.training.memory_estimate import on_meta
 from lens_core.training.throughput import peak
-from lens_core.types import ConfigError, Text
+from lens_core.types import ConfigError, TextFeatures
 from lens_data.packing import flops, share
 
 NEAR = {"fp32": 1e-5, "bf16": 5e-2}
@@ -42,7 +42,7 @@ class Samples:
     zs: list[Tensor]
     noises: list[Tensor]
     t: Tensor
-    text: Text
+    text: TextFeatures
 
 
 @frozen
@@ -125,8 +125,10 @@ def measure(
     for kind in ("vae", "text_encoder", "backbone"):
         if getattr(pipeline, kind) is None:
             raise ConfigError(f"$.pipeline.{kind}: missing, so its sizes are not known; name one, or a start")
-    use: Use = pipeline.uses["backbone"]
-    _, cls, config = build(catalog, "backbone", Use(use.use, {**use.options, "num_layers": depth}), "$.backbone")
+    use: ComponentSpec = pipeline.uses["backbone"]
+    _, cls, config = build(
+        catalog, "backbone", ComponentSpec(use.use, {**use.options, "num_layers": depth}), "$.backbone"
+    )
     with place:
         net = randomised(cls(config), recipe.seed)
     sizes = _sizes(recipe, catalog, pipeline.vae.downscale * shrink)
@@ -152,7 +154,7 @@ def measure(
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         pictures = [[torch.randn(channels, *grid, generator=rng).to(place) for grid in grids] for _ in range(2)]
         t = torch.rand(samples, generator=rng)
-        return Samples(pictures[0], pictures[1], t.to(place), Text(text, mask).to(place))
+        return Samples(pictures[0], pictures[1], t.to(place), TextFeatures(text, mask).to(place))
 
     def half() -> AbstractContextManager[Any]:
         return torch.autocast(place.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
@@ -243,7 +245,7 @@ def _arms(
 def _loss(arm: Arm, given: Samples, pack: list[int]) -> Tensor:
     """This call's part of the mean over all samples."""
     net: Any = arm.net
-    t, text = given.t[pack], Text(given.text.features[pack], given.text.mask[pack])
+    t, text = given.t[pack], TextFeatures(given.text.features[pack], given.text.mask[pack])
     xs = [(1 - given.t[i]) * given.zs[i] + given.t[i] * given.noises[i] for i in pack]
     vs = net.packed(xs, t, text) if arm.packed else net(torch.stack(xs), t, text)
     errors = [(v.float() - given.noises[i] + given.zs[i]).square().mean() for v, i in zip(vs, pack, strict=True)]

@@ -19,7 +19,7 @@ from lens_core.attribution import latents_of
 from lens_core.flow import Velocity
 from lens_core.inference.pipeline import to_pixels
 from lens_core.protocols import dtype_of
-from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, Text, move
+from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, TextFeatures, move
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, optional, real, within
 from lens_dmd2 import losses
 from lens_dmd2.heads import HEADS, Heads
@@ -46,7 +46,7 @@ class Sample:
     weights must be as many in every process; a loss that finds none left draws its own.
     """
 
-    text: Text
+    text: TextFeatures
     size: tuple[int, int]
     z: Tensor | None = None
     entries: Iterator[Entry] = field(factory=lambda: iter(()), eq=False)
@@ -141,7 +141,7 @@ class DMD2:
             found = self.teacher.features(
                 like.new_zeros(1, self.pipeline.vae.channels, 2, 2),
                 like.new_ones(1).float(),
-                Text.empty(1, encoder.layers, encoder.width, like),
+                TextFeatures.empty(1, encoder.layers, encoder.width, like),
                 self.config.blocks,
             )
         return Heads([f.shape[1] for f in found], kind=self.config.head).to(like.device).requires_grad_(False)
@@ -287,7 +287,9 @@ class DMD2:
             parts["r1"] = r1.detach()
         return Loss(total, parts)
 
-    def _features(self, nets: Mapping[str, nn.Module], text: Text, t: Tensor) -> Callable[[Tensor], list[Tensor]]:
+    def _features(
+        self, nets: Mapping[str, nn.Module], text: TextFeatures, t: Tensor
+    ) -> Callable[[Tensor], list[Tensor]]:
         """x_t -> the taps of the teacher, or of the fake: neither learns of it, but gradients reach x_t."""
         read: Any = self.teacher if self.config.taps == "teacher" else nets["fake"]
         return lambda x_t: read.features(x_t, t, text, self.config.blocks)
@@ -317,7 +319,7 @@ def _frozen(net: nn.Module, shared: bool = False) -> Any:
     return copy.deepcopy(net, same).requires_grad_(False).eval()
 
 
-def _bind(net: nn.Module, text: Text) -> Velocity:
+def _bind(net: nn.Module, text: TextFeatures) -> Velocity:
     """(x, t) -> v in the dtype of x. The teacher's two views are two passes: the one without text is the cheaper."""
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -327,6 +329,6 @@ def _bind(net: nn.Module, text: Text) -> Velocity:
     return velocity
 
 
-def _nothing(text: Text) -> Text:
+def _nothing(text: TextFeatures) -> TextFeatures:
     _, layers, _, width = text.features.shape
-    return Text.empty(len(text), layers, width, text.features)
+    return TextFeatures.empty(len(text), layers, width, text.features)

@@ -17,7 +17,7 @@ from lens_core.types import move
 def ode(sampler: Sampler, velocity: Velocity, noise: Tensor, steps: int, count: int, rng: torch.Generator) -> Tensor:
     """x after `count` of `steps` steps of the sampler itself: what the finished student will do. Draws nothing."""
     x = noise
-    for _, x in islice(sampler.walk(velocity, noise, steps), count):  # noqa: B007 - the last one is the answer
+    for _, x in islice(sampler.sample(velocity, noise, steps), count):  # noqa: B007 - the last one is the answer
         pass
     return x
 

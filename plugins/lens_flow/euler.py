@@ -37,7 +37,7 @@ LARGEST_MU = 50.0  # from which on every time but the last is 1 in float32
 
 
 class Scheduled:
-    """What all samplers here share: the published times. A sampler adds `walk`, in float32."""
+    """What all samplers here share: the published times. A sampler adds `sample`, in float32."""
 
     @frozen
     class Config:
@@ -85,7 +85,7 @@ class Euler(Scheduled):
         }
         write_json(folder / "scheduler" / "scheduler_config.json", config)
 
-    def walk(self, velocity: Velocity, x: Tensor, steps: int, start: int = 0) -> Iterator[tuple[float, Tensor]]:
+    def sample(self, velocity: Velocity, x: Tensor, steps: int, start: int = 0) -> Iterator[tuple[float, Tensor]]:
         """x [B,C,h,w] at times[start], noise at 0 -> (t, x float32) after each further step; the last t is 0.0."""
         x = x.float()
         for t, after, by in self.spans(x, steps, start):

@@ -13,7 +13,7 @@ from lens_core import flow
 from lens_core.attribution import latents_of, text_of
 from lens_core.inference.pipeline import to_pixels
 from lens_core.protocols import BaseMethod
-from lens_core.types import Batch, ConfigError, LensError, Loss, Text, move
+from lens_core.types import Batch, ConfigError, LensError, Loss, TextFeatures, move
 from lens_core.validators import integer, real, within
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Sample:
     """A micro-batch: clean latents `z` [B,C,h,w], or one [C,h,w] each where it is packed, and the captions' text."""
 
     z: Tensor | tuple[Tensor, ...]
-    text: Text
+    text: TextFeatures
     weight: float = 1.0
 
     def __len__(self) -> int:
@@ -146,7 +146,7 @@ class FlowMatching(BaseMethod):
         cell = self.pipeline.vae.downscale
         return {**found, f"loss/{z.shape[2] * cell}x{z.shape[3] * cell}": found["loss"]}
 
-    def _errors(self, net: nn.Module, z: Tensor, text: Text, rng: torch.Generator) -> dict[str, float]:
+    def _errors(self, net: nn.Module, z: Tensor, text: TextFeatures, rng: torch.Generator) -> dict[str, float]:
         """The mean squared error in every bin of t, and the mean of the bins."""
         z, found = z.float(), {}
         for number in range(BINS):
@@ -192,13 +192,13 @@ class FlowMatching(BaseMethod):
         return torch.cat([self._latents.get(k, self._latent, row)[0] for k, row in zip(named, pixels, strict=True)])
 
     @torch.no_grad()
-    def _encode_captions(self, batch: Batch) -> Text:
+    def _encode_captions(self, batch: Batch) -> TextFeatures:
         if batch.text is not None:
             return batch.text
         if not self.config.cache_texts:
             text = text_of(self.pipeline.text_encoder, batch.captions)
             return text
-        return Text.cat([Text(*self._texts.get(c, self._text, c)) for c in batch.captions])
+        return TextFeatures.cat([TextFeatures(*self._texts.get(c, self._text, c)) for c in batch.captions])
 
     def _latent(self, row: Tensor) -> tuple[Tensor, ...]:
         return (latents_of(self.pipeline.vae, row[None]),)
@@ -232,9 +232,9 @@ def _size(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _drop(text: Text, dropped: Tensor) -> Text:
+def _drop(text: TextFeatures, dropped: Tensor) -> TextFeatures:
     """Empty the `dropped` [B] rows (no token counts: the empty prompt), then cut the padding that all rows share."""
     known = text.known & ~dropped[:, None]
     columns = known.any(0).nonzero()
     known = known[:, : int(columns.max()) + 1 if len(columns) else 0]
-    return Text(text.features[:, :, : known.shape[1]], move(known, text.mask.device), known)
+    return TextFeatures(text.features[:, :, : known.shape[1]], move(known, text.mask.device), known)

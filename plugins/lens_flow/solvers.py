@@ -17,8 +17,8 @@ from lens_flow.euler import Scheduled, at
 class Heun(Scheduled):
     """The mean of the velocities at both ends of a step: second order, for two passes a step (one in the last)."""
 
-    def walk(self, velocity: Velocity, x: Tensor, steps: int, start: int = 0) -> Iterator[tuple[float, Tensor]]:
-        """As `Euler.walk`."""
+    def sample(self, velocity: Velocity, x: Tensor, steps: int, start: int = 0) -> Iterator[tuple[float, Tensor]]:
+        """As `Euler.sample`."""
         x = x.float()
         for t, after, by in self.spans(x, steps, start):
             v = at(velocity, x, t)
@@ -32,8 +32,8 @@ class DPMpp(Scheduled):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the guess of the data is drawn on along log((1 - t) / t), through
     the one before it. Second order, for one pass a step. Where that logarithm ends, at t = 1 and t = 0, it is Euler."""
 
-    def walk(self, velocity: Velocity, x: Tensor, steps: int, start: int = 0) -> Iterator[tuple[float, Tensor]]:
-        """As `Euler.walk`."""
+    def sample(self, velocity: Velocity, x: Tensor, steps: int, start: int = 0) -> Iterator[tuple[float, Tensor]]:
+        """As `Euler.sample`."""
         x = x.float()
         before: tuple[float, Tensor] | None = None  # a time and the guess made there
         for t, after, _ in self.spans(x, steps, start):
@@ -58,12 +58,12 @@ class EulerAncestral(Scheduled):
         eta: float = field(default=1.0, validator=within(0, 1))  # how much of a step is taken twice; 0 is Euler
 
     config: Config
-    draws = True
+    stochastic = True
 
-    def walk(
+    def sample(
         self, velocity: Velocity, x: Tensor, steps: int, start: int = 0, draw: Callable[[], Tensor] | None = None
     ) -> Iterator[tuple[float, Tensor]]:
-        """As `Euler.walk`. `draw` gives the noise of a step, like x; without it ConfigError."""
+        """As `Euler.sample`. `draw` gives the noise of a step, like x; without it ConfigError."""
         if draw is None and self.config.eta > 0:
             raise ConfigError("euler_ancestral adds noise in every step, and here there is none to draw; use euler")
         x = x.float()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lens_core.checkpoints.lazy_tensors import Lazy, fit, numbered, shape_of
+from lens_core.checkpoints.lazy_tensors import LazyTensor, fit, numbered, shape_of
 from lens_core.checkpoints.quantization import plain
 from lens_core.types import CheckpointError
 
@@ -34,7 +34,7 @@ def holds(names: Mapping[str, object]) -> bool:
     return all(mark in names for mark in MARKS)
 
 
-def _named(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+def _named(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The tensors under diffusers' names; attention's projections, 1 x 1 convolutions originally, as matrices."""
     levels = numbered(tensors, "decoder.up.")
     found = {}
@@ -52,13 +52,13 @@ def _named(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
     return found
 
 
-def _matrix(tensor: Lazy) -> Lazy:
-    return Lazy(tensor.shape[:2], tensor.dtype, lambda dtype: (part[:, :, 0, 0] for part in tensor.rows(dtype)))
+def _matrix(tensor: LazyTensor) -> LazyTensor:
+    return LazyTensor(tensor.shape[:2], tensor.dtype, lambda dtype: (part[:, :, 0, 0] for part in tensor.rows(dtype)))
 
 
 def adopt(
-    tensors: Mapping[str, Lazy], texts: Mapping[str, str], config: Flux2VAE.Config, where: str
-) -> tuple[Flux2VAE.Config, dict[str, Lazy]]:
+    tensors: Mapping[str, LazyTensor], texts: Mapping[str, str], config: Flux2VAE.Config, where: str
+) -> tuple[Flux2VAE.Config, dict[str, LazyTensor]]:
     """A single file's tensors -> the config that their shapes tell, and the tensors under diffusers' names.
 
     How many groups the norms have, no shape tells: see `fit`. Raises CheckpointError.

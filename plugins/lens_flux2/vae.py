@@ -16,9 +16,9 @@ from diffusers import AutoencoderKLFlux2
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from lens_core.checkpoints.lazy_tensors import Lazy, read_lazy
-from lens_core.checkpoints.tensor_files import blueprint, load_module, read_weights, save_module
-from lens_core.inference.offload import Load
+from lens_core.checkpoints.lazy_tensors import LazyTensor, read_lazy
+from lens_core.checkpoints.tensor_files import build_on_meta, load_module, read_weights, save_module
+from lens_core.inference.offload import Workload
 from lens_core.io.atomic_files import read_json, write_json
 from lens_core.io.readers import one_line, shown
 from lens_core.recipe import structure
@@ -136,11 +136,11 @@ class Flux2VAE(nn.Module):
         """`fold` the moments of one batch of posterior means."""
         self.fold(self.moments(mean), momentum)
 
-    def working(self, load: Load) -> int:
+    def activation_bytes(self, workload: Workload) -> int:
         """Estimated bytes of a decoding: the second level's channels at full size, three times over. Workspaces of
         convolution kernels come on top."""
         wide = (self.config.decoder_block_out_channels or self.config.block_out_channels)[:2][-1]
-        return int(3.25 * load.batch * load.size[0] * load.size[1] * wide) * self.net.dtype.itemsize
+        return int(3.25 * workload.batch * workload.size[0] * workload.size[1] * wide) * self.net.dtype.itemsize
 
     def save(self, folder: Path) -> None:
         """Write `vae/config.json` and `vae/diffusion_pytorch_model.safetensors` under `folder`, for diffusers too."""
@@ -165,23 +165,23 @@ class Flux2VAE(nn.Module):
             )
         tensors = read_weights(folder / FOLDER)
         layers = stored.layers_per_block * len(stored.block_out_channels)
-        vae = blueprint(lambda: cls(stored), path, layers, tensors)
+        vae = build_on_meta(lambda: cls(stored), path, layers, tensors)
         load_module(vae.net, folder / FOLDER, dtype=dtype, tensors=tensors)
         return vae
 
     @classmethod
-    def outline(
+    def from_header(
         cls, file: Path, config: Config, folder: Path, *, plain: bool = False
-    ) -> tuple[Self, Config, dict[str, Lazy]]:
-        """A single file: the VAE without values, its config, and the tensors to `fill` it. `folder` is the checkpoint
-        whose VAE it takes the place of. See `single.adopt`."""
+    ) -> tuple[Self, Config, dict[str, LazyTensor]]:
+        """A single file: the VAE without values, its config, and the tensors for `load_weights`. `folder` is the
+        checkpoint whose VAE it takes the place of. See `single.adopt`."""
         path = folder / FOLDER / "config.json"
         seen, tensors = adopt(*read_lazy(file), cls._read(path) if path.is_file() else config, str(file))
         with torch.device("meta"):
             return cls(seen), seen, tensors
 
-    def fill(self, tensors: Mapping[str, Lazy], file: Path, dtype: torch.dtype | None = None) -> None:
-        """Read what `outline` found, floats as `dtype`."""
+    def load_weights(self, tensors: Mapping[str, LazyTensor], file: Path, dtype: torch.dtype | None = None) -> None:
+        """Read what `from_header` found, floats as `dtype`."""
         load_module(self.net, file.parent, file.stem, dtype=dtype, tensors=dict(tensors))
 
     @classmethod

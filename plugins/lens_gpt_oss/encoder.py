@@ -20,12 +20,12 @@ from transformers import DynamicCache, GptOssConfig, GptOssModel, PreTrainedToke
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
-from lens_core.checkpoints.lazy_tensors import Lazy, read_lazy, write_lazy
-from lens_core.checkpoints.tensor_files import blueprint, files, load_module, save_module
-from lens_core.inference.offload import Load
+from lens_core.checkpoints.lazy_tensors import LazyTensor, read_lazy, write_lazy
+from lens_core.checkpoints.tensor_files import build_on_meta, files, load_module, save_module
+from lens_core.inference.offload import Workload
 from lens_core.io.atomic_files import read_json, write_json
 from lens_core.io.readers import shown
-from lens_core.types import CheckpointError, ConfigError, LensError, Text, move
+from lens_core.types import CheckpointError, ConfigError, LensError, TextFeatures, move
 from lens_core.validators import CHANNELS, LAYERS, each, integer, listed, matching, one_of
 from lens_gpt_oss.experts import pack, packed
 from lens_gpt_oss.single import PACKED, adopt, mxfp4
@@ -104,7 +104,7 @@ class GptOssEncoder(nn.Module):
                 raise ConfigError(f"gpt_oss: date is {self.date!r}; there is no such day") from error
 
     place = (FOLDER, STEM)
-    beside = (TOKENIZER,)
+    companion_folders = (TOKENIZER,)
     single = "text_encoders/gpt_oss.safetensors"
     model_index: ClassVar = {
         FOLDER: ("transformers", "LensGptOssEncoder"),
@@ -186,7 +186,7 @@ class GptOssEncoder(nn.Module):
         return ids, mask
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Prompts -> features [B,L,T,D], the residual stream after each selected layer, 0 where padded; no gradient.
 
         T counts the prompt and what follows it; the head is dropped. Raises LensError without a tokenizer.
@@ -197,7 +197,7 @@ class GptOssEncoder(nn.Module):
         ids, mask = move(host_ids, device), move(host, device)
         cache = DynamicCache([tuple(t.expand(len(ids), -1, -1, -1) for t in pair) for pair in self._head(ids.device)])
         features = torch.stack(self._walk(ids[:, head:], cache), dim=1)
-        return Text(features.masked_fill(~mask[:, None, :, None], 0), mask, host)
+        return TextFeatures(features.masked_fill(~mask[:, None, :, None], 0), mask, host)
 
     def _walk(self, ids: Tensor, cache: DynamicCache) -> list[Tensor]:
         """ids [B,S], after what `cache` holds, which grows by them -> the residual stream [B,S,D] after each selected
@@ -256,15 +256,15 @@ class GptOssEncoder(nn.Module):
         """What can be streamed: `encode` runs these layers once a pass, in this order."""
         return list(self.model.layers[: self.config.selected_layers[-1] + 1])
 
-    def idle(self) -> list[nn.Module]:
+    def unused_modules(self) -> list[nn.Module]:
         """What `encode` does not read."""
         head = [] if self.lm_head is None else [self.lm_head]
         return [*self.model.layers[self.config.selected_layers[-1] + 1 :], self.model.norm, *head]
 
-    def working(self, load: Load) -> int:
+    def activation_bytes(self, workload: Workload) -> int:
         """Estimated bytes of one encoding: eager attention writes its scores out, and a few streams beside them."""
         heads, head = self.config.num_attention_heads, 97 if self._wrapper is None else self.head_length
-        longest = min(load.tokens, self.config.max_length - head)
+        longest = min(workload.tokens, self.config.max_length - head)
         scores = 5 * heads * max(longest * (longest + head), head * head)
         # An expert that is unpacked: float32 values, then twice in the model's dtype.
         expert = 2 * self.config.hidden_size * self.config.intermediate_size
@@ -319,7 +319,7 @@ class GptOssEncoder(nn.Module):
             save_module(self, folder / FOLDER, STEM)
             return
         parts = {f"{name}_{part}" for name in comfy for part in PACKED}
-        tensors = {n: Lazy.of(t) for n, t in self.state_dict().items() if n not in parts}
+        tensors = {n: LazyTensor.of(t) for n, t in self.state_dict().items() if n not in parts}
         write_lazy(folder / FOLDER / f"{STEM}.safetensors", tensors | {n: p.lazy() for n, p in comfy.items()})
 
     def save_about(self, folder: Path) -> None:
@@ -348,17 +348,17 @@ class GptOssEncoder(nn.Module):
         config = _on_disk(folder / FOLDER / "config.json", config)
         tokenizer = open_tokenizer(folder / TOKENIZER)
         tensors, _ = read_lazy(*files(folder / FOLDER, STEM))
-        encoder = blueprint(lambda: cls(config), folder / FOLDER / "config.json", config.num_hidden_layers, tensors)
+        encoder = build_on_meta(lambda: cls(config), folder / FOLDER / "config.json", config.num_hidden_layers, tensors)
         encoder.tokenizer = tokenizer
         file = folder / FOLDER / f"{STEM}.safetensors"
-        encoder.fill(encoder._hollow(tensors, file, packed=config.experts == "auto"), file, dtype)
+        encoder.load_weights(encoder._hollow(tensors, file, packed=config.experts == "auto"), file, dtype)
         return encoder
 
     @classmethod
-    def outline(
+    def from_header(
         cls, file: Path, config: Config, folder: Path, *, plain: bool = False
-    ) -> tuple[Self, Config, dict[str, Lazy]]:
-        """A single file: the encoder without values, its config, and the tensors to `fill` it; `plain`: none in nvfp4.
+    ) -> tuple[Self, Config, dict[str, LazyTensor]]:
+        """A single file: the encoder without values, its config and the tensors for `load_weights`; `plain`: no nvfp4.
 
         `file` may be a folder as transformers saves it, in shards. The tokenizer is the one in the file or folder, else
         that of `folder`, the checkpoint whose encoder it takes the place of.
@@ -384,7 +384,9 @@ class GptOssEncoder(nn.Module):
             encoder.tokenizer = open_tokenizer(folder / TOKENIZER)
         return encoder, seen, encoder._hollow(found, file, packed=keep or plain, whole=plain)
 
-    def _hollow(self, tensors: Mapping[str, Lazy], file: Path, *, packed: bool, whole: bool = False) -> dict[str, Lazy]:
+    def _hollow(
+        self, tensors: Mapping[str, LazyTensor], file: Path, *, packed: bool, whole: bool = False
+    ) -> dict[str, LazyTensor]:
         """Become, on the meta device, what the tensors will fill -> those that will. With experts `packed`, and not
         `whole`, it is to encode and for nothing else: what comes after the last tap is not held."""
         found = mxfp4(tensors, str(file), packed=packed)
@@ -402,20 +404,20 @@ class GptOssEncoder(nn.Module):
             pack(self.get_submodule(module), name, "nvfp4" if f"{place}_scale" in found else "mxfp4")
         return found
 
-    def fill(self, tensors: Mapping[str, Lazy], file: Path, dtype: torch.dtype | None = None) -> None:
-        """Read what `outline` found, floats as `dtype`."""
+    def load_weights(self, tensors: Mapping[str, LazyTensor], file: Path, dtype: torch.dtype | None = None) -> None:
+        """Read what `from_header` found, floats as `dtype`."""
         load_module(self, file.parent, file.stem, dtype=dtype, tensors=dict(tensors))
         self.model.rotary_emb = GptOssRotaryEmbedding(self.model.config)  # no file holds it
 
     @classmethod
-    def extras(cls, source: Path | GptOssEncoder) -> tuple[dict[str, Lazy], dict[str, str]]:
+    def extras(cls, source: Path | GptOssEncoder) -> tuple[dict[str, LazyTensor], dict[str, str]]:
         """What a single file holds besides the weights: the tokenizer of a checkpoint, or of an encoder, and its chat
         template as text."""
         tokenizer = (
             source._wrap().tokenizer if isinstance(source, GptOssEncoder) else open_tokenizer(source / TOKENIZER)
         )
         tensor = torch.frombuffer(bytearray(tokenizer.backend_tokenizer.to_str().encode()), dtype=torch.uint8)
-        return {"tokenizer_json": Lazy.of(tensor)}, {"chat_template": str(tokenizer.chat_template)}
+        return {"tokenizer_json": LazyTensor.of(tensor)}, {"chat_template": str(tokenizer.chat_template)}
 
 
 def _transformers(config: GptOssEncoder.Config) -> GptOssConfig:

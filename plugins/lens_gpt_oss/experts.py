@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lens_core.checkpoints.lazy_tensors import Lazy
+from lens_core.checkpoints.lazy_tensors import LazyTensor
 from lens_core.checkpoints.quantization import mxfp4, nvfp4
 
 
@@ -38,7 +38,7 @@ class Packed:
     def format(self) -> str:
         return "nvfp4" if hasattr(self.experts, f"{self.name}_scale") else "mxfp4"
 
-    def lazy(self) -> Lazy:
+    def lazy(self) -> LazyTensor:
         """The plain weight, an expert at a time."""
         experts, out, *inner = self._part("blocks").shape
 
@@ -46,7 +46,7 @@ class Packed:
             return (self[i].to("cpu", dtype)[None] for i in range(experts))
 
         width = inner[0] * 32 if self.format == "mxfp4" else inner[0] * 2
-        return Lazy((experts, width, out), self._part("bias").dtype, rows)
+        return LazyTensor((experts, width, out), self._part("bias").dtype, rows)
 
 
 def pack(experts: nn.Module, name: str, form: str) -> None:

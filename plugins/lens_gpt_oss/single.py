@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
-from lens_core.checkpoints.lazy_tensors import Lazy, describe_file, fit, numbered, shape_of
+from lens_core.checkpoints.lazy_tensors import LazyTensor, describe_file, fit, numbered, shape_of
 from lens_core.checkpoints.manifest import FORMAT
 from lens_core.checkpoints.quantization import from_mxfp4, lazy_mxfp4, plain
 from lens_core.io.atomic_files import read_json
@@ -44,13 +44,13 @@ def describe(path: Path) -> dict[str, Any] | None:
 
 
 def adopt(
-    tensors: Mapping[str, Lazy],
+    tensors: Mapping[str, LazyTensor],
     texts: Mapping[str, str],
     config: GptOssEncoder.Config,
     where: str,
     *,
     packed: bool,
-) -> tuple[GptOssEncoder.Config, dict[str, Lazy]]:
+) -> tuple[GptOssEncoder.Config, dict[str, LazyTensor]]:
     """A single file's tensors -> the config that their shapes tell, and the tensors under transformers' names.
 
     Experts in MXFP4 stay `…_blocks` and `…_scales`. Those in nvfp4 do so with `packed`, with a `…_scale` too, and
@@ -88,13 +88,13 @@ def adopt(
         raise CheckpointError(f"{where}: {error.problems[0]}") from error
 
 
-def _transposed(tensor: Lazy) -> Lazy:
+def _transposed(tensor: LazyTensor) -> LazyTensor:
     """[E,out,in] -> [E,in,out]."""
     experts, *matrix = tensor.shape
-    return Lazy((experts, *matrix[::-1]), tensor.dtype, lambda dtype: (part.mT for part in tensor.rows(dtype)))
+    return LazyTensor((experts, *matrix[::-1]), tensor.dtype, lambda dtype: (part.mT for part in tensor.rows(dtype)))
 
 
-def mxfp4(tensors: Mapping[str, Lazy], where: str, *, packed: bool) -> dict[str, Lazy]:
+def mxfp4(tensors: Mapping[str, LazyTensor], where: str, *, packed: bool) -> dict[str, LazyTensor]:
     """Experts in MXFP4, checked, and as plain weights unless `packed`."""
     found = dict(tensors)
     for name in [k.removesuffix("_blocks") for k in tensors if k.endswith("_blocks")]:
@@ -107,7 +107,7 @@ def mxfp4(tensors: Mapping[str, Lazy], where: str, *, packed: bool) -> dict[str,
     return found
 
 
-def _plain(blocks: Lazy, scales: Lazy) -> Lazy:
+def _plain(blocks: LazyTensor, scales: LazyTensor) -> LazyTensor:
     import torch
 
     experts, out, groups, _ = blocks.shape
@@ -119,4 +119,4 @@ def _plain(blocks: Lazy, scales: Lazy) -> Lazy:
             yield from_mxfp4(part, whole[at : at + len(part)], dtype)
             at += len(part)
 
-    return Lazy((experts, groups * 32, out), torch.bfloat16, rows)
+    return LazyTensor((experts, groups * 32, out), torch.bfloat16, rows)

@@ -11,7 +11,7 @@ from typing import Any
 from cyclopts import App
 
 from lens_core.catalog import Catalog
-from lens_core.recipe import Recipe, Use, build, read_recipe
+from lens_core.recipe import ComponentSpec, Recipe, build, read_recipe
 from lens_core.types import ConfigError, Prompt, did_you_mean
 
 
@@ -157,7 +157,9 @@ def _of_shapes(catalog: Catalog, count: int, seed: int, out: Path) -> int:
     for split, name, most in (("train", "train", count - held), ("eval", "select", held)):
         wanted, tried = len(entries) + most, most
         while len(entries) < wanted:  # "a circle" has no split of its own, and is in the set once
-            _, cls, config = build(catalog, "benchmark", Use("shapes", {"split": name, "prompts": tried, "seed": seed}))
+            _, cls, config = build(
+                catalog, "benchmark", ComponentSpec("shapes", {"split": name, "prompts": tried, "seed": seed})
+            )
             for p in cls(config).prompts():
                 entries.setdefault(
                     p.text,

@@ -19,7 +19,7 @@ from attrs import field, frozen
 from lens_core.catalog import Catalog
 from lens_core.io import readers
 from lens_core.io.readers import shown
-from lens_core.recipe import Use, build
+from lens_core.recipe import ComponentSpec, build
 from lens_core.types import ConfigError, LensError, Prompt, Score
 from lens_core.validators import integer, one_of, optional, real, text
 from lens_llm.duplicates import near_duplicates, words
@@ -124,9 +124,9 @@ class PromptFile:
         rubrics: int | None = field(default=10, validator=optional(integer(at_least=0)))
         # Share of common words from which two prompts are one too many; null: equal ones.
         alike: float | None = field(default=ALIKE, validator=optional(real(above=0, at_most=1)))
-        reward: Use | None = None
+        reward: ComponentSpec | None = None
 
-        def uses(self) -> Iterator[tuple[str, str, Use]]:
+        def uses(self) -> Iterator[tuple[str, str, ComponentSpec]]:
             """What is checked with this config: (path, kind, use)."""
             if self.reward is not None:
                 yield "reward", "reward", self.reward

@@ -15,7 +15,7 @@ import numpy as np
 from attrs import evolve, field, frozen
 
 from lens_core.catalog import Catalog
-from lens_core.recipe import Use, build
+from lens_core.recipe import ComponentSpec, build
 from lens_core.types import ConfigError, LensError, Message, Prompt, Score
 from lens_core.validators import SEED, within
 from lens_llm.prompts import QUESTIONS, rubric_flaws
@@ -76,12 +76,12 @@ class RubricReward:
 
     @frozen
     class Config:
-        llm: Use  # as in {use: openai, model: gpt-4.1-mini}
+        llm: ComponentSpec  # as in {use: openai, model: gpt-4.1-mini}
         gate: bool = False  # value = mean of the rubrics * the global one, instead of a mean over all
         least: float = field(default=0.7, validator=within(0, 1))  # share of the verdicts that must count (not be na)
         seed: int = field(default=0, validator=SEED)  # of the order in which a judge reads the rubrics
 
-        def uses(self) -> Iterator[tuple[str, str, Use]]:
+        def uses(self) -> Iterator[tuple[str, str, ComponentSpec]]:
             """What is checked with this config: (path, kind, use)."""
             yield "llm", "llm", self.llm
 

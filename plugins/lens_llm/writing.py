@@ -17,7 +17,7 @@ from attrs import field, frozen
 
 from lens_core.io import readers
 from lens_core.io.locks import locked
-from lens_core.recipe import Use, structure, unstructure
+from lens_core.recipe import ComponentSpec, structure, unstructure
 from lens_core.types import ConfigError, LensError, Message
 from lens_core.validators import PIXELS, SEED, each, integer, real, text
 from lens_llm.duplicates import near_duplicates
@@ -50,7 +50,7 @@ BEGUN = "lens-rl/1 partial"  # the schema of the first line of FILE.partial
 class Taxonomy:
     """What a set is to be about: classes -> subclasses -> items, and how its prompts are made."""
 
-    llm: Use  # as in {use: openai, model: gpt-4.1, cache: prompt-cache}
+    llm: ComponentSpec  # as in {use: openai, model: gpt-4.1, cache: prompt-cache}
     license: str = field(validator=text())  # of the set, for its provenance
     classes: dict[str, dict[str, tuple[str, ...]]]
     prompts_per_item: int = field(default=1, validator=integer(at_least=1))

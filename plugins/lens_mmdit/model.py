@@ -23,12 +23,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lens_core.checkpoints.lazy_tensors import Lazy, read_lazy
-from lens_core.checkpoints.tensor_files import blueprint, load_module, read_weights, save_module
-from lens_core.inference.offload import Load
+from lens_core.checkpoints.lazy_tensors import LazyTensor, read_lazy
+from lens_core.checkpoints.tensor_files import build_on_meta, load_module, read_weights, save_module
+from lens_core.inference.offload import Workload
 from lens_core.io.atomic_files import write_json
 from lens_core.io.readers import shown
-from lens_core.types import ConfigError, NumericalError, Text, did_you_mean, move
+from lens_core.types import ConfigError, NumericalError, TextFeatures, did_you_mean, move
 from lens_core.validators import CHANNELS, LAYERS, each, integer, listed, optional
 from lens_mmdit.modulation import Modulation, Tabulating
 from lens_mmdit.segments import Segments, attend_within, spread
@@ -395,7 +395,7 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         """x [B,C,h,w], t float32 [B] in [0, 1], text -> v [B,C,h,w] = noise - data, in the dtype of x.
 
         Text that counts nowhere costs nothing and changes nothing, whatever stands in its features. Raises
@@ -407,7 +407,7 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         v: Tensor = self.proj_out(self.norm_out(last, time))
         return _grid(v, x)
 
-    def packed(self, xs: Sequence[Tensor], t: Tensor, text: Text) -> list[Tensor]:
+    def packed(self, xs: Sequence[Tensor], t: Tensor, text: TextFeatures) -> list[Tensor]:
         """`forward` for samples of any sizes in one pass: xs [C,h,w] each, t [B], text -> v for each, as its x.
 
         No token is padded, and none of a sample meets one of another. Tokens that the mask hides are left out.
@@ -440,7 +440,7 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         images, texts = zip(*((table[:n], table[n:][places]) for table, n, places in own), strict=True)
         return torch.cat([*images, *texts])
 
-    def features(self, x: Tensor, t: Tensor, text: Text, blocks: Sequence[int]) -> list[Tensor]:
+    def features(self, x: Tensor, t: Tensor, text: TextFeatures, blocks: Sequence[int]) -> list[Tensor]:
         """The image stream [B,D,h,w] after each of `blocks` (0-based, in any order); nothing after them runs."""
         depth = len(self.transformer_blocks)
         if not blocks or min(blocks) < 0 or max(blocks) >= depth:
@@ -482,12 +482,12 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         """What can be streamed: each runs once a pass, in this order."""
         return list(self.transformer_blocks)
 
-    def working(self, load: Load) -> int:
+    def activation_bytes(self, workload: Workload) -> int:
         """Estimated bytes of one pass: what a block holds at once, and the table of modulation."""
-        tokens = (load.size[0] // load.cell) * (load.size[1] // load.cell) + load.tokens
+        tokens = (workload.size[0] // workload.cell) * (workload.size[1] // workload.cell) + workload.tokens
         width = self.config.inner_dim
-        rows = load.steps * sum(layer.out_features for layer in self.modulations())
-        return (12 * load.batch * tokens * width + rows) * self.dtype.itemsize
+        rows = workload.steps * sum(layer.out_features for layer in self.modulations())
+        return (12 * workload.batch * tokens * width + rows) * self.dtype.itemsize
 
     def flops(self, size: tuple[int, int], tokens: int) -> int:
         """FLOPs of a forward for one sample of latent grid `size` and so many text tokens that count: its linears and
@@ -503,7 +503,7 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
             work += (n + tokens) * 3 * d * d + asked * rest + 2 * asked * (n + tokens) * d
         return int(2 * work)
 
-    def _walk(self, x: Tensor, time: Tensor, text: Text, depth: int) -> Iterator[Tensor]:
+    def _walk(self, x: Tensor, time: Tensor, text: TextFeatures, depth: int) -> Iterator[Tensor]:
         """The image stream [B,N,D] after each of the first `depth` blocks."""
         h, w = x.shape[-2:]
         self._reads(x.shape[1])
@@ -536,7 +536,7 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
                 img, txt = block(*arguments)
             yield img
 
-    def _text(self, text: Text) -> tuple[Tensor | None, Tensor | None]:
+    def _text(self, text: TextFeatures) -> tuple[Tensor | None, Tensor | None]:
         """The text stream [B,T,D] and which of its tokens count, or None where there is none or all do.
 
         Columns that count in no row are cut from the right, so a batch without any text runs no text stream.
@@ -569,7 +569,7 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
                 "pair it with the VAE it was made for"
             )
 
-    def _fits(self, text: Text) -> None:
+    def _fits(self, text: TextFeatures) -> None:
         layers, width = len(self.txt_norm), self.config.enc_hidden_dim
         if text.features.ndim != 4 or text.features.shape[1::2] != (layers, width):
             raise ConfigError(
@@ -607,21 +607,21 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         if dtype is not None and (reason := cls.refuses(dtype)):
             raise NumericalError(reason)
         tensors = read_weights(folder / FOLDER)
-        model = blueprint(lambda: cls(config), folder / FOLDER / "config.json", config.num_layers, tensors)
+        model = build_on_meta(lambda: cls(config), folder / FOLDER / "config.json", config.num_layers, tensors)
         load_module(model, folder / FOLDER, dtype=dtype, tensors=tensors)
         return model
 
     @classmethod
-    def outline(
+    def from_header(
         cls, file: Path, config: Config, folder: Path, *, plain: bool = False
-    ) -> tuple[Self, Config, dict[str, Lazy]]:
-        """A single file: the model without values, its config, and the tensors to `fill` it. See `single.adopt`."""
+    ) -> tuple[Self, Config, dict[str, LazyTensor]]:
+        """A single file: the model without values, its config and the tensors for `load_weights`: `single.adopt`."""
         seen, tensors = adopt(*read_lazy(file), config, str(file))
         with torch.device("meta"):
             return cls(seen), seen, tensors
 
-    def fill(self, tensors: Mapping[str, Lazy], file: Path, dtype: torch.dtype | None = None) -> None:
-        """Read what `outline` found, floats as `dtype`."""
+    def load_weights(self, tensors: Mapping[str, LazyTensor], file: Path, dtype: torch.dtype | None = None) -> None:
+        """Read what `from_header` found, floats as `dtype`."""
         if dtype is not None and (reason := self.refuses(dtype)):
             raise NumericalError(reason)
         load_module(self, file.parent, file.stem, dtype=dtype, tensors=dict(tensors))

@@ -39,28 +39,29 @@ class Tabulating:
     time_text_embed: nn.Module
     _times: tuple[float, ...] = ()  # the times that the layers have rows for, in their order
     _origin: Any = None  # what those rows were worked out from
-    _visit: Visit | None = None  # while a table is in use: how weights come
+    _temporarily_on_device: Visit | None = None  # while a table is in use: how weights come
 
     def modulations(self) -> list[Modulation]:
         """The layers that a table stands for; none where another kind of layer, an adapter say, took their place."""
         raise NotImplementedError
 
-    def idle(self) -> list[nn.Module]:
-        """What sampling does not need on the accelerator: `tabulated` asks for each of these once."""
+    def unused_modules(self) -> list[nn.Module]:
+        """What sampling does not need on the accelerator: `precomputed` asks for each of these once."""
         return list(self.modulations())
 
     @contextmanager
-    def tabulated(self, times: Tensor, visit: Visit = nullcontext) -> Iterator[None]:
+    def precomputed(self, times: Tensor, temporarily_on_device: Visit = nullcontext) -> Iterator[None]:
         """While this lasts, passes without gradient at one of `times` float32 [K] read a table.
 
         It is worked out here, unless the one of the last run still holds: same times, weights, device and dtype. Then
-        `visit` is called with no layer at all. A pass at any other time adds a row; a changed weight renews the table.
+        `temporarily_on_device` is called with no layer at all. A pass at any other time adds a row; a changed weight
+        renews the table.
         """
-        before = self._visit
+        before = self._temporarily_on_device
         if not self.modulations():
             yield
             return
-        self._visit = visit
+        self._temporarily_on_device = temporarily_on_device
         try:
             wanted = tuple(times.tolist())
             if not set(wanted) <= set(self._times):
@@ -68,11 +69,11 @@ class Tabulating:
             self._fill(wanted)
             yield
         finally:
-            self._visit = before
+            self._temporarily_on_device = before
 
     def _tabled(self, t: Tensor) -> Tensor | None:
         """t float32 [B] -> int64 [B], the rows for these times; None where the plain path must be taken."""
-        if self._visit is None or torch.is_grad_enabled() or not self.modulations():
+        if self._temporarily_on_device is None or torch.is_grad_enabled() or not self.modulations():
             return None
         asked = flow.known(t)
         self._fill(asked)
@@ -88,12 +89,12 @@ class Tabulating:
         new = tuple(t for t in dict.fromkeys(wanted) if t not in held)
         if not new:
             return
-        assert self._visit is not None
+        assert self._temporarily_on_device is not None
         self._origin = None  # until all layers have their rows
         device = next(self.time_text_embed.parameters()).device
         time = F.silu(self.time_text_embed(torch.tensor(new, dtype=torch.float32, device=device)))
         for layer in layers:
-            with self._visit(layer):
+            with self._temporarily_on_device(layer):
                 rows = layer(time)
             layer.rows = torch.cat([layer.rows, rows]) if held and layer.rows is not None else rows
         self._times, self._origin = (*held, *new), origin

@@ -57,11 +57,11 @@ def estimate(config: Any, recipe: Recipe, catalog: Catalog) -> Estimate:
 
 
 def _memory(recipe: Recipe, catalog: Catalog, keeps_base: bool) -> tuple[dict[str, int], list[str]]:
-    from lens_core.inference.pipeline import WEIGHTY
+    from lens_core.inference.pipeline import MODEL_PARTS
     from lens_core.training.memory_estimate import cost, on_meta
 
     pipeline, notes = on_meta(recipe, catalog)
-    held = {part: getattr(pipeline, part) for part in WEIGHTY}
+    held = {part: getattr(pipeline, part) for part in MODEL_PARTS}
     for part, net in held.items():
         if net is None:
             raise ConfigError(f"$.pipeline.{part}: missing; name one, or a checkpoint to start from")

@@ -15,9 +15,9 @@ from lens_core import flow
 from lens_core.attribution import name_of, prompts_of
 from lens_core.catalog import Catalog
 from lens_core.inference import lora
-from lens_core.recipe import Use, build, options, structure
+from lens_core.recipe import ComponentSpec, build, options, structure
 from lens_core.training.distributed import gathered, own_parts, seed_of
-from lens_core.types import ConfigError, LensError, Loss, Place, Prompt, Text, did_you_mean, move
+from lens_core.types import ConfigError, LensError, Loss, Place, Prompt, TextFeatures, did_you_mean, move
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, real, within
 from lens_nft.objective import (
     Advantages,
@@ -76,9 +76,9 @@ class DiffusionNFT:
 
     @frozen
     class Config:
-        prompts: Use  # a benchmark whose prompts are learned from, as in {use: shapes, split: train}
+        prompts: ComponentSpec  # a benchmark whose prompts are learned from, as in {use: shapes, split: train}
         # Judges: [{use: rubric, …, weight: 1.0, fallback: {use: …}}]; weight and fallback may be left out.
-        rewards: tuple[Use, ...] = field(validator=each(options(weight=real(above=0)), at_least=1))
+        rewards: tuple[ComponentSpec, ...] = field(validator=each(options(weight=real(above=0)), at_least=1))
         tasks: tuple[str, ...] = ()  # of the benchmark's tasks, those whose prompts are used; (): all
         prompts_per_rollout: int = field(default=48, validator=integer(at_least=1))
         pictures_per_prompt: int = field(default=24, validator=integer(at_least=2))  # a group of one has no advantage
@@ -117,12 +117,12 @@ class DiffusionNFT:
         # Share of failed verdicts beyond which a rollout is thrown away.
         max_failed: float = field(default=0.05, validator=within(0, 1))
 
-        def uses(self) -> Iterator[tuple[str, str, Use]]:
+        def uses(self) -> Iterator[tuple[str, str, ComponentSpec]]:
             """(path, kind, use) of every component that these options name: they are checked with the recipe."""
             yield "prompts", "benchmark", self.prompts
             for i, use in enumerate(self.rewards):
                 own = {k: v for k, v in use.options.items() if k not in ("weight", "fallback")}
-                yield f"rewards[{i}]", "reward", Use(use.use, own)
+                yield f"rewards[{i}]", "reward", ComponentSpec(use.use, own)
                 if use.options.get("fallback") is not None:
                     path = f"rewards[{i}].fallback"
                     yield path, "reward", structure(_Named, {"use": use.options["fallback"]}).use
@@ -248,7 +248,7 @@ class DiffusionNFT:
         z = torch.stack([s.picture.z for s in batch.samples])
         t, noise = (move(part, z.device) for part in self._noise(batch))
         r = move(torch.tensor([s.r for s in batch.samples]), z.device)
-        text = Text.cat([s.picture.text for s in batch.samples])
+        text = TextFeatures.cat([s.picture.text for s in batch.samples])
         x = flow.mix(z, noise, t)
         v = self._velocity(nets[role], x, t, text)
         with torch.no_grad():
@@ -336,7 +336,7 @@ class DiffusionNFT:
             noises.append(torch.randn(shape, generator=rng))
         return between(schedule.cpu(), torch.stack(times)), torch.stack(noises)
 
-    def _velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def _velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         return acting(self.pipeline, net).velocity(text, None, self.config.train_guidance)(x, t)
 
     def _facts(self, pictures: Sequence[Picture], verdicts: Verdicts, found: Advantages) -> dict[str, Tensor]:
@@ -367,7 +367,7 @@ class DiffusionNFT:
 
 @frozen
 class _Named:
-    use: Use
+    use: ComponentSpec
 
 
 def _of_tasks(prompts: Sequence[Prompt], tasks: Sequence[str]) -> list[Prompt]:

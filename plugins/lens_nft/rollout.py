@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lens_core.inference.pipeline import to_images
 from lens_core.training.distributed import seed_of
-from lens_core.types import Prompt, Text
+from lens_core.types import Prompt, TextFeatures
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
@@ -44,7 +44,7 @@ class Picture:
     seed: int
     z: Tensor
     image: Tensor
-    text: Text
+    text: TextFeatures
 
 
 def acting(pipeline: LensPipeline, backbone: nn.Module) -> LensPipeline:
@@ -72,7 +72,7 @@ def draw(pipeline: LensPipeline, orders: Sequence[Order], steps: int, guidance: 
         mine = [orders[i] for i in rows]
         height, width = (side // pipeline.vae.downscale for side in mine[0].size)
         z = pipeline.noise([torch.Generator().manual_seed(o.seed) for o in mine], (height, width))
-        for _, x in pipeline.sample(Text.cat([texts[o.prompt.id] for o in mine]), z, steps, guidance):
+        for _, x in pipeline.sample(TextFeatures.cat([texts[o.prompt.id] for o in mine]), z, steps, guidance):
             z = x
         images = to_images(pipeline.decode(z)).cpu()
         for i, order, latent, image in zip(rows, mine, z.float(), images, strict=True):

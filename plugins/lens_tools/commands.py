@@ -38,7 +38,7 @@ def convert(
 
     catalog = Catalog.installed()
     layout = layout or ("single" if output.suffix == ".safetensors" else "diffusers")
-    for path in run(manifest.fetch(source, catalog), output, layout, dtype, catalog, share):
+    for path in run(manifest.resolve_uri(source, catalog), output, layout, dtype, catalog, share):
         print(f"{path}  {path.stat().st_size / 1e9:.2f} GB")
     if share is not None:
         for part, use in atomic_files.read_json(output / "lens.json")["components"].items():

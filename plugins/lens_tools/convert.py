@@ -16,10 +16,10 @@ from attrs import frozen
 
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import hub, manifest, model_card, tensor_files
-from lens_core.checkpoints.lazy_tensors import Lazy, read_lazy, write_lazy
-from lens_core.inference.pipeline import PARTS, WEIGHTY, LensPipeline
+from lens_core.checkpoints.lazy_tensors import LazyTensor, read_lazy, write_lazy
+from lens_core.inference.pipeline import MODEL_PARTS, PIPELINE_PARTS, LensPipeline
 from lens_core.io import atomic_files
-from lens_core.recipe import Use, build, unstructure
+from lens_core.recipe import ComponentSpec, build, unstructure
 from lens_core.types import CheckpointError, ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -34,9 +34,9 @@ class _Part:
 
     name: str
     component: Any
-    outline: Any  # None: the part comes from a folder, `root`, where files describe it
-    use: Use
-    tensors: dict[str, Lazy]
+    model: Any  # None: the part comes from a folder, `root`, where files describe it
+    use: ComponentSpec
+    tensors: dict[str, LazyTensor]
     root: Path
 
 
@@ -55,13 +55,13 @@ def convert(
     if layout not in LAYOUTS:
         raise ConfigError(f"no layout is called {layout!r}; use diffusers or single")
     kind = DTYPES[dtype] if dtype else None
-    described = manifest.describe(source, catalog)
+    described = manifest.read_manifest(source, catalog)
     parts = [
-        _open(source, name, described["components"], catalog) for name in WEIGHTY if name in described["components"]
+        _open(source, name, described["components"], catalog) for name in MODEL_PARTS if name in described["components"]
     ]
-    if share is not None and (layout != "diffusers" or dtype is not None or len(parts) != len(WEIGHTY)):
+    if share is not None and (layout != "diffusers" or dtype is not None or len(parts) != len(MODEL_PARTS)):
         raise ConfigError(f"{share}: parts are shared by whole checkpoints as they are; leave --layout and --dtype out")
-    if share is not None and not manifest.lends(share):
+    if share is not None and not manifest.is_shareable_uri(share):
         raise ConfigError(f"{share}: is no name that holds everywhere; use a Hub id org/name@revision, or tiny:")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out}: is there already; choose a new name")
@@ -69,11 +69,11 @@ def convert(
     if alone and (len(parts) != 1 or layout != "single"):
         held = ", ".join(part.name for part in parts)
         raise ConfigError(f"{out}: one file is for one part, with --layout single; {source} has {held}: give a folder")
-    lent = _shared(parts, described["components"], share, catalog) if share is not None else {}
+    shared = _shared(parts, described["components"], share, catalog) if share is not None else {}
     need = sum(
         math.prod(t.shape) * t.kind(kind).itemsize
         for part in parts
-        if part.name not in lent
+        if part.name not in shared
         for t in part.tensors.values()
     )
     parent = next(p for p in out.absolute().parents if p.is_dir())
@@ -90,14 +90,14 @@ def convert(
     try:
         files = []
         for part in parts:
-            if part.name in lent:
+            if part.name in shared:
                 continue
             folder, stem = part.component.place
             files.append(part.component.single if layout == "single" else f"{folder}/{stem}.safetensors")
             (_write_single if layout == "single" else _write_folder)(part, partial / files[-1], kind)
-        if layout == "diffusers" and len(parts) == len(WEIGHTY):
+        if layout == "diffusers" and len(parts) == len(MODEL_PARTS):
             described["provenance"] = described.get("provenance", {}) | model_card.licence(source)
-            _describe(parts, described, partial, catalog, lent)
+            _describe(parts, described, partial, catalog, shared)
         if out.is_dir():  # and empty; it may be the one that we are in, so it stays, and lens.json comes last
             for path in sorted(partial.iterdir(), key=lambda p: p.name == "lens.json"):
                 path.rename(out / path.name)
@@ -110,35 +110,35 @@ def convert(
 
 def _open(source: Path, part: str, components: dict[str, Any], catalog: Catalog) -> _Part:
     about = components[part]
-    use = Use(about["use"], dict(about.get("config", {})))
+    use = ComponentSpec(about["use"], dict(about.get("config", {})))
     name, component, config = build(catalog, part, use, f"{source}: components.{part}")
-    if not hasattr(component, "outline"):
+    if not hasattr(component, "from_header"):
         raise ConfigError(f"{source}: {name} is known in one layout alone and cannot be converted")
-    home = manifest.lender(part, about, source, catalog)[0] if "from" in about else source
+    home = manifest.resolve_shared_part(part, about, source, catalog)[0] if "from" in about else source
     root = home if home.is_dir() else home.parent
     if "file" in about:
-        outline, config, tensors = component.outline(root / about["file"], config, root, plain=True)
-        return _Part(part, component, outline, Use(name, unstructure(config)), tensors, root)
+        model, config, tensors = component.from_header(root / about["file"], config, root, plain=True)
+        return _Part(part, component, model, ComponentSpec(name, unstructure(config)), tensors, root)
     folder, stem = component.place
     tensors, _ = read_lazy(*tensor_files.files(root / folder, stem))
     tensor_files.refuse_bare_float8(tensors, root / folder)
-    return _Part(part, component, None, Use(name, use.options), tensors, root)
+    return _Part(part, component, None, ComponentSpec(name, use.options), tensors, root)
 
 
 def _shared(parts: list[_Part], components: dict[str, Any], share: str, catalog: Catalog) -> dict[str, dict[str, str]]:
-    """Part -> what `lens.json` says of it, for each that is the same in the checkpoint `share`, or is lent already."""
-    lender = manifest.fetch(share, catalog, lent=True)
+    """Part -> what `lens.json` says of it, for each that is the same in the checkpoint `share` or shared already."""
+    source = manifest.resolve_uri(share, catalog, shared=True)
     name, _, _ = share.partition("@")
-    pinned = f"{name}@{lender.name}" if hub.is_name(name) else share  # the Hub's folders are called by their commits
-    theirs = manifest.describe(lender, catalog)["components"]
+    pinned = f"{name}@{source.name}" if hub.is_name(name) else share  # the Hub's folders are called by their commits
+    theirs = manifest.read_manifest(source, catalog)["components"]
     found: dict[str, dict[str, str]] = {}
     matched = False
     for part in parts:
-        if part.name in theirs and _same(part, other := _open(lender, part.name, theirs, catalog)):
+        if part.name in theirs and _same(part, other := _open(source, part.name, theirs, catalog)):
             about, matched = theirs[part.name], True
             found[part.name] = _loan(about)
             if "from" not in about:  # else it is passed on as it is
-                own = manifest.hashes(other.root, manifest.places(part.name, about))
+                own = manifest.hashes(other.root, manifest.file_prefixes(part.name, about))
                 found[part.name] |= {"from": pinned, "hash": manifest.combined(own)}
         elif "from" in components[part.name]:
             found[part.name] = _loan(components[part.name])
@@ -163,7 +163,7 @@ def _same(one: _Part, two: _Part) -> bool:
 
 def _told(part: _Part) -> dict[str, Any]:
     """What the files about a part and beside it say, but for what saving alone changes."""
-    if part.outline is not None:
+    if part.model is not None:
         return {}
     found: dict[str, Any] = {}
     for file in _files_about(part):
@@ -179,13 +179,13 @@ def _files_about(part: _Part) -> list[Path]:
     """The files in a part's folder and those beside it that are no weights."""
     return [
         file
-        for folder in (part.component.place[0], *getattr(part.component, "beside", ()))
+        for folder in (part.component.place[0], *getattr(part.component, "companion_folders", ()))
         for file in sorted((part.root / folder).glob("*"))
         if file.suffix in (".json", ".jinja") and not file.name.endswith(".index.json")
     ]
 
 
-def _equal(one: Lazy, two: Lazy) -> bool:
+def _equal(one: LazyTensor, two: LazyTensor) -> bool:
     kinds = one.kind(torch.float32), two.kind(torch.float32)
     return one.shape == two.shape and kinds[0] == kinds[1] and torch.equal(one.read(kinds[0]), two.read(kinds[0]))
 
@@ -193,7 +193,7 @@ def _equal(one: Lazy, two: Lazy) -> bool:
 def _write_single(part: _Part, path: Path, dtype: torch.dtype | None) -> None:
     tensors, texts = dict(part.tensors), {}
     if hasattr(part.component, "extras"):
-        more, texts = part.component.extras(part.outline or part.root)
+        more, texts = part.component.extras(part.model or part.root)
         tensors |= more
     write_lazy(path, tensors, dtype, texts)
 
@@ -201,8 +201,8 @@ def _write_single(part: _Part, path: Path, dtype: torch.dtype | None) -> None:
 def _write_folder(part: _Part, path: Path, dtype: torch.dtype | None) -> None:
     """Write the weights to `path`, in the sub-folder of the part, and beside them what describes it."""
     root = path.parent.parent
-    if part.outline is not None:
-        part.outline.save_about(root)
+    if part.model is not None:
+        part.model.save_about(root)
     else:
         for file in _files_about(part):
             (root / file.parent.name).mkdir(parents=True, exist_ok=True)
@@ -217,15 +217,15 @@ def _write_folder(part: _Part, path: Path, dtype: torch.dtype | None) -> None:
 
 
 def _describe(
-    parts: list[_Part], described: dict[str, Any], out: Path, catalog: Catalog, lent: dict[str, dict[str, str]]
+    parts: list[_Part], described: dict[str, Any], out: Path, catalog: Catalog, shared: dict[str, dict[str, str]]
 ) -> None:
     """Make a folder a checkpoint: `model_index.json` and `lens.json`, last."""
-    others = {k: Use(v["use"], dict(v.get("config", {}))) for k, v in described["components"].items()}
-    uses = {k: others[k] for k in PARTS if k in others} | {part.name: part.use for part in parts}
+    others = {k: ComponentSpec(v["use"], dict(v.get("config", {}))) for k, v in described["components"].items()}
+    uses = {k: others[k] for k in PIPELINE_PARTS if k in others} | {part.name: part.use for part in parts}
     names = sorted({use.use.partition(":")[0] for use in uses.values()})
     found = {part.name: part.component for part in parts}  # the class: the part itself is there, on disk
     for kind, use in uses.items():
-        if kind not in WEIGHTY:
+        if kind not in MODEL_PARTS:
             _, cls, config = build(catalog, kind, use, f"components.{kind}")
             found[kind] = cls(config)
     pipeline = LensPipeline(
@@ -236,4 +236,4 @@ def _describe(
         provenance=described.get("provenance", {}),
         catalog=catalog,
     )
-    pipeline.save_about(out, lent)
+    pipeline.save_about(out, shared)

@@ -14,8 +14,8 @@ import torch
 from lens_core import __version__
 from lens_core.catalog import Catalog
 from lens_core.inference import offload
-from lens_core.inference.offload import Forecast, Load
-from lens_core.recipe import Use, build
+from lens_core.inference.offload import MemoryEstimate, Workload
+from lens_core.recipe import ComponentSpec, build
 from lens_core.training.memory_estimate import published as described
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "triton", "kernels")
@@ -30,7 +30,7 @@ def published(catalog: Catalog) -> dict[str, Any]:
     components = described(catalog)["components"]
     found = {}
     for kind in offload.PHASES:
-        use = Use(components[kind]["use"], dict(components[kind].get("config", {})))
+        use = ComponentSpec(components[kind]["use"], dict(components[kind].get("config", {})))
         _, cls, config = build(catalog, kind, use, f"the published {kind}")
         with torch.device("meta"):
             found[kind] = cls(config).to(torch.bfloat16)
@@ -50,9 +50,9 @@ def room(card: int) -> int:
     return (card << 30) - CONTEXT
 
 
-def fits(parts: Mapping[str, Any], load: Load | None = None) -> dict[str, dict[int, Forecast]]:
+def fits(parts: Mapping[str, Any], load: Workload | None = None) -> dict[str, dict[int, MemoryEstimate]]:
     """Form -> card, GiB -> the plan that `auto` takes there for the published sizes."""
-    load = load or Load()
+    load = load or Workload()
     return {
         form: {card: offload.choose(parts, load, room(card), weigh(parts, form)) for card in CARDS} for form in FORMS
     }
@@ -61,14 +61,14 @@ def fits(parts: Mapping[str, Any], load: Load | None = None) -> dict[str, dict[i
 def table(parts: Mapping[str, Any]) -> str:
     """docs/memory.md's figures as Markdown: every plan, and the one for each card. GB are 10^9 bytes."""
 
-    def cells(told: Forecast) -> str:
+    def cells(told: MemoryEstimate) -> str:
         return " | ".join(f"{peak / 1e9:.1f}" for peak in told.peaks.values())
 
     phases = " | ".join(offload.PHASES.values())
     lines = [f"| encoder | plan | {phases} | host |", "|---|---|---|---|---|---|"]
     for form in FORMS:
         for plan in offload.PLANS:
-            told = offload.forecast(plan, parts, Load(), weigh(parts, form))
+            told = offload.estimate_memory(plan, parts, Workload(), weigh(parts, form))
             lines.append(f"| {form} | `{plan}` | {cells(told)} | {sum(told.host.values()) / 1e9:.1f} |")
     lines += ["", f"| card | encoder | `auto` takes | {phases} | free |", "|---|---|---|---|---|---|---|"]
     found = fits(parts)
@@ -170,7 +170,7 @@ def _fits(catalog: Catalog) -> dict[str, Any]:
         rooms = {"this GPU": torch.cuda.mem_get_info(0)[0]}
     for place, free in rooms.items():
         for form in FORMS:
-            best = offload.choose(parts, Load(), free, weigh(parts, form))
+            best = offload.choose(parts, Workload(), free, weigh(parts, form))
             verdict = "" if best.peak + offload.RESERVE <= free else ", too large"
             told[f"{place}, encoder {form}"] = f"{best.plan}, peak {best.peak / 1e9:.1f} GB{verdict}"
     return told

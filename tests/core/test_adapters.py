@@ -22,7 +22,7 @@ from lens_core.inference import lora
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import Adapter
 from lens_core.training.trainer import Run
-from lens_core.types import CheckpointError, ConfigError, Text
+from lens_core.types import CheckpointError, ConfigError, TextFeatures
 
 __all__ = ["runner"]
 
@@ -35,7 +35,7 @@ def run(runner: Runner, name: str, adapter: Adapter, **train: Any) -> Run:
 def test_a_new_adapter_changes_nothing_and_only_it_learns(runner: Runner) -> None:
     plain = runner.run(RECIPE, "plain").nets["backbone"].state_dict()
     start = run(runner, "a", Adapter(rank=2), ema=0.0)
-    x, t, text = torch.randn(2, 4, 3, 3), torch.rand(2), Text(torch.randn(2, 1, 5, 8), torch.ones(2, 5).bool())
+    x, t, text = torch.randn(2, 4, 3, 3), torch.rand(2), TextFeatures(torch.randn(2, 1, 5, 8), torch.ones(2, 5).bool())
     bare = runner.run(RECIPE, "bare").nets["backbone"]
     assert torch.equal(start.nets["backbone"](x, t, text), bare(x, t, text))
     start.train()
@@ -87,7 +87,7 @@ def test_diffusers_reads_the_adapter_of_a_backbone(tmp_path: Path) -> None:
     lora.save(ours, adapter, tmp_path / lora.FILE, "transformer")
     theirs.load_lora_adapter(tmp_path, weight_name=lora.FILE, use_safetensors=True, prefix="transformer")
     x, t = torch.randn(2, 8, 3, 3), torch.rand(2)
-    text = Text(torch.randn(2, 2, 5, 8), torch.ones(2, 5).bool())
+    text = TextFeatures(torch.randn(2, 2, 5, 8), torch.ones(2, 5).bool())
     with torch.no_grad():
         torch.testing.assert_close(theirs(x, t, text), ours(x, t, text), atol=1e-5, rtol=1e-5)
         assert not torch.allclose(build()(x, t, text), ours(x, t, text), atol=1e-2)
@@ -186,7 +186,7 @@ def test_alpha_is_the_layers_own_then_the_headers_then_the_rank(
 
 def test_several_are_folded_and_taken_out_exactly() -> None:
     net, plain, kept = backbone().bfloat16(), backbone().bfloat16(), {}
-    changes = {name: lora.Low(down, up, 1.0) for name, (down, up) in pairs().items()}
+    changes = {name: lora.LoRALayer(down, up, 1.0) for name, (down, up) in pairs().items()}
     lora.fold(net, changes, 0.7, kept)
     lora.fold(net, changes, -0.2, kept)
     layer = "blocks.0.img_qkv"

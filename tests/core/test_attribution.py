@@ -35,10 +35,10 @@ from lens_core.attribution import (
 )
 from lens_core.catalog import Catalog, Plugin
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import Parts, Recipe, Training, Use, Watch
+from lens_core.recipe import ComponentSpec, Parts, Recipe, Training, Watch
 from lens_core.training import memory_estimate
 from lens_core.training.trainer import Run
-from lens_core.types import Batch, ConfigError, LensError, Loss, PluginError, Prompt, Score, Text
+from lens_core.types import Batch, ConfigError, LensError, Loss, PluginError, Prompt, Score, TextFeatures
 
 PIXELS = torch.zeros(2, 3, 32, 16)
 
@@ -53,7 +53,7 @@ def line(call: Callable[[], Any]) -> str:
 def red(kind: str, **methods: Any) -> Any:
     """A component that `lens_red` offers as `red`, with these methods."""
     cls = type("Red", (), {"Config": toy.Even.Config, **methods})
-    for name in ("times", "walk", "encode", "decode", "score", "prompts", "state_dict", "load_state_dict", "batches",
+    for name in ("times", "sample", "encode", "decode", "score", "prompts", "state_dict", "load_state_dict", "batches",
                  "roles", "steps", "turns", "loss", "after_step"):  # fmt: skip
         if not hasattr(cls, name):
             setattr(cls, name, lambda self: None)
@@ -91,11 +91,11 @@ def test_an_iterator_that_breaks_in_the_middle_is_named_and_one_that_ends_ends()
         yield 1
         raise ZeroDivisionError("x")
 
-    found = items(toy.Even, "walk", broken())
+    found = items(toy.Even, "sample", broken())
     assert next(found) == 1
-    assert "walk raised ZeroDivisionError: x" in line(lambda: next(found))
-    assert list(items(toy.Even, "walk", iter([1, 2]))) == [1, 2]
-    assert "returned int; it must return an iterator" in line(lambda: list(items(toy.Even, "walk", 3)))  # type: ignore[arg-type]
+    assert "sample raised ZeroDivisionError: x" in line(lambda: next(found))
+    assert list(items(toy.Even, "sample", iter([1, 2]))) == [1, 2]
+    assert "returned int; it must return an iterator" in line(lambda: list(items(toy.Even, "sample", 3)))  # type: ignore[arg-type]
 
 
 MUST = "it must return one Score an image"
@@ -139,11 +139,19 @@ FEATURES, MASK = torch.zeros(2, 1, 3, 8), torch.ones(2, 3, dtype=torch.bool)
 @pytest.mark.parametrize(
     "text",
     [
-        None, FEATURES, (FEATURES, MASK), Text(FEATURES[:1], MASK[:1]), Text(FEATURES, MASK.float()),
-        Text(FEATURES.long(), MASK), Text(FEATURES[0], MASK), Text(FEATURES, MASK[:, :2]),
-        Text(FEATURES[..., :4], MASK), Text(FEATURES.repeat(1, 2, 1, 1), MASK), Text([1, 2], MASK),  # type: ignore[arg-type]
+        None,
+        FEATURES,
+        (FEATURES, MASK),
+        TextFeatures(FEATURES[:1], MASK[:1]),
+        TextFeatures(FEATURES, MASK.float()),
+        TextFeatures(FEATURES.long(), MASK),
+        TextFeatures(FEATURES[0], MASK),
+        TextFeatures(FEATURES, MASK[:, :2]),
+        TextFeatures(FEATURES[..., :4], MASK),
+        TextFeatures(FEATURES.repeat(1, 2, 1, 1), MASK),
+        TextFeatures([1, 2], MASK),  # type: ignore[arg-type]
     ],
-)  # fmt: skip
+)
 def test_what_is_no_text_is_refused(text: Any) -> None:
     encoder = red("text_encoder", layers=1, width=8, encode=lambda self, prompts: text)
     assert line(lambda: text_of(encoder, ["a", "b"])).startswith("lens_red:red.encode returned ")
@@ -169,7 +177,7 @@ def test_wrong_times_are_refused(times: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("walk", "words"),
+    ("sample", "words"),
     [
         ([(0.0, torch.zeros(1, 4, 2, 2))], "yielded|returned"),
         ([torch.zeros(2)], "yielded Tensor"),
@@ -178,9 +186,9 @@ def test_wrong_times_are_refused(times: Any) -> None:
         (3, "returned int; it must return an iterator"),
     ],
 )
-def test_a_wrong_walk_is_refused(walk: Any, words: str) -> None:
-    sampler = red("sampler", walk=lambda self, velocity, x, steps: walk)
-    with pytest.raises(PluginError, match=rf"lens_red:red\.walk ({words})"):
+def test_a_wrong_sample_is_refused(sample: Any, words: str) -> None:
+    sampler = red("sampler", sample=lambda self, velocity, x, steps: sample)
+    with pytest.raises(PluginError, match=rf"lens_red:red\.sample ({words})"):
         list(walk_of(sampler, None, torch.zeros(2, 4, 2, 2), 1))
 
 
@@ -194,7 +202,7 @@ IMAGES = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
         Batch(IMAGES[0], ("a", "b")), Batch(IMAGES[:, :1], ("a", "b")), Batch(IMAGES, ("a", 3)),  # type: ignore[arg-type]
         Batch(IMAGES, ("a", "b"), (1,)), Batch((IMAGES[0],), ("a", "b")), Batch(IMAGES.numpy(), ("a", "b")),  # type: ignore[arg-type]
         Batch(None, ("a", "b"), latents=torch.zeros(1, 4, 2, 2)), Batch(None, "ab"),  # type: ignore[arg-type]
-        Batch(None, ("a", "b"), text=Text(FEATURES[:1], MASK[:1])),
+        Batch(None, ("a", "b"), text=TextFeatures(FEATURES[:1], MASK[:1])),
     ],
 )  # fmt: skip
 def test_a_batch_that_is_none_is_refused(batch: Any) -> None:
@@ -207,7 +215,7 @@ def test_a_batch_that_is_none_is_refused(batch: Any) -> None:
     "batch",
     [
         Batch(IMAGES, ("a", "b"), (1, 2)), Batch((IMAGES[0], IMAGES[1, :, :8]), ("a", "b")), Batch(None, ("a",)),
-        Batch(None, ("a", "b"), latents=torch.zeros(2, 4, 2, 2).bfloat16(), text=Text(FEATURES, MASK)),
+        Batch(None, ("a", "b"), latents=torch.zeros(2, 4, 2, 2).bfloat16(), text=TextFeatures(FEATURES, MASK)),
     ],
 )  # fmt: skip
 def test_a_sound_batch_passes_as_it_is(batch: Batch) -> None:
@@ -259,7 +267,10 @@ def plugin(**hooks: Any) -> Catalog:
 
 
 def run(catalog: Catalog, out: Path, **changes: Any) -> Run:
-    recipe = evolve(Recipe(Use("fit"), Training(3, log_every=1, save_every=10), Use("squares"), toy.PARTS), **changes)
+    recipe = evolve(
+        Recipe(ComponentSpec("fit"), Training(3, log_every=1, save_every=10), ComponentSpec("squares"), toy.PARTS),
+        **changes,
+    )
     return Run(recipe, catalog, out, say=SAID.append)
 
 
@@ -298,8 +309,8 @@ class Floats(toy.Squares):
 )
 def test_a_run_names_the_plugin_that_breaks_it(method: Any, dataset: Any, words: str, tmp_path: Path) -> None:
     catalog = plugin(lens_methods={"x": method} if method else {}, lens_datasets={"y": dataset})
-    made = run(catalog, tmp_path / "run", method=Use("x" if method else "fit"),
-               dataset=Use("squares" if dataset is toy.Squares else "y"))  # fmt: skip
+    made = run(catalog, tmp_path / "run", method=ComponentSpec("x" if method else "fit"),
+               dataset=ComponentSpec("squares" if dataset is toy.Squares else "y"))  # fmt: skip
     assert words in line(made.train)
 
 
@@ -316,7 +327,9 @@ class Numbers(toy.Reds):
 def test_a_benchmark_that_raises_is_reported_and_the_run_goes_on(tmp_path: Path) -> None:
     catalog = plugin(lens_benchmarks={"away": Away, "numbers": Numbers})
     SAID.clear()
-    watch = Watch(1, benchmarks=(Use("away"), Use("numbers"), Use("reds")), size=(16, 16), steps=1)
+    watch = Watch(
+        1, benchmarks=(ComponentSpec("away"), ComponentSpec("numbers"), ComponentSpec("reds")), size=(16, 16), steps=1
+    )
     report = run(catalog, tmp_path / "run", watch=watch).train()
     assert report.steps == 3 and report.model is not None
     told = "\n".join(SAID)
@@ -357,14 +370,21 @@ class Pool(Fixed):
 class Codes(Fixed):
     layers, width = 1, 8
 
-    def encode(self, prompts: Any) -> Text:
+    def encode(self, prompts: Any) -> TextFeatures:
         codes = [torch.tensor(list(p.encode()), dtype=torch.float32)[None, None, :, None] / 255 for p in prompts]
-        return Text.cat([Text(c.expand(-1, -1, -1, 8), torch.ones(1, c.shape[2], dtype=torch.bool)) for c in codes])
+        return TextFeatures.cat(
+            [TextFeatures(c.expand(-1, -1, -1, 8), torch.ones(1, c.shape[2], dtype=torch.bool)) for c in codes]
+        )
 
 
 def test_parts_without_weights_train_draw_save_and_load(tmp_path: Path) -> None:
     catalog = plugin(lens_vaes={"pool": Pool}, lens_text_encoders={"codes": Codes})
-    parts = Parts(vae=Use("pool"), text_encoder=Use("codes"), backbone=Use("mixer"), sampler=Use("even"))
+    parts = Parts(
+        vae=ComponentSpec("pool"),
+        text_encoder=ComponentSpec("codes"),
+        backbone=ComponentSpec("mixer"),
+        sampler=ComponentSpec("even"),
+    )
     report = run(
         catalog, tmp_path / "run", pipeline=parts, watch=Watch(1, prompts=("red",), size=(16, 16), steps=1)
     ).train()
@@ -385,7 +405,7 @@ def test_a_backbone_of_the_wrong_shape_is_named() -> None:
             return super().forward(x, t, text)[:, :3]
 
     catalog = plugin(lens_backbones={"wide": Wide})
-    pipeline = LensPipeline.from_parts(evolve(toy.PARTS, backbone=Use("wide")), catalog)
+    pipeline = LensPipeline.from_parts(evolve(toy.PARTS, backbone=ComponentSpec("wide")), catalog)
     told = line(lambda: pipeline("red", height=16, width=16, num_inference_steps=1))
     assert told == (
         "lens_red:wide.forward returned Tensor float32 [1, 3, 1, 1]; v must be a float tensor [1, 4, 1, 1], as x is"
@@ -399,7 +419,7 @@ def test_a_component_that_cannot_be_built_is_named() -> None:
 
     catalog = plugin(lens_vaes={"shy": Shy})
     with pytest.raises(LensError, match=r"lens_red:shy cannot be built: KeyError: 'no such table'"):
-        LensPipeline.from_parts(evolve(toy.PARTS, vae=Use("shy")), catalog)
+        LensPipeline.from_parts(evolve(toy.PARTS, vae=ComponentSpec("shy")), catalog)
 
 
 # ---- parts that fit one another -------------------------------------------------------------------------------------
@@ -456,7 +476,12 @@ def test_a_dry_run_refuses_an_encoder_that_does_not_fit_the_checkpoint() -> None
     module = types.ModuleType("lens_red")
     module.lens_text_encoders = hookimpl(lambda: {"mine": Wide})  # type: ignore[attr-defined]  # made on the spot
     catalog._add(Plugin("lens_red", "red", "0"), lambda: module)
-    recipe = Recipe(Use("flow_matching"), Training(3), Use("shapes"), Parts("tiny:", text_encoder=Use("mine")))
+    recipe = Recipe(
+        ComponentSpec("flow_matching"),
+        Training(3),
+        ComponentSpec("shapes"),
+        Parts("tiny:", text_encoder=ComponentSpec("mine")),
+    )
     with pytest.raises(ConfigError, match="channels of a text feature, and lens_red:mine gives 64"):
         memory_estimate.describe(recipe, catalog)
     with pytest.raises(ConfigError, match="channels of a text feature, and lens_red:mine gives 64"):

@@ -15,7 +15,7 @@ from torch import nn
 
 from lens_core import hookimpl
 from lens_core.catalog import Catalog
-from lens_core.checkpoints.manifest import describe, digest, fetch
+from lens_core.checkpoints.manifest import digest, read_manifest, resolve_uri
 from lens_core.checkpoints.tensor_files import load_module, read_header, read_tensors, save_module, save_tensors
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.io.atomic_files import read_json, read_log, write_atomic, write_json
@@ -246,37 +246,37 @@ def test_what_is_neither_a_folder_nor_a_hub_name_is_told(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "no such folder, and not a Hub name" in error(lambda: fetch(uri, Catalog.of()))
+    assert "no such folder, and not a Hub name" in error(lambda: resolve_uri(uri, Catalog.of()))
 
 
 def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    said = error(lambda: fetch("no-such-org/no-such-name@main", Catalog.of()))
+    said = error(lambda: resolve_uri("no-such-org/no-such-name@main", Catalog.of()))
     assert "no-such-org/no-such-name@main: model_index.json is not in the cache" in said
     assert "`hf download no-such-org/no-such-name --revision main` brings it" in said
 
 
 def test_a_file_is_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
-    assert "is a file; a checkpoint is a folder" in error(lambda: fetch(str(tmp_path / "x"), Catalog.of()))
+    assert "is a file; a checkpoint is a folder" in error(lambda: resolve_uri(str(tmp_path / "x"), Catalog.of()))
 
 
 def test_a_folder_of_unknown_layout_is_refused(tmp_path: Path, catalog: Catalog) -> None:
-    assert "neither lens.json nor a layout" in error(lambda: describe(tmp_path, catalog))
+    assert "neither lens.json nor a layout" in error(lambda: read_manifest(tmp_path, catalog))
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_another_format_version_asks_for_an_upgrade(version: object, checkpoint: Path, catalog: Catalog) -> None:
     data = read_json(checkpoint / "lens.json")
     write_json(checkpoint / "lens.json", {**data, "format": version})
-    assert f"is of format {version!r}; this Lens reads 1" in error(lambda: describe(checkpoint, catalog))
+    assert f"is of format {version!r}; this Lens reads 1" in error(lambda: read_manifest(checkpoint, catalog))
 
 
 @pytest.mark.parametrize("components", [None, [], {"vae": "blocks"}, {"vae": {}}, {"vae": {"use": "x", "config": 3}}])
 def test_components_that_name_nothing_are_refused(components: object, checkpoint: Path, catalog: Catalog) -> None:
     data = read_json(checkpoint / "lens.json")
     write_json(checkpoint / "lens.json", {**data, "components": components})
-    assert "has no components that each name what they use" in error(lambda: describe(checkpoint, catalog))
+    assert "has no components that each name what they use" in error(lambda: read_manifest(checkpoint, catalog))
 
 
 def test_a_plugin_that_has_left_is_named(checkpoint: Path) -> None:
@@ -327,5 +327,5 @@ def test_a_plugin_answers_for_its_own_names_first(tmp_path: Path) -> None:
         return tmp_path / "here" if uri == "small:" else None
 
     module.lens_fetch = hookimpl(lens_fetch)  # type: ignore[attr-defined]  # made on the spot
-    assert fetch("small:", Catalog.of(module)) == tmp_path / "here"
-    assert fetch(str(tmp_path), Catalog.of(module)) == tmp_path
+    assert resolve_uri("small:", Catalog.of(module)) == tmp_path / "here"
+    assert resolve_uri(str(tmp_path), Catalog.of(module)) == tmp_path

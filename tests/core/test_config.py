@@ -11,7 +11,7 @@ import toy
 from attrs import frozen
 
 from lens_core.catalog import Catalog
-from lens_core.recipe import Parts, Recipe, Training, Use, build, read_recipe, structure, unstructure
+from lens_core.recipe import ComponentSpec, Parts, Recipe, Training, build, read_recipe, structure, unstructure
 from lens_core.types import ConfigError
 
 GOOD = """
@@ -97,17 +97,20 @@ def test_something_else_than_a_mapping_is_refused() -> None:
 
 def test_a_config_that_refuses_its_values_is_quoted_with_its_path(catalog: Catalog) -> None:
     with pytest.raises(ConfigError, match=r"^\$\.pipeline\.backbone: width is 0; it must be at least 1$"):
-        build(catalog, "backbone", Use("mixer", {"width": 0}), "$.pipeline.backbone")
+        build(catalog, "backbone", ComponentSpec("mixer", {"width": 0}), "$.pipeline.backbone")
 
 
 def test_a_recipe_is_read_whole(tmp_path: Path, catalog: Catalog) -> None:
     recipe = read_recipe(write(tmp_path, GOOD), catalog)
     assert recipe == Recipe(
-        method=Use("fit", {"bad": [1, 2]}),
-        dataset=Use("squares"),
+        method=ComponentSpec("fit", {"bad": [1, 2]}),
+        dataset=ComponentSpec("squares"),
         train=Training(steps=4, lr=1e-3, betas=(0.9, 0.95)),
         pipeline=Parts(
-            vae=Use("blocks"), text_encoder=Use("letters"), backbone=Use("mixer", {"width": 8}), sampler=Use("even")
+            vae=ComponentSpec("blocks"),
+            text_encoder=ComponentSpec("letters"),
+            backbone=ComponentSpec("mixer", {"width": 8}),
+            sampler=ComponentSpec("even"),
         ),
     )
 
@@ -229,8 +232,8 @@ def changed(tmp_path: Path, *changes: str) -> Recipe:
 def test_changes_count_as_if_the_recipe_said_so(tmp_path: Path) -> None:
     found = changed(tmp_path, "train.steps=7", "train.betas=[0, 0.5]", "method.bad=[1]", "seed = 4", "train.lr=1e-4")
     assert (found.train.steps, found.train.betas, found.train.lr, found.seed) == (7, (0, 0.5), 1e-4, 4)
-    assert found.method == Use("fit", {"bad": [1]}) and found.dataset == Use("squares")
-    assert changed(tmp_path, "method.use=fit", "method.bad=[2]").method == Use("fit", {"bad": [2]})
+    assert found.method == ComponentSpec("fit", {"bad": [1]}) and found.dataset == ComponentSpec("squares")
+    assert changed(tmp_path, "method.use=fit", "method.bad=[2]").method == ComponentSpec("fit", {"bad": [2]})
     assert changed(tmp_path, "method=fit", "train.steps=1", "train.steps=2").train.steps == 2
     assert changed(tmp_path, "watch.every=2", "watch.prompts=[red]").watch is not None
 
@@ -241,8 +244,8 @@ def test_a_change_keeps_to_its_place_where_an_alias_repeats_a_section(tmp_path: 
         "method: fit\ndataset: &d {use: squares, batch: 4}\ntrain: {steps: 3}\nwatch: {every: 1, validation: *d}\n"
     )
     found = read_recipe(path, Catalog.of(toy), ["watch.validation.batch=2"])
-    assert found.watch is not None and found.watch.validation == Use("squares", {"batch": 2})
-    assert found.dataset == Use("squares", {"batch": 4})
+    assert found.watch is not None and found.watch.validation == ComponentSpec("squares", {"batch": 2})
+    assert found.dataset == ComponentSpec("squares", {"batch": 4})
 
 
 @pytest.mark.parametrize(

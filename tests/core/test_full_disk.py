@@ -19,17 +19,17 @@ from torch import Tensor
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
 from lens_core.io import atomic_files
-from lens_core.recipe import Adapter, Recipe, Training, Use, Watch
+from lens_core.recipe import Adapter, ComponentSpec, Recipe, Training, Watch
 from lens_core.training.trainer import Run
 from lens_core.types import CheckpointError
 
 RECIPE = Recipe(
-    method=Use("fit"),
-    dataset=Use("squares"),
+    method=ComponentSpec("fit"),
+    dataset=ComponentSpec("squares"),
     train=Training(steps=6, lr=1e-2, ema=0.9, save_every=2, log_every=1, keep=1),
     pipeline=evolve(toy.NARROW, steps=2),
     seed=3,
-    watch=Watch(every=1, size=(16, 16), prompts=("red",), benchmarks=(Use("reds"),), keep_best="reds"),
+    watch=Watch(every=1, size=(16, 16), prompts=("red",), benchmarks=(ComponentSpec("reds"),), keep_best="reds"),
 )
 CATALOG = Catalog.of(toy)
 

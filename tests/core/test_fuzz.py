@@ -27,7 +27,7 @@ from torch import nn
 
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import lora_keys, model_card
-from lens_core.checkpoints.manifest import describe
+from lens_core.checkpoints.manifest import read_manifest
 from lens_core.checkpoints.tensor_files import load_module, read_header, read_tensors, read_weights, save_tensors
 from lens_core.inference import lora
 from lens_core.inference.pipeline import LensPipeline
@@ -180,7 +180,7 @@ def test_any_lens_json_is_a_pipeline_or_a_refusal(drawn: st.DataObject, saved: P
     sound = json.loads((saved / "sound.json").read_text())
     path.write_text(json.dumps(drawn.draw(changed(sound))))
     pipeline = read(lambda: LensPipeline.from_pretrained(saved, catalog=catalog, device="cpu"))
-    described = read(lambda: describe(saved, catalog))
+    described = read(lambda: read_manifest(saved, catalog))
     assert pipeline is None or described is not None
     if described is not None:
         model_card.text(described, "toys/blocks")

@@ -17,7 +17,7 @@ from huggingface_hub import _tree_cache
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import integrity
 from lens_core.checkpoints.hub import FOLDERS, _reason, create, snapshot, upload
-from lens_core.checkpoints.manifest import combined, describe, digest, fetch, hashes
+from lens_core.checkpoints.manifest import combined, digest, hashes, read_manifest, resolve_uri
 from lens_core.checkpoints.tensor_files import read_tensors
 from lens_core.cli.main import main
 from lens_core.inference.pipeline import LensPipeline
@@ -47,7 +47,7 @@ def test_large_files_of_the_cache_are_known_by_their_names_and_not_read_again(
     hub: Hub, checkpoint: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.publish("toys/blocks", checkpoint)
-    folder, expected = fetch("toys/blocks", catalog), digest(checkpoint)
+    folder, expected = resolve_uri("toys/blocks", catalog), digest(checkpoint)
     read: list[str] = []
     taken = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (read.append(file.name), taken(file, kind))[1])
@@ -70,7 +70,7 @@ def test_a_part_that_a_repository_lends_stays_that_of_its_revision(
     asked = len(hub.asked)
     assert LensPipeline.from_pretrained(mine, catalog=catalog).vae.gain.equal(gain)
     weights = [path for path in hub.asked[asked:] if path.endswith(".safetensors")]
-    assert weights and all("/vae/" in path for path in weights), "of a lender, only what it lends is fetched"
+    assert weights and all("/vae/" in path for path in weights), "of another checkpoint, only shared parts are fetched"
     assert snapshot("toys/blocks", "v1", local=True, under=("vae/",)).is_dir()
     assert "are not in the cache" in error(lambda: snapshot("toys/blocks", "v1", local=True))
     pipeline.vae.gain.data += 1
@@ -112,10 +112,10 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(
     hub.publish("toys/blocks", checkpoint)
     assert digest(checkpoint) != before
     for revision, expected in {"v1": before, first: before, "main": digest(checkpoint)}.items():
-        assert digest(fetch(f"toys/blocks@{revision}", catalog)) == expected
-    assert digest(fetch("toys/blocks", catalog)) == digest(checkpoint)
+        assert digest(resolve_uri(f"toys/blocks@{revision}", catalog)) == expected
+    assert digest(resolve_uri("toys/blocks", catalog)) == digest(checkpoint)
     assert "toys/blocks@v2: cannot be fetched from the Hub: it has no such branch" in error(
-        lambda: fetch("toys/blocks@v2", catalog)
+        lambda: resolve_uri("toys/blocks@v2", catalog)
     )
 
 
@@ -123,7 +123,7 @@ def test_only_what_a_checkpoint_consists_of_is_fetched(hub: Hub, checkpoint: Pat
     (checkpoint / "pytorch_model.bin").write_bytes(b"\x80\x02")
     (checkpoint / "modeling.py").write_text("raise SystemExit")
     hub.publish("toys/blocks", checkpoint)
-    folder = fetch("toys/blocks", catalog)
+    folder = resolve_uri("toys/blocks", catalog)
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.py"))
     assert (folder / "lens.json").is_file()
 
@@ -132,14 +132,14 @@ def test_offline_the_cache_is_used_and_nobody_is_asked(
     hub: Hub, unplug: Callable[[Hub], None], checkpoint: Path, catalog: Catalog
 ) -> None:
     hub.publish("toys/blocks", checkpoint, "v1")
-    online = fetch("toys/blocks", catalog)
-    fetch("toys/blocks@v1", catalog)
+    online = resolve_uri("toys/blocks", catalog)
+    resolve_uri("toys/blocks@v1", catalog)
     unplug(hub)
-    assert fetch("toys/blocks", catalog) == online == fetch("toys/blocks@v1", catalog)
+    assert resolve_uri("toys/blocks", catalog) == online == resolve_uri("toys/blocks@v1", catalog)
     assert "toys/blocks@v2: model_index.json is not in the cache, and nothing is fetched offline" in error(
-        lambda: fetch("toys/blocks@v2", catalog)
+        lambda: resolve_uri("toys/blocks@v2", catalog)
     )
-    said = error(lambda: fetch("toys/other", catalog))
+    said = error(lambda: resolve_uri("toys/other", catalog))
     assert "toys/other: model_index.json is not in the cache" in said and "`hf download toys/other`" in said
     assert hub.asked == []
 
@@ -154,38 +154,38 @@ def test_offline_a_file_that_a_snapshot_lacks_is_named(
     index = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors", "c": "../x.safetensors"}}')
     hub.publish("toys/blocks", checkpoint)
-    folder = fetch("toys/blocks", catalog)
+    folder = resolve_uri("toys/blocks", catalog)
     (folder / "transformer" / "part-2.safetensors").unlink()
     if not listed:  # as an older client of the Hub leaves its cache
         for listing in (tmp_path / "cache").rglob("trees/*.json"):
             listing.unlink()
         _tree_cache._IN_MEMORY_TREE_CACHE.clear()
     unplug(hub)
-    said = error(lambda: fetch("toys/blocks", catalog))
+    said = error(lambda: resolve_uri("toys/blocks", catalog))
     assert said.startswith("toys/blocks: transformer/part-2.safetensors is not in the cache, and nothing is fetched")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "transformer" / "part-1.safetensors").unlink()
-    assert ("and 2 more" if listed else "and 1 more") in error(lambda: fetch("toys/blocks", catalog))
+    assert ("and 2 more" if listed else "and 1 more") in error(lambda: resolve_uri("toys/blocks", catalog))
     assert hub.asked == []
 
 
 def test_a_download_that_was_cut_short_is_finished(hub: Hub, checkpoint: Path, catalog: Catalog) -> None:
     hub.publish("toys/blocks", checkpoint)
-    folder = fetch("toys/blocks", catalog)
+    folder = resolve_uri("toys/blocks", catalog)
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     path.resolve().unlink()
     path.unlink()
-    assert fetch("toys/blocks", catalog) == folder and digest(folder) == digest(checkpoint)
+    assert resolve_uri("toys/blocks", catalog) == folder and digest(folder) == digest(checkpoint)
 
 
 def test_what_the_hub_refuses_is_told_with_the_cure(hub: Hub, checkpoint: Path, catalog: Catalog) -> None:
     assert "there is none of that name, or it is private; then run `hf auth login`" in error(
-        lambda: fetch("toys/none", catalog)
+        lambda: resolve_uri("toys/none", catalog)
     )
     hub.publish("toys/gated", checkpoint)
     hub.gated.add("toys/gated")
-    assert "it is gated; accept its terms" in error(lambda: fetch("toys/gated", catalog))
-    assert "cannot be fetched from the Hub" in error(lambda: fetch("toys/bad..name", catalog))
+    assert "it is gated; accept its terms" in error(lambda: resolve_uri("toys/gated", catalog))
+    assert "cannot be fetched from the Hub" in error(lambda: resolve_uri("toys/bad..name", catalog))
 
 
 def test_a_folder_here_goes_before_a_repository(
@@ -193,7 +193,7 @@ def test_a_folder_here_goes_before_a_repository(
 ) -> None:
     pipeline.save_pretrained(tmp_path / "toys" / "blocks")
     monkeypatch.chdir(tmp_path)
-    assert fetch("toys/blocks", catalog) == Path("toys/blocks")
+    assert resolve_uri("toys/blocks", catalog) == Path("toys/blocks")
     assert hub.asked == []
 
 
@@ -247,7 +247,7 @@ def test_a_card_that_a_person_wrote_stays_there_and_here(
     hub: Hub, pipeline: LensPipeline, checkpoint: Path, catalog: Catalog
 ) -> None:
     def push() -> None:
-        upload(checkpoint, describe(checkpoint, catalog), "toys/blocks", token="hf_secret")
+        upload(checkpoint, read_manifest(checkpoint, catalog), "toys/blocks", token="hf_secret")
 
     pipeline.push_to_hub("toys/blocks", token="hf_secret")
     repository = hub.repositories["toys/blocks"]
@@ -276,7 +276,7 @@ def test_weights_of_an_earlier_push_do_not_stay_beside_the_new_ones(
     single.rename(folder / "part.safetensors")
     index = {"weight_map": dict.fromkeys(names, "part.safetensors")}
     write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
-    upload(checkpoint, describe(checkpoint, catalog), "toys/blocks", token="hf_secret")
+    upload(checkpoint, read_manifest(checkpoint, catalog), "toys/blocks", token="hf_secret")
     there = {name for name in repository.files if ".safetensors" in name and not name.startswith(("vae/", "text"))}
     assert there == {
         "lora.safetensors",
@@ -331,7 +331,7 @@ def test_what_is_no_name_of_a_repository_is_refused(name: str, hub: Hub, pipelin
 def test_half_a_checkpoint_is_not_uploaded(hub: Hub, checkpoint: Path, catalog: Catalog) -> None:
     write_json(checkpoint / "vae" / "x.safetensors.index.json", {"weight_map": {"a": "gone.safetensors"}})
     create("toys/blocks", token="hf_secret")
-    said = error(lambda: upload(checkpoint, describe(checkpoint, catalog), "toys/blocks", token="hf_secret"))
+    said = error(lambda: upload(checkpoint, read_manifest(checkpoint, catalog), "toys/blocks", token="hf_secret"))
     assert said == f"{checkpoint / 'vae' / 'gone.safetensors'}: missing; only a whole checkpoint is uploaded"
 
 
@@ -390,7 +390,7 @@ def test_only_what_the_checkpoint_names_is_uploaded(hub: Hub, checkpoint: Path, 
         (checkpoint / name).write_text("{}")
     (checkpoint / "LICENSE").write_text("MIT")
     create("toys/a", token="hf_secret")
-    upload(checkpoint, describe(checkpoint, catalog), "toys/a", token="hf_secret")
+    upload(checkpoint, read_manifest(checkpoint, catalog), "toys/a", token="hf_secret")
     files = hub.repositories["toys/a"].files
     weights = "diffusion_pytorch_model.safetensors"
     assert set(files) - {".gitattributes"} == {
@@ -401,7 +401,7 @@ def test_only_what_the_checkpoint_names_is_uploaded(hub: Hub, checkpoint: Path, 
     del about["files"]
     write_json(checkpoint / "lens.json", about)
     create("toys/b", token="hf_secret")
-    upload(checkpoint, describe(checkpoint, catalog), "toys/b", token="hf_secret")
+    upload(checkpoint, read_manifest(checkpoint, catalog), "toys/b", token="hf_secret")
     assert set(hub.repositories["toys/b"].files) == set(files), "nor where lens.json names no files"
 
 
@@ -419,15 +419,15 @@ def test_a_concurrent_change_is_not_overwritten(
         return found
 
     monkeypatch.setattr(HfApi, "list_repo_files", meanwhile)
-    said = error(lambda: upload(checkpoint, describe(checkpoint, catalog), "toys/a", token="hf_secret"))
+    said = error(lambda: upload(checkpoint, read_manifest(checkpoint, catalog), "toys/a", token="hf_secret"))
     assert "somebody has changed it meanwhile" in said
     assert set(hub.repositories["toys/a"].files) == {"theirs.json"}
 
 
 def test_what_was_pushed_and_fetched_is_as_it_was_written(hub: Hub, checkpoint: Path, catalog: Catalog) -> None:
     create("toys/a", token="hf_secret")
-    upload(checkpoint, describe(checkpoint, catalog), "toys/a", token="hf_secret")
-    folder = fetch("toys/a", catalog)
-    found = integrity.check(folder, describe(folder, catalog))
+    upload(checkpoint, read_manifest(checkpoint, catalog), "toys/a", token="hf_secret")
+    folder = resolve_uri("toys/a", catalog)
+    found = integrity.check(folder, read_manifest(folder, catalog))
     assert found.named == 4 and found.problems == []
     LensPipeline.from_pretrained("toys/a", catalog=catalog, verify=True)

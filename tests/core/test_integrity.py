@@ -11,7 +11,7 @@ import pytest
 
 from lens_core.catalog import Catalog
 from lens_core.checkpoints.integrity import check
-from lens_core.checkpoints.manifest import describe, fetch
+from lens_core.checkpoints.manifest import read_manifest, resolve_uri
 from lens_core.cli.main import main
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.io.atomic_files import read_json, write_json
@@ -107,7 +107,7 @@ def test_a_file_that_was_there_before_is_no_part_of_what_is_saved(pipeline: Lens
 def test_files_that_cannot_be_meant_are_refused(files: Any, checkpoint: Path, catalog: Catalog) -> None:
     write_json(checkpoint / "lens.json", read_json(checkpoint / "lens.json") | {"files": files})
     with pytest.raises(CheckpointError, match="its files are no paths with a SHA-256 each"):
-        describe(checkpoint, catalog)
+        read_manifest(checkpoint, catalog)
 
 
 @pytest.mark.parametrize("name", ["tiny:", "tiny:turbo"])
@@ -120,8 +120,8 @@ def test_the_embedded_checkpoints_are_whole(name: str, capsys: pytest.CaptureFix
 def test_a_converted_checkpoint_is_as_it_was_written(tmp_path: Path) -> None:
     assert main(["convert", "tiny:", str(tmp_path / "a")]) == 0
     catalog = Catalog.installed()
-    found = check(tmp_path / "a", describe(tmp_path / "a", catalog))
+    found = check(tmp_path / "a", read_manifest(tmp_path / "a", catalog))
     assert found.problems == [] and found.named is not None and found.named >= 9
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert main(["check", str(tmp_path / "b")]) == 0
-    assert fetch(str(tmp_path / "b"), catalog) == tmp_path / "b"
+    assert resolve_uri(str(tmp_path / "b"), catalog) == tmp_path / "b"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lens_core.checkpoints import lazy_tensors
-from lens_core.checkpoints.lazy_tensors import DTYPES, Lazy, read_lazy, write_lazy
+from lens_core.checkpoints.lazy_tensors import DTYPES, LazyTensor, read_lazy, write_lazy
 from lens_core.checkpoints.tensor_files import read_tensors
 from lens_core.types import CheckpointError
 
@@ -63,7 +63,7 @@ def test_every_kind_reads_back_bit_for_bit_and_safetensors_agrees(tmp_path: Path
 
 def test_a_cast_changes_floats_alone_and_rounds_as_torch_does(tmp_path: Path) -> None:
     tensors = {"w": torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), "n": torch.arange(5)}
-    write_lazy(tmp_path / "a.safetensors", {k: Lazy.of(v) for k, v in tensors.items()}, torch.bfloat16)
+    write_lazy(tmp_path / "a.safetensors", {k: LazyTensor.of(v) for k, v in tensors.items()}, torch.bfloat16)
     found = load_file(tmp_path / "a.safetensors")
     assert torch.equal(found["w"], tensors["w"].bfloat16()) and torch.equal(found["n"], tensors["n"])
     assert torch.equal(
@@ -94,13 +94,13 @@ def test_a_copy_holds_one_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
         weakref.finalize(buffer.untyped_storage(), lambda: alive.__setitem__(0, alive[0] - size))
         return buffer
 
-    def pieces(tensor: Lazy) -> Lazy:
+    def pieces(tensor: LazyTensor) -> LazyTensor:
         def rows(dtype: torch.dtype) -> Iterator[Tensor]:
             for block in tensor.rows(dtype):
                 most[0] = max(most[0], block.nbytes)
                 yield block
 
-        return Lazy(tensor.shape, tensor.dtype, rows)
+        return LazyTensor(tensor.shape, tensor.dtype, rows)
 
     monkeypatch.setattr(torch, "empty", counted)
     tensors, _ = read_lazy(tmp_path / "a")
@@ -117,7 +117,7 @@ def test_what_is_read_is_aligned_and_read_once(tmp_path: Path) -> None:
 
 
 def test_rows_that_do_not_add_up_are_not_written(tmp_path: Path) -> None:
-    liar = Lazy((4, 2), torch.float32, lambda dtype: iter([torch.ones(3, 2)]))
+    liar = LazyTensor((4, 2), torch.float32, lambda dtype: iter([torch.ones(3, 2)]))
     assert "other rows than its shape tells" in error(lambda: write_lazy(tmp_path / "a", {"x": liar}))
     assert list(tmp_path.iterdir()) == []
 

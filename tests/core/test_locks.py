@@ -21,7 +21,7 @@ from lens_core.io import locks
 from lens_core.io.atomic_files import WriteError
 from lens_core.io.locks import LockedError, locked
 from lens_core.io.system_files import is_system_file
-from lens_core.recipe import Recipe, Training, Use
+from lens_core.recipe import ComponentSpec, Recipe, Training
 from lens_core.training.trainer import Run
 
 HOLD = """
@@ -165,7 +165,7 @@ def test_a_run_has_one_writer_and_the_log_is_not_doubled(
     other: subprocess.Popen[str], tmp_path: Path, catalog: Catalog
 ) -> None:
     train = Training(steps=2, log_every=1)
-    plan = Recipe(method=Use("fit"), dataset=Use("squares"), train=train, pipeline=toy.NARROW)
+    plan = Recipe(method=ComponentSpec("fit"), dataset=ComponentSpec("squares"), train=train, pipeline=toy.NARROW)
     with pytest.raises(LockedError, match=f"process {other.pid} on"):
         Run(plan, catalog, tmp_path, say=lambda line: None).train()
     assert [p.name for p in tmp_path.iterdir()] == [locks.NAME]

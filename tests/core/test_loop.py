@@ -23,7 +23,7 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints import manifest, tensor_files
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.io import atomic_files
-from lens_core.recipe import Recipe, Training, Use, Watch
+from lens_core.recipe import ComponentSpec, Recipe, Training, Watch
 from lens_core.training import optimizers
 from lens_core.training.trainer import Run, rate
 from lens_core.types import (
@@ -33,12 +33,12 @@ from lens_core.types import (
     LensError,
     Loss,
     NumericalError,
-    Text,
+    TextFeatures,
 )
 
 RECIPE = Recipe(
-    method=Use("fit"),
-    dataset=Use("squares"),
+    method=ComponentSpec("fit"),
+    dataset=ComponentSpec("squares"),
     train=Training(steps=6, lr=1e-2, warmup=2, decay=0.5, ema=0.9, save_every=2, log_every=2),
     pipeline=toy.NARROW,
     seed=3,
@@ -46,7 +46,7 @@ RECIPE = Recipe(
 
 
 def recipe(method: dict[str, Any] | None = None, **train: Any) -> Recipe:
-    return evolve(RECIPE, method=Use("fit", method or {}), train=evolve(RECIPE.train, **train))
+    return evolve(RECIPE, method=ComponentSpec("fit", method or {}), train=evolve(RECIPE.train, **train))
 
 
 class Runner:
@@ -471,7 +471,12 @@ def sloping(
 ) -> tuple[Run, dict[str, float]]:
     monkeypatch.setattr(Slopes, "given", given)
     train = Training(steps=steps, lr=1e-3, clip=0.0, parts=len(given), log_every=1, bad_steps=bad_steps)
-    run = Run(evolve(RECIPE, method=Use("slopes"), train=train), Catalog.of(toy, plugin), folder, say=lambda line: None)
+    run = Run(
+        evolve(RECIPE, method=ComponentSpec("slopes"), train=train),
+        Catalog.of(toy, plugin),
+        folder,
+        say=lambda line: None,
+    )
     run.train()
     return run, lines(folder)[-1]
 
@@ -519,7 +524,7 @@ def test_a_method_gets_the_sums_of_all_parts_of_each_step_that_is_made(
     assert run.method.updates == [(11.0, 3.0)] * 2
     monkeypatch.setattr(Slopes, "given", (((math.nan, None),),))
     train = Training(steps=3, lr=1e-3, bad_steps=2)
-    other = Run(evolve(RECIPE, method=Use("slopes"), train=train), Catalog.of(toy, plugin), tmp_path / "b")
+    other = Run(evolve(RECIPE, method=ComponentSpec("slopes"), train=train), Catalog.of(toy, plugin), tmp_path / "b")
     with pytest.raises(NumericalError, match="2 bad steps in a row"):
         other.train()
     assert other.method.updates == [], "steps that were skipped"
@@ -582,7 +587,10 @@ FLAWS: dict[str, tuple[Any, str]] = {
     "flat": (square(images=None, latents=torch.zeros(2, 4, 2)), r"float32 \[2, 4, 2\]"),
     "packed": (square(images=(PACKED[0], PACKED[1].float())), r"or a tuple of 2 of \[3,H,W\]"),
     "fewer": (square(images=PACKED[:1]), r"or a tuple of 2 of \[3,H,W\]"),
-    "words": (square(text=Text(torch.zeros(3, 1, 1, 8), torch.ones(3, 1).bool())), "text must be a Text of 2 captions"),
+    "words": (
+        square(text=TextFeatures(torch.zeros(3, 1, 1, 8), torch.ones(3, 1).bool())),
+        "text must be a TextFeatures of 2 captions",
+    ),
 }
 
 
@@ -599,7 +607,7 @@ def test_a_dataset_that_yields_something_else_is_refused_by_name_at_its_first_ba
 
 def test_a_dataset_that_is_looked_at_is_checked_as_well(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy.Fit, "validate", lambda *_: {"loss": 0.0}, raising=False)
-    run = runner.run(evolve(recipe(), watch=Watch(every=1, validation=Use("squares"))), "a")
+    run = runner.run(evolve(recipe(), watch=Watch(every=1, validation=ComponentSpec("squares"))), "a")
     monkeypatch.setattr(toy.Squares, "batches", lambda self, rank, world: iter([FLAWS["floats"][0]]))
     with pytest.raises(LensError, match=r"squares\.batches yielded Tensor float32"):
         run.train()

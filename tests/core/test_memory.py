@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import manifest, tensor_files
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import Adapter, Recipe, Training, Use, Watch
+from lens_core.recipe import Adapter, ComponentSpec, Recipe, Training, Watch
 from lens_core.training import distributed
 from lens_core.training.distributed import Ranks
 from lens_core.training.trainer import Run
 
 WIDE = 2**15  # hidden channels: weights that stand out from all else
 RECIPE = Recipe(
-    method=Use("fit"),
-    dataset=Use("squares", {"batch": 1}),
+    method=ComponentSpec("fit"),
+    dataset=ComponentSpec("squares", {"batch": 1}),
     train=Training(steps=2, ema=0.9, save_every=1, log_every=1),
-    pipeline=evolve(toy.PARTS, backbone=Use("mixer", {"width": WIDE}), steps=1),
+    pipeline=evolve(toy.PARTS, backbone=ComponentSpec("mixer", {"width": WIDE}), steps=1),
 )
 LARGEST = 4 * 8 * WIDE  # bytes of the mixer's largest tensor
 
@@ -65,7 +65,9 @@ def test_saving_copies_no_weight_and_reads_none_again(
 
 
 def test_the_best_weights_are_kept_without_a_copy(catalog: Catalog, tmp_path: Path) -> None:
-    watch = Watch(every=1, benchmarks=(Use("reds", {"prompts": 1}),), keep_best="reds", batch=1, size=(16, 16))
+    watch = Watch(
+        every=1, benchmarks=(ComponentSpec("reds", {"prompts": 1}),), keep_best="reds", batch=1, size=(16, 16)
+    )
     run = Run(evolve(RECIPE, watch=watch), catalog, tmp_path / "a", say=lambda line: None)
     (tmp_path / "a").mkdir()
     state = sum(v.nbytes for v in run.pipeline.backbone.state_dict().values())
@@ -182,10 +184,10 @@ def test_nothing_is_cast_where_a_run_computes_in_float32(catalog: Catalog, tmp_p
 def test_a_teacher_sits_in_sixteen_bits_is_divided_and_computes_again(tmp_path: Path, monkeypatch: Any) -> None:
     divided: dict[str, nn.Module] = {}
     monkeypatch.setattr(Ranks, "divide", lambda self, nets: divided.update(nets))
-    backbone = Use("mmdit", {k: v for k, v in rank_worker.BLOCKS.items() if k != "use"})
+    backbone = ComponentSpec("mmdit", {k: v for k, v in rank_worker.BLOCKS.items() if k != "use"})
     recipe = Recipe(
-        method=Use("dmd2", {"gan": 0.1, "blocks": [0], "critic_steps": 1, "ida": 1.0}),
-        dataset=Use("squares"),
+        method=ComponentSpec("dmd2", {"gan": 0.1, "blocks": [0], "critic_steps": 1, "ida": 1.0}),
+        dataset=ComponentSpec("squares"),
         train=Training(steps=1, precision="bf16", checkpointing=True),
         pipeline=evolve(toy.PARTS, backbone=backbone, guidance_scale=3.0, steps=2),
     )
@@ -200,10 +202,10 @@ def test_the_gradient_of_the_gan_alone_is_taken_where_it_is_logged(tmp_path: Pat
     taken: list[int] = []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: taken.append(run.step) or grad(*a, **k))
-    backbone = Use("mmdit", {k: v for k, v in rank_worker.BLOCKS.items() if k != "use"})
+    backbone = ComponentSpec("mmdit", {k: v for k, v in rank_worker.BLOCKS.items() if k != "use"})
     recipe = Recipe(
-        method=Use("dmd2", {"gan": 0.1, "blocks": [0], "critic_steps": 1, "ida": 1.0}),
-        dataset=Use("squares"),
+        method=ComponentSpec("dmd2", {"gan": 0.1, "blocks": [0], "critic_steps": 1, "ida": 1.0}),
+        dataset=ComponentSpec("squares"),
         train=Training(steps=5, log_every=2, save_every=9),
         pipeline=evolve(toy.PARTS, backbone=backbone, guidance_scale=3.0, steps=2),
     )

@@ -20,9 +20,9 @@ from live import Live
 from torch import Tensor, nn
 
 from lens_core.inference import offload
-from lens_core.inference.offload import ALIGNMENT, PHASES, PLANS, Accelerator, Load
+from lens_core.inference.offload import ALIGNMENT, PHASES, PLANS, Accelerator, Workload
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.types import ConfigError
+from lens_core.types import ConfigError, PluginError
 
 PROMPTS = ["a red circle", "a blue square and a small green star"]
 CALL: dict[str, Any] = {"height": 32, "width": 48, "num_inference_steps": 3, "guidance_scale": 3.0, "seed": 0}
@@ -165,7 +165,7 @@ def test_each_phase_peaks_at_what_the_plan_told(plan: str) -> None:
 def test_plans_hold_less_and_less() -> None:
     pipeline = build(torch.bfloat16)
     modules = {part: getattr(pipeline, part) for part in PHASES}
-    told = {plan: offload.forecast(plan, modules, Load()) for plan in PLANS}
+    told = {plan: offload.estimate_memory(plan, modules, Workload()) for plan in PLANS}
     each = {plan: max(f.weights.values()) for plan, f in told.items()}
     assert each["none"] > each["modulation"] > each["model"] > each["block"]
     everything = sum(t.numel() * t.element_size() for m in modules.values() for t in m.state_dict().values())
@@ -236,7 +236,7 @@ def test_a_pass_that_stops_early_or_fails_leaves_every_weight_at_home() -> None:
     walk.close()
     assert not meter.held
     hook = pipeline.backbone.transformer_blocks[2].attn.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(PluginError, match="ZeroDivisionError"):
         draw(pipeline)
     hook.remove()
     assert not meter.held
@@ -283,14 +283,14 @@ def test_a_lora_is_folded_into_weights_that_are_away(tmp_path: Any) -> None:
 
 
 def test_a_saved_pipeline_is_the_same_under_any_plan(tmp_path: Any) -> None:
-    from lens_core.recipe import Use
+    from lens_core.recipe import ComponentSpec
 
     pipeline = build()
     pipeline.uses = {
-        "vae": Use("flux2"),
-        "text_encoder": Use("gpt_oss"),
-        "backbone": Use("mmdit"),
-        "sampler": Use("euler"),
+        "vae": ComponentSpec("flux2"),
+        "text_encoder": ComponentSpec("gpt_oss"),
+        "backbone": ComponentSpec("mmdit"),
+        "sampler": ComponentSpec("euler"),
     }
     pipeline.save_pretrained(tmp_path / "a")
     pipeline.offload("block", accelerator=Meter())
@@ -322,9 +322,9 @@ def test_a_picture_to_begin_at_is_encoded_under_a_plan() -> None:
 
 
 def test_auto_takes_the_fastest_plan_that_fits() -> None:
-    pipeline, load = build(), Load((32, 48), 4)
+    pipeline, load = build(), Workload((32, 48), 4)
     modules = {part: getattr(pipeline, part) for part in PHASES}
-    need = {plan: offload.forecast(plan, modules, load).peak + offload.RESERVE for plan in PLANS}
+    need = {plan: offload.estimate_memory(plan, modules, load).peak + offload.RESERVE for plan in PLANS}
     chosen = set()
     for free in (0, *need.values(), *(n - 1 for n in need.values())):
         fits = [plan for plan in PLANS if need[plan] <= free]
@@ -352,7 +352,7 @@ def test_chunks_of_a_pack_are_bounded_and_hold_everything(monkeypatch: pytest.Mo
     monkeypatch.setattr(offload, "CHUNK", 4096)
     tensors = [torch.full((n,), float(n)) for n in (10, 900, 5, 3000, 0, 1, 200, 200)]
     values, meter = [t.clone() for t in tensors], Meter(late=True)
-    pack = offload.Pack(tensors, meter)
+    pack = offload.TensorGroup(tensors, meter)
     assert [len(host) for _, host in pack.chunks] == [512, 4096, 512, 12288, 2560], (
         "one tensor may be larger than a chunk"
     )
@@ -384,22 +384,22 @@ def test_estimates_beside_the_weights_are_what_operators_hold(
     pipeline.text_encoder.encode(prompts)  # reads the head of the conversation, which is kept
     with Live() as encoding:
         text = pipeline.encode(prompts)
-    load = Load(size, 4, count, text.mask.shape[1], steps=3)
+    load = Workload(size, 4, count, text.mask.shape[1], steps=3)
     x = torch.randn(count, 8, size[0] // 4, size[1] // 4, generator=torch.Generator().manual_seed(0))
     with pipeline._tabled(torch.ones(1)), torch.no_grad(), Live() as denoising:
         pipeline.backbone(x, torch.ones(count), text)
     with Live() as decoding:
         pipeline.decode(x)
     table = 3 * sum(m.out_features for m in pipeline.backbone.modulations()) * dtype.itemsize
-    assert denoising.peak < pipeline.backbone.working(load) - table < 1.3 * denoising.peak
-    assert decoding.peak < pipeline.vae.working(load) < 1.25 * decoding.peak
+    assert denoising.peak < pipeline.backbone.activation_bytes(load) - table < 1.3 * denoising.peak
+    assert decoding.peak < pipeline.vae.activation_bytes(load) < 1.25 * decoding.peak
     if count == 1:  # prompts are encoded one by one when pictures are drawn
-        assert encoding.peak < pipeline.text_encoder.working(load) < 3 * encoding.peak
+        assert encoding.peak < pipeline.text_encoder.activation_bytes(load) < 3 * encoding.peak
 
 
 def test_the_table_of_modulation_is_as_large_as_was_told() -> None:
     pipeline = build(torch.bfloat16)
     draw(pipeline)
     held = sum(m.rows.numel() * m.rows.element_size() for m in pipeline.backbone.modulations())
-    told = [pipeline.backbone.working(Load((32, 48), 4, 1, 10, steps)) for steps in (0, 3)]
+    told = [pipeline.backbone.activation_bytes(Workload((32, 48), 4, 1, 10, steps)) for steps in (0, 3)]
     assert told[1] - told[0] == held

@@ -17,7 +17,7 @@ from torch import Tensor
 from lens_core import flow
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline, to_images, to_pixels
-from lens_core.recipe import Parts, Use
+from lens_core.recipe import ComponentSpec, Parts
 from lens_core.types import ConfigError, LensError, NumericalError
 
 SIZE: dict[str, Any] = {"height": 32, "width": 48}
@@ -276,10 +276,10 @@ def test_a_saved_pipeline_draws_the_identical_picture(
     assert torch.equal(latents(again, "a", seed=0), latents(pipeline, "a", seed=0))
     assert again.presets == pipeline.presets
     assert again.uses == {
-        "vae": Use("toy:blocks"),
-        "text_encoder": Use("toy:letters"),
-        "backbone": Use("toy:mixer", {"width": 16}),
-        "sampler": Use("toy:even"),
+        "vae": ComponentSpec("toy:blocks"),
+        "text_encoder": ComponentSpec("toy:letters"),
+        "backbone": ComponentSpec("toy:mixer", {"width": 16}),
+        "sampler": ComponentSpec("toy:even"),
     }
     again.save_pretrained(tmp_path / "third")
     third = LensPipeline.from_pretrained(tmp_path / "third", catalog=catalog)
@@ -287,7 +287,9 @@ def test_a_saved_pipeline_draws_the_identical_picture(
 
 
 def test_parts_of_a_checkpoint_can_be_replaced(pipeline: LensPipeline, checkpoint: Path, catalog: Catalog) -> None:
-    mixed = LensPipeline.from_parts(Parts(start=str(checkpoint), backbone=Use("mixer", {"width": 8})), catalog)
+    mixed = LensPipeline.from_parts(
+        Parts(start=str(checkpoint), backbone=ComponentSpec("mixer", {"width": 8})), catalog
+    )
     assert torch.equal(mixed.vae.gain, pipeline.vae.gain)
     assert mixed.backbone.inner.out_features == 8
 
@@ -313,11 +315,13 @@ def test_an_assigned_part_forgets_what_the_one_before_was_built_from(
     assert ("sampler" in settings) == (kind != "sampler")
     before = {p.name: p.stat().st_mtime_ns for p in checkpoint.iterdir()}
     for folder in (tmp_path / "x", checkpoint):
-        with pytest.raises(LensError, match=rf"{kind} was put in by hand: say how .*pipeline\.uses\['{kind}'\] = Use"):
+        with pytest.raises(
+            LensError, match=rf"{kind} was put in by hand: say how .*pipeline\.uses\['{kind}'\] = ComponentSpec"
+        ):
             pipeline.save_pretrained(folder)
     assert not (tmp_path / "x").exists()
     assert before == {p.name: p.stat().st_mtime_ns for p in checkpoint.iterdir()}, "nothing there was touched"
-    pipeline.uses[kind] = Use(
+    pipeline.uses[kind] = ComponentSpec(
         {"vae": "toy:blocks", "text_encoder": "toy:letters", "backbone": "toy:mixer"}.get(kind, "toy:even")
     )
     pipeline.save_pretrained(tmp_path / "x")
@@ -331,11 +335,11 @@ def test_a_part_that_no_folder_can_hold_is_named_before_anything_is_written(
     class Mine:
         layers, width = 1, 8
 
-    pipeline.put("text_encoder", Mine(), Use("toy:letters"))
+    pipeline.put("text_encoder", Mine(), ComponentSpec("toy:letters"))
     with pytest.raises(LensError, match=r"text_encoder: Mine has no save\(folder\)"):
         pipeline.save_pretrained(tmp_path / "x")
     pipeline.catalog = catalog
-    pipeline.put("sampler", pipeline.sampler, Use("toy:uneven"))
+    pipeline.put("sampler", pipeline.sampler, ComponentSpec("toy:uneven"))
     pipeline.put("text_encoder", None)
     with pytest.raises(ConfigError, match="no sampler is called 'toy:uneven'"):
         pipeline.save_pretrained(tmp_path / "x")

@@ -21,7 +21,7 @@ from lens_core import hookimpl
 from lens_core.catalog import Catalog
 from lens_core.cli.main import main
 from lens_core.config import flaw_of
-from lens_core.recipe import Use
+from lens_core.recipe import ComponentSpec
 from lens_core.types import LensError, PluginError
 from lens_core.validators import integer
 
@@ -52,14 +52,27 @@ def config(hint: Any, default: Any = attrs.NOTHING, **more: Any) -> type[Any]:
 @pytest.mark.parametrize(
     ("hint", "default"),
     [
-        (int, 1), (float, 1), (float, 0.5), (str, "x"), (bool, True), (Any, [1, {"a": None}]), (int | None, None),
-        (Literal["a", "b"], "a"), (tuple[int, ...], (1, 2)), (tuple[tuple[int, float], ...], ((1, 0.5),)),
-        (dict[str, float], attrs.Factory(dict)), (dict[str, tuple[str, ...]], attrs.Factory(dict)), (Use, Use("x")),
-        (tuple[Use, ...], (Use("a", {"b": 1}),)), (Inner, Inner()), (Inner | None, None),
+        (int, 1),
+        (float, 1),
+        (float, 0.5),
+        (str, "x"),
+        (bool, True),
+        (Any, [1, {"a": None}]),
+        (int | None, None),
+        (Literal["a", "b"], "a"),
+        (tuple[int, ...], (1, 2)),
+        (tuple[tuple[int, float], ...], ((1, 0.5),)),
+        (dict[str, float], attrs.Factory(dict)),
+        (dict[str, tuple[str, ...]], attrs.Factory(dict)),
+        (ComponentSpec, ComponentSpec("x")),
+        (tuple[ComponentSpec, ...], (ComponentSpec("a", {"b": 1}),)),
+        (Inner, Inner()),
+        (Inner | None, None),
         (list[int], attrs.Factory(list)),
-        (int, attrs.NOTHING), (dict[str, Any], attrs.Factory(dict)),
+        (int, attrs.NOTHING),
+        (dict[str, Any], attrs.Factory(dict)),
     ],
-)  # fmt: skip
+)
 def test_a_field_that_json_holds_is_fine(hint: Any, default: Any) -> None:
     assert flaw_of(config(hint, default)) is None
 
@@ -128,7 +141,7 @@ def module(name: str, **hooks: Any) -> types.ModuleType:
 
 
 class Half(toy.Even):
-    walk = None  # type: ignore[assignment]  # what the test is about
+    sample = None  # type: ignore[assignment]  # what the test is about
 
 
 class Unfrozen(toy.Even):
@@ -166,7 +179,7 @@ def misspelt() -> types.ModuleType:
     ("plugin", "words"),
     [
         (module("p", lens_samplers=["a list"]), "lens_samplers must return {short name: class}, not ['a list']"),
-        (module("p", lens_samplers={"x": Half}), "Half lacks walk(), which every sampler has"),
+        (module("p", lens_samplers={"x": Half}), "Half lacks sample(), which every sampler has"),
         (module("p", lens_samplers={"x": Unfrozen}), "Unfrozen.Config is not frozen"),
         (module("p", lens_samplers={"x": Shy}), "cannot be built as Shy(config)"),
         (module("p", lens_backbones={"x": Silent}), "Silent lacks forward()"),
@@ -219,7 +232,7 @@ def test_the_command_exits_with_1_where_anything_is_wrong(
     installed(monkeypatch, toy, module("bad", lens_samplers={"a": Half}, lens_commands={"mine": "no_such:y"}))
     assert main(["plugins", "--check"]) == 1
     told = capsys.readouterr().out
-    assert "Half lacks walk()" in told and "No module named 'no_such'" in told and "2 problems" in told
+    assert "Half lacks sample()" in told and "No module named 'no_such'" in told and "2 problems" in told
     assert main(["plugins", "--check", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)
     assert [len(row["problems"]) for row in rows] == [2, 0]

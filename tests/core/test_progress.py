@@ -16,7 +16,7 @@ from attrs import evolve
 
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
-from lens_core.recipe import Adapter, Recipe, Training, Use, Watch
+from lens_core.recipe import Adapter, ComponentSpec, Recipe, Training, Watch
 from lens_core.training import spikes as spikess
 from lens_core.training import throughput
 from lens_core.training.spikes import Spikes
@@ -25,8 +25,8 @@ from lens_core.training.trainer import Run
 from lens_core.types import Batch, ConfigError, Loss, NumericalError
 
 RECIPE = Recipe(
-    method=Use("fit"),
-    dataset=Use("squares"),
+    method=ComponentSpec("fit"),
+    dataset=ComponentSpec("squares"),
     train=Training(steps=6, lr=1e-2, save_every=2, log_every=2),
     pipeline=evolve(toy.NARROW, steps=2),
     seed=3,
@@ -259,7 +259,7 @@ def test_what_is_usual_is_part_of_a_checkpoint(tmp_path: Path, monkeypatch: pyte
 
 
 def test_bad_steps_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> None:
-    plan = evolve(recipe(save_every=1, bad_steps=3), method=Use("fit", {"bad": [1, 2, 3]}))
+    plan = evolve(recipe(save_every=1, bad_steps=3), method=ComponentSpec("fit", {"bad": [1, 2, 3]}))
     with pytest.raises(NumericalError):
         run(plan, tmp_path).train()
     with pytest.raises(NumericalError, match="3 bad steps in a row of backbone at step 3"):
@@ -309,7 +309,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
 
 
 def test_a_tracker_is_told_what_the_log_is_told_and_what_is_seen(fake: type[Fake], tmp_path: Path) -> None:
-    watch = Watch(every=6, size=(16, 16), benchmarks=(Use("reds"),))
+    watch = Watch(every=6, size=(16, 16), benchmarks=(ComponentSpec("reds"),))
     run(evolve(recipe(trackers=("fake",)), watch=watch), tmp_path).train()
     lines = {line.pop("step"): line for line in log(tmp_path)}
     told = [(step, values) for step, values in fake.told if "steps_per_second" in values]
@@ -330,7 +330,7 @@ def test_a_tracker_that_fails_stops_nothing(fake: type[Fake], tmp_path: Path, mo
 
 
 def test_a_tracker_is_finished_where_a_run_breaks(fake: type[Fake], tmp_path: Path) -> None:
-    plan = evolve(recipe(trackers=("fake",), bad_steps=1), method=Use("fit", {"bad": [0]}))
+    plan = evolve(recipe(trackers=("fake",), bad_steps=1), method=ComponentSpec("fit", {"bad": [0]}))
     with pytest.raises(NumericalError):
         run(plan, tmp_path).train()
     assert fake.finished == 1

@@ -24,7 +24,7 @@ from lens_core.testing.checks import (
     check_text_encoder,
     check_vae,
 )
-from lens_core.types import Batch, Loss, Prompt, Score, Text
+from lens_core.types import Batch, Loss, Prompt, Score, TextFeatures
 
 EMPTY, MIXER = toy.Blocks.Config(), toy.Mixer.Config()
 
@@ -127,19 +127,19 @@ class Unsized(toy.Blocks):
 
 
 class Soft(toy.Letters):
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
         text = super().encode(prompts)
-        return Text(text.features, text.mask.float())
+        return TextFeatures(text.features, text.mask.float())
 
 
 class Padded(toy.Letters):
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
         text = super().encode(prompts)
-        return Text(text.features, torch.ones_like(text.mask))
+        return TextFeatures(text.features, torch.ones_like(text.mask))
 
 
 class Deaf(toy.Letters):
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
         return super().encode(["same"] * len(prompts))
 
 
@@ -148,52 +148,52 @@ class Wide(toy.Letters):
 
 
 class Neighbourly(toy.Letters):
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
         text = super().encode(prompts)
-        return Text(text.features * len(prompts), text.mask)
+        return TextFeatures(text.features * len(prompts), text.mask)
 
 
 class Unmasked(toy.Mixer):
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
-        return super().forward(x, t, Text(text.features, torch.ones_like(text.mask)))
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
+        return super().forward(x, t, TextFeatures(text.features, torch.ones_like(text.mask)))
 
 
 class Wordy(toy.Mixer):
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         return super().forward(x, t, text) + text.features.mean()
 
 
 class Loud(toy.Mixer):
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         return super().forward(x, t, text) + float(text.mask.shape[1] > 0)
 
 
 class Mean(toy.Mixer):
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         v = super().forward(x, t, text)
         return v - v.mean(0)
 
 
 class Mingled(toy.Mixer):
-    def packed(self, xs: Sequence[Tensor], t: Tensor, text: Text) -> list[Tensor]:
+    def packed(self, xs: Sequence[Tensor], t: Tensor, text: TextFeatures) -> list[Tensor]:
         found = super().packed(xs, t, text)
         return [v + found[0].mean() for v in found]
 
 
 class Greedy(toy.Mixer):
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         v = super().forward(x, t, text)
         x.zero_()
         return v
 
 
 class Severed(toy.Mixer):
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         return super().forward(x, t, text).detach().requires_grad_()
 
 
 class Narrow(toy.Mixer):
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         return super().forward(x, t, text)[:, :3]
 
 
@@ -203,28 +203,28 @@ class Rising(toy.Even):
 
 
 class Short(toy.Even):
-    def walk(self, velocity: Any, noise: Tensor, steps: int) -> Iterator[tuple[float, Tensor]]:
-        yield from list(super().walk(velocity, noise, steps))[:-1]
+    def sample(self, velocity: Any, noise: Tensor, steps: int) -> Iterator[tuple[float, Tensor]]:
+        yield from list(super().sample(velocity, noise, steps))[:-1]
 
 
-class Lazy(toy.Even):
-    def walk(self, velocity: Any, noise: Tensor, steps: int) -> Iterator[tuple[float, Tensor]]:
-        yield from super().walk(lambda x, t: 0.9 * velocity(x, t), noise, steps)
+class LazyTensor(toy.Even):
+    def sample(self, velocity: Any, noise: Tensor, steps: int) -> Iterator[tuple[float, Tensor]]:
+        yield from super().sample(lambda x, t: 0.9 * velocity(x, t), noise, steps)
 
 
 class Scalar(toy.Even):
-    def walk(self, velocity: Any, noise: Tensor, steps: int) -> Iterator[tuple[float, Tensor]]:
-        yield from super().walk(lambda x, t: velocity(x, t[:1]), noise, steps)
+    def sample(self, velocity: Any, noise: Tensor, steps: int) -> Iterator[tuple[float, Tensor]]:
+        yield from super().sample(lambda x, t: velocity(x, t[:1]), noise, steps)
 
 
 class Diffuse(toy.Even):
-    def walk(self, velocity: Any, noise: Tensor, steps: int) -> Iterator[tuple[float, Tensor]]:
-        yield from super().walk(velocity, noise + torch.randn(noise.shape), steps)
+    def sample(self, velocity: Any, noise: Tensor, steps: int) -> Iterator[tuple[float, Tensor]]:
+        yield from super().sample(velocity, noise + torch.randn(noise.shape), steps)
 
 
 class Askew(toy.Even):
-    def walk(self, velocity: Any, noise: Tensor, steps: int) -> Iterator[tuple[float, Tensor]]:
-        yield from ((t + 0.1, x) for t, x in super().walk(velocity, noise, steps))
+    def sample(self, velocity: Any, noise: Tensor, steps: int) -> Iterator[tuple[float, Tensor]]:
+        yield from ((t + 0.1, x) for t, x in super().sample(velocity, noise, steps))
 
 
 class Bare(Red):
@@ -354,7 +354,7 @@ class Hoarder(toy.Mixer):
 
     kept: Tensor | None = None
 
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         v = super().forward(x, t, text)
         if torch.is_grad_enabled():
             return v
@@ -396,10 +396,10 @@ def test_a_sound_validation_passes() -> None:
         (backbone, Severed, "no weight gets a gradient"),
         (backbone, Narrow, r"v has the shape \[2, 3, 4, 6\], not \[2, 4, 4, 6\]"),
         (sampler, Rising, r"times must fall from 1 to 0, not \[0.0, 1.0\]"),
-        (sampler, Short, "walk yields 3 times in 4 steps"),
-        (sampler, Lazy, "does not arrive at the data"),
+        (sampler, Short, "sample yields 3 times in 4 steps"),
+        (sampler, LazyTensor, "does not arrive at the data"),
         (sampler, Scalar, r"the velocity's t has the shape \[1\], not \[2\]"),
-        (sampler, Diffuse, "walk draws from torch's global generator"),
+        (sampler, Diffuse, "sample draws from torch's global generator"),
         (sampler, Askew, "not at those of times"),
         (reward, Bare, "a verdict is 1.0, not a Score"),
         (reward, Ranked, "a picture's score depends on its batch"),

@@ -19,7 +19,7 @@ from lens_core.cli.main import main
 from lens_core.inference import prompt_cache
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.io.atomic_files import read_json, write_json
-from lens_core.types import CheckpointError, ConfigError, Text
+from lens_core.types import CheckpointError, ConfigError, TextFeatures
 
 SIZE: dict[str, Any] = {"height": 32, "width": 48, "output_type": "latent", "seed": 0}
 
@@ -143,9 +143,9 @@ def test_another_config_of_the_same_weights_counts(inner: bool, pipeline: LensPi
     """Which layers are read, and by what pattern they attend, stands in configs, of the encoder or of a part of it."""
 
     class Layers(toy.Letters):
-        def encode(self, prompts: Sequence[str]) -> Text:
+        def encode(self, prompts: Sequence[str]) -> TextFeatures:
             text = super().encode(prompts)
-            return Text(text.features * (self.table if inner else self).config["layer"], text.mask)
+            return TextFeatures(text.features * (self.table if inner else self).config["layer"], text.mask)
 
     torch.manual_seed(0)
     pipeline.text_encoder = Layers(None)
@@ -165,8 +165,10 @@ def test_an_encoder_put_in_its_place_is_asked(pipeline: LensPipeline) -> None:
         def __init__(self, value: float) -> None:
             self.value = value
 
-        def encode(self, prompts: list[str]) -> Text:
-            return Text(torch.full((len(prompts), 1, 2, 8), self.value), torch.ones(len(prompts), 2, dtype=torch.bool))
+        def encode(self, prompts: list[str]) -> TextFeatures:
+            return TextFeatures(
+                torch.full((len(prompts), 1, 2, 8), self.value), torch.ones(len(prompts), 2, dtype=torch.bool)
+            )
 
     for value in (1.0, 2.0):
         pipeline.text_encoder = Says(value)

@@ -15,7 +15,18 @@ from attrs import field, frozen
 
 from lens_core.catalog import Catalog
 from lens_core.protocols import KINDS
-from lens_core.recipe import Adapter, Parts, Recipe, Training, Use, Watch, options, read_recipe, structure, unstructure
+from lens_core.recipe import (
+    Adapter,
+    ComponentSpec,
+    Parts,
+    Recipe,
+    Training,
+    Watch,
+    options,
+    read_recipe,
+    structure,
+    unstructure,
+)
 from lens_core.types import ConfigError
 from lens_core.validators import (
     SEED,
@@ -117,10 +128,17 @@ def test_the_defaults_of_every_config_make_the_round_trip(config: type[Any]) -> 
         (each(real(), keys=one_of("a", "b")), [{"a": 1}], [{"c": 1}]),
         (matching("[a-z]+", "letters"), ["abc"], ["", "ab1", "abc\n", 3]),
         (text(), ["a", " a\nb "], ["", " \n", 3]),
-        (options(weight=real(above=0)), [Use("a"), Use("a", {"weight": 2}), Use("a", {"weight": "1e-1"})],
-         [Use("a", {"weight": 0}), Use("a", {"weight": math.inf}), Use("a", {"weight": "much"})]),
+        (
+            options(weight=real(above=0)),
+            [ComponentSpec("a"), ComponentSpec("a", {"weight": 2}), ComponentSpec("a", {"weight": "1e-1"})],
+            [
+                ComponentSpec("a", {"weight": 0}),
+                ComponentSpec("a", {"weight": math.inf}),
+                ComponentSpec("a", {"weight": "much"}),
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_rule_takes_what_is_in_its_range_and_nothing_else(rule: Rule, good: list[Any], bad: list[Any]) -> None:
     assert [v for v in good if not rule.allows(v)] == []
     assert [v for v in bad if rule.allows(v)] == []

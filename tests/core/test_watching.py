@@ -28,7 +28,7 @@ from lens_core.checkpoints import tensor_files
 from lens_core.evaluation import report as reports
 from lens_core.evaluation import run as runs
 from lens_core.inference.pipeline import LensPipeline, to_pixels
-from lens_core.recipe import Adapter, Recipe, Training, Use, Watch, read_recipe
+from lens_core.recipe import Adapter, ComponentSpec, Recipe, Training, Watch, read_recipe
 from lens_core.training import optimizers
 from lens_core.training.trainer import Run, _exchange
 from lens_core.types import ConfigError, LensError, Prompt, Score
@@ -80,8 +80,8 @@ plugin.lens_benchmarks = hookimpl(lambda: {"scripted": Scripted}, specname="lens
 
 TRAIN = Training(steps=6, lr=1e-2, ema=0.9, save_every=3, log_every=2, keep=9)
 PARTS = evolve(toy.NARROW, steps=3)
-BASE = Recipe(method=Use("fit"), dataset=Use("squares"), train=TRAIN, pipeline=PARTS, seed=3)
-JUDGED = Watch(every=2, size=(16, 16), benchmarks=(Use("scripted"),))
+BASE = Recipe(method=ComponentSpec("fit"), dataset=ComponentSpec("squares"), train=TRAIN, pipeline=PARTS, seed=3)
+JUDGED = Watch(every=2, size=(16, 16), benchmarks=(ComponentSpec("scripted"),))
 BEST = evolve(JUDGED, keep_best="scripted")
 
 
@@ -152,7 +152,7 @@ def test_a_run_that_is_watched_ends_with_the_weights_of_one_that_is_not(
     monkeypatch.setattr(toy.Fit, "steps", careless)
     runner("plain", None, base=base).train()
     monkeypatch.setattr(toy.Fit, "validate", measured, raising=False)
-    everything = evolve(JUDGED, every=1, prompts=("red", "blue"), validation=Use("squares", {"seed": 9}))
+    everything = evolve(JUDGED, every=1, prompts=("red", "blue"), validation=ComponentSpec("squares", {"seed": 9}))
     runner("watched", everything, base=base).train()
     assert [line["step"] for line in runner.lines("watched")] == [0, 1, 2, 3, 4, 5, 6]
     for step in (3, 6):
@@ -170,7 +170,11 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_whatever_the_method_watching_it_changes_nothing(name: str, runner: Runner) -> None:
-    base = evolve(BASE, method=Use(name, METHODS[name]), dataset=None if name == "diffusion_nft" else Use("squares"))
+    base = evolve(
+        BASE,
+        method=ComponentSpec(name, METHODS[name]),
+        dataset=None if name == "diffusion_nft" else ComponentSpec("squares"),
+    )
     runner("plain", None, base=base).train()
     runner("watched", evolve(JUDGED, prompts=("red",)), base=base).train()
     assert [line["step"] for line in runner.lines("watched")] == [0, 2, 4, 6]
@@ -209,7 +213,7 @@ def test_a_look_sees_the_averages_and_puts_the_weights_back(runner: Runner, monk
         return {"loss": 0.0}
 
     monkeypatch.setattr(toy.Fit, "validate", look, raising=False)
-    run = runner("a", Watch(every=3, batches=1, validation=Use("squares")))
+    run = runner("a", Watch(every=3, batches=1, validation=ComponentSpec("squares")))
     run.train()
     for (weight, training), step in zip(seen[1:], (3, 6), strict=True):
         assert torch.equal(weight, runner.averages("a", step)["inner.weight"]) and not training
@@ -270,14 +274,14 @@ class Listen(toy.Fit):
 
 
 plugin.lens_methods = hookimpl(lambda: {"listen": Listen}, specname="lens_methods")  # type: ignore[attr-defined]
-LEARNERS: dict[str, tuple[Use, Use, dict[str, Adapter]]] = {
-    "all": (Use("flow_matching"), Use("mmdit", SMALL), {}),
+LEARNERS: dict[str, tuple[ComponentSpec, ComponentSpec, dict[str, Adapter]]] = {
+    "all": (ComponentSpec("flow_matching"), ComponentSpec("mmdit", SMALL), {}),
     "adapter": (
-        Use("flow_matching"),
-        Use("mmdit", SMALL),
+        ComponentSpec("flow_matching"),
+        ComponentSpec("mmdit", SMALL),
         {"backbone": Adapter(rank=2, targets=("linear_1", "proj_out"))},
     ),
-    "encoder": (Use("listen"), Use("mixer", {"width": 8}), {}),
+    "encoder": (ComponentSpec("listen"), ComponentSpec("mixer", {"width": 8}), {}),
 }
 
 
@@ -318,7 +322,7 @@ def test_the_last_look_sees_the_weights_that_are_exported(
 
 def test_a_line_holds_the_overall_score_and_the_tasks(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scripted, "script", (0.25, 0.5, 0.75, 1.0))
-    twice = evolve(JUDGED, benchmarks=(Use("scripted"), Use("toy:reds", {"prompts": 6})))
+    twice = evolve(JUDGED, benchmarks=(ComponentSpec("scripted"), ComponentSpec("toy:reds", {"prompts": 6})))
     runner("a", twice).train()
     lines = runner.lines("a")
     assert [(n["step"], n["scripted"], n["scripted/only"]) for n in lines] == [
@@ -338,15 +342,15 @@ def test_validation_is_a_mean_over_samples_of_the_same_first_batches(
         return {"loss": float(len(seen)), **part}
 
     monkeypatch.setattr(toy.Fit, "validate", look, raising=False)
-    runner("a", Watch(every=6, batches=2, validation=Use("squares", {"seed": 9}))).train()
+    runner("a", Watch(every=6, batches=2, validation=ComponentSpec("squares", {"seed": 9}))).train()
     assert seen[:2] == seen[2:] and seen[0] != seen[1]
     lines = runner.lines("a")
     assert [n["validation/loss"] for n in lines] == [1.5, 3.5] and lines[0]["validation/loss/8x8"] == 10.0
 
 
 def test_flow_matching_is_validated_by_time_and_by_size(runner: Runner) -> None:
-    base = evolve(BASE, method=Use("flow_matching"), train=evolve(TRAIN, steps=40, save_every=40, ema=0.0))
-    runner("a", Watch(every=40, validation=Use("squares", {"seed": 9})), base=base).train()
+    base = evolve(BASE, method=ComponentSpec("flow_matching"), train=evolve(TRAIN, steps=40, save_every=40, ema=0.0))
+    runner("a", Watch(every=40, validation=ComponentSpec("squares", {"seed": 9})), base=base).train()
     first, last = runner.lines("a")
     assert last["validation/loss"] < 0.9 * first["validation/loss"], "it must have learned"
     times = [v for k, v in last.items() if "/t" in k]
@@ -530,9 +534,9 @@ def test_a_pipeline_that_cannot_draw_is_refused_at_the_start(runner: Runner) -> 
 
 def test_what_cannot_be_measured_is_refused_at_the_start(runner: Runner) -> None:
     with pytest.raises(ConfigError, match=r"watch\.validation: Fit has no validate\(\)"):
-        runner("a", Watch(every=1, validation=Use("squares")))
+        runner("a", Watch(every=1, validation=ComponentSpec("squares")))
     with pytest.raises(ConfigError, match=r"watch\.benchmarks\[0\]: scripted has no prompts"):
-        runner("a", evolve(JUDGED, benchmarks=(Use("scripted", {"count": 0}),)))
+        runner("a", evolve(JUDGED, benchmarks=(ComponentSpec("scripted", {"count": 0}),)))
 
 
 @pytest.mark.parametrize(
@@ -542,8 +546,8 @@ def test_what_cannot_be_measured_is_refused_at_the_start(runner: Runner) -> None
         ({}, "looks at nothing; name prompts, benchmarks or validation"),
         ({"prompts": ("a", " ")}, "must be text that is not blank"),
         ({"prompts": ("a",), "keep_best": "shapes"}, "keep_best is 'shapes', which is no benchmark .* there is none"),
-        ({"benchmarks": (Use("x:reds"), Use("reds")), "keep_best": "red"}, "there is reds, reds_1"),
-        ({"benchmarks": (Use("reds"),), "patience": 3}, "patience waits for a better score"),
+        ({"benchmarks": (ComponentSpec("x:reds"), ComponentSpec("reds")), "keep_best": "red"}, "there is reds, reds_1"),
+        ({"benchmarks": (ComponentSpec("reds"),), "patience": 3}, "patience waits for a better score"),
     ],
 )
 def test_a_watch_that_makes_no_sense_is_refused(fields: dict[str, Any], told: str) -> None:

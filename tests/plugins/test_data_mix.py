@@ -11,7 +11,7 @@ from lens_data.mix import Mix
 from lens_shapes.dataset import ShapesDataset
 
 from lens_core.catalog import Catalog
-from lens_core.recipe import Use, build, read_recipe
+from lens_core.recipe import ComponentSpec, build, read_recipe
 from lens_core.testing.checks import check_dataset
 from lens_core.types import ConfigError
 
@@ -21,7 +21,7 @@ NEW = {**KNOWN, "tasks": {"novel": 1.0}}
 
 def mix(weight: float = 1.0, seed: int = 0) -> Mix:
     datasets = [{"use": "shapes", **KNOWN, "weight": 3}, {"use": "shapes", **NEW, "weight": weight}]
-    _, cls, config = build(Catalog.installed(), "dataset", Use("mix", {"datasets": datasets, "seed": seed}))
+    _, cls, config = build(Catalog.installed(), "dataset", ComponentSpec("mix", {"datasets": datasets, "seed": seed}))
     return cls(config)
 
 
@@ -46,7 +46,7 @@ def test_batches_come_by_share():
 
 
 def test_each_part_is_what_it_is_alone():
-    alone = ShapesDataset(build(Catalog.installed(), "dataset", Use("shapes", NEW))[2])
+    alone = ShapesDataset(build(Catalog.installed(), "dataset", ComponentSpec("shapes", NEW))[2])
     mixed = [c for c in told(mix(), 60) if is_new(c)]
     assert mixed == told(alone, len(mixed))
 
@@ -76,7 +76,7 @@ def test_keys_of_two_parts_are_never_one():
 )
 def test_what_makes_no_sense_is_refused(options, words):
     with pytest.raises(ConfigError, match=words):
-        build(Catalog.installed(), "dataset", Use("mix", options))
+        build(Catalog.installed(), "dataset", ComponentSpec("mix", options))
 
 
 def test_a_state_of_other_parts_is_refused():
@@ -90,4 +90,6 @@ def test_a_recipe_may_mix(tmp_path: Path):
     path.write_text(
         "method: flow_matching\ndataset: {use: mix, datasets: [{use: shapes, weight: 2}]}\ntrain: {steps: 1}\n"
     )
-    assert read_recipe(path, Catalog.installed()).dataset == Use("mix", {"datasets": [{"use": "shapes", "weight": 2}]})
+    assert read_recipe(path, Catalog.installed()).dataset == ComponentSpec(
+        "mix", {"datasets": [{"use": "shapes", "weight": 2}]}
+    )

@@ -24,16 +24,16 @@ from lens_core import flow, hookimpl
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
 from lens_core.inference.pipeline import LensPipeline, to_pixels
-from lens_core.recipe import Adapter, Parts, Recipe, Training, Use
+from lens_core.recipe import Adapter, ComponentSpec, Parts, Recipe, Training
 from lens_core.testing.checks import check_method
 from lens_core.training.trainer import Run
-from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, Text
+from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, TextFeatures
 
 
 class Tapped(toy.Mixer):
     """The toy backbone with two blocks to tap: what goes into its last layer, and that squared."""
 
-    def features(self, x: Tensor, t: Tensor, text: Text, blocks: Sequence[int]) -> list[Tensor]:
+    def features(self, x: Tensor, t: Tensor, text: TextFeatures, blocks: Sequence[int]) -> list[Tensor]:
         time = t.to(x.dtype).view(-1, 1, 1, 1).expand(len(x), 1, *x.shape[2:])
         inner = torch.tanh(self.inner(torch.cat([x, time], 1).movedim(1, -1))).movedim(-1, 1)
         return [(inner, inner.square())[b] for b in blocks]
@@ -52,7 +52,7 @@ tapped.lens_backbones = hookimpl(lambda: {"tapped": Tapped})  # type: ignore[att
 tapped.lens_backbones.__name__ = "lens_backbones"
 tapped.lens_datasets = hookimpl(lambda: {"captions": Captions})  # type: ignore[attr-defined]
 CATALOG = Catalog.of(toy, lens_dmd2, tapped)
-PARTS = evolve(toy.PARTS, backbone=Use("tapped"))
+PARTS = evolve(toy.PARTS, backbone=ComponentSpec("tapped"))
 GAN = {"gan": 0.1, "blocks": (0, 1)}
 
 
@@ -149,7 +149,7 @@ def test_only_the_exit_step_has_a_gradient(monkeypatch: pytest.MonkeyPatch) -> N
     graded: list[list[bool]] = []
     forward = toy.Mixer.forward
 
-    def watch(self: toy.Mixer, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def watch(self: toy.Mixer, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         if self is m.roles()["generator"]:
             graded[-1].append(torch.is_grad_enabled())
         return forward(self, x, t, text)
@@ -194,7 +194,7 @@ def test_the_generators_gradient_is_that_of_its_formula() -> None:
     exit_step = int(torch.randint(4, (), generator=draws))
     x = torch.randn(4, 4, 3, 2, generator=draws)
     net = copy.deepcopy(m.roles()["generator"]).requires_grad_(True)
-    nothing = Text(batch.text.features[:, :, :0], batch.text.mask[:, :0])
+    nothing = TextFeatures(batch.text.features[:, :, :0], batch.text.mask[:, :0])
 
     def at(t: float) -> Tensor:
         return torch.full((4,), t)
@@ -377,8 +377,8 @@ def test_the_fake_is_drawn_to_the_student_after_each_of_its_updates() -> None:
 
 
 RECIPE = Recipe(
-    method=Use("dmd2", {"critic_steps": 3, "gan": 0.1, "blocks": [0, 1], "isg": 0.1, "rollout": "renoise"}),
-    dataset=Use("squares"),
+    method=ComponentSpec("dmd2", {"critic_steps": 3, "gan": 0.1, "blocks": [0, 1], "isg": 0.1, "rollout": "renoise"}),
+    dataset=ComponentSpec("squares"),
     train=Training(steps=5, lr=1e-2, ema=0.9, save_every=2, log_every=1),
     pipeline=PARTS,
     seed=3,
@@ -438,7 +438,12 @@ def test_it_keeps_the_promises_of_a_method(config: dict[str, Any]) -> None:
 def test_a_run_from_a_checkpoint_exports_a_student_and_resumes_with_the_same_teacher(tmp_path: Path) -> None:
     torch.manual_seed(1)
     LensPipeline.from_parts(evolve(PARTS, steps=20, guidance_scale=3.0), CATALOG).save_pretrained(tmp_path / "start")
-    recipe = evolve(RECIPE, pipeline=Parts(start=str(tmp_path / "start")), method=Use("dmd2"), dataset=Use("captions"))
+    recipe = evolve(
+        RECIPE,
+        pipeline=Parts(start=str(tmp_path / "start")),
+        method=ComponentSpec("dmd2"),
+        dataset=ComponentSpec("captions"),
+    )
     recipe = evolve(recipe, pipeline=evolve(recipe.pipeline, base_resolution=32))
     first = run(recipe, tmp_path / "run")
     report = first.train()
@@ -466,8 +471,8 @@ def test_generator_and_fake_can_be_adapters_without_alignment(tmp_path: Path) ->
     adapters = {role: Adapter(rank=2) for role in ("generator", "fake")}
     recipe = evolve(RECIPE, train=evolve(RECIPE.train, adapters=adapters, ema=0.0))
     with pytest.raises(ConfigError, match="an adapter is learning; use ida: 1"):
-        run(evolve(recipe, method=Use("dmd2", {"warmup": 3})), tmp_path / "refused").train()
-    done = run(evolve(recipe, method=Use("dmd2", {"ida": 1.0, **GAN})), tmp_path / "run")
+        run(evolve(recipe, method=ComponentSpec("dmd2", {"warmup": 3})), tmp_path / "refused").train()
+    done = run(evolve(recipe, method=ComponentSpec("dmd2", {"ida": 1.0, **GAN})), tmp_path / "run")
     done.train()
     teacher, student = done.method.teacher.inner.weight, done.pipeline.backbone.inner.weight
     assert torch.linalg.matrix_rank((student - teacher).detach(), tol=1e-5) == 2
@@ -484,7 +489,7 @@ def test_one_copy_of_the_weights_trains_as_three_do_and_exports_the_generators_c
     )
     sizes, models, ends = [], [], []
     for name, share in (("one", ["generator", "fake"]), ("three", [])):
-        made = run(evolve(recipe, method=Use("dmd2", {"ida": 1.0, "share": share})), tmp_path / name)
+        made = run(evolve(recipe, method=ComponentSpec("dmd2", {"ida": 1.0, "share": share})), tmp_path / name)
         nets = (made.method.teacher, *made.nets.values())
         sizes.append(len({p.data_ptr() for net in nets for n, p in net.named_parameters() if ".lora_" not in n}))
         models.append(LensPipeline.from_pretrained(made.train().model, catalog=CATALOG))
@@ -499,7 +504,7 @@ def test_one_copy_of_the_weights_trains_as_three_do_and_exports_the_generators_c
 
 def test_weights_that_are_shared_are_not_trained_in_full(tmp_path: Path) -> None:
     for role in ("generator", "fake"):
-        recipe = evolve(RECIPE, method=Use("dmd2", {"ida": 1.0, "share": [role]}))
+        recipe = evolve(RECIPE, method=ComponentSpec("dmd2", {"ida": 1.0, "share": [role]}))
         with pytest.raises(ConfigError, match=f"{role} shares the teacher's weights and would change them"):
             run(recipe, tmp_path / role).train()
 

@@ -36,7 +36,7 @@ def noise(h: int = 2, w: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("size", [(2, 3), (32, 32), (66, 66)])
 def test_an_ode_rollout_and_its_exit_step_are_the_samplers_walk(size: tuple[int, int]) -> None:
-    walk = list(EULER.walk(Field(), noise(*size), 4))
+    walk = list(EULER.sample(Field(), noise(*size), 4))
     grid = EULER.times(size, 4)
     for count in range(4):
         field = Field()

@@ -15,7 +15,7 @@ from lens_dmd2.losses import Schedule, Views, Weights
 from lens_dmd2.method import DMD2, Sample
 from torch import Tensor, nn
 
-from lens_core.types import Text
+from lens_core.types import TextFeatures
 
 DOUBLE = torch.float64
 
@@ -102,7 +102,7 @@ WIDTH = 0.4
 class Mixture(nn.Module):
     """The exact velocity of a mixture of three round Gaussians."""
 
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         t, y = t.view(-1, 1, 1), x.flatten(1)[:, None]
         variance = (1 - t) ** 2 * WIDTH**2 + t**2
         off = y - (1 - t) * CENTRES
@@ -120,7 +120,7 @@ class Net(nn.Module):
             nn.Linear(6, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2)
         )  # fmt: skip
 
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         t = t.view(-1, 1)
         out: Tensor = self.net(torch.cat([x.flatten(1), t, t * t, (3 * t).cos(), (6 * t).cos()], 1))
         return out.view_as(x)
@@ -143,7 +143,7 @@ def student() -> DMD2:
 
 def train(m: DMD2, steps: int, sign: float = 1.0, warmup: int = 100) -> None:
     """One update of the fake for each of the generator, after `warmup` of the fake alone."""
-    batch = Sample(Text(torch.zeros(128, 1, 0, 1), torch.zeros(128, 0, dtype=torch.bool)), (1, 1))
+    batch = Sample(TextFeatures(torch.zeros(128, 1, 0, 1), torch.zeros(128, 0, dtype=torch.bool)), (1, 1))
     draws, rates = torch.Generator().manual_seed(1), {"fake": 5e-3, "generator": 1e-3}
     optimizers = {
         role: torch.optim.Adam(m.roles()[role].parameters(), rate, betas=(0.5, 0.99), fused=True)

@@ -57,7 +57,7 @@ def test_a_linear_velocity_is_integrated_by_products():
     noise = torch.ones(1, 1, 2, 2)
     times = Euler(Euler.Config(mu=0.0)).times((2, 2), 4)
     # dx/dt = x: each quarter step multiplies by 3/4
-    walk = list(Euler(Euler.Config(mu=0.0)).walk(lambda x, t: x, noise, 4))
+    walk = list(Euler(Euler.Config(mu=0.0)).sample(lambda x, t: x, noise, 4))
     for k, (t, x) in enumerate(walk, 1):
         assert t == float(times[k])
         assert torch.equal(x, noise * 0.75**k)
@@ -71,7 +71,7 @@ def test_the_velocity_sees_float32_and_the_time_before_the_step():
         assert x.dtype == torch.float32 and t.dtype == torch.float32
         return x.bfloat16()
 
-    walk = list(EULER.walk(velocity, torch.ones(3, 1, 2, 2, dtype=torch.bfloat16), 4))
+    walk = list(EULER.sample(velocity, torch.ones(3, 1, 2, 2, dtype=torch.bfloat16), 4))
     assert torch.equal(torch.stack(seen), EULER.times((2, 2), 4)[:-1, None].expand(4, 3))
     assert all(x.dtype == torch.float32 for _, x in walk)
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import Use
+from lens_core.recipe import ComponentSpec
 from lens_core.testing.checks import check_method
-from lens_core.types import Batch, ConfigError, LensError, Text
+from lens_core.types import Batch, ConfigError, LensError, TextFeatures
 
 
 class Recorder(nn.Module):
@@ -30,7 +30,7 @@ class Recorder(nn.Module):
         super().__init__()
         self.answer = nn.Parameter(torch.tensor([0.5, -0.25]))
 
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         self.x, self.t, self.text = x, t, text
         return self.answer.view(1, 2, 1, 1).expand_as(x)
 
@@ -50,11 +50,11 @@ class Letters:
 
     calls = 0
 
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
         self.calls += len(prompts)
         longest = max(map(len, prompts))
         codes = torch.tensor([[ord(c) for c in p.ljust(longest, "\0")] for p in prompts]).float()
-        return Text(codes[:, None, :, None], codes > 0)
+        return TextFeatures(codes[:, None, :, None], codes > 0)
 
 
 def method(**config: Any) -> FlowMatching:
@@ -77,7 +77,9 @@ def encoded(m: FlowMatching, *batches: Batch) -> list[Sample]:
 
 
 def many(rows: int, h: int = 4, w: int = 4) -> Sample:
-    return Sample(torch.zeros(rows, 2, h, w), Text(torch.ones(rows, 1, 1, 1), torch.ones(rows, 1, dtype=torch.bool)))
+    return Sample(
+        torch.zeros(rows, 2, h, w), TextFeatures(torch.ones(rows, 1, 1, 1), torch.ones(rows, 1, dtype=torch.bool))
+    )
 
 
 def test_a_step_holds_the_latents_and_the_texts_of_its_batch():
@@ -102,7 +104,7 @@ def test_the_contract_asks_that_the_backbones_table_of_modulation_follows_each_s
     catalog = Catalog.of(toy, lens_mmdit)
 
     def made() -> FlowMatching:
-        pipeline = LensPipeline.from_parts(evolve(toy.PARTS, backbone=Use("mmdit", SMALL)), catalog)
+        pipeline = LensPipeline.from_parts(evolve(toy.PARTS, backbone=ComponentSpec("mmdit", SMALL)), catalog)
         with torch.no_grad():
             for weight in pipeline.backbone.parameters():  # a new one is 0 in many places, and then hides faults
                 weight += 0.2 * torch.randn(weight.shape, generator=rng(weight.numel()))
@@ -238,7 +240,7 @@ def test_an_impossible_config_is_refused(config):
 
 
 def test_a_batch_that_is_encoded_already_is_taken_as_it_is() -> None:
-    z, text = torch.randn(2, 4, 3, 3), Text(torch.randn(2, 1, 5, 8), torch.ones(2, 5, dtype=torch.bool))
+    z, text = torch.randn(2, 4, 3, 3), TextFeatures(torch.randn(2, 1, 5, 8), torch.ones(2, 5, dtype=torch.bool))
     method = FlowMatching(FlowMatching.Config(), LensPipeline())  # which has nothing to encode with
     batch = Batch(None, ("a", "b"), latents=z, text=text)
     (sample,) = next(method.steps(iter([batch]), {}, torch.Generator()))

@@ -26,7 +26,7 @@ from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import Recipe, structure
 from lens_core.testing.checks import check_method
 from lens_core.training.trainer import Run
-from lens_core.types import Batch, ConfigError, Text
+from lens_core.types import Batch, ConfigError, TextFeatures
 
 SIZES = [(4, 4), (3, 5), (4, 4), (2, 2), (3, 5), (4, 4)]
 
@@ -35,7 +35,7 @@ def sample(dtype: torch.dtype = torch.float32) -> Sample:
     draw = torch.Generator().manual_seed(0)
     z = tuple(torch.randn(8, *size, generator=draw, dtype=dtype) for size in SIZES)
     mask = torch.arange(5) < torch.tensor([5, 2, 0, 4, 1, 5])[:, None]
-    return Sample(z, Text(torch.randn(6, 2, 5, 12, generator=draw, dtype=dtype), mask))
+    return Sample(z, TextFeatures(torch.randn(6, 2, 5, 12, generator=draw, dtype=dtype), mask))
 
 
 def learn(net: nn.Module, *losses: Tensor) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ class Watched(nn.Module):
         super().__init__()
         self.net = net
 
-    def packed(self, xs: list[Tensor], t: Tensor, text: Text) -> list[Tensor]:
+    def packed(self, xs: list[Tensor], t: Tensor, text: TextFeatures) -> list[Tensor]:
         self.asked = xs, t, text
         return self.net.packed(xs, t, text)
 
@@ -69,7 +69,7 @@ def test_packed_and_bucketed_give_the_same_gradients_for_the_same_samples() -> N
         rows = [i for i, other in enumerate(SIZES) if other == size]
         x, z = torch.stack([xs[i] for i in rows]), torch.stack([given.z[i] for i in rows])
         noise = z + (x - z) / t[rows].view(-1, 1, 1, 1)
-        v = net(x, t[rows], Text(text.features[rows], text.mask[rows]))
+        v = net(x, t[rows], TextFeatures(text.features[rows], text.mask[rows]))
         buckets.append((v - flow.velocity(z, noise)).square().mean() * len(rows) / len(SIZES))
     want = learn(net, *buckets)
     assert float(loss.parts["loss"]) == pytest.approx(float(sum(b.detach() for b in buckets)), rel=1e-5)
@@ -127,7 +127,7 @@ def test_pictures_of_mixed_sizes_are_encoded_each_as_it_is(cache: bool) -> None:
 
 
 class Packing(Recorder):
-    def packed(self, xs: list[Tensor], t: Tensor, text: Text) -> list[Tensor]:
+    def packed(self, xs: list[Tensor], t: Tensor, text: TextFeatures) -> list[Tensor]:
         return [self(x[None], t[i : i + 1], text[i : i + 1])[0] for i, x in enumerate(xs)]
 
 
@@ -191,5 +191,7 @@ def test_the_work_of_a_batch_is_that_of_its_samples_and_of_tokens_that_count() -
     counts = given.text.mask.sum(1).tolist()
     assert fit.flops("backbone", given) == sum(net.flops(s, n) for s, n in zip(SIZES, counts, strict=True))
     rows = [n for n, size in enumerate(SIZES) if size == (4, 4)]
-    bucket = Sample(torch.stack([given.z[n] for n in rows]), Text(given.text.features[rows], given.text.mask[rows]))
+    bucket = Sample(
+        torch.stack([given.z[n] for n in rows]), TextFeatures(given.text.features[rows], given.text.mask[rows])
+    )
     assert fit.flops("backbone", bucket) == sum(net.flops((4, 4), counts[n]) for n in rows)

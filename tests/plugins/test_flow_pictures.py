@@ -80,10 +80,10 @@ def test_strength_is_the_share_of_steps_that_are_made(strength, steps, drawn):
 
 def test_it_begins_with_as_much_noise_as_the_time_asks_for(drawn, monkeypatch):
     begun: list[Tensor] = []
-    walk = type(drawn.sampler).walk
+    walk = type(drawn.sampler).sample
     monkeypatch.setattr(
         type(drawn.sampler),
-        "walk",
+        "sample",
         lambda self, v, x, steps, start=0: (begun.append(x), walk(self, v, x, steps, start))[1],
     )
     latents(drawn, image=photo(), strength=0.5)

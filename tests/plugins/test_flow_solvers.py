@@ -38,7 +38,7 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def error(sampler, steps: int) -> float:
     noise = torch.linspace(-2, 2, 8, dtype=torch.float64).view(1, 1, 2, 4)
-    *_, (t, x) = sampler.walk(velocity, noise, steps)
+    *_, (t, x) = sampler.sample(velocity, noise, steps)
     assert t == 0
     return float((x - (MEAN + SPREAD * noise)).abs().max())
 
@@ -66,7 +66,7 @@ def test_they_keep_the_contract_of_a_sampler(cls, mu):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_where_there_is_no_step_before_dpmpp_is_euler(steps):
     noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    ours, theirs = (list(c(c.Config()).walk(lambda x, t: x.tanh(), noise, steps)) for c in (DPMpp, Euler))
+    ours, theirs = (list(c(c.Config()).sample(lambda x, t: x.tanh(), noise, steps)) for c in (DPMpp, Euler))
     for (_, a), (_, b) in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -81,7 +81,7 @@ def test_passes_are_counted():
     passes = {}
     for cls in (Euler, Heun, DPMpp):
         seen.clear()
-        list(cls(cls.Config()).walk(count, torch.ones(1, 1, 2, 2), 6))
+        list(cls(cls.Config()).sample(count, torch.ones(1, 1, 2, 2), 6))
         passes[cls.__name__] = len(seen)
         assert min(seen) > 0
     assert passes == {"Euler": 6, "Heun": 11, "DPMpp": 6}
@@ -91,8 +91,8 @@ def test_passes_are_counted():
 def test_a_walk_that_starts_later_is_the_rest_of_the_whole_one(cls):
     sampler = cls(cls.Config())
     noise = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(1))
-    whole = list(sampler.walk(lambda x, t: x.sin(), noise, 6))
-    rest = list(sampler.walk(lambda x, t: x.sin(), whole[1][1], 6, 2))
+    whole = list(sampler.sample(lambda x, t: x.sin(), noise, 6))
+    rest = list(sampler.sample(lambda x, t: x.sin(), whole[1][1], 6, 2))
     assert [t for t, _ in rest] == [t for t, _ in whole[2:]]
     if cls is not DPMpp:  # which remembers the step before
         assert torch.equal(rest[-1][1], whole[-1][1])
@@ -108,13 +108,13 @@ def noisy(eta: float = 1.0) -> EulerAncestral:
 def walk(sampler: EulerAncestral, count: int, steps: int, seed: int = 0) -> list[tuple[float, Tensor]]:
     rng = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, 1, 1, 1, generator=rng, dtype=torch.float64)
-    return list(sampler.walk(velocity, noise, steps, 0, lambda: torch.randn(noise.shape, generator=rng)))
+    return list(sampler.sample(velocity, noise, steps, 0, lambda: torch.randn(noise.shape, generator=rng)))
 
 
 def test_without_new_noise_it_is_euler():
     noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    ours = list(noisy(0.0).walk(lambda x, t: x.tanh(), noise, 5, 0, lambda: pytest.fail("nothing is to be drawn")))
-    theirs = list(Euler(Euler.Config(**EVEN)).walk(lambda x, t: x.tanh(), noise, 5))
+    ours = list(noisy(0.0).sample(lambda x, t: x.tanh(), noise, 5, 0, lambda: pytest.fail("nothing is to be drawn")))
+    theirs = list(Euler(Euler.Config(**EVEN)).sample(lambda x, t: x.tanh(), noise, 5))
     for (_, a), (_, b) in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -135,7 +135,7 @@ def test_where_it_ends_has_little_to_do_with_where_it_began():
     start = torch.randn(20_000, 1, 1, 1, generator=rng, dtype=torch.float64)
 
     def correlation(eta: float) -> float:
-        ends = list(noisy(eta).walk(velocity, start, 30, 0, lambda: torch.randn(start.shape, generator=rng)))[-1][1]
+        ends = list(noisy(eta).sample(velocity, start, 30, 0, lambda: torch.randn(start.shape, generator=rng)))[-1][1]
         return float(torch.corrcoef(torch.stack([start.flatten(), ends.double().flatten()]))[0, 1])
 
     assert correlation(0.0) == pytest.approx(1, abs=1e-6)
@@ -144,7 +144,7 @@ def test_where_it_ends_has_little_to_do_with_where_it_began():
 
 def test_it_says_that_it_needs_noise():
     with pytest.raises(ConfigError, match="none to draw; use euler"):
-        next(noisy().walk(velocity, torch.zeros(1, 1, 1, 1), 4))
+        next(noisy().sample(velocity, torch.zeros(1, 1, 1, 1), 4))
     for eta in (-0.1, 1.1, math.nan):
         with pytest.raises(ConfigError, match="eta: must be"):
             EulerAncestral.Config(eta=eta)

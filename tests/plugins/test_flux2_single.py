@@ -17,7 +17,7 @@ from lens_flux2.vae import Flux2VAE
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lens_core.checkpoints.lazy_tensors import Lazy
+from lens_core.checkpoints.lazy_tensors import LazyTensor
 from lens_core.types import CheckpointError
 
 Config = Flux2VAE.Config
@@ -57,8 +57,8 @@ def write(path: Path, state: dict[str, Tensor]) -> Path:
 
 
 def read(path: Path, config: Config = SMALL, dtype: torch.dtype | None = None) -> tuple[Flux2VAE, Config]:
-    vae, seen, tensors = Flux2VAE.outline(path, config, path.parent)
-    vae.fill(tensors, path, dtype)
+    vae, seen, tensors = Flux2VAE.from_header(path, config, path.parent)
+    vae.load_weights(tensors, path, dtype)
     return vae.eval(), seen
 
 
@@ -90,14 +90,14 @@ def test_the_original_names_are_those_that_diffusers_converts() -> None:
     stored = original(state, 3, quant_inside=False)
     theirs = convert_ldm_vae_checkpoint(dict(stored), {"down_block_types": [""] * 3, "up_block_types": [""] * 3})
     assert theirs.keys() == {k for k in state if not k.startswith("bn.")}
-    _, ours = adopt({k: Lazy.of(v) for k, v in stored.items()}, {}, SMALL, "vae")
+    _, ours = adopt({k: LazyTensor.of(v) for k, v in stored.items()}, {}, SMALL, "vae")
     assert all(torch.equal(ours[k].read(), v) and ours[k].shape == v.shape for k, v in theirs.items())
 
 
 def test_the_published_shapes_give_the_published_config_whatever_it_is_put_into() -> None:
     with torch.device("meta"):
         state = Flux2VAE(Config()).net.state_dict()
-    tensors = {k: Lazy(tuple(v.shape), v.dtype, lambda _: iter(())) for k, v in state.items()}
+    tensors = {k: LazyTensor(tuple(v.shape), v.dtype, lambda _: iter(())) for k, v in state.items()}
     for config in (Config(), SMALL):
         assert adopt(tensors, {}, config, "vae")[0] == Config()
 

@@ -15,7 +15,7 @@ from lens_flux2.vae import Flux2VAE
 
 from lens_core import hookimpl
 from lens_core.catalog import Catalog
-from lens_core.recipe import Parts, Recipe, Training, Use, unstructure
+from lens_core.recipe import ComponentSpec, Parts, Recipe, Training, unstructure
 from lens_core.testing.checks import check_method
 from lens_core.training.trainer import Run
 from lens_core.types import Batch, ConfigError, LensError, Loss, NumericalError
@@ -148,9 +148,9 @@ def statistics(tmp_path):
 
     def run(parts: int, **train: Any) -> tuple[torch.Tensor, torch.Tensor, int]:
         recipe = Recipe(
-            method=Use("autoencode"),
-            dataset=Use("rows"),
-            pipeline=Parts(vae=Use("flux2", unstructure(SMALL))),
+            method=ComponentSpec("autoencode"),
+            dataset=ComponentSpec("rows"),
+            pipeline=Parts(vae=ComponentSpec("flux2", unstructure(SMALL))),
             train=Training(**{"steps": 1, "lr": 1e-3, "parts": parts, **train}),
         )
         going = Run(recipe, Catalog.of(lens_flux2, plugin), tmp_path / f"{parts}-{len(train)}", say=lambda line: None)

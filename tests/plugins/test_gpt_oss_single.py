@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from lens_core.checkpoints.lazy_tensors import Lazy
+from lens_core.checkpoints.lazy_tensors import LazyTensor
 from lens_core.types import CheckpointError, LensError
 
 Config = GptOssEncoder.Config
@@ -92,8 +92,8 @@ def write(path: Path, state: dict[str, Tensor], texts: dict[str, str] | None = N
 
 
 def read(path: Path, config: Config = TINY, dtype: torch.dtype | None = None, folder: Path | None = None) -> Any:
-    encoder, _, tensors = GptOssEncoder.outline(path, config, folder or path.parent)
-    encoder.fill(tensors, path, dtype)
+    encoder, _, tensors = GptOssEncoder.from_header(path, config, folder or path.parent)
+    encoder.load_weights(tensors, path, dtype)
     return encoder.eval()
 
 
@@ -292,7 +292,7 @@ def test_gpt_osss_conversation_is_the_published_one_to_the_byte() -> None:
 def test_the_published_shapes_give_the_published_config_whatever_it_is_put_into(config: Config) -> None:
     with torch.device("meta"):
         state = GptOssEncoder(Config()).state_dict()
-    tensors = {k: Lazy(tuple(v.shape), v.dtype, lambda _: iter(())) for k, v in state.items()}
+    tensors = {k: LazyTensor(tuple(v.shape), v.dtype, lambda _: iter(())) for k, v in state.items()}
     seen, _ = adopt(tensors, {}, config, "gpt_oss", packed=True)
     assert seen == evolve(Config(), max_length=config.max_length)
 

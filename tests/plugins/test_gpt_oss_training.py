@@ -18,8 +18,8 @@ from lens_gpt_oss.training import LanguageModel, imbalance
 
 from lens_core import hookimpl
 from lens_core.catalog import Catalog
+from lens_core.recipe import ComponentSpec, Recipe, Training, unstructure
 from lens_core.recipe import Parts as PipelineParts
-from lens_core.recipe import Recipe, Training, Use, unstructure
 from lens_core.testing.checks import check_method
 from lens_core.training.trainer import Run
 from lens_core.types import Batch, CheckpointError, ConfigError
@@ -134,9 +134,9 @@ def test_a_step_in_parts_of_uneven_length_has_the_gradient_of_the_step_as_a_whol
     found = []
     for parts in (1, 2, 3, 6):
         recipe = Recipe(
-            method=Use("language_model", {"tokenizer_batches": 1, "balance": 0.0}),
-            dataset=Use("halves"),
-            pipeline=PipelineParts(text_encoder=Use("gpt_oss", unstructure(TINY))),
+            method=ComponentSpec("language_model", {"tokenizer_batches": 1, "balance": 0.0}),
+            dataset=ComponentSpec("halves"),
+            pipeline=PipelineParts(text_encoder=ComponentSpec("gpt_oss", unstructure(TINY))),
             train=Training(steps=1, lr=1e-3, clip=0.0, parts=parts, log_every=1),
         )
         run = Run(recipe, Catalog.of(lens_gpt_oss, plugin), tmp_path / str(parts), say=lambda line: None)

@@ -29,7 +29,7 @@ from test_llm_client import ASK, KEY, SCHEMA, client, endpoint, fault, refuse, r
 
 from lens_core.config import structure
 from lens_core.io.http import post
-from lens_core.recipe import Use
+from lens_core.recipe import ComponentSpec
 from lens_core.types import ConfigError, Message, Prompt
 
 PRICES = {"price_in": 1.0, "price_out": 2.0, "max_tokens": 1000}
@@ -588,7 +588,7 @@ def test_no_misbehaviour_reaches_a_rollout_as_anything_but_a_failed_picture(endp
     good = json.dumps({"verdicts": [{"id": i, "evidence": "", "v": "yes"} for i in ("r0", "g")]})
     endpoint.reply = lambda body: good
     endpoint.script = [step for case in quick for step in [case.step] * 2]  # a repair meets the same fault
-    reward = RubricReward(RubricReward.Config(Use("openai")), client(retries=0, timeout=5.0, concurrency=1))
+    reward = RubricReward(RubricReward.Config(ComponentSpec("openai")), client(retries=0, timeout=5.0, concurrency=1))
     prompts = [Prompt(f"p{n}", n, data=data) for n in range(2 * len(quick) + 1)]
     scores = reward.score(torch.zeros(len(prompts), 3, 4, 4, dtype=torch.uint8), prompts)
     assert endpoint.script == [] and scores[-1].value == 1.0

@@ -19,7 +19,7 @@ from test_llm_client import client, endpoint, fault, refuse  # noqa: F401  # two
 
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import Use, build
+from lens_core.recipe import ComponentSpec, build
 from lens_core.testing.checks import check_reward
 from lens_core.types import ConfigError, Prompt, Score
 
@@ -57,7 +57,7 @@ def judge(say: Callable[[str, dict[str, Any]], str]) -> Callable[[dict[str, Any]
 @pytest.fixture
 def reward(client):  # noqa: F811
     def make(llm: dict[str, Any] | None = None, **options: Any) -> RubricReward:
-        return RubricReward(RubricReward.Config(Use("openai"), **options), client(**(llm or {})))
+        return RubricReward(RubricReward.Config(ComponentSpec("openai"), **options), client(**(llm or {})))
 
     return make
 
@@ -308,8 +308,8 @@ def test_a_run_on_prompts_without_rubrics_names_the_reward_that_needs_them(tmp_p
     }  # fmt: skip
     rubric = {"use": "rubric", "llm": {"use": "openai", "model": "m"}}
     catalog = Catalog.installed()
-    _, method, config = build(catalog, "method", Use("diffusion_nft", {**options, "rewards": [rubric]}))
+    _, method, config = build(catalog, "method", ComponentSpec("diffusion_nft", {**options, "rewards": [rubric]}))
     with pytest.raises(ConfigError, match="the reward lens_llm:rubric needs rubrics with each prompt, and no"):
         method(config, pipeline)
-    _, method, config = build(catalog, "method", Use("diffusion_nft", {**options, "rewards": ["shapes"]}))
+    _, method, config = build(catalog, "method", ComponentSpec("diffusion_nft", {**options, "rewards": ["shapes"]}))
     assert [prompt.text for prompt in method(config, pipeline).prompts] == ["a red circle", "a blue square"]

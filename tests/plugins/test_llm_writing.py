@@ -14,7 +14,7 @@ from lens_llm.prompts import read
 from lens_llm.writing import GLOBAL, Taxonomy, compose, flaw, orders, read_taxonomy
 
 from lens_core.io.locks import LockedError
-from lens_core.recipe import Use, structure
+from lens_core.recipe import ComponentSpec, structure
 from lens_core.types import ConfigError, LensError
 
 ITEMS = {"animal": {"bird": ["parrot", "heron", "wren"], "fish": ["carp"]}, "text": {"sign": ["shop", "road"]}}
@@ -249,7 +249,7 @@ def test_a_taxonomy_tells_all_its_problems_with_their_paths(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"licence: unknown\. Did you mean 'license'"):
         read_taxonomy(path)
     path.write_text("llm: openai\nlicense: CC0\nclasses: {a: {b: [c]}}\n")
-    assert read_taxonomy(path).llm == Use("openai")
+    assert read_taxonomy(path).llm == ComponentSpec("openai")
 
 
 def test_an_item_named_twice_is_refused(tmp_path: Path):

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.testing.checks import check_backbone
-from lens_core.types import CheckpointError, ConfigError, NumericalError, Text
+from lens_core.types import CheckpointError, ConfigError, NumericalError, TextFeatures
 
 Config = LensTransformer2DModel.Config
 TINY = Config(
@@ -47,15 +47,15 @@ def model(dtype: torch.dtype = torch.float32, config: Any = TINY) -> LensTransfo
 
 def inputs(
     batch: int = 2, h: int = 4, w: int = 4, tokens: int = 5, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Text]:
+) -> tuple[Tensor, Tensor, TextFeatures]:
     rng = torch.Generator().manual_seed(2)
     x = torch.randn(batch, 8, h, w, generator=rng, dtype=torch.float64).to(dtype)
     t = torch.rand(batch, generator=rng)
     features = 100 * torch.randn(batch, 2, tokens, 12, generator=rng, dtype=torch.float64).to(dtype)
-    return x, t, Text(features, torch.ones(batch, tokens, dtype=torch.bool))
+    return x, t, TextFeatures(features, torch.ones(batch, tokens, dtype=torch.bool))
 
 
-def transcribed(net: LensTransformer2DModel, x: Tensor, t: Tensor, text: Text) -> Tensor:
+def transcribed(net: LensTransformer2DModel, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
     return mmdit_oracle.oracle(net.state_dict(), TINY, x, t, text.features, text.mask)
 
 
@@ -115,7 +115,7 @@ def test_twenty_guided_steps_stay_with_a_plain_double_precision_loop() -> None:
     for t, after in pairwise(times):
         now = torch.full((2,), t)
         cond = transcribed(twin, x, now, text)
-        blind = transcribed(twin, x, now, Text(text.features.double(), torch.zeros_like(text.mask)))
+        blind = transcribed(twin, x, now, TextFeatures(text.features.double(), torch.zeros_like(text.mask)))
         guided = blind + 5 * (cond - blind)
         x = x + (after - t) * guided * cond.norm(dim=1, keepdim=True) / guided.norm(dim=1, keepdim=True)
     assert end == 0 and distance(ours, x) < 5e-5
@@ -148,11 +148,15 @@ def test_v_has_the_dtype_of_x() -> None:
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e30])
 def test_what_stands_in_padding_never_shows(garbage: float) -> None:
     net, (x, t, text) = model(), inputs(tokens=4)
-    longer = Text.cat([text, Text(text.features.new_zeros(1, 2, 7, 12), torch.zeros(1, 7, dtype=torch.bool))])[:2]
+    longer = TextFeatures.cat(
+        [text, TextFeatures(text.features.new_zeros(1, 2, 7, 12), torch.zeros(1, 7, dtype=torch.bool))]
+    )[:2]
     longer.features[:, :, 4:] = garbage
     longer.mask[1, 6] = True  # keeps the gap inside, so that it is masked and not cut
     longer.features[1, :, 6] = 1.0
-    clean = Text(longer.features.nan_to_num(0, 0, 0).masked_fill(~longer.mask[:, None, :, None], 0), longer.mask)
+    clean = TextFeatures(
+        longer.features.nan_to_num(0, 0, 0).masked_fill(~longer.mask[:, None, :, None], 0), longer.mask
+    )
     with torch.no_grad():
         assert torch.equal(net(x, t, longer), net(x, t, clean))
         assert distance(net(x[:1], t[:1], longer[:1]), net(x[:1], t[:1], text[:1])) == 0
@@ -161,9 +165,9 @@ def test_what_stands_in_padding_never_shows(garbage: float) -> None:
 
 def test_no_text_equals_text_that_is_all_masked_alone_and_beside_other_rows() -> None:
     net, (x, t, text) = model(), inputs()
-    empty = Text.empty(2, 2, 12, like=x)
-    masked = Text(text.features, torch.zeros_like(text.mask))
-    mixed = Text(text.features, text.mask.clone())
+    empty = TextFeatures.empty(2, 2, 12, like=x)
+    masked = TextFeatures(text.features, torch.zeros_like(text.mask))
+    mixed = TextFeatures(text.features, text.mask.clone())
     mixed.mask[0] = False
     with torch.no_grad():
         none = net(x, t, empty)
@@ -178,13 +182,13 @@ def test_no_text_runs_no_text_stream() -> None:
         for name, p in net.named_parameters():
             if "txt" in name or "added" in name or "to_add_out" in name:
                 p.fill_(math.nan)
-        assert net(x, t, Text.empty(2, 2, 12, like=x)).isfinite().all()
+        assert net(x, t, TextFeatures.empty(2, 2, 12, like=x)).isfinite().all()
 
 
 def test_text_of_another_encoder_is_refused() -> None:
     x, t, text = inputs()
     with pytest.raises(ConfigError, match=r"\[2, 1, 5, 12\], but it reads \[B, 2, T, 12\]"):
-        model()(x, t, Text(text.features[:, :1], text.mask))
+        model()(x, t, TextFeatures(text.features[:, :1], text.mask))
 
 
 def test_float16_is_refused_with_the_reason() -> None:
@@ -350,7 +354,7 @@ def test_lists_do_where_a_config_has_tuples() -> None:
     )
     listed.load_state_dict(plain.state_dict())
     x, t = torch.randn(1, 8, 2, 2, generator=torch.Generator().manual_seed(0)), torch.ones(1)
-    text = Text(torch.ones(1, 1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
+    text = TextFeatures(torch.ones(1, 1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
     assert torch.equal(listed(x, t, text), plain(x, t, text))
     assert hash(LensTransformer2DModel.Config(axes_dims_rope=[8, 28, 28])) == hash(LensTransformer2DModel.Config())
 

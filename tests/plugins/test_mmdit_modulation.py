@@ -98,8 +98,8 @@ def test_weights_that_are_gone_are_asked_for_once_each_and_change_nothing() -> N
     visit = Count(fresh)
     visit.drop()
     x, _, text = inputs()
-    with fresh.tabulated(TIMES, visit), torch.no_grad():
-        assert visit.asked == fresh.modulations() == fresh.idle()
+    with fresh.precomputed(TIMES, visit), torch.no_grad():
+        assert visit.asked == fresh.modulations() == fresh.unused_modules()
         for t in TIMES:
             assert fresh(x, t.expand(2), text).isfinite().all()
         assert len(visit.asked) == len(fresh.modulations())
@@ -113,15 +113,15 @@ def test_rows_of_a_batch_may_be_at_different_times_and_new_times_join() -> None:
     with torch.no_grad():
         want = net(x, t, text)
         visit = Count(net)
-        with net.tabulated(TIMES, visit):
+        with net.precomputed(TIMES, visit):
             assert distance(net(x, t, text), want) < 1e-6
             assert len(visit.asked) == 2 * len(net.modulations())
             assert distance(net(x, t.flip(0), text), net(x, t, text)) > 1e-3
             assert len(visit.asked) == 2 * len(net.modulations())
-        with net.tabulated(TIMES, visit):
+        with net.precomputed(TIMES, visit):
             pass
         assert len(visit.asked) == 2 * len(net.modulations()), "the table of the last run still holds"
-        with net.tabulated(TIMES[:5] / 2, visit):
+        with net.precomputed(TIMES[:5] / 2, visit):
             pass
         assert net.norm_out.linear.rows.shape == (5, 64), "and does not grow from run to run"
 
@@ -148,7 +148,7 @@ def test_a_lora_over_modulation_renews_the_table(layer: str, tmp_path: Path) -> 
     save_tensors(tmp_path / "a.safetensors", low)
 
     def tabled() -> Tensor:
-        with torch.no_grad(), net.tabulated(t):
+        with torch.no_grad(), net.precomputed(t):
             out: Tensor = net(x, t, text)
             return out
 
@@ -162,7 +162,7 @@ def test_a_lora_over_modulation_renews_the_table(layer: str, tmp_path: Path) -> 
 
 def test_a_weight_that_changes_within_a_run_counts_from_then_on() -> None:
     net, (x, t, text) = model(), inputs()
-    with torch.no_grad(), net.tabulated(t):
+    with torch.no_grad(), net.precomputed(t):
         net(x, t, text)
         net.time_text_embed.timestep_embedder["linear_2"].bias.add_(1)
         assert net._times == tuple(t.tolist())
@@ -173,14 +173,14 @@ def test_a_weight_that_changes_within_a_run_counts_from_then_on() -> None:
 
 def test_another_precision_and_autocast_have_tables_of_their_own() -> None:
     net, (x, t, text) = model(), inputs()
-    with torch.no_grad(), net.tabulated(t):
+    with torch.no_grad(), net.precomputed(t):
         net(x, t, text)
         with torch.autocast("cpu", torch.bfloat16):
             got = net(x, t, text)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(got, net(x, t, text))
     net.to(torch.bfloat16)
-    with torch.no_grad(), net.tabulated(t):
+    with torch.no_grad(), net.precomputed(t):
         got = net(x, t, text)
     with torch.no_grad():
         assert torch.equal(got, net(x, t, text))
@@ -189,7 +189,7 @@ def test_another_precision_and_autocast_have_tables_of_their_own() -> None:
 def test_training_never_reads_a_table_and_finds_every_weight() -> None:
     net, twin, (x, t, text) = model(), model(), inputs()
     twin(x, t, text).square().sum().backward()
-    with net.tabulated(t):
+    with net.precomputed(t):
         with torch.no_grad():
             net(x, t, text)
         net(x, t, text).square().sum().backward()
@@ -202,12 +202,12 @@ def test_training_never_reads_a_table_and_finds_every_weight() -> None:
 
 def test_a_copy_has_a_table_of_its_own() -> None:
     net, (x, t, text) = model(), inputs()
-    with torch.no_grad(), net.tabulated(t):
+    with torch.no_grad(), net.precomputed(t):
         net(x, t, text)
     twin = copy.deepcopy(net)
     with torch.no_grad():
         twin.norm_out.linear.bias.add_(1)
-        with twin.tabulated(t):
+        with twin.precomputed(t):
             got = twin(x, t, text)
         assert distance(got, twin(x, t, text)) < 1e-6 < 1e-3 < distance(got, net(x, t, text))
 
@@ -220,9 +220,9 @@ def test_an_adapter_beside_modulation_takes_the_plain_path() -> None:
             nn.init.ones_(p)
     with torch.no_grad():
         want = net(x, t, text)
-        with net.tabulated(t):
+        with net.precomputed(t):
             assert torch.equal(net(x, t, text), want)
-    assert net.modulations() == net.idle() == []
+    assert net.modulations() == net.unused_modules() == []
 
 
 def test_a_failure_half_way_leaves_no_half_table() -> None:
@@ -236,15 +236,15 @@ def test_a_failure_half_way_leaves_no_half_table() -> None:
         return visit(layer)
 
     visit = Count(net)
-    with pytest.raises(OSError, match="no room"), net.tabulated(t, fail):
+    with pytest.raises(OSError, match="no room"), net.precomputed(t, fail):
         pass
-    with torch.no_grad(), net.tabulated(t):
+    with torch.no_grad(), net.precomputed(t):
         assert distance(net(x, t, text), want) < 1e-6
 
 
 def test_a_backbone_with_a_table_keeps_its_contract_and_its_file(tmp_path: Path) -> None:
     net, given = model(), inputs()
-    with torch.no_grad(), net.tabulated(given[1]):
+    with torch.no_grad(), net.precomputed(given[1]):
         net(*given)
         net.save(tmp_path)
     again = LensTransformer2DModel.load(tmp_path, TINY)

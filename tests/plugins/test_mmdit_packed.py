@@ -14,21 +14,21 @@ from lens_mmdit.segments import Segments, attend_within, spread
 from test_mmdit_model import distance, model
 from torch import Tensor, nn
 
-from lens_core.types import ConfigError, Text
+from lens_core.types import ConfigError, TextFeatures
 
 SIZES = [(4, 4), (3, 5), (4, 4), (2, 1), (5, 2)]  # latent cells; the first and the third are of one shape
 WORDS = [5, 0, 5, 7, 3]  # tokens that count
 
 
-def samples(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor, Text]:
+def samples(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor, TextFeatures]:
     rng = torch.Generator().manual_seed(2)
     xs = [torch.randn(8, *size, generator=rng, dtype=torch.float64).to(dtype) for size in SIZES]
     features = 100 * torch.randn(5, 2, 7, 12, generator=rng, dtype=torch.float64).to(dtype)
     mask = torch.arange(7) < torch.tensor(WORDS)[:, None]
-    return xs, torch.rand(5, generator=rng), Text(features, mask)
+    return xs, torch.rand(5, generator=rng), TextFeatures(features, mask)
 
 
-def alone(net: LensTransformer2DModel, xs: list[Tensor], t: Tensor, text: Text) -> list[Tensor]:
+def alone(net: LensTransformer2DModel, xs: list[Tensor], t: Tensor, text: TextFeatures) -> list[Tensor]:
     return [net(x[None], t[i : i + 1], text[i : i + 1])[0] for i, x in enumerate(xs)]
 
 
@@ -60,7 +60,7 @@ def test_a_hole_in_the_text_and_what_stands_in_it_do_not_matter() -> None:
 @torch.no_grad()
 def test_without_any_text_no_text_stream_runs() -> None:
     net, (xs, t, _) = model(), samples()
-    empty = Text.empty(5, 2, 12, like=xs[0])
+    empty = TextFeatures.empty(5, 2, 12, like=xs[0])
     want = alone(net, xs, t, empty)
     for name, p in net.named_parameters():
         if "txt" in name or "added" in name or "to_add_out" in name:
@@ -76,7 +76,7 @@ def test_the_gradients_of_a_mean_over_samples_are_those_of_its_buckets(dtype: to
     buckets: Any = 0
     for size in dict.fromkeys(SIZES):
         rows = [i for i, other in enumerate(SIZES) if other == size]
-        v = net(torch.stack([xs[i] for i in rows]), t[rows], Text(text.features[rows], text.mask[rows]))
+        v = net(torch.stack([xs[i] for i in rows]), t[rows], TextFeatures(text.features[rows], text.mask[rows]))
         buckets = buckets + v.square().mean() * len(rows) / len(xs)
     want = gradients(net, buckets)
     assert got.keys() == want.keys()
@@ -93,7 +93,7 @@ def test_no_sample_notices_another() -> None:
             noise[changed] += 1
             later[changed] = 1 - later[changed]
             louder[changed] *= -3
-            after = net.packed(noise, later, Text(louder, text.mask))
+            after = net.packed(noise, later, TextFeatures(louder, text.mask))
             same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
             assert same == [i != changed for i in range(5)]
 
@@ -177,6 +177,6 @@ def test_samples_without_a_time_or_a_text_are_refused() -> None:
     with pytest.raises(ConfigError, match="5 samples with 4 times and 5 texts"):
         model().packed(xs, t[:4], text)
     with pytest.raises(ConfigError, match="pair it with the text encoder"):
-        model().packed(xs, t, Text(text.features[:, :1], text.mask))
+        model().packed(xs, t, TextFeatures(text.features[:, :1], text.mask))
     with pytest.raises(ConfigError, match="the latents have 7 channels, but it reads 8; pair it with the VAE"):
         model().packed([*xs[:4], xs[4][:7]], t, text)

@@ -14,7 +14,7 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
 from lens_core.cli.main import main
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.types import ConfigError, Text
+from lens_core.types import ConfigError, TextFeatures
 
 LARGE = 1e4
 
@@ -51,8 +51,8 @@ def test_text_features_beyond_float16_are_read_in_bfloat16() -> None:
     features[:, :, 0, :2] = 7 * LARGE  # the first token of a language model's stream has such channels
     assert not features.to(torch.float16).isfinite().all()
     with torch.no_grad():
-        want = net(x, t, Text(features, text.mask))
-        got = net.to(torch.bfloat16)(x, t, Text(features.to(torch.bfloat16), text.mask))
+        want = net(x, t, TextFeatures(features, text.mask))
+        got = net.to(torch.bfloat16)(x, t, TextFeatures(features.to(torch.bfloat16), text.mask))
     assert got.isfinite().all() and distance(got, want) < 0.05
 
 

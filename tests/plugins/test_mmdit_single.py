@@ -17,8 +17,8 @@ from lens_mmdit.single import adopt
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lens_core.checkpoints.lazy_tensors import Lazy
-from lens_core.types import CheckpointError, ConfigError, NumericalError, Text
+from lens_core.checkpoints.lazy_tensors import LazyTensor
+from lens_core.types import CheckpointError, ConfigError, NumericalError, TextFeatures
 
 Config = LensTransformer2DModel.Config
 SMALL = Config(
@@ -42,8 +42,8 @@ def write(path: Path, state: dict[str, Tensor], prefix: str = "", texts: dict[st
 
 
 def read(path: Path, config: Config = SMALL, dtype: torch.dtype | None = None) -> tuple[LensTransformer2DModel, Config]:
-    model, seen, tensors = LensTransformer2DModel.outline(path, config, path.parent)
-    model.fill(tensors, path, dtype)
+    model, seen, tensors = LensTransformer2DModel.from_header(path, config, path.parent)
+    model.load_weights(tensors, path, dtype)
     return model.eval(), seen
 
 
@@ -82,7 +82,7 @@ def test_the_file_draws_what_the_model_draws(tmp_path: Path) -> None:
     again, _ = read(write(tmp_path / "lens.safetensors", model.state_dict(), "diffusion_model."))
     rng = torch.Generator().manual_seed(1)
     x, features = torch.randn(1, 16, 4, 6, generator=rng), torch.randn(1, 2, 3, 8, generator=rng)
-    text = Text(features, torch.ones(1, 3, dtype=torch.bool))
+    text = TextFeatures(features, torch.ones(1, 3, dtype=torch.bool))
     assert torch.equal(again(x, torch.tensor([0.5]), text), model(x, torch.tensor([0.5]), text))
 
 
@@ -117,10 +117,10 @@ def test_other_models_in_the_same_file_are_left_alone(tmp_path: Path) -> None:
     assert model.state_dict().keys() == build().state_dict().keys()
 
 
-def hollow(config: Config) -> dict[str, Lazy]:
+def hollow(config: Config) -> dict[str, LazyTensor]:
     with torch.device("meta"):
         state = LensTransformer2DModel(config).state_dict()
-    return {k: Lazy(tuple(v.shape), torch.bfloat16, lambda _: iter(())) for k, v in state.items()}
+    return {k: LazyTensor(tuple(v.shape), torch.bfloat16, lambda _: iter(())) for k, v in state.items()}
 
 
 def test_the_published_shapes_give_the_published_config_whatever_it_is_put_into() -> None:
@@ -191,7 +191,7 @@ def test_another_model_is_told_by_what_it_holds(tmp_path: Path) -> None:
 
 
 def test_latents_of_another_vae_are_told() -> None:
-    text = Text(torch.zeros(1, 2, 1, 8), torch.ones(1, 1, dtype=torch.bool))
+    text = TextFeatures(torch.zeros(1, 2, 1, 8), torch.ones(1, 1, dtype=torch.bool))
     with pytest.raises(ConfigError, match="the latents have 8 channels, but it reads 16; pair it with the VAE"):
         build()(torch.zeros(1, 8, 2, 2), torch.tensor([0.5]), text)
 

@@ -8,7 +8,7 @@ import pytest
 from attrs import evolve
 
 from lens_core.catalog import Catalog
-from lens_core.recipe import Recipe, Use, build, read_recipe
+from lens_core.recipe import ComponentSpec, Recipe, build, read_recipe
 from lens_core.types import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def test_dollars_are_tokens_times_prices(found, published, catalog):
     (usd,) = found.usd.values()
     llm = dict(published.method.options["rewards"][0]["llm"])
     double = {**published.method.options["rewards"][0], "llm": {**llm, "price_in": 0.8, "price_out": 3.2}}
-    twice = evolve(published, method=Use("diffusion_nft", {**published.method.options, "rewards": [double]}))
+    twice = evolve(published, method=ComponentSpec("diffusion_nft", {**published.method.options, "rewards": [double]}))
     assert told(twice, catalog).usd.popitem()[1] == pytest.approx(2 * usd)
     assert 100 < usd < 1000  # 0.1 to 0.5 cents a picture: a thousand tokens or two in, a few hundred out
 
@@ -62,7 +62,7 @@ def test_memory_is_that_of_the_tensors_of_the_published_model(found, published, 
     assert memory["backbone: gradients"] == memory["backbone: moving average"] == 4 * learned
     assert memory["backbone: AdamW's moments"] == 8 * learned
     assert memory["backbone: old policy"] == memory["backbone: start, for kl"] == 4 * learned, "one frozen backbone"
-    freed = evolve(published, method=Use("diffusion_nft", {**published.method.options, "kl": 0.0}))
+    freed = evolve(published, method=ComponentSpec("diffusion_nft", {**published.method.options, "kl": 0.0}))
     assert "backbone: start, for kl" not in told(freed, catalog).memory
 
 

@@ -27,7 +27,7 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
 from lens_core.inference.pipeline import LensPipeline, to_images
 from lens_core.io import atomic_files
-from lens_core.recipe import Adapter, Recipe, Training, Use, build, read_recipe
+from lens_core.recipe import Adapter, ComponentSpec, Recipe, Training, build, read_recipe
 from lens_core.testing.checks import check_method
 from lens_core.training.distributed import Ranks, seed_of
 from lens_core.training.spikes import Spikes
@@ -142,7 +142,9 @@ def pipeline(catalog: Catalog, pipeline: LensPipeline) -> LensPipeline:
 
 
 def method(pipeline: LensPipeline, **options: Any) -> DiffusionNFT:
-    _, cls, config = build(pipeline.catalog, "method", Use("diffusion_nft", {**OPTIONS, **options}), "$.method")
+    _, cls, config = build(
+        pipeline.catalog, "method", ComponentSpec("diffusion_nft", {**OPTIONS, **options}), "$.method"
+    )
     return cls(config, pipeline)
 
 
@@ -180,7 +182,12 @@ class Turn(Run):
 
     def __init__(self, m: DiffusionNFT, folder: Path) -> None:
         train = Training(steps=1, lr=1e-3, clip=0.0)
-        super().__init__(Recipe(Use("fit"), train, Use("squares"), toy.PARTS), Catalog.of(toy), folder, lambda _: None)
+        super().__init__(
+            Recipe(ComponentSpec("fit"), train, ComponentSpec("squares"), toy.PARTS),
+            Catalog.of(toy),
+            folder,
+            lambda _: None,
+        )
         self.method, self.nets = m, dict(m.roles())
         self.learning = {"backbone": list(m.pipeline.backbone.parameters())}
         self.optimizers = {"backbone": torch.optim.SGD(self.learning["backbone"])}
@@ -627,8 +634,8 @@ def test_neither_copy_learns(pipeline):
 # ---- in the loop -----------------------------------------------------------------------------------------------------
 
 RECIPE = Recipe(
-    method=Use("diffusion_nft", {**OPTIONS, "updates": 2, "old_rise": 0.1, "sizes": [[16, 16], [16, 32]]}),
-    dataset=Use("squares"),
+    method=ComponentSpec("diffusion_nft", {**OPTIONS, "updates": 2, "old_rise": 0.1, "sizes": [[16, 16], [16, 32]]}),
+    dataset=ComponentSpec("squares"),
     train=Training(steps=6, lr=1e-2, ema=0.9, save_every=1, keep=9, log_every=2),
     pipeline=toy.PARTS,
     seed=3,

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from lens_core import flow, hookimpl
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import Parts, Recipe, Training, Use
+from lens_core.recipe import ComponentSpec, Parts, Recipe, Training
 from lens_core.training.trainer import Run
-from lens_core.types import Prompt, Score, Text
+from lens_core.types import Prompt, Score, TextFeatures
 
 MODE, SPREAD = 2.0, 0.3  # a prompt's pictures are points near (±2, its own height)
 HEIGHTS = {"a": -1.5, "b": -0.5, "c": 0.5, "d": 1.5}
@@ -54,7 +54,7 @@ class Arrows(toy.Weights):
             nn.Linear(11, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2)
         )
 
-    def forward(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         out: Tensor = self.net(torch.cat([x[:, :, 0, 0], t[:, None], text.features[:, 0, 0]], 1))
         return out[:, :, None, None]
 
@@ -121,7 +121,12 @@ def catalog() -> Catalog:
 def start(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that draws both modes of every prompt alike."""
     torch.manual_seed(0)
-    parts = Parts(vae=Use("plane"), text_encoder=Use("letters"), backbone=Use("arrows"), sampler=Use("even"))
+    parts = Parts(
+        vae=ComponentSpec("plane"),
+        text_encoder=ComponentSpec("letters"),
+        backbone=ComponentSpec("arrows"),
+        sampler=ComponentSpec("even"),
+    )
     pipeline = LensPipeline.from_parts(parts, catalog)
     optimizer = torch.optim.AdamW(pipeline.backbone.parameters(), 4e-3)
     steps, rng = 800, torch.Generator().manual_seed(0)
@@ -133,7 +138,7 @@ def start(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = torch.stack([side, heights[which]], 1) + SPREAD * torch.randn(128, 2, generator=rng)
         noise, t = torch.randn(128, 2, 1, 1, generator=rng), torch.rand(128, generator=rng)
         data = data[:, :, None, None]
-        v = pipeline.backbone(flow.mix(data, noise, t), t, Text(texts.features[which], texts.mask[which]))
+        v = pipeline.backbone(flow.mix(data, noise, t), t, TextFeatures(texts.features[which], texts.mask[which]))
         loss = (v - flow.velocity(data, noise)).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -160,8 +165,8 @@ def train(catalog: Catalog, start: Path, tmp_path: Path, monkeypatch: pytest.Mon
         method = {"prompts": "letters", "rewards": [{"use": "side", "good": good}], "kl": 0, **options}
         method |= {"prompts_per_rollout": 4, "pictures_per_prompt": 24, "rollout_steps": 10, "times": 3, "batch": 96}
         recipe = Recipe(
-            method=Use("diffusion_nft", method),
-            dataset=Use("squares"),
+            method=ComponentSpec("diffusion_nft", method),
+            dataset=ComponentSpec("squares"),
             train=Training(steps=steps, lr=1e-3, betas=(0.9, 0.999), save_every=1000, log_every=5),
             pipeline=Parts(start=str(start)),
             seed=1,

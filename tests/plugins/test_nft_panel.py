@@ -15,13 +15,13 @@ from lens_nft.panel import Judge, judge, spent
 from lens_nft.rollout import Picture
 from torch import Tensor
 
-from lens_core.types import ConfigError, LensError, Prompt, Score, Text
+from lens_core.types import ConfigError, LensError, Prompt, Score, TextFeatures
 
 GROUPS = (1, 1, 1, 1, 2, 2, 2, 2)
 
 
 def pictures(groups: Sequence[int] = GROUPS) -> list[Picture]:
-    text = Text(torch.zeros(1, 1, 1, 2), torch.ones(1, 1, dtype=torch.bool))
+    text = TextFeatures(torch.zeros(1, 1, 1, 2), torch.ones(1, 1, dtype=torch.bool))
     return [
         Picture(Prompt(f"p{g}", g), i, torch.zeros(1, 1, 1), torch.full((3, 4, 4), i, dtype=torch.uint8), text)
         for i, g in enumerate(groups)

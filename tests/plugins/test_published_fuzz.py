@@ -21,7 +21,7 @@ from lens_mmdit.published import describe
 from lens_core.catalog import Catalog
 from lens_core.checkpoints.tensor_files import read_tensors, save_tensors
 from lens_core.io.atomic_files import read_json
-from lens_core.recipe import Use, build
+from lens_core.recipe import ComponentSpec, build
 
 FILES = {
     "model_index.json": "backbone",
@@ -41,10 +41,10 @@ def _little_memory() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny:` as it would have been published, without a lens.json."""
-    from lens_core.checkpoints.manifest import fetch
+    from lens_core.checkpoints.manifest import resolve_uri
 
     place = tmp_path_factory.mktemp("fuzz") / "lens"
-    shutil.copytree(fetch("tiny:", Catalog.installed()), place)
+    shutil.copytree(resolve_uri("tiny:", Catalog.installed()), place)
     (place / "lens.json").unlink()
     return place
 
@@ -60,7 +60,9 @@ def load(folder: Path, part: str, catalog: Catalog) -> Any:
     if described is None:
         return None
     use = described["components"][part]
-    _, cls, config = build(catalog, part, Use(use["use"], use["config"]), f"{folder}/lens.json: components.{part}")
+    _, cls, config = build(
+        catalog, part, ComponentSpec(use["use"], use["config"]), f"{folder}/lens.json: components.{part}"
+    )
     return cls.load(folder, config, dtype=torch.float32)
 
 

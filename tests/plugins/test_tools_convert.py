@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lens_core.catalog import Catalog
-from lens_core.checkpoints.lazy_tensors import Lazy, read_lazy, write_lazy
+from lens_core.checkpoints.lazy_tensors import LazyTensor, read_lazy, write_lazy
 from lens_core.cli.main import main
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.types import CheckpointError, ConfigError
@@ -43,9 +43,9 @@ def installed() -> Catalog:
 
 @pytest.fixture(scope="module")
 def tiny(installed: Catalog) -> Path:
-    from lens_core.checkpoints.manifest import fetch
+    from lens_core.checkpoints.manifest import resolve_uri
 
-    return fetch("tiny:", installed)
+    return resolve_uri("tiny:", installed)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_experts_in_mxfp4_stay_so_in_every_layout(tiny: Path, installed: Catalog
     assert told["quantization_config"]["quant_method"] == "mxfp4" and told["num_hidden_layers"] == 4
 
 
-# ---- parts that another checkpoint lends ------------------------------------------------------------------------
+# ---- parts that another checkpoint shares -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -233,8 +233,8 @@ def sharing(tiny: Path, installed: Catalog, tmp_path_factory: pytest.TempPathFac
         for p in pipeline.backbone.parameters():
             p.mul_(1.01)
     pipeline.save_pretrained(base / "whole")
-    convert(base / "whole", base / "lent", "diffusers", None, installed, share="tiny:")
-    return base / "lent"
+    convert(base / "whole", base / "shared", "diffusers", None, installed, share="tiny:")
+    return base / "shared"
 
 
 def test_parts_that_are_anothers_are_named_and_draw_the_same(sharing: Path, installed: Catalog, tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_a_part_that_config_json_makes_another_is_not_shared(sharing: Path, inst
 
 
 def test_a_loan_is_passed_on_and_kept(sharing: Path, installed: Catalog, tmp_path: Path) -> None:
-    """`tiny:turbo` itself borrows from `tiny:`; and what is lent stays so where the new lender has no such part."""
+    """`tiny:turbo` itself borrows from `tiny:`; and what is shared stays so where the new origin has no such part."""
     convert(sharing.with_name("whole"), tmp_path / "one", "diffusers", None, installed, share="tiny:turbo")
     about = json.loads((sharing / "lens.json").read_text())["components"]
     assert json.loads((tmp_path / "one/lens.json").read_text())["components"] == about
@@ -376,21 +376,21 @@ def test_a_conversion_holds_no_more_than_a_piece(
     made: list[int] = []
     opened = module.read_lazy
 
-    def watched(*paths: Path) -> tuple[dict[str, Lazy], dict[str, str]]:
+    def watched(*paths: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
         tensors, texts = opened(*paths)
 
-        def watch(tensor: Lazy) -> Lazy:
+        def watch(tensor: LazyTensor) -> LazyTensor:
             def rows(dtype: torch.dtype):  # type: ignore[no-untyped-def]  # an iterator of tensors
                 for block in tensor.rows(dtype):
                     made.append(block.nbytes)
                     yield block
 
-            return Lazy(tensor.shape, tensor.dtype, rows)
+            return LazyTensor(tensor.shape, tensor.dtype, rows)
 
         return {k: watch(v) for k, v in tensors.items()}, texts
 
     monkeypatch.setattr(module, "read_lazy", watched)
-    monkeypatch.setattr(Lazy, "read", lambda *_: pytest.fail("a whole tensor was read"))
+    monkeypatch.setattr(LazyTensor, "read", lambda *_: pytest.fail("a whole tensor was read"))
     convert(tiny, tmp_path / "out", "diffusers", None, installed)
     largest = max(v[:1].nbytes for p in FOLDERS.values() for v in load_file(tiny / p).values() if v.ndim)
     assert max(made) <= max(2**14, largest) and sum(made) == sum(
@@ -553,7 +553,8 @@ def test_parts_that_a_model_lacks_may_be_given(singles: Path, tmp_path: Path) ->
     with torch.device("meta"):
         state = Flux2VAE(Flux2VAE.Config(layers_per_block=1)).net.state_dict()
     zero = {
-        k: Lazy(tuple(v.shape), v.dtype, lambda d, s=v.shape: iter([torch.zeros(s, dtype=d)])) for k, v in state.items()
+        k: LazyTensor(tuple(v.shape), v.dtype, lambda d, s=v.shape: iter([torch.zeros(s, dtype=d)]))
+        for k, v in state.items()
     }
     write_lazy(tmp_path / "vae.safetensors", zero)
     said = error(lambda: LensPipeline.from_pretrained(tmp_path / "lens.safetensors", vae=tmp_path / "vae.safetensors"))

@@ -13,7 +13,7 @@ from attrs import frozen
 from torch import nn
 
 from lens_core.checkpoints.tensor_files import load_module, save_module
-from lens_core.types import ConfigError, Text
+from lens_core.types import ConfigError, TextFeatures
 
 
 class HashedWords(nn.Module):
@@ -39,7 +39,7 @@ class HashedWords(nn.Module):
         self.words = nn.Embedding(config.rows, config.width)
         self.places = nn.Embedding(config.max_words, config.width)
 
-    def encode(self, prompts: Sequence[str]) -> Text:
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Prompts -> features [B,1,T,D] and mask [B,T], T words in the longest; none where there are no words."""
         device = self.words.weight.device
         texts = []
@@ -49,8 +49,8 @@ class HashedWords(nn.Module):
                 [zlib.crc32(w.encode()) % self.config.rows for w in words], dtype=torch.long, device=device
             )
             features = self.words(rows) + self.places.weight[: len(words)]
-            texts.append(Text(features[None, None], torch.ones(1, len(words), dtype=torch.bool, device=device)))
-        return Text.cat(texts)
+            texts.append(TextFeatures(features[None, None], torch.ones(1, len(words), dtype=torch.bool, device=device)))
+        return TextFeatures.cat(texts)
 
     def save(self, folder: Path) -> None:
         save_module(self, folder / "text_encoder", "model")

@@ -11,7 +11,7 @@ from lens_acme.contrast import Contrast
 from lens_acme.words import HashedWords
 
 from lens_core.catalog import Catalog
-from lens_core.recipe import Use, build
+from lens_core.recipe import ComponentSpec, build
 from lens_core.testing.checks import check_reward, check_text_encoder
 from lens_core.types import CheckpointError, ConfigError, Prompt
 
@@ -23,8 +23,8 @@ def encoder(**options: int) -> HashedWords:
 
 def test_both_components_are_found_by_name() -> None:
     catalog = Catalog.of(lens_acme)
-    assert build(catalog, "text_encoder", Use("hashed_words"))[1] is HashedWords
-    assert build(catalog, "reward", Use("lens_acme:contrast"))[1] is Contrast
+    assert build(catalog, "text_encoder", ComponentSpec("hashed_words"))[1] is HashedWords
+    assert build(catalog, "reward", ComponentSpec("lens_acme:contrast"))[1] is Contrast
 
 
 def test_both_components_keep_their_contracts() -> None:
