@@ -227,9 +227,15 @@ MUTANTS = [
         "plugins/lens_bench/report.py",
         "tests/plugins/test_bench_score.py",
         ("Row(verdict or nothing, cluster, group)", "Row(verdict or nothing, cluster)"),
+        ("            self._check_perceiver(line, number)\n", "            pass\n"),
+    ),
+    *_of(
+        "plugins/lens_bench/benchmarks.py",
+        "tests/plugins/test_bench_score.py",
         ("whole = set(tasks) == set(geneval.TAGS)", "whole = bool(tasks)"),
         ('| {"edit_distance": worst, "completed": 0}', '| {"completed": 0}'),
-        ("clusters = sorted({row.cluster for row in rows})", "clusters = sorted({row.cluster for row in rows})[:1]"),
+        ("scores.binary = scores.binary and shares", "scores.binary = scores.binary"),
+        ("for i in range(of)]", "for i in range(min(of, 1))]"),
     ),
     *_of(
         "plugins/lens_bench/manifest.py",

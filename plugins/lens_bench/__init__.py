@@ -1,14 +1,15 @@
 """The public benchmarks, measured by their authors' rules. This part decides: perceptions in, verdicts out, no model.
 
-geneval   GenEval: objects, counts, colours and positions, from detections
-cvtg      CVTG-2K: words of a prompt, from lines of OCR
-longtext  LongText-Bench: recall of words, from the text that a vision model reads
-oneig     OneIG: the text dimension
-text      what the text benchmarks share: characters that count, edit distance
-lines     perceptions on disk: a JSON object a line, every error with its line and its field
-report    verdicts to headlines, by the official and by the strict rule, with intervals
-manifest  which picture was generated from which prompt: append-only, read again after an interruption
-commands  `lens score`
+geneval     GenEval: objects, counts, colours and positions, from detections
+cvtg        CVTG-2K: words of a prompt, from lines of OCR
+longtext    LongText-Bench: recall of words, from the text that a vision model reads
+oneig       OneIG: the text dimension
+text        what the text benchmarks share: characters that count, edit distance
+lines       perceptions on disk: a JSON object a line, every error with its line and its field
+benchmarks  how a line of each is checked, decided and summed up
+report      a file to verdicts and headlines, by the official and by the strict rule
+manifest    which picture was generated from which prompt: append-only, read again after an interruption
+commands    `lens score`
 """
 
 from __future__ import annotations

@@ -1,0 +1,254 @@
+"""Each benchmark as a row of one table: how lines of perceptions are checked and decided, how verdicts are summed up.
+
+A check raises FieldError, which names the field. The headlines are the published ones: GenEval's mean of six tags over
+pictures, pooled words for LongText-Bench and CVTG-2K, OneIG's formula of three quantities. Intervals count prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from attrs import asdict, fields_dict, frozen
+
+from lens_bench import cvtg, geneval, lines, longtext, oneig
+from lens_bench.lines import FieldError
+from lens_core.evaluation.statistics import ClusteredScores, Estimate, mean_of_tasks, middle
+from lens_core.io import readers
+
+Line = Mapping[str, Any]
+Metrics = dict[str, Estimate]
+
+
+@frozen
+class Row:
+    """One picture: its verdict, its prompt (`cluster`), and its tag or category ("" without)."""
+
+    verdict: Mapping[str, Any]
+    cluster: str
+    group: str = ""
+
+
+@frozen
+class Benchmark:
+    """How the lines of one benchmark are decided and summed up."""
+
+    title: str
+    decide: Callable[[Line], dict[str, Any]]  # the fields of a verdict, from a line with perceptions
+    nothing: Callable[[Line], dict[str, Any]]  # the verdict on a picture of which nothing is right
+    prompt: Callable[[Line], str]  # what pictures of one prompt share
+    group: Callable[[Line], str]
+    metrics: Callable[[Sequence[Row]], Metrics]
+
+
+# ---- GenEval ------------------------------------------------------------------------------------------------------
+
+
+def _clauses(metadata: Mapping[str, Any], kind: str) -> None:
+    for i, value in enumerate(lines.items(metadata.get(kind, []), f"metadata.{kind}")):
+        name = f"metadata.{kind}[{i}]"
+        clause = lines.mapping(value, name)
+        lines.choice(lines.field(clause, "class", f"{name}."), f"{name}.class", geneval.CLASSES)
+        lines.whole(lines.field(clause, "count", f"{name}."), f"{name}.count", low=1)
+        if "color" in clause:
+            lines.choice(clause["color"], f"{name}.color", geneval.COLORS)
+        if "position" in clause:
+            pair = lines.items(clause["position"], f"{name}.position")
+            if len(pair) != 2:
+                raise FieldError(f"{name}.position", f"must be [relation, clause], not {readers.shown(pair)}")
+            lines.choice(pair[0], f"{name}.position[0]", geneval.RELATIONS)
+            lines.whole(pair[1], f"{name}.position[1]")
+
+
+def _metadata(line: Line) -> dict[str, Any]:
+    metadata = lines.mapping(lines.field(line, "metadata"), "metadata")
+    lines.text(lines.field(metadata, "tag", "metadata."), "metadata.tag")
+    _clauses(metadata, "include")
+    _clauses(metadata, "exclude")
+    return metadata
+
+
+def _options(line: Line) -> geneval.Options:
+    given = lines.mapping(line.get("options") or {}, "options")
+    for name in given:
+        lines.choice(name, f"options.{name[:40]}", list(fields_dict(geneval.Options)))
+        lines.number(given[name], f"options.{name}")
+    if "max_objects" in given:
+        lines.whole(given["max_objects"], "options.max_objects", low=0)
+    return geneval.Options(**given)
+
+
+def _detections(line: Line) -> dict[str, list[list[float]]]:
+    detections = lines.mapping(lines.field(line, "detections"), "detections")
+    for name, rows in detections.items():
+        lines.choice(name, f"detections.{name[:40]}", geneval.CLASSES)
+        if len(lines.items(rows, f"detections.{name}")) > lines.MOST_ROWS:
+            raise FieldError(f"detections.{name}", f"has {len(rows)} rows; at most {lines.MOST_ROWS} are read")
+        for i, row in enumerate(rows):
+            place = f"detections.{name}[{i}]"
+            if len(lines.items(row, place)) != 5:
+                raise FieldError(place, f"must be [x1, y1, x2, y2, score], not {readers.shown(row)}")
+            for value in row:
+                lines.number(value, place, lines.LARGEST_COORDINATE)
+    return detections
+
+
+def _decide_geneval(line: Line) -> dict[str, Any]:
+    colors = lines.mapping(line.get("colors") or {}, "colors")
+    for name, answers in colors.items():
+        lines.items(answers, f"colors.{name[:40]}")
+    return asdict(geneval.decide(_metadata(line), _detections(line), colors, _options(line)))
+
+
+def _geneval_nothing(line: Line) -> dict[str, Any]:
+    _metadata(line)
+    return {"correct": False}
+
+
+def _geneval_metrics(rows: Sequence[Row]) -> Metrics:
+    """ "overall", the mean of the six tags, where all six have pictures; each tag; the share of pictures."""
+    tasks = {
+        tag: _scores([(float(row.verdict["correct"]), row.cluster) for row in rows if row.group == tag])
+        for tag in sorted({row.group for row in rows}, key=lambda tag: (*geneval.TAGS, tag).index(tag))
+    }
+    whole = set(tasks) == set(geneval.TAGS)
+    overall = {"overall": mean_of_tasks(tasks, geneval.TAGS)} if whole else {}
+    pictures = _scores([(float(row.verdict["correct"]), row.cluster) for row in rows])
+    return overall | {tag: scores.estimate() for tag, scores in tasks.items()} | {"pictures": pictures.estimate()}
+
+
+# ---- text ---------------------------------------------------------------------------------------------------------
+
+
+def _scores(pairs: Sequence[tuple[float, str]], shares: bool = True) -> ClusteredScores:
+    """Scores with their prompts; without `shares` they are amounts, even where all happen to be 0 or 1."""
+    scores = ClusteredScores([value for value, _ in pairs], [cluster for _, cluster in pairs])
+    scores.binary = scores.binary and shares
+    return scores
+
+
+def _pooled_words(rows: Sequence[Row], right: str, total: str) -> Estimate:
+    """The share of all pictures' reference words that are right; each word is a yes or no of its prompt."""
+    counts = [(row.verdict[right], row.verdict[total], row.cluster) for row in rows]
+    return _scores([(float(i < n), cluster) for n, of, cluster in counts for i in range(of)]).estimate()
+
+
+def _prompt(line: Line) -> str:
+    return lines.text(lines.field(line, "prompt"), "prompt")
+
+
+def _decide_cvtg(line: Line) -> dict[str, Any]:
+    given = lines.field(line, "ocr_lines")
+    failed = given == "RAISE"
+    return asdict(
+        cvtg.decide(_prompt(line), None if failed or given is None else lines.texts(given, "ocr_lines"), failed)
+    )
+
+
+def _cvtg_metrics(rows: Sequence[Row]) -> Metrics:
+    words = [(value, row.cluster) for row in rows for value in row.verdict["word_ned"]]
+    accuracy = _pooled_words(rows, "correct_words", "total_words")
+    return {"word accuracy": accuracy, "NED": _scores(words, shares=False).estimate()}
+
+
+def _references(line: Line) -> list[str]:
+    return lines.texts(lines.field(line, "text"), "text")
+
+
+def _longtext(chinese: bool) -> Benchmark:
+    def decide(line: Line) -> dict[str, Any]:
+        ocr = lines.text(lines.field(line, "ocr_raw"), "ocr_raw")
+        return asdict(longtext.decide(_references(line), ocr, chinese))
+
+    return Benchmark(
+        title=f"LongText-Bench ({'ZH' if chinese else 'EN'})",
+        decide=decide,
+        nothing=lambda line: asdict(longtext.decide(_references(line), "", chinese)),
+        prompt=lambda line: "\n".join(_references(line)),
+        group=_category,
+        metrics=lambda rows: {"text score": _pooled_words(rows, "match_word_count", "gt_word_count")},
+    )
+
+
+def _content(line: Line) -> str:
+    return lines.text(lines.field(line, "text_content"), "text_content")
+
+
+def _oneig(language: str) -> Benchmark:
+    worst = oneig.WORST_DISTANCE[language]
+
+    def decide(line: Line) -> dict[str, Any]:
+        return asdict(oneig.decide(_content(line), lines.text(lines.field(line, "ocr_raw"), "ocr_raw")))
+
+    def nothing(line: Line) -> dict[str, Any]:
+        return asdict(oneig.decide(_content(line), "")) | {"edit_distance": worst, "completed": 0}
+
+    return Benchmark(
+        title=f"OneIG ({language.upper()}), text",
+        decide=decide,
+        nothing=nothing,
+        prompt=_content,
+        group=_category,
+        metrics=lambda rows: _oneig_metrics(rows, worst),
+    )
+
+
+def _oneig_metrics(rows: Sequence[Row], worst: float) -> Metrics:
+    """The text score, which is no mean: its interval comes from prompts drawn with replacement."""
+    clusters = sorted({row.cluster for row in rows})
+    sums = np.zeros((len(clusters), 5))  # of pictures, distances, completed, words read, words
+    places = {cluster: i for i, cluster in enumerate(clusters)}
+    for row in rows:
+        v = row.verdict
+        counts = (1, v["edit_distance"], v["completed"], v["match_word_count"], v["gt_word_count"])
+        sums[places[row.cluster]] += counts
+    total = sums.sum(0)
+    if not total[4]:
+        return {}
+
+    def score(of: Sequence[float]) -> float:
+        return oneig.text_score(of[1] / of[0], of[2] / of[0], of[3] / of[4] if of[4] else 0.0, worst)
+
+    low = high = math.nan
+    if len(clusters) > 1:
+        every = ClusteredScores([0.0] * len(clusters), clusters)
+        drawn = sums[every.draw_clusters(np.random.default_rng(0))].sum(1)
+        low, high = middle(np.array([score(of) for of in drawn]))
+    headline = Estimate(score(total), low, high, int(total[0]), len(clusters))
+    return {
+        "text score": headline,
+        "ED": _scores([(row.verdict["edit_distance"], row.cluster) for row in rows], shares=False).estimate(),
+        "CR": _scores([(float(row.verdict["completed"]), row.cluster) for row in rows]).estimate(),
+        "WAC": _pooled_words(rows, "match_word_count", "gt_word_count"),
+    }
+
+
+def _category(line: Line) -> str:
+    return lines.text(line.get("category", ""), "category")
+
+
+BENCHMARKS = {
+    "geneval": Benchmark(
+        title="GenEval",
+        decide=_decide_geneval,
+        nothing=_geneval_nothing,
+        prompt=lambda line: json.dumps(line["metadata"], sort_keys=True),
+        group=lambda line: line["metadata"]["tag"],
+        metrics=_geneval_metrics,
+    ),
+    "cvtg2k": Benchmark(
+        title="CVTG-2K, words",
+        decide=_decide_cvtg,
+        nothing=lambda line: asdict(cvtg.decide(_prompt(line), None, failed=True)),
+        prompt=_prompt,
+        group=_category,
+        metrics=_cvtg_metrics,
+    ),
+    "longtext_en": _longtext(chinese=False),
+    "longtext_zh": _longtext(chinese=True),
+    "oneig_text_en": _oneig("en"),
+    "oneig_text_zh": _oneig("zh"),
+}
