@@ -386,6 +386,7 @@ class Targets:
     def judge(self, rng: random.Random) -> None:
         import torch
         from lens_llm.client import OpenAI
+        from lens_llm.completions import unpack
         from lens_llm.rubric import RubricReward
 
         from lens_core.io.http import Answer
@@ -405,7 +406,7 @@ class Targets:
 
         class Canned(OpenAI):
             def _send(self, url: str, secret: str, body: bytes, tokens: int) -> Any:
-                return self._unpack(answer, secret, tokens)
+                return unpack(answer, secret, tokens, self._most())
 
         llm = Canned(OpenAI.Config(model="m", base_url="http://127.0.0.1:9/v1"), sleep=lambda _: None)
         reward = RubricReward(RubricReward.Config(ComponentSpec("openai")), llm)
