@@ -92,13 +92,19 @@ MUTANTS = [
     *_of(
         "plugins/lens_nft/method.py",
         "tests/plugins/test_nft_method.py",
-        ("self.config.lag(step + 1)", "self.config.lag(step)"),
-        ("value.lerp_(fresh[name].to(value.dtype), 1 - lag)", "value.lerp_(fresh[name].to(value.dtype), lag)"),
-        ("steps - self.old_wait), self.old_limit)", "steps), self.old_limit)"),
+        ("self.config.old_policy_decay(step + 1)", "self.config.old_policy_decay(step)"),
+        ("value.lerp_(fresh[name].to(value.dtype), 1 - decay)", "value.lerp_(fresh[name].to(value.dtype), decay)"),
+        ("steps - self.old_policy_wait), self.old_policy_max_decay)", "steps), self.old_policy_max_decay)"),
         ("count / whole, facts)", "1 / whole, facts)"),
         ("for p, q, s, learn in learned if learn)", "for p, q, s, learn in learned)"),
-        ("(lesson.turn + torch.rand((), generator=rng)) / self.config.times", "torch.rand((), generator=rng)"),
-        ("spreads([part for theirs in gathered(mine) for part in theirs])", "spreads(mine[:1])"),
+        (
+            "(micro_batch.interval + torch.rand((), generator=rng)) / self.config.timesteps_per_image",
+            "torch.rand((), generator=rng)",
+        ),
+        (
+            "standard_deviations([part for theirs in gathered(mine) for part in theirs])",
+            "standard_deviations(mine[:1])",
+        ),
         ("total = total + config.kl * parts", "total = total - config.kl * parts"),
     ),
     *_of(
@@ -117,10 +123,10 @@ MUTANTS = [
         "tests/plugins/test_dmd2_losses.py",
         ("(ahead - behind) / away", "(behind - ahead) / away"),
         (
-            "gradient(x, x_t, t, guided, cond, cond, weights.floor)",
-            "gradient(x, x_t, t, cond, guided, cond, weights.floor)",
+            "gradient(x, x_t, t, guided, cond, cond, options.min_distance)",
+            "gradient(x, x_t, t, cond, guided, cond, options.min_distance)",
         ),
-        ("x_t, t, _ = noised(x, rng, weights.schedule, until)", "x_t, t, _ = noised(x, rng, weights.schedule)"),
+        ("x_t, t, _ = noised(x, rng, options.schedule, until)", "x_t, t, _ = noised(x, rng, options.schedule)"),
         ("F.softplus(-real).mean() + F.softplus(fake)", "F.softplus(real).mean() + F.softplus(fake)"),
         ("(logits(x_t + sigma * n) - at) / sigma", "(logits(x_t + sigma * n) - at)"),
         ("[theirs[name] for name in mine], 1 - keep)", "[theirs[name] for name in mine], keep)"),

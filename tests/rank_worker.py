@@ -108,7 +108,7 @@ METHODS: dict[str, dict[str, Any]] = {
         },
     },
     "two": {
-        "method": {"use": "dmd2", "critic_steps": 2, "real": 0.3, "ida": 0.9},
+        "method": {"use": "dmd2", "fake_score_updates": 2, "real_data_ratio": 0.3, "ida": 0.9},
         "dataset": SHAPES,
         "pipeline": {**PARTS, "guidance_scale": 3.0, "steps": 4},
     },
@@ -126,9 +126,9 @@ METHODS: dict[str, dict[str, Any]] = {
             "pictures_per_prompt": 3,
             "sizes": [[64, 64], [64, 80]],
             "rollout_steps": 2,
-            "times": 2,
-            "spread": "rollout",  # what processes must tell each other
-            "batch": 4,
+            "timesteps_per_image": 2,
+            "std_scope": "rollout",  # what processes must tell each other
+            "micro_batch_size": 4,
             "kl": 0.1,
         },
     },

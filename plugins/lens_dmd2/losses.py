@@ -38,7 +38,7 @@ def logit_normal(rows: int, rng: torch.Generator) -> Tensor:
     return torch.randn(rows, generator=rng).sigmoid()
 
 
-LEVELS = {"even": even, "logit_normal": logit_normal}
+NOISE_LEVELS = {"even": even, "logit_normal": logit_normal}
 """Name -> a function of (rows, rng): noise levels before they are shifted."""
 
 
@@ -47,12 +47,12 @@ class Schedule:
     """Which noise levels things are compared at."""
 
     shift: float
-    levels: str = "even"
+    noise_levels: str = "even"
 
 
 def noised(x: Tensor, rng: torch.Generator, schedule: Schedule, until: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """(x_t, t float32 [B], noise), each row at its own t <= `until`; before the shift, the schedule's levels shrunk."""
-    u = LEVELS[schedule.levels](len(x), rng)
+    u = NOISE_LEVELS[schedule.noise_levels](len(x), rng)
     t = shifted(u * unshifted(until, schedule.shift), schedule.shift)
     t, noise = (move(part, x.device) for part in (t, torch.randn(x.shape, generator=rng, dtype=x.dtype)))
     return flow.mix(x, noise, t), t, noise
@@ -61,12 +61,15 @@ def noised(x: Tensor, rng: torch.Generator, schedule: Schedule, until: float = 1
 # ---- distribution matching ------------------------------------------------------------------------------------
 
 
-def gradient(x: Tensor, x_t: Tensor, t: Tensor, ahead: Tensor, behind: Tensor, anchor: Tensor, floor: float) -> Tensor:
-    """g = (behind's guess of the data - ahead's), over the mean distance a row of x from anchor's guess, >= `floor`.
+def gradient(
+    x: Tensor, x_t: Tensor, t: Tensor, ahead: Tensor, behind: Tensor, anchor: Tensor, min_distance: float
+) -> Tensor:
+    """g = (behind's guess of the data - ahead's), over the mean distance, a row, of x from anchor's guess
+    (at least `min_distance`).
 
     x - g moves from where `behind` thinks the data is towards where `ahead` does. All three are velocities at x_t.
     """
-    away = (x - flow.data_from(x_t, anchor, t)).abs().flatten(1).mean(1).clamp(min=floor)
+    away = (x - flow.data_from(x_t, anchor, t)).abs().flatten(1).mean(1).clamp(min=min_distance)
     return t.to(x.dtype).view(-1, 1, 1, 1) * (ahead - behind) / away.view(-1, 1, 1, 1)
 
 
@@ -100,42 +103,42 @@ class Matching:
 
 
 @frozen
-class Weights:
-    """What a matching is weighed by."""
+class MatchingOptions:
+    """How the gradient of distribution matching is normalised and weighted."""
 
     schedule: Schedule
-    floor: float  # least distance that a gradient is divided by
-    ca: float = 1.0
-    dm: float = 1.0
+    min_distance: float  # least distance that a gradient is divided by
+    ca_weight: float = 1.0
+    dm_weight: float = 1.0
 
 
 @torch.no_grad()
-def joint(x: Tensor, views: Views, until: float, weights: Weights, rng: torch.Generator) -> Matching:
+def joint(x: Tensor, views: Views, until: float, options: MatchingOptions, rng: torch.Generator) -> Matching:
     """DMD2: from the fake to the guided teacher, at noise levels over the full range."""
-    x_t, t, _ = noised(x, rng, weights.schedule)
+    x_t, t, _ = noised(x, rng, options.schedule)
     _, guided = views.both(x_t, t)
     fake = views.fake(x_t, t)
-    return Matching(gradient(x, x_t, t, guided, fake, guided, weights.floor), _agreement(guided, fake))
+    return Matching(gradient(x, x_t, t, guided, fake, guided, options.min_distance), _agreement(guided, fake))
 
 
 @torch.no_grad()
-def decoupled(x: Tensor, views: Views, until: float, weights: Weights, rng: torch.Generator) -> Matching:
+def decoupled(x: Tensor, views: Views, until: float, options: MatchingOptions, rng: torch.Generator) -> Matching:
     """Decoupled DMD: CA, the engine, goes from the teacher to itself guided; DM, the shield, from fake to teacher.
 
     The noise levels of CA are cleaner than `until`, the time of the step that made x; those of DM are not bounded.
-    `ca_dm` is the ratio of the two gradients' norms.
+    `ca_dm_ratio` is the ratio of the two gradients' norms.
     """
-    x_t, t, _ = noised(x, rng, weights.schedule, until)
+    x_t, t, _ = noised(x, rng, options.schedule, until)
     cond, guided = views.both(x_t, t)
-    ca = weights.ca * gradient(x, x_t, t, guided, cond, cond, weights.floor)
-    x_t, t, _ = noised(x, rng, weights.schedule)
+    ca = options.ca_weight * gradient(x, x_t, t, guided, cond, cond, options.min_distance)
+    x_t, t, _ = noised(x, rng, options.schedule)
     cond, fake = views.cond(x_t, t), views.fake(x_t, t)
-    dm = weights.dm * gradient(x, x_t, t, cond, fake, cond, weights.floor)
-    return Matching(ca + dm, {**_agreement(cond, fake), "ca_dm": ratio(ca, dm)})
+    dm = options.dm_weight * gradient(x, x_t, t, cond, fake, cond, options.min_distance)
+    return Matching(ca + dm, {**_agreement(cond, fake), "ca_dm_ratio": ratio(ca, dm)})
 
 
 MATCHINGS = {"joint": joint, "decoupled": decoupled}
-"""Name -> a function of (x, views, until, weights, rng)."""
+"""Name -> a function of (x, views, until, options, rng)."""
 
 
 def _agreement(teacher: Tensor, fake: Tensor) -> dict[str, Tensor]:

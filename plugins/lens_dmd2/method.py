@@ -23,7 +23,7 @@ from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, optional, real, within
 from lens_dmd2 import losses
 from lens_dmd2.heads import HEADS, Heads
-from lens_dmd2.losses import LEVELS, MATCHINGS, Schedule, Views, Weights
+from lens_dmd2.losses import MATCHINGS, NOISE_LEVELS, MatchingOptions, Schedule, Views
 from lens_dmd2.rollout import ROLLOUTS
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class Sample:
 class DMD2:
     """The pipeline's backbone becomes a student of `steps` steps without guidance; as it was, it is the teacher.
 
-    A step is one update of the generator, after `critic_steps` of the fake (a copy that follows what the student makes)
-    and, with a GAN, of the heads. The pipeline's presets become the student's. The teacher is no role and is not
+    A step is one update of the generator, after `fake_score_updates` of the fake (a copy that follows what the student
+    makes) and, with a GAN, of the heads. The pipeline's presets become the student's. The teacher is no role and is not
     saved: a resumed run copies it anew from the recipe's start, and refuses another one.
     """
 
@@ -73,43 +73,48 @@ class DMD2:
         # ode: as the student will sample.
         rollout: str = field(default="ode", validator=one_of(*ROLLOUTS))
         matching: str = field(default="decoupled", validator=one_of(*MATCHINGS))
-        ca: float = field(default=1.0, validator=WEIGHT)  # weighs the decoupled gradient towards guidance
-        dm: float = field(default=1.0, validator=WEIGHT)  # weighs the decoupled gradient towards the teacher
+        ca_weight: float = field(default=1.0, validator=WEIGHT)  # weighs the decoupled gradient towards guidance
+        dm_weight: float = field(default=1.0, validator=WEIGHT)  # weighs the decoupled gradient towards the teacher
         # The noise levels that everything is compared at, before `shift`.
-        levels: str = field(default="even", validator=one_of(*LEVELS))
+        noise_levels: str = field(default="even", validator=one_of(*NOISE_LEVELS))
         shift: float = field(default=3.0, validator=real(above=0))  # it moves them; 1 leaves them
         # Least distance from the teacher's guess that gradients are divided by, in latent units.
-        floor: float = field(default=0.1, validator=real(above=0))
+        min_distance: float = field(default=0.1, validator=real(above=0))
         # Updates of the fake (and the heads) before each of the generator.
-        critic_steps: int = field(default=5, validator=integer(at_least=1))
+        fake_score_updates: int = field(default=5, validator=integer(at_least=1))
         # Steps at the start in which the generator waits for the fake.
         warmup: int = field(default=0, validator=integer(at_least=0))
         # Share of itself that the fake keeps after each update of the generator; 1: all.
         ida: float = field(default=0.97, validator=within(0, 1))
-        isg: float = field(default=0.0, validator=WEIGHT)  # weighs intra-segment guidance; 0: none
-        gan: float = field(default=0.0, validator=WEIGHT)  # weighs the discriminator in the generator's loss; 0: none
-        taps: str = field(default="teacher", validator=one_of("teacher", "fake"))  # whose features the heads read
-        # Of it, that are read; needed with gan.
-        blocks: tuple[int, ...] = field(default=(), validator=each(integer(at_least=0)))
-        head: str = field(default="conv", validator=one_of(*HEADS))  # what reads each of them
+        isg_weight: float = field(default=0.0, validator=WEIGHT)  # weighs intra-segment guidance; 0: none
+        # Of the discriminator in the generator's loss; 0: there is none.
+        gan_weight: float = field(default=0.0, validator=WEIGHT)
+        # The network whose features the discriminator reads.
+        discriminator_features: str = field(default="teacher", validator=one_of("teacher", "fake"))
+        # Of that network, the blocks whose features are read; needed with gan_weight.
+        discriminator_blocks: tuple[int, ...] = field(default=(), validator=each(integer(at_least=0)))
+        discriminator_head: str = field(default="conv", validator=one_of(*HEADS))  # on each of these blocks
         # Weighs the squared norm of the discriminator's gradient at real latents.
-        r1: float = field(default=0.01, validator=WEIGHT)
+        r1_weight: float = field(default=0.01, validator=WEIGHT)
         # Of the differences that approximate it; below 0.03 bfloat16 rounds them away.
         r1_sigma: float = field(default=0.05, validator=real(above=0))
         # Share of draws that begin at a noised picture, not at what the student made until there.
-        real: float = field(default=0.0, validator=within(0, 1))
+        real_data_ratio: float = field(default=0.0, validator=within(0, 1))
         # Of generator and fake: those that stand on the teacher's weights, as adapters.
-        share: tuple[str, ...] = field(default=(), validator=each(one_of("generator", "fake")))
+        lora_on_shared_base: tuple[str, ...] = field(default=(), validator=each(one_of("generator", "fake")))
         # px, for captions without pictures; (): the preset square.
         sizes: tuple[tuple[int, int], ...] = field(default=(), validator=each(each(PIXELS)))
 
         def __attrs_post_init__(self) -> None:
             problems = []
-            if self.share and self.ida < 1:
-                problems.append(f"dmd2: ida averages whole weights, which share makes one; use ida: 1, not {self.ida}")
-            if self.gan and not self.blocks:
+            if self.lora_on_shared_base and self.ida < 1:
                 problems.append(
-                    f"dmd2: gan reads blocks of the {self.taps}; name some, at a half and three quarters, say"
+                    f"dmd2: ida averages whole weights, which lora_on_shared_base makes one; use ida: 1, not {self.ida}"
+                )
+            if self.gan_weight and not self.discriminator_blocks:
+                problems.append(
+                    f"dmd2: gan_weight reads discriminator_blocks of the {self.discriminator_features}; "
+                    "name some, at a half and three quarters, say"
                 )
             if problems:
                 raise ConfigError(problems)
@@ -122,18 +127,18 @@ class DMD2:
                 "start from a guided model, or use matching: joint"
             )
         self.config, self.pipeline, self.guidance = config, pipeline, float(scale)
-        self.schedule = Schedule(config.shift, config.levels)
-        self.teacher = _frozen(pipeline.backbone, "generator" in config.share)
-        fake = _frozen(self.teacher, "fake" in config.share)
+        self.schedule = Schedule(config.shift, config.noise_levels)
+        self.teacher = _frozen(pipeline.backbone, "generator" in config.lora_on_shared_base)
+        fake = _frozen(self.teacher, "fake" in config.lora_on_shared_base)
         self._roles: dict[str, nn.Module] = {"generator": pipeline.backbone, "fake": fake}
-        if config.gan:
+        if config.gan_weight:
             self._roles["heads"] = self._heads()
         self._start = pipeline.version
         pipeline.presets |= {"steps": config.steps, "guidance_scale": 1.0}
 
     def _heads(self) -> nn.Module:
         if not hasattr(self.teacher, "features"):
-            raise ConfigError("dmd2: gan reads features, which this backbone does not offer; use gan: 0")
+            raise ConfigError("dmd2: gan_weight reads features, which this backbone does not offer; use gan_weight: 0")
         device = next((p.device for p in self.teacher.parameters()), self.pipeline.device)
         like = torch.empty(0, dtype=dtype_of(self.teacher), device=device)
         encoder = self.pipeline.text_encoder
@@ -142,9 +147,10 @@ class DMD2:
                 like.new_zeros(1, self.pipeline.vae.channels, 2, 2),
                 like.new_ones(1).float(),
                 TextFeatures.empty(1, encoder.layers, encoder.width, like),
-                self.config.blocks,
+                self.config.discriminator_blocks,
             )
-        return Heads([f.shape[1] for f in found], kind=self.config.head).to(like.device).requires_grad_(False)
+        heads = Heads([f.shape[1] for f in found], kind=self.config.discriminator_head)
+        return heads.to(like.device).requires_grad_(False)
 
     # ---- who learns, from what ---------------------------------------------------------------------------------
 
@@ -156,7 +162,7 @@ class DMD2:
 
     def turns(self, step: int) -> Sequence[str]:
         """A pure function of the step, so there is no counter to resume."""
-        critic = [role for role in self._roles if role != "generator"] * self.config.critic_steps
+        critic = [role for role in self._roles if role != "generator"] * self.config.fake_score_updates
         return critic if step < self.config.warmup else [*critic, "generator"]
 
     def steps(
@@ -169,19 +175,25 @@ class DMD2:
             z, images = None, batch.even()
             if images is not None:
                 height, width = images.shape[-2:]
-                z = self._encode(images) if self.config.gan or self.config.real else None
-            elif self.config.gan or self.config.real:
-                raise LensError("dmd2: the dataset yields captions only; gan and real need one that yields pictures")
+                z = self._encode(images) if self.config.gan_weight or self.config.real_data_ratio else None
+            elif self.config.gan_weight or self.config.real_data_ratio:
+                raise LensError(
+                    "dmd2: the dataset yields captions only; "
+                    "gan_weight and real_data_ratio need one that yields pictures"
+                )
             else:
                 sizes = self.config.sizes or (self.pipeline.size(),)
                 height, width = sizes[int(torch.randint(len(sizes), (), generator=rng))]
-            entries = [self._draw(rng) for _ in range(self.config.critic_steps * len(self._roles))]  # enough for all
+            entries = [
+                self._draw(rng) for _ in range(self.config.fake_score_updates * len(self._roles))
+            ]  # enough for all
             yield (Sample(self.pipeline.encode(batch.captions), (height // cell, width // cell), z, iter(entries)),)
 
     def _draw(self, rng: torch.Generator) -> Entry:
         """Any of the student's steps, each as likely as the others."""
         count = int(torch.randint(self.config.steps, (), generator=rng))
-        return Entry(count, bool(self.config.real) and float(torch.rand((), generator=rng)) < self.config.real)
+        ratio = self.config.real_data_ratio
+        return Entry(count, bool(ratio) and float(torch.rand((), generator=rng)) < ratio)
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Tensor:
@@ -192,7 +204,7 @@ class DMD2:
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
         """`rng` gives all noise."""
-        if self.config.share and any(p.requires_grad for p in self.teacher.parameters()):
+        if self.config.lora_on_shared_base and any(p.requires_grad for p in self.teacher.parameters()):
             raise ConfigError(
                 f"dmd2: {role} shares the teacher's weights and would change them; name it in train.adapters as well"
             )
@@ -212,7 +224,9 @@ class DMD2:
         t, after = sampler.times(batch.size, steps)[count : count + 2].tolist()
         if entry.real:
             if batch.z is None:
-                raise LensError("dmd2: there are no pictures to begin at; use a dataset with pictures, or real: 0")
+                raise LensError(
+                    "dmd2: there are no pictures to begin at; use a dataset with pictures, or real_data_ratio: 0"
+                )
             return flow.mix(move(batch.z, device), noise, noise.new_full((len(noise),), t)), t, after, student
         return ROLLOUTS[self.config.rollout](sampler, student, noise, steps, count, rng), t, after, student
 
@@ -234,24 +248,24 @@ class DMD2:
             _bind(nets["fake"], batch.text),
             self.guidance,
         )
-        weights = Weights(self.schedule, config.floor, config.ca, config.dm)
-        matching = MATCHINGS[config.matching](x.detach(), views, t, weights, rng)
+        options = MatchingOptions(self.schedule, config.min_distance, config.ca_weight, config.dm_weight)
+        matching = MATCHINGS[config.matching](x.detach(), views, t, options, rng)
         total = losses.descend(x, matching.g)
         parts = {**matching.parts, "x_std": x.detach().std(), "push": matching.g.square().mean().sqrt()}
-        if config.isg:
+        if config.isg_weight:
             # A tenth of the way is kept from either end: an absolute margin would not fit the steps of large pictures.
             u = 0.1 + 0.8 * float(torch.rand((), generator=rng))
             isg = losses.guidance_within_a_step(student, lambda x, t: views.both(x, t)[1], begin, v, t, after, u)
-            total = total + config.isg * isg
+            total = total + config.isg_weight * isg
             parts["isg"] = isg.detach()
-        if config.gan:
+        if config.gan_weight:
             x_t, at, _ = losses.noised(x, rng, self.schedule)
             gan = losses.passes_as_real(nets["heads"](self._features(nets, batch.text, at)(x_t)))
             parts["gan"] = gan.detach()
             if self.logs:  # a backward pass of its own, for one number
-                (push,) = torch.autograd.grad(config.gan * gan, x, retain_graph=True)
-                parts["gan_dm"] = losses.ratio(push * x.numel(), matching.g)
-            total = total + config.gan * gan
+                (push,) = torch.autograd.grad(config.gan_weight * gan, x, retain_graph=True)
+                parts["gan_dm_ratio"] = losses.ratio(push * x.numel(), matching.g)
+            total = total + config.gan_weight * gan
         return Loss(total, parts)
 
     def _fake(self, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
@@ -280,10 +294,10 @@ class DMD2:
         real, fake = logits(real_t), logits(flow.mix(x, noise, t))
         total = losses.real_or_fake(real, fake)
         parts = {"real": real.detach().mean(), "fake": fake.detach().mean()}
-        if self.config.r1:
+        if self.config.r1_weight:
             n = move(torch.randn(real_t.shape, generator=rng), x.device)
             r1 = losses.approximate_r1(logits, real_t, real, self.config.r1_sigma, n)
-            total = total + self.config.r1 * r1
+            total = total + self.config.r1_weight * r1
             parts["r1"] = r1.detach()
         return Loss(total, parts)
 
@@ -291,8 +305,8 @@ class DMD2:
         self, nets: Mapping[str, nn.Module], text: TextFeatures, t: Tensor
     ) -> Callable[[Tensor], list[Tensor]]:
         """x_t -> the taps of the teacher, or of the fake: neither learns of it, but gradients reach x_t."""
-        read: Any = self.teacher if self.config.taps == "teacher" else nets["fake"]
-        return lambda x_t: read.features(x_t, t, text, self.config.blocks)
+        read: Any = self.teacher if self.config.discriminator_features == "teacher" else nets["fake"]
+        return lambda x_t: read.features(x_t, t, text, self.config.discriminator_blocks)
 
     # ---- between steps -----------------------------------------------------------------------------------------
 

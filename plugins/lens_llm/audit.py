@@ -17,7 +17,7 @@ def audit(reward: Any, images: Tensor, prompts: Sequence[Prompt], seed: int = 0,
 
     `flips`: for each component, the share of pictures on which the two judgements differ, of those on which either
     has a verdict: yes once and not applicable once is a flip too; `noise`: the standard
-    deviation of one judgement around their mean, which is the least useful `floor` of an advantage; `mean`, and the
+    deviation of one judgement around their mean, which is the least useful `min_std` of an advantage; `mean`, and the
     means of the `probes` blank (grey), noise and swapped (the picture of another prompt); `missing`: pictures without a
     verdict in each. A mean is None where nothing was judged. A reward that has `again()` gives its second opinion so.
     With an `auditor`, another reward that is trusted: `agreement`, for each component that both have, the share of

@@ -2,7 +2,7 @@
 
 objective  the arithmetic: advantages, the reflected velocities and their losses
 rollout    which prompts, which seeds; pictures drawn with the old policy
-panel      the judges of those pictures, and what happens when one fails
+rewards    the scores of those pictures, and what happens when one fails
 estimate   what a run would need: memory by part, calls, dollars
 method     method `diffusion_nft`
 """

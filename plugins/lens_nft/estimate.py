@@ -14,7 +14,7 @@ from lens_core.types import ConfigError, LensError
 
 @frozen
 class Estimate:
-    """`memory`: bytes by part, on a device that holds everything, without activations. `calls` and `usd`: by judge, at
+    """`memory`: bytes by part, on a device that holds everything, without activations. `calls` and `usd`: by reward, at
     most, without retries; 0 for one that costs nothing. `notes`: what was assumed."""
 
     rollouts: int
@@ -25,16 +25,16 @@ class Estimate:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.rollouts:,} rollouts, {self.pictures:,} judged pictures", "", "memory, GB (10^9 bytes)"]
+        lines = [f"{self.rollouts:,} rollouts, {self.pictures:,} scored pictures", "", "memory, GB (10^9 bytes)"]
         lines += [f"  {name:28}{size / 1e9:10.2f}" for name, size in self.memory.items()]
-        lines += [f"  {'all of it':28}{sum(self.memory.values()) / 1e9:10.2f}", "", "judges, at most"]
+        lines += [f"  {'all of it':28}{sum(self.memory.values()) / 1e9:10.2f}", "", "rewards, at most"]
         lines += [f"  {name:28}{self.calls[name]:10,} calls {self.usd[name]:12,.2f} USD" for name in self.calls]
         return "\n".join([*lines, *(f"note: {note}" for note in ("activations come on top", *self.notes))])
 
 
 def estimate(config: Any, recipe: Recipe, catalog: Catalog) -> Estimate:
     """`config` is the method's, from the same recipe. Networks are built without their weights. Raises ConfigError."""
-    rollouts = -(-recipe.train.steps // config.updates)
+    rollouts = -(-recipe.train.steps // config.updates_per_rollout)
     pictures = rollouts * config.prompts_per_rollout * config.pictures_per_prompt
     memory, notes = _memory(recipe, catalog, keeps_base=config.kl > 0)
     parts = {path: build(catalog, kind, use, f"$.method.{path}") for path, kind, use in config.uses()}
@@ -43,7 +43,7 @@ def estimate(config: Any, recipe: Recipe, catalog: Catalog) -> Estimate:
         prompts = benchmark(options).prompts()
     except LensError as error:
         prompts = []
-        notes.append(f"a judge's usual request is assumed, for the prompts cannot be read: {error}")
+        notes.append(f"a request of usual length is assumed, for the prompts cannot be read: {error}")
     calls: dict[str, int] = {}
     usd: dict[str, float] = {}
     for path, (name, reward, options) in parts.items():

@@ -22,14 +22,14 @@ from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer,
 from lens_nft.objective import (
     Advantages,
     advantages,
-    heard,
+    counted_scores,
     optimality,
     reflected_loss,
-    spreads,
     squared_distance,
+    standard_deviations,
 )
-from lens_nft.panel import Judge, Verdicts, judge, spent
-from lens_nft.rollout import Order, Picture, acting, alike, chosen, diversity, draw
+from lens_nft.rewards import RewardScores, WeightedReward, score_pictures, total_spend
+from lens_nft.rollout import GenerationRequest, Picture, diversity, draw, group_by, prompt_indices, with_backbone
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
@@ -50,14 +50,14 @@ class Sample:
 
 
 @frozen
-class Lesson:
+class MicroBatch:
     """A micro-batch: samples of one size, each at one time of the schedule's part `turn`.
 
     `share` makes sums over its samples into parts of the step's mean; `facts` are logged.
     """
 
     samples: tuple[Sample, ...]
-    turn: int
+    interval: int
     share: float
     facts: Mapping[str, Tensor]
 
@@ -66,10 +66,10 @@ class DiffusionNFT:
     """Policy optimisation on the forward process: no likelihoods, any sampler, one velocity loss.
 
     A rollout is `prompts_per_rollout` prompts, `pictures_per_prompt` each, drawn by the *old* policy: a copy of the
-    backbone that follows it with a lag. Which prompts, their sizes, every noise and every time is a function of the
+    backbone that follows it slowly. Which prompts, their sizes, every noise and every time is a function of the
     run's seed, the rollout's number, the prompt's id and the picture's number, so nothing depends on micro-batches,
     and a resumed run needs two counters. The dataset is not read: a benchmark brings the prompts, whose facts rewards
-    may need. A step that is divided has its prompts shared out: a group stays whole, and each part judges its own.
+    may need. A step that is divided has its prompts shared out: a group stays whole, and each part scores its own.
     """
 
     divides = True
@@ -88,13 +88,15 @@ class DiffusionNFT:
         rollout_guidance: float = field(default=1.0, validator=GUIDANCE)
         train_guidance: float = field(default=1.0, validator=GUIDANCE)
         # At how many times t each picture is learned, spread over the sampler's schedule.
-        times: int = field(default=9, validator=integer(at_least=1))
+        timesteps_per_image: int = field(default=9, validator=integer(at_least=1))
         # The pictures of a prompt share times and noises: what they share cancels in the sum.
         common_noise: bool = False
-        updates: int = field(default=1, validator=integer(at_least=1))  # optimizer steps a rollout, a part of it each
-        batch: int = field(default=8, validator=integer(at_least=1))  # pictures drawn, or learned, at once
+        updates_per_rollout: int = field(
+            default=1, validator=integer(at_least=1)
+        )  # optimizer steps a rollout, a part of it each
+        micro_batch_size: int = field(default=8, validator=integer(at_least=1))  # pictures drawn, or learned, at once
         # x0: self-normalised, as in the paper's code; velocity: as in its text.
-        form: Literal["x0", "velocity"] = field(default="x0", validator=one_of("x0", "velocity"))
+        loss_space: Literal["x0", "velocity"] = field(default="x0", validator=one_of("x0", "velocity"))
         # How far the velocity is mirrored beyond the old one; smaller is faster and less stable.
         beta: float = field(default=0.1, validator=real(above=0))
         # Advantages beyond this, in standard deviations, count as this.
@@ -102,19 +104,19 @@ class DiffusionNFT:
         # Weighs the squared distance to the velocity at the start; 0 keeps no copy of it.
         kl: float = field(default=1e-4, validator=WEIGHT)
         # Over what rewards' standard deviation is taken.
-        spread: Literal["group", "rollout"] = field(default="group", validator=one_of("group", "rollout"))
+        std_scope: Literal["group", "rollout"] = field(default="group", validator=one_of("group", "rollout"))
         # Several rewards.
         combine: Literal["normalise_then_sum", "sum_then_normalise"] = field(
             default="normalise_then_sum", validator=one_of("normalise_then_sum", "sum_then_normalise")
         )
         # Least standard deviation, in the reward's units; the noise of a judge that has some.
-        floor: float = field(default=1e-4, validator=real(above=0))
+        min_std: float = field(default=1e-4, validator=real(above=0))
         # Optimizer steps for which old is simply the policy of the last rollout.
-        old_wait: int = field(default=0, validator=integer(at_least=0))
-        # By how much its lag grows a step from then on: old = lag old + (1 - lag) policy.
-        old_rise: float = field(default=0.001, validator=real(at_least=0))
-        old_limit: float = field(default=0.5, validator=within(0, 1))  # up to which lag; 1 freezes it
-        # Share of failed verdicts beyond which a rollout is thrown away.
+        old_policy_wait: int = field(default=0, validator=integer(at_least=0))
+        # By how much its decay grows a step from then on: old = decay old + (1 - decay) policy.
+        old_policy_decay_rise: float = field(default=0.001, validator=real(at_least=0))
+        old_policy_max_decay: float = field(default=0.5, validator=within(0, 1))  # up to which decay; 1 freezes it
+        # Share of failed scores beyond which a rollout is thrown away.
         max_failed: float = field(default=0.05, validator=within(0, 1))
 
         def uses(self) -> Iterator[tuple[str, str, ComponentSpec]]:
@@ -127,9 +129,9 @@ class DiffusionNFT:
                     path = f"rewards[{i}].fallback"
                     yield path, "reward", structure(_Named, {"use": use.options["fallback"]}).use
 
-        def lag(self, steps: int) -> float:
+        def old_policy_decay(self, steps: int) -> float:
             """How much of the old policy stays after `steps` optimizer steps: 0 copies the new one, 1 keeps the old."""
-            return min(self.old_rise * max(0, steps - self.old_wait), self.old_limit)
+            return min(self.old_policy_decay_rise * max(0, steps - self.old_policy_wait), self.old_policy_max_decay)
 
     def __init__(self, config: Config, pipeline: LensPipeline) -> None:
         absent = [p for p in ("vae", "text_encoder", "backbone", "sampler") if getattr(pipeline, p) is None]
@@ -147,8 +149,8 @@ class DiffusionNFT:
                 f"diffusion_nft: {config.prompts.use} has {len(self.prompts)} prompts, fewer than a rollout takes "
                 f"({config.prompts_per_rollout}); ask it for more, or lower prompts_per_rollout"
             )
-        self.judges = _judges(config, parts)
-        for one in self.judges:
+        self.rewards = _weighted_rewards(config, parts)
+        for one in self.rewards:
             for key in getattr(one.reward, "needs", ()):
                 if not any(key in prompt.data for prompt in self.prompts):
                     raise ConfigError(
@@ -159,7 +161,9 @@ class DiffusionNFT:
         self.rollout = 0  # its number
         self.update = 0  # optimizer steps made with this rollout
         self.aborted = 0  # rollouts thrown away and drawn again
-        self._drawn: dict[int, tuple[list[Picture], Verdicts]] = {}  # parts of this rollout that wait for their turn
+        self._drawn: dict[
+            int, tuple[list[Picture], RewardScores]
+        ] = {}  # parts of this rollout that wait for their turn
         self._scales: tuple[int, list[float]] = (-1, [])  # a rollout's number, and its rewards' standard deviations
 
     # Copies are made when first asked for, which is before the first step: by then the loop has put adapters in place.
@@ -184,7 +188,7 @@ class DiffusionNFT:
 
     def steps(
         self, batches: Iterator[Any], nets: Mapping[str, nn.Module], rng: torch.Generator
-    ) -> Iterator[Sequence[Lesson]]:
+    ) -> Iterator[Sequence[MicroBatch]]:
         """A rollout, then its optimizer steps. `rng` gives the run's seed alone, `batches` the part of each rollout.
 
         Raises LensError where a judge spoils rollout after rollout, ConfigError where prompts cannot be shared out.
@@ -197,52 +201,52 @@ class DiffusionNFT:
             )
         _ = self.old, self.base
         while True:
-            pictures, verdicts, found = self._judged(rng.initial_seed(), place)
-            parts = self._lessons(pictures, found, self._facts(pictures, verdicts, found))
+            pictures, scores, found = self._scored(rng.initial_seed(), place)
+            parts = self._micro_batches(pictures, found, self._facts(pictures, scores, found))
             yield from parts[self.update :]  # a run that stopped between them draws the same pictures again
 
-    def _judged(self, seed: int, place: Place) -> tuple[list[Picture], Verdicts, Advantages]:
+    def _scored(self, seed: int, place: Place) -> tuple[list[Picture], RewardScores, Advantages]:
         """The part of this rollout that falls to `place`, and its advantages. Where they need the spread of the whole
-        rollout, all of this process's parts are drawn first, and the processes tell each other their verdicts."""
-        if self.config.spread == "group" or place.parts == 1:
-            pictures, verdicts = self._accepted(seed, place)
-            return pictures, verdicts, self._advantages(pictures, verdicts)
+        rollout, all of this process's parts are drawn first, and the processes tell each other their scores."""
+        if self.config.std_scope == "group" or place.parts == 1:
+            pictures, scores = self._accepted(seed, place)
+            return pictures, scores, self._advantages(pictures, scores)
         if self._scales[0] != self.rollout:
             self._drawn = {n: self._accepted(seed, Place(n, place.parts)) for n in own_parts(place.parts)}
-            mine = [heard(*self._verdicts(*part)) for part in self._drawn.values()]
-            self._scales = self.rollout, spreads([part for theirs in gathered(mine) for part in theirs])
-        pictures, verdicts = self._drawn.pop(place.part, None) or self._accepted(seed, place)
-        return pictures, verdicts, self._advantages(pictures, verdicts, self._scales[1])
+            mine = [counted_scores(*self._score_arrays(*part)) for part in self._drawn.values()]
+            self._scales = self.rollout, standard_deviations([part for theirs in gathered(mine) for part in theirs])
+        pictures, scores = self._drawn.pop(place.part, None) or self._accepted(seed, place)
+        return pictures, scores, self._advantages(pictures, scores, self._scales[1])
 
-    def _accepted(self, seed: int, place: Place) -> tuple[list[Picture], Verdicts]:
-        """Pictures, drawn again until their judges leave enough to learn from."""
+    def _accepted(self, seed: int, place: Place) -> tuple[list[Picture], RewardScores]:
+        """Pictures, drawn again until their scores leave enough to learn from."""
         for attempt in range(PATIENCE):
             pictures = self._draw(seed, place, attempt)
-            verdicts = judge(self.judges, pictures)
-            enough = float(verdicts.failed().double().mean()) <= self.config.max_failed
-            if enough and self._advantages(pictures, verdicts).valid.any():
-                return pictures, verdicts
+            scores = score_pictures(self.rewards, pictures)
+            enough = float(scores.failed().double().mean()) <= self.config.max_failed
+            if enough and self._advantages(pictures, scores).valid.any():
+                return pictures, scores
             self.aborted += 1
-        raise LensError(_lament(verdicts, PATIENCE))
+        raise LensError(_too_few_scores(scores, PATIENCE))
 
-    def _verdicts(
-        self, pictures: Sequence[Picture], verdicts: Verdicts
+    def _score_arrays(
+        self, pictures: Sequence[Picture], scores: RewardScores
     ) -> tuple[Tensor, Tensor, list[int], Sequence[float], bool]:
         """values, failed, groups, weights and sum_first, as `objective` takes them."""
         groups, sum_first = [p.prompt.id for p in pictures], self.config.combine == "sum_then_normalise"
-        return verdicts.values(), verdicts.failed(), groups, verdicts.weights, sum_first
+        return scores.values(), scores.failed(), groups, scores.weights, sum_first
 
     def _advantages(
-        self, pictures: Sequence[Picture], verdicts: Verdicts, scales: Sequence[float] | None = None
+        self, pictures: Sequence[Picture], scores: RewardScores, scales: Sequence[float] | None = None
     ) -> Advantages:
-        *about, sum_first = self._verdicts(pictures, verdicts)
-        over_all = self.config.spread == "rollout"
-        return advantages(*about, self.config.floor, over_all, sum_first, scales)
+        *about, sum_first = self._score_arrays(pictures, scores)
+        over_rollout = self.config.std_scope == "rollout"
+        return advantages(*about, self.config.min_std, over_rollout, sum_first, scales)
 
     def turns(self, step: int) -> Sequence[str]:
         return ("backbone",)
 
-    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Lesson, rng: torch.Generator) -> Loss:
+    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
         """The reflected loss, and kl times the squared distance to the start. Times and noise are the samples' own."""
         config = self.config
         z = torch.stack([s.picture.z for s in batch.samples])
@@ -254,7 +258,7 @@ class DiffusionNFT:
         with torch.no_grad():
             old = self._velocity(self.old, x, t, text)
             base = self._velocity(self.base, x, t, text) if self.base is not None else None
-        target, normalise = flow.velocity(z, noise), config.form == "x0"
+        target, normalise = flow.velocity(z, noise), config.loss_space == "x0"
         policy = batch.share * reflected_loss(
             v, old, target, t, r, beta=config.beta, clip=config.advantage_clip, normalise=normalise
         )
@@ -268,10 +272,10 @@ class DiffusionNFT:
     def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
         """Old follows the backbone once a rollout, after its updates."""
         self.update += 1
-        if self.update < self.config.updates:
+        if self.update < self.config.updates_per_rollout:
             return
         self.rollout, self.update = self.rollout + 1, 0
-        follow(self.old, nets["backbone"], self.config.lag(step + 1))
+        ema_update(self.old, nets["backbone"], self.config.old_policy_decay(step + 1))
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, the old policy, and the start: the checkpoint that it came from may change or vanish. Of a
@@ -291,62 +295,71 @@ class DiffusionNFT:
     def _draw(self, seed: int, place: Place, attempt: int) -> list[Picture]:
         """The part of this rollout that falls to `place`; another `attempt` draws the same prompts from other seeds."""
         config, number = self.config, self.rollout
-        orders = []
-        for index in chosen(len(self.prompts), config.prompts_per_rollout, number, seed)[place.part :: place.parts]:
+        requests = []
+        for index in prompt_indices(len(self.prompts), config.prompts_per_rollout, number, seed)[
+            place.part :: place.parts
+        ]:
             prompt = self.prompts[index]
             size = self.sizes[seed_of(seed, number, prompt.id) % len(self.sizes)]
             again = (attempt,) if attempt else ()
-            orders += [
-                Order(prompt, seed_of(seed, number, prompt.id, k, *again), size)
+            requests += [
+                GenerationRequest(prompt, seed_of(seed, number, prompt.id, k, *again), size)
                 for k in range(config.pictures_per_prompt)
             ]
-        actor = acting(self.pipeline, self.old)
-        return draw(actor, orders, config.rollout_steps, config.rollout_guidance, config.batch)
+        actor = with_backbone(self.pipeline, self.old)
+        return draw(actor, requests, config.rollout_steps, config.rollout_guidance, config.micro_batch_size)
 
-    def _lessons(
+    def _micro_batches(
         self, pictures: Sequence[Picture], found: Advantages, facts: Mapping[str, Tensor]
-    ) -> list[list[Lesson]]:
-        """The micro-batches of each update. Pictures of flat groups teach nothing, but count in the mean."""
+    ) -> list[list[MicroBatch]]:
+        """The micro-batches of each update. Pictures of zero-variance groups teach nothing, but count in the mean."""
         config = self.config
         r = optimality(found.value, config.advantage_clip).tolist()
         first = {p.prompt.id: p.seed for p in reversed(pictures)}
         seeds = [first[p.prompt.id] if config.common_noise else p.seed for p in pictures]
-        learned = zip(pictures, r, seeds, found.valid & ~found.flat, strict=True)
+        learned = zip(pictures, r, seeds, found.valid & ~found.zero_variance, strict=True)
         # In the order of their seeds: a shuffle that an absent picture leaves alone.
         samples = sorted((Sample(p, q, s) for p, q, s, learn in learned if learn), key=lambda s: s.picture.seed)
-        whole = int(found.valid.sum()) * config.times / config.updates
+        whole = int(found.valid.sum()) * config.timesteps_per_image / config.updates_per_rollout
         updates = []
-        for part in range(config.updates):
-            mine = samples[part :: config.updates]
-            blocks = [tuple(mine[i] for i in rows) for rows in alike(mine, lambda s: s.picture.z.shape, config.batch)]
-            count = len(blocks) * config.times
-            lessons = [Lesson(b, turn, count / whole, facts) for b in blocks for turn in range(config.times)]
+        for part in range(config.updates_per_rollout):
+            mine = samples[part :: config.updates_per_rollout]
+            blocks = [
+                tuple(mine[i] for i in rows)
+                for rows in group_by(mine, lambda s: s.picture.z.shape, config.micro_batch_size)
+            ]
+            count = len(blocks) * config.timesteps_per_image
+            micro_batches = [
+                MicroBatch(b, interval, count / whole, facts)
+                for b in blocks
+                for interval in range(config.timesteps_per_image)
+            ]
             # Where nothing differs there is nothing to learn: a step of zero gradient, whose facts are logged.
-            updates.append(lessons or [Lesson((Sample(pictures[0], 0.5, seeds[0]),), 0, 0.0, facts)])
+            updates.append(micro_batches or [MicroBatch((Sample(pictures[0], 0.5, seeds[0]),), 0, 0.0, facts)])
         return updates
 
-    def _noise(self, lesson: Lesson) -> tuple[Tensor, Tensor]:
-        """(t [B], noise [B,C,h,w]) of a lesson, each row from its sample's seed."""
-        shape = lesson.samples[0].picture.z.shape
+    def _noise(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """(t [B], noise [B,C,h,w]) of a micro-batch, each row from its sample's seed."""
+        shape = micro_batch.samples[0].picture.z.shape
         schedule = self.pipeline.sampler.times(shape[-2:], self.config.rollout_steps)
         times, noises = [], []
-        for sample in lesson.samples:
-            rng = torch.Generator().manual_seed(seed_of(sample.seed, lesson.turn))
-            times.append((lesson.turn + torch.rand((), generator=rng)) / self.config.times)
+        for sample in micro_batch.samples:
+            rng = torch.Generator().manual_seed(seed_of(sample.seed, micro_batch.interval))
+            times.append((micro_batch.interval + torch.rand((), generator=rng)) / self.config.timesteps_per_image)
             noises.append(torch.randn(shape, generator=rng))
-        return between(schedule.cpu(), torch.stack(times)), torch.stack(noises)
+        return interpolate(schedule.cpu(), torch.stack(times)), torch.stack(noises)
 
     def _velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
-        return acting(self.pipeline, net).velocity(text, None, self.config.train_guidance)(x, t)
+        return with_backbone(self.pipeline, net).velocity(text, None, self.config.train_guidance)(x, t)
 
-    def _facts(self, pictures: Sequence[Picture], verdicts: Verdicts, found: Advantages) -> dict[str, Tensor]:
+    def _facts(self, pictures: Sequence[Picture], scores: RewardScores, found: Advantages) -> dict[str, Tensor]:
         """What to watch: rewards and their components, what had no verdict, what was flat, the spread of r, spend."""
-        facts = verdicts.facts() | spent(self.judges)
-        facts["failed"] = float(verdicts.failed().double().mean())
+        facts = scores.facts() | total_spend(self.rewards)
+        facts["failed"] = float(scores.failed().double().mean())
         facts["masked"] = float((~found.valid).double().mean())
-        heard = {p.prompt.id for p, valid in zip(pictures, found.valid.tolist(), strict=True) if valid}
-        facts["masked_groups"] = 1 - len(heard) / len({p.prompt.id for p in pictures})
-        facts["flat"] = float(found.flat.double().sum() / found.valid.double().sum())
+        judged = {p.prompt.id for p, valid in zip(pictures, found.valid.tolist(), strict=True) if valid}
+        facts["masked_groups"] = 1 - len(judged) / len({p.prompt.id for p in pictures})
+        facts["zero_variance"] = float(found.zero_variance.double().sum() / found.valid.double().sum())
         r = optimality(found.value[found.valid], self.config.advantage_clip)
         facts |= {f"r_{q}": float(r.quantile(q / 100)) for q in (10, 50, 90)}
         shares = r.histc(len(BINS), 0, 1) / len(r)
@@ -383,17 +396,19 @@ def _parts(config: DiffusionNFT.Config, catalog: Catalog) -> dict[str, tuple[str
     return {path: build(catalog, kind, use, f"$.method.{path}") for path, kind, use in config.uses()}
 
 
-def _judges(config: DiffusionNFT.Config, parts: Mapping[str, tuple[str, type[Any], Any]]) -> list[Judge]:
+def _weighted_rewards(
+    config: DiffusionNFT.Config, parts: Mapping[str, tuple[str, type[Any], Any]]
+) -> list[WeightedReward]:
     """The rewards by the name they are logged under. `weight` and `fallback` are the method's, the rest is theirs."""
-    judges: list[Judge] = []
+    rewards: list[WeightedReward] = []
     for i, use in enumerate(config.rewards):
         name, reward, options = parts[f"rewards[{i}]"]
         short = name.partition(":")[2]
-        short = f"{short}_{i}" if short in {j.name for j in judges} else short
+        short = f"{short}_{i}" if short in {j.name for j in rewards} else short
         _, other, others = parts.get(f"rewards[{i}].fallback", ("", None, None))
         weight = float(use.options.get("weight", 1.0))
-        judges.append(Judge(short, reward(options), weight, other(others) if other else None))
-    return judges
+        rewards.append(WeightedReward(short, reward(options), weight, other(others) if other else None))
+    return rewards
 
 
 def _learned(net: nn.Module) -> dict[str, Tensor]:
@@ -412,34 +427,37 @@ def _frozen(net: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def follow(old: nn.Module, new: nn.Module, lag: float) -> None:
-    """old = lag old + (1 - lag) new, in every weight and buffer that is not shared; what is not floating is copied."""
+def ema_update(old: nn.Module, new: nn.Module, decay: float) -> None:
+    """old = decay old + (1 - decay) new, in place, in every weight and buffer that is not shared between the two.
+
+    Integer buffers are copied.
+    """
     fresh = new.state_dict()
     for name, value in old.state_dict().items():
         if value.data_ptr() == fresh[name].data_ptr():
             continue
         if value.dtype.is_floating_point:
-            value.lerp_(fresh[name].to(value.dtype), 1 - lag)
+            value.lerp_(fresh[name].to(value.dtype), 1 - decay)
         else:
             value.copy_(fresh[name])
 
 
-def between(schedule: Tensor, u: Tensor) -> Tensor:
+def interpolate(schedule: Tensor, u: Tensor) -> Tensor:
     """Times at the shares `u` [B] in [0, 1] of a schedule [S + 1], straight between its points."""
     place = u * (len(schedule) - 1)
     left = place.floor().long().clamp(max=len(schedule) - 2)
     return torch.lerp(schedule[left], schedule[left + 1], place - left)
 
 
-def _lament(verdicts: Verdicts, times: int) -> str:
+def _too_few_scores(scores: RewardScores, times: int) -> str:
     silent = [
         (s.status, name, s.evidence)
-        for name, row in verdicts.scores.items()
+        for name, row in scores.scores.items()
         for s in row
         if s is not None and s.value is None
     ]
     status, name, evidence = max(silent)  # "failed" comes after "abstain"
     return (
-        f"diffusion_nft: {times} rollouts in a row had too few verdicts to learn from; the reward {name} says "
-        f"{status} ({evidence or 'no reason given'}): mend it, and the same command goes on"
+        f"diffusion_nft: {times} rollouts in a row had too few scores to learn from; the reward {name} says "
+        f"{status} ({evidence or 'no reason given'}): fix it, and the same command goes on"
     )

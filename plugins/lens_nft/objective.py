@@ -18,12 +18,13 @@ FLOOR = 1e-5  # least mean error that a self-normalised loss divides by
 class Advantages:
     """`value` float64 [N]: how much better than its group, in standard deviations, 0 where there is none.
 
-    `valid` bool [N]: judged, in a group with enough judged; `flat` bool [N]: valid, but all of its group scored alike.
+    `valid` bool [N]: scored, in a group of which enough are scored. `zero_variance` bool [N]: valid, but all of its
+    group scored alike.
     """
 
     value: Tensor
     valid: Tensor
-    flat: Tensor
+    zero_variance: Tensor
 
 
 def advantages(
@@ -31,23 +32,23 @@ def advantages(
     failed: Tensor,
     groups: Sequence[int],
     weights: Sequence[float],
-    floor: float,
-    over_all: bool = False,
+    min_std: float,
+    over_rollout: bool = False,
     sum_first: bool = False,
     scales: Sequence[float] | None = None,
 ) -> Advantages:
     """Rewards `values` [J,N], NaN where a reward abstained, and `failed` bool [N] -> one advantage a picture.
 
-    Each reward is centred on its mean over the group and divided by its standard deviation there (`over_all`: over all
-    pictures), at least `floor`; then rewards are averaged by weight. `sum_first`: they are averaged by weight as they
-    are, and the average is centred and divided: a reward then counts by its scale too.
-    Where the pictures are a part of a rollout, `scales` are the standard deviations over all of it, from `spreads`.
+    Each reward is centred on its mean over the group and divided by its standard deviation there (`over_rollout`: over
+    all pictures), at least `min_std`; then rewards are averaged by weight. `sum_first`: they are averaged by weight
+    as they are, and the average is centred and divided: a reward then counts by its scale too.
+    Where the pictures are a part of a rollout, `scales` are the `standard_deviations` over all of it.
     A reward that abstains on more than half of a group has no part in it. A picture without the verdict of one that
     has, or that failed, is absent from every statistic; so is its whole group if that leaves fewer than half.
     """
     values, taking, valid, weights = _counted(values, failed, groups, weights, sum_first)
     if scales is None:
-        scales = spreads([_heard(values, taking)])
+        scales = standard_deviations([_counted_scores(values, taking)])
     value, share, flat = torch.zeros(len(groups)).double(), torch.zeros(len(groups)).double(), valid.clone()
     keys = torch.tensor(groups)
     for reward, takes, weight, overall in zip(values, taking, weights, scales, strict=True):
@@ -55,8 +56,8 @@ def advantages(
             here = takes & (keys == key)
             if not here.any():
                 continue
-            scale = reward.new_tensor(overall) if over_all else _spread(reward[here])
-            value[here] += weight * (reward[here] - reward[here].mean()) / scale.clamp(min=floor)
+            scale = reward.new_tensor(overall) if over_rollout else _std(reward[here])
+            value[here] += weight * (reward[here] - reward[here].mean()) / scale.clamp(min=min_std)
             share[here] += weight
             if reward[here].min() < reward[here].max():
                 flat[here] = False
@@ -87,24 +88,24 @@ def _counted(
     return values, taking, valid, weights
 
 
-def heard(
+def counted_scores(
     values: Tensor, failed: Tensor, groups: Sequence[int], weights: Sequence[float], sum_first: bool
 ) -> list[list[float]]:
-    """Each reward's verdicts that count, of the arguments of `advantages`."""
-    return _heard(*_counted(values, failed, groups, weights, sum_first)[:2])
+    """Each reward's scores that count, of the arguments of `advantages`."""
+    return _counted_scores(*_counted(values, failed, groups, weights, sum_first)[:2])
 
 
-def _heard(values: Tensor, taking: Tensor) -> list[list[float]]:
+def _counted_scores(values: Tensor, taking: Tensor) -> list[list[float]]:
     return [reward[takes].tolist() for reward, takes in zip(values, taking, strict=True)]
 
 
-def spreads(parts: Sequence[list[list[float]]]) -> list[float]:
-    """The standard deviation of each reward over what was `heard` in all parts of a rollout; 0 where there is none."""
+def standard_deviations(parts: Sequence[list[list[float]]]) -> list[float]:
+    """The standard deviation of each reward over the `counted_scores` of all parts of a rollout; 0 without any."""
     rewards = [[v for part in rows for v in part] for rows in zip(*parts, strict=True)]
-    return [float(_spread(torch.tensor(r, dtype=torch.float64))) if r else 0.0 for r in rewards]
+    return [float(_std(torch.tensor(r, dtype=torch.float64))) if r else 0.0 for r in rewards]
 
 
-def _spread(values: Tensor) -> Tensor:
+def _std(values: Tensor) -> Tensor:
     return values.std(correction=0)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def chosen(count: int, share: int, rollout: int, seed: int) -> list[int]:
+def prompt_indices(count: int, share: int, rollout: int, seed: int) -> list[int]:
     """The `share` different indices below `count` of this rollout. Epochs are permutations, whose rest is left out."""
     epoch, place = divmod(rollout, count // share)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
@@ -28,7 +28,7 @@ def chosen(count: int, share: int, rollout: int, seed: int) -> list[int]:
 
 
 @frozen
-class Order:
+class GenerationRequest:
     """A picture to draw: of what, from which seed, at which (height, width) in px."""
 
     prompt: Prompt
@@ -47,14 +47,14 @@ class Picture:
     text: TextFeatures
 
 
-def acting(pipeline: LensPipeline, backbone: nn.Module) -> LensPipeline:
+def with_backbone(pipeline: LensPipeline, backbone: nn.Module) -> LensPipeline:
     """The pipeline with another backbone; all else is shared."""
     other = copy.copy(pipeline)
     other.backbone = backbone
     return other
 
 
-def alike(things: Sequence[T], key: Any, most: int) -> Iterator[list[int]]:
+def group_by(things: Sequence[T], key: Any, most: int) -> Iterator[list[int]]:
     """Indices of things with an equal key, in order, at most `most` at a time."""
     kinds: dict[Any, list[int]] = {}
     for index, thing in enumerate(things):
@@ -64,20 +64,22 @@ def alike(things: Sequence[T], key: Any, most: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def draw(pipeline: LensPipeline, orders: Sequence[Order], steps: int, guidance: float, batch: int) -> list[Picture]:
+def draw(
+    pipeline: LensPipeline, requests: Sequence[GenerationRequest], steps: int, guidance: float, batch: int
+) -> list[Picture]:
     """One picture an order, `batch` at a time; each prompt is encoded once."""
-    texts = {prompt.id: pipeline.encode([prompt.text]) for prompt in {o.prompt.id: o.prompt for o in orders}.values()}
+    texts = {prompt.id: pipeline.encode([prompt.text]) for prompt in {r.prompt.id: r.prompt for r in requests}.values()}
     found: dict[int, Picture] = {}
-    for rows in alike(orders, lambda o: o.size, batch):
-        mine = [orders[i] for i in rows]
+    for rows in group_by(requests, lambda r: r.size, batch):
+        mine = [requests[i] for i in rows]
         height, width = (side // pipeline.vae.downscale for side in mine[0].size)
-        z = pipeline.noise([torch.Generator().manual_seed(o.seed) for o in mine], (height, width))
-        for _, x in pipeline.sample(TextFeatures.cat([texts[o.prompt.id] for o in mine]), z, steps, guidance):
+        z = pipeline.noise([torch.Generator().manual_seed(r.seed) for r in mine], (height, width))
+        for _, x in pipeline.sample(TextFeatures.cat([texts[r.prompt.id] for r in mine]), z, steps, guidance):
             z = x
         images = to_images(pipeline.decode(z)).cpu()
         for i, order, latent, image in zip(rows, mine, z.float(), images, strict=True):
             found[i] = Picture(order.prompt, order.seed, latent, image, texts[order.prompt.id])
-    return [found[i] for i in range(len(orders))]
+    return [found[i] for i in range(len(requests))]
 
 
 def diversity(pictures: Sequence[Picture]) -> float:

@@ -186,7 +186,9 @@ def test_a_teacher_sits_in_sixteen_bits_is_divided_and_computes_again(tmp_path: 
     monkeypatch.setattr(Ranks, "divide", lambda self, nets: divided.update(nets))
     backbone = ComponentSpec("mmdit", {k: v for k, v in rank_worker.BLOCKS.items() if k != "use"})
     recipe = Recipe(
-        method=ComponentSpec("dmd2", {"gan": 0.1, "blocks": [0], "critic_steps": 1, "ida": 1.0}),
+        method=ComponentSpec(
+            "dmd2", {"gan_weight": 0.1, "discriminator_blocks": [0], "fake_score_updates": 1, "ida": 1.0}
+        ),
         dataset=ComponentSpec("squares"),
         train=Training(steps=1, precision="bf16", checkpointing=True),
         pipeline=evolve(toy.PARTS, backbone=backbone, guidance_scale=3.0, steps=2),
@@ -204,7 +206,9 @@ def test_the_gradient_of_the_gan_alone_is_taken_where_it_is_logged(tmp_path: Pat
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: taken.append(run.step) or grad(*a, **k))
     backbone = ComponentSpec("mmdit", {k: v for k, v in rank_worker.BLOCKS.items() if k != "use"})
     recipe = Recipe(
-        method=ComponentSpec("dmd2", {"gan": 0.1, "blocks": [0], "critic_steps": 1, "ida": 1.0}),
+        method=ComponentSpec(
+            "dmd2", {"gan_weight": 0.1, "discriminator_blocks": [0], "fake_score_updates": 1, "ida": 1.0}
+        ),
         dataset=ComponentSpec("squares"),
         train=Training(steps=5, log_every=2, save_every=9),
         pipeline=evolve(toy.PARTS, backbone=backbone, guidance_scale=3.0, steps=2),

@@ -111,7 +111,7 @@ def test_the_command_prints_the_recipe_and_starts_nothing(
     assert "teacher: weights" in out and "all of it" in out and "parameters" in out
     assert not list(tmp_path.iterdir())
     assert main(["train", str(RECIPES / "tiny" / "4_rl_nft.yaml"), "--dry-run"]) == 0
-    assert "judged pictures" in capsys.readouterr().out
+    assert "scored pictures" in capsys.readouterr().out
 
 
 def test_the_page_has_the_figures_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

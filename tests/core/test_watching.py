@@ -160,11 +160,17 @@ def test_a_run_that_is_watched_ends_with_the_weights_of_one_that_is_not(
     same(runner.model("plain"), runner.model("watched"))
 
 
-ROLLOUT = {"prompts_per_rollout": 2, "pictures_per_prompt": 3, "sizes": [[16, 16]], "rollout_steps": 2, "times": 2}
+ROLLOUT = {
+    "prompts_per_rollout": 2,
+    "pictures_per_prompt": 3,
+    "sizes": [[16, 16]],
+    "rollout_steps": 2,
+    "timesteps_per_image": 2,
+}
 METHODS = {
     "flow_matching": {},
     "diffusion_nft": {"prompts": {"use": "reds"}, "rewards": [{"use": "bright"}], **ROLLOUT},
-    "dmd2": {"steps": 2, "guidance_scale": 3.0, "critic_steps": 1},
+    "dmd2": {"steps": 2, "guidance_scale": 3.0, "fake_score_updates": 1},
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lens_dmd2 import losses
 from lens_dmd2.heads import HEADS, Heads
-from lens_dmd2.losses import Schedule, Views, Weights
+from lens_dmd2.losses import MatchingOptions, Schedule, Views
 from torch import Tensor, nn
 
 from lens_core import flow
@@ -43,7 +43,7 @@ def views(guidance: float = 5.0, fake: int = 3) -> Views:
     return Views(linear(1), linear(2), linear(fake), guidance)
 
 
-WEIGHTS = Weights(Schedule(3.0), floor=0.1)
+OPTIONS = MatchingOptions(Schedule(3.0), min_distance=0.1)
 X = draw(5, 3, 2, 4, seed=9)
 
 
@@ -90,7 +90,7 @@ def test_ca_is_cleaner_than_the_exit_step_and_dm_is_not_bounded() -> None:
 
     x = draw(64, 3, 1, 1)
     for seed in range(20):
-        losses.decoupled(x, Views(linear(1), spy("uncond"), spy("fake"), 5.0), 0.4, WEIGHTS, rng(seed))
+        losses.decoupled(x, Views(linear(1), spy("uncond"), spy("fake"), 5.0), 0.4, OPTIONS, rng(seed))
     assert float(torch.cat(seen["uncond"]).max()) < 0.4  # only CA asks for the view without text
     assert 0.98 < float(torch.cat(seen["fake"]).max()) < 1
 
@@ -141,7 +141,7 @@ def test_ca_and_dm_are_dmd_where_noise_and_normaliser_are_shared(rescaled: bool)
 
 @pytest.mark.parametrize(("matching", "seed"), [("joint", 5), ("decoupled", 5)])
 def test_a_matching_is_its_formula(matching: str, seed: int) -> None:
-    found = losses.MATCHINGS[matching](X, views(), 0.6, WEIGHTS, rng(seed))
+    found = losses.MATCHINGS[matching](X, views(), 0.6, OPTIONS, rng(seed))
     again, expected = rng(seed), torch.zeros_like(X)
 
     def noise(until: float) -> tuple[Tensor, Tensor]:
@@ -173,19 +173,20 @@ def test_a_matching_is_its_formula(matching: str, seed: int) -> None:
 
 @pytest.mark.parametrize("matching", ["joint", "decoupled"])
 def test_a_fake_that_is_the_unguided_teacher_leaves_nothing_to_learn(matching: str) -> None:
-    found = losses.MATCHINGS[matching](X, views(guidance=1.0, fake=1), 0.6, WEIGHTS, rng())
+    found = losses.MATCHINGS[matching](X, views(guidance=1.0, fake=1), 0.6, OPTIONS, rng())
     assert not found.g.any()
     assert float(found.parts["gap"]) == 0 and float(found.parts["cosine"]) == pytest.approx(1)
-    other = losses.MATCHINGS[matching](X, views(guidance=1.0, fake=3), 0.6, WEIGHTS, rng())
+    other = losses.MATCHINGS[matching](X, views(guidance=1.0, fake=3), 0.6, OPTIONS, rng())
     assert other.g.abs().mean() > 0.1 and float(other.parts["gap"]) > 0.1
 
 
 def test_the_weights_of_the_two_branches_scale_them_apart() -> None:
     both, ca, dm = (
-        losses.decoupled(X, views(), 0.6, Weights(Schedule(3.0), 0.1, a, b), rng()) for a, b in ((1, 1), (2, 0), (0, 3))
+        losses.decoupled(X, views(), 0.6, MatchingOptions(Schedule(3.0), 0.1, a, b), rng())
+        for a, b in ((1, 1), (2, 0), (0, 3))
     )
     close(both.g, ca.g / 2 + dm.g / 3, 1e-12)
-    assert float(both.parts["ca_dm"]) == pytest.approx(float((ca.g / 2).norm() / (dm.g / 3).norm()), rel=1e-12)
+    assert float(both.parts["ca_dm_ratio"]) == pytest.approx(float((ca.g / 2).norm() / (dm.g / 3).norm()), rel=1e-12)
 
 
 # ---- the student's loss -----------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ tapped.lens_backbones.__name__ = "lens_backbones"
 tapped.lens_datasets = hookimpl(lambda: {"captions": Captions})  # type: ignore[attr-defined]
 CATALOG = Catalog.of(toy, lens_dmd2, tapped)
 PARTS = evolve(toy.PARTS, backbone=ComponentSpec("tapped"))
-GAN = {"gan": 0.1, "blocks": (0, 1)}
+GAN = {"gan_weight": 0.1, "discriminator_blocks": (0, 1)}
 
 
 def method(**config: Any) -> DMD2:
@@ -99,9 +99,9 @@ def learn(m: DMD2, role: str, batch: Sample | None = None, seed: int = 3) -> dic
 
 
 def test_the_critic_learns_several_times_before_the_generator() -> None:
-    assert method(critic_steps=3).turns(0) == ["fake", "fake", "fake", "generator"]
-    assert method(critic_steps=2, **GAN).turns(7) == ["fake", "heads", "fake", "heads", "generator"]
-    warm = method(critic_steps=2, warmup=3)
+    assert method(fake_score_updates=3).turns(0) == ["fake", "fake", "fake", "generator"]
+    assert method(fake_score_updates=2, **GAN).turns(7) == ["fake", "heads", "fake", "heads", "generator"]
+    warm = method(fake_score_updates=2, warmup=3)
     assert [len(warm.turns(s)) for s in range(5)] == [2, 2, 2, 3, 3]
 
 
@@ -127,7 +127,7 @@ def test_the_pipeline_takes_the_students_presets_and_the_teacher_keeps_its_guida
 @pytest.mark.parametrize("rollout", ["ode", "renoise"])
 def test_only_the_role_whose_turn_it_is_gets_gradients(role: str, rollout: str) -> None:
     for seed in range(4):  # other exit steps
-        found = learn(method(rollout=rollout, isg=0.5, **GAN), role, seed=seed)
+        found = learn(method(rollout=rollout, isg_weight=0.5, **GAN), role, seed=seed)
         assert found and {name.split(".")[0] for name in found} == {role}
         assert all(g.any() for name, g in found.items() if "bias" not in name)
 
@@ -233,14 +233,14 @@ def test_the_gan_adds_its_weighted_gradient_and_reports_its_size() -> None:
     assert gap == pytest.approx(0.1 * float(a.parts["gan"]), rel=1e-4)
     a, b = learn(with_gan, "generator"), learn(without, "generator")
     assert a.keys() == b.keys() and not any(torch.equal(a[k], b[k]) for k in a)
-    twice = method(gan=0.2, blocks=(0, 1))
+    twice = method(gan_weight=0.2, discriminator_blocks=(0, 1))
     twice._roles["heads"] = with_gan.roles()["heads"]
-    double, once = (loss_of(m, "generator").parts["gan_dm"] for m in (twice, with_gan))
+    double, once = (loss_of(m, "generator").parts["gan_dm_ratio"] for m in (twice, with_gan))
     assert float(double) == pytest.approx(2 * float(once), rel=1e-5)
 
 
 def test_the_discriminator_can_read_the_fake_which_does_not_learn_of_it() -> None:
-    reads = method(taps="fake", **GAN)
+    reads = method(discriminator_features="fake", **GAN)
     like = method(**GAN)
     like._roles["heads"] = reads.roles()["heads"]
     reads.roles()["fake"].load_state_dict(reads.teacher.state_dict())
@@ -258,7 +258,7 @@ def test_the_discriminator_can_read_the_fake_which_does_not_learn_of_it() -> Non
 def test_isg_adds_its_weighted_loss_at_a_time_within_the_exit_step(monkeypatch: pytest.MonkeyPatch) -> None:
     shares, inner = [], losses.guidance_within_a_step
     monkeypatch.setattr(losses, "guidance_within_a_step", lambda *a: shares.append(a[-1]) or inner(*a))
-    with_isg, without = method(isg=0.5), method()
+    with_isg, without = method(isg_weight=0.5), method()
     for seed in range(40):
         a, b = loss_of(with_isg, "generator", seed), loss_of(without, "generator", seed)
         assert float((a.total - b.total).detach()) == pytest.approx(0.5 * float(a.parts["isg"]), rel=1e-3, abs=1e-6)
@@ -304,7 +304,7 @@ def test_real_and_made_latents_meet_under_the_same_noise(monkeypatch: pytest.Mon
 
 
 def test_heads_learn_to_tell_real_latents_from_the_students() -> None:
-    m = method(critic_steps=1, **GAN)
+    m = method(fake_score_updates=1, **GAN)
     batch = Sample(m.pipeline.encode(["red"] * 16), (3, 2), torch.full((16, 4, 3, 2), 2.0))
     optimizer = torch.optim.Adam(m.roles()["heads"].requires_grad_(True).parameters(), 1e-2)
     draws, log = rng(), []
@@ -322,7 +322,7 @@ def test_heads_learn_to_tell_real_latents_from_the_students() -> None:
 def test_what_predicts_collapse_is_logged() -> None:
     m = method(**GAN)
     assert loss_of(m, "generator").parts.keys() == {
-        "gap", "cosine", "ca_dm", "x_std", "push", "gan", "gan_dm",
+        "gap", "cosine", "ca_dm_ratio", "x_std", "push", "gan", "gan_dm_ratio",
     }  # fmt: skip
     assert loss_of(m, "fake").parts.keys() == {"unexplained"}
 
@@ -377,7 +377,16 @@ def test_the_fake_is_drawn_to_the_student_after_each_of_its_updates() -> None:
 
 
 RECIPE = Recipe(
-    method=ComponentSpec("dmd2", {"critic_steps": 3, "gan": 0.1, "blocks": [0, 1], "isg": 0.1, "rollout": "renoise"}),
+    method=ComponentSpec(
+        "dmd2",
+        {
+            "fake_score_updates": 3,
+            "gan_weight": 0.1,
+            "discriminator_blocks": [0, 1],
+            "isg_weight": 0.1,
+            "rollout": "renoise",
+        },
+    ),
     dataset=ComponentSpec("squares"),
     train=Training(steps=5, lr=1e-2, ema=0.9, save_every=2, log_every=1),
     pipeline=PARTS,
@@ -426,11 +435,11 @@ def test_a_run_interrupted_within_a_cycle_goes_on_bit_for_bit(
         assert torch.equal(whole[name], resumed[name]), name
 
 
-@pytest.mark.parametrize("config", [{}, {"rollout": "renoise", "matching": "joint", "isg": 0.1, **GAN}])
+@pytest.mark.parametrize("config", [{}, {"rollout": "renoise", "matching": "joint", "isg_weight": 0.1, **GAN}])
 def test_it_keeps_the_promises_of_a_method(config: dict[str, Any]) -> None:
     def make() -> DMD2:
         pipeline = LensPipeline.from_parts(PARTS, CATALOG)
-        return DMD2(DMD2.Config(critic_steps=2, **config), pipeline)
+        return DMD2(DMD2.Config(fake_score_updates=2, **config), pipeline)
 
     check_method(make, [batch(), batch(px=32)])
 
@@ -488,8 +497,10 @@ def test_one_copy_of_the_weights_trains_as_three_do_and_exports_the_generators_c
         RECIPE, pipeline=Parts(start=str(tmp_path / "start")), train=evolve(RECIPE.train, adapters=adapters, ema=0.0)
     )
     sizes, models, ends = [], [], []
-    for name, share in (("one", ["generator", "fake"]), ("three", [])):
-        made = run(evolve(recipe, method=ComponentSpec("dmd2", {"ida": 1.0, "share": share})), tmp_path / name)
+    for name, shared in (("one", ["generator", "fake"]), ("three", [])):
+        made = run(
+            evolve(recipe, method=ComponentSpec("dmd2", {"ida": 1.0, "lora_on_shared_base": shared})), tmp_path / name
+        )
         nets = (made.method.teacher, *made.nets.values())
         sizes.append(len({p.data_ptr() for net in nets for n, p in net.named_parameters() if ".lora_" not in n}))
         models.append(LensPipeline.from_pretrained(made.train().model, catalog=CATALOG))
@@ -504,13 +515,13 @@ def test_one_copy_of_the_weights_trains_as_three_do_and_exports_the_generators_c
 
 def test_weights_that_are_shared_are_not_trained_in_full(tmp_path: Path) -> None:
     for role in ("generator", "fake"):
-        recipe = evolve(RECIPE, method=ComponentSpec("dmd2", {"ida": 1.0, "share": [role]}))
+        recipe = evolve(RECIPE, method=ComponentSpec("dmd2", {"ida": 1.0, "lora_on_shared_base": [role]}))
         with pytest.raises(ConfigError, match=f"{role} shares the teacher's weights and would change them"):
             run(recipe, tmp_path / role).train()
 
 
 def test_a_share_of_the_draws_begins_at_noised_pictures() -> None:
-    m, begun = method(real=0.5), 0
+    m, begun = method(real_data_ratio=0.5), 0
     mine = sample(m)
     for seed in range(200):
         x, t, _, _ = m._enter(m.roles(), mine, rng(seed))
@@ -525,13 +536,13 @@ def test_a_share_of_the_draws_begins_at_noised_pictures() -> None:
 
 def test_the_parts_of_a_batch_begin_their_turns_at_the_same_steps() -> None:
     """Where weights are divided, a process that made more passes than another would wait for ever."""
-    m = method(real=0.5, critic_steps=3)
+    m = method(real_data_ratio=0.5, fake_score_updates=3)
     one, two = (next(iter(m.steps(iter([batch(px=32)]), m.roles(), rng(4))))[0] for _ in range(2))
     begun = [[m._enter(m.roles(), mine, rng(seed))[1] for _ in m.turns(100)] for seed, mine in ((1, one), (2, two))]
     assert begun[0] == begun[1] and len(set(begun[0])) > 1
     later = next(iter(m.steps(iter([batch(px=32)]), m.roles(), rng(5))))[0]
     assert [m._enter(m.roles(), later, rng(1))[1] for _ in m.turns(100)] != begun[0]
-    with pytest.raises(LensError, match="gan and real need one that yields pictures"):
+    with pytest.raises(LensError, match="gan_weight and real_data_ratio need one that yields pictures"):
         encoded(m, batch(images=False))
 
 
@@ -544,16 +555,25 @@ def test_the_parts_of_a_batch_begin_their_turns_at_the_same_steps() -> None:
         ({"rollout": "odd"}, "rollout: must be ode or renoise, not 'odd'. Did you mean 'ode'?"),
         ({"matching": "join"}, "matching: must be joint or decoupled, not 'join'. Did you mean 'joint'?"),
         ({"steps": 0}, "steps: must be at least 1 and at most 65536, not 0"),
-        ({"floor": 0.0}, "floor: must be above 0, not 0.0"),
-        ({"dm": -1.0}, "dm: must be at least 0, not -1.0"),
+        ({"min_distance": 0.0}, "min_distance: must be above 0, not 0.0"),
+        ({"dm_weight": -1.0}, "dm_weight: must be at least 0, not -1.0"),
         ({"ida": 1.5}, "ida: must be at least 0 and at most 1, not 1.5"),
-        ({"real": -0.5}, "real: must be at least 0 and at most 1, not -0.5"),
-        ({"share": ("heads",), "ida": 1.0}, "share[0]: must be generator or fake, not 'heads'"),
-        ({"share": ("fake",)}, "ida averages whole weights, which share makes one; use ida: 1, not 0.97"),
-        ({"levels": "evn"}, "levels: must be even or logit_normal, not 'evn'. Did you mean 'even'?"),
-        ({"head": "cnv"}, "head: must be conv or linear, not 'cnv'. Did you mean 'conv'?"),
-        ({"taps": "fke"}, "taps: must be teacher or fake, not 'fke'. Did you mean 'fake'?"),
-        ({"gan": 0.1}, "gan reads blocks of the teacher"),
+        ({"real_data_ratio": -0.5}, "real_data_ratio: must be at least 0 and at most 1, not -0.5"),
+        (
+            {"lora_on_shared_base": ("heads",), "ida": 1.0},
+            "lora_on_shared_base[0]: must be generator or fake, not 'heads'",
+        ),
+        (
+            {"lora_on_shared_base": ("fake",)},
+            "ida averages whole weights, which lora_on_shared_base makes one; use ida: 1, not 0.97",
+        ),
+        ({"noise_levels": "evn"}, "noise_levels: must be even or logit_normal, not 'evn'. Did you mean 'even'?"),
+        ({"discriminator_head": "cnv"}, "discriminator_head: must be conv or linear, not 'cnv'. Did you mean 'conv'?"),
+        (
+            {"discriminator_features": "fke"},
+            "discriminator_features: must be teacher or fake, not 'fke'. Did you mean 'fake'?",
+        ),
+        ({"gan_weight": 0.1}, "gan_weight reads discriminator_blocks of the teacher"),
     ],
 )
 def test_an_impossible_config_is_refused(config: dict[str, Any], words: str) -> None:

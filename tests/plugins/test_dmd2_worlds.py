@@ -11,7 +11,7 @@ import torch
 import toy
 from attrs import frozen
 from lens_dmd2 import losses
-from lens_dmd2.losses import Schedule, Views, Weights
+from lens_dmd2.losses import MatchingOptions, Schedule, Views
 from lens_dmd2.method import DMD2, Sample
 from torch import Tensor, nn
 
@@ -48,7 +48,7 @@ class End:
     spread: float
 
 
-def distil(matching: str, weights: Weights, guidance: float = 1.0, steps: int = 400, rate: float = 1.0) -> End:
+def distil(matching: str, options: MatchingOptions, guidance: float = 1.0, steps: int = 400, rate: float = 1.0) -> End:
     """x = noise A' + b, from A = 1 and b = 0, by plain gradient descent whose rate falls to 0."""
     draws = torch.Generator().manual_seed(0)
     a, b = torch.eye(2, dtype=DOUBLE).requires_grad_(), torch.zeros(2, dtype=DOUBLE).requires_grad_()
@@ -56,7 +56,7 @@ def distil(matching: str, weights: Weights, guidance: float = 1.0, steps: int = 
     for step in range(steps):
         x = (torch.randn(64, 2, generator=draws, dtype=DOUBLE) @ a.T + b).view(-1, 2, 1, 1)
         views = Views(cond, uncond, gaussian(b.detach(), (a @ a.T).detach()), guidance)
-        g = losses.MATCHINGS[matching](x.detach(), views, 0.95, weights, draws).g
+        g = losses.MATCHINGS[matching](x.detach(), views, 0.95, options, draws).g
         grads = torch.autograd.grad(losses.descend(x, g), (a, b))
         with torch.no_grad():
             for parameter, grad in zip((a, b), grads, strict=True):
@@ -67,26 +67,26 @@ def distil(matching: str, weights: Weights, guidance: float = 1.0, steps: int = 
 
 
 @pytest.mark.parametrize(
-    ("matching", "weights", "guidance", "rate", "bars"),
+    ("matching", "options", "guidance", "rate", "bars"),
     [
-        ("joint", Weights(Schedule(3.0), 0.1), 1.0, 1.0, (2.8e-9, 4e-11)),
-        ("joint", Weights(Schedule(3.0), 1e9), 1.0, 1e9, (2e-4, 2e-6)),  # never normalised: slower
-        ("decoupled", Weights(Schedule(3.0), 0.1, ca=0.0), 5.0, 1.0, (2.8e-9, 4e-11)),  # DM alone
+        ("joint", MatchingOptions(Schedule(3.0), 0.1), 1.0, 1.0, (2.8e-9, 4e-11)),
+        ("joint", MatchingOptions(Schedule(3.0), 1e9), 1.0, 1e9, (2e-4, 2e-6)),  # never normalised: slower
+        ("decoupled", MatchingOptions(Schedule(3.0), 0.1, ca_weight=0.0), 5.0, 1.0, (2.8e-9, 4e-11)),  # DM alone
     ],
 )
 def test_a_student_ends_exactly_at_the_teachers_gaussian(
-    matching: str, weights: Weights, guidance: float, rate: float, bars: tuple[float, float]
+    matching: str, options: MatchingOptions, guidance: float, rate: float, bars: tuple[float, float]
 ) -> None:
-    end = distil(matching, weights, guidance, rate=rate)
+    end = distil(matching, options, guidance, rate=rate)
     assert end.mean < bars[0] and end.covariance < bars[1]
-    flipped = distil(matching, weights, guidance, steps=100, rate=-rate)
+    flipped = distil(matching, options, guidance, steps=100, rate=-rate)
     assert flipped.mean > 10 and flipped.covariance > 10, "a flipped sign must not pass"
 
 
 def test_ca_alone_collapses_and_runs_away_while_dm_holds_it() -> None:
-    ca = distil("decoupled", Weights(Schedule(3.0), 0.1, dm=0.0), guidance=5.0)
-    both = distil("decoupled", Weights(Schedule(3.0), 0.1), guidance=5.0)
-    longer = distil("decoupled", Weights(Schedule(3.0), 0.1), guidance=5.0, steps=600)
+    ca = distil("decoupled", MatchingOptions(Schedule(3.0), 0.1, dm_weight=0.0), guidance=5.0)
+    both = distil("decoupled", MatchingOptions(Schedule(3.0), 0.1), guidance=5.0)
+    longer = distil("decoupled", MatchingOptions(Schedule(3.0), 0.1), guidance=5.0, steps=600)
     assert ca.spread < 0.1 * SPREAD and ca.mean > 2
     assert 0.75 * SPREAD < both.spread < 1.25 * SPREAD and both.mean < 0.4
     assert longer.mean == pytest.approx(both.mean, abs=0.1) and longer.spread == pytest.approx(both.spread, abs=0.1)

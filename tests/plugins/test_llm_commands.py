@@ -126,7 +126,7 @@ def test_an_estimate_is_printed(capsys):
     recipe = Path(__file__).resolve().parents[2] / "examples" / "recipes" / "tiny" / "4_rl_nft.yaml"
     assert main(["rl", "estimate", str(recipe)]) == 0
     printed = capsys.readouterr().out
-    assert "judged pictures" in printed and "backbone: old policy" in printed and "lens_shapes:shapes" in printed
+    assert "scored pictures" in printed and "backbone: old policy" in printed and "lens_shapes:shapes" in printed
 
 
 def test_an_audit_of_one_prompt_is_refused_before_anything_is_drawn(tmp_path: Path, capsys):

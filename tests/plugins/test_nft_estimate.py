@@ -70,7 +70,7 @@ def test_what_was_assumed_is_said(found):
     notes = " ".join(found.notes)
     assert "YuCollection/Lens-Base-Diffusers is not on this disk" in notes
     assert "the prompts cannot be read" in notes
-    assert str(found).splitlines()[0] == "180 rollouts, 207,360 judged pictures"
+    assert str(found).splitlines()[0] == "180 rollouts, 207,360 scored pictures"
 
 
 def test_a_checkpoint_on_this_disk_tells_its_own_sizes(catalog):

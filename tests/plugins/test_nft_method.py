@@ -17,9 +17,9 @@ import pytest
 import torch
 import toy
 from attrs import evolve, frozen
-from lens_nft.method import DiffusionNFT, Lesson, between, follow
+from lens_nft.method import DiffusionNFT, MicroBatch, ema_update, interpolate
 from lens_nft.objective import advantages, reflected_loss
-from lens_nft.rollout import chosen
+from lens_nft.rollout import prompt_indices
 from torch import Tensor, nn
 
 from lens_core import flow, hookimpl
@@ -124,8 +124,8 @@ OPTIONS: dict[str, Any] = {
     "pictures_per_prompt": 4,
     "sizes": [[16, 32]],
     "rollout_steps": 3,
-    "times": 2,
-    "batch": 3,
+    "timesteps_per_image": 2,
+    "micro_batch_size": 3,
     "kl": 0.5,
 }
 
@@ -156,7 +156,7 @@ def rng(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def step(m: DiffusionNFT, seed: int = 3) -> Sequence[Lesson]:
+def step(m: DiffusionNFT, seed: int = 3) -> Sequence[MicroBatch]:
     return next(m.steps(iter(()), m.roles(), rng(seed)))
 
 
@@ -193,7 +193,7 @@ class Turn(Run):
         self.optimizers = {"backbone": torch.optim.SGD(self.learning["backbone"])}
         self.spikes = Spikes(0.0, ("backbone",))
 
-    def __call__(self, *parts: Sequence[Lesson]) -> tuple[list[Tensor], dict[str, float]]:
+    def __call__(self, *parts: Sequence[MicroBatch]) -> tuple[list[Tensor], dict[str, float]]:
         self.ranks = Ranks(self.accelerator, len(parts))
         weights = self.learning["backbone"]
         before = [p.detach().clone() for p in weights]
@@ -204,14 +204,14 @@ class Turn(Run):
         return [p.grad.clone() for p in weights], told
 
 
-def learned(m: DiffusionNFT, *parts: Sequence[Lesson]) -> tuple[list[Tensor], dict[str, float]]:
-    """The gradient that the loop gathers from the lessons of a step, part by part, and its logged parts."""
+def learned(m: DiffusionNFT, *parts: Sequence[MicroBatch]) -> tuple[list[Tensor], dict[str, float]]:
+    """The gradient that the loop gathers from the micro_batches of a step, part by part, and its logged parts."""
     with tempfile.TemporaryDirectory() as folder:
         return Turn(m, Path(folder))(*parts)
 
 
-def pictures(lessons: Sequence[Lesson]) -> dict[int, Tensor]:
-    return {s.picture.seed: s.picture.z for lesson in lessons for s in lesson.samples}
+def pictures(micro_batches: Sequence[MicroBatch]) -> dict[int, Tensor]:
+    return {s.picture.seed: s.picture.z for micro_batch in micro_batches for s in micro_batch.samples}
 
 
 def close(a: Sequence[Tensor], b: Sequence[Tensor], tolerance: float = 1e-5) -> bool:
@@ -223,10 +223,10 @@ def close(a: Sequence[Tensor], b: Sequence[Tensor], tolerance: float = 1e-5) -> 
 
 
 def test_an_epoch_is_a_permutation_of_which_only_the_rest_is_left_out():
-    epochs = [[i for rollout in range(3) for i in chosen(10, 3, 3 * epoch + rollout, 7)] for epoch in range(3)]
+    epochs = [[i for rollout in range(3) for i in prompt_indices(10, 3, 3 * epoch + rollout, 7)] for epoch in range(3)]
     assert all(len(set(e)) == 9 and set(e) <= set(range(10)) for e in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert chosen(10, 3, 4, 7) == chosen(10, 3, 4, 7) != chosen(10, 3, 4, 8)
+    assert prompt_indices(10, 3, 4, 7) == prompt_indices(10, 3, 4, 7) != prompt_indices(10, 3, 4, 8)
 
 
 def test_seeds_are_stable_numbers_that_differ():
@@ -241,7 +241,7 @@ def test_prompts_can_be_those_of_some_tasks(pipeline):
 
 
 def test_a_picture_depends_on_seed_rollout_prompt_and_number_alone(pipeline):
-    few, many = (step(method(pipeline, pictures_per_prompt=k, batch=b)) for k, b in ((2, 1), (5, 7)))
+    few, many = (step(method(pipeline, pictures_per_prompt=k, micro_batch_size=b)) for k, b in ((2, 1), (5, 7)))
     a, b = pictures(few), pictures(many)
     assert len(a) == 4 and len(b) == 10 and a.keys() < b.keys()
     for seed in a:
@@ -250,8 +250,8 @@ def test_a_picture_depends_on_seed_rollout_prompt_and_number_alone(pipeline):
 
 
 def test_a_picture_is_what_the_pipeline_draws_from_its_seed(pipeline):
-    (lesson, *_) = step(method(pipeline))
-    picture = lesson.samples[0].picture
+    (micro_batch, *_) = step(method(pipeline))
+    picture = micro_batch.samples[0].picture
     result = pipeline(picture.prompt.text, seed=picture.seed, height=16, width=32, num_inference_steps=3,
                       guidance_scale=1.0, output_type="latent")  # fmt: skip
     torch.testing.assert_close(picture.z, result.images[0], atol=1e-5, rtol=0)
@@ -264,7 +264,7 @@ def test_the_old_policy_draws(pipeline):
     nudged(m, 0.5)
     again = pictures(step(m))
     assert again.keys() == first.keys() and all(torch.equal(z, again[seed]) for seed, z in first.items())
-    follow(m.old, pipeline.backbone, 0.0)
+    ema_update(m.old, pipeline.backbone, 0.0)
     assert not any(torch.equal(z, first[seed]) for seed, z in pictures(step(m)).items())
 
 
@@ -290,10 +290,10 @@ def test_guidance_is_one_thing_in_drawing_and_another_in_learning(pipeline):
     def passes(**options: float) -> tuple[int, int, int, int]:
         m = method(pipeline, **options)
         m.old.calls.clear()
-        lessons = step(m)
+        micro_batches = step(m)
         drawn = [tokens for _, tokens in m.old.calls]
         m.old.calls.clear()
-        m.loss("backbone", m.roles(), lessons[0], rng())
+        m.loss("backbone", m.roles(), micro_batches[0], rng())
         seen = [tokens for _, tokens in m.old.calls]
         return drawn.count(0), len(drawn), seen.count(0), len(seen)
 
@@ -308,17 +308,17 @@ def test_guidance_is_one_thing_in_drawing_and_another_in_learning(pipeline):
 def test_times_are_spread_over_the_samplers_schedule():
     schedule = torch.tensor([1.0, 0.9, 0.5, 0.0])
     u = torch.tensor([0.0, 1 / 6, 1 / 3, 0.5, 5 / 6, 1.0])
-    torch.testing.assert_close(between(schedule, u), torch.tensor([1.0, 0.95, 0.9, 0.7, 0.25, 0.0]))
+    torch.testing.assert_close(interpolate(schedule, u), torch.tensor([1.0, 0.95, 0.9, 0.7, 0.25, 0.0]))
 
 
 def test_each_picture_is_learned_once_in_every_part_of_the_schedule(pipeline):
-    m = method(pipeline, times=4)
-    lessons = step(m)
+    m = method(pipeline, timesteps_per_image=4)
+    micro_batches = step(m)
     met: dict[int, list[float]] = {}
-    for lesson in lessons:
-        t, noise = m._noise(lesson)
-        assert noise.shape == (len(lesson.samples), 4, 1, 2)
-        for sample, value in zip(lesson.samples, t.tolist(), strict=True):
+    for micro_batch in micro_batches:
+        t, noise = m._noise(micro_batch)
+        assert noise.shape == (len(micro_batch.samples), 4, 1, 2)
+        for sample, value in zip(micro_batch.samples, t.tolist(), strict=True):
             met.setdefault(sample.picture.seed, []).append(value)
     assert len(met) == 8
     for times in met.values():
@@ -326,12 +326,12 @@ def test_each_picture_is_learned_once_in_every_part_of_the_schedule(pipeline):
     assert len({round(t, 6) for times in met.values() for t in times}) == 32
 
 
-@pytest.mark.parametrize(("form", "guidance"), [("x0", 1.0), ("velocity", 2.5)])
-def test_the_step_is_the_mean_loss_of_its_samples_at_their_own_times_and_noise(form, guidance, pipeline):
-    m = behind(nudged(method(pipeline, form=form, train_guidance=guidance, beta=0.3)))
-    lessons = step(m)
-    found, parts = learned(m, lessons)
-    rewards = {p.seed: 0.0 for lesson in lessons for p in (s.picture for s in lesson.samples)}
+@pytest.mark.parametrize(("loss_space", "guidance"), [("x0", 1.0), ("velocity", 2.5)])
+def test_the_step_is_the_mean_loss_of_its_samples_at_their_own_times_and_noise(loss_space, guidance, pipeline):
+    m = behind(nudged(method(pipeline, loss_space=loss_space, train_guidance=guidance, beta=0.3)))
+    micro_batches = step(m)
+    found, parts = learned(m, micro_batches)
+    rewards = {p.seed: 0.0 for micro_batch in micro_batches for p in (s.picture for s in micro_batch.samples)}
     losses, distances = [], []
     net = pipeline.backbone.requires_grad_(True)
     net.zero_grad()
@@ -342,7 +342,7 @@ def test_the_step_is_the_mean_loss_of_its_samples_at_their_own_times_and_noise(f
         return cond if guidance == 1 else flow.guide(cond, backbone(x, t, empty), guidance)
 
     groups: dict[int, list[Any]] = {}
-    for picture in {s.picture.seed: s.picture for lesson in lessons for s in lesson.samples}.values():
+    for picture in {s.picture.seed: s.picture for micro_batch in micro_batches for s in micro_batch.samples}.values():
         rewards[picture.seed] = float(picture.image[0].float().mean()) / 255
         groups.setdefault(picture.prompt.id, []).append(picture)
     for members in groups.values():
@@ -358,7 +358,7 @@ def test_the_step_is_the_mean_loss_of_its_samples_at_their_own_times_and_noise(f
                 with torch.no_grad():
                     old, base = velocity(m.old, x, t, text), velocity(m.base, x, t, text)
                 r = (0.5 + 0.5 * a.clamp(-5, 5) / 5)[None]
-                one = reflected_loss(v, old, noise - z, t, r, beta=0.3, clip=5.0, normalise=form == "x0")
+                one = reflected_loss(v, old, noise - z, t, r, beta=0.3, clip=5.0, normalise=loss_space == "x0")
                 losses.append(one.sum() + 0.5 * (v - base).square().mean())
                 distances.append((v - base).square().mean().detach())
     (sum(losses) / len(losses)).backward()
@@ -370,9 +370,9 @@ def test_the_step_is_the_mean_loss_of_its_samples_at_their_own_times_and_noise(f
 def test_pictures_of_a_prompt_can_share_times_and_noises(pipeline):
     def met(m: DiffusionNFT) -> dict[int, set[tuple[float, ...]]]:
         found: dict[int, set[tuple[float, ...]]] = {}
-        for lesson in step(m):
-            t, noise = m._noise(lesson)
-            for sample, when, what in zip(lesson.samples, t, noise, strict=True):
+        for micro_batch in step(m):
+            t, noise = m._noise(micro_batch)
+            for sample, when, what in zip(micro_batch.samples, t, noise, strict=True):
                 found.setdefault(sample.picture.prompt.id, set()).add((float(when), *what.flatten().tolist()))
         return found
 
@@ -383,16 +383,16 @@ def test_pictures_of_a_prompt_can_share_times_and_noises(pipeline):
 
 def test_with_common_noise_equal_pictures_teach_nothing_however_they_are_judged(pipeline):
     def gradient(**options: Any) -> list[Tensor]:
-        m = method(pipeline, kl=0, form="velocity", **options)
-        lessons = step(m)
-        same = {s.picture.prompt.id: s.picture.z for lesson in lessons for s in lesson.samples}
-        alike = [
+        m = method(pipeline, kl=0, loss_space="velocity", **options)
+        micro_batches = step(m)
+        same = {s.picture.prompt.id: s.picture.z for micro_batch in micro_batches for s in micro_batch.samples}
+        batches = [
             evolve(
                 x, samples=tuple(evolve(s, picture=evolve(s.picture, z=same[s.picture.prompt.id])) for s in x.samples)
             )
-            for x in lessons
+            for x in micro_batches
         ]
-        return learned(m, alike)[0]
+        return learned(m, batches)[0]
 
     noisy = torch.cat([g.flatten() for g in gradient()]).norm()
     assert torch.cat([g.flatten() for g in gradient(common_noise=True)]).norm() < 1e-5 * noisy
@@ -402,25 +402,25 @@ def test_with_common_noise_equal_pictures_teach_nothing_however_they_are_judged(
 @pytest.mark.parametrize("batch", [1, 5, 100])
 def test_micro_batches_change_nothing(batch, common, pipeline):
     options = {"sizes": [[16, 16], [16, 32]], "prompts_per_rollout": 5, "common_noise": common}
-    whole, other = (behind(method(pipeline, batch=n, **options)) for n in (3, batch))
+    whole, other = (behind(method(pipeline, micro_batch_size=n, **options)) for n in (3, batch))
     assert len(step(whole)) != len(step(other))
     assert close(learned(other, step(other))[0], learned(whole, step(whole))[0])
 
 
 def test_the_distance_to_the_start_is_zero_at_the_start_alone(pipeline):
     m = method(pipeline)
-    lessons = step(m)
-    assert learned(m, lessons)[1]["to_base"] < 1e-12
-    assert learned(nudged(m), lessons)[1]["to_base"] > 1e-4
-    follow(m.base, pipeline.backbone, 0.0)
-    assert learned(m, lessons)[1]["to_base"] < 1e-12
+    micro_batches = step(m)
+    assert learned(m, micro_batches)[1]["to_base"] < 1e-12
+    assert learned(nudged(m), micro_batches)[1]["to_base"] > 1e-4
+    ema_update(m.base, pipeline.backbone, 0.0)
+    assert learned(m, micro_batches)[1]["to_base"] < 1e-12
 
 
 def test_without_a_weight_the_distance_to_the_start_costs_nothing(pipeline):
     m = method(pipeline, kl=0)
-    lessons = step(m)
+    micro_batches = step(m)
     assert m.base is None and not any(k.startswith("base/") for k in m.state_dict())
-    assert "to_base" not in learned(m, lessons)[1]
+    assert "to_base" not in learned(m, micro_batches)[1]
 
 
 def test_equal_rewards_change_nothing(pipeline):
@@ -431,7 +431,7 @@ def test_equal_rewards_change_nothing(pipeline):
     optimizer = torch.optim.AdamW(pipeline.backbone.parameters(), 0.1, weight_decay=0.0)
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, pipeline.backbone.parameters(), strict=True))
-    assert parts["flat"] == 1 and parts["reward/glow"] == pytest.approx(0.7)
+    assert parts["zero_variance"] == 1 and parts["reward/glow"] == pytest.approx(0.7)
     other = method(pipeline, kl=0)
     assert any(g.any() for g in learned(other, step(other))[0]), "rewards that differ do teach"
 
@@ -439,12 +439,12 @@ def test_equal_rewards_change_nothing(pipeline):
 def test_a_group_that_scored_alike_teaches_nothing_but_counts_in_the_mean(pipeline):
     plain = step(method(pipeline))
     dull = plain[0].samples[0].picture.prompt
-    lessons = step(method(pipeline, rewards=glow(dull=dull.data["wish"])))
-    seeds = {s.picture.seed for lesson in plain for s in lesson.samples if s.picture.prompt != dull}
-    assert len(seeds) == 4 and pictures(lessons).keys() == seeds
-    for found, part in ((plain, 1.0), (lessons, 0.5)):  # the weights of all samples at all times
+    micro_batches = step(method(pipeline, rewards=glow(dull=dull.data["wish"])))
+    seeds = {s.picture.seed for micro_batch in plain for s in micro_batch.samples if s.picture.prompt != dull}
+    assert len(seeds) == 4 and pictures(micro_batches).keys() == seeds
+    for found, part in ((plain, 1.0), (micro_batches, 0.5)):  # the weights of all samples at all times
         assert sum(x.share * len(x.samples) for x in found) / len(found) == pytest.approx(part)
-    assert float(lessons[0].facts["flat"]) == 0.5
+    assert float(micro_batches[0].facts["zero_variance"]) == 0.5
 
 
 def test_a_failed_picture_leaves_the_gradient_as_if_it_had_never_been_drawn(pipeline):
@@ -459,20 +459,20 @@ def test_a_failed_picture_leaves_the_gradient_as_if_it_had_never_been_drawn(pipe
 
 
 def test_the_parts_of_a_rollout_add_up_to_the_whole(pipeline):
-    whole, halves = (behind(method(pipeline, updates=n)) for n in (1, 2))
+    whole, halves = (behind(method(pipeline, updates_per_rollout=n)) for n in (1, 2))
     one = learned(whole, step(whole))[0]
     steps = halves.steps(iter(()), halves.roles(), rng())
     first, second = (next(steps) for _ in range(2))
     assert pictures(first).keys().isdisjoint(pictures(second))
     assert pictures(first).keys() | pictures(second).keys() == pictures(step(whole)).keys()
-    parts = [learned(halves, lessons)[0] for lessons in (first, second)]
+    parts = [learned(halves, micro_batches)[0] for micro_batches in (first, second)]
     assert close([(a + b) / 2 for a, b in zip(*parts, strict=True)], one)
 
 
 def test_several_rewards_are_weighed(pipeline):
     m = method(pipeline, rewards=[{"use": "glow", "weight": 3}, {"use": "dark", "weight": 0.5}])
-    lessons = step(m)
-    members = {s.picture.seed: s for lesson in lessons for s in lesson.samples}
+    micro_batches = step(m)
+    members = {s.picture.seed: s for micro_batch in micro_batches for s in micro_batch.samples}
     order = [members[seed_of(3, 0, p.id, k)] for p in (s.picture.prompt for s in members.values()) for k in range(4)]
     red = torch.tensor([float(s.picture.image[0].float().mean()) / 255 for s in order], dtype=torch.float64)
     dark = torch.tensor([1 - float(s.picture.image.float().mean()) / 255 for s in order], dtype=torch.float64)
@@ -480,7 +480,7 @@ def test_several_rewards_are_weighed(pipeline):
         a, b = ((v - v.mean()) / v.std(correction=0) for v in (red[start : start + 4], dark[start : start + 4]))
         by_hand = 0.5 + (3 * a + 0.5 * b) / 3.5 / 10
         assert [s.r for s in order[start : start + 4]] == pytest.approx(by_hand.tolist())
-    facts = lessons[0].facts
+    facts = micro_batches[0].facts
     assert float(facts["reward/glow"]) == pytest.approx(float(red.unique().mean()), abs=0.05)
     assert {"reward/glow", "reward/glow/red", "reward/dark"} <= facts.keys()
 
@@ -490,13 +490,13 @@ def test_several_rewards_are_weighed(pipeline):
 
 def test_a_rollout_with_too_many_failures_is_thrown_away_and_counted(pipeline):
     m = method(pipeline, rewards=glow(broken=[0, 1]))
-    lessons = step(m)
+    micro_batches = step(m)
     assert (m.rollout, m.aborted) == (0, 2)
-    assert float(lessons[0].facts["aborted"]) == 2 and float(lessons[0].facts["failed"]) == 0
+    assert float(micro_batches[0].facts["aborted"]) == 2 and float(micro_batches[0].facts["failed"]) == 0
     sound = step(method(pipeline))
-    asked, others = ({s.picture.prompt.id for x in found for s in x.samples} for found in (lessons, sound))
+    asked, others = ({s.picture.prompt.id for x in found for s in x.samples} for found in (micro_batches, sound))
     assert asked == others, "the same prompts"
-    assert pictures(lessons).keys().isdisjoint(pictures(sound)), "but new pictures"
+    assert pictures(micro_batches).keys().isdisjoint(pictures(sound)), "but new pictures"
 
 
 def test_a_step_in_parts_is_the_step_as_a_whole(pipeline):
@@ -515,14 +515,14 @@ def test_a_step_in_parts_is_the_step_as_a_whole(pipeline):
 @pytest.mark.parametrize("combine", ["normalise_then_sum", "sum_then_normalise"])
 @pytest.mark.parametrize("parts", [2, 4])
 def test_the_spread_of_a_rollout_is_that_of_all_its_parts(parts, combine, pipeline):
-    options = {"prompts_per_rollout": 4, "spread": "rollout", "combine": combine, "updates": 2,
+    options = {"prompts_per_rollout": 4, "std_scope": "rollout", "combine": combine, "updates_per_rollout": 2,
                "rewards": [{"use": "glow", "weight": 3, "dull": 1}, "dark"]}  # fmt: skip
     whole, divided = (method(pipeline, **options) for _ in range(2))
 
     def rs(m: DiffusionNFT, *places: Place) -> dict[int, float]:
         streams = [m.steps(iter([place]), m.roles(), rng()) for place in places]
-        steps = [lessons for stream in streams for lessons in (next(stream), next(stream))]
-        return {s.picture.seed: s.r for lessons in steps for x in lessons for s in x.samples}
+        steps = [micro_batches for stream in streams for micro_batches in (next(stream), next(stream))]
+        return {s.picture.seed: s.r for micro_batches in steps for x in micro_batches for s in x.samples}
 
     alone, together = rs(whole, Place()), rs(divided, *(Place(n, parts) for n in range(parts)))
     assert len(alone) >= 12 and together == pytest.approx(alone, abs=1e-12)
@@ -532,13 +532,15 @@ def test_the_spread_of_a_rollout_is_that_of_all_its_parts(parts, combine, pipeli
 
 
 def test_a_part_that_is_asked_alone_knows_the_whole_rollout_too(pipeline):
-    m = method(pipeline, prompts_per_rollout=4, spread="rollout")
+    m = method(pipeline, prompts_per_rollout=4, std_scope="rollout")
     whole = {
-        s.picture.seed: s.r for x in step(method(pipeline, prompts_per_rollout=4, spread="rollout")) for s in x.samples
+        s.picture.seed: s.r
+        for x in step(method(pipeline, prompts_per_rollout=4, std_scope="rollout"))
+        for s in x.samples
     }
     for place in (Place(1, 2), Place(1, 2), Place(0, 2)):  # a stream that begins anew draws again
-        lessons = next(m.steps(iter([place]), m.roles(), rng()))
-        mine = {s.picture.seed: s.r for x in lessons for s in x.samples}
+        micro_batches = next(m.steps(iter([place]), m.roles(), rng()))
+        mine = {s.picture.seed: s.r for x in micro_batches for s in x.samples}
         assert len(mine) == 8 and mine == pytest.approx({k: whole[k] for k in mine}, abs=1e-12)
 
 
@@ -552,7 +554,7 @@ def test_prompts_that_cannot_be_shared_out_are_refused(pipeline):
 def test_how_many_failures_are_too_many_is_a_setting(allowed, aborted, pipeline):
     m = method(pipeline, rewards=glow(fails=[1]), max_failed=allowed)
     if aborted:
-        with pytest.raises(LensError, match=r"5 rollouts in a row .* glow says failed \(the judge is away\): mend it"):
+        with pytest.raises(LensError, match=r"5 rollouts in a row .* glow says failed \(the judge is away\): fix it"):
             step(m)
         assert m.aborted == 5
     else:
@@ -578,43 +580,43 @@ def test_a_reward_that_loses_a_score_is_named(pipeline):
 # ---- the old policy --------------------------------------------------------------------------------------------------
 
 LINEAR: dict[str, Any] = {}
-LATE = {"old_wait": 75, "old_rise": 0.0075, "old_limit": 0.999}
+LATE = {"old_policy_wait": 75, "old_policy_decay_rise": 0.0075, "old_policy_max_decay": 0.999}
 
 
 @pytest.mark.parametrize(
     ("options", "lags"),
     [
-        ({"old_rise": 0}, [0, 0, 0, 0, 0]),
+        ({"old_policy_decay_rise": 0}, [0, 0, 0, 0, 0]),
         (LINEAR, [0.075, 0.1, 0.18, 0.209, 0.5]),
         (LATE, [0, 0.1875, 0.7875, 0.999, 0.999]),
     ],
 )
 def test_the_lag_is_that_of_the_published_schedules(options, lags, pipeline):
     config = method(pipeline, **options).config
-    assert [config.lag(s) for s in (75, 100, 180, 209, 500)] == pytest.approx(lags)
+    assert [config.old_policy_decay(s) for s in (75, 100, 180, 209, 500)] == pytest.approx(lags)
 
 
 def test_a_lag_of_zero_copies_and_of_one_freezes(pipeline):
     m = nudged(method(pipeline))
     before = {k: v.clone() for k, v in m.old.state_dict().items()}
-    follow(m.old, pipeline.backbone, 1.0)
+    ema_update(m.old, pipeline.backbone, 1.0)
     assert all(torch.equal(v, before[k]) for k, v in m.old.state_dict().items())
-    follow(m.old, pipeline.backbone, 0.25)
+    ema_update(m.old, pipeline.backbone, 0.25)
     for k, v in m.old.state_dict().items():
         torch.testing.assert_close(v, 0.25 * before[k] + 0.75 * pipeline.backbone.state_dict()[k])
-    follow(m.old, pipeline.backbone, 0.0)
+    ema_update(m.old, pipeline.backbone, 0.0)
     assert all(torch.equal(v, pipeline.backbone.state_dict()[k]) for k, v in m.old.state_dict().items())
 
 
 def test_counts_are_copied_and_not_averaged():
     old, new = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     new.num_batches_tracked += 5
-    follow(old, new, 0.5)
+    ema_update(old, new, 0.5)
     assert int(old.num_batches_tracked) == 5
 
 
 def test_the_old_policy_follows_once_a_rollout(pipeline):
-    m = nudged(method(pipeline, updates=2, old_rise=0.1))
+    m = nudged(method(pipeline, updates_per_rollout=2, old_policy_decay_rise=0.1))
     before = m.old.inner.weight.clone()
     m.after_step(0, m.roles())
     assert torch.equal(m.old.inner.weight, before) and (m.rollout, m.update) == (0, 1)
@@ -634,7 +636,10 @@ def test_neither_copy_learns(pipeline):
 # ---- in the loop -----------------------------------------------------------------------------------------------------
 
 RECIPE = Recipe(
-    method=ComponentSpec("diffusion_nft", {**OPTIONS, "updates": 2, "old_rise": 0.1, "sizes": [[16, 16], [16, 32]]}),
+    method=ComponentSpec(
+        "diffusion_nft",
+        {**OPTIONS, "updates_per_rollout": 2, "old_policy_decay_rise": 0.1, "sizes": [[16, 16], [16, 32]]},
+    ),
     dataset=ComponentSpec("squares"),
     train=Training(steps=6, lr=1e-2, ema=0.9, save_every=1, keep=9, log_every=2),
     pipeline=toy.PARTS,
@@ -720,7 +725,7 @@ def test_a_policy_that_learns_through_an_adapter_holds_one_frozen_backbone(run):
     with torch.no_grad():
         for p in low["policy"].values():
             p += 1
-    follow(method.old, policy, 0.5)
+    ema_update(method.old, policy, 0.5)
     assert all(torch.equal(p, before[n]) and p._version == versions[n] for n, p in rest["policy"].items())
     assert all((low["policy"][n] - p).mean().item() == pytest.approx(0.5) for n, p in low["old"].items())
     assert all((low["policy"][n] - p).mean().item() == pytest.approx(1.0) for n, p in low["base"].items())
@@ -730,7 +735,7 @@ def test_the_method_keeps_its_contract(catalog):
     def made() -> DiffusionNFT:
         pipeline = LensPipeline.from_parts(RECIPE.pipeline, catalog)
         pipeline.catalog = catalog
-        return method(pipeline, updates=2, old_rise=0.1)
+        return method(pipeline, updates_per_rollout=2, old_policy_decay_rise=0.1)
 
     check_method(made, [Place()], steps=3)
 
@@ -738,8 +743,8 @@ def test_the_method_keeps_its_contract(catalog):
 def test_a_run_logs_what_there_is_to_watch(run, tmp_path):
     report = run("a").train()
     rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    watched = {"reward/glow", "reward/glow/red", "failed", "masked", "flat", "r_10", "r_50", "r_90", "diversity"}
-    watched |= {"to_old", "to_base", "policy", "pictures", "aborted", "loss", "grad_norm"}
+    watched = {"reward/glow", "reward/glow/red", "failed", "masked", "zero_variance", "r_10", "r_50", "r_90"}
+    watched |= {"diversity", "to_old", "to_base", "policy", "pictures", "aborted", "loss", "grad_norm"}
     assert {f"backbone/{name}" for name in watched} <= rows[-1].keys()
     assert [row["backbone/pictures"] for row in rows] == [8, 16, 24]
     assert all(row["backbone/r_10"] < 0.5 < row["backbone/r_90"] and row["backbone/diversity"] > 0 for row in rows)
@@ -766,12 +771,12 @@ def test_the_saved_state_holds_the_old_policy_and_the_start(run, tmp_path):
         ({"rewards": glow(weight=0)}, r"rewards\[0\]\.weight: must be above 0, not 0"),
         ({"rewards": glow(weight=True)}, r"rewards\[0\]\.weight: must be a number, not True"),
         ({"pictures_per_prompt": 1}, "pictures_per_prompt: must be at least 2"),
-        ({"beta": 0.0, "times": 0}, "times: must be at least 1, not 0"),
-        ({"beta": 0.0, "times": 0}, "beta: must be above 0, not 0.0"),
+        ({"beta": 0.0, "timesteps_per_image": 0}, "timesteps_per_image: must be at least 1, not 0"),
+        ({"beta": 0.0, "timesteps_per_image": 0}, "beta: must be above 0, not 0.0"),
         ({"kl": -1.0}, "kl: must be at least 0, not -1.0"),
-        ({"old_limit": 1.5}, "old_limit: must be at least 0 and at most 1"),
-        ({"form": "eps"}, "form"),
-        ({"spread": "all"}, "spread"),
+        ({"old_policy_max_decay": 1.5}, "old_policy_max_decay: must be at least 0 and at most 1"),
+        ({"loss_space": "eps"}, "loss_space"),
+        ({"std_scope": "all"}, "std_scope"),
         ({"rewards": ["glowe"]}, r"\$\.method\.rewards\[0\]: no reward is called 'glowe'\. Did you mean 'glow'\?"),
         ({"rewards": ["dark", {"use": "glow", "failz": [1]}]}, r"\$\.method\.rewards\[1\]\.failz: unknown"),
         ({"tasks": ["evens"]}, "no task of the prompts is called 'evens'. Did you mean 'even'?"),
@@ -798,12 +803,12 @@ def test_without_sizes_the_pipelines_own_is_drawn(pipeline):
 
 
 def test_advantages_of_a_rollout_are_shared_by_its_micro_batches(pipeline):
-    lessons = step(method(pipeline, times=1, batch=100, spread="rollout"))
-    (lesson,) = lessons
-    red = torch.tensor([[float(s.picture.image[0].float().mean()) / 255 for s in lesson.samples]]).double()
-    none = torch.zeros(len(lesson.samples), dtype=torch.bool)
-    by_hand = advantages(red, none, [s.picture.prompt.id for s in lesson.samples], [1.0], 1e-4, over_all=True)
-    assert [s.r for s in lesson.samples] == pytest.approx((0.5 + by_hand.value / 10).tolist())
+    micro_batches = step(method(pipeline, timesteps_per_image=1, micro_batch_size=100, std_scope="rollout"))
+    (micro_batch,) = micro_batches
+    red = torch.tensor([[float(s.picture.image[0].float().mean()) / 255 for s in micro_batch.samples]]).double()
+    none = torch.zeros(len(micro_batch.samples), dtype=torch.bool)
+    by_hand = advantages(red, none, [s.picture.prompt.id for s in micro_batch.samples], [1.0], 1e-4, over_rollout=True)
+    assert [s.r for s in micro_batch.samples] == pytest.approx((0.5 + by_hand.value / 10).tolist())
 
 
 # ---- fallbacks, and what a recipe names ------------------------------------------------------------------------------
@@ -811,10 +816,14 @@ def test_advantages_of_a_rollout_are_shared_by_its_micro_batches(pipeline):
 
 def test_a_run_whose_judge_is_away_learns_from_its_fallback(pipeline):
     m = method(pipeline, rewards=glow(broken=[0], fallback="dark"))
-    lessons = step(m)
-    assert m.aborted == 0 and float(lessons[0].facts["fallback"]) == 1 and float(lessons[0].facts["failed"]) == 0
+    micro_batches = step(m)
+    assert (
+        m.aborted == 0
+        and float(micro_batches[0].facts["fallback"]) == 1
+        and float(micro_batches[0].facts["failed"]) == 0
+    )
     alone = step(method(pipeline, rewards=["dark"]))
-    mine, theirs = ({s.picture.seed: s.r for x in found for s in x.samples} for found in (lessons, alone))
+    mine, theirs = ({s.picture.seed: s.r for x in found for s in x.samples} for found in (micro_batches, alone))
     assert mine == theirs
     assert len(set(mine.values())) > 2  # and it does tell pictures apart
 
@@ -822,8 +831,8 @@ def test_a_run_whose_judge_is_away_learns_from_its_fallback(pipeline):
 @pytest.mark.parametrize("combine", ["normalise_then_sum", "sum_then_normalise"])
 def test_the_way_to_combine_rewards_is_a_setting(combine, pipeline):
     rewards = [{"use": "glow", "weight": 9}, "dark"]
-    lessons = step(method(pipeline, rewards=rewards, combine=combine))
-    found = {s.picture.seed: s for x in lessons for s in x.samples}
+    micro_batches = step(method(pipeline, rewards=rewards, combine=combine))
+    found = {s.picture.seed: s for x in micro_batches for s in x.samples}
     groups: dict[int, list[Any]] = {}
     for s in found.values():
         groups.setdefault(s.picture.prompt.id, []).append(s)

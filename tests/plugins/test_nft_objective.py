@@ -30,11 +30,11 @@ def gradient(v: Tensor, old: Tensor, target: Tensor, t: Tensor, r: Tensor, **how
     return v.grad
 
 
-def group(values: list[float], floor: float = 1e-4) -> Advantages:
+def group(values: list[float], min_std: float = 1e-4) -> Advantages:
     """Advantages of one group of one reward."""
     failed = torch.zeros(len(values), dtype=torch.bool)
     table = torch.tensor([values], dtype=torch.float64)
-    return advantages(table, failed, [7] * len(values), (1.0,), floor)
+    return advantages(table, failed, [7] * len(values), (1.0,), min_std)
 
 
 @FORMS
@@ -144,7 +144,7 @@ def test_the_largest_advantage_in_a_group_of_24_is_the_root_of_23():
 def test_a_judges_noise_below_the_floor_stays_small():
     noise = [0.5, 0.501] * 12
     assert float(group(noise).value.abs().max()) == pytest.approx(1)
-    assert float(group(noise, floor=0.05).value.abs().max()) == pytest.approx(0.0005 / 0.05)
+    assert float(group(noise, min_std=0.05).value.abs().max()) == pytest.approx(0.0005 / 0.05)
 
 
 def test_the_spread_of_a_whole_rollout_counts_differences_between_prompts():
@@ -152,7 +152,7 @@ def test_the_spread_of_a_whole_rollout_counts_differences_between_prompts():
     groups, failed = [2, 2, 9, 9], torch.zeros(4, dtype=torch.bool)
     apart = advantages(values, failed, groups, [1.0], 1e-4)
     assert apart.value.tolist() == pytest.approx([-1, 1, -1, 1])
-    together = advantages(values, failed, groups, [1.0], 1e-4, over_all=True)
+    together = advantages(values, failed, groups, [1.0], 1e-4, over_rollout=True)
     spread = math.sqrt((3.25**2 + 2.25**2 + 1.75**2 + 3.75**2) / 4)
     assert together.value.tolist() == pytest.approx([-0.5 / spread, 0.5 / spread, -1 / spread, 1 / spread])
 
@@ -162,18 +162,18 @@ def test_the_order_of_pictures_does_not_matter():
     values, groups = torch.rand(2, 60, generator=g), (torch.arange(60) // 12 + 2**40).tolist()
     failed = torch.rand(60, generator=g) < 0.1
     order = torch.randperm(60, generator=g)
-    for over_all in (False, True):
-        one = advantages(values, failed, groups, [1.0, 0.3], 1e-4, over_all)
-        other = advantages(values[:, order], failed[order], [groups[i] for i in order], [1.0, 0.3], 1e-4, over_all)
+    for over_rollout in (False, True):
+        one = advantages(values, failed, groups, [1.0, 0.3], 1e-4, over_rollout)
+        other = advantages(values[:, order], failed[order], [groups[i] for i in order], [1.0, 0.3], 1e-4, over_rollout)
         torch.testing.assert_close(other.value, one.value[order], rtol=1e-12, atol=1e-13)
-        assert torch.equal(other.valid, one.valid[order]) and torch.equal(other.flat, one.flat[order])
+        assert torch.equal(other.valid, one.valid[order]) and torch.equal(other.zero_variance, one.zero_variance[order])
 
 
 def test_group_ids_beyond_float_precision_stay_apart():
     values, none = torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0, 1.0]]), torch.zeros(6, dtype=torch.bool)
     found = advantages(values, none, [2**60, 2**60, 2**60 + 1, 2**60 + 1, 2**60 + 2, 2**60 + 2], [1.0], 1e-4)
     assert found.value.tolist() == pytest.approx([-1, 1, -1, 1, 0, 0])
-    assert found.flat.tolist() == [False] * 4 + [True] * 2
+    assert found.zero_variance.tolist() == [False] * 4 + [True] * 2
 
 
 def test_a_failed_picture_is_as_if_it_had_never_been():
@@ -215,8 +215,8 @@ def test_a_reward_that_abstains_on_a_group_leaves_it_to_the_others():
 
 def test_a_group_that_scored_alike_is_flat():
     found = group([0.3] * 6)
-    assert bool(found.flat.all()) and bool(found.valid.all()) and not found.value.any()
-    assert not group([0.3] * 5 + [0.4]).flat.any()
+    assert bool(found.zero_variance.all()) and bool(found.valid.all()) and not found.value.any()
+    assert not group([0.3] * 5 + [0.4]).zero_variance.any()
 
 
 # ---- the analytic toy: a mixture at ±2 of spread 0.3, where right is good -------------------------------------------

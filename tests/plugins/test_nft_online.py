@@ -163,7 +163,13 @@ def train(catalog: Catalog, start: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
     def go(good: str, steps: int = 40, **options: Any) -> tuple[Tensor, list[dict[str, Any]]]:
         method = {"prompts": "letters", "rewards": [{"use": "side", "good": good}], "kl": 0, **options}
-        method |= {"prompts_per_rollout": 4, "pictures_per_prompt": 24, "rollout_steps": 10, "times": 3, "batch": 96}
+        method |= {
+            "prompts_per_rollout": 4,
+            "pictures_per_prompt": 24,
+            "rollout_steps": 10,
+            "timesteps_per_image": 3,
+            "micro_batch_size": 96,
+        }
         recipe = Recipe(
             method=ComponentSpec("diffusion_nft", method),
             dataset=ComponentSpec("squares"),
@@ -189,9 +195,9 @@ def test_the_start_draws_both_sides_under_every_prompt(start, catalog):
     torch.testing.assert_close(found[..., 1].mean(1), torch.tensor(list(HEIGHTS.values())), atol=0.1, rtol=0)
 
 
-@pytest.mark.parametrize(("good", "form"), [("right", "x0"), ("left", "velocity")])
-def test_the_rewarded_side_wins_and_prompts_stay_apart(good, form, train):
-    found, log = train(good, form=form)
+@pytest.mark.parametrize(("good", "loss_space"), [("right", "x0"), ("left", "velocity")])
+def test_the_rewarded_side_wins_and_prompts_stay_apart(good, loss_space, train):
+    found, log = train(good, loss_space=loss_space)
     share = right(found) if good == "right" else 1 - right(found)
     assert share > 0.9
     assert (found[..., 1].mean(1).diff() > 0.5).all()

@@ -1,4 +1,4 @@
-"""The ladder of judges, rung by rung, with faults put in: whatever fails is replaced or absent, and never a zero."""
+"""Rewards that fail, in every way: whatever fails is replaced or absent, in this order, and never a zero."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lens_nft.objective import advantages
-from lens_nft.panel import Judge, judge, spent
+from lens_nft.rewards import WeightedReward, score_pictures, total_spend
 from lens_nft.rollout import Picture
 from torch import Tensor
 
@@ -48,20 +48,20 @@ class Told:
         return [kinds[s] if isinstance(s, str) else Score("ok", float(s), {"half": s / 2}) for s in said]
 
 
-def gains(judges: Sequence[Judge], **how: Any) -> tuple[Tensor, Tensor]:
-    found = judge(judges, pictures())
+def gains(rewards: Sequence[WeightedReward], **how: Any) -> tuple[Tensor, Tensor]:
+    found = score_pictures(rewards, pictures())
     got = advantages(found.values(), found.failed(), list(GROUPS), found.weights, 1e-4, **how)
     return got.value, got.valid
 
 
 def test_a_fallback_judges_the_whole_group_and_no_other():
     first, second = Told(0, 1, "fail", 1, 0, 0, 1, 1), Told(*[0.5, 0.1, 0.9, 0.3] * 2)
-    found = judge([Judge("vlm", first, 1.0, second)], pictures())
+    found = score_pictures([WeightedReward("vlm", first, 1.0, second)], pictures())
     assert second.asked == [0, 1, 2, 3]
     assert [s is None for s in found.scores["vlm"]] == [True] * 4 + [False] * 4
     assert [s and s.value for s in found.scores["vlm.fallback"]] == [0.5, 0.1, 0.9, 0.3, None, None, None, None]
     assert found.replaced == 4 and not found.failed().any()
-    value, valid = gains([Judge("vlm", first, 1.0, second)])
+    value, valid = gains([WeightedReward("vlm", first, 1.0, second)])
     by_hand = torch.tensor([0.5, 0.1, 0.9, 0.3]).double()
     assert valid.all()
     torch.testing.assert_close(value[:4], (by_hand - by_hand.mean()) / by_hand.std(correction=0))
@@ -69,7 +69,7 @@ def test_a_fallback_judges_the_whole_group_and_no_other():
 
 
 def test_without_a_fallback_only_the_picture_is_absent():
-    value, valid = gains([Judge("vlm", Told(0, 1, "fail", 1, 0, 0, 1, 1))])
+    value, valid = gains([WeightedReward("vlm", Told(0, 1, "fail", 1, 0, 0, 1, 1))])
     assert valid.tolist() == [True, True, False, True] + [True] * 4
     kept = torch.tensor([0.0, 1.0, 1.0]).double()
     torch.testing.assert_close(value[[0, 1, 3]], (kept - kept.mean()) / kept.std(correction=0))
@@ -77,65 +77,67 @@ def test_without_a_fallback_only_the_picture_is_absent():
 
 
 def test_more_than_half_a_group_away_and_the_group_is_absent():
-    value, valid = gains([Judge("vlm", Told("fail", "fail", "fail", 1, 0, 0, 1, 1))])
+    value, valid = gains([WeightedReward("vlm", Told("fail", "fail", "fail", 1, 0, 0, 1, 1))])
     assert valid.tolist() == [False] * 4 + [True] * 4
     assert not value[:4].any()
 
 
 def test_a_fallback_that_knows_less_does_not_decide():
     worse = Told("fail", "fail", "fail", 0, *[0] * 4)
-    found = judge([Judge("vlm", Told(0, 1, "fail", 1, 0, 0, 1, 1), 1.0, worse)], pictures())
+    found = score_pictures([WeightedReward("vlm", Told(0, 1, "fail", 1, 0, 0, 1, 1), 1.0, worse)], pictures())
     assert found.replaced == 0 and [s.value for s in found.scores["vlm"]] == [0, 1, None, 1, 0, 0, 1, 1]
     assert all(s is None for s in found.scores["vlm.fallback"])
     assert found.failed().tolist() == [False, False, True] + [False] * 5
 
 
 def test_a_fallback_may_abstain_where_the_judge_was_silent_anyway():
-    found = judge([Judge("vlm", Told(*["fail"] * 8), 1.0, Told(*["abstain"] * 4, 0, 1, 0, 1))], pictures())
+    found = score_pictures(
+        [WeightedReward("vlm", Told(*["fail"] * 8), 1.0, Told(*["abstain"] * 4, 0, 1, 0, 1))], pictures()
+    )
     assert found.failed().tolist() == [True] * 4 + [False] * 4
     assert found.replaced == 4
 
 
 def test_what_a_reward_raises_is_a_failure_of_all_it_was_asked_and_the_fallback_answers():
-    rescued = judge([Judge("vlm", Told(*["raise"] * 8), 1.0, Told(*range(8)))], pictures())
+    rescued = score_pictures([WeightedReward("vlm", Told(*["raise"] * 8), 1.0, Told(*range(8)))], pictures())
     assert rescued.replaced == 8 and not rescued.failed().any()
-    alone = judge([Judge("vlm", Told(*["raise"] * 8))], pictures())
+    alone = score_pictures([WeightedReward("vlm", Told(*["raise"] * 8))], pictures())
     assert alone.failed().all() and alone.scores["vlm"][0].evidence == "the endpoint is away"
     assert torch.isnan(alone.values()).all()
 
 
 def test_a_mistake_in_the_recipe_is_not_passed_off_as_a_failing_judge():
     with pytest.raises(ConfigError, match="no such model"):
-        judge([Judge("vlm", Told(*["config"] * 8), 1.0, Told(*range(8)))], pictures())
+        score_pictures([WeightedReward("vlm", Told(*["config"] * 8), 1.0, Told(*range(8)))], pictures())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_a_failure_and_goes_to_the_fallback(bad):
-    found = judge([Judge("a", Told(bad, 1, 1, 0, 0, 1, 0, 1), 1.0, Told(*[0.25] * 8))], pictures())
+    found = score_pictures([WeightedReward("a", Told(bad, 1, 1, 0, 0, 1, 0, 1), 1.0, Told(*[0.25] * 8))], pictures())
     assert found.replaced == 4 and bool(torch.isfinite(found.values()[1, :4]).all())
 
 
 def test_the_scales_of_judge_and_fallback_never_meet_in_one_statistic():
     # The judge counts to 100, its fallback to 1: had they met, the second group would decide the first's spread.
     first, second = Told("fail", *[100, 0, 100], 0, 100, 0, 100), Told(*[0, 1, 0, 1] * 2)
-    value, _ = gains([Judge("a", first, 1.0, second)], over_all=True)
+    value, _ = gains([WeightedReward("a", first, 1.0, second)], over_rollout=True)
     torch.testing.assert_close(value, torch.tensor([-1.0, 1.0] * 4).double())
 
 
 def test_summed_first_a_reward_counts_by_its_scale_and_normalised_first_it_does_not():
-    judges = [Judge("big", Told(*[0, 10, 20, 30] * 2)), Judge("small", Told(*[3, 2, 1, 0] * 2))]
-    value, _ = gains(judges)
+    rewards = [WeightedReward("big", Told(*[0, 10, 20, 30] * 2)), WeightedReward("small", Told(*[3, 2, 1, 0] * 2))]
+    value, _ = gains(rewards)
     assert value.abs().max() < 1e-12  # they say the contrary, equally loud
-    value, _ = gains(judges, sum_first=True)
+    value, _ = gains(rewards, sum_first=True)
     by_hand = torch.tensor([1.5, 6.0, 10.5, 15.0]).double()
     torch.testing.assert_close(value[:4], (by_hand - by_hand.mean()) / by_hand.std(correction=0))
 
 
 def test_what_happened_is_counted():
-    told = judge(
+    told = score_pictures(
         [
-            Judge("vlm", Told("fail", 1, 1, 0, "abstain", 0, 1, 1), 1.0, Told(*[0.5, 0.5, 1, 1] * 2)),
-            Judge("exact", Told(*[1] * 8, spend={"usd": 0.5}), 2.0),
+            WeightedReward("vlm", Told("fail", 1, 1, 0, "abstain", 0, 1, 1), 1.0, Told(*[0.5, 0.5, 1, 1] * 2)),
+            WeightedReward("exact", Told(*[1] * 8, spend={"usd": 0.5}), 2.0),
         ],
         pictures(),
     )
@@ -144,12 +146,12 @@ def test_what_happened_is_counted():
     assert facts["reward/vlm.fallback"] == 0.75 and facts["reward/exact"] == 1
     assert (facts["abstained/vlm"], facts["abstained/exact"], facts["fallback"]) == (0.25, 0, 0.5)
     assert told.weights == [1.0, 1.0, 2.0]
-    judges = [
-        Judge("a", Told(spend={"usd": 0.5, "calls": 3})),
-        Judge("b", Told(spend={"usd": 1.0})),
-        Judge("c", Told()),
+    rewards = [
+        WeightedReward("a", Told(spend={"usd": 0.5, "calls": 3})),
+        WeightedReward("b", Told(spend={"usd": 1.0})),
+        WeightedReward("c", Told()),
     ]
-    assert spent(judges) == {"spend/usd": 1.5, "spend/calls": 3.0}
+    assert total_spend(rewards) == {"spend/usd": 1.5, "spend/calls": 3.0}
 
 
 class Odd:
@@ -167,46 +169,55 @@ def test_whatever_a_reward_raises_goes_down_the_ladder_with_its_kind_quoted(erro
     def fail(number: int) -> Score:
         raise error
 
-    rescued = judge([Judge("vlm", Odd(fail), 1.0, Told(*range(8)))], pictures())
+    rescued = score_pictures([WeightedReward("vlm", Odd(fail), 1.0, Told(*range(8)))], pictures())
     assert rescued.replaced == 8 and not rescued.failed().any()
-    alone = judge([Judge("vlm", Odd(fail))], pictures())
+    alone = score_pictures([WeightedReward("vlm", Odd(fail))], pictures())
     assert alone.failed().all() and type(error).__name__ in alone.scores["vlm"][0].evidence
 
 
 @pytest.mark.parametrize("made", [1.0, None, "ok", (1.0,)])
 def test_what_is_no_score_is_told_with_the_name_of_the_reward(made):
     with pytest.raises(LensError, match=r"Odd\.score returned .*(one Score an image|its status is ok)"):
-        judge([Judge("vlm", Odd(lambda number: made))], pictures())
+        score_pictures([WeightedReward("vlm", Odd(lambda number: made))], pictures())
 
 
 @pytest.mark.parametrize("value", ["high", [1.0], torch.ones(2), 1j])
 def test_a_score_that_cannot_be_made_is_a_failure_of_what_was_asked_with_it(value):
     odd = Odd(lambda number: Score("ok", value if number == 0 else 1.0))
-    assert judge([Judge("vlm", odd)], pictures()).failed().all()
-    rescued = judge([Judge("vlm", odd, 1.0, Told(*range(8)))], pictures())
+    assert score_pictures([WeightedReward("vlm", odd)], pictures()).failed().all()
+    rescued = score_pictures([WeightedReward("vlm", odd, 1.0, Told(*range(8)))], pictures())
     assert rescued.values()[1].tolist() == [float(n) for n in range(8)]
 
 
 @pytest.mark.parametrize("value", [10**400, math.nan, np.float32("inf")])
 def test_a_value_that_no_mean_can_take_is_a_failure_of_its_picture_alone(value):
-    found = judge([Judge("vlm", Odd(lambda number: Score("ok", value if number == 0 else 1.0)))], pictures())
+    found = score_pictures(
+        [WeightedReward("vlm", Odd(lambda number: Score("ok", value if number == 0 else 1.0)))], pictures()
+    )
     assert found.failed().tolist() == [True] + [False] * 7 and "not finite" in found.scores["vlm"][0].evidence
 
 
 def test_components_that_are_no_numbers_are_left_out_of_the_means():
     parts = [{"a": 1.0, "b": None}, {"a": math.nan, "b": "x"}, {"a": 0.0}, {}, *[{"a": 1.0}] * 4]
-    facts = judge([Judge("vlm", Odd(lambda number: Score("ok", 1.0, parts[number])))], pictures()).facts()
+    facts = score_pictures(
+        [WeightedReward("vlm", Odd(lambda number: Score("ok", 1.0, parts[number])))], pictures()
+    ).facts()
     assert facts["reward/vlm/a"] == pytest.approx(5 / 6) and "reward/vlm/b" not in facts
 
 
 @pytest.mark.parametrize("kind", [int, np.float32, np.float64, Fraction], ids=lambda k: k.__name__)
 def test_a_number_of_any_kind_counts_as_what_it_is(kind):
-    found = judge([Judge("vlm", Odd(lambda number: Score("ok", kind(number), {"a": kind(number)})))], pictures())
+    found = score_pictures(
+        [WeightedReward("vlm", Odd(lambda number: Score("ok", kind(number), {"a": kind(number)})))], pictures()
+    )
     assert found.values().tolist() == [[float(n) for n in range(8)]] and not found.failed().any()
     assert found.facts()["reward/vlm"] == found.facts()["reward/vlm/a"] == 3.5
 
 
 def test_a_spend_that_is_no_number_is_left_out():
-    judges = [Judge("a", Told(spend={"usd": math.nan, "calls": None, "cached": 2})), Judge("b", Told())]
-    judges[1].reward.spend = 5
-    assert spent(judges) == {"spend/cached": 2.0}
+    rewards = [
+        WeightedReward("a", Told(spend={"usd": math.nan, "calls": None, "cached": 2})),
+        WeightedReward("b", Told()),
+    ]
+    rewards[1].reward.spend = 5
+    assert total_spend(rewards) == {"spend/cached": 2.0}

@@ -1,7 +1,7 @@
-"""The judges of a rollout: their verdicts, and what happens when one of them fails. Nothing becomes a zero.
+"""The rewards of a rollout: their scores, and what happens when one of them fails. Nothing becomes a zero.
 
-The ladder: a reward tries again by itself (an LLM's client does) -> its fallback judges the whole group -> the picture
-is absent -> so is its group, if fewer than half are left (`objective.advantages`) -> the rollout is thrown away.
+What happens, in this order: a reward tries again by itself (an LLM's client does), its fallback scores the whole group,
+the picture is absent, so is its group, if fewer than half are left (`objective.advantages`), the rollout is discarded.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from lens_core.attribution import calling, checked_scores
 from lens_core.io.readers import shown
 from lens_core.types import ConfigError, LensError, Score
-from lens_nft.rollout import Picture, alike
+from lens_nft.rollout import Picture, group_by
 
 
 @frozen
-class Judge:
-    """A reward, the name it is logged under, its weight, and what judges a whole group instead if it fails there."""
+class WeightedReward:
+    """A reward, the name it is logged under, its weight, and what scores a whole group instead if it fails there."""
 
     name: str
     reward: Any
@@ -31,7 +31,7 @@ class Judge:
 
 
 @frozen
-class Verdicts:
+class RewardScores:
     """`scores`: by name, one a picture, None where it was not asked; a fallback is called NAME.fallback, for its scale
     is another. `weights`: one a name. `replaced`: pictures on which a fallback decided."""
 
@@ -56,13 +56,13 @@ class Verdicts:
         facts: dict[str, float] = {}
         for name, row in self.scores.items():
             asked = [s for s in row if s is not None]
-            heard = [
+            means = [
                 {name: float(s.value), **{f"{name}/{k}": float(v) for k, v in s.components.items() if _finite(v)}}
                 for s in asked
                 if s.value is not None
             ]
-            for key in sorted({k for h in heard for k in h}):
-                values = [h[key] for h in heard if key in h]
+            for key in sorted({k for h in means for k in h}):
+                values = [h[key] for h in means if key in h]
                 facts[f"reward/{key}"] = sum(values) / len(values)
             if asked:
                 facts[f"abstained/{name}"] = sum(s.status == "abstain" for s in asked) / len(asked)
@@ -75,16 +75,16 @@ FALLBACK = ".fallback"
 
 
 @torch.no_grad()
-def judge(judges: Sequence[Judge], pictures: Sequence[Picture]) -> Verdicts:
+def score_pictures(rewards: Sequence[WeightedReward], pictures: Sequence[Picture]) -> RewardScores:
     """Every judge's scores, in the order of the pictures.
 
     A group on which a judge failed is judged again by its fallback, as a whole: two scales in one group would be a
-    difference that is none. The fallback's verdicts count if it has more of them than the judge had.
+    difference that is none. The fallback's scores count if it has more of them than the judge had.
     """
     scores: dict[str, list[Score | None]] = {}
     weights: list[float] = []
     replaced: set[int] = set()
-    for one in judges:
+    for one in rewards:
         first: list[Score | None] = [*_ask(one.name, one.reward, pictures)]
         scores[one.name] = first
         weights.append(one.weight)
@@ -104,13 +104,13 @@ def judge(judges: Sequence[Judge], pictures: Sequence[Picture]) -> Verdicts:
                 replaced.update(group)
                 for i in group:
                     first[i], second[i] = None, found[i]
-    return Verdicts(scores, weights, len(replaced))
+    return RewardScores(scores, weights, len(replaced))
 
 
-def spent(judges: Sequence[Judge]) -> dict[str, float]:
-    """What the judges have cost since this process began, added up over those that tell it as `spend`."""
+def total_spend(rewards: Sequence[WeightedReward]) -> dict[str, float]:
+    """What the rewards have cost since this process began, added up over those that tell it as `spend`."""
     facts: dict[str, float] = {}
-    for one in judges:
+    for one in rewards:
         spend = getattr(one.reward, "spend", {})
         known = spend.items() if isinstance(spend, Mapping) else ()
         for name, value in ((n, v) for n, v in known if _finite(v)):
@@ -120,13 +120,13 @@ def spent(judges: Sequence[Judge]) -> dict[str, float]:
 
 def _ask(name: str, reward: Any, pictures: Sequence[Picture]) -> list[Score]:
     """One score a picture. A value that is not finite is a failure, and so is whatever a reward raises: a judge that is
-    away, or errs in its own code, is what the ladder is for, and its last rung quotes the reason.
+    away, or errs in its own code, is what the order of fallbacks is for, whose last step quotes the reason.
 
     Pictures of one size are judged in one call, and a group has one size, so a reward can look at whole groups, or ask
     in parallel. Raises LensError where a reward does not give one Score a picture, ConfigError as it comes.
     """
     found: dict[int, Score] = {}
-    for rows in alike(pictures, lambda p: p.image.shape, len(pictures)):
+    for rows in group_by(pictures, lambda p: p.image.shape, len(pictures)):
         images = torch.stack([pictures[i].image for i in rows])
         try:
             with calling(reward, "score"):
