@@ -183,10 +183,14 @@ MUTANTS = [
     ),
     # the backbone
     *_of(
-        "plugins/lens_mmdit/model.py",
+        "plugins/lens_mmdit/rope.py",
         "tests/plugins/test_mmdit_model.py",
         ("rows = torch.arange(h, dtype=torch.float64) - (h - h // 2)", "rows = torch.arange(h, dtype=torch.float64)"),
         ("torch.float64) + max(h // 2, w // 2)", "torch.float64)"),
+    ),
+    *_of(
+        "plugins/lens_mmdit/attention.py",
+        "tests/plugins/test_mmdit_model.py",
         ("scores.masked_fill(~mask, -torch.inf)", "scores.masked_fill(mask, -torch.inf)"),
     ),
     # buckets

@@ -70,23 +70,35 @@ def floor(path: Path) -> str:
     return {"types": "base", "flow": "base", "__main__": "cli"}.get(path.stem, "root")
 
 
-def graph() -> dict[Path, set[Path]]:
-    """Module -> the modules of the core that it imports anywhere, for type checking too."""
-    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in MODULES}
+def graph(files: list[Path], top: Path) -> dict[Path, set[Path]]:
+    """Module -> the other modules of `files` that it imports anywhere, for type checking too. Names begin at `top`."""
+    modules = {".".join(p.relative_to(top).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
     edges: dict[Path, set[Path]] = {}
-    for path in MODULES:
+    for path in files:
         edges[path] = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module in modules:
                 named = {modules.get(f"{node.module}.{a.name}", modules[node.module]) for a in node.names}
                 edges[path] |= named - {path}
+            elif isinstance(node, ast.Import):
+                edges[path] |= {modules[a.name] for a in node.names if a.name in modules} - {path}
     return edges
+
+
+def circles(edges: dict[Path, set[Path]], face: Path) -> set[str]:
+    """The modules left when those that import no other are taken away, again and again. `face`, the package's
+    `__init__`, hands names on and does not count."""
+    left = {path: others - {face} for path, others in edges.items() if path != face}
+    while free := [path for path, others in left.items() if not others & left.keys()]:
+        for path in free:
+            del left[path]
+    return {str(path.relative_to(ROOT)) for path in left}
 
 
 def test_core_imports_point_down_type_checking_included() -> None:
     above = [
         f"{path.relative_to(ROOT)} imports {other.relative_to(ROOT)}"
-        for path, others in graph().items()
+        for path, others in graph(MODULES, ROOT).items()
         if path != CORE / "__init__.py"  # the package's face hands names on
         for other in others - {CORE / "__init__.py"}
         if FLOORS.index(floor(other)) > FLOORS.index(floor(path))
@@ -94,12 +106,24 @@ def test_core_imports_point_down_type_checking_included() -> None:
     assert above == []
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
-    left = {path: others - {CORE / "__init__.py"} for path, others in graph().items() if path != CORE / "__init__.py"}
-    while free := [path for path, others in left.items() if not others & left.keys()]:
-        for path in free:
-            del left[path]
-    assert {str(path.relative_to(ROOT)) for path in left} == set()
+def test_no_modules_of_the_core_import_each_other_in_a_circle() -> None:
+    assert circles(graph(MODULES, ROOT), CORE / "__init__.py") == set()
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
+def test_no_modules_of_a_plugin_import_each_other_in_a_circle(plugin: Path) -> None:
+    assert circles(graph(sorted(plugin.rglob("*.py")), plugin.parent), plugin / "__init__.py") == set()
+
+
+def test_a_circle_for_type_checking_alone_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from b import B\n")
+    (tmp_path / "b.py").write_text("import c\n")
+    (tmp_path / "c.py").write_text("def f():\n    from a import A\n")
+    (tmp_path / "d.py").write_text("import a\n")
+    edges = graph(sorted(tmp_path.glob("*.py")), tmp_path)
+    assert {p.stem: {q.stem for q in others} for p, others in edges.items()} == {
+        "a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(CORE)))

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from lens_core.checkpoints.lazy_tensors import LazyTensor, fit, numbered, shape_of
 from lens_core.checkpoints.quantization import plain
 from lens_core.types import CheckpointError
-
-if TYPE_CHECKING:
-    from lens_flux2.vae import Flux2VAE
+from lens_flux2.config import Flux2VAEConfig
 
 MARKS = ("bn.running_mean", "encoder.conv_in.weight", "decoder.conv_in.weight")
 RENAMES = (
@@ -57,8 +54,8 @@ def _matrix(tensor: LazyTensor) -> LazyTensor:
 
 
 def adopt(
-    tensors: Mapping[str, LazyTensor], texts: Mapping[str, str], config: Flux2VAE.Config, where: str
-) -> tuple[Flux2VAE.Config, dict[str, LazyTensor]]:
+    tensors: Mapping[str, LazyTensor], texts: Mapping[str, str], config: Flux2VAEConfig, where: str
+) -> tuple[Flux2VAEConfig, dict[str, LazyTensor]]:
     """A single file's tensors -> the config that their shapes tell, and the tensors under diffusers' names.
 
     How many groups the norms have, no shape tells: see `fit`. Raises CheckpointError.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from attrs import asdict, field, fields_dict, frozen
+from attrs import asdict, fields_dict
 from diffusers import AutoencoderKLFlux2
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -23,7 +23,7 @@ from lens_core.io.atomic_files import read_json, write_json
 from lens_core.io.readers import one_line, shown
 from lens_core.recipe import structure
 from lens_core.types import CheckpointError, ConfigError, LensError
-from lens_core.validators import CHANNELS, LAYERS, each, listed, optional, real
+from lens_flux2.config import Flux2VAEConfig
 from lens_flux2.single import adopt
 
 FOLDER = "vae"  # where a checkpoint keeps this component
@@ -36,39 +36,7 @@ class Flux2VAE(nn.Module):
     """Pictures to latents of about unit variance and back; `net` is the diffusers model. Draws its first weights from
     torch's default generator: seed it first."""
 
-    @frozen
-    class Config:
-        """The fields of the published `vae/config.json`; the defaults are the published model."""
-
-        # Channels; every level but the last halves H, W.
-        block_out_channels: tuple[int, ...] = field(
-            default=(128, 256, 512, 512), converter=listed, validator=each(CHANNELS, at_least=1)
-        )
-        # None: as the encoder.
-        decoder_block_out_channels: tuple[int, ...] | None = field(
-            default=None, converter=listed, validator=optional(each(CHANNELS, at_least=1))
-        )
-        layers_per_block: int = field(default=2, validator=LAYERS)
-        latent_channels: int = field(default=32, validator=CHANNELS)  # c
-        # On a CPU, training is twice as fast with 16 channels a group or more.
-        norm_num_groups: int = field(default=32, validator=CHANNELS)
-        mid_block_add_attention: bool = True
-        use_quant_conv: bool = True
-        use_post_quant_conv: bool = True
-        batch_norm_eps: float = field(default=1e-4, validator=real(above=0))
-
-        def __attrs_post_init__(self) -> None:
-            for name in ("block_out_channels", "decoder_block_out_channels"):
-                widths = getattr(self, name)
-                if widths is not None and any(n % self.norm_num_groups for n in widths):
-                    raise ConfigError(
-                        f"vae: {name} is {list(widths)}; give multiples of norm_num_groups ({self.norm_num_groups})"
-                    )
-            if self.decoder_block_out_channels and len(self.decoder_block_out_channels) != len(self.block_out_channels):
-                raise ConfigError(
-                    f"vae: decoder_block_out_channels has {len(self.decoder_block_out_channels)} levels; "
-                    f"block_out_channels has {len(self.block_out_channels)}, and both must match"
-                )
+    Config = Flux2VAEConfig
 
     place = (FOLDER, "diffusion_pytorch_model")
     single = "vae/flux2-vae.safetensors"

@@ -9,41 +9,27 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date as day
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from attrs import asdict, evolve, field, fields_dict, frozen
 from torch import Tensor, nn
-from transformers import DynamicCache, GptOssConfig, GptOssModel, PreTrainedTokenizerFast
+from transformers import DynamicCache, GptOssModel, PreTrainedTokenizerFast
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from lens_core.checkpoints.lazy_tensors import LazyTensor, read_lazy, write_lazy
 from lens_core.checkpoints.tensor_files import build_on_meta, files, load_module, save_module
 from lens_core.inference.offload import Workload
-from lens_core.io.atomic_files import read_json, write_json
-from lens_core.io.readers import shown
+from lens_core.io.atomic_files import write_json
 from lens_core.types import CheckpointError, ConfigError, LensError, TextFeatures, move
-from lens_core.validators import CHANNELS, LAYERS, each, integer, listed, matching, one_of
+from lens_gpt_oss.config import GptOssEncoderConfig, read_config, transformers_config
 from lens_gpt_oss.experts import pack, packed
 from lens_gpt_oss.single import PACKED, adopt, mxfp4
 from lens_gpt_oss.template import LARGEST, Wrapper, open_tokenizer, read_tokenizer
 
 FOLDER, TOKENIZER = "text_encoder", "tokenizer"  # where a checkpoint keeps this component
 STEM = "model"
-YARN: dict[str, Any] = {
-    "rope_type": "yarn",
-    "rope_theta": 150000.0,
-    "factor": 32.0,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-}
-"""GPT-OSS's positions. Not configurable: published config files that leave the rope block out mean this one."""
-OURS = ("selected_layers", "date", "max_length", "experts")  # Config fields that are not the language model's
 KEPT_PLAIN = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 """What MXFP4 leaves alone, as a published config.json tells transformers."""
 
@@ -52,56 +38,7 @@ class GptOssEncoder(nn.Module):
     """Prompts, wrapped in the published conversation, to residual streams. A new one has no tokenizer: the method
     `language_model` makes it. Draws its first weights from torch's default generator: seed it first."""
 
-    @frozen
-    class Config:
-        """The defaults are the published 20B model. All but the last four fields are those of its `config.json`."""
-
-        vocab_size: int = field(default=201088, validator=integer(at_least=1))  # V
-        hidden_size: int = field(default=2880, validator=CHANNELS)  # D
-        intermediate_size: int = field(default=2880, validator=CHANNELS)
-        num_hidden_layers: int = field(default=24, validator=LAYERS)  # N
-        num_attention_heads: int = field(default=64, validator=CHANNELS)
-        num_key_value_heads: int = field(default=8, validator=CHANNELS)
-        head_dim: int = field(default=64, validator=CHANNELS)
-        num_local_experts: int = field(default=32, validator=CHANNELS)  # E
-        num_experts_per_tok: int = field(default=4, validator=CHANNELS)
-        sliding_window: int = field(default=128, validator=integer(at_least=1))  # tokens; on layers 0, 2, …
-        # 0-based, ascending; features are taken after them.
-        selected_layers: tuple[int, ...] = field(
-            default=(5, 11, 17, 23), converter=listed, validator=each(integer(at_least=0), at_least=1)
-        )
-        # The day the conversation claims it is, whatever today is.
-        date: str = field(
-            default="2026-05-20", validator=matching(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", "a day as YYYY-MM-DD")
-        )
-        max_length: int = field(default=512, validator=integer(at_least=1))  # tokens of the whole rendering
-        # Kept in 4 bits if they are so on disk, else eager; or unpacked for one of transformers' kernels: eager is the
-        # fastest on a CPU, grouped_mm suits a GPU.
-        experts: str = field(default="auto", validator=one_of("auto", "eager", "grouped_mm", "batched_mm"))
-
-        def __attrs_post_init__(self) -> None:
-            if self.num_attention_heads % self.num_key_value_heads:
-                raise ConfigError(
-                    f"gpt_oss: num_attention_heads is {self.num_attention_heads}; "
-                    f"give a multiple of num_key_value_heads ({self.num_key_value_heads})"
-                )
-            if self.head_dim % 2:
-                raise ConfigError(f"gpt_oss: head_dim is {self.head_dim}; positions need an even one")
-            if self.num_experts_per_tok > self.num_local_experts:
-                raise ConfigError(
-                    f"gpt_oss: num_experts_per_tok is {self.num_experts_per_tok}; "
-                    f"there are only {self.num_local_experts} experts (num_local_experts)"
-                )
-            taps = self.selected_layers
-            if list(taps) != sorted(set(taps)) or taps[-1] >= self.num_hidden_layers:
-                raise ConfigError(
-                    f"gpt_oss: selected_layers is {list(taps)}; "
-                    f"give ascending layers from 0 to {self.num_hidden_layers - 1}"
-                )
-            try:
-                day.fromisoformat(self.date)
-            except ValueError as error:
-                raise ConfigError(f"gpt_oss: date is {self.date!r}; there is no such day") from error
+    Config = GptOssEncoderConfig
 
     place = (FOLDER, STEM)
     companion_folders = (TOKENIZER,)
@@ -116,7 +53,7 @@ class GptOssEncoder(nn.Module):
         self.config = config
         self.layers = len(config.selected_layers)
         self.width = config.hidden_size
-        self.model = GptOssModel(_transformers(config))
+        self.model = GptOssModel(transformers_config(config))
         self.lm_head: nn.Linear | None = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=self.model.config.initializer_range)
         # Captions give a language model little reason to tell one colour's name from another: from the usual small
@@ -345,7 +282,7 @@ class GptOssEncoder(nn.Module):
         Experts in MXFP4 stay packed with `experts: auto`, and no layer after the last selected one is held; with
         others they come out as `dtype`, or bfloat16. A file without lm_head can encode, not predict.
         """
-        config = _on_disk(folder / FOLDER / "config.json", config)
+        config = read_config(folder / FOLDER / "config.json", config)
         tokenizer = open_tokenizer(folder / TOKENIZER)
         tensors, _ = read_lazy(*files(folder / FOLDER, STEM))
         encoder = build_on_meta(lambda: cls(config), folder / FOLDER / "config.json", config.num_hidden_layers, tensors)
@@ -365,7 +302,7 @@ class GptOssEncoder(nn.Module):
         """
         disk = file / "config.json" if file.is_dir() else folder / FOLDER / "config.json"
         tensors, texts = read_lazy(*(files(file, STEM) if file.is_dir() else [file]))
-        known = _on_disk(disk, config) if disk.is_file() else config
+        known = read_config(disk, config) if disk.is_file() else config
         keep = config.experts == "auto" and not plain
         seen, found = adopt(tensors, texts, known, str(file), packed=keep)
         with torch.device("meta"):
@@ -418,35 +355,3 @@ class GptOssEncoder(nn.Module):
         )
         tensor = torch.frombuffer(bytearray(tokenizer.backend_tokenizer.to_str().encode()), dtype=torch.uint8)
         return {"tokenizer_json": LazyTensor.of(tensor)}, {"chat_template": str(tokenizer.chat_template)}
-
-
-def _transformers(config: GptOssEncoder.Config) -> GptOssConfig:
-    sizes = {k: v for k, v in asdict(config).items() if k not in OURS}
-    # Attention sinks need eager attention on a CPU: transformers has no sdpa for this model.
-    # Weights start at 1 / sqrt(width), which is the published 0.02 at the published width.
-    start = config.hidden_size**-0.5
-    experts = "eager" if config.experts == "auto" else config.experts
-    kernels: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": experts}
-    return GptOssConfig(**sizes, **kernels, initializer_range=start, rope_parameters=dict(YARN))
-
-
-def _on_disk(path: Path, config: GptOssEncoder.Config) -> GptOssEncoder.Config:
-    """`config` with the sizes that `path` states. Raises CheckpointError if the file describes another architecture."""
-    disk = read_json(path)
-    sizes = {k: disk[k] for k in fields_dict(GptOssEncoder.Config) if k not in OURS and k in disk}
-    for name, size in sizes.items():
-        if type(size) is not int:
-            raise CheckpointError(f"{path}: {name} is {shown(size)}, which is not a whole number; fetch it again")
-    config = evolve(config, **sizes)
-    plain = _transformers(config)
-    rope = {"rope_theta": disk.get("rope_theta", YARN["rope_theta"])}
-    block = disk.get("rope_parameters") or disk.get("rope_scaling") or {}
-    if not isinstance(block, dict):
-        raise CheckpointError(f"{path}: its rope block is {shown(block, 60)}, which is no object; fetch it again")
-    rope |= block
-    fixed = {"model_type", "layer_types", "hidden_act", "attention_bias", "rms_norm_eps", "swiglu_limit"}
-    differ = {k for k in fixed if k in disk and disk[k] != getattr(plain, k)}
-    differ |= {k for k in YARN if k in rope and rope[k] != YARN[k]}
-    if differ:
-        raise CheckpointError(f"{path}: {', '.join(sorted(differ))} differ from GPT-OSS's; use another encoder")
-    return config

@@ -17,11 +17,10 @@ from lens_core.checkpoints.manifest import FORMAT
 from lens_core.checkpoints.quantization import from_mxfp4, lazy_mxfp4, plain
 from lens_core.io.atomic_files import read_json
 from lens_core.types import CheckpointError, ConfigError
+from lens_gpt_oss.config import GptOssEncoderConfig
 
 if TYPE_CHECKING:
     import torch
-
-    from lens_gpt_oss.encoder import GptOssEncoder
 
 PREFIXES = ("model.", "")
 MARK = "layers.0.mlp.router.weight"
@@ -46,11 +45,11 @@ def describe(path: Path) -> dict[str, Any] | None:
 def adopt(
     tensors: Mapping[str, LazyTensor],
     texts: Mapping[str, str],
-    config: GptOssEncoder.Config,
+    config: GptOssEncoderConfig,
     where: str,
     *,
     packed: bool,
-) -> tuple[GptOssEncoder.Config, dict[str, LazyTensor]]:
+) -> tuple[GptOssEncoderConfig, dict[str, LazyTensor]]:
     """A single file's tensors -> the config that their shapes tell, and the tensors under transformers' names.
 
     Experts in MXFP4 stay `…_blocks` and `…_scales`. Those in nvfp4 do so with `packed`, with a `…_scale` too, and

@@ -7,7 +7,6 @@ what depends on t alone is shared, text that is not there is not computed, and w
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +15,11 @@ from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from attrs import asdict, field, fields_dict, frozen
+from attrs import asdict, fields_dict
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lens_core.checkpoints.lazy_tensors import LazyTensor, read_lazy
 from lens_core.checkpoints.tensor_files import build_on_meta, load_module, read_weights, save_module
@@ -29,269 +27,15 @@ from lens_core.inference.offload import Workload
 from lens_core.io.atomic_files import write_json
 from lens_core.io.readers import shown
 from lens_core.types import ConfigError, NumericalError, TextFeatures, did_you_mean, move
-from lens_core.validators import CHANNELS, LAYERS, each, integer, listed, optional
+from lens_mmdit.blocks import FREQUENCIES, Block, FinalNorm, TimeEmbedding
+from lens_mmdit.config import MMDiTConfig
 from lens_mmdit.modulation import Modulation, Tabulating
-from lens_mmdit.segments import Segments, attend_within, spread
+from lens_mmdit.norms import RMSNorm
+from lens_mmdit.rope import rotations
+from lens_mmdit.segments import Segments
 from lens_mmdit.single import adopt
 
-FREQUENCIES = 256  # channels of the sinusoidal time embedding: half cosines, then half sines
-TIME_SCALE = 1000.0  # t in [0, 1] is embedded as t * 1000
-PERIOD = 10000.0  # the slowest wave, of time and of positions alike
-SHORT = 512  # tokens up to which a CPU trains faster with the attention matrix written out
 FOLDER = "transformer"  # where a checkpoint keeps this component
-
-
-@functools.lru_cache(maxsize=256)
-def rotations(h: int, w: int, tokens: int, axes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Unit complex numbers [S, 1, E/2] that turn the queries and keys of h*w image and then `tokens` text tokens.
-
-    Image rows and columns are counted from the middle: for n of them, -(n - n//2) ... n//2 - 1; the frame is 0. Text
-    token j sits at max(h//2, w//2) + j on all three axes. Angles are taken in float64, whatever `dtype` is.
-    """
-    # A table first made under inference_mode would otherwise be an inference tensor, which training cannot use.
-    with torch.inference_mode(False), torch.no_grad():
-        rows = torch.arange(h, dtype=torch.float64) - (h - h // 2)
-        columns = torch.arange(w, dtype=torch.float64) - (w - w // 2)
-        text = torch.arange(tokens, dtype=torch.float64) + max(h // 2, w // 2)
-        image = (torch.zeros(h * w, dtype=torch.float64), rows.repeat_interleave(w), columns.repeat(h))
-        angles = [
-            torch.outer(torch.cat([positions, text]), PERIOD ** -(torch.arange(0, d, 2, dtype=torch.float64) / d))
-            for positions, d in zip(image, axes, strict=True)
-        ]
-        angle = torch.cat(angles, dim=1)[:, None]
-        return torch.polar(torch.ones_like(angle), angle).to(device=device, dtype=dtype)
-
-
-def unit(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis, in the dtype of x."""
-    kind = x.device.type
-    if kind not in ("cpu", "meta") and torch.is_autocast_enabled(kind):
-        # There rms_norm would answer in float32, and pull up all that it meets. Its kernel takes the mean in float32
-        # whatever x is.
-        with torch.autocast(kind, enabled=False):
-            return F.rms_norm(x, x.shape[-1:], eps=eps)
-    if kind != "cpu":
-        return F.rms_norm(x, x.shape[-1:], eps=eps)
-    # On the CPU that is a dozen passes over memory, forward and backward; these are four.
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    out: Tensor = x * (norm.square() / x.shape[-1] + eps).rsqrt().to(x.dtype)
-    return out
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        """With shift and scale [B,1,D] or [B,N,D], for x [B,N,D], the result is modulated: * (1 + scale) + shift."""
-        # Everything is cast to x's dtype: under autocast a float32 weight would pull the whole stream up to float32.
-        if shift is None or scale is None:
-            return unit(x, self.eps) * self.weight.to(x.dtype)
-        return torch.addcmul(shift.to(x.dtype), unit(x, self.eps), (self.weight * (1 + scale)).to(x.dtype))
-
-
-class _NormTurn(torch.autograd.Function):
-    """RMSNorm and rotation in float32 at least. By hand, because autograd's passes over memory take about twice as
-    long; only x and one number a head are kept for the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, by: Tensor, eps: float) -> Tensor:
-        precise = x.to(by.real.dtype)
-        norm = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
-        inverse = (norm.square_() / x.shape[-1] + eps).rsqrt_()
-        ctx.save_for_backward(x, weight, by, inverse)
-        out = (precise * inverse).mul_(weight)
-        _pairs(out).mul_(by)
-        turned: Tensor = out.to(x.dtype)
-        return turned
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight, by, inverse = ctx.saved_tensors
-        grad = grad.to(by.real.dtype, copy=True, memory_format=torch.contiguous_format)
-        _pairs(grad).mul_(by.conj())
-        normed = x.to(grad.dtype) * inverse
-        along = grad * normed
-        for_weight = along.flatten(0, -2).sum(0).to(weight.dtype)
-        mean = along.mul_(weight).mean(dim=-1, keepdim=True)
-        return grad.mul_(weight).addcmul_(normed, mean, value=-1).mul_(inverse).to(x.dtype), for_weight, None, None
-
-
-def _pairs(x: Tensor) -> Tensor:
-    """x [...,E] seen as complex [...,E/2]: adjacent channels are a pair."""
-    return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
-
-
-class TurningNorm(RMSNorm):
-    """RMSNorm of x [B,S,H,E] over E, then rotation of its channel pairs by the unit complex `by` [S,1,E/2]."""
-
-    def forward(self, x: Tensor, by: Tensor) -> Tensor:  # type: ignore[override]  # it needs positions
-        out: Tensor = _NormTurn.apply(x, self.weight, by, self.eps)  # type: ignore[no-untyped-call]  # torch's own
-        return out
-
-
-@functools.lru_cache(maxsize=16)
-def frequencies(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[FREQUENCIES / 2]: those that t is embedded with, made once a device: a copy there would be waited for."""
-    with torch.inference_mode(False), torch.no_grad():
-        steps = torch.arange(FREQUENCIES // 2, dtype=torch.float64) / (FREQUENCIES // 2)
-        return (TIME_SCALE * PERIOD**-steps).to(device=device, dtype=dtype)
-
-
-class TimeEmbedding(nn.Module):
-    """t float [B] in [0, 1] -> [B, D]."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.timestep_embedder = nn.ModuleDict(
-            {"linear_1": nn.Linear(FREQUENCIES, width), "linear_2": nn.Linear(width, width)}
-        )
-
-    def forward(self, t: Tensor) -> Tensor:
-        first, second = self.timestep_embedder["linear_1"], self.timestep_embedder["linear_2"]
-        dtype: torch.dtype = next(first.parameters()).dtype
-        # bfloat16 holds 3 digits of t * 1000: the angles need float32 at least.
-        precise = torch.promote_types(dtype, torch.float32)
-        angle = torch.outer(t.to(precise), frequencies(t.device, precise))
-        waves = torch.cat([angle.cos(), angle.sin()], dim=1).to(dtype)
-        out: Tensor = second(F.silu(first(waves)))
-        return out
-
-
-class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x), 8/3 as wide inside."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        hidden = int(width / 3 * 8)
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
-        return out
-
-
-class JointAttention(nn.Module):
-    """One softmax over image and text tokens, each stream with projections and norms of its own."""
-
-    def __init__(self, heads: int, head_width: int) -> None:
-        super().__init__()
-        width = heads * head_width
-        self.heads = heads
-        self.img_qkv = nn.Linear(width, 3 * width)
-        self.txt_qkv = nn.Linear(width, 3 * width)
-        self.norm_q = TurningNorm(head_width, 1e-6)
-        self.norm_k = TurningNorm(head_width, 1e-6)
-        self.norm_added_q = TurningNorm(head_width, 1e-6)
-        self.norm_added_k = TurningNorm(head_width, 1e-6)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
-        self.to_add_out = nn.Linear(width, width)
-
-    def forward(
-        self,
-        img: Tensor,
-        txt: Tensor | None,
-        by: Tensor,
-        mask: Tensor | None,
-        answer_text: bool,
-        where: Segments | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """img [B,N,D], txt [B,T,D] -> the same, projected; txt None if it was, or is not wanted."""
-        count = img.shape[1]
-        q, k, v = self.img_qkv(img).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B,N,H,E] each
-        q, k = self.norm_q(q, by[:count]), self.norm_k(k, by[:count])
-        if txt is not None:
-            txt_q, txt_k, txt_v = self.txt_qkv(txt).unflatten(-1, (3, self.heads, -1)).unbind(2)
-            k = torch.cat([k, self.norm_added_k(txt_k, by[count:])], dim=1)
-            v = torch.cat([v, txt_v], dim=1)
-            if answer_text:
-                q = torch.cat([q, self.norm_added_q(txt_q, by[count:])], dim=1)
-        if where is None:
-            out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
-        else:
-            out = attend_within(q, k, v, where, attend)
-        out = out.flatten(2)
-        image = self.to_out[0](out[:, :count])
-        return image, self.to_add_out(out[:, count:]) if answer_text and txt is not None else None
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k' / sqrt(E)) v for q [B,H,Q,E] and k, v [B,H,S,E]; mask bool, True where a key counts."""
-    if q.device.type != "cpu" or not torch.is_grad_enabled() or k.shape[2] > SHORT or q.dtype == torch.float64:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # torch's fused kernel is slow backwards on a CPU: for short sequences a training step takes 1.6 times as long.
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
-
-
-class Block(nn.Module):
-    """Joint attention, then a SwiGLU a stream; both gated and modulated by the time alone."""
-
-    def __init__(self, heads: int, head_width: int) -> None:
-        super().__init__()
-        width = heads * head_width
-        self.img_mod = nn.Sequential(nn.SiLU(), Modulation(width, 6 * width))
-        self.txt_mod = nn.Sequential(nn.SiLU(), Modulation(width, 6 * width))
-        self.img_norm1 = RMSNorm(width, 1e-6)
-        self.img_norm2 = RMSNorm(width, 1e-6)
-        self.txt_norm1 = RMSNorm(width, 1e-6)
-        self.txt_norm2 = RMSNorm(width, 1e-6)
-        self.attn = JointAttention(heads, head_width)
-        self.img_mlp = SwiGLU(width)
-        self.txt_mlp = SwiGLU(width)
-
-    def forward(
-        self,
-        img: Tensor,
-        txt: Tensor | None,
-        time: Tensor,
-        by: Tensor,
-        mask: Tensor | None,
-        answer_text: bool,
-        where: Segments | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """`time` is what `Modulation` reads: silu of the time embedding [B,D], or rows of a table. Without
-        `answer_text` the text stream ends here, as None.
-
-        With `where`, the streams are one row, [1,N,D] and [1,T,D], which holds the tokens of B samples.
-        """
-        image_of, text_of = (None, None) if where is None else (where.image, where.text)
-        # [1] skips the SiLU of the Sequential, which all blocks would repeat.
-        shift1, scale1, gate1, shift2, scale2, gate2 = spread(self.img_mod[1](time), image_of).chunk(6, dim=-1)
-        image = self.img_norm1(img, shift1, scale1)
-        text = None
-        if txt is not None:
-            txt_shift1, txt_scale1, *txt_rest = spread(self.txt_mod[1](time), text_of).chunk(6, dim=-1)
-            text = self.txt_norm1(txt, txt_shift1, txt_scale1)
-        image, text = self.attn(image, text, by, mask, answer_text, where)
-        img = torch.addcmul(img, gate1, image)
-        img = torch.addcmul(img, gate2, self.img_mlp(self.img_norm2(img, shift2, scale2)))
-        if txt is None or text is None:
-            return img, None
-        txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_rest
-        txt = torch.addcmul(txt, txt_gate1, text)
-        return img, torch.addcmul(txt, txt_gate2, self.txt_mlp(self.txt_norm2(txt, txt_shift2, txt_scale2)))
-
-
-class FinalNorm(nn.Module):
-    """LayerNorm without weights, modulated: scale first, then shift, unlike in the blocks."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = Modulation(width, 2 * width)
-
-    def forward(self, x: Tensor, time: Tensor, where: Segments | None = None) -> Tensor:
-        scale, shift = spread(self.linear(time), None if where is None else where.image).chunk(2, dim=-1)
-        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6).to(scale.dtype), 1 + scale)
 
 
 class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]  # untyped
@@ -304,61 +48,7 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
 
     to = nn.Module.to  # diffusers' own warns, at every cast, of modules to keep in float32; this model has none
 
-    @frozen
-    class Config:
-        """The fields of the published `transformer/config.json`; the defaults are the published model."""
-
-        # Latent pixels a token is wide, folded into channels by the VAE component.
-        patch_size: int = field(default=2, validator=integer(at_least=1, at_most=256))
-        in_channels: int = field(default=128, validator=CHANNELS)  # latent channels C, = patch_size^2 * out_channels
-        out_channels: int = field(default=32, validator=CHANNELS)  # channels of an unfolded latent pixel
-        num_layers: int = field(default=48, validator=LAYERS)  # blocks
-        attention_head_dim: int = field(default=64, validator=CHANNELS)  # channels a head
-        num_attention_heads: int = field(default=24, validator=CHANNELS)
-        # Width of both streams; always heads * head width.
-        inner_dim: int | None = field(default=None, validator=optional(CHANNELS))
-        enc_hidden_dim: int = field(default=2880, validator=CHANNELS)  # width of a text feature
-        # Channels of a head that turn with frame, height, width.
-        axes_dims_rope: tuple[int, ...] = field(
-            default=(8, 28, 28), converter=listed, validator=each(integer(at_least=0, at_most=2**16))
-        )
-        gate_mlp: bool = True  # SwiGLU
-        rms_norm: bool = True
-        multi_layer_encoder_feature: bool = True
-        # Encoder layers that feed the text stream; only how many.
-        selected_layer_index: tuple[int, ...] = field(
-            default=(5, 11, 17, 23), converter=listed, validator=each(integer(at_least=0), at_least=1)
-        )
-
-        def __attrs_post_init__(self) -> None:
-            problems = [
-                f"backbone: {name} is False; only True, as published, is implemented"
-                for name in ("gate_mlp", "rms_norm", "multi_layer_encoder_feature")
-                if not getattr(self, name)
-            ]
-            if self.inner_dim not in (None, self.width):
-                problems.append(
-                    f"backbone: inner_dim is {self.inner_dim}; it must be num_attention_heads * attention_head_dim = "
-                    f"{self.width}"
-                )
-            if self.in_channels != self.patch_size**2 * self.out_channels:
-                problems.append(
-                    f"backbone: in_channels is {self.in_channels}; it must be patch_size^2 * out_channels = "
-                    f"{self.patch_size**2 * self.out_channels}"
-                )
-            axes = self.axes_dims_rope
-            if len(axes) != 3 or any(d % 2 for d in axes) or sum(axes) != self.attention_head_dim:
-                problems.append(
-                    f"backbone: axes_dims_rope is {list(axes)}; it must be three even numbers that add up to "
-                    f"attention_head_dim = {self.attention_head_dim}"
-                )
-            if problems:
-                raise ConfigError(problems)
-
-        @property
-        def width(self) -> int:
-            """D."""
-            return self.num_attention_heads * self.attention_head_dim
+    Config = MMDiTConfig
 
     place = (FOLDER, "diffusion_pytorch_model")
     model_index: ClassVar = {FOLDER: ("diffusers", "LensTransformer2DModel")}

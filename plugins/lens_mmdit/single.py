@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from lens_core.checkpoints.lazy_tensors import LazyTensor, fit, numbered, shape_of
 from lens_core.checkpoints.quantization import plain
 from lens_core.types import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from lens_mmdit.model import LensTransformer2DModel
+from lens_mmdit.config import MMDiTConfig
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 MARKS = ("transformer_blocks.0.attn.norm_added_q.weight", "transformer_blocks.0.img_mlp.w1.weight")
@@ -22,8 +19,8 @@ def prefix(names: Mapping[str, object]) -> str | None:
 
 
 def adopt(
-    tensors: Mapping[str, LazyTensor], texts: Mapping[str, str], config: LensTransformer2DModel.Config, where: str
-) -> tuple[LensTransformer2DModel.Config, dict[str, LazyTensor]]:
+    tensors: Mapping[str, LazyTensor], texts: Mapping[str, str], config: MMDiTConfig, where: str
+) -> tuple[MMDiTConfig, dict[str, LazyTensor]]:
     """A single file's tensors -> the config that their shapes tell, and the same tensors under the published names.
 
     Which channels turn with which axis, and which layers of the encoder feed the model, no shape tells: see `fit`.

@@ -81,7 +81,7 @@ FIELDS = [
 def test_the_walk_finds_the_numbers_of_core_and_plugins() -> None:
     names = {p.id for p in FIELDS}
     assert len(names) > 120
-    assert {"lens_core.recipe.Training.lr", "lens_mmdit.model.LensTransformer2DModel.Config.num_layers"} <= names
+    assert {"lens_core.recipe.Training.lr", "lens_mmdit.config.MMDiTConfig.num_layers"} <= names
 
 
 @pytest.mark.parametrize("attribute", FIELDS)

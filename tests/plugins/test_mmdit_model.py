@@ -12,7 +12,10 @@ import mmdit_oracle
 import pytest
 import torch
 from lens_flow.euler import Euler
-from lens_mmdit.model import LensTransformer2DModel, attend, rotations, unit
+from lens_mmdit.attention import attend
+from lens_mmdit.model import LensTransformer2DModel
+from lens_mmdit.norms import unit
+from lens_mmdit.rope import rotations
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from lens_mmdit import segments
-from lens_mmdit.model import LensTransformer2DModel, attend
+from lens_mmdit.attention import attend
+from lens_mmdit.model import LensTransformer2DModel
 from lens_mmdit.segments import Segments, attend_within, spread
 from test_mmdit_model import distance, model
 from torch import Tensor, nn

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lens_mmdit.model import Block, rotations
+from lens_mmdit.blocks import Block
+from lens_mmdit.rope import rotations
 from test_mmdit_model import distance, inputs, model
 from torch import Tensor
 

@@ -1,0 +1,67 @@
+"""Joint attention: one softmax over the image and text tokens of a sample."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lens_mmdit.norms import TurningNorm
+from lens_mmdit.segments import Segments, attend_within
+
+SHORT = 512  # tokens up to which a CPU trains faster with the attention matrix written out
+
+
+class JointAttention(nn.Module):
+    """One softmax over image and text tokens, each stream with projections and norms of its own."""
+
+    def __init__(self, heads: int, head_width: int) -> None:
+        super().__init__()
+        width = heads * head_width
+        self.heads = heads
+        self.img_qkv = nn.Linear(width, 3 * width)
+        self.txt_qkv = nn.Linear(width, 3 * width)
+        self.norm_q = TurningNorm(head_width, 1e-6)
+        self.norm_k = TurningNorm(head_width, 1e-6)
+        self.norm_added_q = TurningNorm(head_width, 1e-6)
+        self.norm_added_k = TurningNorm(head_width, 1e-6)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_add_out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor | None,
+        by: Tensor,
+        mask: Tensor | None,
+        answer_text: bool,
+        where: Segments | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """img [B,N,D], txt [B,T,D] -> the same, projected; txt None if it was, or is not wanted."""
+        count = img.shape[1]
+        q, k, v = self.img_qkv(img).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B,N,H,E] each
+        q, k = self.norm_q(q, by[:count]), self.norm_k(k, by[:count])
+        if txt is not None:
+            txt_q, txt_k, txt_v = self.txt_qkv(txt).unflatten(-1, (3, self.heads, -1)).unbind(2)
+            k = torch.cat([k, self.norm_added_k(txt_k, by[count:])], dim=1)
+            v = torch.cat([v, txt_v], dim=1)
+            if answer_text:
+                q = torch.cat([q, self.norm_added_q(txt_q, by[count:])], dim=1)
+        if where is None:
+            out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+        else:
+            out = attend_within(q, k, v, where, attend)
+        out = out.flatten(2)
+        image = self.to_out[0](out[:, :count])
+        return image, self.to_add_out(out[:, count:]) if answer_text and txt is not None else None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k' / sqrt(E)) v for q [B,H,Q,E] and k, v [B,H,S,E]; mask bool, True where a key counts."""
+    if q.device.type != "cpu" or not torch.is_grad_enabled() or k.shape[2] > SHORT or q.dtype == torch.float64:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # torch's fused kernel is slow backwards on a CPU: for short sequences a training step takes 1.6 times as long.
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
