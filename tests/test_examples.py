@@ -20,7 +20,7 @@ from pathlib import Path
 import toy
 
 from lens_core.catalog import Catalog, Plugin
-from lens_core.config import read_recipe
+from lens_core.recipe import read_recipe
 from lens_core.training.trainer import Run
 
 catalog = Catalog.installed()
