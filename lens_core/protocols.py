@@ -166,6 +166,8 @@ class Dataset(Protocol):
     # Optional: check_encoders(pipeline, precision: str), before training. Raises LensError where what this dataset has
     # encoded beforehand was made by other encoders than the pipeline's, or in another precision ("fp32", "bf16").
 
+    # Optional: estimate(config) -> str, a class method: what the batch of a rank costs, for a dry run. Reads no data.
+
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 

@@ -197,6 +197,9 @@ def describe(recipe: Recipe, catalog: Catalog) -> str:
     resolved = unstructure(recipe)
     resolved["method"] = {"use": recipe.method.use, **unstructure(config)}
     text = yaml.safe_dump(_plain(resolved), sort_keys=False, allow_unicode=True, width=120)
+    if recipe.dataset is not None:
+        _, dataset, options = build(catalog, "dataset", recipe.dataset, "$.dataset")
+        text += f"\n{dataset.estimate(options)}\n" if hasattr(dataset, "estimate") else ""
     if hasattr(method, "estimate"):
         return f"{text}\n{method.estimate(config, recipe, catalog)}"
     found, learns, notes = memory(recipe, catalog)

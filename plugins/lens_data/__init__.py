@@ -6,6 +6,7 @@ sources    reads folders, WebDataset tars and Hugging Face datasets, within boun
 digests    sets of digests in little memory
 pictures   image files as upright RGB, resized and cropped to a size
 buckets    which training size a picture is for: groups of areas, of aspect ratios
+schedule   which pictures each batch of `store` holds
 dataset    dataset `store`: seeded, shuffled, resumable batches of one size
 packed     dataset `packed`: batches of mixed sizes, each of as much work as the others
 mix        dataset `mix`: several datasets in turn, by weight

@@ -49,7 +49,7 @@ KINDS = ("vae", "text_encoder")
 def encoders(pipeline: LensPipeline, precision: str = "fp32") -> dict[str, dict[str, str]]:
     """What made a cache: of each encoder that there is, its `name`, for people, and a `hash` of all that its features
     follow from: weights with their dtype, class, config, what pictures must record, and the `precision` of its work."""
-    found = {}
+    made_by = {}
     for kind in KINDS:
         part = getattr(pipeline, kind)
         if part is None:
@@ -65,11 +65,11 @@ def encoders(pipeline: LensPipeline, precision: str = "fp32") -> dict[str, dict[
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         use = pipeline.uses.get(kind)
         origin = f" from {pipeline.source}" if pipeline.source else ""
-        found[kind] = {
+        made_by[kind] = {
             "name": f"{use.use if use else type(part).__name__}{origin} in {precision}",
             "hash": digest.hexdigest()[:16],
         }
-    return found
+    return made_by
 
 
 def _config(pipeline: LensPipeline, kind: str) -> Any:
@@ -95,13 +95,13 @@ def _named(part: Mapping[str, str] | None) -> str:
     return f"{part.get('name')} (hash {part.get('hash')})" if part else "not known"
 
 
-class Cache:
+class EncodingCache:
     """The cache `name` of a store as it is now. It is made where `made_by`, which `encoders` gives, is given."""
 
     def __init__(self, store: Store, name: str, made_by: Mapping[str, Mapping[str, str]] | None = None) -> None:
         self.name, self.where = name, store.path
         text = json.dumps(made_by, sort_keys=True) if made_by else ""
-        self._table = store.beside(f"cache-{name}", {"key": "string", "data": "large_binary"}, text)
+        self._table = store.side_table(f"cache-{name}", {"key": "string", "data": "large_binary"}, text)
         if self._table is None:
             raise LensError(f"{store.path}: has no cache {name!r}; fill it with `lens data cache`")
         metadata = self._table.schema.metadata or {}
@@ -148,8 +148,8 @@ class Cache:
         if missing := places.count(None):
             raise LensError(f"the cache {self.name!r} lacks {missing} entries; run `lens data cache` again")
         wanted = sorted(int(self._rows[place]) for place in places if place is not None)
-        found = self._table.take_row_ids(wanted).select(["key", "data"]).to_arrow().to_pylist()
-        return {row["key"]: from_bytes(row["data"]) if row["data"] else {} for row in found}
+        entries = self._table.take_row_ids(wanted).select(["key", "data"]).to_arrow().to_pylist()
+        return {row["key"]: from_bytes(row["data"]) if row["data"] else {} for row in entries}
 
     def add(self, rows: Mapping[str, bytes]) -> None:
         """Append rows that are not there yet. What is added is seen when the cache is opened again."""
@@ -164,15 +164,15 @@ class Latent:
     size: Size
 
 
-def fill(
+def encode_missing(
     store: Store,
-    cache: Cache,
+    cache: EncodingCache,
     pipeline: LensPipeline,
     wanted: Iterable[tuple[str, str | Latent]],
     *,
     rank: int = 0,
     world: int = 1,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> None:
     """Encode this rank's share of what `cache` lacks of `wanted`: captions and pictures, by key, some more than once.
 
@@ -186,7 +186,7 @@ def fill(
         nonlocal size
         if held:
             cache.add(held)
-            say(f"cache {cache.name}: {done} encoded")
+            log(f"cache {cache.name}: {done} encoded")
             held.clear()
             size = 0
 
@@ -212,7 +212,7 @@ def fill(
             if size >= FLUSH or len(held) >= ROWS:
                 flush()
     flush()
-    say(f"cache {cache.name}: rank {rank} of {world} is done; {done} encoded, {corrupt} corrupt pictures")
+    log(f"cache {cache.name}: rank {rank} of {world} is done; {done} encoded, {corrupt} corrupt pictures")
 
 
 @torch.no_grad()

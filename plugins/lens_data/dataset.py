@@ -1,8 +1,7 @@
 """The dataset `store`: batches of one size from a training store. Batch n is a pure function of (store, config, n).
-`packed` (packed.py) reads the same pictures in another order.
 
-Each bucket is an endless stream: its pictures in a new order in every pass, pass after pass, cut into global batches.
-No picture is dropped at the end of a pass, so a bucket with few pictures has its turn too, only more seldom.
+`schedule` says which pictures a batch holds; here they are read, decoded and fitted, in threads that work ahead.
+`packed` (packed.py) reads the same pictures in another order.
 """
 
 from __future__ import annotations
@@ -12,56 +11,42 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from attrs import evolve, field, frozen
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lens_core.types import Batch, ConfigError, LensError, TextFeatures
 from lens_core.validators import PIXELS, SEED, each, integer, matching, real, text, within
 from lens_data import pictures
 from lens_data.buckets import LENS_BUCKETS, Buckets, Size, assign
-from lens_data.caching import Cache, Latent, encoders, fill, latent_key, text_key
+from lens_data.caching import EncodingCache, Latent, encode_missing, encoders, latent_key, text_key
 from lens_data.digests import of_ids
+from lens_data.packing import batch_costs
+from lens_data.schedule import CAPTION, SUBSTITUTE, BatchContents, BucketSchedule, generator
 from lens_data.store import Store
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
 
-_ORDER, _SLOTS, _CAPTION, _SUBSTITUTE = range(4)  # separate streams of randomness
-_ROWS = 4096  # rows of a store that are looked through at once
-_TRIES = 9  # pictures tried for one place of a batch before the store is given up
+ROWS = 4096  # rows of a store that are looked through at once
+_ATTEMPTS = 9  # pictures tried for one place of a batch before the store is given up
 
 
 @frozen
-class Plan:
-    """What a global batch will hold: pictures (indices into the sorted ids), the bucket of each, and who tells its
-    dense caption. Once it is handed out, the dataset's state is `after`."""
-
-    number: int
-    buckets: NDArray[np.int64]
-    members: NDArray[np.int64]
-    dense: NDArray[np.bool_]
-    after: Mapping[str, int]
-    costs: NDArray[np.float64] | None = None  # of each sample, where ranks share by work
-
-
-@frozen
-class Settings:
-    """What every dataset over a store can be told."""
+class StoreOptions:
+    """Options that every dataset over a store has."""
 
     store: str = field(validator=text())  # folder or URI of the training store
     # Groups of (height, width) px, a group for each area.
     buckets: Buckets = field(default=LENS_BUCKETS, validator=each(each(each(PIXELS), at_least=1), at_least=1))
     every_area: bool = False  # show a picture at each area that it fills; False: at the largest only
-    max_upscale: float = field(
-        default=1.0, validator=real(above=0)
-    )  # factor by which a picture may grow to fill a size
-    max_crop: float = field(default=0.5, validator=real(at_least=0, below=1))  # share that the crop may cut off
+    # Factor by which a picture may grow to fill a size.
+    max_upscale: float = field(default=1.0, validator=real(above=0))
+    # Share of a picture that the crop may cut off.
+    max_crop: float = field(default=0.5, validator=real(at_least=0, below=1))
     # Share of samples with the dense caption; the others have the brief one.
     dense_caption_ratio: float = field(default=1.0, validator=within(0, 1))
     seed: int = field(default=0, validator=SEED)
@@ -83,21 +68,54 @@ class StoreDataset:
     """
 
     @frozen
-    class Config(Settings):
+    class Config(StoreOptions):
         # Samples a step, all ranks together.
         batch: int = field(default=64, validator=integer(at_least=1))
+        # Instead of `batch`: samples of one rank for each group of `buckets`, in their order. Each rank then draws a
+        # bucket of its own, with the batch size of its area: [24, 10, 6] for the buckets of Lens.
+        local_batch_sizes: tuple[int, ...] = field(default=(), validator=each(integer(at_least=1)))
+
+        def __attrs_post_init__(self) -> None:
+            super().__attrs_post_init__()
+            if self.local_batch_sizes and len(self.local_batch_sizes) != len(self.buckets):
+                raise ConfigError(
+                    f"local_batch_sizes has {len(self.local_batch_sizes)} sizes for {len(self.buckets)} groups of "
+                    "buckets; give one for each group"
+                )
+
+        @property
+        def group_batch_sizes(self) -> tuple[int, ...]:
+            """Samples of a batch from each group of `buckets`."""
+            return self.local_batch_sizes or (self.batch,) * len(self.buckets)
+
+    @classmethod
+    def estimate(cls, config: Config) -> str:
+        """What a batch of each area costs, as text for a dry run. Opens no store."""
+        costs = batch_costs(config.buckets, config.group_batch_sizes)
+        if config.local_batch_sizes:
+            return f"dataset: each rank draws a bucket of its own; a rank's batch\n{costs}"
+        return f"dataset: all ranks share one bucket; a batch of all ranks together\n{costs}"
 
     def __init__(self, config: Any) -> None:
         self.config = config
         self.corrupt: dict[str, str] = {}
-        self._done = {"batch": 0}
+        # Steps handed out; with local batch sizes, also the ranks' batches in them.
+        self._progress = {"batch": 0, "local_batches": 0} if self._local else {"batch": 0}
         self.store = Store(config.store)
-        self._cache = Cache(self.store, config.cache) if config.cache else None
-        self._read()
-        self._tell_what_is_left_out()
+        self._cache = EncodingCache(self.store, config.cache) if config.cache else None
+        self._index()
+        self._report_left_out()
 
-    def _read(self) -> None:
-        """Sizes of all pictures and who is in which bucket. Sorted by id, so that the order of imports is no matter."""
+    @property
+    def _local(self) -> bool:
+        """Whether each rank draws a bucket of its own."""
+        return bool(getattr(self.config, "local_batch_sizes", ()))
+
+    def _index(self) -> None:
+        """Read the sizes of all pictures and put each into its buckets.
+
+        Pictures are sorted by id, so that the order of imports does not matter.
+        """
         count, at = len(self.store), 0
         ids, self._rows = np.empty(count, "S32"), np.empty(count, np.int64)
         heights, widths = np.empty(count, np.int32), np.empty(count, np.int32)
@@ -119,11 +137,10 @@ class StoreDataset:
         )
         self._counts = np.array([len(m) for m in self._buckets.members], np.int64)
         digest = hashlib.sha256()
-        for start in range(0, count, _ROWS):
-            digest.update(ids[start : start + _ROWS].tobytes().hex().encode())
+        for start in range(0, count, ROWS):
+            digest.update(ids[start : start + ROWS].tobytes().hex().encode())
         self._fingerprint = digest.hexdigest()[:16]
-        self._order = lru_cache(2 * len(self._counts) + 2)(self._shuffled)
-        self._slots = lru_cache(2)(self._shuffled_slots)
+        self._make_schedule()
         if self._cache is not None:
             lacking, wanted = self._cache.lacking(key for key, _ in self.encodings())
             if lacking:
@@ -132,7 +149,19 @@ class StoreDataset:
                     "run `lens data cache` on this recipe"
                 )
 
-    def _tell_what_is_left_out(self) -> None:
+    def _make_schedule(self) -> None:
+        """Prepare the order of batches."""
+        config = self.config
+        batch_size = {
+            size: samples
+            for group, samples in zip(config.buckets, config.group_batch_sizes, strict=True)
+            for size in group
+        }
+        self._schedule = BucketSchedule(
+            self._buckets.members, [batch_size[size] for size in self._buckets.sizes], config.seed
+        )
+
+    def _report_left_out(self) -> None:
         config, sizes = self.config, self._buckets.sizes
         fitting = len(self._rows) - sum(self._buckets.left_out.values())
         least = self._least()
@@ -159,110 +188,100 @@ class StoreDataset:
 
     def batches(self, rank: int, world: int) -> Iterator[Batch]:
         """Endless. Every rank sees its own share of the same global batch."""
-        plans = self._plans(world)
-        ahead: deque[tuple[Plan, Future[tuple[Batch, dict[str, str]]]]] = deque()
+        schedule = self._steps(world)
+        ahead: deque[tuple[BatchContents, Future[tuple[Batch, dict[str, str]]]]] = deque()
         pool = ThreadPoolExecutor(self.config.prefetch_workers, "store")
         try:
             while True:
                 while len(ahead) < self.config.prefetch_workers:
-                    plan = next(plans)
-                    ahead.append((plan, pool.submit(self._batch, plan, rank, world)))
-                plan, reading = ahead.popleft()
+                    contents = next(schedule)
+                    ahead.append((contents, pool.submit(self._read_batch, contents, rank, world)))
+                contents, reading = ahead.popleft()
                 batch, corrupt = reading.result()
                 for key, why in corrupt.items():
                     if key not in self.corrupt:
                         self.corrupt[key] = why
                         warnings.warn(f"{self.config.store}: picture {key} is corrupt ({why}); replaced", stacklevel=2)
-                self._done = dict(plan.after)
+                # Only now: what was read ahead is read again after a resume.
+                self._progress = dict(contents.state)
                 yield batch
         finally:
             pool.shutdown(cancel_futures=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._done, "version": self.store.version, "pictures": self._fingerprint}
+        return {**self._progress, "version": self.store.version, "pictures": self._fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the batches of `state`, with the pictures that the store had then."""
         if self.store.version != state["version"] and self.store.at(int(state["version"])):
-            self._read()
+            self._index()
         if self._fingerprint != state["pictures"]:
             raise LensError(
                 f"{self.config.store}: holds other pictures than when the run stopped (at version {state['version']}); "
                 "bring that store back, or begin a new run"
             )
-        self._done = {name: int(state[name]) for name in self._done}
+        self._progress = {name: int(state[name]) for name in self._progress}
 
-    # ---- which pictures: the schedule -----------------------------------------------------------------------------
-
-    def _rng(self, stream: int, *place: int) -> np.random.Generator:
-        return np.random.default_rng([self.config.seed, stream, *place])
+    # ---- which pictures a step holds ------------------------------------------------------------------------------
 
     def _least(self) -> int:
         """Pictures that a batch takes."""
-        return int(self.config.batch)
+        return max(self.config.group_batch_sizes)
 
-    def _plans(self, world: int) -> Iterator[Plan]:
-        """The global batches from here on. Raises ConfigError where so many ranks cannot share them."""
-        if self.config.batch % world:
+    def _steps(self, world: int) -> Iterator[BatchContents]:
+        """The contents of all steps from here on. Raises ConfigError where so many ranks cannot share them."""
+        if not self._local and self.config.batch % world:
             raise ConfigError(
                 f"a batch of {self.config.batch} has no equal shares for {world} ranks; use a multiple of {world}"
             )
-        number = self._done["batch"]
+        # With local batch sizes a step is the next batch of the stream for every rank, so that the stream, and where a
+        # run goes on in it, is the same for any number of ranks. Otherwise it is one batch, which the ranks share.
+        each_step = world if self._local else 1
+        step, first = self._progress["batch"], self._progress.get("local_batches", self._progress["batch"])
         while True:
-            yield self._plan(number)
-            number += 1
+            step, first = step + 1, first + each_step
+            state = {"batch": step, "local_batches": first} if self._local else {"batch": step}
+            yield self._contents(range(first - each_step, first), state)
 
-    def _plan(self, number: int) -> Plan:
-        epoch, slot = self._place(number)
-        bucket, turn = (int(n) for n in self._slots(epoch)[slot])
-        batch, count = self.config.batch, int(self._counts[bucket])
-        stream = np.arange(turn * batch, (turn + 1) * batch)
-        members = np.array([self._order(bucket, p // count)[p % count] for p in stream.tolist()])
-        dense = self._rng(_CAPTION, number).random(batch) < self.config.dense_caption_ratio
-        return Plan(number, np.full(batch, bucket), members, dense, {"batch": number + 1})
+    def _contents(self, numbers: range, state: Mapping[str, int]) -> BatchContents:
+        """The batches of these numbers as one step."""
+        drawn = [self._schedule.batch(number) for number in numbers]
+        sizes = [len(members) for _, members in drawn]
+        dense = [
+            generator(self.config.seed, CAPTION, number).random(size) < self.config.dense_caption_ratio
+            for number, size in zip(numbers, sizes, strict=True)
+        ]
+        return BatchContents(
+            numbers=np.repeat(np.array(numbers, np.int64), sizes),
+            positions=np.concatenate([np.arange(size) for size in sizes]),
+            buckets=np.repeat(np.array([bucket for bucket, _ in drawn], np.int64), sizes),
+            members=np.concatenate([members for _, members in drawn]),
+            dense=np.concatenate(dense),
+            state=state,
+            rank_sizes=tuple(sizes) if self._local else (),
+        )
 
-    def _places(self, plan: Plan, rank: int, world: int) -> Sequence[int]:
-        """Which samples of the plan are this rank's."""
-        share = len(plan.members) // world
-        return range(rank * share, (rank + 1) * share)
-
-    def _place(self, number: int) -> tuple[int, int]:
-        """The epoch of global batch `number`, and its place therein. Epochs differ by a few batches in length."""
-        low, high = 0, number * self.config.batch // int(self._counts.sum()) + len(self._counts) * self.config.batch + 1
-        while high - low > 1:  # the last epoch that begins at or before `number`
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._begin(middle).sum() <= number else (low, middle)
-        return low, number - int(self._begin(low).sum())
-
-    def _begin(self, epoch: int) -> NDArray[np.int64]:
-        """How many batches each bucket has given when `epoch` begins."""
-        return epoch * self._counts // self.config.batch
-
-    def _shuffled_slots(self, epoch: int) -> NDArray[np.int64]:
-        """(bucket, its turn) of every batch of the epoch."""
-        first, last = self._begin(epoch), self._begin(epoch + 1)
-        slots = [(bucket, turn) for bucket in range(len(first)) for turn in range(first[bucket], last[bucket])]
-        return self._rng(_SLOTS, epoch).permutation(np.array(slots, np.int64).reshape(-1, 2))
-
-    def _shuffled(self, bucket: int, turn: int) -> NDArray[np.int64]:
-        return self._rng(_ORDER, bucket, turn).permutation(self._buckets.members[bucket])
+    def _rank_share(self, contents: BatchContents, rank: int, world: int) -> Sequence[int]:
+        """Which samples of a step are this rank's."""
+        sizes = contents.rank_sizes or (len(contents) // world,) * world
+        return range(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
     def encodings(self) -> Iterator[tuple[str, str | Latent]]:
-        """What this dataset can tell and show, by cache key: captions, some more than once, then pictures."""
-        for row, _ in self._described():
+        """All that this dataset may read, by cache key: captions, some more than once, then pictures at their sizes."""
+        for row, _ in self._rows_with_sizes():
             for dense, share in ((True, self.config.dense_caption_ratio), (False, 1 - self.config.dense_caption_ratio)):
                 if share:
                     yield text_key(_caption(row, dense)), _caption(row, dense)
-        for row, sizes in self._described():
+        for row, sizes in self._rows_with_sizes():
             for size in sizes:
                 yield latent_key(row["id"], size), Latent(row["_rowid"], size)
 
-    def _described(self) -> Iterator[tuple[dict[str, Any], list[Size]]]:
-        """Each picture that is in a bucket, in order: its id and captions, and its sizes. So many are held at once."""
-        for start in range(0, len(self._rows), _ROWS):
+    def _rows_with_sizes(self) -> Iterator[tuple[dict[str, Any], list[Size]]]:
+        """Each picture in a bucket, in order: its id and captions, and its sizes. At most ROWS are held at once."""
+        for start in range(0, len(self._rows), ROWS):
             sizes: dict[int, list[Size]] = {}
             for size, members in zip(self._buckets.sizes, self._buckets.members, strict=True):
-                first, last = np.searchsorted(members, [start, start + _ROWS])
+                first, last = np.searchsorted(members, [start, start + ROWS])
                 for member in members[first:last].tolist():
                     sizes.setdefault(member, []).append(size)
             rows = self.store.rows(self._rows[sorted(sizes)].tolist(), "id", "brief", "dense") if sizes else {}
@@ -271,31 +290,34 @@ class StoreDataset:
 
     # ---- the pictures themselves: in threads ----------------------------------------------------------------------
 
-    def _batch(self, plan: Plan, rank: int, world: int) -> tuple[Batch, dict[str, str]]:
-        """This rank's share of the plan, and which pictures were corrupt, with the reason."""
-        mine = self._places(plan, rank, world)
-        rows = self._rows_of(plan.members[mine].tolist())
+    def _read_batch(self, contents: BatchContents, rank: int, world: int) -> tuple[Batch, dict[str, str]]:
+        """This rank's share of a step, and which pictures were corrupt, with the reason."""
+        mine = self._rank_share(contents, rank, world)
+        rows = self._rows_of(contents.members[mine].tolist())
         loaded = {
             bucket: self._load(
-                [rows[int(plan.members[p])] for p in mine if plan.buckets[p] == bucket], self._buckets.sizes[bucket]
+                [rows[int(contents.members[p])] for p in mine if contents.buckets[p] == bucket],
+                self._buckets.sizes[bucket],
             )
-            for bucket in sorted(set(plan.buckets[mine].tolist()))
+            for bucket in sorted(set(contents.buckets[mine].tolist()))
         }
         images, captions, keys, corrupt = [], [], [], dict[str, str]()
-        for place in mine:
+        for at in mine:
             row, image = self._sample(
-                plan, place, rows[int(plan.members[place])], loaded[int(plan.buckets[place])], corrupt
+                contents, at, rows[int(contents.members[at])], loaded[int(contents.buckets[at])], corrupt
             )
             images.append(image)
-            captions.append(_caption(row, bool(plan.dense[place])))
+            captions.append(_caption(row, bool(contents.dense[at])))
             keys.append(int(row["id"][:15], 16))
-        pictures = torch.stack(images) if plan.costs is None else tuple(images)
-        weight = len(mine) * world / len(plan.members)
+        pictures = torch.stack(images) if contents.costs is None else tuple(images)
+        # Ranks may have unequal numbers of samples. The trainer averages over ranks, so each mean loss counts by its
+        # number over the mean one: the gradient is that of the mean over all samples of the step.
+        weight = len(mine) * world / len(contents)
         if self._cache is None:
             return Batch(pictures, tuple(captions), tuple(keys), weight=weight), corrupt
-        texts = self._cache.get(map(text_key, captions))
-        told = [texts[text_key(caption)] for caption in captions]
-        text = TextFeatures.cat([TextFeatures(t["features"][None], t["mask"][None]) for t in told])
+        tensors = self._cache.get(map(text_key, captions))
+        features = [tensors[text_key(caption)] for caption in captions]
+        text = TextFeatures.cat([TextFeatures(t["features"][None], t["mask"][None]) for t in features])
         return Batch(None, tuple(captions), tuple(keys), pictures, text, weight), corrupt
 
     def _rows_of(self, members: list[int]) -> dict[int, dict[str, Any]]:
@@ -307,8 +329,8 @@ class StoreDataset:
         """By id: uint8 [3,H,W], or the cached latent [C,h,w]; for a corrupt picture, the reason."""
         if self._cache is not None:
             keys = {row["id"]: latent_key(row["id"], size) for row in rows}
-            found = self._cache.get(keys.values())
-            return {picture: found[key].get("z", "corrupt when it was cached") for picture, key in keys.items()}
+            tensors = self._cache.get(keys.values())
+            return {picture: tensors[key].get("z", "corrupt when it was cached") for picture, key in keys.items()}
         loaded: dict[str, Tensor | str] = {}
         for row in rows:
             try:
@@ -320,41 +342,43 @@ class StoreDataset:
 
     def _sample(
         self,
-        plan: Plan,
-        place: int,
+        contents: BatchContents,
+        at: int,
         row: dict[str, Any],
         loaded: Mapping[str, Tensor | str],
         corrupt: dict[str, str],
     ) -> tuple[dict[str, Any], Tensor]:
-        """The picture at a place of the global batch; if it is corrupt, one that this place alone determines."""
-        bucket = int(plan.buckets[place])
+        """The picture of a sample; for a corrupt one, another of its bucket, determined by the place in the stream."""
+        bucket = int(contents.buckets[at])
         members, size = self._buckets.members[bucket], self._buckets.sizes[bucket]
-        draw = self._rng(_SUBSTITUTE, plan.number, place)
-        for _ in range(_TRIES):
-            got = loaded[row["id"]]
-            if isinstance(got, Tensor):
-                return row, got
-            corrupt[row["id"]] = got
+        draw = generator(self.config.seed, SUBSTITUTE, int(contents.numbers[at]), int(contents.positions[at]))
+        for _ in range(_ATTEMPTS):
+            picture = loaded[row["id"]]
+            if isinstance(picture, Tensor):
+                return row, picture
+            corrupt[row["id"]] = picture
             other = int(draw.choice(members))
             row = self._rows_of([other])[other]
             loaded = self._load([row], size)
         raise LensError(
-            f"{self.config.store}: {_TRIES} pictures drawn from the bucket {size[0]}x{size[1]} cannot be decoded; "
+            f"{self.config.store}: {_ATTEMPTS} pictures drawn from the bucket {size[0]}x{size[1]} cannot be decoded; "
             "import the sources again"
         )
 
 
 def fill_cache(
-    config: Settings,
+    config: StoreOptions,
     pipeline: LensPipeline,
     rank: int = 0,
     world: int = 1,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     kind: type[StoreDataset] = StoreDataset,
     precision: str = "fp32",
 ) -> None:
-    """Encode what the cache `config.cache` lacks for training with this config; see `caching.fill`. `precision` is the
-    one that the caller encodes in, fp32 or bf16."""
+    """Encode what the cache `config.cache` lacks for training with this config; see `caching.encode_missing`.
+
+    `precision` is the one that the caller encodes in, fp32 or bf16.
+    """
     if not config.cache:
         raise ConfigError("the dataset names no cache; add `cache: NAME` to the recipe's dataset")
     for part in (pipeline.vae, pipeline.text_encoder):
@@ -363,8 +387,8 @@ def fill_cache(
         if isinstance(part, nn.Module):
             part.eval()  # as the training loop has it
     dataset = kind(evolve(config, cache=""))
-    cache = Cache(dataset.store, config.cache, encoders(pipeline, precision))
-    fill(dataset.store, cache, pipeline, dataset.encodings(), rank=rank, world=world, say=say)
+    cache = EncodingCache(dataset.store, config.cache, encoders(pipeline, precision))
+    encode_missing(dataset.store, cache, pipeline, dataset.encodings(), rank=rank, world=world, log=log)
 
 
 def _caption(row: Mapping[str, Any], dense: bool) -> str:

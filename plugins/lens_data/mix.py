@@ -27,8 +27,8 @@ class Mix:
         def uses(self) -> Iterator[tuple[str, str, ComponentSpec]]:
             """What is checked with this config: (path, kind, use)."""
             for i, use in enumerate(self.datasets):
-                own = {k: v for k, v in use.options.items() if k != "weight"}
-                yield f"datasets[{i}]", "dataset", ComponentSpec(use.use, own)
+                component_options = {k: v for k, v in use.options.items() if k != "weight"}
+                yield f"datasets[{i}]", "dataset", ComponentSpec(use.use, component_options)
 
     def __init__(self, config: Config, datasets: list[Any] | None = None) -> None:
         """`datasets` are already built, one for each that the config names; None: those."""
@@ -39,6 +39,12 @@ class Mix:
         self.datasets, self.seed, self._handed = datasets, config.seed, 0
         shares = np.array([float(use.options.get("weight", 1.0)) for use in config.datasets])
         self._until = np.cumsum(shares / shares.sum())
+
+    @classmethod
+    def estimate(cls, config: Config) -> str:
+        """What a batch of each dataset that can tell costs, as text for a dry run."""
+        built = [build(Catalog.installed(), kind, use, f"$.{path}") for path, kind, use in config.uses()]
+        return "\n".join(dataset.estimate(options) for _, dataset, options in built if hasattr(dataset, "estimate"))
 
     def check_encoders(self, pipeline: Any, precision: str) -> None:
         """See `StoreDataset.check_encoders`; of each part that has one."""

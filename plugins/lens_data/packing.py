@@ -41,6 +41,25 @@ def mixture(count: int, sizes: Sequence[tuple[int, int]], seed: int = 0, cell: i
     return found
 
 
+def batch_costs(groups: Sequence[Sequence[tuple[int, int]]], batch_sizes: Sequence[int], words: float = 109) -> str:
+    """What a batch of each group of sizes (height, width) px costs the published backbone, as a table.
+
+    Captions have `words` words, as many as Lens was trained on in the mean. The last line is what ranks that draw
+    groups of their own, each as often as the others, lose by waiting for the slowest of many.
+    """
+    lines = [f"{'group of sizes':20}{'samples':>9}{'tokens':>10}{'TFLOP forward':>15}{'of the mean':>13}"]
+    rows = []
+    for sizes, samples in zip(groups, batch_sizes, strict=True):
+        tokens = np.array([h * w / 256 for h, w in sizes]) + float(text_tokens(np.array([words]))[0])
+        side = round(float(np.mean([h * w for h, w in sizes])) ** 0.5)
+        rows.append((side, samples, samples * float(tokens.mean()), samples * float(flops(tokens).mean())))
+    mean = float(np.mean([row[3] for row in rows]))
+    for side, samples, count, work in rows:
+        lines.append(f"{f'about {side}^2 px':20}{samples:9}{count:10,.0f}{work / 1e12:15.1f}{work / mean:13.2f}")
+    lines.append(f"the slowest group takes {max(row[3] for row in rows) / mean - 1:.1%} more than the mean")
+    return "\n".join(lines)
+
+
 @frozen
 class Packs:
     """`steps[s][r]` are the samples of rank r in step s. `rest` did not fill a step: they come first the next time."""

@@ -105,7 +105,7 @@ class Store:
         # Another rank may be making it at this moment.
         return None if schema is None else self._database.create_table(name, schema=schema, exist_ok=True)
 
-    def beside(self, name: str, columns: Mapping[str, str], made_by: str) -> Any:
+    def side_table(self, name: str, columns: Mapping[str, str], made_by: str) -> Any:
         """Another table of this store; made where `made_by`, which its metadata keeps, is given. None if missing."""
         return self._open(name, _schema(columns, "lens.made_by", made_by) if made_by else None)
 
@@ -133,8 +133,8 @@ class Store:
     def rows(self, numbers: Sequence[int], *names: str) -> dict[int, dict[str, Any]]:
         """These columns of the rows with these `_rowid`, which must exist, by row id."""
         wanted = sorted(set(numbers))  # Lance answers in an order of its own
-        found = self.table.take_row_ids(wanted).select(list(names)).with_row_id().to_arrow().to_pylist()
-        return {row["_rowid"]: row for row in found}
+        rows = self.table.take_row_ids(wanted).select(list(names)).with_row_id().to_arrow().to_pylist()
+        return {row["_rowid"]: row for row in rows}
 
     def batches(self, *names: str) -> Iterator[Any]:
         """These columns of every row, and `_rowid`, a few thousand rows at a time."""

@@ -67,7 +67,7 @@ def quiet(_: str) -> None:
 
 
 def test_training_from_the_cache_equals_training_online(store, pipeline):
-    fill_cache(config(store), pipeline, say=quiet)
+    fill_cache(config(store), pipeline, log=quiet)
     online = take(config(store, cache=""), 20)
     cached = take(config(store), 20)
     method = FlowMatching(FlowMatching.Config(), pipeline)
@@ -88,7 +88,7 @@ def test_training_from_the_cache_equals_training_online(store, pipeline):
 
 def test_a_corrupt_picture_is_noted_and_replaced_as_online(store, pipeline):
     told = []
-    fill_cache(config(store), pipeline, say=told.append)
+    fill_cache(config(store), pipeline, log=told.append)
     assert told[-1] == "cache c: rank 0 of 1 is done; 60 encoded, 2 corrupt pictures"  # 20 pictures, 40 captions
     datasets = [StoreDataset(config(store, cache=name)) for name in ("c", "")]
     captions = [[b.captions for b in islice(d.batches(0, 1), 20)] for d in datasets]
@@ -108,12 +108,12 @@ def test_a_cache_that_was_not_finished_is_refused_then_gone_on_with(store, pipel
 
     monkeypatch.setattr(caching, "_text", dying)
     with pytest.raises(KeyboardInterrupt):
-        fill_cache(config(store), pipeline, say=quiet)
+        fill_cache(config(store), pipeline, log=quiet)
     with pytest.raises(LensError, match=r"the cache 'c' lacks 50 of 60 latents and texts; run `lens data cache`"):
         StoreDataset(config(store))
-    fill_cache(config(store), pipeline, say=quiet)
+    fill_cache(config(store), pipeline, log=quiet)
     assert len(calls) == 11 + 30 and len(take(config(store), 3)) == 3
-    fill_cache(config(store), pipeline, say=quiet)
+    fill_cache(config(store), pipeline, log=quiet)
     assert len(calls) == 41
 
 
@@ -121,7 +121,7 @@ def test_ranks_share_the_work_and_the_result_is_that_of_one(store, pipeline):
     told = []
     for rank in (2, 0, 1):
         fill_cache(config(store), pipeline, rank, 3, told.append)
-    fill_cache(config(store, cache="whole"), pipeline, say=quiet)
+    fill_cache(config(store, cache="whole"), pipeline, log=quiet)
     shares = [int(line.split("; ")[1].split()[0]) for line in told if "is done" in line]
     assert sum(shares) == 60 and min(shares) > 8
     for a, b in zip(take(config(store), 8), take(config(store, cache="whole"), 8), strict=True):
@@ -130,19 +130,19 @@ def test_ranks_share_the_work_and_the_result_is_that_of_one(store, pipeline):
 
 def test_only_captions_that_can_be_told_are_encoded(store, pipeline):
     told = []
-    fill_cache(config(store, dense_caption_ratio=1.0), pipeline, say=told.append)
+    fill_cache(config(store, dense_caption_ratio=1.0), pipeline, log=told.append)
     assert "; 40 encoded" in told[-1]
     with pytest.raises(LensError, match="lacks 20 of 60"):
         StoreDataset(config(store))
 
 
 def test_another_encoder_needs_another_cache(store, pipeline):
-    fill_cache(config(store), pipeline, say=quiet)
+    fill_cache(config(store), pipeline, log=quiet)
     with torch.no_grad():
         pipeline.vae.gain.add_(1)
     with pytest.raises(LensError, match="is of another VAE or text encoder; give the new one another name"):
-        fill_cache(config(store), pipeline, say=quiet)
-    fill_cache(config(store, cache="second"), pipeline, say=quiet)
+        fill_cache(config(store), pipeline, log=quiet)
+    fill_cache(config(store, cache="second"), pipeline, log=quiet)
     assert not torch.equal(take(config(store), 1)[0].latents, take(config(store, cache="second"), 1)[0].latents)
 
 
@@ -150,10 +150,10 @@ def test_a_cache_must_be_there_and_have_a_name(store, pipeline):
     with pytest.raises(LensError, match="has no cache 'c'; fill it with `lens data cache`"):
         StoreDataset(config(store))
     with pytest.raises(ConfigError, match="names no cache"):
-        fill_cache(config(store, cache=""), pipeline, say=quiet)
+        fill_cache(config(store, cache=""), pipeline, log=quiet)
     pipeline.vae = None
     with pytest.raises(ConfigError, match="needs a vae and a text_encoder"):
-        fill_cache(config(store), pipeline, say=quiet)
+        fill_cache(config(store), pipeline, log=quiet)
     with pytest.raises(ConfigError, match="rank 2 must be"):
         cache(Path("recipe.yaml"), rank=2, world=2)
 
@@ -172,7 +172,7 @@ def test_a_recipe_fills_its_cache_and_trains_from_its_store(store, tmp_path, mon
     assert capsys.readouterr().out.endswith("40 encoded, 2 corrupt pictures\n")
     assert len(take(config(store, dense_caption_ratio=1.0), 3)) == 3
     recipe.write_text(recipe.read_text().replace(", cache: c", ""))
-    report = Run(read_recipe(recipe, catalog), catalog, tmp_path / "run", say=quiet).train()
+    report = Run(read_recipe(recipe, catalog), catalog, tmp_path / "run", log=quiet).train()
     assert report.steps == 3 and (tmp_path / "run" / "model" / "lens.json").is_file()
     recipe.write_text(recipe.read_text().replace("use: store, ", "use: words, "))
     with pytest.raises(ConfigError, match="no dataset is called 'words'"):
@@ -198,7 +198,7 @@ def test_training_asks_what_made_its_cache_and_names_both(store, tmp_path, monke
     cache(tmp_path / "plain.yaml")
 
     def run(*changes: str) -> Run:
-        return Run(read_recipe(tmp_path / "mixed.yaml", catalog, changes), catalog, tmp_path / "run", say=quiet)
+        return Run(read_recipe(tmp_path / "mixed.yaml", catalog, changes), catalog, tmp_path / "run", log=quiet)
 
     run()
     # the toy VAE has no random weights: another seed is another text encoder alone
@@ -210,7 +210,7 @@ def test_training_asks_what_made_its_cache_and_names_both(store, tmp_path, monke
         hashes = re.findall(r"hash ([0-9a-f]{16})", line)
         assert len(hashes) == len(set(hashes)) == 2 * len(wrong)
         assert ("in bf16" in line) == (change != "seed=1")
-    pipeline = Run(read_recipe(tmp_path / "plain.yaml", catalog), catalog, tmp_path / "b", say=quiet).pipeline
+    pipeline = Run(read_recipe(tmp_path / "plain.yaml", catalog), catalog, tmp_path / "b", log=quiet).pipeline
     with torch.no_grad():
         pipeline.vae.gain.add_(1)
     with pytest.raises(LensError, match="its vae is") as caught:
@@ -250,11 +250,11 @@ def test_what_made_a_cache_is_weights_dtype_class_config_records_and_precision(p
 
 
 def test_a_cache_that_does_not_say_what_made_it_is_refused(store, pipeline):
-    fill_cache(config(store), pipeline, say=quiet)
+    fill_cache(config(store), pipeline, log=quiet)
     for words in ("0123456789abcdef", "[1]", '{"vae": 1}', "{}"):
         Store(str(store)).beside(f"cache-{len(words)}", {"key": "string", "data": "large_binary"}, words)
         with pytest.raises(LensError, match="its vae is not known, this one toy:blocks in fp32"):
-            fill_cache(config(store, cache=str(len(words))), pipeline, say=quiet)
+            fill_cache(config(store, cache=str(len(words))), pipeline, log=quiet)
 
 
 def test_a_run_from_a_cache_holds_no_encoder_and_exports_both(store, pipeline, tmp_path):
@@ -270,8 +270,8 @@ def test_a_run_from_a_cache_holds_no_encoder_and_exports_both(store, pipeline, t
     recipe = read_recipe(tmp_path / "recipe.yaml", catalog)
     start = LensPipeline.from_parts(recipe.pipeline, catalog)
     settings = structure(StoreDataset.Config, recipe.dataset.options)
-    fill_cache(settings, start, say=quiet)
-    run = Run(recipe, catalog, tmp_path / "run", say=quiet)
+    fill_cache(settings, start, log=quiet)
+    run = Run(recipe, catalog, tmp_path / "run", log=quiet)
     assert set(run.pipeline.present()) == {"backbone"}
     run.train()
     made = LensPipeline.from_pretrained(tmp_path / "run" / "model", catalog=catalog)

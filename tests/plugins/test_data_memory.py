@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 from lens_data import caching, dataset, imports
-from lens_data.caching import Cache
+from lens_data.caching import EncodingCache
 from lens_data.dataset import StoreDataset
 from lens_data.sources import Found
 from lens_data.store import Store
@@ -44,7 +44,7 @@ def peak(run: Callable[[], object]) -> float:
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What is held for a while, whatever the number of pictures, is small beside them."""
     monkeypatch.setattr(imports, "ROWS", 200)
-    monkeypatch.setattr(dataset, "_ROWS", 200)
+    monkeypatch.setattr(dataset, "ROWS", 200)
     monkeypatch.setattr(imports.pictures, "read", lambda data: SimpleNamespace(size=(64, 64)))
     Store(str(tmp_path / "store"), create=True)  # what lancedb itself takes is not counted
     return tmp_path / "store"
@@ -63,8 +63,8 @@ def test_opening_a_store_and_a_cache(store: Path) -> None:
     assert peak(lambda: StoreDataset(plain)) < 300
     keys = [key for key, _ in StoreDataset(plain).encodings()]
     assert len(keys) == len(set(keys)) == 2 * MANY
-    Cache(Store(str(store)), "c", MADE_BY).add(dict.fromkeys(keys, b""))
+    EncodingCache(Store(str(store)), "c", MADE_BY).add(dict.fromkeys(keys, b""))
     cached = StoreDataset.Config(str(store), buckets=(((64, 64),),), batch=8, cache="c")
     assert peak(lambda: StoreDataset(cached)) < 600
-    assert Cache(Store(str(store)), "c").lacking([*keys, "t:other"]) == (1, 2 * MANY + 1)
-    assert caching.text_key("other") not in Cache(Store(str(store)), "c")
+    assert EncodingCache(Store(str(store)), "c").lacking([*keys, "t:other"]) == (1, 2 * MANY + 1)
+    assert caching.text_key("other") not in EncodingCache(Store(str(store)), "c")
