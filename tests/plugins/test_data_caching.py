@@ -172,7 +172,7 @@ def test_a_recipe_fills_its_cache_and_trains_from_its_store(store, tmp_path, mon
     assert capsys.readouterr().out.endswith("40 encoded, 2 corrupt pictures\n")
     assert len(take(config(store, dense_caption_ratio=1.0), 3)) == 3
     recipe.write_text(recipe.read_text().replace(", cache: c", ""))
-    report = Run(read_recipe(recipe, catalog), catalog, tmp_path / "run", log=quiet).train()
+    report = Run(read_recipe(recipe, catalog), catalog, tmp_path / "run", say=quiet).train()
     assert report.steps == 3 and (tmp_path / "run" / "model" / "lens.json").is_file()
     recipe.write_text(recipe.read_text().replace("use: store, ", "use: words, "))
     with pytest.raises(ConfigError, match="no dataset is called 'words'"):
@@ -198,7 +198,7 @@ def test_training_asks_what_made_its_cache_and_names_both(store, tmp_path, monke
     cache(tmp_path / "plain.yaml")
 
     def run(*changes: str) -> Run:
-        return Run(read_recipe(tmp_path / "mixed.yaml", catalog, changes), catalog, tmp_path / "run", log=quiet)
+        return Run(read_recipe(tmp_path / "mixed.yaml", catalog, changes), catalog, tmp_path / "run", say=quiet)
 
     run()
     # the toy VAE has no random weights: another seed is another text encoder alone
@@ -210,7 +210,7 @@ def test_training_asks_what_made_its_cache_and_names_both(store, tmp_path, monke
         hashes = re.findall(r"hash ([0-9a-f]{16})", line)
         assert len(hashes) == len(set(hashes)) == 2 * len(wrong)
         assert ("in bf16" in line) == (change != "seed=1")
-    pipeline = Run(read_recipe(tmp_path / "plain.yaml", catalog), catalog, tmp_path / "b", log=quiet).pipeline
+    pipeline = Run(read_recipe(tmp_path / "plain.yaml", catalog), catalog, tmp_path / "b", say=quiet).pipeline
     with torch.no_grad():
         pipeline.vae.gain.add_(1)
     with pytest.raises(LensError, match="its vae is") as caught:
@@ -252,7 +252,7 @@ def test_what_made_a_cache_is_weights_dtype_class_config_records_and_precision(p
 def test_a_cache_that_does_not_say_what_made_it_is_refused(store, pipeline):
     fill_cache(config(store), pipeline, log=quiet)
     for words in ("0123456789abcdef", "[1]", '{"vae": 1}', "{}"):
-        Store(str(store)).beside(f"cache-{len(words)}", {"key": "string", "data": "large_binary"}, words)
+        Store(str(store)).side_table(f"cache-{len(words)}", {"key": "string", "data": "large_binary"}, words)
         with pytest.raises(LensError, match="its vae is not known, this one toy:blocks in fp32"):
             fill_cache(config(store, cache=str(len(words))), pipeline, log=quiet)
 
@@ -271,7 +271,7 @@ def test_a_run_from_a_cache_holds_no_encoder_and_exports_both(store, pipeline, t
     start = LensPipeline.from_parts(recipe.pipeline, catalog)
     settings = structure(StoreDataset.Config, recipe.dataset.options)
     fill_cache(settings, start, log=quiet)
-    run = Run(recipe, catalog, tmp_path / "run", log=quiet)
+    run = Run(recipe, catalog, tmp_path / "run", say=quiet)
     assert set(run.pipeline.present()) == {"backbone"}
     run.train()
     made = LensPipeline.from_pretrained(tmp_path / "run" / "model", catalog=catalog)
