@@ -19,7 +19,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch._dynamo  # which the first optimizer would import, in every process anew
 import toy
@@ -27,6 +26,8 @@ from accelerate import Accelerator  # noqa: F401  # likewise
 from attrs import evolve
 
 from lens_core.catalog import Catalog
+from lens_core.checkpoints import tensor_files
+from lens_core.io import atomic_files
 from lens_core.recipe import ComponentSpec, Recipe, Training, Watch
 from lens_core.training.trainer import Run
 
@@ -67,15 +68,19 @@ def audit(event: str, arguments: tuple[Any, ...]) -> None:
         moment(event)
 
 
-def by_halves(tensors: Any, path: Any, metadata: Any = None, whole: Any = safetensors.torch.save_file) -> None:
-    """safetensors' `save_file`, which writes the first half, is seen doing so, and writes the rest."""
-    whole(tensors, path, metadata)
-    content = Path(path).read_bytes()
-    with Path(path).open("wb", buffering=0) as file:
-        file.write(content[: len(content) // 2])
-        moment("half")
-        time.sleep(Here.pause)
-        file.write(content[len(content) // 2 :])
+def by_halves(path: Path, write: Any, atomic: Any = atomic_files.write_atomic) -> None:
+    """`write_atomic` for a file of tensors, which writes the first half, is seen doing so, and writes the rest."""
+
+    def halved(temporary: Path) -> None:
+        write(temporary)
+        content = temporary.read_bytes()
+        with temporary.open("wb", buffering=0) as file:
+            file.write(content[: len(content) // 2])
+            moment("half")
+            time.sleep(Here.pause)
+            file.write(content[len(content) // 2 :])
+
+    atomic(path, halved)
 
 
 def slow_loss(*arguments: Any, quick: Any = toy.Fit.loss) -> Any:
@@ -141,7 +146,7 @@ def newest(folder: Path) -> str:
 def main(root: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     sys.addaudithook(audit)
-    safetensors.torch.save_file = by_halves
+    tensor_files.write_atomic = by_halves
     toy.Fit.loss = slow_loss  # type: ignore[method-assign]  # slower, and otherwise itself
     toy.Reds.score = seen_score  # type: ignore[method-assign]  # likewise
     whole = root / "whole"

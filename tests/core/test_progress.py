@@ -267,7 +267,7 @@ def test_bad_steps_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> None:
 
 
 def test_a_factor_must_be_above_one() -> None:
-    with pytest.raises(ConfigError, match=r"spike is a factor above 1, or 0 for never, not 0\.5"):
+    with pytest.raises(ConfigError, match=r"spike: must be above 1, or 0, not 0\.5"):
         Training(steps=1, spike=0.5)
 
 
