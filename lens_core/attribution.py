@@ -267,34 +267,34 @@ def prompts_of(benchmark: Any) -> list[Prompt]:
     return found
 
 
-def roles_of(method: Any) -> dict[str, nn.Module]:
+def trainable_modules_of(method: Any) -> dict[str, nn.Module]:
     """Who can learn in a method, by name, checked: at least one network, each with a weight."""
     from torch import nn
 
-    with calling(method, "roles"):
-        roles = method.roles()
+    with calling(method, "trainable_modules"):
+        roles = method.trainable_modules()
     must = "it must return {role: nn.Module}, at least one"
     if not isinstance(roles, Mapping) or not roles:
-        refuse(method, "roles", roles, must)
+        refuse(method, "trainable_modules", roles, must)
     for role, net in roles.items():
         if not isinstance(role, str) or not isinstance(net, nn.Module):
-            refuse(method, "roles", net, must)
+            refuse(method, "trainable_modules", net, must)
         if not any(p.numel() for p in net.parameters()):
             raise ConfigError(f"{name_of(method)}: {role} is to learn, and {name_of(net)} has no weight; name another")
     return dict(roles)
 
 
-def turns_of(method: Any, step: int, roles: Mapping[str, Any]) -> tuple[str, ...]:
+def update_order_of(method: Any, step: int, roles: Mapping[str, Any]) -> tuple[str, ...]:
     """Who learns in a step, in order, checked."""
-    with calling(method, "turns"):
-        turns = method.turns(step)
-    must = f"it must return names of roles, which are {', '.join(roles)}"
-    if isinstance(turns, str) or not isinstance(turns, Sequence) or not all(isinstance(role, str) for role in turns):
-        refuse(method, "turns", turns, must)
-    for role in turns:
+    with calling(method, "update_order"):
+        order = method.update_order(step)
+    must = f"it must return names of trainable modules, which are {', '.join(roles)}"
+    if isinstance(order, str) or not isinstance(order, Sequence) or not all(isinstance(role, str) for role in order):
+        refuse(method, "update_order", order, must)
+    for role in order:
         if role not in roles:
-            raise PluginError(f"{name_of(method)}.turns named {role!r}; {must}")
-    return tuple(turns)
+            raise PluginError(f"{name_of(method)}.update_order named {role!r}; {must}")
+    return tuple(order)
 
 
 def batches_of(dataset: Any, rank: int, world: int) -> Iterator[Batch]:

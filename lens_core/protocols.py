@@ -197,7 +197,7 @@ class Generator(Protocol):
 class Method(Protocol):
     """A training algorithm without a loop, built as `cls(config, pipeline)`. It never sees a device or an optimizer."""
 
-    def roles(self) -> Mapping[str, nn.Module]:
+    def trainable_modules(self) -> Mapping[str, nn.Module]:
         """Who can learn, by name."""
 
     def steps(
@@ -205,17 +205,17 @@ class Method(Protocol):
     ) -> Iterator[Sequence[Any]]:
         """One item an optimizer step: its micro-batches. Pulls from `batches` lazily, never ahead.
 
-        A method that reads no dataset may say `divides = True`. `batches` then yields `Place`s: which part of each step
-        this iterator is for. What no part may share, or change for another, is up to the method.
+        A method that reads no dataset may say `shards_itself = True`. `batches` then yields a `Shard`: which
+        micro-batch of each step this iterator makes. What the micro-batches may share is up to the method.
         """
 
-    def turns(self, step: int) -> Sequence[str]:
+    def update_order(self, step: int) -> Sequence[str]:
         """Who learns in this step, in order."""
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Any, rng: torch.Generator) -> Loss: ...
 
     # Optional: validate(batch: Batch, nets, rng) -> Mapping[str, float], means over a batch that is not learned from.
-    # "loss" is the figure to watch; "loss/…" are parts of it. Draws from `rng` alone, which is the same at every look.
+    # "loss" is the figure to follow; "loss/…" are parts of it. Draws from `rng` alone, the same in each evaluation.
 
     # Optional: flops(role: str, batch) -> float, of that role's forward over a micro-batch. The log then tells how fast
     # the run computes; what backward adds is the loop's to know.

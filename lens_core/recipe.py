@@ -19,12 +19,12 @@ from lens_core.types import ConfigError, LensError
 from lens_core.validators import GUIDANCE, PIXELS, SEED, STEPS, each, integer, one_of, optional, real, text, within
 
 __all__ = [
-    "Adapter",
     "ComponentSpec",
+    "Evaluation",
+    "LoraSpec",
     "Parts",
     "Recipe",
     "Training",
-    "Watch",
     "build",
     "options",
     "parse_use",
@@ -51,8 +51,8 @@ class Parts:
 
 
 @frozen
-class Adapter:
-    """LoRA on a role: a low-rank matrix learns beside each target layer, and the layer itself stays as it is."""
+class LoraSpec:
+    """LoRA on one trainable module: a low-rank matrix learns beside each target layer, which itself stays frozen."""
 
     rank: int = field(default=16, validator=integer(at_least=1, at_most=2**16))
     scale: float = field(default=1.0, validator=real(above=0))  # alpha / rank, which multiplies the adapter
@@ -66,62 +66,63 @@ class Training:
     steps: int = field(validator=integer(at_least=1))  # optimizer steps in all
     lr: float = field(default=1e-4, validator=real(at_least=0))
     # By role: what multiplies lr for it; 1 where none is given.
-    rates: dict[str, float] = field(factory=dict, validator=each(real(at_least=0)))
+    lr_multipliers: dict[str, float] = field(factory=dict, validator=each(real(at_least=0)))
     warmup: int = field(default=0, validator=integer(at_least=0))  # steps of linear warm-up
-    decay: float = field(default=0.0, validator=within(0, 1))  # share of the run, at its end, over which lr falls to 0
-    shape: str = field(default="linear", validator=one_of("linear", "cosine"))  # how it falls
+    # Share of the run, at its end, over which lr falls to 0.
+    lr_decay_fraction: float = field(default=0.0, validator=within(0, 1))
+    lr_schedule: str = field(default="linear", validator=one_of("linear", "cosine"))  # how it falls
     betas: tuple[float, float] = field(default=(0.9, 0.99), validator=each(real(at_least=0, below=1)))
     weight_decay: float = field(default=0.0, validator=real(at_least=0))
-    clip: float = field(default=1.0, validator=real(at_least=0))  # largest gradient norm; 0 does not clip
+    max_grad_norm: float = field(default=1.0, validator=real(at_least=0))  # largest gradient norm; 0 does not clip
     # Decay of the weights' moving average, which is what is saved; 0 keeps none.
-    ema: float = field(default=0.0, validator=real(at_least=0, below=1))
-    # That a batch is worked through in, each with noise of its own; at least one a process.
-    parts: int = field(default=1, validator=integer(at_least=1, at_most=2**16))
-    # Processes among which each role's weights, moments and averages are divided; 0: all; 1: none.
-    shards: int = field(default=1, validator=integer(at_least=0, at_most=2**16))
+    ema_decay: float = field(default=0.0, validator=real(at_least=0, below=1))
+    # Parts that each batch is split into, each with its own noise; at least one a process.
+    micro_batches: int = field(default=1, validator=integer(at_least=1, at_most=2**16))
+    # Processes that share one copy of each module's weights, moments and averages (FSDP2); 0: all; 1: no sharding.
+    fsdp_shards: int = field(default=1, validator=integer(at_least=0, at_most=2**16))
     precision: str = field(default="fp32", validator=one_of("fp32", "bf16"))  # bf16: autocast over fp32 master weights
     compile: bool = False  # torch.compile each role; needs a C++ compiler on CPUs
-    checkpointing: bool = False  # compute activations again on the way back: less memory, a third more time
+    activation_checkpointing: bool = False  # compute activations again on the way back: less memory, a third more time
     save_every: int = field(default=500, validator=integer(at_least=1))  # steps between checkpoints
-    keep: int = field(default=2, validator=integer(at_least=1))  # checkpoints kept
+    keep_checkpoints: int = field(default=2, validator=integer(at_least=1))  # checkpoints kept
     log_every: int = field(default=20, validator=integer(at_least=1))  # steps between log lines
     # Skipped steps in a row before the run stops; those that are not finite are skipped.
-    bad_steps: int = field(default=5, validator=integer(at_least=1))
+    max_skipped_steps: int = field(default=5, validator=integer(at_least=1))
     # Times the running median from which a loss or a gradient's norm is skipped as well; 0: never.
     spike: float = field(default=0.0, validator=real(above=1, zero=True))
     trackers: tuple[str, ...] = ()  # tensorboard, trackio, wandb …: where lines of the log go besides log.jsonl
-    weights: str = field(default="fp32", validator=one_of("fp32", "bf16"))  # how the finished model is stored
+    export_dtype: str = field(default="fp32", validator=one_of("fp32", "bf16"))  # how the finished model is stored
     threads: int = field(default=0, validator=integer(at_least=0, at_most=1024))  # torch threads; 0: torch's choice
-    adapters: dict[str, Adapter] = field(factory=dict)  # by role; a role without one is trained in full
+    lora: dict[str, LoraSpec] = field(factory=dict)  # by role; a role without one is trained in full
 
 
 @frozen
-class Watch:
-    """What is looked at while a run goes on, with the weights that it would export. Learning never hears of it."""
+class Evaluation:
+    """What is measured during training, with the weights that would be exported. It never influences training."""
 
-    # Steps between looks; the beginning and the end are looked at too.
+    # Steps between evaluations; the start and the end are evaluated too.
     every: int = field(validator=integer(at_least=1))
     # Drawn into samples/step-N.png; picture i has the seed `seed + i`.
     prompts: tuple[str, ...] = field(default=(), validator=each(text()))
-    benchmarks: tuple[ComponentSpec, ...] = ()  # drawn and judged, and never learned from
+    benchmarks: tuple[ComponentSpec, ...] = ()  # generated for and scored, never trained on
     validation: ComponentSpec | None = None  # a dataset that is not learned from, for methods that can validate
-    batches: int = field(default=8, validator=integer(at_least=1))  # of it
+    validation_batches: int = field(default=8, validator=integer(at_least=1))  # of it
     seed: int = field(default=0, validator=SEED)
     # Height, width px of what is drawn; None: the preset.
     size: tuple[int, int] | None = field(default=None, validator=optional(each(PIXELS)))
     steps: int | None = field(default=None, validator=optional(STEPS))  # of the sampler; None: the preset
     guidance_scale: float | None = field(default=None, validator=optional(GUIDANCE))  # None: the preset
-    batch: int = field(default=16, validator=integer(at_least=1, at_most=2**16))  # pictures drawn at once
+    batch_size: int = field(default=16, validator=integer(at_least=1, at_most=2**16))  # pictures drawn at once
     keep_best: str = ""  # the benchmark by whose overall score the weights are chosen that are exported; "": the last
-    # Looks without a better score after which the run ends; 0: never.
+    # Early stopping: evaluations without a better score after which the run ends; 0: never.
     patience: int = field(default=0, validator=integer(at_least=0))
 
     def __attrs_post_init__(self) -> None:
         problems = []
         if not (self.prompts or self.benchmarks or self.validation):
-            problems.append("looks at nothing; name prompts, benchmarks or validation")
-        if self.keep_best and self.keep_best not in self.judges():
-            named = ", ".join(self.judges()) or "none"
+            problems.append("evaluates nothing; name prompts, benchmarks or validation")
+        if self.keep_best and self.keep_best not in self.named_benchmarks():
+            named = ", ".join(self.named_benchmarks()) or "none"
             problems.append(
                 f"keep_best is {shown(self.keep_best)}, which is no benchmark of this section; there is {named}"
             )
@@ -130,7 +131,7 @@ class Watch:
         if problems:
             raise ConfigError(problems)
 
-    def judges(self) -> dict[str, ComponentSpec]:
+    def named_benchmarks(self) -> dict[str, ComponentSpec]:
         """The benchmarks by the names they are logged under: their own, and a number where one is there twice."""
         found: dict[str, ComponentSpec] = {}
         for i, use in enumerate(self.benchmarks):
@@ -148,7 +149,7 @@ class Recipe:
     dataset: ComponentSpec | None = None  # where its method reads one
     pipeline: Parts = field(factory=Parts)
     seed: int = field(default=0, validator=SEED)
-    watch: Watch | None = None
+    evaluation: Evaluation | None = None
 
 
 def build(catalog: Catalog, kind: str, use: ComponentSpec, path: str = "$") -> tuple[str, type[Any], Any]:
@@ -222,15 +223,15 @@ def _change(data: Any, change: str) -> Iterator[str]:
 
 
 def _named(data: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
-    inner, watch = (v if isinstance(v, Mapping) else {} for v in (data.get("pipeline"), data.get("watch")))
+    inner, evaluation = (v if isinstance(v, Mapping) else {} for v in (data.get("pipeline"), data.get("evaluation")))
     found = [(k, data[k], f"$.{k}") for k in ("method", "dataset") if k in data]
     found += [
         (k, inner[k], f"$.pipeline.{k}")
         for k in ("vae", "text_encoder", "backbone", "sampler")
         if inner.get(k) is not None
     ]
-    judges = watch.get("benchmarks")
-    for i, use in enumerate(judges if isinstance(judges, list) else ()):
-        found.append(("benchmark", use, f"$.watch.benchmarks[{i}]"))
-    held = watch.get("validation")
-    return [*found, ("dataset", held, "$.watch.validation")] if held is not None else found
+    benchmarks = evaluation.get("benchmarks")
+    for i, use in enumerate(benchmarks if isinstance(benchmarks, list) else ()):
+        found.append(("benchmark", use, f"$.evaluation.benchmarks[{i}]"))
+    held = evaluation.get("validation")
+    return [*found, ("dataset", held, "$.evaluation.validation")] if held is not None else found

@@ -191,11 +191,11 @@ class Batch:
 
 
 @frozen
-class Place:
-    """Which part of a training step, of how many: 0 of 1 where it is not divided."""
+class Shard:
+    """Which micro-batch of a training step to make, of how many: 0 of 1 where the step is not divided."""
 
-    part: int = 0
-    parts: int = 1
+    index: int = 0
+    count: int = 1
 
 
 @frozen

@@ -210,7 +210,7 @@ class Targets:
             ("perceptions", 6, self.perceptions),
             ("manifest", 4, self.manifest),
             ("log", 5, self.log),
-            ("watch log", 6, self.watch),
+            ("evaluation log", 6, self.evaluations),
             ("results", 6, self.results),
             ("tar", 6, self.tar),
             ("folder of pictures", 3, self.pictures),
@@ -446,20 +446,26 @@ class Targets:
         if rng.random() < 0.2:
             curves.draw(found)
 
-    def watch(self, rng: random.Random) -> None:
-        from lens_core.recipe import Watch
-        from lens_core.training.evaluator import Watcher
+    def evaluations(self, rng: random.Random) -> None:
+        from lens_core.recipe import Evaluation
+        from lens_core.training.evaluator import Evaluator
 
         rows = [{"step": i, "seconds": 1.0, "shapes": 0.1 * i, "score": 0.1 * i, "sha256": "0" * 64} for i in range(6)]
-        path = self.write("watch/watch.jsonl", mutate_lines(rng, b"\n".join(json.dumps(row).encode() for row in rows)))
-        watcher = Watcher.__new__(Watcher)
-        watcher.config, watcher.out, watcher.lines = Watch(every=1, prompts=("a",), patience=2), path.parent, {}
-        watcher.say = lambda line: None
-        for changed in ([], ["$.watch.seed was 1 and is 2"]):
-            watcher.resume(5, changed)
-            watcher.due(6, 9)
-            watcher.over(5)
-            watcher.weights(5)
+        path = self.write(
+            "evaluation/evaluations.jsonl", mutate_lines(rng, b"\n".join(json.dumps(row).encode() for row in rows))
+        )
+        evaluator = Evaluator.__new__(Evaluator)
+        evaluator.config, evaluator.out, evaluator.lines = (
+            Evaluation(every=1, prompts=("a",), patience=2),
+            path.parent,
+            {},
+        )
+        evaluator.say = lambda line: None
+        for changed in ([], ["$.evaluation.seed was 1 and is 2"]):
+            evaluator.resume(5, changed)
+            evaluator.due(6, 9)
+            evaluator.should_stop(5)
+            evaluator.weights(5)
 
     def results(self, rng: random.Random) -> None:
         from lens_core.evaluation import comparison

@@ -28,19 +28,22 @@ from attrs import evolve
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
 from lens_core.io import atomic_files
-from lens_core.recipe import ComponentSpec, Recipe, Training, Watch
-from lens_core.training.trainer import Run
+from lens_core.recipe import ComponentSpec, Evaluation, Recipe, Training
+from lens_core.training.trainer import Trainer
 
 CATALOG = Catalog.of(toy)
 RECIPE = Recipe(
     method=ComponentSpec("fit"),
     dataset=ComponentSpec("squares"),
-    train=Training(steps=6, lr=1e-2, warmup=2, decay=0.5, ema=0.9, save_every=2, log_every=2),
+    train=Training(steps=6, lr=1e-2, warmup=2, lr_decay_fraction=0.5, ema_decay=0.9, save_every=2, log_every=2),
     pipeline=toy.PARTS,
     seed=3,
 )
 WATCHED = evolve(
-    RECIPE, watch=Watch(every=2, size=(16, 16), prompts=("red",), benchmarks=(ComponentSpec("reds"),), keep_best="reds")
+    RECIPE,
+    evaluation=Evaluation(
+        every=2, size=(16, 16), prompts=("red",), benchmarks=(ComponentSpec("reds"),), keep_best="reds"
+    ),
 )
 COUNT = 8  # moments to die at, chosen by chance; those in the middle of a file come on top
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
@@ -102,7 +105,7 @@ def attempt(
         code = 1
         try:
             Here.last, Here.pause, Here.watched = last, pause, True
-            run = Run(plan, CATALOG, folder / "run", say=lambda line: None)
+            run = Trainer(plan, CATALOG, folder / "run", log=lambda line: None)
             run.train()
             Here.watched = False
             (folder / "moments.json").write_text(json.dumps(Here.moments))
@@ -134,7 +137,7 @@ def checkpoint(folder: Path) -> str:
 
 def steps(folder: Path) -> list[int]:
     """The steps that were looked at."""
-    return [json.loads(line)["step"] for line in (folder / "run" / "watch.jsonl").read_text().splitlines()]
+    return [json.loads(line)["step"] for line in (folder / "run" / "evaluations.jsonl").read_text().splitlines()]
 
 
 def newest(folder: Path) -> str:

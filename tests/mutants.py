@@ -38,8 +38,8 @@ MUTANTS = [
     *_of(
         "lens_core/training/trainer.py",
         "tests/core/test_loop.py -k is_the_mean_over_its_parts",
-        ("share = 1 / (len(micro) * self.ranks.parts) if", "share = 1 / self.ranks.parts if"),
-        ("share = 1 / (len(micro) * self.ranks.parts) if", "share = 1 / len(micro) if"),
+        ("share = 1 / (len(micro) * self.ranks.micro_batches) if", "share = 1 / self.ranks.micro_batches if"),
+        ("share = 1 / (len(micro) * self.ranks.micro_batches) if", "share = 1 / len(micro) if"),
     ),
     *_of(
         "lens_core/training/trainer.py",
@@ -63,15 +63,18 @@ MUTANTS = [
     *_of(
         "lens_core/training/trainer.py",
         "tests/core/test_loop.py -k closed_form+the_rate+rate_of_its_own",
-        ("decay = min(self.train_config.ema, (1 + self.step) / (10 + self.step))", "decay = self.train_config.ema"),
+        (
+            "decay = min(self.train_config.ema_decay, (1 + self.step) / (10 + self.step))",
+            "decay = self.train_config.ema_decay",
+        ),
         (
             "value.detach().to(self.ema[role][name].dtype), 1 - decay)",
             "value.detach().to(self.ema[role][name].dtype), decay)",
         ),
         ("min(1.0, (step + 1) / train.warmup)", "min(1.0, step / train.warmup)"),
-        ("start = train.steps * (1 - train.decay)", "start = train.steps * train.decay"),
+        ("start = train.steps * (1 - train.lr_decay_fraction)", "start = train.steps * train.lr_decay_fraction"),
         ("(1 - math.cos(math.pi * left)) / 2)", "(1 + math.cos(math.pi * left)) / 2)"),
-        ("config.lr * config.rates.get(role, 1.0) * rate", "config.lr * rate"),
+        ("config.lr * config.lr_multipliers.get(role, 1.0) * lr_factor", "config.lr * lr_factor"),
     ),
     *_of(
         "lens_core/training/trainer.py",
@@ -80,7 +83,7 @@ MUTANTS = [
             "            self._refuse_non_finite()\n            if self.ranks.rank == 0 or",
             "            if self.ranks.rank == 0 or",
         ),
-        ("if not any(self.spikes.row.values()):", "if True:"),
+        ("if not any(self.spike_detector.row.values()):", "if True:"),
         ("        self._refuse_unproven()\n", ""),
     ),
     *_of(
@@ -102,7 +105,7 @@ MUTANTS = [
             "torch.rand((), generator=rng)",
         ),
         (
-            "standard_deviations([part for theirs in gathered(mine) for part in theirs])",
+            "standard_deviations([part for theirs in all_gather(mine) for part in theirs])",
             "standard_deviations(mine[:1])",
         ),
         ("total = total + config.kl * parts", "total = total - config.kl * parts"),

@@ -23,7 +23,7 @@ from attrs import frozen
 from lens_core import hookimpl
 from lens_core.catalog import Catalog
 from lens_core.recipe import Recipe, structure
-from lens_core.training.trainer import Run
+from lens_core.training.trainer import Trainer
 from lens_core.types import Prompt, Score
 
 torch.set_num_threads(1)
@@ -50,7 +50,15 @@ def lens_rewards() -> dict[str, type[Any]]:
 
 SHAPES = {"use": "shapes", "sizes": [[64, 64], [64, 80]], "batch": 8, "dense_caption_ratio": 0.0}
 PARTS = {"vae": "blocks", "text_encoder": "letters", "backbone": {"use": "mixer", "width": 8}, "sampler": "euler"}
-TRAIN = {"steps": 20, "lr": 2e-3, "ema": 0.9, "save_every": 10, "keep": 9, "log_every": 10, "parts": 2}
+TRAIN = {
+    "steps": 20,
+    "lr": 2e-3,
+    "ema_decay": 0.9,
+    "save_every": 10,
+    "keep_checkpoints": 9,
+    "log_every": 10,
+    "micro_batches": 2,
+}
 BLOCKS = {
     "use": "mmdit",
     "in_channels": 4,
@@ -83,15 +91,15 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "watched": {
         "method": "flow_matching",
-        "train": {"ema": 0.0},  # so that nothing but the optimizer changes weights between two looks
+        "train": {"ema_decay": 0.0},  # so that nothing but the optimizer changes weights between two looks
         "dataset": SHAPES,
         "pipeline": {**PARTS, "backbone": BLOCKS},
-        "watch": {
+        "evaluation": {
             "every": 10,
             "prompts": ["a red circle", "two blue squares"],
             "benchmarks": [{"use": "shapes", "prompts": 7, "tasks": ["words"]}],
             "validation": {**SHAPES, "seed": 9},
-            "batches": 2,
+            "validation_batches": 2,
             "keep_best": "shapes",
             "size": [64, 64],
             "steps": 2,
@@ -150,10 +158,15 @@ def installed() -> Catalog:
 
 def run(name: str, out: Path, **train: int) -> None:
     said: list[str] = []
-    going = Run(recipe(name, **train), installed(), out, say=said.append)
+    going = Trainer(recipe(name, **train), installed(), out, log=said.append)
     report = going.train()
     rank = going.ranks.rank
-    told = {"steps": report.steps, "said": said, "world": going.ranks.world, "mine": list(going.ranks.mine)}
+    told = {
+        "steps": report.steps,
+        "said": said,
+        "world": going.ranks.world,
+        "mine": list(going.ranks.local_micro_batches),
+    }
     if torch.distributed.is_initialized():
         backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))  # nothing public tells it
         told["patience"] = backend.options._timeout.total_seconds()
@@ -163,6 +176,6 @@ def run(name: str, out: Path, **train: int) -> None:
 if __name__ == "__main__":
     root, shards = Path(sys.argv[1]), int(sys.argv[2])
     for name in sys.argv[3:]:
-        run(name, root / name, shards=shards)
+        run(name, root / name, fsdp_shards=shards)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

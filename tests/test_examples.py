@@ -21,14 +21,14 @@ import toy
 
 from lens_core.catalog import Catalog, Plugin
 from lens_core.recipe import read_recipe
-from lens_core.training.trainer import Run
+from lens_core.training.trainer import Trainer
 
 catalog = Catalog.installed()
 (acme,) = [p for p in catalog.plugins if p.name == "lens_acme"]
 assert (acme.distribution, acme.version, acme.error) == ("lens-acme", "0.1.0", None)
 assert catalog.find("reward", "contrast").name == "lens_acme:contrast"
 catalog._add(Plugin("toy", "toy", "0"), lambda: toy)
-report = Run(read_recipe(Path("acme.yaml"), catalog), catalog, Path("run"), say=lambda line: None).train()
+report = Trainer(read_recipe(Path("acme.yaml"), catalog), catalog, Path("run"), log=lambda line: None).train()
 
 from lens_core.inference.pipeline import LensPipeline
 

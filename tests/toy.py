@@ -183,7 +183,7 @@ class Fit:
         self.critic = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
         Fit.seen = []
 
-    def roles(self) -> Mapping[str, nn.Module]:
+    def trainable_modules(self) -> Mapping[str, nn.Module]:
         return {"backbone": self.pipeline.backbone, "critic": self.critic}
 
     def steps(self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator) -> Iterator[Any]:
@@ -192,7 +192,7 @@ class Fit:
                 z = self.pipeline.vae.encode(to_pixels(batch.images))
             yield [(z, self.pipeline.encode(batch.captions))]
 
-    def turns(self, step: int) -> Sequence[str]:
+    def update_order(self, step: int) -> Sequence[str]:
         return ("critic", "backbone") if step % 2 == 0 else ("backbone",)
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Any, rng: torch.Generator) -> Loss:

@@ -481,9 +481,9 @@ def train(
 
         print(describe(plan, catalog))
         return 0
-    from lens_core.training.trainer import Run
+    from lens_core.training.trainer import Trainer
 
-    report = Run(plan, catalog, output or Path("runs") / recipe.stem, allow_changed=allow_changed).train()
+    report = Trainer(plan, catalog, output or Path("runs") / recipe.stem, allow_changed=allow_changed).train()
     if report.model is None:
         return 130
     print(f"{report.model}  {report.steps} steps, {report.seconds / 60:.1f} minutes this time")

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from lens_core.checkpoints.lora_keys import FILE, Pair, write
 from lens_core.checkpoints.lora_keys import read as spelled
-from lens_core.recipe import Adapter
+from lens_core.recipe import LoraSpec
 from lens_core.types import CheckpointError, ConfigError
 
 __all__ = ["FILE", "LoRALayer", "attach", "fold", "merge", "owned", "read", "save", "tensors", "unfold"]
 NAME = "default"  # PEFT's, which file formats leave out
 
 
-def attach(net: nn.Module, adapter: Adapter) -> None:
+def attach(net: nn.Module, adapter: LoraSpec) -> None:
     """Put `adapter` beside its target layers, in place; draws A from torch's default generator.
 
     Raises ConfigError if it names no linear layer of `net`.
@@ -50,7 +50,7 @@ def owned(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def save(net: nn.Module, adapter: Adapter, path: Path, prefix: str, spelling: str = "diffusers") -> None:
+def save(net: nn.Module, adapter: LoraSpec, path: Path, prefix: str, spelling: str = "diffusers") -> None:
     """Write the adapter in one of `spelling.SPELLINGS`: as diffusers reads it, `prefix.layer.lora_A.weight`, or as
     Comfy or sd-scripts does, for which a backbone has no other name."""
     found = {name.replace(f".{NAME}.", "."): value for name, value in tensors(net).items()}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lens_core.catalog import _flaw
 from lens_core.inference.pipeline import PIPELINE_PARTS, LensPipeline
 from lens_core.protocols import KINDS, HasWeights
-from lens_core.training.optimizers import optimizer_step
+from lens_core.training.optimizers import apply_step
 from lens_core.types import Batch, Loss, Prompt, Score, TextFeatures
 
 PROMPTS = ("a red circle", "two blue squares left of a small green star", "")
@@ -270,8 +270,8 @@ class _Bench:
 
     def __init__(self, method: Any, batches: Sequence[Batch]) -> None:
         self.method, self.batches = method, batches
-        self.nets: dict[str, nn.Module] = dict(method.roles())
-        _hold(bool(self.nets), f"{type(method).__name__}: nobody can learn; roles() is empty")
+        self.nets: dict[str, nn.Module] = dict(method.trainable_modules())
+        _hold(bool(self.nets), f"{type(method).__name__}: nobody can learn; trainable_modules() is empty")
         for net in self.nets.values():
             net.requires_grad_(False).eval()
         self.rng, self.given, self.step = torch.Generator().manual_seed(0), 0, 0
@@ -291,8 +291,9 @@ class _Bench:
         for micro in itertools.islice(self.source, steps):
             _hold(torch.is_grad_enabled(), f"{self.name}.steps leaves gradients off while its step is out")
             _hold(len(micro) > 0, f"{self.name}.steps yields a step without a micro-batch")
-            for role in self.method.turns(self.step):
-                _hold(role in self.nets, f"{self.name}.turns names {role!r}; the roles are {', '.join(self.nets)}")
+            for role in self.method.update_order(self.step):
+                known = ", ".join(self.nets)
+                _hold(role in self.nets, f"{self.name}.update_order names {role!r}; the trainable modules are {known}")
                 losses += [self._turn(role, batch) for batch in micro]
             self.method.after_step(self.step, self.nets)
             self.step += 1
@@ -311,7 +312,7 @@ class _Bench:
         own = {id(p) for p in net.parameters()}
         touched = [r for r, n in self.nets.items() for p in n.parameters() if p.grad is not None and id(p) not in own]
         _hold(not touched, f"{self.name}: the loss of {role} gives {', '.join(touched[:1])} gradients too")
-        optimizer_step(torch.optim.SGD(list(net.parameters()), lr=1e-3, fused=True))  # without momentum: no state
+        apply_step(torch.optim.SGD(list(net.parameters()), lr=1e-3, fused=True))  # without momentum: no state
         if loss.sums:
             self.method.after_update(role, self.nets, {k: v.detach().double() for k, v in loss.sums.items()})
         net.zero_grad()

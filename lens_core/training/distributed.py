@@ -42,20 +42,20 @@ def seed_of(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
-def parts_of(rank: int, world: int, parts: int) -> range:
+def micro_batches_of(rank: int, world: int, parts: int) -> range:
     """The parts of a batch that the process `rank` of `world` works through, in this order."""
     share = parts // world
     return range(rank * share, (rank + 1) * share)
 
 
-def own_parts(parts: int) -> range:
+def local_micro_batches(parts: int) -> range:
     """`parts_of` this process."""
     if not (dist.is_available() and dist.is_initialized()):
         return range(parts)
-    return parts_of(dist.get_rank(), dist.get_world_size(), parts)
+    return micro_batches_of(dist.get_rank(), dist.get_world_size(), parts)
 
 
-def gathered(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """What every process gives, in their order; `[value]` where there is one."""
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
@@ -98,20 +98,23 @@ class Ranks:
 
     def __init__(self, accelerator: Any, parts: int, shards: int = 1) -> None:
         self.rank, self.world, self.device = accelerator.process_index, accelerator.num_processes, accelerator.device
-        self.parts = max(parts, self.world)
-        if self.parts % self.world:
-            raise ConfigError(f"$.train.parts: {parts} parts have no equal shares for {self.world} processes")
-        self.mine = parts_of(self.rank, self.world, self.parts)
+        self.micro_batches = max(parts, self.world)
+        if self.micro_batches % self.world:
+            raise ConfigError(
+                f"$.train.micro_batches: {parts} micro-batches have no equal shares for {self.world} processes"
+            )
+        self.local_micro_batches = micro_batches_of(self.rank, self.world, self.micro_batches)
         self.shards = min(shards or self.world, self.world)
         if self.world % self.shards:
             raise ConfigError(
-                f"$.train.shards: {self.world} processes have no equal groups of {shards}; use a number that divides it"
+                f"$.train.fsdp_shards: {self.world} processes have no equal groups of {shards}; use a number that "
+                "divides it"
             )
-        self.divided = self.shards > 1  # else all hold everything
+        self.sharded = self.shards > 1  # else all hold everything
 
     # ---- gradients and numbers ------------------------------------------------------------------------------------
 
-    def add(self, parameters: Sequence[nn.Parameter]) -> None:
+    def all_reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum gradients over the processes, in messages of about BUCKET bytes, which is all that is copied of them.
         Those of divided weights were summed on their way back.
 
@@ -119,25 +122,25 @@ class Ranks:
         not depend on who else was in the batch."""
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if self.world == 1 or self.divided:
+        if self.world == 1 or self.sharded:
             return
         for bucket in buckets([p.grad for p in parameters if p.grad is not None], BUCKET):
             _sum(bucket)
 
     @property
-    def factor(self) -> int:
+    def gradient_scale(self) -> int:
         """What a loss is multiplied by, for FSDP2 takes the mean over the processes where `add` takes the sum."""
-        return self.world if self.divided else 1
+        return self.world if self.sharded else 1
 
-    def total(self, values: Mapping[str, float]) -> dict[str, float]:
+    def sum_metrics(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over those processes that name a thing."""
         if self.world == 1:
             return dict(values)
-        everyone = self.gathered(dict(values))
+        everyone = self.all_gather(dict(values))
         names = sorted({name for told in everyone for name in told})
         return {name: math.fsum(told[name] for told in everyone if name in told) for name in names}
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """What each process gives, in their order."""
         if self.world == 1:
             return [value]
@@ -145,7 +148,7 @@ class Ranks:
         dist.all_gather_object(everyone, value)
         return everyone
 
-    def summed(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over the processes of a small tensor, where it is."""
         if self.world > 1:
             values = values.clone()
@@ -154,9 +157,9 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether it holds in any process."""
-        return bool(self.total({"": float(flag)})[""])
+        return bool(self.sum_metrics({"": float(flag)})[""])
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The first process's value, in all of them."""
         if self.world == 1:
             return value
@@ -164,36 +167,36 @@ class Ranks:
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all are here."""
         if self.world > 1:
             dist.barrier()
 
     # ---- divided weights ------------------------------------------------------------------------------------------
 
-    def divide(self, nets: Mapping[str, nn.Module]) -> None:
+    def shard(self, nets: Mapping[str, nn.Module]) -> None:
         """Leave each process its share of the weights of `nets`, in place: block by block where a network names its
         blocks, as diffusers' and transformers' do, so that one block at a time is whole.
 
         Raises ConfigError where two of them stand on the same weights.
         """
-        if not self.divided:
+        if not self.sharded:
             return
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
         if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
             raise ConfigError(
-                f"$.train.shards: torch {torch.__version__} would wait for ever where processes use different weights; "
-                "use torch 2.13 or newer, or shards: 1"
+                f"$.train.fsdp_shards: torch {torch.__version__} would wait for ever where processes use different "
+                "weights; use torch 2.13 or newer, or fsdp_shards: 1"
             )
         owners: dict[int, str] = {}
         for role, net in nets.items():
             for parameter in net.parameters():
                 if (other := owners.setdefault(id(parameter), role)) != role:
                     raise ConfigError(
-                        f"$.train.shards: {other} and {role} stand on the same weights, which cannot be divided twice; "
-                        "use shards: 1"
+                        f"$.train.fsdp_shards: {other} and {role} stand on the same weights, which cannot be sharded "
+                        "twice; use fsdp_shards: 1"
                     )
         groups = self.world // self.shards
         shape, names = ((self.shards,), ("shard",)) if groups == 1 else ((groups, self.shards), ("copy", "shard"))
@@ -225,7 +228,7 @@ class Ranks:
         written: dict[str, Any] = {}
         if self.rank == 0:
             place.mkdir(parents=True)
-        self.wait()
+        self.barrier()
         try:
             # What is not divided, random states and buffers, is the first process's.
             planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
@@ -237,7 +240,7 @@ class Ranks:
             with atomic_files.writing(place):
                 raise next((c for c in causes if isinstance(c, OSError)), OSError(str(causes[0]))) from error
         mine = {f"{SHARDS}/{name}": digest.hexdigest() for name, digest in written.items()}
-        return {name: found for each in self.gathered(mine) for name, found in each.items()}
+        return {name: found for each in self.all_gather(mine) for name, found in each.items()}
 
     def read(self, folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a checkpoint, whoever wrote it, divided as those of the same name in `like` are."""
@@ -263,7 +266,7 @@ class Ranks:
             load(into, storage_reader=reader, no_dist=self.world == 1)
         return into
 
-    def collected(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`tensors` whole, on the CPU of the first process; the others help, and get nothing. All of them call it."""
         found: dict[str, Tensor] = {}
         for name, tensor in tensors.items():

@@ -1,7 +1,7 @@
-"""Looks at a run while it goes on: a grid of samples, benchmarks, held-out losses, and which weights were the best.
+"""Evaluation during training: a grid of samples, benchmarks, held-out losses, the best weights, early stopping.
 
-A look is a line of `watch.jsonl`. Which weights are the best, and whether patience is at an end, are functions of the
-lines up to the step at hand and of nothing else, so a resumed run decides as the uninterrupted one does.
+Each evaluation is a line of `evaluations.jsonl`. Which weights are the best and when to stop early depends on the lines
+up to the current step and on nothing else, so a resumed run decides as the uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lens_core.checkpoints import manifest, tensor_files
 from lens_core.evaluation import report, run
 from lens_core.inference.pipeline import PIPELINE_PARTS, LensPipeline
 from lens_core.io import atomic_files
-from lens_core.recipe import Watch, build
+from lens_core.recipe import Evaluation, build
 from lens_core.types import CheckpointError, ConfigError, LensError, Prompt
 
 COLUMNS = 8  # of a sample grid
@@ -32,11 +32,11 @@ class Interrupted(Exception):
     """The run has been asked to stop; the look has left nothing behind that counts."""
 
 
-class Watcher:
+class Evaluator:
     """The looks at one run in a folder. Raises ConfigError at once where pipeline or method cannot be watched."""
 
     def __init__(
-        self, config: Watch, catalog: Catalog, pipeline: LensPipeline, method: Any, out: Path,
+        self, config: Evaluation, catalog: Catalog, pipeline: LensPipeline, method: Any, out: Path,
         say: Callable[[str], None], *, writes: bool = True,
     ) -> None:  # fmt: skip
         self.config, self.pipeline, self.method, self.out, self.say = config, pipeline, method, out, say
@@ -44,26 +44,26 @@ class Watcher:
         absent = [p.replace("_", " ") for p in PIPELINE_PARTS if getattr(pipeline, p) is None]
         if absent and (config.prompts or config.benchmarks):
             raise ConfigError(
-                f"$.watch: a pipeline without a {' and a '.join(absent)} cannot draw; add what is missing, or leave "
-                "prompts and benchmarks out"
+                f"$.evaluation: a pipeline without a {' and a '.join(absent)} cannot draw; add what is missing, or "
+                "leave prompts and benchmarks out"
             )
         if not absent:
             pipeline.size(*(config.size or (None, None)))  # which refuses what is not on its grid
-        self.judges: dict[str, Any] = {}
-        for i, (name, use) in enumerate(config.judges().items()):
-            full, cls, options = build(catalog, "benchmark", use, f"$.watch.benchmarks[{i}]")
+        self.benchmarks: dict[str, Any] = {}
+        for i, (name, use) in enumerate(config.named_benchmarks().items()):
+            full, cls, options = build(catalog, "benchmark", use, f"$.evaluation.benchmarks[{i}]")
             with building(full):
-                self.judges[name] = cls(options)
-            if not prompts_of(self.judges[name]):
-                raise ConfigError(f"$.watch.benchmarks[{i}]: {name} has no prompts")
+                self.benchmarks[name] = cls(options)
+            if not prompts_of(self.benchmarks[name]):
+                raise ConfigError(f"$.evaluation.benchmarks[{i}]: {name} has no prompts")
         self.held: Any = None
         if config.validation is not None:
             if not hasattr(method, "validate"):
                 raise ConfigError(
-                    f"$.watch.validation: {type(method).__name__} has no validate(), so it measures nothing on "
+                    f"$.evaluation.validation: {type(method).__name__} has no validate(), so it measures nothing on "
                     "pictures that it does not learn from; leave validation out"
                 )
-            full, cls, options = build(catalog, "dataset", config.validation, "$.watch.validation")
+            full, cls, options = build(catalog, "dataset", config.validation, "$.evaluation.validation")
             with building(full):
                 self.held = cls(options)
             self._first = self.held.state_dict()
@@ -74,14 +74,15 @@ class Watcher:
     def resume(self, step: int, changed: Sequence[str]) -> None:
         """Read what was seen. Looks beyond `step`, which a killed run had taken, count when the run gets there again:
         it will be the same run. Where its recipe has `changed`, in these places, they are forgotten."""
-        path = self.out / "watch.jsonl"
+        path = self.out / "evaluations.jsonl"
         found = atomic_files.read_log(path, step if changed else torch.inf)
         self.lines = {int(line["step"]): line for line in found}
         for line in self.lines.values():
             if not _is_score(line.get("score")):  # a file that was changed, or not written by this version
                 line.pop("score", None)
         best = self.best(step)
-        judged = [c for c in changed if c.startswith("$.watch") and not c.startswith(("$.watch.every", "$.watch.pat"))]
+        harmless = ("$.evaluation.every", "$.evaluation.patience")  # they change when, not what, is measured
+        judged = [c for c in changed if c.startswith("$.evaluation") and not c.startswith(harmless)]
         if changed and best is not None and (judged or not self._file(best).is_file()):
             why = "were judged otherwise" if judged else "are gone"
             self.say(f"the weights of step {best}, the best so far, {why}; the best is chosen anew")
@@ -102,21 +103,21 @@ class Watcher:
         scores = self._scores(step)
         return max(scores, key=lambda n: scores[n]) if scores else None
 
-    def over(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether the last `patience` looks have all brought no better score."""
         best = self.best(step)
         return bool(self.config.patience) and sum(n > (best or 0) for n in self._scores(step)) >= self.config.patience
 
-    def lament(self) -> str:
+    def stop_reason(self) -> str:
         """Why it is over."""
-        return f"no better {self.config.keep_best} in {self.config.patience} looks"
+        return f"early stopping: no improvement of {self.config.keep_best} in {self.config.patience} evaluations"
 
     def weights(self, step: int) -> dict[str, Tensor] | None:
         """The best weights up to `step`, as ROLE/NAME; None where none are kept, or they cannot be read."""
         best = self.best(step)
         if best is None:
             return None
-        score, looks = self.lines[best]["score"], len(self._scores(step))
+        score, count = self.lines[best]["score"], len(self._scores(step))
         try:
             if manifest.hash_of(self._file(best)) != self.lines[best].get("sha256"):
                 raise CheckpointError(f"{self._file(best)}: is not what was written; some of its bits have changed")
@@ -124,7 +125,9 @@ class Watcher:
         except (CheckpointError, OSError) as error:
             self.say(f"the model is that of the last step, {step}, for the best cannot be read: {error}")
             return None
-        self.say(f"the model is that of step {best}: {self.config.keep_best} {score:.4f}, the best of {looks} looks")
+        self.say(
+            f"the model is that of step {best}: {self.config.keep_best} {score:.4f}, the best of {count} evaluations"
+        )
         return found
 
     def _file(self, step: int) -> Path:
@@ -132,7 +135,7 @@ class Watcher:
 
     # ---- a look ---------------------------------------------------------------------------------------------------
 
-    def look(
+    def evaluate(
         self, step: int, nets: Mapping[str, nn.Module], weights: Callable[[], dict[str, Tensor]],
         stopping: Callable[[], bool], agreed: Callable[[Any], Any],
     ) -> dict[str, Any]:  # fmt: skip
@@ -152,11 +155,11 @@ class Watcher:
         check()
         if config.prompts:
             self._sheet(step, check)
-        for name, judge in self.judges.items():
+        for name, judge in self.benchmarks.items():
             scores, fault = {}, ""
             try:
                 outcome = run.evaluate(
-                    self.pipeline, judge, seed=config.seed, batch=config.batch, log=check, **self._settings()
+                    self.pipeline, judge, seed=config.seed, batch=config.batch_size, log=check, **self._settings()
                 )
                 scores = {name: outcome.overall.value}
                 scores |= {f"{name}/{task}": of.value for task, of in outcome.tasks.items() if of.count}
@@ -180,10 +183,10 @@ class Watcher:
                     line["sha256"] = tensor_files.save_tensors(self._file(step), held)
         self.lines[step] = line
         if self.writes:
-            atomic_files.append(self.out / "watch.jsonl", line)
+            atomic_files.append(self.out / "evaluations.jsonl", line)
             self._tidy()
-        told = "  ".join(f"{k} {found[k]:.4f}" for k in found if k in self.judges or k == "validation/loss")
-        self.say(f"step {step}: looked for {line['seconds']:.0f} s  {told}".rstrip())
+        told = "  ".join(f"{k} {found[k]:.4f}" for k in found if k in self.benchmarks or k == "validation/loss")
+        self.say(f"step {step}: evaluation took {line['seconds']:.0f} s  {told}".rstrip())
         return line
 
     def _settings(self) -> dict[str, Any]:
@@ -200,7 +203,7 @@ class Watcher:
         prompts = [Prompt(text) for text in self.config.prompts]
         parts = []
         try:
-            for part in run.draw(self.pipeline, prompts, self.config.seed, self.config.batch, **self._settings()):
+            for part in run.draw(self.pipeline, prompts, self.config.seed, self.config.batch_size, **self._settings()):
                 parts.append(part.cpu())
                 check()
         except LensError as error:
@@ -218,7 +221,7 @@ class Watcher:
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         self.held.load_state_dict(self._first)
-        for number, batch in enumerate(islice(batches_of(self.held, 0, 1), self.config.batches)):
+        for number, batch in enumerate(islice(batches_of(self.held, 0, 1), self.config.validation_batches)):
             check()
             rng = torch.Generator().manual_seed(self.config.seed + number)
             there = batch.to(self.pipeline.device)

@@ -19,7 +19,7 @@ from lens_core.recipe import Recipe, build
 def unread(recipe: Recipe, catalog: Catalog) -> tuple[str, ...]:
     """The encoders that a run never asks for: its dataset gives latents and text features (`cache` of its config names
     where they are), its method takes them (`takes_encoded`), and nothing is drawn meanwhile."""
-    if recipe.dataset is None or recipe.watch is not None:
+    if recipe.dataset is None or recipe.evaluation is not None:
         return ()
     _, _, dataset = build(catalog, "dataset", recipe.dataset, "$.dataset")
     _, method, _ = build(catalog, "method", recipe.method, "$.method")

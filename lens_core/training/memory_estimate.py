@@ -130,7 +130,7 @@ def memory(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, int], dict[str, 
     _, cls, config = build(catalog, "method", recipe.method, "$.method")
     with torch.device("meta"):
         method = cls(config, pipeline)
-    roles: Mapping[str, nn.Module] = method.roles()
+    roles: Mapping[str, nn.Module] = method.trainable_modules()
     unread = frozen_weights.unread(recipe, catalog)
     if unread:
         notes.append(f"{' and '.join(unread)} are read for nothing but to check the cache, and held by nobody")
@@ -161,10 +161,10 @@ def cost(
     for net in held.values() if published else ():
         weigher.as_published(net)
     for name, net in held.items():
-        full = name in roles and name not in recipe.train.adapters
+        full = name in roles and name not in recipe.train.lora
         found[f"{name}: weights"] = weigher.weigh(net, full)
     for role, net in roles.items():
-        adapter = recipe.train.adapters.get(role)
+        adapter = recipe.train.lora.get(role)
         if adapter is not None:
             with torch.device("meta"):
                 lora.attach(net, adapter)
@@ -173,20 +173,20 @@ def cost(
         learns[role] = sum(p.numel() for p in learned)
         found |= {f"{role}: adapter": grows} if adapter is not None else {}
         found |= {f"{role}: gradients": grows, f"{role}: AdamW's moments": 2 * grows}
-        if recipe.train.ema and any(net is part for part in parts):
+        if recipe.train.ema_decay and any(net is part for part in parts):
             found[f"{role}: moving average"] = grows
     return {k: v for k, v in found.items() if v}, learns
 
 
 def divided(recipe: Recipe, catalog: Catalog, found: Mapping[str, int], learns: Mapping[str, int]) -> float | None:
-    """Bytes of one process of `train.shards`: roles are divided, and so are the method's frozen networks where they
-    share no weight with a role. None where nothing is divided."""
-    if recipe.train.shards <= 1:
+    """Bytes of one process of `train.fsdp_shards`: trainable modules are sharded, and so are frozen networks of the
+    method that share no weight with one. None where nothing is sharded."""
+    if recipe.train.fsdp_shards <= 1:
         return None
     _, cls, _ = build(catalog, "method", recipe.method, "$.method")
     names = {*learns, *(("teacher",) if hasattr(cls, "frozen") and "teacher: weights" in found else ())}
     share = sum(size for name, size in found.items() if name.partition(":")[0] in names)
-    return sum(found.values()) - share + share / recipe.train.shards
+    return sum(found.values()) - share + share / recipe.train.fsdp_shards
 
 
 def describe(recipe: Recipe, catalog: Catalog) -> str:
@@ -208,7 +208,7 @@ def describe(recipe: Recipe, catalog: Catalog) -> str:
     lines += [f"  {'all of it':28}{sum(found.values()) / 1e9:12,.3f}"]
     each = divided(recipe, catalog, found, learns)
     if each is not None:
-        lines += [f"  {f'of a process of {recipe.train.shards}':28}{each / 1e9:12,.3f}"]
+        lines += [f"  {f'of a process of {recipe.train.fsdp_shards}':28}{each / 1e9:12,.3f}"]
     return "\n".join([text, *lines, *(f"note: {note}" for note in ("activations come on top", *notes))])
 
 

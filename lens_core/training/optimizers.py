@@ -22,7 +22,7 @@ def adamw(parameters: Sequence[nn.Parameter], train: Training) -> torch.optim.Op
 
 
 @torch.no_grad()
-def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
+def apply_step(optimizer: torch.optim.Optimizer) -> None:
     """One step of `optimizer`, whichever it is, after which every cache that goes by versions sees new weights."""
     optimizer.step()
     # Fused kernels write weights without raising their version; all others raise it, and once more does no harm.

@@ -11,7 +11,7 @@ HISTORY = 100  # steps whose median a spike is measured against
 LEAST = 20  # steps before anything is a spike: a young run's gradients fall fast
 
 
-class Spikes:
+class SpikeDetector:
     """Which steps of a role are not to be taken: those that are not finite, or far above what is usual for it.
 
     Usual is the running median of the last good steps: of the gradient's norm, and of the loss where it is always

@@ -28,7 +28,7 @@ def peak(device: torch.device) -> float | None:
     return PEAKS.get(name.removeprefix("NVIDIA "))
 
 
-class Feed:
+class TimedLoader:
     """A dataset's batches, passed on; counts the samples, and the seconds that the run waits for them."""
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Tally:
         return [{name: (next(numbers[v.device]), weight) for name, (v, weight) in step.items()} for step in self.steps]
 
 
-class Pace:
+class Throughput:
     """Rates since the last line. What a look takes is not training; `left` counts it, for it will be taken again."""
 
     def __init__(self, step: int, peak: float | None = None) -> None:
@@ -88,7 +88,7 @@ class Pace:
         self.work = 0.0  # FLOPs of this process since the last line
         self.step, self.since, self.away, self.samples, self.waited = step, self.begun, 0.0, 0, 0.0
 
-    def line(self, step: int, feed: Feed, world: int) -> dict[str, float]:
+    def line(self, step: int, feed: TimedLoader, world: int) -> dict[str, float]:
         """What is logged: steps and samples a second, of all processes, the share of the time spent waiting, and how
         fast a process computes, of the most that its device can do (MFU) where that is known."""
         now = time.monotonic()

@@ -2,7 +2,7 @@
 
 It never sees an architecture; methods never see a device or an optimizer. A run is a folder:
 `recipe.json`, `log.jsonl`, `checkpoints/step-N/` and, at the end, `model/`, which `from_pretrained` reads; of a run
-that is watched, `watch.jsonl`, `samples/` and `best/` too.
+that is watched, `evaluations.jsonl`, `samples/` and `best/` too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lens_core.attribution import batches_of, building, calling, checked_loss, checked_step, items, roles_of, turns_of
+from lens_core.attribution import (
+    batches_of,
+    building,
+    calling,
+    checked_loss,
+    checked_step,
+    items,
+    trainable_modules_of,
+    update_order_of,
+)
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import manifest, tensor_files
 from lens_core.inference import lora
@@ -38,11 +47,11 @@ from lens_core.io.locks import locked
 from lens_core.recipe import Recipe, Training, build, structure, unstructure
 from lens_core.training import frozen_weights, optimizers
 from lens_core.training.distributed import SHARDS, STATE, Ranks, seed_of, whole
-from lens_core.training.evaluator import Interrupted, Watcher
-from lens_core.training.spikes import Spikes
-from lens_core.training.throughput import Feed, Pace, Tally, memory, peak
+from lens_core.training.evaluator import Evaluator, Interrupted
+from lens_core.training.spikes import SpikeDetector
+from lens_core.training.throughput import Tally, Throughput, TimedLoader, memory, peak
 from lens_core.training.trackers import Trackers, check_trackers
-from lens_core.types import CheckpointError, ConfigError, LensError, Loss, NumericalError, Place
+from lens_core.types import CheckpointError, ConfigError, LensError, Loss, NumericalError, Shard
 
 PREFIXES = {"backbone": "transformer", "text_encoder": "text_encoder", "vae": "vae"}
 """What diffusers calls the parts of a pipeline, in the names of an adapter's tensors."""
@@ -52,14 +61,14 @@ SCHEMA = 2
 """The version of a training checkpoint."""
 
 
-def rate(train: Training, step: int) -> float:
+def lr_factor(train: Training, step: int) -> float:
     """The learning rate's factor at `step` (0-based): linear warm-up, then 1, then decay to 0 over `decay`."""
     warm = min(1.0, (step + 1) / train.warmup) if train.warmup else 1.0
-    start = train.steps * (1 - train.decay)
+    start = train.steps * (1 - train.lr_decay_fraction)
     if step < start:
         return warm
     left = (train.steps - step) / (train.steps - start)
-    return warm * (left if train.shape == "linear" else (1 - math.cos(math.pi * left)) / 2)
+    return warm * (left if train.lr_schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 @frozen
@@ -72,15 +81,15 @@ class Report:
     model: Path | None
 
 
-class Run:
-    """One training run in a folder. `Run(recipe, catalog, out).train()` starts it, or goes on where it stopped."""
+class Trainer:
+    """One training run in a folder. `Trainer(recipe, catalog, out).train()` starts it, or goes on where it stopped."""
 
     def __init__(
         self,
         recipe: Recipe,
         catalog: Catalog,
         out: Path,
-        say: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None,
         *,
         allow_changed: bool = False,
     ) -> None:
@@ -100,9 +109,9 @@ class Run:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)] if several else [],
             cpu=several and not torch.cuda.is_available(),  # else it would start each process alone
         )
-        self.ranks = Ranks(self.accelerator, recipe.train.parts, recipe.train.shards)
-        told = say or (lambda line: print(line, file=sys.stderr, flush=True))
-        self.say: Callable[[str], None] = told if self.ranks.rank == 0 else lambda line: None
+        self.ranks = Ranks(self.accelerator, recipe.train.micro_batches, recipe.train.fsdp_shards)
+        printer = log or (lambda line: print(line, file=sys.stderr, flush=True))
+        self.log: Callable[[str], None] = printer if self.ranks.rank == 0 else lambda line: None
         set_seed(recipe.seed)  # before anything is built: initial weights are part of the recipe
         unread = frozen_weights.unread(recipe, catalog)  # the dataset brings what these would make
         self.pipeline = LensPipeline.from_parts(recipe.pipeline, catalog, unread).to(self.accelerator.device)
@@ -113,25 +122,25 @@ class Run:
         if recipe.dataset is not None:
             name, dataset, config = build(catalog, "dataset", recipe.dataset, "$.dataset")
             with building(name):
-                self.datasets = [dataset(config) for _ in self.ranks.mine]
+                self.datasets = [dataset(config) for _ in self.ranks.local_micro_batches]
             if hasattr(self.datasets[0], "check_encoders"):  # while the encoders are as they were read
                 self.datasets[0].check_encoders(self.pipeline, recipe.train.precision)
                 self.pipeline.put_off(unread)
-        elif self.ranks.parts > 1 and not getattr(self.method, "divides", False):
+        elif self.ranks.micro_batches > 1 and not getattr(self.method, "shards_itself", False):
             raise ConfigError(f"{recipe.method.use} reads no dataset, so it cannot be divided; run it as one process")
-        if self.ranks.divided and getattr(self.method, "divides", False):
+        if self.ranks.sharded and getattr(self.method, "shards_itself", False):
             raise ConfigError(
-                f"$.train.shards: {recipe.method.use} shares out its work unevenly, so processes cannot gather each "
-                "other's weights in step; use shards: 1, and an adapter where memory is short"
+                f"$.train.fsdp_shards: {recipe.method.use} shards its work unevenly, so processes cannot gather each "
+                "other's weights in step; use fsdp_shards: 1, and train.lora where memory is short"
             )
-        self.nets = roles_of(self.method)
+        self.nets = trainable_modules_of(self.method)
         for part in (*self.pipeline.present().values(), *self.nets.values()):
             part.requires_grad_(False).eval()
-        for option in ("adapters", "rates"):
+        for option in ("lora", "lr_multipliers"):
             for role in getattr(recipe.train, option):
                 if role not in self.nets:
                     raise ConfigError(f"$.train.{option}: no role is called {role!r}; {', '.join(self.nets)} can learn")
-        for role, adapter in recipe.train.adapters.items():
+        for role, adapter in recipe.train.lora.items():
             lora.attach(self.nets[role], adapter)
             self.nets[role].requires_grad_(False)
         # What never learns: networks of the method, such as a teacher, and what the roles leave of the pipeline.
@@ -139,17 +148,17 @@ class Run:
         self.halves: frozen_weights.Halves | None = None
         if recipe.train.precision == "bf16":
             held = self.pipeline.present() | self.frozen
-            still = frozen_weights.frozen_parameters(held.values(), self.nets, recipe.train.adapters)
+            still = frozen_weights.frozen_parameters(held.values(), self.nets, recipe.train.lora)
             self.halves = frozen_weights.Halves(held, still)
-        if self.ranks.divided:  # what `export` fills again, for divided modules stay what they are
+        if self.ranks.sharded:  # what `export` fills again, for divided modules stay what they are
             self.blanks = {role: _blank(net) for role, net in self.nets.items()}
         if recipe.train.compile:
             for net in self.nets.values():
                 # A stack of equal blocks compiles once, as one block; diffusers' models say which those are.
                 getattr(net, "compile_repeated_blocks", net.compile)()
-        self.ranks.divide(self.nets | frozen_weights.apart(self.frozen, self.nets))
+        self.ranks.shard(self.nets | frozen_weights.apart(self.frozen, self.nets))
         self.learning = {
-            role: [p for name, p in net.named_parameters() if role not in recipe.train.adapters or lora.owned(name)]
+            role: [p for name, p in net.named_parameters() if role not in recipe.train.lora or lora.owned(name)]
             for role, net in self.nets.items()
         }
         self.learned = {  # the share of each role's weights
@@ -159,43 +168,44 @@ class Run:
         self.rng = torch.Generator().manual_seed(recipe.seed)
         self.optimizers = {role: optimizers.adamw(self.learning[role], recipe.train) for role in self.nets}
         self.ema: dict[str, dict[str, Tensor]] = {
-            role: {k: v.detach().clone() for k, v in self._own(role).items()}
+            role: {k: v.detach().clone() for k, v in self.trainable_state(role).items()}
             for role, net in self.nets.items()
-            if recipe.train.ema and any(net is part for part in self.pipeline.present().values())  # what is exported
+            if recipe.train.ema_decay
+            and any(net is part for part in self.pipeline.present().values())  # what is exported
         }
-        if recipe.train.checkpointing:
+        if recipe.train.activation_checkpointing:
             for role, net in self.nets.items():
                 if hasattr(net, "enable_gradient_checkpointing"):
                     net.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' and transformers' name
                 else:
-                    self.say(f"{role} has no blocks to compute again; its activations are all kept")
+                    self.log(f"{role} has no blocks to compute again; its activations are all kept")
             for net in self.frozen.values():  # through which gradients pass, where a discriminator reads its features
                 if hasattr(net, "enable_gradient_checkpointing"):
                     net.enable_gradient_checkpointing()  # type: ignore[operator]  # as above
         self.exported = [  # the roles that `export` writes
             role
             for role, net in self.nets.items()
-            if role in recipe.train.adapters or any(net is part for part in self.pipeline.present().values())
+            if role in recipe.train.lora or any(net is part for part in self.pipeline.present().values())
         ]
-        self.watcher: Watcher | None = None
-        if recipe.watch is not None:
-            with self._aside():
-                self.watcher = Watcher(
-                    recipe.watch, catalog, self.pipeline, self.method, out, self.say, writes=self.ranks.rank == 0
+        self.evaluator: Evaluator | None = None
+        if recipe.evaluation is not None:
+            with self.isolated_rng():
+                self.evaluator = Evaluator(
+                    recipe.evaluation, catalog, self.pipeline, self.method, out, self.log, writes=self.ranks.rank == 0
                 )
         self.changed: list[str] = []  # where this recipe differs from the one that the run was begun with
         self.step = 0
         self.saved = 0  # the step of the newest checkpoint
         self.rotated = 0  # the newest checkpoint that others have made room for
         self.proven = -1  # the newest step whose weights have given finite losses; checkpoints up to it are good
-        self.spikes = Spikes(recipe.train.spike, tuple(self.nets))
-        self.feed = Feed()
+        self.spike_detector = SpikeDetector(recipe.train.spike, tuple(self.nets))
+        self.loader = TimedLoader()
         self._stop = False
 
-    def _own(self, role: str) -> dict[str, Tensor]:
+    def trainable_state(self, role: str) -> dict[str, Tensor]:
         """The part of a role's state that its training changes: what checkpoints hold and EMA averages."""
         net = self.nets[role]
-        return lora.tensors(net) if role in self.train_config.adapters else net.state_dict()
+        return lora.tensors(net) if role in self.train_config.lora else net.state_dict()
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
@@ -210,11 +220,11 @@ class Run:
         """`train`, as the only one who writes to the folder."""
         if self.ranks.rank == 0:
             self._same_recipe()
-        self.ranks.wait()
+        self.ranks.barrier()
         self._resume()
         config = self.train_config
-        self.pace = Pace(self.step, peak(self.accelerator.device))
-        self.trackers = Trackers(self.accelerator, unstructure(self.recipe), self.out, self.say)
+        self.throughput = Throughput(self.step, peak(self.accelerator.device))
+        self.trackers = Trackers(self.accelerator, unstructure(self.recipe), self.out, self.log)
         try:
             return self._train(config)
         except atomic_files.WriteError as error:
@@ -234,60 +244,62 @@ class Run:
                 if hasattr(self.method, "logs"):
                     self.method.logs = self._logs(self.step + 1)
                 micro = [self._next(steps) for steps in parts]
-                for turn, role in enumerate(turns_of(self.method, self.step, self.nets)):
-                    self.pace.work += self._work(role, micro)
-                    tally.add({f"{role}/{name}": value for name, value in self._turn(role, turn, micro).items()})
+                for turn, role in enumerate(update_order_of(self.method, self.step, self.nets)):
+                    self.throughput.work += self._work(role, micro)
+                    tally.add(
+                        {f"{role}/{name}": value for name, value in self.optimizer_step(role, turn, micro).items()}
+                    )
                 with calling(self.method, "after_step"):
                     self.method.after_step(self.step, self.nets)
-                if not any(self.spikes.row.values()):
+                if not any(self.spike_detector.row.values()):
                     self.proven = self.step
                     self._rotate()
                 self.step += 1
                 self._stop = self.ranks.any(self._stop)
                 if self._logs(self.step):
-                    last = tally.means(self.ranks.gathered)
+                    last = tally.means(self.ranks.all_gather)
                     if self.ranks.rank == 0:
-                        self._log(last, time.monotonic() - start)
+                        self._write_log(last, time.monotonic() - start)
                 if self.step % config.save_every == 0 or self.step == config.steps or self._stop:
                     self._save()
             self._save()
         if not finished:
-            self.say(f"stopped at step {self.step} of {config.steps}; the same command goes on from here")
+            self.log(f"stopped at step {self.step} of {config.steps}; the same command goes on from here")
             return Report(self.step, time.monotonic() - start, {}, None)
         self._refuse_unproven()
         self._gather()
         model = self.export() if self.ranks.rank == 0 else self.out / "model"
         self.proven = self.step
         self._rotate()
-        self.ranks.wait()
+        self.ranks.barrier()
         return Report(self.step, time.monotonic() - start, last, model)
 
     def _look(self) -> bool:
         """Take a look, if it is time to. Whether the run is finished: all steps made and looked at, or no patience."""
         over, last = self.step >= self.train_config.steps, self.train_config.steps
-        if self.watcher is not None:
-            if over or self.step % self.watcher.config.every == 0:
+        if self.evaluator is not None:
+            if over or self.step % self.evaluator.config.every == 0:
                 self._refuse_non_finite()
-            pending, together = False, self.ranks.divided  # one process alone cannot draw with divided weights
+            pending, together = False, self.ranks.sharded  # one process alone cannot draw with divided weights
             if self.ranks.rank == 0 or together:
-                if self.watcher.due(self.step, last):
+                if self.evaluator.due(self.step, last):
                     begun = time.monotonic()
-                    with contextlib.suppress(Interrupted), self._aside(), self._averaged():
+                    with contextlib.suppress(Interrupted), self.isolated_rng(), self.ema_weights():
                         stop = (lambda: self.ranks.any(self._stop)) if together else (lambda: self._stop)
-                        agreed = self.ranks.told if together else (lambda seen: seen)
-                        seen = self.watcher.look(self.step, self.nets, self._weights, stop, agreed)
-                        self.trackers.log({f"watch/{k}": v for k, v in seen.items() if k != "step"}, self.step)
-                    self.pace.away += time.monotonic() - begun
-                pending = self.watcher.due(self.step, last)
-                if not over and self.watcher.over(self.step):
+                        agreed = self.ranks.broadcast if together else (lambda seen: seen)
+                        seen = self.evaluator.evaluate(self.step, self.nets, self._weights, stop, agreed)
+                        self.trackers.log({f"evaluation/{k}": v for k, v in seen.items() if k != "step"}, self.step)
+                    self.throughput.away += time.monotonic() - begun
+                pending = self.evaluator.due(self.step, last)
+                if not over and self.evaluator.should_stop(self.step):
                     over = True
-                    self.say(f"{self.watcher.lament()}; the run ends at step {self.step} of {last}")
+                    self.log(f"{self.evaluator.stop_reason()}; the run ends at step {self.step} of {last}")
             self._stop = self.ranks.any(self._stop)
             over = self.ranks.any(over) and not self.ranks.any(pending)
         return over
 
     @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
+    def isolated_rng(self) -> Iterator[None]:
         """What happens inside is no part of the training: it draws no number of it, and compiles nothing anew."""
         cuda = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         eager = torch.compiler.set_stance("force_eager" if self.train_config.compile else "default")
@@ -295,12 +307,14 @@ class Run:
             yield
 
     @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         """The moving averages and the weights stand in each other's place; afterwards, bit for bit as before.
 
         Values move, not tensors: kernels may take another path where a tensor lies otherwise in memory.
         """
-        pairs = [(v.detach(), average[k]) for r, average in self.ema.items() for k, v in self._own(r).items()]
+        pairs = [
+            (v.detach(), average[k]) for r, average in self.ema.items() for k, v in self.trainable_state(r).items()
+        ]
         _exchange(pairs)
         try:
             yield
@@ -309,19 +323,19 @@ class Run:
 
     def _weights(self) -> dict[str, Tensor]:
         """What `export` would write of the roles, as ROLE/NAME, while the averages stand in their places."""
-        own = {f"{role}/{k}": v.detach() for role in self.exported for k, v in self._own(role).items()}
-        return self.ranks.collected(own) if self.ranks.divided else own
+        own = {f"{role}/{k}": v.detach() for role in self.exported for k, v in self.trainable_state(role).items()}
+        return self.ranks.gather(own) if self.ranks.sharded else own
 
     def _parts(self) -> list[Iterator[Sequence[Any]]]:
         """The method's steps for each part of a batch. Their generators are in one state, for what all must share."""
         found = []
-        for number, part in enumerate(self.ranks.mine):
+        for number, part in enumerate(self.ranks.local_micro_batches):
             batches: Iterator[Any] = iter(())
-            if getattr(self.method, "divides", False):
-                batches = repeat(Place(part, self.ranks.parts))
+            if getattr(self.method, "shards_itself", False):
+                batches = repeat(Shard(part, self.ranks.micro_batches))
             elif self.datasets:
-                own = batches_of(self.datasets[number], part, self.ranks.parts)
-                batches = (batch.to(self.accelerator.device) for batch in self.feed.through(own))
+                own = batches_of(self.datasets[number], part, self.ranks.micro_batches)
+                batches = (batch.to(self.accelerator.device) for batch in self.loader.through(own))
             rng = self.rng if number == 0 else torch.Generator().manual_seed(self.recipe.seed)
             rng.set_state(self.rng.get_state())
             with calling(self.method, "steps"):
@@ -332,7 +346,7 @@ class Run:
     def _autocast(self) -> torch.autocast:
         half = self.train_config.precision == "bf16"
         # The cache would hold a cast of every weight until the pass is over, where one block at a time is to be whole.
-        cached = not self.ranks.divided
+        cached = not self.ranks.sharded
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=half, cache_enabled=cached)
 
     def _next(self, steps: Iterator[Sequence[Any]]) -> Sequence[Any]:
@@ -342,7 +356,7 @@ class Run:
             raise LensError(f"the method had nothing to learn from at step {self.step}; check $.dataset")
         return checked_step(self.method, micro)
 
-    def _turn(self, role: str, turn: int, parts: Sequence[Sequence[Any]]) -> dict[str, tuple[Tensor, float]]:
+    def optimizer_step(self, role: str, turn: int, parts: Sequence[Sequence[Any]]) -> dict[str, tuple[Tensor, float]]:
         """One optimizer step of one role: only it has gradients, which are means over the parts of all processes. What
         is told comes back as sums and their weights, for `Tally`; nothing of a step that was skipped.
 
@@ -350,7 +364,7 @@ class Run:
         """
         net, optimizer, config = self.nets[role], self.optimizers[role], self.train_config
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * config.rates.get(role, 1.0) * rate(config, self.step)
+            group["lr"] = config.lr * config.lr_multipliers.get(role, 1.0) * lr_factor(config, self.step)
         for parameter in self.learning[role]:
             parameter.requires_grad_(True)
         net.train()
@@ -358,7 +372,7 @@ class Run:
         told: dict[str, tuple[Tensor, float]] = {}  # and the weight of those that told it: not every part tells all
         weighed: set[bool] = set()  # whether losses bring their weight
         gathered: dict[str, Tensor] = {}  # the losses' sums
-        for part, micro in zip(self.ranks.mine, parts, strict=True):
+        for part, micro in zip(self.ranks.local_micro_batches, parts, strict=True):
             seed = seed_of(self.recipe.seed, self.step, turn, part)
             torch.manual_seed(seed)  # dropout draws there
             rng = torch.Generator().manual_seed(seed)
@@ -366,39 +380,39 @@ class Run:
                 with self._autocast(), calling(self.method, "loss"):
                     loss: Loss = self.method.loss(role, self.nets, batch, rng)
                 loss = checked_loss(self.method, loss)
-                share = 1 / (len(micro) * self.ranks.parts) if loss.weight is None else loss.weight
+                share = 1 / (len(micro) * self.ranks.micro_batches) if loss.weight is None else loss.weight
                 weighed.add(loss.weight is not None)
-                torch.autograd.backward(loss.total * share * self.ranks.factor)
+                torch.autograd.backward(loss.total * share * self.ranks.gradient_scale)
                 for name, value in {"loss": loss.total, **loss.parts}.items():
                     total, weight = told.get(name, (0.0, 0.0))
                     told[name] = total + _precise(value) * share, weight + share
                 for name, tensor in loss.sums.items():
                     gathered[name] = gathered[name] + _precise(tensor) if name in gathered else _precise(tensor)
-        self.ranks.add(self.learning[role])
+        self.ranks.all_reduce_gradients(self.learning[role])
         total, weight = told["loss"]
-        loss, weight = self.ranks.summed(torch.stack([total, torch.full_like(total, weight)]))
+        loss, weight = self.ranks.all_reduce(torch.stack([total, torch.full_like(total, weight)]))
         if True in weighed:
             self._divide_gradients(role, weight)
-        length = _precise(whole(torch.nn.utils.clip_grad_norm_(self.learning[role], config.clip or math.inf)))
+        length = _precise(whole(torch.nn.utils.clip_grad_norm_(self.learning[role], config.max_grad_norm or math.inf)))
         # The one time in this step at which the host waits for the device: whether to take it is decided there.
         value, norm, weight = torch.stack([loss / weight, length, weight]).tolist()
         if len(weighed) > 1 or not weight > 0:
             reason = "some have a weight and some have none" if len(weighed) > 1 else f"they weigh {weight:g} in all"
             raise LensError(f"{self.recipe.method.use}: of the losses of {role}, {reason} at step {self.step}")
-        fault = self.spikes.fault(role, value, norm)
-        if not self.spikes.finite[role]:
+        fault = self.spike_detector.fault(role, value, norm)
+        if not self.spike_detector.finite[role]:
             self._refuse_non_finite()
         if fault is None:
-            optimizers.optimizer_step(optimizer)
+            optimizers.apply_step(optimizer)
             if gathered:
-                sums_of_all = {name: self.ranks.summed(tensor) for name, tensor in gathered.items()}
+                sums_of_all = {name: self.ranks.all_reduce(tensor) for name, tensor in gathered.items()}
                 with calling(self.method, "after_update"):
                     self.method.after_update(role, self.nets, sums_of_all)
             self._average(role)
         else:
-            row = self.spikes.row[role]
-            self.say(f"step {self.step}: {role} has {fault}; skipped ({row} in a row)")
-            if row >= config.bad_steps:
+            row = self.spike_detector.row[role]
+            self.log(f"step {self.step}: {role} has {fault}; skipped ({row} in a row)")
+            if row >= config.max_skipped_steps:
                 raise NumericalError(
                     f"{row} bad steps in a row of {role} at step {self.step}: {fault}; {self._advice()}"
                 )
@@ -424,8 +438,8 @@ class Run:
         if role not in self.ema:
             return
         # A young average would remember the initial weights: its decay grows with the step.
-        decay = min(self.train_config.ema, (1 + self.step) / (10 + self.step))
-        for name, value in self._own(role).items():
+        decay = min(self.train_config.ema_decay, (1 + self.step) / (10 + self.step))
+        for name, value in self.trainable_state(role).items():
             if value.dtype.is_floating_point:
                 self.ema[role][name].lerp_(value.detach().to(self.ema[role][name].dtype), 1 - decay)
             else:
@@ -435,12 +449,12 @@ class Run:
         """Whether there is a line about the steps up to `step`."""
         return step % self.train_config.log_every == 0 or step == self.train_config.steps
 
-    def _log(self, means: Mapping[str, float], seconds: float) -> None:
+    def _write_log(self, means: Mapping[str, float], seconds: float) -> None:
         values = {name: round(mean, 6) for name, mean in means.items()}
-        pace, held = self.pace.line(self.step, self.feed, self.ranks.world), memory(self.accelerator.device)
+        pace, held = self.throughput.line(self.step, self.loader, self.ranks.world), memory(self.accelerator.device)
         line = {"step": self.step, "seconds": round(seconds, 1), **pace, **values}
         line |= {"memory_gb": round(held, 3)} if held is not None else {}
-        line |= {f"{role}/skipped": count for role, count in self.spikes.skipped.items() if count}
+        line |= {f"{role}/skipped": count for role, count in self.spike_detector.skipped.items() if count}
         atomic_files.append(self.out / "log.jsonl", line)
         self.trackers.log({k: v for k, v in line.items() if k != "step"}, self.step)
         told = [f"{k} {v:.4f}" for k, v in values.items() if not k.endswith("grad_norm")]
@@ -452,7 +466,7 @@ class Run:
         told += [f"{held:.2f} GB"] if held is not None else []
         told += [f"{k} {line[k]}" for k in line if k.endswith("/skipped")]
         last = self.train_config.steps
-        self.say("  ".join([f"step {self.step}/{last}", *told, self.pace.left(self.step, last)]))
+        self.log("  ".join([f"step {self.step}/{last}", *told, self.throughput.left(self.step, last)]))
 
     # ---- numbers that are not finite ---------------------------------------------------------------------------
 
@@ -474,12 +488,12 @@ class Run:
 
     def _refuse_unproven(self) -> None:
         """Raise NumericalError where a role that is exported as it is has had no finite loss since its last step."""
-        chosen = self.watcher is not None and self.watcher.best(self.step) is not None  # then others are exported
+        chosen = self.evaluator is not None and self.evaluator.best(self.step) is not None  # then others are exported
         for role in () if chosen else self.exported:
-            if not self.spikes.finite[role]:
+            if not self.spike_detector.finite[role]:
                 raise NumericalError(
-                    f"the last {self.spikes.row[role]} steps of {role} had no finite loss, so it is not exported; "
-                    f"{self._advice()}"
+                    f"the last {self.spike_detector.row[role]} steps of {role} had no finite loss, so it is not "
+                    f"exported; {self._advice()}"
                 )
 
     def _advice(self) -> str:
@@ -505,9 +519,9 @@ class Run:
         """A checkpoint of this step, once."""
         if self.saved != self.step:
             self._refuse_non_finite()
-            if self.ranks.rank == 0 or self.ranks.divided:
+            if self.ranks.rank == 0 or self.ranks.sharded:
                 self.save()
-            self.ranks.wait()
+            self.ranks.barrier()
             self.saved = self.step
 
     def save(self) -> Path:
@@ -515,7 +529,7 @@ class Run:
         are divided, all processes call it."""
         tensors: dict[str, Tensor] = {"rng": self.rng.get_state(), "torch_rng": torch.get_rng_state()}
         for role in self.nets:
-            tensors |= {f"net/{role}/{k}": v for k, v in self._own(role).items()}
+            tensors |= {f"net/{role}/{k}": v for k, v in self.trainable_state(role).items()}
             tensors |= {f"ema/{role}/{k}": v for k, v in self.ema.get(role, {}).items()}
             for index, slots in self.optimizers[role].state_dict()["state"].items():
                 tensors |= {f"optimizer/{role}/{index}/{k}": torch.as_tensor(v) for k, v in slots.items()}
@@ -527,12 +541,12 @@ class Run:
             "step": self.step,
             "dataset": self.datasets[0].state_dict() if self.datasets else {},
             "method": {k: v for k, v in method.items() if not isinstance(v, Tensor)},
-            "spikes": self.spikes.state_dict(),
+            "spikes": self.spike_detector.state_dict(),
         }
         final = self.out / "checkpoints" / f"step-{self.step:07d}"
-        with _whole(final) if self.ranks.rank == 0 else contextlib.nullcontext(_partial(final)) as partial:
+        with atomic_directory(final) if self.ranks.rank == 0 else contextlib.nullcontext(_partial(final)) as partial:
             # Hashes are taken while files are written: nobody reads them again while the others wait.
-            if self.ranks.divided:
+            if self.ranks.sharded:
                 sums = self.ranks.write(partial, tensors)
             else:
                 sums = {STATE: tensor_files.save_tensors(partial / STATE, tensors)}
@@ -546,7 +560,7 @@ class Run:
         """Remove all but the newest `keep` checkpoints. Called after a good step and after an export, when the newest
         is known to be good: until then nothing makes room for it."""
         if self.ranks.rank == 0 and self.rotated != self.saved:
-            for old in self._folders()[: -self.train_config.keep]:
+            for old in self._folders()[: -self.train_config.keep_checkpoints]:
                 shutil.rmtree(old)
             self.rotated = self.saved
 
@@ -571,7 +585,7 @@ class Run:
                 return folder
             except CheckpointError as error:
                 refused = error
-                self.say(f"{folder.name} is damaged, so the one before it is used: {error}")
+                self.log(f"{folder.name} is damaged, so the one before it is used: {error}")
         if refused is not None:  # to begin anew would rotate these away, and they may be all that is left
             raise CheckpointError(
                 f"{self.out}: none of its checkpoints can be read; choose a new --output or move them away ({refused})"
@@ -580,27 +594,27 @@ class Run:
 
     def _resume(self) -> None:
         # The first process looks for all, so that all go on from the same one.
-        folder: Path | None = self.ranks.told(self._newest() if self.ranks.rank == 0 else None)
+        folder: Path | None = self.ranks.broadcast(self._newest() if self.ranks.rank == 0 else None)
         if folder is not None:
             self._restore(
                 atomic_files.read_json(folder / "state.json", finite=False), self.ranks.read(folder, self._like())
             )
-            self.say(f"resumed at step {self.step} from {folder}")
+            self.log(f"resumed at step {self.step} from {folder}")
         if self.ranks.rank == 0:
             log = self.out / "log.jsonl"
             if log.is_file():  # a run that was killed had logged steps that are made again now
                 atomic_files.rewrite_log(log, atomic_files.read_log(log, self.step))
-            if self.watcher is not None:
+            if self.evaluator is not None:
                 begun = self.saved > 0  # else another recipe's first look is not this one's
-                self.watcher.resume(self.step if begun or not self.changed else -1, self.changed)
-        if self.watcher is not None:
-            self.watcher.lines = self.ranks.told(self.watcher.lines)
+                self.evaluator.resume(self.step if begun or not self.changed else -1, self.changed)
+        if self.evaluator is not None:
+            self.evaluator.lines = self.ranks.broadcast(self.evaluator.lines)
 
     def _like(self) -> dict[str, Tensor]:
         """By their names in a checkpoint, tensors that are divided as those there are to be."""
         found: dict[str, Tensor] = {}
-        for role in self.nets if self.ranks.divided else ():
-            found |= {f"net/{role}/{k}": v.detach() for k, v in self._own(role).items()}
+        for role in self.nets if self.ranks.sharded else ():
+            found |= {f"net/{role}/{k}": v.detach() for k, v in self.trainable_state(role).items()}
             found |= {f"ema/{role}/{k}": v for k, v in self.ema.get(role, {}).items()}
             for index, parameter in enumerate(self.learning[role]):
                 found |= {f"optimizer/{role}/{index}/{k}": parameter.detach() for k in ("exp_avg", "exp_avg_sq")}
@@ -627,23 +641,23 @@ class Run:
             self.optimizers[role].load_state_dict({"state": slots, "param_groups": groups})
         self.rng.set_state(tensors["rng"])
         torch.set_rng_state(tensors["torch_rng"])
-        self.spikes.load_state_dict(state["spikes"])
+        self.spike_detector.load_state_dict(state["spikes"])
         self.step = self.saved = int(state["step"])
-        self.proven = self.step - 1 - max(self.spikes.row.values())
+        self.proven = self.step - 1 - max(self.spike_detector.row.values())
 
     def _load(self, role: str, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `_own` gave."""
-        if tensors.keys() != self._own(role).keys():
+        if tensors.keys() != self.trainable_state(role).keys():
             raise CheckpointError(f"{self.out}: the checkpoint's {role} is another network than the recipe's")
-        self.nets[role].load_state_dict(tensors, strict=role not in self.train_config.adapters)
+        self.nets[role].load_state_dict(tensors, strict=role not in self.train_config.lora)
 
     def _gather(self) -> None:
         """Make divided weights and averages whole again, on the CPU of the first process, for `export`."""
-        if not self.ranks.divided:
+        if not self.ranks.sharded:
             return
         for role, net in self.nets.items():
-            full = self.ranks.collected(net.state_dict())
-            average = self.ranks.collected(self.ema.get(role, {}))
+            full = self.ranks.gather(net.state_dict())
+            average = self.ranks.gather(self.ema.get(role, {}))
             if self.ranks.rank == 0:
                 blank = self.blanks[role]
                 blank.load_state_dict(full, assign=True)
@@ -659,7 +673,7 @@ class Run:
 
         An adapter goes to `adapters/ROLE/`, in diffusers' format, and is merged into the network that `model/` holds.
         """
-        best = self.watcher.weights(self.step) if self.watcher is not None else None
+        best = self.evaluator.weights(self.step) if self.evaluator is not None else None
         for role in self.exported:
             found = {k.removeprefix(f"{role}/"): v for k, v in (best or {}).items() if k.startswith(f"{role}/")}
             if best is not None or role in self.ema:
@@ -667,12 +681,12 @@ class Run:
         if self.halves is not None:
             for part, net in self.pipeline.present().items():
                 self.halves.restore(part, net)
-        for role, adapter in self.train_config.adapters.items():
+        for role, adapter in self.train_config.lora.items():
             prefix = next((f for p, f in PREFIXES.items() if self.pipeline.present().get(p) is self.nets[role]), None)
             lora.save(self.nets[role], adapter, self.out / "adapters" / role / lora.FILE, prefix or role)
             if prefix:  # other networks are not exported, and may stand on the same weights
                 lora.merge(self.nets[role])
-        if self.train_config.weights == "bf16":
+        if self.train_config.export_dtype == "bf16":
             self.pipeline.to(dtype=torch.bfloat16)
         for role in self.exported:
             if not _finite(self.nets[role].parameters()):
@@ -682,7 +696,7 @@ class Run:
         self.pipeline.provenance |= {"recipe": made | {"sha256": hashlib.sha256(recipe).hexdigest()[:16]}}
         self.pipeline.device = torch.device("cpu")  # where parts that the run never touched are read now
         final = self.out / "model"
-        with _whole(final) as partial:
+        with atomic_directory(final) as partial:
             self.pipeline.save_pretrained(partial)
         return final
 
@@ -701,7 +715,7 @@ class Run:
                 self.changed = ["$"]  # nothing of that run is left to go on with
             changed = self.changed if self._folders() else []
             for line in changed if self.allow_changed else ():
-                self.say(f"changed, as allowed: {line}")
+                self.log(f"changed, as allowed: {line}")
             if changed and not self.allow_changed:
                 raise ConfigError(
                     f"{self.out}: was begun with another recipe: {'; '.join(changed)}. "
@@ -723,7 +737,7 @@ def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _whole(final: Path) -> Iterator[Path]:
+def atomic_directory(final: Path) -> Iterator[Path]:
     """A folder to fill, which then takes the place of `final`. Where it cannot be filled, it gives its room back."""
     partial = _partial(final)
     shutil.rmtree(partial, ignore_errors=True)
@@ -778,7 +792,7 @@ def _exchange(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 class _Signals:
     """While open, SIGTERM and Ctrl-C ask the run to save and stop after the step at hand."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Trainer) -> None:
         self.run = run
         self.before: dict[int, Any] = {}
 

@@ -154,13 +154,13 @@ class DMD2:
 
     # ---- who learns, from what ---------------------------------------------------------------------------------
 
-    def roles(self) -> Mapping[str, nn.Module]:
+    def trainable_modules(self) -> Mapping[str, nn.Module]:
         return self._roles
 
     def frozen(self) -> Mapping[str, nn.Module]:
         return {"teacher": self.teacher}
 
-    def turns(self, step: int) -> Sequence[str]:
+    def update_order(self, step: int) -> Sequence[str]:
         """A pure function of the step, so there is no counter to resume."""
         critic = [role for role in self._roles if role != "generator"] * self.config.fake_score_updates
         return critic if step < self.config.warmup else [*critic, "generator"]
@@ -206,7 +206,7 @@ class DMD2:
         """`rng` gives all noise."""
         if self.config.lora_on_shared_base and any(p.requires_grad for p in self.teacher.parameters()):
             raise ConfigError(
-                f"dmd2: {role} shares the teacher's weights and would change them; name it in train.adapters as well"
+                f"dmd2: {role} shares the teacher's weights and would change them; name it in train.lora as well"
             )
         losses_of = {"generator": self._generator, "fake": self._fake, "heads": self._discriminator}
         return losses_of[role](nets, batch, rng)

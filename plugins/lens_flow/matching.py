@@ -77,7 +77,7 @@ class FlowMatching(BaseMethod):
         self._latents = Cache()
         self._texts = Cache()
 
-    def roles(self) -> Mapping[str, nn.Module]:
+    def trainable_modules(self) -> Mapping[str, nn.Module]:
         backbone: Any = self.pipeline.backbone
         return {"backbone": backbone}
 
@@ -88,7 +88,7 @@ class FlowMatching(BaseMethod):
         for batch in batches:
             yield (Sample(self._encode_images(batch), self._encode_captions(batch), batch.weight),)
 
-    def turns(self, step: int) -> Sequence[str]:
+    def update_order(self, step: int) -> Sequence[str]:
         return ("backbone",)
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:

@@ -51,7 +51,7 @@ class Autoencode(BaseMethod):
         self.config = config
         self.vae = vae
 
-    def roles(self) -> Mapping[str, nn.Module]:
+    def trainable_modules(self) -> Mapping[str, nn.Module]:
         return {"vae": self.vae}
 
     def steps(
@@ -65,7 +65,7 @@ class Autoencode(BaseMethod):
             else:
                 yield (batch,)
 
-    def turns(self, step: int) -> Sequence[str]:
+    def update_order(self, step: int) -> Sequence[str]:
         return ("vae",)
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Batch, rng: torch.Generator) -> Loss:

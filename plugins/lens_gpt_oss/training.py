@@ -45,7 +45,7 @@ class LanguageModel(BaseMethod):
         self.config = config
         self.encoder = encoder
 
-    def roles(self) -> Mapping[str, nn.Module]:
+    def trainable_modules(self) -> Mapping[str, nn.Module]:
         return {"text_encoder": self.encoder}
 
     def steps(
@@ -60,7 +60,7 @@ class LanguageModel(BaseMethod):
         for batch in batches:
             yield (batch,)
 
-    def turns(self, step: int) -> Sequence[str]:
+    def update_order(self, step: int) -> Sequence[str]:
         return ("text_encoder",)
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Batch, rng: torch.Generator) -> Loss:

@@ -16,8 +16,8 @@ from lens_core.attribution import name_of, prompts_of
 from lens_core.catalog import Catalog
 from lens_core.inference import lora
 from lens_core.recipe import ComponentSpec, build, options, structure
-from lens_core.training.distributed import gathered, own_parts, seed_of
-from lens_core.types import ConfigError, LensError, Loss, Place, Prompt, TextFeatures, did_you_mean, move
+from lens_core.training.distributed import all_gather, local_micro_batches, seed_of
+from lens_core.types import ConfigError, LensError, Loss, Prompt, Shard, TextFeatures, did_you_mean, move
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, real, within
 from lens_nft.objective import (
     Advantages,
@@ -72,7 +72,7 @@ class DiffusionNFT:
     may need. A step that is divided has its prompts shared out: a group stays whole, and each part scores its own.
     """
 
-    divides = True
+    shards_itself = True
 
     @frozen
     class Config:
@@ -178,7 +178,7 @@ class DiffusionNFT:
         """The backbone as the run began with it; None where nothing is kept near it."""
         return _frozen(self.pipeline.backbone) if self.config.kl else None
 
-    def roles(self) -> Mapping[str, nn.Module]:
+    def trainable_modules(self) -> Mapping[str, nn.Module]:
         backbone: Any = self.pipeline.backbone
         return {"backbone": backbone}
 
@@ -193,35 +193,35 @@ class DiffusionNFT:
 
         Raises LensError where a judge spoils rollout after rollout, ConfigError where prompts cannot be shared out.
         """
-        place = next(batches, Place())
-        if self.config.prompts_per_rollout % place.parts:
+        shard = next(batches, Shard())
+        if self.config.prompts_per_rollout % shard.count:
             raise ConfigError(
-                f"diffusion_nft: {self.config.prompts_per_rollout} prompts have no equal shares for {place.parts} "
+                f"diffusion_nft: {self.config.prompts_per_rollout} prompts have no equal shares for {shard.count} "
                 "parts; change prompts_per_rollout, or the number of processes"
             )
         _ = self.old, self.base
         while True:
-            pictures, scores, found = self._scored(rng.initial_seed(), place)
+            pictures, scores, found = self._scored(rng.initial_seed(), shard)
             parts = self._micro_batches(pictures, found, self._facts(pictures, scores, found))
             yield from parts[self.update :]  # a run that stopped between them draws the same pictures again
 
-    def _scored(self, seed: int, place: Place) -> tuple[list[Picture], RewardScores, Advantages]:
-        """The part of this rollout that falls to `place`, and its advantages. Where they need the spread of the whole
+    def _scored(self, seed: int, shard: Shard) -> tuple[list[Picture], RewardScores, Advantages]:
+        """The part of this rollout that falls to `shard`, and its advantages. Where they need the spread of the whole
         rollout, all of this process's parts are drawn first, and the processes tell each other their scores."""
-        if self.config.std_scope == "group" or place.parts == 1:
-            pictures, scores = self._accepted(seed, place)
+        if self.config.std_scope == "group" or shard.count == 1:
+            pictures, scores = self._accepted(seed, shard)
             return pictures, scores, self._advantages(pictures, scores)
         if self._scales[0] != self.rollout:
-            self._drawn = {n: self._accepted(seed, Place(n, place.parts)) for n in own_parts(place.parts)}
+            self._drawn = {n: self._accepted(seed, Shard(n, shard.count)) for n in local_micro_batches(shard.count)}
             mine = [counted_scores(*self._score_arrays(*part)) for part in self._drawn.values()]
-            self._scales = self.rollout, standard_deviations([part for theirs in gathered(mine) for part in theirs])
-        pictures, scores = self._drawn.pop(place.part, None) or self._accepted(seed, place)
+            self._scales = self.rollout, standard_deviations([part for theirs in all_gather(mine) for part in theirs])
+        pictures, scores = self._drawn.pop(shard.index, None) or self._accepted(seed, shard)
         return pictures, scores, self._advantages(pictures, scores, self._scales[1])
 
-    def _accepted(self, seed: int, place: Place) -> tuple[list[Picture], RewardScores]:
+    def _accepted(self, seed: int, shard: Shard) -> tuple[list[Picture], RewardScores]:
         """Pictures, drawn again until their scores leave enough to learn from."""
         for attempt in range(PATIENCE):
-            pictures = self._draw(seed, place, attempt)
+            pictures = self._draw(seed, shard, attempt)
             scores = score_pictures(self.rewards, pictures)
             enough = float(scores.failed().double().mean()) <= self.config.max_failed
             if enough and self._advantages(pictures, scores).valid.any():
@@ -243,7 +243,7 @@ class DiffusionNFT:
         over_rollout = self.config.std_scope == "rollout"
         return advantages(*about, self.config.min_std, over_rollout, sum_first, scales)
 
-    def turns(self, step: int) -> Sequence[str]:
+    def update_order(self, step: int) -> Sequence[str]:
         return ("backbone",)
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
@@ -292,12 +292,12 @@ class DiffusionNFT:
             if net is not None and found:
                 net.load_state_dict(found, strict=len(found) == len(net.state_dict()))
 
-    def _draw(self, seed: int, place: Place, attempt: int) -> list[Picture]:
-        """The part of this rollout that falls to `place`; another `attempt` draws the same prompts from other seeds."""
+    def _draw(self, seed: int, shard: Shard, attempt: int) -> list[Picture]:
+        """The part of this rollout that falls to `shard`; another `attempt` draws the same prompts from other seeds."""
         config, number = self.config, self.rollout
         requests = []
         for index in prompt_indices(len(self.prompts), config.prompts_per_rollout, number, seed)[
-            place.part :: place.parts
+            shard.index :: shard.count
         ]:
             prompt = self.prompts[index]
             size = self.sizes[seed_of(seed, number, prompt.id) % len(self.sizes)]

@@ -27,10 +27,10 @@ PACE = {"step", "seconds", "steps_per_second", "samples_per_second", "data_wait"
 
 
 def read(run: Path) -> Series:
-    """Every number of a run's log.jsonl and watch.jsonl. Raises ConfigError for a folder that has neither."""
-    paths = [run / "log.jsonl", run / "watch.jsonl"]
+    """Every number of a run's log.jsonl and evaluations.jsonl. Raises ConfigError for a folder that has neither."""
+    paths = [run / "log.jsonl", run / "evaluations.jsonl"]
     if not any(path.is_file() for path in paths):
-        raise ConfigError(f"{run}: holds neither log.jsonl nor watch.jsonl; give the folder of a run")
+        raise ConfigError(f"{run}: holds neither log.jsonl nor evaluations.jsonl; give the folder of a run")
     found: Series = {}
     for path in paths:
         for line in atomic_files.read_log(path):
@@ -41,7 +41,7 @@ def read(run: Path) -> Series:
                             f"{path}: {name} is {value:g} at step {float(line['step']):g}, which no axis can show; "
                             "take the line out"
                         )
-                    name = f"watch/{name}" if name == "seconds" and path is paths[1] else name
+                    name = f"evaluation/{name}" if name == "seconds" and path is paths[1] else name
                     found.setdefault(name, []).append((float(line["step"]), float(value)))
     return {name: sorted(points) for name, points in found.items()}
 

@@ -20,21 +20,21 @@ from lens_core.checkpoints import tensor_files
 from lens_core.checkpoints.lora_keys import FILE, Pair, write
 from lens_core.inference import lora
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import Adapter
-from lens_core.training.trainer import Run
+from lens_core.recipe import LoraSpec
+from lens_core.training.trainer import Trainer
 from lens_core.types import CheckpointError, ConfigError, TextFeatures
 
 __all__ = ["runner"]
 
 
-def run(runner: Runner, name: str, adapter: Adapter, **train: Any) -> Run:
-    changed = evolve(RECIPE.train, adapters={"backbone": adapter}, **train)
+def run(runner: Runner, name: str, adapter: LoraSpec, **train: Any) -> Trainer:
+    changed = evolve(RECIPE.train, lora={"backbone": adapter}, **train)
     return runner.run(evolve(RECIPE, train=changed), name)
 
 
 def test_a_new_adapter_changes_nothing_and_only_it_learns(runner: Runner) -> None:
     plain = runner.run(RECIPE, "plain").nets["backbone"].state_dict()
-    start = run(runner, "a", Adapter(rank=2), ema=0.0)
+    start = run(runner, "a", LoraSpec(rank=2), ema_decay=0.0)
     x, t, text = torch.randn(2, 4, 3, 3), torch.rand(2), TextFeatures(torch.randn(2, 1, 5, 8), torch.ones(2, 5).bool())
     bare = runner.run(RECIPE, "bare").nets["backbone"]
     assert torch.equal(start.nets["backbone"](x, t, text), bare(x, t, text))
@@ -52,7 +52,7 @@ def test_a_new_adapter_changes_nothing_and_only_it_learns(runner: Runner) -> Non
 def test_the_written_adapter_on_the_start_is_the_merged_model_to_peft_and_to_diffusers(
     runner: Runner, tmp_path: Path
 ) -> None:
-    run(runner, "a", Adapter(rank=2, scale=3.0)).train()
+    run(runner, "a", LoraSpec(rank=2, scale=3.0)).train()
     path = tmp_path / "a" / "adapters" / "backbone" / lora.FILE
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["lora_adapter_metadata"])
@@ -78,7 +78,7 @@ def test_diffusers_reads_the_adapter_of_a_backbone(tmp_path: Path) -> None:
         return model
 
     ours, theirs = build(), build()
-    adapter = Adapter(rank=4, scale=0.5, targets=("attn.img_qkv", "img_mlp.w1"))
+    adapter = LoraSpec(rank=4, scale=0.5, targets=("attn.img_qkv", "img_mlp.w1"))
     lora.attach(ours, adapter)
     for name, parameter in ours.named_parameters():
         if lora.owned(name):
@@ -230,7 +230,7 @@ def test_half_an_adapter_and_a_broken_header_are_refused(tmp_path: Path) -> None
 
 
 def test_a_pipeline_draws_with_a_trained_lora_as_with_the_merged_model(runner: Runner, catalog: Catalog) -> None:
-    run(runner, "a", Adapter(rank=2)).train()
+    run(runner, "a", LoraSpec(rank=2)).train()
     base = runner.run(RECIPE, "base").pipeline
     merged = LensPipeline.from_pretrained(runner.folder / "a" / "model", catalog=catalog)
 
@@ -270,24 +270,24 @@ def test_a_fused_lora_stays_and_what_is_saved_names_it(
 
 
 def test_a_run_with_an_adapter_resumes_bit_for_bit(runner: Runner) -> None:
-    run(runner, "whole", Adapter(rank=2)).train()
-    halved = run(runner, "halved", Adapter(rank=2))
+    run(runner, "whole", LoraSpec(rank=2)).train()
+    halved = run(runner, "halved", LoraSpec(rank=2))
     halved.method.after_step = lambda step, nets: setattr(halved, "_stop", step == 2)  # type: ignore[method-assign]
     assert halved.train().model is None
-    run(runner, "halved", Adapter(rank=2)).train()
+    run(runner, "halved", LoraSpec(rank=2)).train()
     same(runner.state("halved", 6), runner.state("whole", 6))
     same(runner.model("halved"), runner.model("whole"))
 
 
 def test_an_adapter_that_fits_nothing_is_refused_by_name(runner: Runner) -> None:
     with pytest.raises(ConfigError, match="no linear layer ends in 'img_qkv'; layers end in inner, outer, words"):
-        run(runner, "a", Adapter(targets=("img_qkv",)))
+        run(runner, "a", LoraSpec(targets=("img_qkv",)))
     with pytest.raises(ConfigError, match="no role is called 'judge'; backbone, critic can learn"):
-        runner.run(evolve(RECIPE, train=evolve(RECIPE.train, adapters={"judge": Adapter()})), "b")
+        runner.run(evolve(RECIPE, train=evolve(RECIPE.train, lora={"judge": LoraSpec()})), "b")
     with pytest.raises(ConfigError, match="rank: must be at least 1"):
-        Adapter(rank=0)
+        LoraSpec(rank=0)
     with pytest.raises(ConfigError, match="no linear layer to adapt"):
-        lora.attach(nn.Conv2d(3, 3, 1), Adapter())
+        lora.attach(nn.Conv2d(3, 3, 1), LoraSpec())
 
 
 def test_a_run_begun_before_an_option_existed_goes_on(runner: Runner) -> None:
@@ -296,7 +296,7 @@ def test_a_run_begun_before_an_option_existed_goes_on(runner: Runner) -> None:
     first.train()
     path = runner.folder / "a" / "recipe.json"
     data = json.loads(path.read_text())
-    del data["train"]["adapters"], data["train"]["threads"]
+    del data["train"]["lora"], data["train"]["threads"]
     path.write_text(json.dumps(data))
     assert runner.run(RECIPE, "a").train().steps == 6
 

@@ -27,17 +27,17 @@ from lens_core.attribution import (
     latents_of,
     pixels_of,
     prompts_of,
-    roles_of,
     text_of,
     times_of,
-    turns_of,
+    trainable_modules_of,
+    update_order_of,
     walk_of,
 )
 from lens_core.catalog import Catalog, Plugin
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import ComponentSpec, Parts, Recipe, Training, Watch
+from lens_core.recipe import ComponentSpec, Evaluation, Parts, Recipe, Training
 from lens_core.training import memory_estimate
-from lens_core.training.trainer import Run
+from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, ConfigError, LensError, Loss, PluginError, Prompt, Score, TextFeatures
 
 PIXELS = torch.zeros(2, 3, 32, 16)
@@ -54,7 +54,7 @@ def red(kind: str, **methods: Any) -> Any:
     """A component that `lens_red` offers as `red`, with these methods."""
     cls = type("Red", (), {"Config": toy.Even.Config, **methods})
     for name in ("times", "sample", "encode", "decode", "score", "prompts", "state_dict", "load_state_dict", "batches",
-                 "roles", "steps", "turns", "loss", "after_step"):  # fmt: skip
+                 "trainable_modules", "steps", "update_order", "loss", "after_step"):  # fmt: skip
         if not hasattr(cls, name):
             setattr(cls, name, lambda self: None)
     module = types.ModuleType("lens_red")
@@ -224,18 +224,22 @@ def test_a_sound_batch_passes_as_it_is(batch: Batch) -> None:
 
 def test_a_method_is_held_to_its_contract() -> None:
     net, total = nn.Linear(1, 1), torch.ones((), requires_grad=True)
-    method = red("method", roles=lambda self: {"net": net}, turns=lambda self, step: ("net",))
-    assert roles_of(method) == {"net": net} and turns_of(method, 0, {"net": net}) == ("net",)
+    method = red("method", trainable_modules=lambda self: {"net": net}, update_order=lambda self, step: ("net",))
+    assert trainable_modules_of(method) == {"net": net} and update_order_of(method, 0, {"net": net}) == ("net",)
     for roles in (None, {}, [net], {"net": 3}, {3: net}):
-        broken = red("method", roles=lambda self, roles=roles: roles)
-        assert line(lambda broken=broken: roles_of(broken)).startswith("lens_red:red.roles returned ")
+        broken = red("method", trainable_modules=lambda self, roles=roles: roles)
+        assert line(lambda broken=broken: trainable_modules_of(broken)).startswith(
+            "lens_red:red.trainable_modules returned "
+        )
     with pytest.raises(ConfigError, match=r"lens_red:red: net is to learn, and .*ReLU has no weight"):
-        roles_of(red("method", roles=lambda self: {"net": nn.ReLU()}))
+        trainable_modules_of(red("method", trainable_modules=lambda self: {"net": nn.ReLU()}))
     for turns in ("net", None, [net], 3):
-        broken = red("method", turns=lambda self, step, turns=turns: turns)
-        assert line(lambda broken=broken: turns_of(broken, 0, {"net": net})).startswith("lens_red:red.turns returned ")
-    assert "turns named 'nets'" in line(
-        lambda: turns_of(red("method", turns=lambda self, step: ["nets"]), 0, {"net": net})
+        broken = red("method", update_order=lambda self, step, turns=turns: turns)
+        assert line(lambda broken=broken: update_order_of(broken, 0, {"net": net})).startswith(
+            "lens_red:red.update_order returned "
+        )
+    assert "update_order named 'nets'" in line(
+        lambda: update_order_of(red("method", update_order=lambda self, step: ["nets"]), 0, {"net": net})
     )
     assert checked_loss(method, Loss(total)).total is total
     assert line(lambda: checked_loss(method, total)) == (
@@ -266,12 +270,12 @@ def plugin(**hooks: Any) -> Catalog:
     return Catalog.of(toy, module)
 
 
-def run(catalog: Catalog, out: Path, **changes: Any) -> Run:
+def run(catalog: Catalog, out: Path, **changes: Any) -> Trainer:
     recipe = evolve(
         Recipe(ComponentSpec("fit"), Training(3, log_every=1, save_every=10), ComponentSpec("squares"), toy.PARTS),
         **changes,
     )
-    return Run(recipe, catalog, out, say=SAID.append)
+    return Trainer(recipe, catalog, out, log=SAID.append)
 
 
 SAID: list[str] = []
@@ -327,10 +331,10 @@ class Numbers(toy.Reds):
 def test_a_benchmark_that_raises_is_reported_and_the_run_goes_on(tmp_path: Path) -> None:
     catalog = plugin(lens_benchmarks={"away": Away, "numbers": Numbers})
     SAID.clear()
-    watch = Watch(
+    evaluation = Evaluation(
         1, benchmarks=(ComponentSpec("away"), ComponentSpec("numbers"), ComponentSpec("reds")), size=(16, 16), steps=1
     )
-    report = run(catalog, tmp_path / "run", watch=watch).train()
+    report = run(catalog, tmp_path / "run", evaluation=evaluation).train()
     assert report.steps == 3 and report.model is not None
     told = "\n".join(SAID)
     assert "benchmark away failed, and the run goes on: lens_red:away.score raised ConnectionError: no route" in told
@@ -386,7 +390,7 @@ def test_parts_without_weights_train_draw_save_and_load(tmp_path: Path) -> None:
         sampler=ComponentSpec("even"),
     )
     report = run(
-        catalog, tmp_path / "run", pipeline=parts, watch=Watch(1, prompts=("red",), size=(16, 16), steps=1)
+        catalog, tmp_path / "run", pipeline=parts, evaluation=Evaluation(1, prompts=("red",), size=(16, 16), steps=1)
     ).train()
     assert report.model is not None
     pipeline = LensPipeline.from_pretrained(report.model, catalog=catalog, device="cpu")

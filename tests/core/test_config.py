@@ -214,7 +214,10 @@ def test_what_is_written_reads_back_equal(tmp_path: Path, catalog: Catalog) -> N
     assert unstructure(toy.Fit.Config(bad=(1,))) == {"bad": [1], "bad_role": "backbone", "stop": -1}
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"precision": "fp16"}, {"decay": 1.5}, {"ema": 1.0}, {"keep": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 0}, {"precision": "fp16"}, {"lr_decay_fraction": 1.5}, {"ema_decay": 1.0}, {"keep_checkpoints": 0}],
+)
 def test_training_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
     (problem,) = problems({"steps": 1, **change}, Training)
     assert next(iter(change)) in problem
@@ -235,16 +238,16 @@ def test_changes_count_as_if_the_recipe_said_so(tmp_path: Path) -> None:
     assert found.method == ComponentSpec("fit", {"bad": [1]}) and found.dataset == ComponentSpec("squares")
     assert changed(tmp_path, "method.use=fit", "method.bad=[2]").method == ComponentSpec("fit", {"bad": [2]})
     assert changed(tmp_path, "method=fit", "train.steps=1", "train.steps=2").train.steps == 2
-    assert changed(tmp_path, "watch.every=2", "watch.prompts=[red]").watch is not None
+    assert changed(tmp_path, "evaluation.every=2", "evaluation.prompts=[red]").evaluation is not None
 
 
 def test_a_change_keeps_to_its_place_where_an_alias_repeats_a_section(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "method: fit\ndataset: &d {use: squares, batch: 4}\ntrain: {steps: 3}\nwatch: {every: 1, validation: *d}\n"
+        "method: fit\ndataset: &d {use: squares, batch: 4}\ntrain: {steps: 3}\nevaluation: {every: 1, validation: *d}\n"
     )
-    found = read_recipe(path, Catalog.of(toy), ["watch.validation.batch=2"])
-    assert found.watch is not None and found.watch.validation == ComponentSpec("squares", {"batch": 2})
+    found = read_recipe(path, Catalog.of(toy), ["evaluation.validation.batch=2"])
+    assert found.evaluation is not None and found.evaluation.validation == ComponentSpec("squares", {"batch": 2})
     assert found.dataset == ComponentSpec("squares", {"batch": 4})
 
 

@@ -19,23 +19,25 @@ from torch import Tensor
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
 from lens_core.io import atomic_files
-from lens_core.recipe import Adapter, ComponentSpec, Recipe, Training, Watch
-from lens_core.training.trainer import Run
+from lens_core.recipe import ComponentSpec, Evaluation, LoraSpec, Recipe, Training
+from lens_core.training.trainer import Trainer
 from lens_core.types import CheckpointError
 
 RECIPE = Recipe(
     method=ComponentSpec("fit"),
     dataset=ComponentSpec("squares"),
-    train=Training(steps=6, lr=1e-2, ema=0.9, save_every=2, log_every=1, keep=1),
+    train=Training(steps=6, lr=1e-2, ema_decay=0.9, save_every=2, log_every=1, keep_checkpoints=1),
     pipeline=evolve(toy.NARROW, steps=2),
     seed=3,
-    watch=Watch(every=1, size=(16, 16), prompts=("red",), benchmarks=(ComponentSpec("reds"),), keep_best="reds"),
+    evaluation=Evaluation(
+        every=1, size=(16, 16), prompts=("red",), benchmarks=(ComponentSpec("reds"),), keep_best="reds"
+    ),
 )
 CATALOG = Catalog.of(toy)
 
 
-def run(out: Path, plan: Recipe = RECIPE) -> Run:
-    return Run(plan, CATALOG, out, say=lambda line: None)
+def run(out: Path, plan: Recipe = RECIPE) -> Trainer:
+    return Trainer(plan, CATALOG, out, log=lambda line: None)
 
 
 def state(out: Path) -> dict[str, Tensor]:
@@ -95,7 +97,7 @@ def brim(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("step-0000004<renamed>", "checkpoints/step-0000004"),
         (".partial<made>", "state.safetensors"),
         ("log.jsonl", "log.jsonl"),
-        ("watch.jsonl", "watch.jsonl"),
+        ("evaluations.jsonl", "evaluations.jsonl"),
         ("/samples/", "samples/step-0000002.png"),
         ("/best/", "best/step-000000"),
     ],
@@ -121,7 +123,9 @@ def test_a_disk_that_fills_up_while_a_run_goes_on(
 
 @pytest.mark.parametrize("word", ["/.model.partial/transformer", "lens.json", "/model<renamed>", "pytorch_lora"])
 def test_a_disk_that_fills_up_while_the_model_is_written(word: str, brim: list[str], tmp_path: Path) -> None:
-    plan = evolve(RECIPE, watch=None, train=evolve(RECIPE.train, adapters={"backbone": Adapter(rank=2)}, keep=9))
+    plan = evolve(
+        RECIPE, evaluation=None, train=evolve(RECIPE.train, lora={"backbone": LoraSpec(rank=2)}, keep_checkpoints=9)
+    )
     brim.append(word)
     with pytest.raises(CheckpointError, match=r"No space left .* step-0000006 is whole"):
         run(tmp_path, plan).train()
@@ -143,8 +147,8 @@ def room(size: int) -> Iterator[None]:
 
 
 def test_what_the_system_refuses_is_told_in_one_line(plain: Path, tmp_path: Path) -> None:
-    with room(1000), pytest.raises(CheckpointError) as error:
-        run(tmp_path, evolve(RECIPE, watch=None)).train()
+    with room(1200), pytest.raises(CheckpointError) as error:
+        run(tmp_path, evolve(RECIPE, evaluation=None)).train()
     where = tmp_path / "checkpoints" / ".step-0000002.partial" / "state.safetensors"
     assert str(error.value) == (
         f"{where}: cannot be written: File too large; make room, or choose another output; nothing was saved yet"
@@ -154,16 +158,16 @@ def test_what_the_system_refuses_is_told_in_one_line(plain: Path, tmp_path: Path
 
 
 def state_of(out: Path) -> dict[str, Tensor]:
-    run(out, evolve(RECIPE, watch=None)).train()
+    run(out, evolve(RECIPE, evaluation=None)).train()
     return state(out)
 
 
 def test_a_log_that_is_torn_in_the_middle_of_a_line_is_mended(tmp_path: Path) -> None:
-    plan = evolve(RECIPE, watch=None, train=evolve(RECIPE.train, save_every=1))
+    plan = evolve(RECIPE, evaluation=None, train=evolve(RECIPE.train, save_every=1))
     run(tmp_path, evolve(plan, train=evolve(plan.train, steps=3))).train()
     log = tmp_path / "log.jsonl"
     size = log.stat().st_size
-    again = Run(plan, CATALOG, tmp_path, say=lambda line: None, allow_changed=True)
+    again = Trainer(plan, CATALOG, tmp_path, log=lambda line: None, allow_changed=True)
     with room(size + 20), pytest.raises(CheckpointError, match=r"log\.jsonl: cannot be written: File too large"):
         atomic_files.append(log, {"step": 4, "words": "x" * 100})
     assert log.stat().st_size == size + 20, "half a line is there"

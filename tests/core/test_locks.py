@@ -22,7 +22,7 @@ from lens_core.io.atomic_files import WriteError
 from lens_core.io.locks import LockedError, locked
 from lens_core.io.system_files import is_system_file
 from lens_core.recipe import ComponentSpec, Recipe, Training
-from lens_core.training.trainer import Run
+from lens_core.training.trainer import Trainer
 
 HOLD = """
 import sys
@@ -167,11 +167,11 @@ def test_a_run_has_one_writer_and_the_log_is_not_doubled(
     train = Training(steps=2, log_every=1)
     plan = Recipe(method=ComponentSpec("fit"), dataset=ComponentSpec("squares"), train=train, pipeline=toy.NARROW)
     with pytest.raises(LockedError, match=f"process {other.pid} on"):
-        Run(plan, catalog, tmp_path, say=lambda line: None).train()
+        Trainer(plan, catalog, tmp_path, log=lambda line: None).train()
     assert [p.name for p in tmp_path.iterdir()] == [locks.NAME]
     other.kill()
     other.wait()
-    Run(plan, catalog, tmp_path, say=lambda line: None).train()
+    Trainer(plan, catalog, tmp_path, log=lambda line: None).train()
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
     assert not (tmp_path / locks.NAME).exists()
 

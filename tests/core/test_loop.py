@@ -23,9 +23,9 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints import manifest, tensor_files
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.io import atomic_files
-from lens_core.recipe import ComponentSpec, Recipe, Training, Watch
+from lens_core.recipe import ComponentSpec, Evaluation, Recipe, Training
 from lens_core.training import optimizers
-from lens_core.training.trainer import Run, rate
+from lens_core.training.trainer import Trainer, lr_factor
 from lens_core.types import (
     Batch,
     CheckpointError,
@@ -39,7 +39,7 @@ from lens_core.types import (
 RECIPE = Recipe(
     method=ComponentSpec("fit"),
     dataset=ComponentSpec("squares"),
-    train=Training(steps=6, lr=1e-2, warmup=2, decay=0.5, ema=0.9, save_every=2, log_every=2),
+    train=Training(steps=6, lr=1e-2, warmup=2, lr_decay_fraction=0.5, ema_decay=0.9, save_every=2, log_every=2),
     pipeline=toy.NARROW,
     seed=3,
 )
@@ -56,8 +56,8 @@ class Runner:
         self.catalog, self.folder = catalog, folder
         self.said: list[str] = []
 
-    def run(self, plan: Recipe, name: str) -> Run:
-        return Run(plan, self.catalog, self.folder / name, say=self.said.append)
+    def run(self, plan: Recipe, name: str) -> Trainer:
+        return Trainer(plan, self.catalog, self.folder / name, log=self.said.append)
 
     def state(self, name: str, step: int) -> dict[str, Tensor]:
         return tensor_files.read_tensors(self.folder / name / "checkpoints" / f"step-{step:07d}" / "state.safetensors")
@@ -82,7 +82,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_the_loss_falls_and_the_model_can_be_read(runner: Runner, catalog: Catalog, tmp_path: Path) -> None:
-    report = runner.run(recipe(steps=60, log_every=10, save_every=60, ema=0.0), "a").train()
+    report = runner.run(recipe(steps=60, log_every=10, save_every=60, ema_decay=0.0), "a").train()
     log = lines(tmp_path / "a")
     assert [line["step"] for line in log] == [10, 20, 30, 40, 50, 60]
     assert log[-1]["backbone/error"] < 0.8 * log[0]["backbone/error"]
@@ -233,7 +233,7 @@ def test_parts_without_a_role_do_not_change(runner: Runner) -> None:
 
 
 def test_the_average_follows_its_closed_form(runner: Runner) -> None:
-    run = runner.run(recipe(steps=3, save_every=1, keep=3), "a")
+    run = runner.run(recipe(steps=3, save_every=1, keep_checkpoints=3), "a")
     average = run.nets["backbone"].inner.weight.detach().clone()
     run.train()
     for step in range(3):
@@ -245,7 +245,7 @@ def test_the_average_follows_its_closed_form(runner: Runner) -> None:
 
 
 def test_a_non_finite_step_is_skipped_and_told(runner: Runner, tmp_path: Path) -> None:
-    runner.run(recipe({"bad": [1, 2]}, save_every=1, keep=9), "a").train()
+    runner.run(recipe({"bad": [1, 2]}, save_every=1, keep_checkpoints=9), "a").train()
     same_name = "net/backbone/inner.weight"
     one, two, three, four = (runner.state("a", n)[same_name] for n in (1, 2, 3, 4))
     assert torch.equal(one, two) and torch.equal(two, three) and not torch.equal(three, four)
@@ -258,7 +258,7 @@ def test_too_many_non_finite_steps_in_a_row_stop_the_run(runner: Runner) -> None
     with pytest.raises(
         NumericalError, match=r"3 bad steps in a row of backbone at step 3: a non-finite loss .*; lower train\.lr"
     ):
-        runner.run(recipe({"bad": [1, 2, 3]}, bad_steps=3), "a").train()
+        runner.run(recipe({"bad": [1, 2, 3]}, max_skipped_steps=3), "a").train()
 
 
 def test_a_changed_recipe_is_refused_and_named(runner: Runner) -> None:
@@ -267,8 +267,8 @@ def test_a_changed_recipe_is_refused_and_named(runner: Runner) -> None:
     told = rf"another recipe: {changes}\. Choose a new --output"
     with pytest.raises(ConfigError, match=told):
         runner.run(recipe(lr=1e-3, steps=8), "a").train()
-    again = Run(
-        recipe(lr=1e-3, steps=8), runner.catalog, runner.folder / "a", say=runner.said.append, allow_changed=True
+    again = Trainer(
+        recipe(lr=1e-3, steps=8), runner.catalog, runner.folder / "a", log=runner.said.append, allow_changed=True
     )
     assert again.train().steps == 8
     assert "changed, as allowed: $.train.lr was 0.01 and is 0.001" in runner.said
@@ -295,27 +295,27 @@ def test_signals_are_given_back(runner: Runner) -> None:
 
 
 def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
-    train = Training(steps=10, warmup=2, decay=0.4)
-    assert [rate(train, s) for s in range(10)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
-    assert [rate(Training(steps=4), s) for s in range(4)] == [1.0] * 4
-    assert [rate(Training(steps=4, decay=1.0), s) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    cosine = Training(steps=9, decay=0.667, shape="cosine")
-    assert [rate(cosine, s) for s in (2, 3, 6)] == pytest.approx([1, 1, 0.5], abs=2e-3)
-    with pytest.raises(ConfigError, match="shape: must be linear or cosine, not 'step'"):
-        Training(steps=1, shape="step")
+    train = Training(steps=10, warmup=2, lr_decay_fraction=0.4)
+    assert [lr_factor(train, s) for s in range(10)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert [lr_factor(Training(steps=4), s) for s in range(4)] == [1.0] * 4
+    assert [lr_factor(Training(steps=4, lr_decay_fraction=1.0), s) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    cosine = Training(steps=9, lr_decay_fraction=0.667, lr_schedule="cosine")
+    assert [lr_factor(cosine, s) for s in (2, 3, 6)] == pytest.approx([1, 1, 0.5], abs=2e-3)
+    with pytest.raises(ConfigError, match="lr_schedule: must be linear or cosine, not 'step'"):
+        Training(steps=1, lr_schedule="step")
 
 
 def test_activations_are_computed_again_where_a_role_can(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr(toy.Mixer, "enable_gradient_checkpointing", lambda net: asked.append(net), raising=False)
-    started = runner.run(recipe(checkpointing=True), "a")
+    started = runner.run(recipe(activation_checkpointing=True), "a")
     assert asked == [started.nets["backbone"]]
     assert runner.said == ["critic has no blocks to compute again; its activations are all kept"]
 
 
 def test_a_role_can_have_a_rate_of_its_own(runner: Runner) -> None:
     def moved(rates: dict[str, float], name: str) -> dict[str, Tensor]:
-        run = runner.run(recipe(steps=1, warmup=0, ema=0.0, rates=rates), name)
+        run = runner.run(recipe(steps=1, warmup=0, ema_decay=0.0, lr_multipliers=rates), name)
         before = {role: torch.cat([p.detach().flatten() for p in net.parameters()]) for role, net in run.nets.items()}
         run.train()
         return {
@@ -326,8 +326,10 @@ def test_a_role_can_have_a_rate_of_its_own(runner: Runner) -> None:
     plain, slow = moved({}, "a"), moved({"critic": 0.25}, "b")
     assert torch.equal(plain["backbone"], slow["backbone"])
     torch.testing.assert_close(slow["critic"], plain["critic"] * 0.25)  # Adam's first step is the rate itself
-    with pytest.raises(ConfigError, match=r"train\.rates: no role is called 'critics'; backbone, critic can learn"):
-        runner.run(recipe(rates={"critics": 1.0}), "c")
+    with pytest.raises(
+        ConfigError, match=r"train\.lr_multipliers: no role is called 'critics'; backbone, critic can learn"
+    ):
+        runner.run(recipe(lr_multipliers={"critics": 1.0}), "c")
 
 
 def test_a_recipe_without_a_dataset_is_for_methods_that_read_none(runner: Runner) -> None:
@@ -344,7 +346,7 @@ def left(folder: Path) -> list[str]:
 
 def endless(**train: Any) -> Recipe:
     """A recipe with numbers that its ranges would refuse: the loop must be safe by itself."""
-    plan = recipe(ema=0.0, warmup=0, decay=0.0)
+    plan = recipe(ema_decay=0.0, warmup=0, lr_decay_fraction=0.0)
     for name, value in train.items():
         object.__setattr__(plan.train, name, value)
     return plan
@@ -352,11 +354,11 @@ def endless(**train: Any) -> Recipe:
 
 @pytest.mark.parametrize("save_every", [1, 2, 4, 500])
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-@pytest.mark.parametrize("fault", [{"lr": 1e38}, {"lr": float("inf")}, {"clip": float("nan")}])
+@pytest.mark.parametrize("fault", [{"lr": 1e38}, {"lr": float("inf")}, {"max_grad_norm": float("nan")}])
 def test_weights_that_are_not_finite_are_neither_saved_nor_exported(
     fault: dict[str, float], ema: float, save_every: int, runner: Runner, tmp_path: Path
 ) -> None:
-    plan = endless(**fault, steps=4, save_every=save_every, ema=ema)
+    plan = endless(**fault, steps=4, save_every=save_every, ema_decay=ema)
     told = (
         r"of (backbone|critic) are not finite after step \d; they are not saved; lower train.lr; nothing was saved yet"
     )
@@ -365,10 +367,10 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_exported(
     assert not (tmp_path / "a" / "model").exists() and left(tmp_path / "a") == []
 
 
-def poisoned(runner: Runner, monkeypatch: pytest.MonkeyPatch, after: int, value: float, **train: Any) -> Run:
+def poisoned(runner: Runner, monkeypatch: pytest.MonkeyPatch, after: int, value: float, **train: Any) -> Trainer:
     """A run whose weights become `value` in the step after `after` good ones."""
-    run = runner.run(endless(**{"steps": 20, "save_every": 1, "keep": 1, **train}), "a")
-    step = optimizers.optimizer_step
+    run = runner.run(endless(**{"steps": 20, "save_every": 1, "keep_checkpoints": 1, **train}), "a")
+    step = optimizers.apply_step
 
     def spoil(optimizer: torch.optim.Optimizer) -> None:
         step(optimizer)
@@ -376,7 +378,7 @@ def poisoned(runner: Runner, monkeypatch: pytest.MonkeyPatch, after: int, value:
             with torch.no_grad():
                 run.nets["backbone"].inner.weight.fill_(value)
 
-    monkeypatch.setattr(optimizers, "optimizer_step", spoil)
+    monkeypatch.setattr(optimizers, "apply_step", spoil)
     return run
 
 
@@ -384,7 +386,7 @@ def test_good_checkpoints_do_not_rotate_away_for_weights_that_are_not_finite(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(NumericalError, match=r"not finite after step 4; .*step-0000003 is the last finite checkpoint"):
-        poisoned(runner, monkeypatch, 3, math.nan, keep=2).train()
+        poisoned(runner, monkeypatch, 3, math.nan, keep_checkpoints=2).train()
     assert left(tmp_path / "a") == ["step-0000002", "step-0000003"]
 
 
@@ -395,13 +397,13 @@ def test_good_checkpoints_do_not_rotate_away_for_finite_weights_without_a_finite
     monkeypatch.setattr(torch, "tanh", lambda x: x)
     told = "3 bad steps in a row of backbone .* step-0000003 is the last checkpoint that gave finite losses: move the"
     with pytest.raises(NumericalError, match=told):
-        poisoned(runner, monkeypatch, 3, 1e38, bad_steps=3).train()
+        poisoned(runner, monkeypatch, 3, 1e38, max_skipped_steps=3).train()
     assert "step-0000003" in left(tmp_path / "a")
     for newer in left(tmp_path / "a"):
         if newer > "step-0000003":
             shutil.rmtree(tmp_path / "a" / "checkpoints" / newer)
     monkeypatch.undo()
-    assert runner.run(endless(steps=20, save_every=1, keep=1, bad_steps=3), "a").train().steps == 20
+    assert runner.run(endless(steps=20, save_every=1, keep_checkpoints=1, max_skipped_steps=3), "a").train().steps == 20
     assert left(tmp_path / "a") == ["step-0000020"]
 
 
@@ -440,10 +442,10 @@ class Slopes(toy.Fit):
         self.updates: list[tuple[float, float]] = []
         self.opened = 0
 
-    def roles(self) -> dict[str, Any]:
+    def trainable_modules(self) -> dict[str, Any]:
         return {"backbone": self.pipeline.backbone}
 
-    def turns(self, step: int) -> list[str]:
+    def update_order(self, step: int) -> list[str]:
         return ["backbone"]
 
     def steps(self, batches: Any, nets: Any, rng: torch.Generator) -> Any:
@@ -468,20 +470,22 @@ plugin.lens_methods = hookimpl(lambda: {"slopes": Slopes}, specname="lens_method
 
 def sloping(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *given: Any, steps: int = 1, bad_steps: int = 9
-) -> tuple[Run, dict[str, float]]:
+) -> tuple[Trainer, dict[str, float]]:
     monkeypatch.setattr(Slopes, "given", given)
-    train = Training(steps=steps, lr=1e-3, clip=0.0, parts=len(given), log_every=1, bad_steps=bad_steps)
-    run = Run(
+    train = Training(
+        steps=steps, lr=1e-3, max_grad_norm=0.0, micro_batches=len(given), log_every=1, max_skipped_steps=bad_steps
+    )
+    run = Trainer(
         evolve(RECIPE, method=ComponentSpec("slopes"), train=train),
         Catalog.of(toy, plugin),
         folder,
-        say=lambda line: None,
+        log=lambda line: None,
     )
     run.train()
     return run, lines(folder)[-1]
 
 
-def slope(run: Run) -> float:
+def slope(run: Trainer) -> float:
     (value,) = {round(float(v), 5) for p in run.learning["backbone"] for v in p.grad.flatten()}
     return value
 
@@ -523,8 +527,10 @@ def test_a_method_gets_the_sums_of_all_parts_of_each_step_that_is_made(
     run, _ = sloping(tmp_path / "a", monkeypatch, *given, steps=2)
     assert run.method.updates == [(11.0, 3.0)] * 2
     monkeypatch.setattr(Slopes, "given", (((math.nan, None),),))
-    train = Training(steps=3, lr=1e-3, bad_steps=2)
-    other = Run(evolve(RECIPE, method=ComponentSpec("slopes"), train=train), Catalog.of(toy, plugin), tmp_path / "b")
+    train = Training(steps=3, lr=1e-3, max_skipped_steps=2)
+    other = Trainer(
+        evolve(RECIPE, method=ComponentSpec("slopes"), train=train), Catalog.of(toy, plugin), tmp_path / "b"
+    )
     with pytest.raises(NumericalError, match="2 bad steps in a row"):
         other.train()
     assert other.method.updates == [], "steps that were skipped"
@@ -533,7 +539,7 @@ def test_a_method_gets_the_sums_of_all_parts_of_each_step_that_is_made(
 def test_dropout_is_a_function_of_seed_step_turn_and_part_alone(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = runner.run(recipe(parts=2), "plain")
+    plain = runner.run(recipe(micro_batches=2), "plain")
     plain.train()
     careful = toy.Fit.steps
 
@@ -543,7 +549,7 @@ def test_dropout_is_a_function_of_seed_step_turn_and_part_alone(
             yield micro
 
     monkeypatch.setattr(toy.Fit, "steps", careless)
-    runner.run(recipe(parts=2), "careless").train()
+    runner.run(recipe(micro_batches=2), "careless").train()
     ours, theirs = runner.state("plain", 6), runner.state("careless", 6)
     assert all(torch.equal(v, theirs[k]) for k, v in ours.items() if k.startswith("net/critic/"))
 
@@ -557,7 +563,7 @@ def test_the_parts_of_a_step_have_different_noise(runner: Runner, monkeypatch: p
         return loss(self, role, nets, batch, rng)
 
     monkeypatch.setattr(toy.Fit, "loss", drawing)
-    runner.run(recipe(parts=2, steps=3), "a").train()
+    runner.run(recipe(micro_batches=2, steps=3), "a").train()
     assert len(seen) == 10 and len({tuple(row.tolist()) for row in seen}) == 10, "by step, by turn and by part"
 
 
@@ -607,7 +613,7 @@ def test_a_dataset_that_yields_something_else_is_refused_by_name_at_its_first_ba
 
 def test_a_dataset_that_is_looked_at_is_checked_as_well(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy.Fit, "validate", lambda *_: {"loss": 0.0}, raising=False)
-    run = runner.run(evolve(recipe(), watch=Watch(every=1, validation=ComponentSpec("squares"))), "a")
+    run = runner.run(evolve(recipe(), evaluation=Evaluation(every=1, validation=ComponentSpec("squares"))), "a")
     monkeypatch.setattr(toy.Squares, "batches", lambda self, rank, world: iter([FLAWS["floats"][0]]))
     with pytest.raises(LensError, match=r"squares\.batches yielded Tensor float32"):
         run.train()

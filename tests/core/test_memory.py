@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import manifest, tensor_files
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import Adapter, ComponentSpec, Recipe, Training, Watch
+from lens_core.recipe import ComponentSpec, Evaluation, LoraSpec, Recipe, Training
 from lens_core.training import distributed
 from lens_core.training.distributed import Ranks
-from lens_core.training.trainer import Run
+from lens_core.training.trainer import Trainer
 
 WIDE = 2**15  # hidden channels: weights that stand out from all else
 RECIPE = Recipe(
     method=ComponentSpec("fit"),
     dataset=ComponentSpec("squares", {"batch": 1}),
-    train=Training(steps=2, ema=0.9, save_every=1, log_every=1),
+    train=Training(steps=2, ema_decay=0.9, save_every=1, log_every=1),
     pipeline=evolve(toy.PARTS, backbone=ComponentSpec("mixer", {"width": WIDE}), steps=1),
 )
 LARGEST = 4 * 8 * WIDE  # bytes of the mixer's largest tensor
@@ -51,7 +51,7 @@ def whole(folder: Path) -> list[Path]:
 def test_saving_copies_no_weight_and_reads_none_again(
     catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(RECIPE, catalog, tmp_path / "a", say=lambda line: None)
+    run = Trainer(RECIPE, catalog, tmp_path / "a", log=lambda line: None)
     run.train()
     read: list[str] = []
     monkeypatch.setattr(manifest, "hash_of", lambda path: read.append(path.name) or "")
@@ -60,19 +60,19 @@ def test_saving_copies_no_weight_and_reads_none_again(
     assert read == ["state.json"], "what is large is hashed while it is written"
     assert live.peak <= LARGEST, "at most one tensor at a time"
     monkeypatch.undo()
-    Run(RECIPE, catalog, tmp_path / "b", say=lambda line: None).train()
+    Trainer(RECIPE, catalog, tmp_path / "b", log=lambda line: None).train()
     assert whole(tmp_path / "b")
 
 
 def test_the_best_weights_are_kept_without_a_copy(catalog: Catalog, tmp_path: Path) -> None:
-    watch = Watch(
-        every=1, benchmarks=(ComponentSpec("reds", {"prompts": 1}),), keep_best="reds", batch=1, size=(16, 16)
+    evaluation = Evaluation(
+        every=1, benchmarks=(ComponentSpec("reds", {"prompts": 1}),), keep_best="reds", batch_size=1, size=(16, 16)
     )
-    run = Run(evolve(RECIPE, watch=watch), catalog, tmp_path / "a", say=lambda line: None)
+    run = Trainer(evolve(RECIPE, evaluation=evaluation), catalog, tmp_path / "a", log=lambda line: None)
     (tmp_path / "a").mkdir()
     state = sum(v.nbytes for v in run.pipeline.backbone.state_dict().values())
-    with Live() as live, run._aside(), run._averaged():
-        line = run.watcher.look(0, run.nets, run._weights, lambda: False, lambda seen: seen)
+    with Live() as live, run.isolated_rng(), run.ema_weights():
+        line = run.evaluator.evaluate(0, run.nets, run._weights, lambda: False, lambda seen: seen)
     file = tmp_path / "a" / "best" / "step-0000000.safetensors"
     assert line["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert live.peak < 0.7 * state
@@ -134,7 +134,7 @@ def test_gradients_are_added_up_in_buckets(monkeypatch: pytest.MonkeyPatch) -> N
     learning[-1].grad = torch.ones_like(halves)
     want = [torch.zeros_like(p) if p.grad is None else 2 * p.grad for p in learning]
     with Live() as live:
-        Ranks(Two(), 2).add(learning)
+        Ranks(Two(), 2).all_reduce_gradients(learning)
     assert sent == [400, 1200, 80, 16], "what fits goes together; what is larger goes alone, where it lies"
     assert live.peak <= 400 + 40, "a bucket, and the gradient that nobody had"
     assert all(torch.equal(p.grad, w) for p, w in zip(learning, want, strict=True))
@@ -149,24 +149,26 @@ def dtypes(net: nn.Module) -> set[torch.dtype]:
 
 def test_frozen_parts_sit_in_sixteen_bits_and_are_exported_as_they_were(catalog: Catalog, tmp_path: Path) -> None:
     half = evolve(RECIPE, pipeline=toy.NARROW, train=evolve(RECIPE.train, precision="bf16"))
-    run = Run(half, catalog, tmp_path / "a", say=lambda line: None)
+    run = Trainer(half, catalog, tmp_path / "a", log=lambda line: None)
     parts = run.pipeline.text_encoder, run.pipeline.vae
     assert [dtypes(part) for part in parts] == [{torch.bfloat16}] * 2
     assert dtypes(run.pipeline.backbone) == {torch.float32}, "it learns"
     run.train()
-    whole = Run(evolve(RECIPE, pipeline=toy.NARROW), catalog, tmp_path / "b", say=lambda line: None).pipeline
+    whole = Trainer(evolve(RECIPE, pipeline=toy.NARROW), catalog, tmp_path / "b", log=lambda line: None).pipeline
     again = LensPipeline.from_pretrained(tmp_path / "a" / "model", catalog=catalog)
     assert dtypes(again.text_encoder) == {torch.float32}
     assert torch.equal(again.text_encoder.table.weight, whole.text_encoder.table.weight), "bit for bit"
 
 
 def test_what_an_adapter_leaves_alone_sits_in_sixteen_bits_too(catalog: Catalog, tmp_path: Path) -> None:
-    train = evolve(RECIPE.train, precision="bf16", ema=0.0, lr=1e-2, adapters={"backbone": Adapter(rank=2)})
-    run = Run(evolve(RECIPE, pipeline=toy.NARROW, train=train), catalog, tmp_path / "a", say=lambda line: None)
+    train = evolve(RECIPE.train, precision="bf16", ema_decay=0.0, lr=1e-2, lora={"backbone": LoraSpec(rank=2)})
+    run = Trainer(evolve(RECIPE, pipeline=toy.NARROW, train=train), catalog, tmp_path / "a", log=lambda line: None)
     named = dict(run.pipeline.backbone.named_parameters())
     assert {p.dtype for n, p in named.items() if ".lora_" in n} == {torch.float32}
     assert {p.dtype for n, p in named.items() if ".lora_" not in n} == {torch.bfloat16}
-    first = Run(evolve(RECIPE, pipeline=toy.NARROW), catalog, tmp_path / "b", say=lambda line: None).pipeline.backbone
+    first = Trainer(
+        evolve(RECIPE, pipeline=toy.NARROW), catalog, tmp_path / "b", log=lambda line: None
+    ).pipeline.backbone
     before = first.inner.weight.detach().clone()
     run.train()
     low = tensor_files.read_tensors(tmp_path / "a" / "adapters" / "backbone" / "pytorch_lora_weights.safetensors")
@@ -177,23 +179,23 @@ def test_what_an_adapter_leaves_alone_sits_in_sixteen_bits_too(catalog: Catalog,
 
 
 def test_nothing_is_cast_where_a_run_computes_in_float32(catalog: Catalog, tmp_path: Path) -> None:
-    run = Run(RECIPE, catalog, tmp_path / "a", say=lambda line: None)
+    run = Trainer(RECIPE, catalog, tmp_path / "a", log=lambda line: None)
     assert all(dtypes(net) == {torch.float32} for net in run.pipeline.present().values())
 
 
 def test_a_teacher_sits_in_sixteen_bits_is_divided_and_computes_again(tmp_path: Path, monkeypatch: Any) -> None:
     divided: dict[str, nn.Module] = {}
-    monkeypatch.setattr(Ranks, "divide", lambda self, nets: divided.update(nets))
+    monkeypatch.setattr(Ranks, "shard", lambda self, nets: divided.update(nets))
     backbone = ComponentSpec("mmdit", {k: v for k, v in rank_worker.BLOCKS.items() if k != "use"})
     recipe = Recipe(
         method=ComponentSpec(
             "dmd2", {"gan_weight": 0.1, "discriminator_blocks": [0], "fake_score_updates": 1, "ida": 1.0}
         ),
         dataset=ComponentSpec("squares"),
-        train=Training(steps=1, precision="bf16", checkpointing=True),
+        train=Training(steps=1, precision="bf16", activation_checkpointing=True),
         pipeline=evolve(toy.PARTS, backbone=backbone, guidance_scale=3.0, steps=2),
     )
-    run = Run(recipe, Catalog.of(toy, lens_dmd2, lens_mmdit), tmp_path / "a", say=lambda line: None)
+    run = Trainer(recipe, Catalog.of(toy, lens_dmd2, lens_mmdit), tmp_path / "a", log=lambda line: None)
     teacher = run.method.teacher
     assert divided == {**run.nets, "teacher": teacher}
     assert dtypes(teacher) == {torch.bfloat16} and dtypes(run.nets["fake"]) == {torch.float32}
@@ -213,7 +215,7 @@ def test_the_gradient_of_the_gan_alone_is_taken_where_it_is_logged(tmp_path: Pat
         train=Training(steps=5, log_every=2, save_every=9),
         pipeline=evolve(toy.PARTS, backbone=backbone, guidance_scale=3.0, steps=2),
     )
-    run = Run(recipe, Catalog.of(toy, lens_dmd2, lens_mmdit), tmp_path / "a", say=lambda line: None)
+    run = Trainer(recipe, Catalog.of(toy, lens_dmd2, lens_mmdit), tmp_path / "a", log=lambda line: None)
     run.train()
     assert taken == [1, 3, 4], "the steps whose line is written"
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
@@ -224,7 +226,7 @@ def test_the_host_waits_for_the_device_once_an_optimizer_step(
     catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU nothing waits, but what would is the same: a tensor's value that Python asks for."""
-    run = Run(evolve(RECIPE, pipeline=toy.NARROW), catalog, tmp_path / "a", say=lambda line: None)
+    run = Trainer(evolve(RECIPE, pipeline=toy.NARROW), catalog, tmp_path / "a", log=lambda line: None)
     asked: list[str] = []
     parts = run._parts()
     micro = [run._next(steps) for steps in parts]
@@ -238,5 +240,5 @@ def test_the_host_waits_for_the_device_once_an_optimizer_step(
         monkeypatch.setattr(Tensor, name, note)
     for turn, role in enumerate(("critic", "backbone")):
         asked.clear()
-        run._turn(role, turn, micro)
+        run.optimizer_step(role, turn, micro)
         assert asked == ["tolist"], role

@@ -14,9 +14,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from lens_core.catalog import Catalog
 from lens_core.cli.main import main
-from lens_core.recipe import Adapter, read_recipe
+from lens_core.recipe import LoraSpec, read_recipe
 from lens_core.training.memory_estimate import describe, memory
-from lens_core.training.trainer import Run
+from lens_core.training.trainer import Trainer
 
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
 
@@ -40,7 +40,7 @@ def test_it_tells_what_the_run_holds(name: str, everything: Catalog, tmp_path: P
     recipe = evolve(recipe, pipeline=evolve(recipe.pipeline, start="tiny:"))
     found, learns, notes = memory(recipe, everything)
     assert not notes
-    run = Run(recipe, everything, tmp_path / "run", say=lambda line: None)
+    run = Trainer(recipe, everything, tmp_path / "run", log=lambda line: None)
     assert learns == {role: sum(p.numel() for p in learning) for role, learning in run.learning.items()}
     for role, learning in run.learning.items():
         assert found[f"{role}: gradients"] == floats(learning)
@@ -87,7 +87,7 @@ def test_an_adapter_costs_what_it_learns(everything: Catalog) -> None:
     d, blocks, rank = 1536, 48, 16
     a_block = 2 * rank * ((d + 3 * d) + (d + d))  # qkv and output, of both streams
     assert learns == {"backbone": blocks * a_block}
-    more = evolve(recipe, train=evolve(recipe.train, adapters={"backbone": Adapter(32, 1.0, ("attn.img_qkv",))}))
+    more = evolve(recipe, train=evolve(recipe.train, lora={"backbone": LoraSpec(32, 1.0, ("attn.img_qkv",))}))
     assert memory(more, everything)[1] == {"backbone": blocks * 32 * (d + 3 * d)}
 
 

@@ -16,12 +16,12 @@ from attrs import evolve
 
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
-from lens_core.recipe import Adapter, ComponentSpec, Recipe, Training, Watch
+from lens_core.recipe import ComponentSpec, Evaluation, LoraSpec, Recipe, Training
 from lens_core.training import spikes as spikess
 from lens_core.training import throughput
-from lens_core.training.spikes import Spikes
-from lens_core.training.throughput import Feed, Pace, memory, peak
-from lens_core.training.trainer import Run
+from lens_core.training.spikes import SpikeDetector
+from lens_core.training.throughput import Throughput, TimedLoader, memory, peak
+from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, ConfigError, Loss, NumericalError
 
 RECIPE = Recipe(
@@ -37,8 +37,8 @@ def recipe(**train: Any) -> Recipe:
     return evolve(RECIPE, train=evolve(RECIPE.train, **train))
 
 
-def run(plan: Recipe, out: Path, said: list[str] | None = None) -> Run:
-    return Run(plan, Catalog.of(toy), out, say=(said if said is not None else []).append)
+def run(plan: Recipe, out: Path, said: list[str] | None = None) -> Trainer:
+    return Trainer(plan, Catalog.of(toy), out, log=(said if said is not None else []).append)
 
 
 def log(out: Path) -> list[dict[str, Any]]:
@@ -71,7 +71,7 @@ def test_rates_are_of_the_time_since_the_last_line_without_the_looks(clock: Cloc
             clock.now += 1
             yield Batch(None, ("a", "b", "c"))
 
-    feed, pace = Feed(), Pace(step=10)
+    feed, pace = TimedLoader(), Throughput(step=10)
     stream = feed.through(batches())
     for _ in range(2):  # each step: 1 s for its batch, 3 s of work
         next(stream)
@@ -87,25 +87,25 @@ def test_rates_are_of_the_time_since_the_last_line_without_the_looks(clock: Cloc
 
 
 def test_a_feed_ends_where_its_batches_end() -> None:
-    feed = Feed()
+    feed = TimedLoader()
     assert len(list(feed.through(iter([Batch(None, ("a",)), Batch(None, ("b", "c"))])))) == 2
     assert feed.samples == 3
 
 
 def test_a_method_that_reads_no_batch_is_not_told_to_wait(clock: Clock) -> None:
-    pace = Pace(0)
+    pace = Throughput(0)
     clock.now += 2
-    assert pace.line(1, Feed(), world=1) == {"steps_per_second": 0.5}
+    assert pace.line(1, TimedLoader(), world=1) == {"steps_per_second": 0.5}
 
 
 def test_what_is_computed_is_told_a_second_and_of_the_most_that_is_known(clock: Clock) -> None:
     for most, told in ((None, {"tflops": 3.0}), (4e12, {"tflops": 3.0, "mfu": 0.75})):
-        pace = Pace(0, most)
+        pace = Throughput(0, most)
         pace.work += 6e12
         clock.now += 2
-        assert pace.line(1, Feed(), world=8) == {"steps_per_second": 0.5, **told}
+        assert pace.line(1, TimedLoader(), world=8) == {"steps_per_second": 0.5, **told}
         clock.now += 2
-        assert pace.line(2, Feed(), world=8) == {"steps_per_second": 0.5}, "the count begins anew at each line"
+        assert pace.line(2, TimedLoader(), world=8) == {"steps_per_second": 0.5}, "the count begins anew at each line"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_backward_counts_twice_as_far_as_weights_learn(tmp_path: Path, monkeypat
     )
     full, adapted = (
         run(recipe(), tmp_path / "full"),
-        run(recipe(adapters={"backbone": Adapter(1, 1.0)}), tmp_path / "a"),
+        run(recipe(lora={"backbone": LoraSpec(1, 1.0)}), tmp_path / "a"),
     )
     batch = [[None, None], [None]]  # two parts of a batch, of three micro-batches
     assert full._work("backbone", batch) == 9e15 and full._work("critic", batch) == 0
@@ -176,7 +176,7 @@ def test_a_line_tells_pace_memory_and_losses(tmp_path: Path) -> None:
 
 
 def test_a_spike_is_far_above_the_median_of_the_steps_before() -> None:
-    spikes = Spikes(3.0, ("a", "b"))
+    spikes = SpikeDetector(3.0, ("a", "b"))
     norms = [1.0 + 0.1 * (n % 5) for n in range(spikess.LEAST - 1)]
     assert [spikes.fault("a", 1.0, n) for n in [100.0, *norms][: spikess.LEAST]] == [None] * spikess.LEAST
     usual = statistics.median([100.0, *norms])
@@ -189,14 +189,14 @@ def test_a_spike_is_far_above_the_median_of_the_steps_before() -> None:
 
 
 def test_losses_around_zero_are_no_measure() -> None:
-    spikes = Spikes(3.0, ("a",))
+    spikes = SpikeDetector(3.0, ("a",))
     for n in range(40):
         assert spikes.fault("a", (-1) ** n * 0.01, 1.0) is None
     assert spikes.fault("a", 5.0, 1.0) is None and spikes.fault("a", 0.0, 5.0) is not None
 
 
 def test_without_a_factor_only_what_is_not_finite_is_bad() -> None:
-    spikes = Spikes(0.0, ("a",))
+    spikes = SpikeDetector(0.0, ("a",))
     assert [spikes.fault("a", 1.0, 1.0) for _ in range(50)] == [None] * 50
     assert spikes.fault("a", 1e9, 1e9) is None
     assert all(spikes.fault("a", *pair) for pair in ((math.nan, 1.0), (1.0, math.inf)))
@@ -204,7 +204,7 @@ def test_without_a_factor_only_what_is_not_finite_is_bad() -> None:
 
 
 def test_the_history_is_of_the_last_good_steps() -> None:
-    spikes = Spikes(3.0, ("a",))
+    spikes = SpikeDetector(3.0, ("a",))
     for n in range(spikess.HISTORY + 30):
         spikes.fault("a", 1.0, 1.0 + n / 1000)
     spikes.fault("a", 1.0, 99.0)
@@ -227,7 +227,7 @@ def spiky(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("spiky")
 def test_a_spike_is_skipped_counted_and_does_not_move_the_weights(tmp_path: Path) -> None:
     said: list[str] = []
-    plan = recipe(steps=28, save_every=1, keep=99, spike=20.0)
+    plan = recipe(steps=28, save_every=1, keep_checkpoints=99, spike=20.0)
     run(plan, tmp_path, said).train()
 
     def weight(step: int) -> torch.Tensor:
@@ -239,7 +239,7 @@ def test_a_spike_is_skipped_counted_and_does_not_move_the_weights(tmp_path: Path
     assert sum("backbone has a loss of" in line and "skipped (1 in a row)" in line for line in said) == 2
     assert log(tmp_path)[-1]["backbone/skipped"] == 2
     with pytest.raises(NumericalError, match="1 bad steps in a row of backbone at step 23: a loss of"):
-        run(recipe(steps=28, spike=20.0, bad_steps=1), tmp_path / "b").train()
+        run(recipe(steps=28, spike=20.0, max_skipped_steps=1), tmp_path / "b").train()
 
 
 @pytest.mark.usefixtures("spiky")
@@ -259,7 +259,7 @@ def test_what_is_usual_is_part_of_a_checkpoint(tmp_path: Path, monkeypatch: pyte
 
 
 def test_bad_steps_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> None:
-    plan = evolve(recipe(save_every=1, bad_steps=3), method=ComponentSpec("fit", {"bad": [1, 2, 3]}))
+    plan = evolve(recipe(save_every=1, max_skipped_steps=3), method=ComponentSpec("fit", {"bad": [1, 2, 3]}))
     with pytest.raises(NumericalError):
         run(plan, tmp_path).train()
     with pytest.raises(NumericalError, match="3 bad steps in a row of backbone at step 3"):
@@ -309,15 +309,15 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
 
 
 def test_a_tracker_is_told_what_the_log_is_told_and_what_is_seen(fake: type[Fake], tmp_path: Path) -> None:
-    watch = Watch(every=6, size=(16, 16), benchmarks=(ComponentSpec("reds"),))
-    run(evolve(recipe(trackers=("fake",)), watch=watch), tmp_path).train()
+    evaluation = Evaluation(every=6, size=(16, 16), benchmarks=(ComponentSpec("reds"),))
+    run(evolve(recipe(trackers=("fake",)), evaluation=evaluation), tmp_path).train()
     lines = {line.pop("step"): line for line in log(tmp_path)}
     told = [(step, values) for step, values in fake.told if "steps_per_second" in values]
     assert dict(told) == lines and [step for step, _ in told] == [2, 4, 6]
-    seen = [(step, values["watch/reds"]) for step, values in fake.told if "watch/reds" in values]
-    looks = [json.loads(line) for line in (tmp_path / "watch.jsonl").read_text().splitlines()]
+    seen = [(step, values["evaluation/reds"]) for step, values in fake.told if "evaluation/reds" in values]
+    looks = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert seen == [(line["step"], line["reds"]) for line in looks] and len(seen) == 2
-    assert fake.config["train.lr"] == 1e-2 and fake.config["watch.every"] == 6
+    assert fake.config["train.lr"] == 1e-2 and fake.config["evaluation.every"] == 6
     assert fake.finished == 1
 
 
@@ -330,7 +330,7 @@ def test_a_tracker_that_fails_stops_nothing(fake: type[Fake], tmp_path: Path, mo
 
 
 def test_a_tracker_is_finished_where_a_run_breaks(fake: type[Fake], tmp_path: Path) -> None:
-    plan = evolve(recipe(trackers=("fake",), bad_steps=1), method=ComponentSpec("fit", {"bad": [0]}))
+    plan = evolve(recipe(trackers=("fake",), max_skipped_steps=1), method=ComponentSpec("fit", {"bad": [0]}))
     with pytest.raises(NumericalError):
         run(plan, tmp_path).train()
     assert fake.finished == 1

@@ -97,7 +97,7 @@ def apart(a: dict[str, Tensor], b: dict[str, Tensor], kind: str) -> float:
 @TWO
 def test_two_processes_end_with_the_weights_of_one(where: str, name: str, both: Path) -> None:
     one, two = state(both / "alone" / name), state(both / where / name)
-    for kind in ("net/", "ema/") if rank_worker.recipe(name).train.ema else ("net/",):
+    for kind in ("net/", "ema/") if rank_worker.recipe(name).train.ema_decay else ("net/",):
         assert apart(one, two, kind) <= 1e-5
     begun = state(both / "alone" / name, 10)
     assert apart(begun, one, "net/") > 1e-3, "it must have learned, or being equal says nothing"
@@ -124,7 +124,7 @@ def test_each_process_writes_its_half(name: str, both: Path) -> None:
 def test_looks_see_the_same(both: Path) -> None:
     told = []
     for where in ("alone", "pair", "divided"):
-        lines = [json.loads(line) for line in (both / where / "watched" / "watch.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (both / where / "watched" / "evaluations.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [0, 10, 20]
         told.append([{k: v for k, v in line.items() if k not in ("seconds", "sha256")} for line in lines])
         assert len(list((both / where / "watched" / "samples").iterdir())) == 3
@@ -137,15 +137,15 @@ def test_looks_see_the_same(both: Path) -> None:
 @pytest.mark.parametrize("where", ["alone", "pair", "divided"])
 def test_the_last_look_sees_the_weights_of_the_last_step(where: str, both: Path) -> None:
     run = both / where / "watched"
-    watch = rank_worker.recipe("watched").watch
-    assert watch is not None
+    evaluation = rank_worker.recipe("watched").evaluation
+    assert evaluation is not None
     model = LensPipeline.from_pretrained(run / "model", catalog=rank_worker.installed())  # of the best step
     prefix = "net/backbone/"
     last = {name.removeprefix(prefix): t for name, t in state(run).items() if name.startswith(prefix)}
     model.backbone.load_state_dict(last)
     settings = {"height": 64, "width": 64, "num_inference_steps": 2}
-    drawn = torch.cat(list(runs.draw(model, [Prompt(p) for p in watch.prompts], 0, 16, **settings)))
-    want = report.contact_sheet(drawn, watch.prompts, [None] * 2, 2)
+    drawn = torch.cat(list(runs.draw(model, [Prompt(p) for p in evaluation.prompts], 0, 16, **settings)))
+    want = report.contact_sheet(drawn, evaluation.prompts, [None] * 2, 2)
     with Image.open(run / "samples" / "step-0000020.png") as sheet:
         apart = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).int()
     apart -= torch.frombuffer(bytearray(want.tobytes()), dtype=torch.uint8).int()
@@ -172,7 +172,7 @@ def test_they_tell_the_same(name: str, both: Path) -> None:
 @TWO
 def test_a_run_of_two_goes_on_as_one(name: str, where: str, both: Path, tmp_path: Path) -> None:
     begun(both / where / name, tmp_path / "run")
-    rank_worker.run(name, tmp_path / "run", **({"shards": 2} if where == "divided" else {}))
+    rank_worker.run(name, tmp_path / "run", **({"fsdp_shards": 2} if where == "divided" else {}))
     told = json.loads((tmp_path / "run" / "rank-0.json").read_text())
     assert any(line.startswith("resumed at step 10") for line in told["said"])
     assert apart(state(both / where / name), state(tmp_path / "run"), "net/") <= 1e-5
@@ -184,7 +184,7 @@ def test_a_divided_run_goes_on_whatever_it_was(both: Path, tmp_path: Path) -> No
     for where in ("alone", "divided"):
         begun(both / where / "two", tmp_path / where / "two")
         recipe = tmp_path / where / "two" / "recipe.json"
-        recipe.write_text(recipe.read_text().replace(f'"shards": {1 + (where == "divided")}', '"shards": 2'))
+        recipe.write_text(recipe.read_text().replace(f'"fsdp_shards": {1 + (where == "divided")}', '"fsdp_shards": 2'))
         launch(tmp_path / where, "two", world=4, shards=2)
         written.append(state(tmp_path / where / "two"))
         told = json.loads((tmp_path / where / "two" / "rank-0.json").read_text())
@@ -209,14 +209,14 @@ def test_a_lost_or_altered_share_is_found(both: Path, tmp_path: Path) -> None:
             share.unlink()
         else:
             share.write_bytes(share.read_bytes()[:-1] + b"\x01")
-        rank_worker.run("one", tmp_path / harm, shards=2)
+        rank_worker.run("one", tmp_path / harm, fsdp_shards=2)
         said = json.loads((tmp_path / harm / "rank-0.json").read_text())["said"]
         assert any("step-0000010 is damaged" in line and share.name in line for line in said), said
         assert any("step-0000005" in line and line.startswith("resumed") for line in said), said
 
 
 def test_the_parts_decide_and_not_only_the_batch(both: Path, tmp_path: Path) -> None:
-    rank_worker.run("one", tmp_path / "run", parts=1)
+    rank_worker.run("one", tmp_path / "run", micro_batches=1)
     assert apart(state(both / "alone" / "one"), state(tmp_path / "run"), "net/") > 1e-4, "noise is drawn part by part"
 
 
@@ -226,23 +226,23 @@ class Fake:
 
 
 def test_parts_are_shared_out_evenly() -> None:
-    assert [list(Ranks(Fake(r, 2), 6).mine) for r in range(2)] == [[0, 1, 2], [3, 4, 5]]
-    assert Ranks(Fake(1, 4), 1).parts == 4  # at least one each
+    assert [list(Ranks(Fake(r, 2), 6).local_micro_batches) for r in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    assert Ranks(Fake(1, 4), 1).micro_batches == 4  # at least one each
     with pytest.raises(ConfigError, match="3 parts have no equal shares for 2 processes"):
         Ranks(Fake(0, 2), 3)
 
 
 def test_shards_are_at_most_the_processes() -> None:
     assert [Ranks(Fake(0, w), 1, s).shards for w, s in ((1, 0), (1, 8), (4, 0), (4, 2), (4, 8))] == [1, 1, 4, 2, 4]
-    assert not Ranks(Fake(0, 1), 1, 8).divided and Ranks(Fake(0, 4), 1, 2).divided
-    with pytest.raises(ConfigError, match=r"\$.train.shards: 4 processes have no equal groups of 3"):
+    assert not Ranks(Fake(0, 1), 1, 8).sharded and Ranks(Fake(0, 4), 1, 2).sharded
+    with pytest.raises(ConfigError, match=r"\$.train.fsdp_shards: 4 processes have no equal groups of 3"):
         Ranks(Fake(0, 4), 1, 3)
 
 
 def test_what_stands_on_the_same_weights_is_not_divided() -> None:
     ranks, layer = Ranks(Fake(0, 2), 1, 2), torch.nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="a and b stand on the same weights"):
-        ranks.divide({"a": torch.nn.Sequential(layer), "b": torch.nn.Sequential(layer)})
+        ranks.shard({"a": torch.nn.Sequential(layer), "b": torch.nn.Sequential(layer)})
 
 
 def test_a_method_that_shares_out_unevenly_keeps_its_weights_whole(
@@ -250,4 +250,4 @@ def test_a_method_that_shares_out_unevenly_keeps_its_weights_whole(
 ) -> None:
     monkeypatch.setattr("lens_core.training.trainer.Ranks", lambda _, parts, shards: Ranks(Fake(0, 2), parts, shards))
     with pytest.raises(ConfigError, match="diffusion_nft shares out its work unevenly"):
-        rank_worker.run("rewarded", tmp_path, shards=2)
+        rank_worker.run("rewarded", tmp_path, fsdp_shards=2)

@@ -201,7 +201,9 @@ def test_yaml_within_the_bounds_is_what_it_says() -> None:
     assert "within what it stands for" in readers.parse_yaml("a: &a [*a]")[1][0]
 
 
-@pytest.mark.parametrize("place", ["lr: *h", "betas: *h", "rates: *h", "threads: *h", "precision: *h", "adapters: *h"])
+@pytest.mark.parametrize(
+    "place", ["lr: *h", "betas: *h", "lr_multipliers: *h", "threads: *h", "precision: *h", "lora: *h"]
+)
 @pytest.mark.parametrize("levels", [2, 4, 8])
 def test_aliases_in_a_recipe_never_cost_more_than_a_moment(
     place: str, levels: int, tmp_path: Path, catalog: Catalog

@@ -17,7 +17,7 @@ from lens_core.checkpoints.tensor_files import read_header, read_tensors, save_t
 from lens_core.cli.main import main
 from lens_core.inference import lora
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import Adapter
+from lens_core.recipe import LoraSpec
 from lens_core.types import CheckpointError, ConfigError
 
 LAYERS = ("blocks.0.img_qkv", "blocks.0.to_out.0", "blocks.0.w_1")
@@ -143,7 +143,7 @@ def test_a_control_character_in_a_name_does_not_reach_the_terminal(tmp_path: Pat
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_trained_adapter_is_saved_in_any_spelling(spelling: str, pipeline: LensPipeline, tmp_path: Path) -> None:
-    net, adapter = pipeline.backbone, Adapter(rank=2, scale=0.3)
+    net, adapter = pipeline.backbone, LoraSpec(rank=2, scale=0.3)
     plain = {name: module.weight.clone() for name, module in net.named_modules() if hasattr(module, "weight")}
     lora.attach(net, adapter)
     for name, parameter in net.named_parameters():

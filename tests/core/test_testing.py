@@ -312,7 +312,7 @@ class Estranged(toy.Fit):
 
 
 class Unknown(toy.Fit):
-    def turns(self, step: int) -> Sequence[str]:
+    def update_order(self, step: int) -> Sequence[str]:
         return ("generator",)
 
 
@@ -415,7 +415,7 @@ def test_a_sound_validation_passes() -> None:
         (method, Detached, "the loss of critic has no gradient"),
         (method, Tied, r"the parts \['total'\] have a gradient; detach them"),
         (method, Estranged, "the loss of critic does not reach it"),
-        (method, Unknown, "turns names 'generator'; the roles are backbone, critic"),
+        (method, Unknown, "update_order names 'generator'; the trainable modules are backbone, critic"),
         (method, Unlearning, "steps leaves gradients off while its step is out"),
         (method, Careless, "validate draws from torch's global generator"),
         (method, Cheating, "validate changes weights"),

@@ -16,12 +16,12 @@ from attrs import field, frozen
 from lens_core.catalog import Catalog
 from lens_core.protocols import KINDS
 from lens_core.recipe import (
-    Adapter,
     ComponentSpec,
+    Evaluation,
+    LoraSpec,
     Parts,
     Recipe,
     Training,
-    Watch,
     options,
     read_recipe,
     structure,
@@ -43,7 +43,7 @@ from lens_core.validators import (
 )
 
 INSTALLED = Catalog.installed()
-CORE = [Parts, Adapter, Training, Watch, Recipe]
+CORE = [Parts, LoraSpec, Training, Evaluation, Recipe]
 CONFIGS = [*CORE, *(e.cls.Config for kind in KINDS for e in INSTALLED.entries(kind))]
 # What no number of a recipe may be, whatever it is for.
 POISON = [math.nan, math.inf, -math.inf, True, "3", None, 10**400, -(10**400), [1]]
@@ -99,7 +99,7 @@ def test_every_number_of_every_config_has_a_range(attribute: attrs.Attribute[Any
 
 @pytest.mark.parametrize("config", dict.fromkeys(CONFIGS), ids=lambda c: f"{c.__module__}.{c.__qualname__}")
 def test_the_defaults_of_every_config_make_the_round_trip(config: type[Any]) -> None:
-    if any(a.default is attrs.NOTHING for a in attrs.fields(config)) or config is Watch:
+    if any(a.default is attrs.NOTHING for a in attrs.fields(config)) or config is Evaluation:
         return  # it has no defaults to be built of
     made = config()
     assert structure(config, json.loads(json.dumps(unstructure(made)))) == made
@@ -208,24 +208,27 @@ pipeline: {vae: blocks, text_encoder: letters, backbone: mixer, sampler: even}
 method: fit
 dataset: squares
 train: {steps: 4}
-watch: {every: 2, prompts: [red]}
+evaluation: {every: 2, prompts: [red]}
 """
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        "train.lr=-1", "train.lr=.nan", "train.lr=.inf", "train.lr=-0.0", "train.clip=-0.1", "train.clip=.nan",
-        "train.clip=-.inf", "train.rates.backbone=-1", "train.rates.backbone=.nan", "train.betas=[0.9, 1.0]",
+        "train.lr=-1", "train.lr=.nan", "train.lr=.inf", "train.lr=-0.0",
+        "train.max_grad_norm=-0.1", "train.max_grad_norm=.nan", "train.max_grad_norm=-.inf",
+        "train.lr_multipliers.backbone=-1", "train.lr_multipliers.backbone=.nan", "train.betas=[0.9, 1.0]",
         "train.betas=[-0.1, 0.9]", "train.betas=[.nan, 0.9]", "train.steps=0", "train.steps=9223372036854775808",
-        "train.weight_decay=-1", "train.bad_steps=0",
-        "train.warmup=-1", "train.decay=.nan", "train.ema=1", "train.ema=.nan", "train.spike=.nan",
-        "train.spike=-2", "train.threads=-1", "train.threads=1000000", "train.parts=0", "train.shards=-1",
-        "train.adapters.backbone.rank=0", "train.adapters.backbone.scale=.inf", "seed=-1", "seed=18446744073709551616",
+        "train.weight_decay=-1", "train.max_skipped_steps=0",
+        "train.warmup=-1", "train.lr_decay_fraction=.nan", "train.ema_decay=1", "train.ema_decay=.nan",
+        "train.spike=.nan", "train.spike=-2", "train.threads=-1", "train.threads=1000000",
+        "train.micro_batches=0", "train.fsdp_shards=-1",
+        "train.lora.backbone.rank=0", "train.lora.backbone.scale=.inf", "seed=-1", "seed=18446744073709551616",
         "seed=true", "pipeline.steps=0", "pipeline.steps=70000", "pipeline.guidance_scale=.nan",
-        "pipeline.guidance_scale=65536", "pipeline.base_resolution=0", "watch.every=0", "watch.seed=-1",
-        "watch.batch=0", "watch.batches=-1", "watch.steps=0", "watch.guidance_scale=.inf", "watch.size=[0, 16]",
-        "watch.patience=-1", "watch.prompts=['']",
+        "pipeline.guidance_scale=65536", "pipeline.base_resolution=0", "evaluation.every=0", "evaluation.seed=-1",
+        "evaluation.batch_size=0", "evaluation.validation_batches=-1", "evaluation.steps=0",
+        "evaluation.guidance_scale=.inf", "evaluation.size=[0, 16]",
+        "evaluation.patience=-1", "evaluation.prompts=['']",
     ],
 )  # fmt: skip
 def test_a_number_out_of_range_is_refused_with_the_recipe(change: str, tmp_path: Path, catalog: Catalog) -> None:
@@ -235,5 +238,5 @@ def test_a_number_out_of_range_is_refused_with_the_recipe(change: str, tmp_path:
     with pytest.raises(ConfigError) as caught:
         read_recipe(path, catalog, [change])
     (line,) = caught.value.problems
-    where = change.partition("=")[0].replace("adapters.backbone", "adapters")
+    where = change.partition("=")[0].replace("lora.backbone", "lora")
     assert f"$.{where.rpartition('.')[0]}" in line and where.rpartition(".")[2] in line and "must be" in line

@@ -28,9 +28,9 @@ from lens_core.checkpoints import tensor_files
 from lens_core.evaluation import report as reports
 from lens_core.evaluation import run as runs
 from lens_core.inference.pipeline import LensPipeline, to_pixels
-from lens_core.recipe import Adapter, ComponentSpec, Recipe, Training, Watch, read_recipe
+from lens_core.recipe import ComponentSpec, Evaluation, LoraSpec, Recipe, Training, read_recipe
 from lens_core.training import optimizers
-from lens_core.training.trainer import Run, _exchange
+from lens_core.training.trainer import Trainer, _exchange
 from lens_core.types import ConfigError, LensError, Prompt, Score
 
 
@@ -78,10 +78,10 @@ plugin = types.ModuleType("scripted")
 plugin.lens_rewards = hookimpl(lambda: {"bright": Bright}, specname="lens_rewards")  # type: ignore[attr-defined]
 plugin.lens_benchmarks = hookimpl(lambda: {"scripted": Scripted}, specname="lens_benchmarks")  # type: ignore[attr-defined]
 
-TRAIN = Training(steps=6, lr=1e-2, ema=0.9, save_every=3, log_every=2, keep=9)
+TRAIN = Training(steps=6, lr=1e-2, ema_decay=0.9, save_every=3, log_every=2, keep_checkpoints=9)
 PARTS = evolve(toy.NARROW, steps=3)
 BASE = Recipe(method=ComponentSpec("fit"), dataset=ComponentSpec("squares"), train=TRAIN, pipeline=PARTS, seed=3)
-JUDGED = Watch(every=2, size=(16, 16), benchmarks=(ComponentSpec("scripted"),))
+JUDGED = Evaluation(every=2, size=(16, 16), benchmarks=(ComponentSpec("scripted"),))
 BEST = evolve(JUDGED, keep_best="scripted")
 
 
@@ -101,9 +101,11 @@ class Runner:
         self.catalog, self.folder = catalog, folder
         self.said: list[str] = []
 
-    def __call__(self, name: str, watch: Watch | None, allow_changed: bool = False, base: Recipe = BASE) -> Run:
-        plan = evolve(base, watch=watch)
-        return Run(plan, self.catalog, self.folder / name, say=self.said.append, allow_changed=allow_changed)
+    def __call__(
+        self, name: str, evaluation: Evaluation | None, allow_changed: bool = False, base: Recipe = BASE
+    ) -> Trainer:
+        plan = evolve(base, evaluation=evaluation)
+        return Trainer(plan, self.catalog, self.folder / name, log=self.said.append, allow_changed=allow_changed)
 
     def state(self, name: str, step: int) -> dict[str, Tensor]:
         return tensor_files.read_tensors(self.folder / name / "checkpoints" / f"step-{step:07d}" / "state.safetensors")
@@ -112,7 +114,7 @@ class Runner:
         return tensor_files.read_weights(self.folder / name / "model" / "transformer")
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / name / "watch.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (self.folder / name / "evaluations.jsonl").read_text().splitlines()]
 
     def averages(self, name: str, step: int) -> dict[str, Tensor]:
         prefix = "ema/backbone/"
@@ -141,8 +143,8 @@ def measured(*_: Any) -> dict[str, float]:
 def test_a_run_that_is_watched_ends_with_the_weights_of_one_that_is_not(
     kind: str, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapters = {"backbone": Adapter(rank=2)} if kind == "adapter" else {}
-    base = evolve(BASE, train=evolve(TRAIN, adapters=adapters))
+    adapters = {"backbone": LoraSpec(rank=2)} if kind == "adapter" else {}
+    base = evolve(BASE, train=evolve(TRAIN, lora=adapters))
     careful = toy.Fit.steps
 
     def careless(*arguments: Any) -> Any:  # a method that draws from the global generator between its turns
@@ -219,7 +221,7 @@ def test_a_look_sees_the_averages_and_puts_the_weights_back(runner: Runner, monk
         return {"loss": 0.0}
 
     monkeypatch.setattr(toy.Fit, "validate", look, raising=False)
-    run = runner("a", Watch(every=3, batches=1, validation=ComponentSpec("squares")))
+    run = runner("a", Evaluation(every=3, validation_batches=1, validation=ComponentSpec("squares")))
     run.train()
     for (weight, training), step in zip(seen[1:], (3, 6), strict=True):
         assert torch.equal(weight, runner.averages("a", step)["inner.weight"]) and not training
@@ -238,15 +240,15 @@ def test_tensors_that_two_names_share_come_back() -> None:
 
 
 def test_the_last_grid_shows_what_the_model_draws(runner: Runner, catalog: Catalog, tmp_path: Path) -> None:
-    watch = Watch(every=4, prompts=("red", "a blue one", "green"), seed=5, size=(16, 32), batch=2)
-    report = runner("a", watch).train()
+    evaluation = Evaluation(every=4, prompts=("red", "a blue one", "green"), seed=5, size=(16, 32), batch_size=2)
+    report = runner("a", evaluation).train()
     found = sorted(p.name for p in (tmp_path / "a" / "samples").iterdir())
     assert found == ["step-0000000.png", "step-0000004.png", "step-0000006.png"]
     assert report.model is not None
     drawn = LensPipeline.from_pretrained(report.model, catalog=catalog)(
-        list(watch.prompts), seed=5, height=16, width=32, output_type="pt"
+        list(evaluation.prompts), seed=5, height=16, width=32, output_type="pt"
     ).images
-    want = reports.contact_sheet(drawn, watch.prompts, [None] * 3, 3)
+    want = reports.contact_sheet(drawn, evaluation.prompts, [None] * 3, 3)
     with Image.open(tmp_path / "a" / "samples" / found[-1]) as sheet:
         assert sheet.tobytes() == want.tobytes()
     assert (tmp_path / "a" / "samples" / found[0]).read_bytes() != (tmp_path / "a" / "samples" / found[-1]).read_bytes()
@@ -260,10 +262,10 @@ KERNELS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "plain": {"fo
 class Listen(toy.Fit):
     """Method: the text encoder learns too."""
 
-    def roles(self) -> dict[str, Any]:
+    def trainable_modules(self) -> dict[str, Any]:
         return {"backbone": self.pipeline.backbone, "text_encoder": self.pipeline.text_encoder}
 
-    def turns(self, step: int) -> Sequence[str]:
+    def update_order(self, step: int) -> Sequence[str]:
         return ("text_encoder", "backbone")
 
     def steps(self, batches: Any, nets: Any, rng: torch.Generator) -> Any:
@@ -280,12 +282,12 @@ class Listen(toy.Fit):
 
 
 plugin.lens_methods = hookimpl(lambda: {"listen": Listen}, specname="lens_methods")  # type: ignore[attr-defined]
-LEARNERS: dict[str, tuple[ComponentSpec, ComponentSpec, dict[str, Adapter]]] = {
+LEARNERS: dict[str, tuple[ComponentSpec, ComponentSpec, dict[str, LoraSpec]]] = {
     "all": (ComponentSpec("flow_matching"), ComponentSpec("mmdit", SMALL), {}),
     "adapter": (
         ComponentSpec("flow_matching"),
         ComponentSpec("mmdit", SMALL),
-        {"backbone": Adapter(rank=2, targets=("linear_1", "proj_out"))},
+        {"backbone": LoraSpec(rank=2, targets=("linear_1", "proj_out"))},
     ),
     "encoder": (ComponentSpec("listen"), ComponentSpec("mixer", {"width": 8}), {}),
 }
@@ -310,10 +312,10 @@ def test_the_last_look_sees_the_weights_that_are_exported(
         yield seen[-1]
 
     monkeypatch.setattr(runs, "draw", watched)
-    train = evolve(TRAIN, steps=12, lr=3e-2, ema=ema, save_every=12, adapters=adapters)
+    train = evolve(TRAIN, steps=12, lr=3e-2, ema_decay=ema, save_every=12, lora=adapters)
     base = evolve(BASE, method=method, train=train, pipeline=evolve(PARTS, backbone=backbone))
     prompts = ("red", "a blue one")
-    run = runner("a", Watch(every=6, prompts=prompts, size=(32, 32)), base=base)
+    run = runner("a", Evaluation(every=6, prompts=prompts, size=(32, 32)), base=base)
     with torch.no_grad():
         for weight in run.nets["backbone"].parameters():  # a new backbone is 0 in many places, and then hides faults
             weight += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
@@ -348,15 +350,17 @@ def test_validation_is_a_mean_over_samples_of_the_same_first_batches(
         return {"loss": float(len(seen)), **part}
 
     monkeypatch.setattr(toy.Fit, "validate", look, raising=False)
-    runner("a", Watch(every=6, batches=2, validation=ComponentSpec("squares", {"seed": 9}))).train()
+    runner("a", Evaluation(every=6, validation_batches=2, validation=ComponentSpec("squares", {"seed": 9}))).train()
     assert seen[:2] == seen[2:] and seen[0] != seen[1]
     lines = runner.lines("a")
     assert [n["validation/loss"] for n in lines] == [1.5, 3.5] and lines[0]["validation/loss/8x8"] == 10.0
 
 
 def test_flow_matching_is_validated_by_time_and_by_size(runner: Runner) -> None:
-    base = evolve(BASE, method=ComponentSpec("flow_matching"), train=evolve(TRAIN, steps=40, save_every=40, ema=0.0))
-    runner("a", Watch(every=40, validation=ComponentSpec("squares", {"seed": 9})), base=base).train()
+    base = evolve(
+        BASE, method=ComponentSpec("flow_matching"), train=evolve(TRAIN, steps=40, save_every=40, ema_decay=0.0)
+    )
+    runner("a", Evaluation(every=40, validation=ComponentSpec("squares", {"seed": 9})), base=base).train()
     first, last = runner.lines("a")
     assert last["validation/loss"] < 0.9 * first["validation/loss"], "it must have learned"
     times = [v for k, v in last.items() if "/t" in k]
@@ -384,14 +388,14 @@ def test_the_model_is_the_best_one(runner: Runner, tmp_path: Path, monkeypatch: 
     runner("a", BEST, base=base).train()
     same(runner.model("a"), runner.averages("a", 2))
     assert [p.name for p in (tmp_path / "a" / "best").iterdir()] == ["step-0000002.safetensors"]
-    assert runner.said[-1] == "the model is that of step 2: scripted 0.6000, the best of 4 looks"
+    assert runner.said[-1] == "the model is that of step 2: scripted 0.6000, the best of 4 evaluations"
 
 
 def test_the_best_adapter_is_the_one_that_is_written(
     runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Scripted, "script", (0.1, 0.6, 0.6, 0.3))
-    train = evolve(TRAIN, save_every=2, ema=0.0, adapters={"backbone": Adapter(rank=2)})
+    train = evolve(TRAIN, save_every=2, ema_decay=0.0, lora={"backbone": LoraSpec(rank=2)})
     runner("a", BEST, base=evolve(BASE, train=train)).train()
     written = tensor_files.read_tensors(tmp_path / "a" / "adapters" / "backbone" / "pytorch_lora_weights.safetensors")
     want = runner.state("a", 2)["net/backbone/inner.lora_B.default.weight"]
@@ -400,7 +404,7 @@ def test_the_best_adapter_is_the_one_that_is_written(
 
 def test_the_best_outlives_its_checkpoint(runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scripted, "script", (0.1, 0.6, 0.5, 0.3))
-    base = evolve(BASE, train=evolve(TRAIN, save_every=2, keep=1))
+    base = evolve(BASE, train=evolve(TRAIN, save_every=2, keep_checkpoints=1))
     runner("a", BEST, base=base).train()
     before = runner.model("a")
     assert [p.name for p in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-0000006"]
@@ -414,7 +418,7 @@ def test_patience_ends_the_run_and_the_end_survives_a_resume(runner: Runner, mon
     patient, base = evolve(BEST, every=1, patience=2), evolve(BASE, train=evolve(TRAIN, save_every=1))
     report = runner("a", patient, base=base).train()
     assert (report.steps, report.model is None) == (3, False)
-    assert "no better scripted in 2 looks; the run ends at step 3 of 6" in runner.said
+    assert "early stopping: no improvement of scripted in 2 evaluations; the run ends at step 3 of 6" in runner.said
     same(runner.model("a"), runner.averages("a", 1))
     again = runner("a", patient, base=base).train()
     assert (again.steps, again.model is None, Scripted.looks) == (3, False, 4)
@@ -532,16 +536,18 @@ def test_a_signal_during_a_look_saves_first_and_the_look_is_taken_later(
 
 def test_a_pipeline_that_cannot_draw_is_refused_at_the_start(runner: Runner) -> None:
     blind = evolve(BASE, pipeline=evolve(PARTS, sampler=None))
-    with pytest.raises(ConfigError, match=r"^\$\.watch: a pipeline without a sampler cannot draw; add what is missing"):
+    with pytest.raises(
+        ConfigError, match=r"^\$\.evaluation: a pipeline without a sampler cannot draw; add what is missing"
+    ):
         runner("a", JUDGED, base=blind)
     with pytest.raises(ConfigError, match=r"height 17 is not a multiple of 16 px"):
         runner("a", evolve(JUDGED, size=(17, 16)))
 
 
 def test_what_cannot_be_measured_is_refused_at_the_start(runner: Runner) -> None:
-    with pytest.raises(ConfigError, match=r"watch\.validation: Fit has no validate\(\)"):
-        runner("a", Watch(every=1, validation=ComponentSpec("squares")))
-    with pytest.raises(ConfigError, match=r"watch\.benchmarks\[0\]: scripted has no prompts"):
+    with pytest.raises(ConfigError, match=r"evaluation\.validation: Fit has no validate\(\)"):
+        runner("a", Evaluation(every=1, validation=ComponentSpec("squares")))
+    with pytest.raises(ConfigError, match=r"evaluation\.benchmarks\[0\]: scripted has no prompts"):
         runner("a", evolve(JUDGED, benchmarks=(ComponentSpec("scripted", {"count": 0}),)))
 
 
@@ -549,7 +555,7 @@ def test_what_cannot_be_measured_is_refused_at_the_start(runner: Runner) -> None
     ("fields", "told"),
     [
         ({"prompts": ("a",), "every": 0}, "every: must be at least 1"),
-        ({}, "looks at nothing; name prompts, benchmarks or validation"),
+        ({}, "evaluates nothing; name prompts, benchmarks or validation"),
         ({"prompts": ("a", " ")}, "must be text that is not blank"),
         ({"prompts": ("a",), "keep_best": "shapes"}, "keep_best is 'shapes', which is no benchmark .* there is none"),
         ({"benchmarks": (ComponentSpec("x:reds"), ComponentSpec("reds")), "keep_best": "red"}, "there is reds, reds_1"),
@@ -558,15 +564,15 @@ def test_what_cannot_be_measured_is_refused_at_the_start(runner: Runner) -> None
 )
 def test_a_watch_that_makes_no_sense_is_refused(fields: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        Watch(**{"every": 1, **fields})
+        Evaluation(**{"every": 1, **fields})
 
 
-def test_what_a_watch_names_is_checked_with_the_recipe(catalog: Catalog, tmp_path: Path) -> None:
+def test_what_evaluation_names_is_checked_with_the_recipe(catalog: Catalog, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
-        "method: fit\ntrain: {steps: 1}\nwatch: {every: 1, benchmarks: [{use: reds, promts: 3}, {use: rods}],"
+        "method: fit\ntrain: {steps: 1}\nevaluation: {every: 1, benchmarks: [{use: reds, promts: 3}, {use: rods}],"
         " validation: {use: squares, batch: many}}\n"
     )
     with pytest.raises(ConfigError) as error:
         read_recipe(tmp_path / "r.yaml", catalog)
     paths = [p.partition("r.yaml: ")[2].partition(": ")[0] for p in error.value.problems]
-    assert paths == ["$.watch.benchmarks[0].promts", "$.watch.benchmarks[1]", "$.watch.validation.batch"]
+    assert paths == ["$.evaluation.benchmarks[0].promts", "$.evaluation.benchmarks[1]", "$.evaluation.validation.batch"]

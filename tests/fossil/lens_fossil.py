@@ -101,13 +101,13 @@ class FossilReasoner(Base):
 
 
 class FossilMethod(Base):
-    def roles(self) -> Mapping[str, Any]:
+    def trainable_modules(self) -> Mapping[str, Any]:
         return {}
 
     def steps(self, batches: Iterator[Batch], nets: Mapping[str, Any], rng: Any) -> Iterator[Sequence[Any]]:
         yield from ([b] for b in batches)
 
-    def turns(self, step: int) -> Sequence[str]:
+    def update_order(self, step: int) -> Sequence[str]:
         return ()
 
     def loss(self, role: str, nets: Mapping[str, Any], batch: Any, rng: Any) -> Loss:

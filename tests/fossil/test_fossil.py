@@ -15,7 +15,7 @@ from lens_core.protocols import KINDS
 from lens_core.recipe import ComponentSpec, build
 from lens_core.types import Record
 
-FROZEN = "78ca5370b5b28092"
+FROZEN = "6a29ff85e74657f0"
 
 
 def test_the_fossil_has_not_been_edited() -> None:

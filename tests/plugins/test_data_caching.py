@@ -25,7 +25,7 @@ from PIL import Image
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import read_recipe, structure
-from lens_core.training.trainer import Run
+from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, ConfigError, LensError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is corrupt")
@@ -71,14 +71,14 @@ def test_training_from_the_cache_equals_training_online(store, pipeline):
     online = take(config(store, cache=""), 20)
     cached = take(config(store), 20)
     method = FlowMatching(FlowMatching.Config(), pipeline)
-    steps = method.steps(iter(online), method.roles(), torch.Generator())
+    steps = method.steps(iter(online), method.trainable_modules(), torch.Generator())
     for (sample,), before, batch in zip(steps, online, cached, strict=True):
         assert batch.images is None and batch.captions == before.captions and batch.keys == before.keys
         torch.testing.assert_close(batch.latents, sample.z, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(batch.text.features, sample.text.features, rtol=1e-6, atol=1e-6)
         assert torch.equal(batch.text.mask, sample.text.mask)
         losses = [
-            method.loss("backbone", method.roles(), s, torch.Generator().manual_seed(1)).total
+            method.loss("backbone", method.trainable_modules(), s, torch.Generator().manual_seed(1)).total
             for s in (sample, Sample(batch.latents, batch.text))
         ]
         torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
@@ -172,7 +172,7 @@ def test_a_recipe_fills_its_cache_and_trains_from_its_store(store, tmp_path, mon
     assert capsys.readouterr().out.endswith("40 encoded, 2 corrupt pictures\n")
     assert len(take(config(store, dense_caption_ratio=1.0), 3)) == 3
     recipe.write_text(recipe.read_text().replace(", cache: c", ""))
-    report = Run(read_recipe(recipe, catalog), catalog, tmp_path / "run", say=quiet).train()
+    report = Trainer(read_recipe(recipe, catalog), catalog, tmp_path / "run", log=quiet).train()
     assert report.steps == 3 and (tmp_path / "run" / "model" / "lens.json").is_file()
     recipe.write_text(recipe.read_text().replace("use: store, ", "use: words, "))
     with pytest.raises(ConfigError, match="no dataset is called 'words'"):
@@ -197,8 +197,8 @@ def test_training_asks_what_made_its_cache_and_names_both(store, tmp_path, monke
         (tmp_path / f"{name}.yaml").write_text(RECIPE.format(dataset=dataset))
     cache(tmp_path / "plain.yaml")
 
-    def run(*changes: str) -> Run:
-        return Run(read_recipe(tmp_path / "mixed.yaml", catalog, changes), catalog, tmp_path / "run", say=quiet)
+    def run(*changes: str) -> Trainer:
+        return Trainer(read_recipe(tmp_path / "mixed.yaml", catalog, changes), catalog, tmp_path / "run", log=quiet)
 
     run()
     # the toy VAE has no random weights: another seed is another text encoder alone
@@ -210,7 +210,7 @@ def test_training_asks_what_made_its_cache_and_names_both(store, tmp_path, monke
         hashes = re.findall(r"hash ([0-9a-f]{16})", line)
         assert len(hashes) == len(set(hashes)) == 2 * len(wrong)
         assert ("in bf16" in line) == (change != "seed=1")
-    pipeline = Run(read_recipe(tmp_path / "plain.yaml", catalog), catalog, tmp_path / "b", say=quiet).pipeline
+    pipeline = Trainer(read_recipe(tmp_path / "plain.yaml", catalog), catalog, tmp_path / "b", log=quiet).pipeline
     with torch.no_grad():
         pipeline.vae.gain.add_(1)
     with pytest.raises(LensError, match="its vae is") as caught:
@@ -271,7 +271,7 @@ def test_a_run_from_a_cache_holds_no_encoder_and_exports_both(store, pipeline, t
     start = LensPipeline.from_parts(recipe.pipeline, catalog)
     settings = structure(StoreDataset.Config, recipe.dataset.options)
     fill_cache(settings, start, log=quiet)
-    run = Run(recipe, catalog, tmp_path / "run", say=quiet)
+    run = Trainer(recipe, catalog, tmp_path / "run", log=quiet)
     assert set(run.pipeline.present()) == {"backbone"}
     run.train()
     made = LensPipeline.from_pretrained(tmp_path / "run" / "model", catalog=catalog)

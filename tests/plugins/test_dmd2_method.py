@@ -24,9 +24,9 @@ from lens_core import flow, hookimpl
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
 from lens_core.inference.pipeline import LensPipeline, to_pixels
-from lens_core.recipe import Adapter, ComponentSpec, Parts, Recipe, Training
+from lens_core.recipe import ComponentSpec, LoraSpec, Parts, Recipe, Training
 from lens_core.testing.checks import check_method
-from lens_core.training.trainer import Run
+from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, TextFeatures
 
 
@@ -62,7 +62,7 @@ def method(**config: Any) -> DMD2:
     pipeline = LensPipeline.from_parts(PARTS, CATALOG)
     made = DMD2(DMD2.Config(**config), pipeline)
     for number, role in enumerate(("generator", "fake")):
-        for p in made.roles()[role].parameters():
+        for p in made.trainable_modules()[role].parameters():
             p.data += 0.3 * torch.randn(p.shape, generator=rng(number))
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.backbone):
         part.requires_grad_(False).eval()
@@ -80,18 +80,18 @@ def sample(m: DMD2, rows: int = 4, h: int = 3, w: int = 2) -> Sample:
 
 def loss_of(m: DMD2, role: str, seed: int = 3) -> Loss:
     """The loss as the loop asks for it: `role` alone can learn."""
-    m.roles()[role].requires_grad_(True)
-    found = m.loss(role, m.roles(), sample(m), rng(seed))
-    m.roles()[role].requires_grad_(False)
+    m.trainable_modules()[role].requires_grad_(True)
+    found = m.loss(role, m.trainable_modules(), sample(m), rng(seed))
+    m.trainable_modules()[role].requires_grad_(False)
     return found
 
 
 def learn(m: DMD2, role: str, batch: Sample | None = None, seed: int = 3) -> dict[str, Tensor]:
     """Gradients after one turn of `role` as the loop takes it, by network and parameter."""
-    m.roles()[role].requires_grad_(True)
-    m.loss(role, m.roles(), batch or sample(m), rng(seed)).total.backward()  # type: ignore[no-untyped-call]
-    m.roles()[role].requires_grad_(False)
-    everyone = {**m.roles(), "teacher": m.teacher}
+    m.trainable_modules()[role].requires_grad_(True)
+    m.loss(role, m.trainable_modules(), batch or sample(m), rng(seed)).total.backward()  # type: ignore[no-untyped-call]
+    m.trainable_modules()[role].requires_grad_(False)
+    everyone = {**m.trainable_modules(), "teacher": m.teacher}
     return {f"{n}.{k}": p.grad for n, net in everyone.items() for k, p in net.named_parameters() if p.grad is not None}
 
 
@@ -99,18 +99,18 @@ def learn(m: DMD2, role: str, batch: Sample | None = None, seed: int = 3) -> dic
 
 
 def test_the_critic_learns_several_times_before_the_generator() -> None:
-    assert method(fake_score_updates=3).turns(0) == ["fake", "fake", "fake", "generator"]
-    assert method(fake_score_updates=2, **GAN).turns(7) == ["fake", "heads", "fake", "heads", "generator"]
+    assert method(fake_score_updates=3).update_order(0) == ["fake", "fake", "fake", "generator"]
+    assert method(fake_score_updates=2, **GAN).update_order(7) == ["fake", "heads", "fake", "heads", "generator"]
     warm = method(fake_score_updates=2, warmup=3)
-    assert [len(warm.turns(s)) for s in range(5)] == [2, 2, 2, 3, 3]
+    assert [len(warm.update_order(s)) for s in range(5)] == [2, 2, 2, 3, 3]
 
 
 def test_teacher_and_fake_start_as_the_backbone_and_share_nothing_with_it() -> None:
     torch.manual_seed(0)
     pipeline = LensPipeline.from_parts(PARTS, CATALOG)
     m = DMD2(DMD2.Config(), pipeline)
-    assert m.roles()["generator"] is pipeline.backbone
-    nets = [pipeline.backbone, m.roles()["fake"], m.teacher]
+    assert m.trainable_modules()["generator"] is pipeline.backbone
+    nets = [pipeline.backbone, m.trainable_modules()["fake"], m.teacher]
     for a, b, c in zip(*(net.parameters() for net in nets), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
         assert len({a.data_ptr(), b.data_ptr(), c.data_ptr()}) == 3
@@ -138,10 +138,10 @@ def test_gradients_of_the_exit_step_survive_a_rollout_under_autocast() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about autocast on some CPUs
         with torch.autocast("cpu", torch.bfloat16):
-            m.roles()["generator"].requires_grad_(True)
-            loss = m.loss("generator", m.roles(), sample(m), rng(3)).total
+            m.trainable_modules()["generator"].requires_grad_(True)
+            loss = m.loss("generator", m.trainable_modules(), sample(m), rng(3)).total
     loss.backward()  # type: ignore[no-untyped-call]
-    assert all(p.grad is not None and p.grad.any() for p in m.roles()["generator"].parameters())
+    assert all(p.grad is not None and p.grad.any() for p in m.trainable_modules()["generator"].parameters())
 
 
 def test_only_the_exit_step_has_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_only_the_exit_step_has_a_gradient(monkeypatch: pytest.MonkeyPatch) -> N
     forward = toy.Mixer.forward
 
     def watch(self: toy.Mixer, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
-        if self is m.roles()["generator"]:
+        if self is m.trainable_modules()["generator"]:
             graded[-1].append(torch.is_grad_enabled())
         return forward(self, x, t, text)
 
@@ -165,7 +165,7 @@ def test_only_the_exit_step_has_a_gradient(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_exit_step_is_drawn_evenly_and_before_anything_else() -> None:
     m, counts = method(), [0] * 4
     for seed in range(400):
-        _, t, after, _ = m._enter(m.roles(), sample(m, rows=1, h=1, w=1), rng(seed))
+        _, t, after, _ = m._enter(m.trainable_modules(), sample(m, rows=1, h=1, w=1), rng(seed))
         index = int(torch.randint(4, (), generator=rng(seed)))
         assert (t, after) == (1 - index / 4, 0.75 - index / 4)
         counts[index] += 1
@@ -193,7 +193,7 @@ def test_the_generators_gradient_is_that_of_its_formula() -> None:
     draws = rng(11)
     exit_step = int(torch.randint(4, (), generator=draws))
     x = torch.randn(4, 4, 3, 2, generator=draws)
-    net = copy.deepcopy(m.roles()["generator"]).requires_grad_(True)
+    net = copy.deepcopy(m.trainable_modules()["generator"]).requires_grad_(True)
     nothing = TextFeatures(batch.text.features[:, :, :0], batch.text.mask[:, :0])
 
     def at(t: float) -> Tensor:
@@ -207,7 +207,7 @@ def test_the_generators_gradient_is_that_of_its_formula() -> None:
     x_t = flow.mix(made, torch.randn(made.shape, generator=draws), t).detach()
     with torch.no_grad():
         guided = flow.guide(m.teacher(x_t, t, batch.text), m.teacher(x_t, t, nothing), 5.0)
-        fake = m.roles()["fake"](x_t, t, batch.text)
+        fake = m.trainable_modules()["fake"](x_t, t, batch.text)
         difference = t.view(-1, 1, 1, 1) * (guided - fake)
         distance = (made - flow.data_from(x_t, guided, t)).abs().mean((1, 2, 3), keepdim=True).clamp(min=0.1)
         target = made - difference / distance
@@ -221,7 +221,7 @@ def test_a_true_fake_explains_all_that_can_be_explained() -> None:
     m = method()
     blind = nn.Module()
     blind.forward = lambda x, t, text: torch.zeros_like(x)  # type: ignore[method-assign]  # the mean of its target, about
-    part = m.loss("fake", {**m.roles(), "fake": blind}, sample(m), rng()).parts["unexplained"]
+    part = m.loss("fake", {**m.trainable_modules(), "fake": blind}, sample(m), rng()).parts["unexplained"]
     assert float(part) == pytest.approx(1, abs=0.1)
 
 
@@ -234,7 +234,7 @@ def test_the_gan_adds_its_weighted_gradient_and_reports_its_size() -> None:
     a, b = learn(with_gan, "generator"), learn(without, "generator")
     assert a.keys() == b.keys() and not any(torch.equal(a[k], b[k]) for k in a)
     twice = method(gan_weight=0.2, discriminator_blocks=(0, 1))
-    twice._roles["heads"] = with_gan.roles()["heads"]
+    twice._roles["heads"] = with_gan.trainable_modules()["heads"]
     double, once = (loss_of(m, "generator").parts["gan_dm_ratio"] for m in (twice, with_gan))
     assert float(double) == pytest.approx(2 * float(once), rel=1e-5)
 
@@ -242,17 +242,19 @@ def test_the_gan_adds_its_weighted_gradient_and_reports_its_size() -> None:
 def test_the_discriminator_can_read_the_fake_which_does_not_learn_of_it() -> None:
     reads = method(discriminator_features="fake", **GAN)
     like = method(**GAN)
-    like._roles["heads"] = reads.roles()["heads"]
-    reads.roles()["fake"].load_state_dict(reads.teacher.state_dict())
+    like._roles["heads"] = reads.trainable_modules()["heads"]
+    reads.trainable_modules()["fake"].load_state_dict(reads.teacher.state_dict())
     same = [loss_of(m, "generator").parts["gan"] for m in (reads, like)]
     assert torch.equal(*same), "where the fake is the teacher"
     with torch.no_grad():
-        for p in reads.roles()["fake"].parameters():
+        for p in reads.trainable_modules()["fake"].parameters():
             p.mul_(1.5)
     assert not torch.equal(loss_of(reads, "generator").parts["gan"], same[0])
     for role in ("generator", "heads"):
         learn(reads, role)
-        assert all(p.grad is None for p in (*reads.roles()["fake"].parameters(), *reads.teacher.parameters()))
+        assert all(
+            p.grad is None for p in (*reads.trainable_modules()["fake"].parameters(), *reads.teacher.parameters())
+        )
 
 
 def test_isg_adds_its_weighted_loss_at_a_time_within_the_exit_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,10 +284,10 @@ def test_real_and_made_latents_meet_under_the_same_noise(monkeypatch: pytest.Mon
     m = method(shift=1.0, r1_sigma=0.5, **GAN)
     seen.clear()  # of the probe for the width
     batch, draws = sample(m), rng(5)
-    total = m.loss("heads", m.roles(), batch, rng(5)).total
+    total = m.loss("heads", m.trainable_modules(), batch, rng(5)).total
     count = int(torch.randint(4, (), generator=draws))
     x = torch.randn(4, 4, 3, 2, generator=draws)
-    net = m.roles()["generator"]
+    net = m.trainable_modules()["generator"]
     for i in range(count):
         x = x - 0.25 * net(x, torch.full((4,), 1 - i / 4), batch.text)
     s = 1 - count / 4
@@ -297,7 +299,10 @@ def test_real_and_made_latents_meet_under_the_same_noise(monkeypatch: pytest.Mon
     real, fake = flow.mix(batch.z, noise, t), flow.mix(made, noise, t)
     for found, expected in zip(seen, (real, fake, real + 0.5 * n), strict=True):
         torch.testing.assert_close(found, expected)
-    d = [m.roles()["heads"](features(m.teacher, y, t, batch.text, (0, 1))) for y in (real, fake, real + 0.5 * n)]
+    d = [
+        m.trainable_modules()["heads"](features(m.teacher, y, t, batch.text, (0, 1)))
+        for y in (real, fake, real + 0.5 * n)
+    ]
     r1 = ((d[2] - d[0]) / 0.5).square().mean()
     soft = nn.functional.softplus
     torch.testing.assert_close(total, soft(-d[0]).mean() + soft(d[1]).mean() + 0.01 * r1)
@@ -306,10 +311,10 @@ def test_real_and_made_latents_meet_under_the_same_noise(monkeypatch: pytest.Mon
 def test_heads_learn_to_tell_real_latents_from_the_students() -> None:
     m = method(fake_score_updates=1, **GAN)
     batch = Sample(m.pipeline.encode(["red"] * 16), (3, 2), torch.full((16, 4, 3, 2), 2.0))
-    optimizer = torch.optim.Adam(m.roles()["heads"].requires_grad_(True).parameters(), 1e-2)
+    optimizer = torch.optim.Adam(m.trainable_modules()["heads"].requires_grad_(True).parameters(), 1e-2)
     draws, log = rng(), []
     for _ in range(40):
-        loss = m.loss("heads", m.roles(), batch, draws)
+        loss = m.loss("heads", m.trainable_modules(), batch, draws)
         loss.total.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
@@ -335,7 +340,7 @@ def batch(images: bool = True, px: int = 16) -> Batch:
 
 
 def encoded(m: DMD2, *batches: Batch) -> list[Sample]:
-    return [micro for step in m.steps(iter(batches), m.roles(), rng()) for micro in step]
+    return [micro for step in m.steps(iter(batches), m.trainable_modules(), rng()) for micro in step]
 
 
 def test_the_size_is_that_of_the_pictures_whose_latents_only_a_gan_needs() -> None:
@@ -358,9 +363,9 @@ def test_captions_alone_are_drawn_in_the_sizes_of_the_recipe() -> None:
 
 def test_batches_are_not_pulled_ahead_and_gradients_stay_on() -> None:
     left, m = iter([batch(), batch()]), method()
-    next(iter(m.steps(left, m.roles(), rng())))
+    next(iter(m.steps(left, m.trainable_modules(), rng())))
     assert len(list(left)) == 1
-    for _ in m.steps(iter([batch()]), m.roles(), rng()):
+    for _ in m.steps(iter([batch()]), m.trainable_modules(), rng()):
         assert torch.is_grad_enabled()
 
 
@@ -369,10 +374,12 @@ def test_batches_are_not_pulled_ahead_and_gradients_stay_on() -> None:
 
 def test_the_fake_is_drawn_to_the_student_after_each_of_its_updates() -> None:
     m = method(ida=0.75, warmup=2)
-    fake, student = (copy.deepcopy(m.roles()[r]) for r in ("fake", "generator"))
+    fake, student = (copy.deepcopy(m.trainable_modules()[r]) for r in ("fake", "generator"))
     for step, keep in ((1, 1.0), (2, 0.75)):
-        m.after_step(step, m.roles())
-        for now, f, s in zip(m.roles()["fake"].parameters(), fake.parameters(), student.parameters(), strict=True):
+        m.after_step(step, m.trainable_modules())
+        for now, f, s in zip(
+            m.trainable_modules()["fake"].parameters(), fake.parameters(), student.parameters(), strict=True
+        ):
             torch.testing.assert_close(now, keep * f + (1 - keep) * s)
 
 
@@ -388,14 +395,14 @@ RECIPE = Recipe(
         },
     ),
     dataset=ComponentSpec("squares"),
-    train=Training(steps=5, lr=1e-2, ema=0.9, save_every=2, log_every=1),
+    train=Training(steps=5, lr=1e-2, ema_decay=0.9, save_every=2, log_every=1),
     pipeline=PARTS,
     seed=3,
 )
 
 
-def run(recipe: Recipe, out: Path) -> Run:
-    return Run(recipe, CATALOG, out, say=lambda line: None)
+def run(recipe: Recipe, out: Path) -> Trainer:
+    return Trainer(recipe, CATALOG, out, log=lambda line: None)
 
 
 def state(out: Path, step: int) -> dict[str, Tensor]:
@@ -477,8 +484,8 @@ def test_a_run_from_a_checkpoint_exports_a_student_and_resumes_with_the_same_tea
 
 
 def test_generator_and_fake_can_be_adapters_without_alignment(tmp_path: Path) -> None:
-    adapters = {role: Adapter(rank=2) for role in ("generator", "fake")}
-    recipe = evolve(RECIPE, train=evolve(RECIPE.train, adapters=adapters, ema=0.0))
+    adapters = {role: LoraSpec(rank=2) for role in ("generator", "fake")}
+    recipe = evolve(RECIPE, train=evolve(RECIPE.train, lora=adapters, ema_decay=0.0))
     with pytest.raises(ConfigError, match="an adapter is learning; use ida: 1"):
         run(evolve(recipe, method=ComponentSpec("dmd2", {"warmup": 3})), tmp_path / "refused").train()
     done = run(evolve(recipe, method=ComponentSpec("dmd2", {"ida": 1.0, **GAN})), tmp_path / "run")
@@ -492,9 +499,9 @@ def test_generator_and_fake_can_be_adapters_without_alignment(tmp_path: Path) ->
 def test_one_copy_of_the_weights_trains_as_three_do_and_exports_the_generators_change_alone(tmp_path: Path) -> None:
     torch.manual_seed(1)
     LensPipeline.from_parts(PARTS, CATALOG).save_pretrained(tmp_path / "start")
-    adapters = {role: Adapter(rank=2) for role in ("generator", "fake")}
+    adapters = {role: LoraSpec(rank=2) for role in ("generator", "fake")}
     recipe = evolve(
-        RECIPE, pipeline=Parts(start=str(tmp_path / "start")), train=evolve(RECIPE.train, adapters=adapters, ema=0.0)
+        RECIPE, pipeline=Parts(start=str(tmp_path / "start")), train=evolve(RECIPE.train, lora=adapters, ema_decay=0.0)
     )
     sizes, models, ends = [], [], []
     for name, shared in (("one", ["generator", "fake"]), ("three", [])):
@@ -524,7 +531,7 @@ def test_a_share_of_the_draws_begins_at_noised_pictures() -> None:
     m, begun = method(real_data_ratio=0.5), 0
     mine = sample(m)
     for seed in range(200):
-        x, t, _, _ = m._enter(m.roles(), mine, rng(seed))
+        x, t, _, _ = m._enter(m.trainable_modules(), mine, rng(seed))
         draws = rng(seed)
         torch.randint(4, (), generator=draws)
         torch.rand((), generator=draws)
@@ -537,11 +544,14 @@ def test_a_share_of_the_draws_begins_at_noised_pictures() -> None:
 def test_the_parts_of_a_batch_begin_their_turns_at_the_same_steps() -> None:
     """Where weights are divided, a process that made more passes than another would wait for ever."""
     m = method(real_data_ratio=0.5, fake_score_updates=3)
-    one, two = (next(iter(m.steps(iter([batch(px=32)]), m.roles(), rng(4))))[0] for _ in range(2))
-    begun = [[m._enter(m.roles(), mine, rng(seed))[1] for _ in m.turns(100)] for seed, mine in ((1, one), (2, two))]
+    one, two = (next(iter(m.steps(iter([batch(px=32)]), m.trainable_modules(), rng(4))))[0] for _ in range(2))
+    begun = [
+        [m._enter(m.trainable_modules(), mine, rng(seed))[1] for _ in m.update_order(100)]
+        for seed, mine in ((1, one), (2, two))
+    ]
     assert begun[0] == begun[1] and len(set(begun[0])) > 1
-    later = next(iter(m.steps(iter([batch(px=32)]), m.roles(), rng(5))))[0]
-    assert [m._enter(m.roles(), later, rng(1))[1] for _ in m.turns(100)] != begun[0]
+    later = next(iter(m.steps(iter([batch(px=32)]), m.trainable_modules(), rng(5))))[0]
+    assert [m._enter(m.trainable_modules(), later, rng(1))[1] for _ in m.update_order(100)] != begun[0]
     with pytest.raises(LensError, match="gan_weight and real_data_ratio need one that yields pictures"):
         encoded(m, batch(images=False))
 
@@ -595,5 +605,5 @@ def test_the_matching_of_a_recipe_is_the_one_that_is_used(monkeypatch: pytest.Mo
         monkeypatch.setitem(losses.MATCHINGS, name, lambda *a, n=name, m=matching: used.append(n) or m(*a))
     for name in ("joint", "decoupled"):
         m = method(matching=name)
-        m.loss("generator", m.roles(), sample(m), rng())
+        m.loss("generator", m.trainable_modules(), sample(m), rng())
     assert used == ["joint", "decoupled"]

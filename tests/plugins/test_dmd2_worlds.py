@@ -146,25 +146,25 @@ def train(m: DMD2, steps: int, sign: float = 1.0, warmup: int = 100) -> None:
     batch = Sample(TextFeatures(torch.zeros(128, 1, 0, 1), torch.zeros(128, 0, dtype=torch.bool)), (1, 1))
     draws, rates = torch.Generator().manual_seed(1), {"fake": 5e-3, "generator": 1e-3}
     optimizers = {
-        role: torch.optim.Adam(m.roles()[role].parameters(), rate, betas=(0.5, 0.99), fused=True)
+        role: torch.optim.Adam(m.trainable_modules()[role].parameters(), rate, betas=(0.5, 0.99), fused=True)
         for role, rate in rates.items()
     }
     for step in range(-warmup, steps):
         for role in ("fake", "generator")[: 1 if step < 0 else 2]:
-            m.roles()[role].requires_grad_(True)
-            total = m.loss(role, m.roles(), batch, draws).total * (sign if role == "generator" else 1)
+            m.trainable_modules()[role].requires_grad_(True)
+            total = m.loss(role, m.trainable_modules(), batch, draws).total * (sign if role == "generator" else 1)
             optimizers[role].zero_grad()
             total.backward()  # type: ignore[no-untyped-call]
             optimizers[role].param_groups[0]["lr"] = rates[role] * max(0.02, min(1, 2 - 2 * step / steps))
             optimizers[role].step()
-            m.roles()[role].requires_grad_(False)
+            m.trainable_modules()[role].requires_grad_(False)
 
 
 def errors(m: DMD2) -> tuple[float, float, float]:
     """Of 20,000 draws: the largest errors of the mean, of the covariance and of a mode's share."""
     noise = torch.randn(20_000, 2, 1, 1, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        x = (noise - m.roles()["generator"](noise, torch.ones(len(noise)), None)).flatten(1)
+        x = (noise - m.trainable_modules()["generator"](noise, torch.ones(len(noise)), None)).flatten(1)
     mean = SHARES @ CENTRES
     covariance = torch.diag(SHARES.sqrt()) @ (CENTRES - mean)
     nearest = torch.cdist(x, CENTRES).argmin(1)

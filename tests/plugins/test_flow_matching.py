@@ -73,7 +73,7 @@ def rng(seed: int = 3) -> torch.Generator:
 
 
 def encoded(m: FlowMatching, *batches: Batch) -> list[Sample]:
-    return [micro for step in m.steps(iter(batches), m.roles(), rng()) for micro in step]
+    return [micro for step in m.steps(iter(batches), m.trainable_modules(), rng()) for micro in step]
 
 
 def many(rows: int, h: int = 4, w: int = 4) -> Sample:
@@ -120,11 +120,11 @@ def test_the_contract_asks_that_the_backbones_table_of_modulation_follows_each_s
 def test_the_loss_is_the_mean_squared_error_of_the_velocity():
     m = method(caption_dropout=0.0)
     (sample,) = encoded(m, batch())
-    loss = m.loss("backbone", m.roles(), sample, rng())
+    loss = m.loss("backbone", m.trainable_modules(), sample, rng())
     draw = rng()
     t = (1.0 + (4 - 256) / (4096 - 256) * 0.3 + torch.randn(2, generator=draw)).sigmoid()
     noise = torch.randn(2, 2, 2, 2, generator=draw)
-    net = m.roles()["backbone"]
+    net = m.trainable_modules()["backbone"]
     torch.testing.assert_close(net.t, t)
     torch.testing.assert_close(net.x, torch.stack([(1 - t[i]) * sample.z[i] + t[i] * noise[i] for i in range(2)]))
     v = torch.tensor([0.5, -0.25]).view(2, 1, 1)
@@ -157,8 +157,8 @@ def test_the_median_time_at_512_px_is_the_papers():
 
 def test_t_is_logit_normal_with_the_shifted_mean():
     m = method(std=0.7, base_tokens=16, base_shift=-0.3, max_tokens=17)
-    m.loss("backbone", m.roles(), many(20_000), rng())
-    logit = m.roles()["backbone"].t.double().logit()
+    m.loss("backbone", m.trainable_modules(), many(20_000), rng())
+    logit = m.trainable_modules()["backbone"].t.double().logit()
     assert float(logit.mean()) == pytest.approx(-0.3, abs=0.02)
     assert float(logit.std()) == pytest.approx(0.7, abs=0.02)
     # A normal's quartile, not only its moments.
@@ -167,16 +167,16 @@ def test_t_is_logit_normal_with_the_shifted_mean():
 
 def test_the_share_of_dropped_captions_is_the_configured_one():
     m = method(caption_dropout=0.3)
-    m.loss("backbone", m.roles(), many(20_000), rng())
-    assert 1 - float(m.roles()["backbone"].text.mask.double().mean()) == pytest.approx(0.3, abs=0.02)
+    m.loss("backbone", m.trainable_modules(), many(20_000), rng())
+    assert 1 - float(m.trainable_modules()["backbone"].text.mask.double().mean()) == pytest.approx(0.3, abs=0.02)
 
 
 def test_a_dropped_caption_counts_no_token_and_its_padding_is_cut():
     m = method(caption_dropout=0.5)
     (sample,) = encoded(m, batch(("abcdef", "gh")))
-    net, lengths = m.roles()["backbone"], set()
+    net, lengths = m.trainable_modules()["backbone"], set()
     for seed in range(20):
-        m.loss("backbone", m.roles(), sample, rng(seed))
+        m.loss("backbone", m.trainable_modules(), sample, rng(seed))
         counts = net.text.mask.sum(1).tolist()
         assert counts[0] in (0, 6) and counts[1] in (0, 2)
         assert net.text.mask.shape[1] == max(counts) == net.text.features.shape[2]
@@ -187,7 +187,7 @@ def test_a_dropped_caption_counts_no_token_and_its_padding_is_cut():
 def test_the_same_generator_gives_the_same_loss():
     m = method()
     (sample,) = encoded(m, batch())
-    first, again, other = (m.loss("backbone", m.roles(), sample, rng(s)).total for s in (1, 1, 2))
+    first, again, other = (m.loss("backbone", m.trainable_modules(), sample, rng(s)).total for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -198,7 +198,9 @@ def test_cached_latents_are_those_that_were_encoded():
         torch.testing.assert_close(a.z, b.z)
         torch.testing.assert_close(a.text.features, b.text.features)
         assert torch.equal(a.text.mask, b.text.mask)
-        assert torch.equal(*(m.loss("backbone", m.roles(), s, rng()).total for m, s in ((plain, a), (cached, b))))
+        assert torch.equal(
+            *(m.loss("backbone", m.trainable_modules(), s, rng()).total for m, s in ((plain, a), (cached, b)))
+        )
     assert (cached.pipeline.vae.calls, cached.pipeline.text_encoder.calls) == (2, 2)
     assert (plain.pipeline.vae.calls, plain.pipeline.text_encoder.calls) == (4, 4)
 
@@ -249,7 +251,7 @@ def test_a_batch_that_is_encoded_already_is_taken_as_it_is() -> None:
 
 def test_validation_is_the_squared_error_at_one_time_in_every_bin():
     m, asked = method(cache_latents=True, cache_texts=True), batch(keys=(1, 2), width=12)
-    found = m.validate(asked, m.roles(), rng(5))
+    found = m.validate(asked, m.trainable_modules(), rng(5))
     z, draw, bins = Averages().encode(asked.images.float() / 127.5 - 1), rng(5), {}
     for number in range(5):
         u, noise = torch.rand(2, generator=draw), torch.randn(z.shape, generator=draw)
@@ -266,6 +268,6 @@ def test_validation_is_the_squared_error_at_one_time_in_every_bin():
 
 def test_validation_is_the_same_at_every_look_and_needs_no_dropout():
     m = method(caption_dropout=1.0)
-    assert m.validate(batch(), m.roles(), rng()) == m.validate(batch(), m.roles(), rng())
+    assert m.validate(batch(), m.trainable_modules(), rng()) == m.validate(batch(), m.trainable_modules(), rng())
     with pytest.raises(LensError, match="captions only"):
-        m.validate(Batch(None, ("abc",)), m.roles(), rng())
+        m.validate(Batch(None, ("abc",)), m.trainable_modules(), rng())

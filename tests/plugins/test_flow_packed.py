@@ -25,7 +25,7 @@ from lens_core.checkpoints import tensor_files
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import Recipe, structure
 from lens_core.testing.checks import check_method
-from lens_core.training.trainer import Run
+from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, ConfigError, TextFeatures
 
 SIZES = [(4, 4), (3, 5), (4, 4), (2, 2), (3, 5), (4, 4)]
@@ -119,7 +119,7 @@ def mixed(cache: bool) -> list[Batch]:
 def test_pictures_of_mixed_sizes_are_encoded_each_as_it_is(cache: bool) -> None:
     m, (batch,) = method(cache_latents=cache), mixed(cache)
     for _ in range(2):
-        ((micro,),) = m.steps(iter([batch]), m.roles(), torch.Generator())
+        ((micro,),) = m.steps(iter([batch]), m.trainable_modules(), torch.Generator())
         assert micro.weight == 0.75 and [tuple(z.shape) for z in micro.z] == [(2, 2, 2), (2, 2, 4), (2, 2, 2)]
         for z, image in zip(micro.z, batch.images, strict=True):
             torch.testing.assert_close(z, Averages().encode(image[None] / 127.5 - 1)[0])
@@ -141,9 +141,9 @@ def test_it_keeps_the_contract_of_a_method_on_packed_batches() -> None:
 
 def test_a_backbone_that_cannot_take_mixed_sizes_is_named() -> None:
     m = method()
-    ((micro,),) = m.steps(iter(mixed(False)), m.roles(), torch.Generator())
+    ((micro,),) = m.steps(iter(mixed(False)), m.trainable_modules(), torch.Generator())
     with pytest.raises(ConfigError, match="Recorder cannot take samples of different sizes in one pass; use a dataset"):
-        m.loss("backbone", m.roles(), micro, torch.Generator())
+        m.loss("backbone", m.trainable_modules(), micro, torch.Generator())
 
 
 MMDIT = {
@@ -158,22 +158,22 @@ def recipe(store: Path, **train: int) -> Recipe:
         "max_upscale": 2.0, "every_area": True,
     }  # fmt: skip
     parts = {"vae": "blocks", "text_encoder": "letters", "backbone": MMDIT, "sampler": "euler"}
-    options = {"steps": 6, "lr": 1e-2, "save_every": 3, "keep": 9, **train}
+    options = {"steps": 6, "lr": 1e-2, "save_every": 3, "keep_checkpoints": 9, **train}
     given = {"seed": 1, "pipeline": parts, "method": "flow_matching", "dataset": data, "train": options}
     return structure(Recipe, given)
 
 
 def train(store: Path, out: Path, **options: int) -> None:
     catalog = Catalog.of(toy, lens_data, lens_flow, lens_mmdit)
-    Run(recipe(store, **options), catalog, out, say=lambda line: None).train()
+    Trainer(recipe(store, **options), catalog, out, log=lambda line: None).train()
 
 
 def test_a_run_on_packed_batches_that_was_stopped_ends_with_the_same_bits(tmp_path: Path) -> None:
     store = fill(tmp_path / "store", 50)
-    train(store, tmp_path / "whole", parts=2)
+    train(store, tmp_path / "whole", micro_batches=2)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-0000006")
-    train(store, tmp_path / "again", parts=2)
+    train(store, tmp_path / "again", micro_batches=2)
     ends = [
         tensor_files.read_tensors(tmp_path / run / "checkpoints" / "step-0000006" / "state.safetensors")
         for run in ("whole", "again")

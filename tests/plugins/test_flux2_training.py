@@ -17,7 +17,7 @@ from lens_core import hookimpl
 from lens_core.catalog import Catalog
 from lens_core.recipe import ComponentSpec, Parts, Recipe, Training, unstructure
 from lens_core.testing.checks import check_method
-from lens_core.training.trainer import Run
+from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, ConfigError, LensError, Loss, NumericalError
 
 SMALL = Flux2VAE.Config(
@@ -41,7 +41,7 @@ def rng(seed: int = 7) -> torch.Generator:
 
 def test_the_loss_is_the_weighted_sum_of_its_four_terms():
     m = method(l1=0.5, l2=2.0, edges=3.0, kl=0.25)
-    loss = m.loss("vae", m.roles(), batch(), rng())
+    loss = m.loss("vae", m.trainable_modules(), batch(), rng())
     x = batch().images / 127.5 - 1
     posterior = m.vae.net.encode(x).latent_dist
     noise = torch.randn(3, 2, 6, 4, generator=rng())
@@ -59,14 +59,14 @@ def test_the_loss_is_the_weighted_sum_of_its_four_terms():
 
 def test_every_weight_learns():
     m = method()
-    m.loss("vae", m.roles(), batch(), rng()).total.backward()
+    m.loss("vae", m.trainable_modules(), batch(), rng()).total.backward()
     assert [n for n, p in m.vae.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def learn(m: Autoencode, *batches: Batch) -> None:
     """What the loop does about the latent statistics in a step of several micro-batches."""
-    sums = [m.loss("vae", m.roles(), each, rng()).sums for each in batches]
-    m.after_update("vae", m.roles(), {name: sum(one[name] for one in sums) for name in sums[0]})
+    sums = [m.loss("vae", m.trainable_modules(), each, rng()).sums for each in batches]
+    m.after_update("vae", m.trainable_modules(), {name: sum(one[name] for one in sums) for name in sums[0]})
 
 
 def test_with_one_weight_the_statistics_are_those_of_all_cells():
@@ -105,7 +105,7 @@ def test_the_newest_batch_weighs_the_momentum():
 def test_without_gradients_the_statistics_stand_still():
     m = method()
     with torch.no_grad():
-        assert not m.loss("vae", m.roles(), batch(), rng()).sums
+        assert not m.loss("vae", m.trainable_modules(), batch(), rng()).sums
     assert int(m.vae.net.bn.num_batches_tracked) == 0
     assert torch.equal(m.vae.net.bn.running_mean, torch.zeros(8))
 
@@ -151,9 +151,11 @@ def statistics(tmp_path):
             method=ComponentSpec("autoencode"),
             dataset=ComponentSpec("rows"),
             pipeline=Parts(vae=ComponentSpec("flux2", unstructure(SMALL))),
-            train=Training(**{"steps": 1, "lr": 1e-3, "parts": parts, **train}),
+            train=Training(**{"steps": 1, "lr": 1e-3, "micro_batches": parts, **train}),
         )
-        going = Run(recipe, Catalog.of(lens_flux2, plugin), tmp_path / f"{parts}-{len(train)}", say=lambda line: None)
+        going = Trainer(
+            recipe, Catalog.of(lens_flux2, plugin), tmp_path / f"{parts}-{len(train)}", log=lambda line: None
+        )
         try:
             going.train()
         finally:
@@ -183,7 +185,7 @@ def test_a_step_that_is_skipped_leaves_the_statistics_alone(statistics, monkeypa
 
     monkeypatch.setattr(Autoencode, "loss", broken)
     with pytest.raises(NumericalError):
-        statistics(2, bad_steps=2, steps=3)
+        statistics(2, max_skipped_steps=2, steps=3)
     mean, variance, steps = statistics.seen
     assert steps == 0 and torch.equal(mean, torch.zeros(8)) and torch.equal(variance, torch.ones(8))
 
@@ -198,7 +200,7 @@ def test_a_few_steps_make_the_reconstruction_better():
     losses = []
     for _ in range(15):
         optimizer.zero_grad()
-        loss = m.loss("vae", m.roles(), batch(0), rng())
+        loss = m.loss("vae", m.trainable_modules(), batch(0), rng())
         loss.total.backward()
         optimizer.step()
         losses.append(float(loss.total.detach()))
@@ -208,14 +210,14 @@ def test_a_few_steps_make_the_reconstruction_better():
 def test_each_batch_is_one_step():
     m = method()
     given = [batch(0), batch(1)]
-    assert [list(micro) for micro in m.steps(iter(given), m.roles(), rng())] == [[given[0]], [given[1]]]
-    assert m.turns(0) == ("vae",) and m.roles() == {"vae": m.vae} and m.state_dict() == {}
+    assert [list(micro) for micro in m.steps(iter(given), m.trainable_modules(), rng())] == [[given[0]], [given[1]]]
+    assert m.update_order(0) == ("vae",) and m.trainable_modules() == {"vae": m.vae} and m.state_dict() == {}
 
 
 def test_captions_alone_are_refused():
     m = method()
     with pytest.raises(LensError, match="captions only"):
-        m.loss("vae", m.roles(), evolve(batch(), images=None), rng())
+        m.loss("vae", m.trainable_modules(), evolve(batch(), images=None), rng())
 
 
 def test_another_vae_is_refused():

@@ -19,7 +19,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.utils import chat_template_utils
 
 from lens_core.testing.checks import check_text_encoder
-from lens_core.training.optimizers import optimizer_step
+from lens_core.training.optimizers import apply_step
 from lens_core.types import CheckpointError, ConfigError, LensError
 
 
@@ -365,7 +365,7 @@ def test_the_head_runs_again_after_a_step_of_a_fused_optimizer() -> None:
     weights = list(encoder.model.parameters())
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    optimizer_step(torch.optim.AdamW(weights, lr=1e-2, fused=True))
+    apply_step(torch.optim.AdamW(weights, lr=1e-2, fused=True))
     after = encoder.encode(PROMPTS[:1]).features
     encoder._kept = None
     assert torch.equal(after, encoder.encode(PROMPTS[:1]).features) and not torch.equal(after, before)

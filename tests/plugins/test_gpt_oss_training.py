@@ -21,7 +21,7 @@ from lens_core.catalog import Catalog
 from lens_core.recipe import ComponentSpec, Recipe, Training, unstructure
 from lens_core.recipe import Parts as PipelineParts
 from lens_core.testing.checks import check_method
-from lens_core.training.trainer import Run
+from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, CheckpointError, ConfigError
 
 CAPTIONS = tuple(
@@ -62,7 +62,7 @@ def batches() -> Iterator[Batch]:
 
 
 def first_step(of: LanguageModel, stream: Iterator[Batch]) -> Batch:
-    return next(of.steps(stream, of.roles(), torch.Generator()))[0]
+    return next(of.steps(stream, of.trainable_modules(), torch.Generator()))[0]
 
 
 def test_it_keeps_the_contract_of_a_method() -> None:
@@ -92,7 +92,7 @@ def test_the_loss_equals_an_independent_cross_entropy_over_prompt_and_tail() -> 
     lm = method(LanguageModel.Config(tokenizer_batches=1, balance=0.0))
     batch = Batch(None, ("A red circle.", "A blue square on a white background."))
     first_step(lm, batches())
-    loss = lm.loss("text_encoder", lm.roles(), batch, torch.Generator())
+    loss = lm.loss("text_encoder", lm.trainable_modules(), batch, torch.Generator())
     terms = []
     for caption in batch.captions:
         ids = lm.encoder.tokens([caption])[0]
@@ -137,9 +137,9 @@ def test_a_step_in_parts_of_uneven_length_has_the_gradient_of_the_step_as_a_whol
             method=ComponentSpec("language_model", {"tokenizer_batches": 1, "balance": 0.0}),
             dataset=ComponentSpec("halves"),
             pipeline=PipelineParts(text_encoder=ComponentSpec("gpt_oss", unstructure(TINY))),
-            train=Training(steps=1, lr=1e-3, clip=0.0, parts=parts, log_every=1),
+            train=Training(steps=1, lr=1e-3, max_grad_norm=0.0, micro_batches=parts, log_every=1),
         )
-        run = Run(recipe, Catalog.of(lens_gpt_oss, plugin), tmp_path / str(parts), say=lambda line: None)
+        run = Trainer(recipe, Catalog.of(lens_gpt_oss, plugin), tmp_path / str(parts), log=lambda line: None)
         captions = next(Halves(Halves.Config()).batches(0, 1)).captions
         tokenizer = train_tokenizer(captions, TINY.vocab_size)  # else every part would begin with another one
         run.method.encoder.tokenizer = tokenizer
@@ -159,7 +159,7 @@ def test_the_loss_falls_when_a_few_captions_are_learned_by_heart() -> None:
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
-        loss = lm.loss("text_encoder", lm.roles(), batch, torch.Generator())
+        loss = lm.loss("text_encoder", lm.trainable_modules(), batch, torch.Generator())
         loss.total.backward()
         optimizer.step()
         losses.append(float(loss.parts["nll"]))
@@ -171,7 +171,7 @@ def test_the_loss_falls_when_a_few_captions_are_learned_by_heart() -> None:
 def test_every_weight_learns() -> None:
     lm = method()
     batch = first_step(lm, batches())
-    lm.loss("text_encoder", lm.roles(), batch, torch.Generator()).total.backward()
+    lm.loss("text_encoder", lm.trainable_modules(), batch, torch.Generator()).total.backward()
     assert [k for k, v in lm.encoder.named_parameters() if v.grad is None or not v.grad.any()] == []
 
 

@@ -22,7 +22,7 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints.tensor_files import save_tensors
 from lens_core.inference import lora
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import Adapter
+from lens_core.recipe import LoraSpec
 from lens_core.testing.checks import check_backbone
 
 TIMES = Euler(Euler.Config()).times((4, 4), 20)[:-1]
@@ -214,7 +214,7 @@ def test_a_copy_has_a_table_of_its_own() -> None:
 
 def test_an_adapter_beside_modulation_takes_the_plain_path() -> None:
     net, (x, t, text) = model(), inputs()
-    lora.attach(net, Adapter(rank=2, targets=("img_mod.1",)))
+    lora.attach(net, LoraSpec(rank=2, targets=("img_mod.1",)))
     for name, p in net.named_parameters():
         if lora.owned(name):
             nn.init.ones_(p)

@@ -27,12 +27,12 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
 from lens_core.inference.pipeline import LensPipeline, to_images
 from lens_core.io import atomic_files
-from lens_core.recipe import Adapter, ComponentSpec, Recipe, Training, build, read_recipe
+from lens_core.recipe import ComponentSpec, LoraSpec, Recipe, Training, build, read_recipe
 from lens_core.testing.checks import check_method
 from lens_core.training.distributed import Ranks, seed_of
-from lens_core.training.spikes import Spikes
-from lens_core.training.trainer import Run
-from lens_core.types import ConfigError, LensError, Place, Prompt, Score
+from lens_core.training.spikes import SpikeDetector
+from lens_core.training.trainer import Trainer
+from lens_core.types import ConfigError, LensError, Prompt, Score, Shard
 
 
 class Colours:
@@ -157,7 +157,7 @@ def rng(seed: int = 3) -> torch.Generator:
 
 
 def step(m: DiffusionNFT, seed: int = 3) -> Sequence[MicroBatch]:
-    return next(m.steps(iter(()), m.roles(), rng(seed)))
+    return next(m.steps(iter(()), m.trainable_modules(), rng(seed)))
 
 
 def nudged(m: DiffusionNFT, by: float = 0.1) -> DiffusionNFT:
@@ -177,27 +177,29 @@ def behind(m: DiffusionNFT) -> DiffusionNFT:
     return m
 
 
-class Turn(Run):
+class Turn(Trainer):
     """A run of one turn: what the loop makes of the micro-batches that a method has already made."""
 
     def __init__(self, m: DiffusionNFT, folder: Path) -> None:
-        train = Training(steps=1, lr=1e-3, clip=0.0)
+        train = Training(steps=1, lr=1e-3, max_grad_norm=0.0)
         super().__init__(
             Recipe(ComponentSpec("fit"), train, ComponentSpec("squares"), toy.PARTS),
             Catalog.of(toy),
             folder,
             lambda _: None,
         )
-        self.method, self.nets = m, dict(m.roles())
+        self.method, self.nets = m, dict(m.trainable_modules())
         self.learning = {"backbone": list(m.pipeline.backbone.parameters())}
         self.optimizers = {"backbone": torch.optim.SGD(self.learning["backbone"])}
-        self.spikes = Spikes(0.0, ("backbone",))
+        self.spike_detector = SpikeDetector(0.0, ("backbone",))
 
     def __call__(self, *parts: Sequence[MicroBatch]) -> tuple[list[Tensor], dict[str, float]]:
         self.ranks = Ranks(self.accelerator, len(parts))
         weights = self.learning["backbone"]
         before = [p.detach().clone() for p in weights]
-        told = {name: float(total) / weight for name, (total, weight) in self._turn("backbone", 0, parts).items()}
+        told = {
+            name: float(total) / weight for name, (total, weight) in self.optimizer_step("backbone", 0, parts).items()
+        }
         with torch.no_grad():  # the gradient is wanted, and not the step
             for weight, value in zip(weights, before, strict=True):
                 weight.copy_(value)
@@ -293,7 +295,7 @@ def test_guidance_is_one_thing_in_drawing_and_another_in_learning(pipeline):
         micro_batches = step(m)
         drawn = [tokens for _, tokens in m.old.calls]
         m.old.calls.clear()
-        m.loss("backbone", m.roles(), micro_batches[0], rng())
+        m.loss("backbone", m.trainable_modules(), micro_batches[0], rng())
         seen = [tokens for _, tokens in m.old.calls]
         return drawn.count(0), len(drawn), seen.count(0), len(seen)
 
@@ -461,7 +463,7 @@ def test_a_failed_picture_leaves_the_gradient_as_if_it_had_never_been_drawn(pipe
 def test_the_parts_of_a_rollout_add_up_to_the_whole(pipeline):
     whole, halves = (behind(method(pipeline, updates_per_rollout=n)) for n in (1, 2))
     one = learned(whole, step(whole))[0]
-    steps = halves.steps(iter(()), halves.roles(), rng())
+    steps = halves.steps(iter(()), halves.trainable_modules(), rng())
     first, second = (next(steps) for _ in range(2))
     assert pictures(first).keys().isdisjoint(pictures(second))
     assert pictures(first).keys() | pictures(second).keys() == pictures(step(whole)).keys()
@@ -503,7 +505,7 @@ def test_a_step_in_parts_is_the_step_as_a_whole(pipeline):
     options = {"prompts_per_rollout": 4, "kl": 0.5}
     whole = behind(nudged(method(pipeline, **options)))
     found, told = learned(whole, step(whole))
-    parts = [next(whole.steps(iter([Place(n, 2)]), whole.roles(), rng())) for n in range(2)]
+    parts = [next(whole.steps(iter([Shard(n, 2)]), whole.trainable_modules(), rng())) for n in range(2)]
     seen = [{s.picture.prompt.id for x in part for s in x.samples} for part in parts]
     assert len(seen[0]) == len(seen[1]) == 2 and not seen[0] & seen[1]
     gradient, both = learned(whole, *parts)
@@ -519,15 +521,15 @@ def test_the_spread_of_a_rollout_is_that_of_all_its_parts(parts, combine, pipeli
                "rewards": [{"use": "glow", "weight": 3, "dull": 1}, "dark"]}  # fmt: skip
     whole, divided = (method(pipeline, **options) for _ in range(2))
 
-    def rs(m: DiffusionNFT, *places: Place) -> dict[int, float]:
-        streams = [m.steps(iter([place]), m.roles(), rng()) for place in places]
+    def rs(m: DiffusionNFT, *shards: Shard) -> dict[int, float]:
+        streams = [m.steps(iter([shard]), m.trainable_modules(), rng()) for shard in shards]
         steps = [micro_batches for stream in streams for micro_batches in (next(stream), next(stream))]
         return {s.picture.seed: s.r for micro_batches in steps for x in micro_batches for s in x.samples}
 
-    alone, together = rs(whole, Place()), rs(divided, *(Place(n, parts) for n in range(parts)))
+    alone, together = rs(whole, Shard()), rs(divided, *(Shard(n, parts) for n in range(parts)))
     assert len(alone) >= 12 and together == pytest.approx(alone, abs=1e-12)
     whole.rollout = divided.rollout = 1
-    one, other = rs(whole, Place()), rs(divided, *(Place(n, parts) for n in range(parts)))
+    one, other = rs(whole, Shard()), rs(divided, *(Shard(n, parts) for n in range(parts)))
     assert other == pytest.approx(one, abs=1e-12) and one.keys().isdisjoint(alone), "and of the next rollout"
 
 
@@ -538,8 +540,8 @@ def test_a_part_that_is_asked_alone_knows_the_whole_rollout_too(pipeline):
         for x in step(method(pipeline, prompts_per_rollout=4, std_scope="rollout"))
         for s in x.samples
     }
-    for place in (Place(1, 2), Place(1, 2), Place(0, 2)):  # a stream that begins anew draws again
-        micro_batches = next(m.steps(iter([place]), m.roles(), rng()))
+    for shard in (Shard(1, 2), Shard(1, 2), Shard(0, 2)):  # a stream that begins anew draws again
+        micro_batches = next(m.steps(iter([shard]), m.trainable_modules(), rng()))
         mine = {s.picture.seed: s.r for x in micro_batches for s in x.samples}
         assert len(mine) == 8 and mine == pytest.approx({k: whole[k] for k in mine}, abs=1e-12)
 
@@ -547,7 +549,7 @@ def test_a_part_that_is_asked_alone_knows_the_whole_rollout_too(pipeline):
 def test_prompts_that_cannot_be_shared_out_are_refused(pipeline):
     m = method(pipeline, prompts_per_rollout=3)
     with pytest.raises(ConfigError, match="3 prompts have no equal shares for 2 parts"):
-        next(m.steps(iter([Place(0, 2)]), m.roles(), rng()))
+        next(m.steps(iter([Shard(0, 2)]), m.trainable_modules(), rng()))
 
 
 @pytest.mark.parametrize(("allowed", "aborted"), [(0.24, True), (0.25, False)])
@@ -618,9 +620,9 @@ def test_counts_are_copied_and_not_averaged():
 def test_the_old_policy_follows_once_a_rollout(pipeline):
     m = nudged(method(pipeline, updates_per_rollout=2, old_policy_decay_rise=0.1))
     before = m.old.inner.weight.clone()
-    m.after_step(0, m.roles())
+    m.after_step(0, m.trainable_modules())
     assert torch.equal(m.old.inner.weight, before) and (m.rollout, m.update) == (0, 1)
-    m.after_step(1, m.roles())
+    m.after_step(1, m.trainable_modules())
     torch.testing.assert_close(m.old.inner.weight, 0.2 * before + 0.8 * pipeline.backbone.inner.weight)
     assert (m.rollout, m.update) == (1, 0)
 
@@ -641,7 +643,7 @@ RECIPE = Recipe(
         {**OPTIONS, "updates_per_rollout": 2, "old_policy_decay_rise": 0.1, "sizes": [[16, 16], [16, 32]]},
     ),
     dataset=ComponentSpec("squares"),
-    train=Training(steps=6, lr=1e-2, ema=0.9, save_every=1, keep=9, log_every=2),
+    train=Training(steps=6, lr=1e-2, ema_decay=0.9, save_every=1, keep_checkpoints=9, log_every=2),
     pipeline=toy.PARTS,
     seed=3,
 )
@@ -649,7 +651,7 @@ RECIPE = Recipe(
 
 @pytest.fixture
 def run(catalog: Catalog, tmp_path: Path) -> Any:
-    return lambda name, recipe=RECIPE: Run(recipe, catalog, tmp_path / name, say=lambda line: None)
+    return lambda name, recipe=RECIPE: Trainer(recipe, catalog, tmp_path / name, log=lambda line: None)
 
 
 def state(folder: Path, number: int = 6) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -690,7 +692,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_even_inside_a_rollout(stop, run, tmp_
 
 
 def test_a_policy_that_learns_through_an_adapter_resumes_too_and_keeps_no_copy_of_the_rest(run, tmp_path):
-    low = evolve(RECIPE, train=evolve(RECIPE.train, adapters={"backbone": Adapter(rank=2)}))
+    low = evolve(RECIPE, train=evolve(RECIPE.train, lora={"backbone": LoraSpec(rank=2)}))
     whole = run("whole", low)
     whole.train()
     halted = run("halted", low)
@@ -700,7 +702,7 @@ def test_a_policy_that_learns_through_an_adapter_resumes_too_and_keeps_no_copy_o
             os.kill(os.getpid(), signal.SIGTERM)
         return ["backbone"]
 
-    halted.method.turns = turns
+    halted.method.update_order = turns
     assert halted.train().steps == 3
     run("halted", low).train()
     tensors = state(tmp_path / "whole")[0]
@@ -713,7 +715,7 @@ def test_a_policy_that_learns_through_an_adapter_resumes_too_and_keeps_no_copy_o
 
 
 def test_a_policy_that_learns_through_an_adapter_holds_one_frozen_backbone(run):
-    going = run("low", evolve(RECIPE, train=evolve(RECIPE.train, adapters={"backbone": Adapter(rank=2)})))
+    going = run("low", evolve(RECIPE, train=evolve(RECIPE.train, lora={"backbone": LoraSpec(rank=2)})))
     method, policy = going.method, going.pipeline.backbone
     nets = {"policy": policy, "old": method.old, "base": method.base}
     low = {name: {n: p for n, p in net.named_parameters() if ".lora_" in n} for name, net in nets.items()}
@@ -737,7 +739,7 @@ def test_the_method_keeps_its_contract(catalog):
         pipeline.catalog = catalog
         return method(pipeline, updates_per_rollout=2, old_policy_decay_rise=0.1)
 
-    check_method(made, [Place()], steps=3)
+    check_method(made, [Shard()], steps=3)
 
 
 def test_a_run_logs_what_there_is_to_watch(run, tmp_path):

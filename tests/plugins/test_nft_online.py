@@ -19,7 +19,7 @@ from lens_core import flow, hookimpl
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import ComponentSpec, Parts, Recipe, Training
-from lens_core.training.trainer import Run
+from lens_core.training.trainer import Trainer
 from lens_core.types import Prompt, Score, TextFeatures
 
 MODE, SPREAD = 2.0, 0.3  # a prompt's pictures are points near (±2, its own height)
@@ -177,7 +177,7 @@ def train(catalog: Catalog, start: Path, tmp_path: Path, monkeypatch: pytest.Mon
             pipeline=Parts(start=str(start)),
             seed=1,
         )
-        report = Run(recipe, catalog, tmp_path / good, say=lambda line: None).train()
+        report = Trainer(recipe, catalog, tmp_path / good, log=lambda line: None).train()
         lines = (tmp_path / good / "log.jsonl").read_text().splitlines()
         return points(report.model, catalog), [json.loads(line) for line in lines]
 

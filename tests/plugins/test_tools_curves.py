@@ -15,11 +15,11 @@ from lens_core.cli.main import main
 from lens_core.types import ConfigError
 
 
-def write(run: Path, log: list[dict[str, Any]], watch: list[dict[str, Any]] | None = None) -> Path:
+def write(run: Path, log: list[dict[str, Any]], evaluations: list[dict[str, Any]] | None = None) -> Path:
     run.mkdir(parents=True)
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    if watch is not None:
-        (run / "watch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in watch))
+    if evaluations is not None:
+        (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
     return run
 
 
@@ -34,7 +34,7 @@ def test_every_number_is_read_in_the_order_of_its_steps_and_nothing_else(tmp_pat
     assert curves.read(run) == {
         "seconds": [(2.0, 1.0), (4.0, 2.0)],
         "b/loss": [(2.0, 1.0), (4.0, 0.5)],
-        "watch/seconds": [(0.0, 9.0)],
+        "evaluation/seconds": [(0.0, 9.0)],
         "shapes": [(0.0, 0.25)],
     }
 
@@ -145,7 +145,7 @@ def test_runs_of_many_values_get_a_panel_each(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_what_cannot_be_drawn_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match=r"holds neither log\.jsonl nor watch\.jsonl; give the folder of a run"):
+    with pytest.raises(ConfigError, match=r"holds neither log\.jsonl nor evaluations\.jsonl; give the folder of a run"):
         curves.read(tmp_path)
     with pytest.raises(ConfigError, match="no value is called kl; there is b/loss, seconds"):
         curves.draw({"a": [{"b/loss": [(1.0, 1.0)], "seconds": [(1.0, 1.0)]}]}, ("kl",))
