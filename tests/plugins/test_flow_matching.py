@@ -150,9 +150,9 @@ def test_the_mean_of_logit_t_is_the_papers_line_in_the_latent_cells(h, w, mean):
 
 def test_the_median_time_at_512_px_is_the_papers():
     m = method()
-    m.loss("backbone", m.roles(), many(4_000, 32, 32), rng())
+    m.loss("backbone", m.trainable_modules(), many(4_000, 32, 32), rng())
     # Half of a logit-normal lies below the sigmoid of its mean.
-    assert float(m.roles()["backbone"].t.median()) == pytest.approx(1 / (1 + math.exp(-1.06)), abs=0.01)
+    assert float(m.trainable_modules()["backbone"].t.median()) == pytest.approx(1 / (1 + math.exp(-1.06)), abs=0.01)
 
 
 def test_t_is_logit_normal_with_the_shifted_mean():
