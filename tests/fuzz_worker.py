@@ -487,7 +487,7 @@ class Targets:
     def tar(self, rng: random.Random) -> None:
         import tarfile
 
-        from lens_data import sources
+        from lens_data import tars
 
         data = io.BytesIO()
         picture = (self.folder / "a.png").read_bytes()
@@ -504,11 +504,11 @@ class Targets:
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
         path = self.write("a.tar", mutate_bytes(rng, data.getvalue()))
-        for item in sources.in_tars(path):
+        for item in tars.read_tars(path):
             repr(item)[:10]
 
     def pictures(self, rng: random.Random) -> None:
-        from lens_data import sources
+        from lens_data import folders
 
         shutil.rmtree(self.folder / "case" / "pictures", ignore_errors=True)
         self.write("pictures/a.png", mutate_bytes(rng, (self.folder / "a.png").read_bytes()))
@@ -517,7 +517,7 @@ class Targets:
             "pictures/metadata.jsonl", mutate_lines(rng, b'{"file_name": "a.png", "text": "x"}\n{"file_name": "b"}')
         )
         self.write("pictures/a.txt", mutate_bytes(rng, b"a cat"))
-        for item in sources.in_folder(self.folder / "case" / "pictures"):
+        for item in folders.read_folder(self.folder / "case" / "pictures"):
             repr(item)[:10]
 
     def arguments(self, rng: random.Random) -> None:

@@ -2,7 +2,7 @@
 
 store      the training store: a LanceDB database with every picture, its size and its captions
 imports    fills the store
-sources    reads folders, WebDataset tars and Hugging Face datasets, within bounds
+sources    what readers of sources share: an item, and bounds; readers are folders, tars and parquet
 digests    sets of digests in little memory
 pictures   image files as upright RGB, resized and cropped to a size
 buckets    which training size a picture is for: groups of areas, of aspect ratios

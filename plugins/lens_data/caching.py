@@ -176,7 +176,7 @@ def encode_missing(
 ) -> None:
     """Encode this rank's share of what `cache` lacks of `wanted`: captions and pictures, by key, some more than once.
 
-    Killed and run again, it goes on. A corrupt picture is told, and noted in the cache, so that training replaces it.
+    Killed and run again, it continues. A corrupt picture is noted in the cache, and training replaces it.
     """
     held: dict[str, bytes] = {}
     size = done = corrupt = 0

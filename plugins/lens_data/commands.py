@@ -14,10 +14,11 @@ from lens_core.io.system_files import is_system_file
 from lens_core.types import ConfigError
 from lens_data import imports
 from lens_data.buckets import LENS_BUCKETS, Buckets, assign
-from lens_data.sources import is_parquet, is_tar
+from lens_data.parquet import is_parquet
 from lens_data.store import Store
+from lens_data.tars import is_tar
 
-_FORMATS: dict[str, Callable[..., imports.Report]] = {
+_FORMATS: dict[str, Callable[..., imports.ImportReport]] = {
     "folder": imports.import_folder,
     "tars": imports.import_tars,
     "parquet": imports.import_parquet,
@@ -35,7 +36,7 @@ def import_(
     image_column: str = "",
     text_column: str = "",
 ) -> int:
-    """Import pictures with captions into a training store; what cannot be used is told by reason.
+    """Import pictures with captions into a training store; what cannot be used is counted by reason.
 
     Parameters
     ----------
@@ -61,10 +62,10 @@ def import_(
     if format not in _FORMATS:
         raise ConfigError(f"no import is called {format!r}; known: auto, {', '.join(_FORMATS)}")
     options = {"image_column": image_column, "text_column": text_column}
-    given = {name: column for name, column in options.items() if column}
-    if given and format != "parquet":
-        raise ConfigError(f"--{next(iter(given)).replace('_', '-')}: {format} have no columns; leave it out")
-    print(_FORMATS[format](store, path, caption=caption, source=source, update=update, **given))
+    columns = {name: column for name, column in options.items() if column}
+    if columns and format != "parquet":
+        raise ConfigError(f"--{next(iter(columns)).replace('_', '-')}: {format} have no columns; leave it out")
+    print(_FORMATS[format](store, path, caption=caption, source=source, update=update, **columns))
     return 0
 
 
@@ -134,7 +135,7 @@ def packing_report(
     """
     from functools import partial
 
-    from lens_data.packing import balanced, flops, mixture
+    from lens_data.packing import comparison_table, flops, mixture
 
     if recipe is None:
         lengths = np.array(mixture(samples, [size for group in LENS_BUCKETS for size in group]), np.float64)
@@ -151,7 +152,7 @@ def packing_report(
         dataset = PackedDataset(build(catalog, "dataset", read.dataset, "$.dataset")[2])
         lengths, work = dataset.tokens(samples), partial(flops, width=dataset.config.backbone_width)
         budget = dataset.config.budget / ranks * float(work(np.array([dataset.largest]))[0])
-    print(balanced(lengths.tolist(), budget, ranks, work))
+    print(comparison_table(lengths.tolist(), budget, ranks, work))
     return 0
 
 
@@ -188,10 +189,10 @@ def summary(store: Store, buckets: Buckets = LENS_BUCKETS, **limits: Any) -> str
     for name in ("brief", "dense"):
         words = [len(text.split()) for text in rows[name].to_pylist()]
         lines.append(_spread(f"{name} caption, words", [n for n in words if n]))
-    found = assign(heights, widths, buckets, **limits)
+    assignment = assign(heights, widths, buckets, **limits)
     lines += ["", f"{'bucket':20}{'pictures':>9}"]
-    lines += [f"{f'{h}x{w}':20}{len(m):9}" for (h, w), m in zip(found.sizes, found.members, strict=True)]
-    lines += [f"{reason:20}{count:9}" for reason, count in found.left_out.items()]
+    lines += [f"{f'{h}x{w}':20}{len(m):9}" for (h, w), m in zip(assignment.sizes, assignment.members, strict=True)]
+    lines += [f"{reason:20}{count:9}" for reason, count in assignment.left_out.items()]
     return "\n".join(lines)
 
 

@@ -20,25 +20,25 @@ from attrs import field, mutable
 from lens_core.io.atomic_files import WriteError
 from lens_core.io.locks import locked
 from lens_core.types import ConfigError
-from lens_data import pictures, sources
+from lens_data import folders, parquet, pictures, tars
 from lens_data.digests import Ids, of_ids, position
-from lens_data.sources import Found
+from lens_data.sources import SourceItem
 from lens_data.store import Store
 
 FLUSH = 64 * 1024**2  # bytes of pictures held back before they are written
 ROWS = 4096  # pictures held back at most
-LONGEST = 2**16  # characters of a caption
-_EXAMPLES = 3  # names told for each reason
+LONGEST_CAPTION = 2**16  # characters of a caption
+_EXAMPLES = 3  # names shown for each reason
 _SHOWN = 200  # characters of a name
 
 Row = dict[str, Any]  # of the store's columns
 
 
 @mutable
-class Report:
-    """What became of the pictures that were found: `skipped` counts by reason, `examples` names the first few."""
+class ImportReport:
+    """What became of the pictures of a source: `total` of them, `skipped` by reason, with the first few `examples`."""
 
-    found: int = 0
+    total: int = 0
     added: int = 0
     updated: int = 0
     skipped: dict[str, int] = field(factory=dict)
@@ -51,7 +51,7 @@ class Report:
             names.append(_printable(name))
 
     def __str__(self) -> str:
-        lines = [f"{self.found} found, {self.added} added, {self.updated} updated"]
+        lines = [f"{self.total} found, {self.added} added, {self.updated} updated"]
         for reason, count in sorted(self.skipped.items()):
             names = ", ".join(self.examples[reason])
             lines.append(f"{count} skipped: {reason} ({names}{', …' if count > len(self.examples[reason]) else ''})")
@@ -60,7 +60,7 @@ class Report:
 
 def import_folder(
     store: str | Path, path: str | Path, *, caption: str = "dense", source: str = "", update: bool = False
-) -> Report:
+) -> ImportReport:
     """Import pictures below `path`, with captions from a list or from a .txt beside each.
 
     A list is `captions.jsonl`, `metadata.jsonl` or `metadata.csv`, in any folder, for the pictures there and below. A
@@ -68,14 +68,14 @@ def import_folder(
     which it is, is a `caption`: "brief" or "dense". `source` names the origin (default: the folder's name). `update`
     replaces the captions of pictures that the store has already.
     """
-    return _fill(store, sources.in_folder(_existing(path)), caption, source or _origin(path), update)
+    return _fill(store, folders.read_folder(_existing(path)), caption, source or _origin(path), update)
 
 
 def import_tars(
     store: str | Path, path: str | Path, *, caption: str = "dense", source: str = "", update: bool = False
-) -> Report:
+) -> ImportReport:
     """Import WebDataset tars: `path` is one, or a folder of them. Captions are in .json members, or else in .txt."""
-    return _fill(store, sources.in_tars(_existing(path)), caption, source or _origin(path), update)
+    return _fill(store, tars.read_tars(_existing(path)), caption, source or _origin(path), update)
 
 
 def import_parquet(
@@ -87,14 +87,14 @@ def import_parquet(
     update: bool = False,
     image_column: str = "",
     text_column: str = "",
-) -> Report:
+) -> ImportReport:
     """Import a Hugging Face dataset folder: parquet files with an image column (struct of bytes and path) and captions.
 
     Without names, the image column is called image, img, jpg, png, jpeg or webp, or is the only such struct, and
     captions stand in `brief`, `dense`, `caption` or `text`.
     """
-    found = sources.in_parquet(_existing(path), image_column, text_column)
-    return _fill(store, found, caption, source or _origin(path), update)
+    items = parquet.read_parquet(_existing(path), image_column, text_column)
+    return _fill(store, items, caption, source or _origin(path), update)
 
 
 # ---- what the three share -----------------------------------------------------------------------------------------
@@ -111,58 +111,58 @@ def _origin(path: str | Path) -> str:
     return whole.name if whole.is_dir() else whole.stem
 
 
-def _fill(store: str | Path, found: Iterable[Found], caption: str, source: str, update: bool) -> Report:
+def _fill(store: str | Path, items: Iterable[SourceItem], caption: str, source: str, update: bool) -> ImportReport:
     if caption not in ("brief", "dense"):
         raise ConfigError(f"a caption is brief or dense, not {caption!r}; choose one")
     local = "://" not in str(store)
     with locked(Path(store), "store") if local else nullcontext():
-        return _Import(Store(str(store), create=True), caption, _printable(source), update).run(found)
+        return _Importer(Store(str(store), create=True), caption, _printable(source), update).run(items)
 
 
-class _Import:
+class _Importer:
     """One import into an open store. Of what the store holds, only hashes are kept: captions are most of it."""
 
     def __init__(self, store: Store, caption: str, source: str, update: bool) -> None:
         self.store, self.caption, self.source, self.update = store, caption, source, update
-        self.known = _Known(store)
-        self.seen = Ids()  # pictures that were new in this import
-        self.report = Report()
+        self.stored = _StoredPictures(store)
+        self.added_ids = Ids()  # pictures that were new in this import
+        self.report = ImportReport()
         self.new: list[Row] = []
         self.changed: dict[int, Row] = {}
         self.held = 0
 
-    def run(self, found: Iterable[Found]) -> Report:
-        for item in found:
-            self.report.found += 1
+    def run(self, items: Iterable[SourceItem]) -> ImportReport:
+        for item in items:
+            self.report.total += 1
             fault = self._take(item)
             if fault:
                 self.report.skip(fault, item.name)
             if self.held >= FLUSH or len(self.new) + len(self.changed) >= ROWS:
                 self._flush()
         self._flush()
-        if not self.report.found:
+        if not self.report.total:
             raise ConfigError(f"{self.source}: holds no picture; check the path, and the format of the import")
         return self.report
 
-    def _take(self, item: Found) -> str:
+    def _take(self, item: SourceItem) -> str:
         """Hold a picture back for the store; or why not."""
         row, fault = _row(item, self.caption, self.source)
         if row is None:
             return fault
         digest = bytes.fromhex(row["id"])
-        place = self.known.place(digest)
-        if digest in self.seen if place is None else self.known.met[place]:
+        place = self.stored.place(digest)
+        if digest in self.added_ids if place is None else self.stored.met[place]:
             return "the same picture again"
         if place is None:
-            self.seen.add(digest)
+            self.added_ids.add(digest)
             self.new.append(row)
         else:
-            self.known.met[place] = True
-            if self.known.has(place, row):
+            self.stored.met[place] = True
+            if self.stored.has(place, row):
                 return "already in the store"
             if not self.update:
                 return "already in the store with other captions; --update replaces them"
-            self.changed[int(self.known.rows[place])] = row
+            self.changed[int(self.stored.rows[place])] = row
         self.held += len(row["image"])
         return ""
 
@@ -189,7 +189,7 @@ class _Import:
         self.held = 0
 
 
-class _Known:
+class _StoredPictures:
     """What a store holds, about 60 bytes a picture: ids, sorted; with each, its row, hashes of its captions, and
     whether this import has met it."""
 
@@ -221,7 +221,7 @@ class _Known:
         )
 
 
-def _row(item: Found, caption: str, source: str) -> tuple[Row | None, str]:
+def _row(item: SourceItem, caption: str, source: str) -> tuple[Row | None, str]:
     """The store's row, or None and why not."""
     if item.fault:
         return None, item.fault
@@ -239,13 +239,13 @@ def _row(item: Found, caption: str, source: str) -> tuple[Row | None, str]:
     return {**row, "source": source}, ""
 
 
-def _captions(given: Iterable[Mapping[str, Any]], kind: str) -> tuple[str, str, str]:
+def _captions(candidates: Iterable[Mapping[str, Any]], kind: str) -> tuple[str, str, str]:
     """The brief and the dense caption; or why there is none. The first of each that is sound counts: one that is null,
     blank or damaged hides no other."""
     faults: list[str] = []
 
     def first(*keys: str) -> str:
-        for captions in given:
+        for captions in candidates:
             for key in keys:
                 text, fault = _clean(captions.get(key))
                 if text:
@@ -254,12 +254,12 @@ def _captions(given: Iterable[Mapping[str, Any]], kind: str) -> tuple[str, str, 
                     faults.append(fault)
         return ""
 
-    given = tuple(given)
+    candidates = tuple(candidates)
     brief, dense, plain = first("brief"), first("dense"), first("caption", "text")
     brief, dense = (brief or plain, dense) if kind == "brief" else (brief, dense or plain)
     if brief or dense:
         return brief, dense, ""
-    faults += [captions["fault"] for captions in given if "fault" in captions]
+    faults += [captions["fault"] for captions in candidates if "fault" in captions]
     # "empty" is the weakest of the reasons, for another says more of what is there.
     return "", "", next((f for f in faults if f != EMPTY), faults[0] if faults else "missing caption")
 
@@ -279,8 +279,8 @@ def _clean(value: Any) -> tuple[str, str]:
     text = value.removeprefix("\ufeff").strip()
     if not text:
         return "", EMPTY
-    if len(text) > LONGEST:
-        return "", f"caption longer than {LONGEST} characters"
+    if len(text) > LONGEST_CAPTION:
+        return "", f"caption longer than {LONGEST_CAPTION} characters"
     if re.search("[\ud800-\udfff]", text):
         return "", "caption with half a character (a lone surrogate)"
     if re.search("[\x00-\x08\x0e-\x1b\x7f]", text):  # of UTF-16 without a mark, every other byte is one

@@ -37,8 +37,8 @@ def mixture(count: int, sizes: Sequence[tuple[int, int]], seed: int = 0, cell: i
     """Tokens of samples drawn uniformly from `sizes` px, with captions of about 109 words, as Lens was trained on."""
     rng = np.random.default_rng(seed)
     cells = np.array([h * w // cell**2 for h, w in sizes])[rng.integers(len(sizes), size=count)]
-    found: list[int] = (cells + text_tokens(rng.normal(109, 30, count).clip(20, 300))).astype(int).tolist()
-    return found
+    tokens: list[int] = (cells + text_tokens(rng.normal(109, 30, count).clip(20, 300))).astype(int).tolist()
+    return tokens
 
 
 def batch_costs(groups: Sequence[Sequence[tuple[int, int]]], batch_sizes: Sequence[int], words: float = 109) -> str:
@@ -71,8 +71,8 @@ class Packs:
 def pack(lengths: Sequence[int], budget: float, ranks: int, work: Work = flops) -> Packs:
     """Split samples of `lengths` tokens into steps, in their order, of at most `budget` FLOPs a rank in the mean.
 
-    A step takes as many of the next samples as fit, so no sample is dropped and none overtakes a step. A pure
-    function, so that every rank finds the same plan for itself. Raises ConfigError where a sample exceeds the budget.
+    A step takes as many of the next samples as fit, so no sample is dropped and none skips a step. A pure
+    function, so every rank computes the same plan for itself. Raises ConfigError where a sample exceeds the budget.
     """
     costs = work(np.asarray(lengths, np.float64))
     if ranks < 1:
@@ -129,9 +129,9 @@ def _level(costs: NDArray[np.float64], shares: list[list[int]], sums: NDArray[np
     if move is None:
         return False
     low, give, take = move
-    given = shares[high].pop(give)
+    moved = shares[high].pop(give)
     taken = [shares[low].pop(take)] if take < len(shares[low]) else []
-    shares[low].append(given)
+    shares[low].append(moved)
     shares[high] += taken
     for rank in (low, high):
         sums[rank] = costs[shares[rank]].sum()
@@ -185,7 +185,7 @@ def compare(lengths: Sequence[int], budget: float, ranks: int, work: Work = flop
     return {name: balance(loads, budget) for name, loads in plans.items()}
 
 
-def balanced(lengths: Sequence[int], budget: float, ranks: int, work: Work = flops) -> str:
+def comparison_table(lengths: Sequence[int], budget: float, ranks: int, work: Work = flops) -> str:
     """The comparison as a table. Raises ConfigError where there are too few samples for one step."""
     plan = pack(lengths, budget, ranks, work)
     if not plan.steps or not all(map(all, plan.steps)):
@@ -193,7 +193,7 @@ def balanced(lengths: Sequence[int], budget: float, ranks: int, work: Work = flo
             f"{len(lengths)} samples at a budget of {budget:.3g} FLOPs fill no step of {ranks} ranks; take more "
             "samples, a larger budget or fewer ranks"
         )
-    found = compare(lengths, budget, ranks, work)
+    balances = compare(lengths, budget, ranks, work)
     head = f"{'':12}{'useful':>9}{'imbalance':>11}{'worst':>9}{'filled':>9}"
-    rows = [f"{name:12}{b.useful:9.3%}{b.imbalance:11.3%}{b.worst:9.3%}{b.filled:9.3%}" for name, b in found.items()]
+    rows = [f"{name:12}{b.useful:9.3%}{b.imbalance:11.3%}{b.worst:9.3%}{b.filled:9.3%}" for name, b in balances.items()]
     return "\n".join([f"{len(lengths)} samples, {len(plan.steps)} packed steps of {ranks} ranks", head, *rows])

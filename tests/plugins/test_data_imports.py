@@ -62,7 +62,7 @@ def rows(store: Path) -> list[dict]:
 def test_a_folder_with_a_text_beside_each_picture(tmp_path):
     source = folder(tmp_path / "pets", a__png=png(1), a__txt=" a cat \n", b__png=png(2, 20, 10), b__txt="ein Löwe")
     report = import_folder(tmp_path / "store", source)
-    assert (report.found, report.added, report.skipped) == (2, 2, {})
+    assert (report.total, report.added, report.skipped) == (2, 2, {})
     first, second = rows(tmp_path / "store")
     assert first["image"] == png(1) and (first["height"], first["width"]) == (8, 12)
     assert (first["dense"], first["brief"], first["source"]) == ("a cat", "", "pets")
@@ -92,7 +92,7 @@ def test_captions_jsonl_gives_both_captions_and_wins_over_texts(tmp_path):
         "damaged line in captions.jsonl": 2,
         "missing caption": 1,
     }
-    assert report.found == 8 and report.added == 3
+    assert report.total == 8 and report.added == 3
 
 
 def test_what_cannot_be_used_is_counted_by_reason_and_named(tmp_path):
@@ -114,7 +114,7 @@ def test_what_cannot_be_used_is_counted_by_reason_and_named(tmp_path):
         "caption is not UTF-8": 1,
         "the same picture again": 1,
     }
-    assert report.found == 7 == report.added + sum(report.skipped.values())
+    assert report.total == 7 == report.added + sum(report.skipped.values())
     assert "2 skipped: corrupt image (empty.png, torn.png)" in str(report).splitlines()
     assert [r["dense"] for r in rows(tmp_path / "store")] == ["fine"]
 

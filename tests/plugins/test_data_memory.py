@@ -12,16 +12,16 @@ import pytest
 from lens_data import caching, dataset, imports
 from lens_data.caching import EncodingCache
 from lens_data.dataset import StoreDataset
-from lens_data.sources import Found
+from lens_data.sources import SourceItem
 from lens_data.store import Store
 
 MANY = 6000
 MADE_BY = {"vae": {"name": "one", "hash": "1"}}
 
 
-def found() -> Iterator[Found]:
+def found() -> Iterator[SourceItem]:
     for number in range(MANY):
-        yield Found(f"{number}", b"%d" % number, ({"brief": f"no {number}", "dense": f"picture {number} " * 50},))
+        yield SourceItem(f"{number}", b"%d" % number, ({"brief": f"no {number}", "dense": f"picture {number} " * 50},))
 
 
 def peak(run: Callable[[], object]) -> float:
@@ -52,9 +52,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_import_of_new_and_of_known_pictures(store: Path) -> None:
     for added in (MANY, 0):
-        reports: list[imports.Report] = []
+        reports: list[imports.ImportReport] = []
         assert peak(lambda made=reports: made.append(imports._fill(store, found(), "dense", "here", False))) < 300
-        assert reports[0].added == added and reports[0].found == MANY
+        assert reports[0].added == added and reports[0].total == MANY
 
 
 def test_opening_a_store_and_a_cache(store: Path) -> None:

@@ -22,7 +22,7 @@ import pytest
 from lens_data import imports, sources
 from lens_data.commands import import_
 from lens_data.digests import Ids
-from lens_data.imports import Report, import_folder, import_parquet, import_tars
+from lens_data.imports import ImportReport, import_folder, import_parquet, import_tars
 from lens_data.store import Store
 from PIL import Image
 from test_data_imports import folder, png, rows, tar
@@ -40,13 +40,13 @@ def captions(store: Path) -> list[str]:
     return [row["dense"] or row["brief"] for row in rows(store)]
 
 
-def twice(run: Any, store: Path, path: Path, **options: Any) -> Report:
+def twice(run: Any, store: Path, path: Path, **options: Any) -> ImportReport:
     """The report of an import; the same again must find the same and add nothing."""
     report = run(store, path, **options)
-    assert report.found == report.added + report.updated + sum(report.skipped.values())
+    assert report.total == report.added + report.updated + sum(report.skipped.values())
     before, version = rows(store), Store(str(store)).version
     again = run(store, path, **options)
-    assert (again.found, again.added) == (report.found, 0)
+    assert (again.total, again.added) == (report.total, 0)
     assert again.skipped == report.skipped | ({"already in the store": report.added} if report.added else {})
     assert rows(store) == before and Store(str(store)).version == version
     str(report).encode()  # nothing in it that a terminal cannot have
@@ -60,7 +60,7 @@ def twice(run: Any, store: Path, path: Path, **options: Any) -> Report:
     ("caption", "fault"),
     [
         ("a \ud800 b", SURROGATE), ("\udfff", SURROGATE), ("a\0b", CONTROL), ("\x1b[2J", CONTROL),
-        ("x" * (imports.LONGEST + 1), f"caption longer than {imports.LONGEST} characters"),
+        ("x" * (imports.LONGEST_CAPTION + 1), f"caption longer than {imports.LONGEST_CAPTION} characters"),
         ("\ufeff \n", "empty caption"), (None, "missing caption"), (7, "missing caption"), (["a"], "missing caption"),
     ],
 )  # fmt: skip
@@ -149,18 +149,18 @@ def test_what_macos_leaves_behind_is_no_picture_and_no_caption(tmp_path: Path) -
         (source / name).write_bytes(double)
     (source / "__MACOSX").mkdir()
     (source / "__MACOSX" / "._a.png").write_bytes(double)
-    assert twice(import_folder, tmp_path / "a", source).found == 1
+    assert twice(import_folder, tmp_path / "a", source).total == 1
     tar(
         tmp_path / "t.tar",
         ("._a.png", double), ("a.png", png(1)), ("._a.txt", double), ("a.txt", b"one"), ("__MACOSX/b.png", double),
     )  # fmt: skip
     (tmp_path / "._t.tar").write_bytes(double)
-    assert twice(import_tars, tmp_path / "b", tmp_path / "t.tar").found == 1
+    assert twice(import_tars, tmp_path / "b", tmp_path / "t.tar").total == 1
     assert captions(tmp_path / "b") == ["one"]
     (tmp_path / "only").mkdir()
     (tmp_path / "t.tar").rename(tmp_path / "only" / "t.tar")
     (tmp_path / "._t.tar").rename(tmp_path / "only" / "._t.tar")
-    assert import_tars(tmp_path / "c", tmp_path / "only").found == 1
+    assert import_tars(tmp_path / "c", tmp_path / "only").total == 1
 
 
 @pytest.mark.parametrize("name", ["./a.png", "a.png", ".//a.png", "sub\\é.png", "sub/e\u0301.png"])
@@ -248,7 +248,7 @@ def test_a_key_that_stands_twice_in_a_tar_is_two_samples(tmp_path: Path) -> None
     )  # fmt: skip
     report = twice(import_tars, tmp_path / "store", tmp_path / "t.tar")
     assert captions(tmp_path / "store") == ["eight", "five", "four", "one", "seven", "two"]
-    assert report.skipped == {"missing caption": 2} and report.found == 8
+    assert report.skipped == {"missing caption": 2} and report.total == 8
 
 
 def test_of_several_pictures_of_a_sample_the_plain_one_is_meant_and_the_others_are_counted(tmp_path: Path) -> None:

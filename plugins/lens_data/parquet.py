@@ -1,0 +1,153 @@
+"""Rows of parquet files, as Hugging Face datasets have them: a column of image files, and columns of captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lens_core.types import ConfigError
+from lens_data import sources
+from lens_data.sources import CAPTION_KEYS, IMAGE_NAMES, SourceItem, files_below
+
+
+def is_parquet(name: str) -> bool:
+    return name.lower().endswith(".parquet")
+
+
+def read_parquet(path: Path, image_column: str = "", text_column: str = "") -> Iterator[SourceItem]:
+    """Rows of one parquet file, or of all below a folder. Raises ConfigError if the first file that can be read has
+    no such columns; others of that kind are counted."""
+    import pyarrow.parquet as pq
+
+    first = True
+    for file in files_below(path, is_parquet):
+        try:
+            reader = pq.ParquetFile(file, buffer_size=1024**2, page_checksum_verification=True)
+            schema = reader.schema_arrow
+        except Exception:  # pyarrow raises whatever it stumbles over: OSError, ValueError, its own
+            yield SourceItem(file.name, fault="damaged parquet file")
+            continue
+        with reader:
+            try:
+                image, texts = _columns(file, schema, image_column, text_column)
+            except ConfigError:
+                if first:
+                    raise
+                yield SourceItem(file.name, fault="parquet file without the columns of the first")
+                continue
+            first = False
+            names = {key: "text" if key == text_column else key.lower() for key in texts}
+            yield from _read_file(reader, file.name, image, names)
+
+
+def _read_file(reader: Any, name: str, image: str, texts: Mapping[str, str]) -> Iterator[SourceItem]:
+    start = 0
+    for group in range(reader.num_row_groups):
+        about, row = reader.metadata.row_group(group), start
+        size = sum(
+            about.column(i).total_uncompressed_size
+            for i in range(about.num_columns)
+            if about.column(i).path_in_schema.partition(".")[0] in (image, *texts)
+        )
+        start += about.num_rows
+        if size > max(about.num_rows, 1) * sources.LARGEST_PICTURE:
+            yield SourceItem(f"{name}:{row} to {start - 1}", fault=sources.TOO_LARGE)
+            continue
+        # A batch is held whole, so it has as many rows as make about 64 MiB; but in a large group one cell may be most
+        # of it, and pyarrow doubles the room of a batch until it fits.
+        rows = (
+            1 if size > 2 * sources.LARGEST_PICTURE else min(64, max(1, 64 * 1024**2 * about.num_rows // max(size, 1)))
+        )
+        try:
+            for batch in reader.iter_batches(rows, row_groups=[group], columns=[image, *texts], use_threads=False):
+                cells = {key: _binary(batch, column) for column, key in texts.items()}
+                files = _binary(batch, image)
+                for at in range(batch.num_rows):
+                    data = _cell(files, at, sources.LARGEST_PICTURE)
+                    captions = {key: _cell(column, at, sources.LARGEST_TEXT) for key, column in cells.items()}
+                    if any(text is False for text in captions.values()):
+                        captions = {
+                            **{key: text for key, text in captions.items() if text is not False},
+                            "fault": sources.LONG_TEXT,
+                        }
+                    if data is False:
+                        yield SourceItem(f"{name}:{row}", fault=sources.TOO_LARGE)
+                    else:
+                        yield SourceItem(f"{name}:{row}", data, (captions,))
+                    row += 1
+        except Exception:
+            yield SourceItem(f"{name}:{row}", fault="damaged row group, its rest is lost")
+
+
+def _binary(batch: Any, name: str) -> Any:
+    """A column of a batch as bytes: a text may not be UTF-8, whatever its type says."""
+    import pyarrow as pa
+
+    column = batch.column(batch.schema.get_all_field_indices(name)[0])
+    if pa.types.is_struct(column.type):
+        column = column.flatten()[column.type.get_field_index("bytes")]
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column if _is_bytes(column.type) else column.cast(pa.large_binary())
+
+
+def _cell(column: Any, at: int, most: int) -> bytes | bool | None:
+    """Bytes; None where there are none; False where there are more than `most`."""
+    buffer = column[at].as_buffer()
+    return None if buffer is None else buffer.size <= most and buffer.to_pybytes()
+
+
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or _is_bytes(kind))
+
+
+def _columns(file: Path, schema: Any, image: str, text: str) -> tuple[str, list[str]]:
+    """The columns of pictures and of captions. Raises ConfigError, also where it is not clear which is meant."""
+    import pyarrow as pa
+
+    def holds_files(kind: Any) -> bool:
+        return _is_bytes(kind) or (
+            pa.types.is_struct(kind)
+            and kind.get_field_index("bytes") >= 0
+            and _is_bytes(kind.field(kind.get_field_index("bytes")).type)
+        )
+
+    kinds = {f.name: f.type for f in schema}
+    for name, option in ((image, "image"), (text, "text")):
+        if name and name not in kinds:
+            raise ConfigError(f"{file}: has no column {name!r} among {', '.join(kinds)}; correct --{option}-column")
+    if not image:
+        image = _image_column(file, {name: kind for name, kind in kinds.items() if holds_files(kind)}, kinds)
+    elif not holds_files(kinds[image]):
+        raise ConfigError(f"{file}: its column {image!r} is {str(kinds[image])[:80]}, not image files; name another")
+    texts = [text] if text else [n for key in CAPTION_KEYS for n in kinds if n.lower() == key and _is_text(kinds[n])]
+    if not texts:
+        raise ConfigError(f"{file}: has no caption column among {', '.join(kinds)}; name it with --text-column")
+    if text and not _is_text(kinds[text]):
+        raise ConfigError(f"{file}: its column {text!r} is {str(kinds[text])[:80]}, not text; name another")
+    return image, texts
+
+
+def _image_column(file: Path, able: Mapping[str, Any], among: Iterable[str]) -> str:
+    import pyarrow as pa
+
+    for name in IMAGE_NAMES:
+        for column in able:
+            if column.lower() == name:
+                return column
+    structs = [name for name, kind in able.items() if pa.types.is_struct(kind)]
+    if len(structs) == 1:
+        return structs[0]
+    what = f"several image columns, {', '.join(structs)}" if structs else f"no image column among {', '.join(among)}"
+    raise ConfigError(f"{file}: has {what}; name it with --image-column")
