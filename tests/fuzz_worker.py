@@ -371,7 +371,8 @@ class Targets:
             prompt.text.encode()
 
     def taxonomy(self, rng: random.Random) -> None:
-        from lens_llm.writing import orders, read_taxonomy
+        from lens_llm.taxonomy import read_taxonomy
+        from lens_llm.writing import prompt_requests
 
         value = {
             "llm": {"use": "openai", "model": "m"},
@@ -380,7 +381,7 @@ class Targets:
             "eval": 0.1,
         }
         found = read_taxonomy(self.write("taxonomy.yaml", mutate_json(rng, json.dumps(value).encode())))
-        for _, order in zip(range(100), orders(found), strict=False):
+        for _, order in zip(range(100), prompt_requests(found), strict=False):
             order.split.encode()
 
     def judge(self, rng: random.Random) -> None:

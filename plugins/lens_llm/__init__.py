@@ -1,4 +1,4 @@
-"""Language models as colleagues: they judge pictures by rubrics.
+"""Language models that write prompts and judge pictures by rubrics.
 
 client        llm `openai`: any OpenAI-compatible chat endpoint, with retries, budgets and a cache
 completions   what an endpoint's answer is: a reply, or a fault that may pass or not
@@ -9,8 +9,9 @@ redaction     keeps a key out of every text
 rubric        reward `rubric`: one call a picture, which answers each of its prompt's rubrics
 prompts       benchmark `prompts`: prompt sets in files (`lens-rl/1`), their reader, writer and linter
 duplicates    near-duplicates among prompts
+taxonomy      what a prompt set is about: the paper's ten categories and five aspects, or others
 writing       prompt sets written by a language model from a taxonomy
-audit         how far a judge agrees with itself, and with another, and what it gives for nothing
+audit         how far a reward agrees with itself and with another, and what empty pictures score
 commands      what `lens rl` can do: prompts, audit, estimate
 """
 

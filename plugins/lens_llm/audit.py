@@ -1,4 +1,4 @@
-"""What to know of a judge before a model learns from it: does it agree with itself, what does it give for nothing?"""
+"""Measure a reward before a model learns from it: does it agree with itself, and what do empty pictures score?"""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lens_core.types import LensError, Prompt, Score
 
 
 def audit(reward: Any, images: Tensor, prompts: Sequence[Prompt], seed: int = 0, auditor: Any = None) -> dict[str, Any]:
-    """Judge every picture twice, and three probes once. Images uint8 [B,3,H,W] with their prompts.
+    """Score every picture twice, and three probes once. Images uint8 [B,3,H,W] with their prompts.
 
-    `flips`: for each component, the share of pictures on which the two judgements differ, of those on which either
-    has a verdict: yes once and not applicable once is a flip too; `noise`: the standard
-    deviation of one judgement around their mean, which is the least useful `min_std` of an advantage; `mean`, and the
+    `flips`: for each component, the share of pictures on which the two scores differ, of those on which either
+    has a value: yes once and not applicable once is a flip too; `noise`: the standard
+    deviation of one score around their mean, which is the least useful `min_std` of an advantage; `mean`, and the
     means of the `probes` blank (grey), noise and swapped (the picture of another prompt); `missing`: pictures without a
-    verdict in each. A mean is None where nothing was judged. A reward that has `again()` gives its second opinion so.
+    score in each. A mean is None where nothing was scored. A reward that has `again()` gives its second score by it.
     With an `auditor`, another reward that is trusted: `agreement`, for each component that both have, the share of
-    pictures on which they say the same.
+    pictures on which their values are equal.
     """
     other = _swap(prompts)
     second = reward.again() if hasattr(reward, "again") else reward
@@ -33,7 +33,7 @@ def audit(reward: Any, images: Tensor, prompts: Sequence[Prompt], seed: int = 0,
         "swapped": reward.score(images, other),
     }
     gaps = [a.value - b.value for a, b in zip(one, two, strict=True) if a.value is not None and b.value is not None]
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "pictures": len(images),
         "mean": _mean(one),
         "noise": math.sqrt(sum(g * g for g in gaps) / (2 * len(gaps))) if gaps else None,
@@ -42,13 +42,13 @@ def audit(reward: Any, images: Tensor, prompts: Sequence[Prompt], seed: int = 0,
         "missing": {name: _missing(s) for name, s in {"first": one, "second": two, **probes}.items()},
     }
     if auditor is not None:
-        found["agreement"] = _same(one, list(auditor.score(images, prompts)))
-    return found
+        report["agreement"] = _same(one, list(auditor.score(images, prompts)))
+    return report
 
 
 def _flips(one: Sequence[Score], two: Sequence[Score]) -> dict[str, float]:
-    """For each component, the share of pictures on which its verdict changed, or was there in one judgement alone. What
-    failed was not judged, and does not count."""
+    """For each component, the share of pictures on which its value changed, or was there in one scoring alone. What
+    failed was not scored, and does not count."""
     seen: dict[str, list[bool]] = {}
     for a, b in zip(one, two, strict=True):
         if "failed" in (a.status, b.status):
@@ -59,7 +59,7 @@ def _flips(one: Sequence[Score], two: Sequence[Score]) -> dict[str, float]:
 
 
 def _same(one: Sequence[Score], two: Sequence[Score]) -> dict[str, float]:
-    """For each component that two judgements of the same pictures have, the share on which they are equal."""
+    """For each component that two scorings of the same pictures have, the share on which they are equal."""
     seen: dict[str, list[bool]] = {}
     for a, b in zip(one, two, strict=True):
         for name in a.components.keys() & b.components.keys():
@@ -69,14 +69,14 @@ def _same(one: Sequence[Score], two: Sequence[Score]) -> dict[str, float]:
 
 def _swap(prompts: Sequence[Prompt]) -> list[Prompt]:
     """For each prompt the next one that asks for something else."""
-    found = []
+    others = []
     for i, prompt in enumerate(prompts):
         rest = [*prompts[i + 1 :], *prompts[:i]]
         other = next((p for p in rest if p.text != prompt.text), None)
         if other is None:
             raise LensError("an audit needs two different prompts at least, to swap them")
-        found.append(other)
-    return found
+        others.append(other)
+    return others
 
 
 def _mean(scores: Sequence[Score]) -> float | None:

@@ -171,7 +171,7 @@ class OpenAI:
 
     def _key(self, messages: Sequence[Message], schema: Mapping[str, Any] | None) -> str:
         """What decides an answer, hashed: endpoint, model, messages, the hashes of pictures, schema, sampling."""
-        told = {
+        parts = {
             "url": self._url(),
             "model": self.config.model,
             "messages": [[m.role, m.text, [hashlib.sha256(i).hexdigest() for i in m.images]] for m in messages],
@@ -180,9 +180,9 @@ class OpenAI:
             "max_tokens": self.config.max_tokens,
         }
         if self.config.rename or self.config.request:  # else the key is that of caches from before these options
-            told |= {"rename": self.config.rename, "request": self.config.request}
+            parts |= {"rename": self.config.rename, "request": self.config.request}
         # The schema's order of properties is kept: a model writes them in that order.
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _read(
         self, text: str, schema: Mapping[str, Any] | None, check: Callable[[Any], str | None]

@@ -1,4 +1,4 @@
-"""What `lens rl` can do, as plain functions. Methods, rewards and benchmarks are found by name, in the catalog."""
+"""What `lens rl` can do, as plain functions. Methods, rewards and benchmarks come from the catalog, by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lens_core.recipe import ComponentSpec, Recipe, build, read_recipe
 from lens_core.types import ConfigError, Prompt, did_you_mean
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -27,7 +27,8 @@ def prompts(taxonomy: Path | None = None, *, output: Path, shapes: int | None = 
     Parameters
     ----------
     taxonomy
-        A YAML file: llm, license, classes {class: {subclass: [items]}}, and the number of prompts and rubrics.
+        A YAML file: llm and license; also, where they shall differ from the paper's ten categories and five aspects,
+        classes {class: {subclass: [items]}}, aspects, prompts_per_item and rubrics.
     output
         The file of JSON lines to write.
     shapes
@@ -44,23 +45,24 @@ def prompts(taxonomy: Path | None = None, *, output: Path, shapes: int | None = 
     elif taxonomy is None or shapes is not None:
         raise ConfigError("lens rl prompts: give a taxonomy file, or --shapes N, and not both")
     else:
-        from lens_llm.writing import compose, read_taxonomy
+        from lens_llm.taxonomy import read_taxonomy
+        from lens_llm.writing import compose
 
         plan = read_taxonomy(taxonomy)
         name, cls, config = build(catalog, "llm", plan.llm, f"{taxonomy}: $.llm")
         llm = cls(config)
         if not hasattr(llm, "map"):
             raise ConfigError(f"{taxonomy}: $.llm: {name} cannot map over requests; use 'openai'")
-        count = compose(llm, plan, output, say=_say)
+        count = compose(llm, plan, output, log=_log)
     print(f"{output}: {count} prompts")
     return 0
 
 
 def audit(recipe: Path, *, num_images: int = 48, batch_size: int = 8, seed: int = 0, model: str | None = None) -> int:
-    """Judge pictures twice and say how far each reward of a recipe can be trusted, as JSON.
+    """Score pictures twice and print how far each reward of a recipe can be trusted, as JSON.
 
-    Tells the share of verdicts that flip, the noise of one judgement, and what blank, noise and swapped pictures get.
-    A reward's fallback is its auditor: the share of rubrics on which the two agree is told too.
+    Prints the share of components that flip, the noise of one score, and what blank, noise and swapped pictures score.
+    A reward's fallback is its auditor: the share of rubrics on which the two agree is printed too.
 
     Parameters
     ----------
@@ -90,22 +92,22 @@ def audit(recipe: Path, *, num_images: int = 48, batch_size: int = 8, seed: int 
     plan, config = _plan(recipe, catalog)
     parts = {path: build(catalog, kind, use, f"$.method.{path}") for path, kind, use in config.uses()}
     _, benchmark, options = parts["prompts"]
-    asked = sampled(benchmark(options).prompts(), getattr(config, "tasks", ()), num_images, seed)
-    if len({p.text for p in asked}) < 2:
+    chosen = sampled(benchmark(options).prompts(), getattr(config, "tasks", ()), num_images, seed)
+    if len({p.text for p in chosen}) < 2:
         raise ConfigError(f"{recipe}: an audit needs two different prompts at least to swap; ask for more")
-    judges = {path: (name, cls(options)) for path, (name, cls, options) in parts.items() if path != "prompts"}
+    rewards = {path: (name, cls(options)) for path, (name, cls, options) in parts.items() if path != "prompts"}
     start = evolve(plan.pipeline, start=model) if model else plan.pipeline
     pipeline = LensPipeline.from_parts(start, catalog).to("cuda" if torch.cuda.is_available() else "cpu")
     height, width = config.sizes[0] if config.sizes else (None, None)
     settings = {"num_inference_steps": config.rollout_steps, "guidance_scale": config.rollout_guidance}
-    images = torch.cat(list(draw(pipeline, asked, seed, batch_size, height=height, width=width, **settings))).cpu()
-    _say(f"drawn {len(images)}")
-    found = {}
-    for path, (name, judge) in judges.items():
+    images = torch.cat(list(draw(pipeline, chosen, seed, batch_size, height=height, width=width, **settings))).cpu()
+    _log(f"drawn {len(images)}")
+    reports = {}
+    for path, (name, reward) in rewards.items():
         if not path.endswith(".fallback"):
-            _, auditor = judges.get(f"{path}.fallback", ("", None))
-            found[f"{path} {name}"] = examine(judge, images, asked, seed, auditor)
-    print(json.dumps(found, indent=2))
+            _, auditor = rewards.get(f"{path}.fallback", ("", None))
+            reports[f"{path} {name}"] = examine(reward, images, chosen, seed, auditor)
+    print(json.dumps(reports, indent=2))
     return 0
 
 
@@ -123,7 +125,7 @@ def sampled(prompts: Sequence[Prompt], tasks: Sequence[str], count: int, seed: i
 
 
 def estimate(recipe: Path) -> int:
-    """Tell what a run by a recipe would need: memory by part, pictures to judge, calls and dollars. Sends nothing.
+    """Print what a run by a recipe would need: memory by part, pictures to score, calls and dollars. Sends nothing.
 
     Parameters
     ----------

@@ -112,11 +112,11 @@ def _usage(data: dict[str, Any], expected: tuple[int, int], text: str) -> tuple[
     usage = data.get("usage")
     if not isinstance(usage, dict):
         return None
-    asked, told = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if type(asked) is not int or type(told) is not int:
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if type(prompt) is not int or type(completion) is not int:
         return None
-    sound = 1 <= asked <= 10 * expected[0] + 100_000 and bool(text) <= told <= 10 * expected[1] + 100_000
-    return (asked, told) if sound else None
+    sound = 1 <= prompt <= 10 * expected[0] + 100_000 and bool(text) <= completion <= 10 * expected[1] + 100_000
+    return (prompt, completion) if sound else None
 
 
 def _first(data: Any) -> dict[str, Any] | None:
@@ -137,16 +137,16 @@ def _error(data: Any) -> tuple[int | None, str] | None:
     """(status or None, words) of an error that stands in a body, of the whole answer or of its first choice."""
     if not isinstance(data, dict):
         return None
-    told = data.get("error") or (_first(data) or {}).get("error")
-    if not told and "choices" not in data:
-        told = {k: data[k] for k in ("message", "detail", "code", "status") if data.get(k)}
-    if not told:
+    error = data.get("error") or (_first(data) or {}).get("error")
+    if not error and "choices" not in data:
+        error = {k: data[k] for k in ("message", "detail", "code", "status") if data.get(k)}
+    if not error:
         return None
-    if not isinstance(told, dict):
-        return None, _brief(told)
-    words = told.get("message") or told.get("detail") or told
+    if not isinstance(error, dict):
+        return None, _brief(error)
+    words = error.get("message") or error.get("detail") or error
     for name in ("code", "status", "status_code", "http_status", "type"):
-        status = _status(told.get(name))
+        status = _status(error.get(name))
         if status is not None:
             return status, _brief(words)
     return None, _brief(words)
@@ -172,14 +172,14 @@ def fault_of_status(status: int, words: str, retry_after: str | None) -> Fault:
     return Fault(f"HTTP {status}: {words}", again, retry_after_seconds(retry_after))
 
 
-def retry_after_seconds(told: str | None) -> float:
+def retry_after_seconds(header: str | None) -> float:
     """Seconds to wait by a Retry-After header, which holds seconds or a date; 0 where it is absent, unreadable, not a
     number or past."""
     try:
-        wait = float(told or 0)
+        wait = float(header or 0)
     except ValueError:
         try:
-            wait = parsedate_to_datetime(str(told)).timestamp() - time.time()
+            wait = parsedate_to_datetime(str(header)).timestamp() - time.time()
         except (ValueError, TypeError, IndexError, OverflowError, OSError):
             return 0.0
     return wait if wait > 0 else 0.0  # not a number is not above 0

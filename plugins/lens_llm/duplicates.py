@@ -16,9 +16,9 @@ from functools import lru_cache
 
 import numpy as np
 
-MISSED = 1e-6  # probability that a pair exactly at the threshold is not compared
-BUCKET = 16  # texts that a bucket holds; in a set of near copies, more would make the search quadratic again
-MOST = 64  # comparisons of one text with earlier ones, the most promising first
+MISS_PROBABILITY = 1e-6  # probability that a pair exactly at the threshold is not compared
+BUCKET_SIZE = 16  # texts that a bucket holds; in a set of near copies, more would make the search quadratic again
+MAX_COMPARISONS = 64  # comparisons of one text with earlier ones, the most promising first
 
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _UNSPACED = "\u3040-\u30ff\u31f0-\u31ff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # kana, Thai, Lao, Burmese, Khmer
@@ -39,18 +39,18 @@ def words(text: str) -> list[str]:
     of kana, Thai, Lao, Burmese or Khmer. A text without any word, such as one of emoji, is a word itself.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).casefold())
-    found: list[str] = []
+    parts: list[str] = []
     for han, run, word in _pattern().findall(text):
         if run:
-            found += [run[i : i + 2] for i in range(len(run) - 1)] or [run]
+            parts += [run[i : i + 2] for i in range(len(run) - 1)] or [run]
         else:
-            found.append(han or word)
+            parts.append(han or word)
     bare = text.strip()
-    return found or ([bare] if bare else [])
+    return parts or ([bare] if bare else [])
 
 
 class Nearest:
-    """Takes texts one by one, and says for each which earlier one it nearly repeats.
+    """Compare texts one by one with the earlier ones: which of them does each nearly repeat?
 
     `alike` is the share of their words that two texts have in common (Jaccard) from which they are near-duplicates; 1:
     equal sets of words; None: equal words in equal order. A text that repeats another is not kept, so whatever
@@ -66,7 +66,7 @@ class Nearest:
         self._buckets: dict[tuple[int, bytes], list[int]] = {}
         if alike is not None and alike < 1:
             self._rows = min(16, max(1, round(math.log(0.25) / math.log(alike))))
-            self._bands = min(256, math.ceil(math.log(MISSED) / math.log1p(-(alike**self._rows))))
+            self._bands = min(256, math.ceil(math.log(MISS_PROBABILITY) / math.log1p(-(alike**self._rows))))
             rng = np.random.default_rng(0)
             self._factors = rng.integers(0, 2**63, self._rows * self._bands, dtype=np.uint64) * np.uint64(
                 2
@@ -78,31 +78,31 @@ class Nearest:
         """The number, from 0 on, of the earlier text that this one nearly repeats, or None where it is new."""
         number, self._count = self._count, self._count + 1
         ordered = words(text)
-        own = frozenset(ordered)
-        key: object = tuple(ordered) if self.alike is None else own
+        vocabulary = frozenset(ordered)
+        key: object = tuple(ordered) if self.alike is None else vocabulary
         same = self._equal.setdefault(key, number)
         if same != number:
             return same
-        if self.alike is None or self.alike >= 1 or not own:
+        if self.alike is None or self.alike >= 1 or not vocabulary:
             return None
-        keys = self._keys(own)
+        keys = self._keys(vocabulary)
         seen = Counter(i for key in keys for i in self._buckets.get(key, ()))
-        for earlier, _ in seen.most_common(MOST):
+        for earlier, _ in seen.most_common(MAX_COMPARISONS):
             self.comparisons += 1
-            both = len(own & self._sets[earlier])
-            if both >= self.alike * (len(own) + len(self._sets[earlier]) - both) - 1e-9:
-                self._equal[own] = earlier  # copies of this text repeat the same one
+            both = len(vocabulary & self._sets[earlier])
+            if both >= self.alike * (len(vocabulary) + len(self._sets[earlier]) - both) - 1e-9:
+                self._equal[vocabulary] = earlier  # copies of this text repeat the same one
                 return earlier
-        self._sets[number] = own
+        self._sets[number] = vocabulary
         for bucket in keys:
-            mine = self._buckets.setdefault(bucket, [])
-            if len(mine) < BUCKET:
-                mine.append(number)
+            members = self._buckets.setdefault(bucket, [])
+            if len(members) < BUCKET_SIZE:
+                members.append(number)
         return None
 
-    def _keys(self, own: Iterable[str]) -> list[tuple[int, bytes]]:
+    def _keys(self, vocabulary: Iterable[str]) -> list[tuple[int, bytes]]:
         """The buckets of a set of words: one a band, which another set shares with probability alike ** rows."""
-        lowest = np.minimum.reduce([self._hashes(word) for word in own]).reshape(self._bands, self._rows)
+        lowest = np.minimum.reduce([self._hashes(word) for word in vocabulary]).reshape(self._bands, self._rows)
         return [(band, row.tobytes()) for band, row in enumerate(lowest)]
 
     def _hashes(self, word: str) -> np.ndarray:
@@ -117,5 +117,5 @@ class Nearest:
 def near_duplicates(texts: Sequence[str], alike: float | None) -> list[tuple[int, int]]:
     """(earlier, later) for each text that nearly repeats an earlier one, which itself repeats none."""
     nearest = Nearest(alike)
-    found = ((nearest.add(text), later) for later, text in enumerate(texts))
-    return [(earlier, later) for earlier, later in found if earlier is not None]
+    pairs = ((nearest.add(text), later) for later, text in enumerate(texts))
+    return [(earlier, later) for earlier, later in pairs if earlier is not None]

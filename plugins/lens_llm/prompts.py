@@ -47,8 +47,8 @@ def lint(lines: Iterable[str], rubrics: int | None = 10, alike: float | None = A
     """Every problem of a prompt set, each with its line; an empty list is a sound set.
 
     `rubrics` is how many each prompt must have beside the global one; None: any number up to 100. Words are compared
-    without their order, so that 'a dog and a cat' in train and 'a cat and a dog' in eval are found; they are told as
-    overlap. `alike` None: only equal prompts are duplicates, where the order of few words is all that tells two apart.
+    without their order, so that 'a dog and a cat' in train and 'a cat and a dog' in eval are duplicates too, reported
+    as overlap. `alike` None: only equal prompts are duplicates, for sets in which word order alone tells two apart.
     """
     return _lint(lines, rubrics, alike)[1]
 
@@ -65,10 +65,10 @@ def read(path: Path, rubrics: int | None = 10, alike: float | None = ALIKE) -> l
         raise ConfigError(f"{path}: cannot be read as a prompt set: {error}") from error
     lines = readers.lines(text)
     if is_plain(path, lines):
-        found, problems = _plain(lines)
+        prompts, problems = _plain(lines)
         if problems:
             raise ConfigError([f"{path}: {p}" for p in problems])
-        return found
+        return prompts
     entries, problems = _lint(lines, rubrics, alike)
     if problems:
         raise ConfigError([f"{path}: {p}" for p in problems])
@@ -114,7 +114,7 @@ def write(
 
 
 class PromptFile:
-    """The benchmark `prompts`: the prompts of a file, judged by a reward if one is named."""
+    """The benchmark `prompts`: the prompts of a file, scored by a reward if one is named."""
 
     @frozen
     class Config:
@@ -142,16 +142,16 @@ class PromptFile:
     def prompts(self) -> list[Prompt]:
         """In the order of the file. ConfigError where the split is empty."""
         path = Path(self.config.path).expanduser()
-        found = read(path, self.config.rubrics, self.config.alike)
-        if self.config.split is not None and not all("split" in p.data for p in found):
+        prompts = read(path, self.config.rubrics, self.config.alike)
+        if self.config.split is not None and not all("split" in p.data for p in prompts):
             raise ConfigError(f"{path}: has one prompt a line, and no splits; leave split out")
-        mine = [p for p in found if self.config.split in (None, p.data.get("split"))]
+        mine = [p for p in prompts if self.config.split in (None, p.data.get("split"))]
         if not mine:
             raise ConfigError(f"{path}: has no prompt of the split {self.config.split!r}")
         return mine
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
-        """What the reward says; abstains where none is named."""
+        """The reward's scores; abstains where none is named."""
         if self.reward is None:
             return [Score("abstain", evidence="the benchmark 'prompts' names no reward") for _ in prompts]
         return list(self.reward.score(images, prompts))
@@ -207,20 +207,20 @@ def flaws_of(entry: Any, rubrics: int | None) -> Iterator[str]:
     elif len(taxonomy["class"]) > NAME:
         yield f"taxonomy.class has {len(taxonomy['class']):,} characters; it may have {NAME}"
     if not isinstance(entry.get("provenance"), dict) or not entry["provenance"]:
-        yield "provenance is missing; say who made the prompt, and under which license"
+        yield "provenance is missing; name who made the prompt, and its license"
     sizes = entry.get("sizes", [])
     if not isinstance(sizes, list) or not all(
         isinstance(s, list) and len(s) == 2 and all(type(n) is int and n > 0 for n in s) for s in sizes
     ):
         yield "sizes must be a list of [height, width] in pixels"
-    own = entry.get("rubrics")
-    if not isinstance(own, list) or not own:
+    listed = entry.get("rubrics")
+    if not isinstance(listed, list) or not listed:
         yield "rubrics must be a list of {id, q, weight}"
-        own = []
-    elif len(own) > QUESTIONS or (rubrics is not None and len(own) != rubrics):
-        yield f"has {len(own)} rubrics, not {rubrics if rubrics is not None else f'{QUESTIONS} at most'}"
-        own = own[:QUESTIONS]
-    every = [(f"rubrics[{i}]", r) for i, r in enumerate(own)] + [("global", entry.get("global"))]
+        listed = []
+    elif len(listed) > QUESTIONS or (rubrics is not None and len(listed) != rubrics):
+        yield f"has {len(listed)} rubrics, not {rubrics if rubrics is not None else f'{QUESTIONS} at most'}"
+        listed = listed[:QUESTIONS]
+    every = [(f"rubrics[{i}]", r) for i, r in enumerate(listed)] + [("global", entry.get("global"))]
     ids: Counter[str] = Counter()
     questions: Counter[tuple[str, ...]] = Counter()
     for where, rubric in every:
@@ -233,9 +233,9 @@ def flaws_of(entry: Any, rubrics: int | None) -> Iterator[str]:
     for name, count in ids.items():
         if count > 1:
             yield f"the rubric id {shown(name)} stands {count} times"
-    for asked, times in questions.items():
+    for question, times in questions.items():
         if times > 1:
-            yield f"{times} rubrics ask the same: {shown(' '.join(asked))}"
+            yield f"{times} rubrics ask the same: {shown(' '.join(question))}"
 
 
 def rubric_flaws(rubric: Any) -> Iterator[str]:

@@ -31,12 +31,12 @@ def redact(text: str, secret: str | None) -> str:
         return text
     if len(secret) < LEAST:
         return re.sub(rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])", MARK, text)
-    found: list[str] = []
+    pieces: list[str] = []
     kept = 0
     for start, end in _merged(sorted([*_parts(text, secret), *_shortened(text, secret)])):
-        found += [text[kept:start], MARK]
+        pieces += [text[kept:start], MARK]
         kept = end
-    return "".join([*found, text[kept:]])
+    return "".join([*pieces, text[kept:]])
 
 
 def redact_all(value: Any, secret: str | None) -> Any:

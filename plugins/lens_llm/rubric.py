@@ -112,9 +112,11 @@ class RubricReward:
         `prompts` counts for all; without any, one of 10 + 1 questions of usual length."""
         import torch
 
-        asked = [p for p in prompts if p.data.get("rubrics")] or [USUAL]
+        answerable = [p for p in prompts if p.data.get("rubrics")] or [USUAL]
         image = torch.zeros(3, 1, 1, dtype=torch.uint8)
-        longest = max((self.messages(image, p) for p in asked), key=lambda m: len(m[1].text.encode("utf-8", "replace")))
+        longest = max(
+            (self.messages(image, p) for p in answerable), key=lambda m: len(m[1].text.encode("utf-8", "replace"))
+        )
         return self.llm.estimate(longest, SCHEMA, pictures)
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
@@ -129,11 +131,11 @@ class RubricReward:
         """What the judge reads. Words of the prompt stand in the user's turn alone, as JSON strings."""
         rubrics = _rubrics(prompt.data)
         order = np.random.default_rng([self.config.seed, abs(prompt.id)]).permutation(len(rubrics))
-        asked = {
+        question = {
             "request": prompt.text,
             "questions": [{"id": rubrics[i]["id"], "question": rubrics[i]["q"]} for i in order],
         }
-        return [Message("system", SYSTEM), Message("user", json.dumps(asked, ensure_ascii=False), (_png(image),))]
+        return [Message("system", SYSTEM), Message("user", json.dumps(question, ensure_ascii=False), (_png(image),))]
 
     def _judge(self, image: Tensor, prompt: Prompt) -> Score:
         if not prompt.data.get("rubrics"):
@@ -144,10 +146,10 @@ class RubricReward:
         ids = sorted(r["id"] for r in rubrics)
 
         def check(answer: Any) -> str | None:
-            told = Counter(v["id"] for v in answer["verdicts"])
-            if told == Counter(ids):
+            answered = Counter(v["id"] for v in answer["verdicts"])
+            if answered == Counter(ids):
                 return None
-            missing, extra = [i for i in ids if i not in told], sum((told - Counter(ids)).values())
+            missing, extra = [i for i in ids if i not in answered], sum((answered - Counter(ids)).values())
             words = f"the ids must be {json.dumps(ids)}, each once"  # quoted: a stranger wrote them
             return f"{words}; {json.dumps(missing)} are missing, and {extra} of yours are unknown or repeated"
 
@@ -173,16 +175,16 @@ def _mean(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
 
 def _rubrics(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The rubrics of a prompt, the global one last. LensError where one is not {id, q, weight} or ids repeat."""
-    own = data["rubrics"]
-    if not isinstance(own, list | tuple) or len(own) > QUESTIONS:
+    listed = data["rubrics"]
+    if not isinstance(listed, list | tuple) or len(listed) > QUESTIONS:
         raise LensError(f"rubrics must be a list of {{id, q, weight}}, {QUESTIONS} at most; lint the prompt set")
-    found = [*own, *([data["global"]] if data.get("global") else [])]
-    for rubric in found:
+    rubrics = [*listed, *([data["global"]] if data.get("global") else [])]
+    for rubric in rubrics:
         for flaw in rubric_flaws(rubric):
-            raise LensError(f"a rubric cannot be asked: rubric{flaw}; lint the prompt set")
-    if len({r["id"] for r in found}) < len(found):
+            raise LensError(f"a rubric cannot be used: rubric{flaw}; lint the prompt set")
+    if len({r["id"] for r in rubrics}) < len(rubrics):
         raise LensError("two rubrics of the prompt have the same id; lint the prompt set")
-    return found
+    return rubrics
 
 
 def _png(image: Tensor) -> bytes:

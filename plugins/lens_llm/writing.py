@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import field, frozen
+from attrs import frozen
 
 from lens_core.io import readers
 from lens_core.io.locks import locked
-from lens_core.recipe import ComponentSpec, structure, unstructure
+from lens_core.recipe import unstructure
 from lens_core.types import ConfigError, LensError, Message
-from lens_core.validators import PIXELS, SEED, each, integer, real, text
 from lens_llm.duplicates import near_duplicates
-from lens_llm.prompts import ALIKE, NAME, QUESTION, QUESTIONS, SCHEMA, flaws_of, text_flaws, write
-from lens_llm.prompts import PROMPT as LONGEST
+from lens_llm.prompts import ALIKE, QUESTION, SCHEMA, flaws_of, text_flaws, write
+from lens_llm.prompts import PROMPT as MAX_PROMPT
+from lens_llm.taxonomy import MAX_ASPECTS, Taxonomy
 
-DIMENSIONS = ("attribute", "spatial", "count", "interaction", "colour")
 GLOBAL = {
     "id": "g",
     "kind": "coherence",
@@ -33,86 +32,49 @@ GLOBAL = {
 }
 PROMPT = (
     "You write requests for a text-to-image model. Write one request in English, of 10 to 60 words, for the item you "
-    "are given. It must use each dimension you are given in a way that can be seen in one still picture, and be clear "
+    "are given. It must use each aspect you are given in a way that can be seen in one still picture, and be clear "
     "enough that two people would agree whether a picture fulfils it."
 )
 RUBRICS = (
     "You write the questions by which pictures for a request are judged. Each is one yes-or-no question about a single "
     "thing that can be seen and that the request asks for; yes means that the picture has it. No question may ask two "
-    "things, repeat another, or ask what the request leaves open. `kind` is the dimension that it is about."
+    "things, repeat another, or ask what the request leaves open. `kind` is the aspect that it is about."
 )
-MOST = 30  # words in a question that asks one thing
-PROMPTS = 1_000_000  # of a set at most
-BEGUN = "lens-rl/1 partial"  # the schema of the first line of FILE.partial
+MAX_WORDS = 30  # in a question that asks one thing
+PARTIAL_SCHEMA = "lens-rl/1 partial"  # the schema of the first line of FILE.partial
 
 
 @frozen
-class Taxonomy:
-    """What a set is to be about: classes -> subclasses -> items, and how its prompts are made."""
-
-    llm: ComponentSpec  # as in {use: openai, model: gpt-4.1, cache: prompt-cache}
-    license: str = field(validator=text())  # of the set, for its provenance
-    classes: dict[str, dict[str, tuple[str, ...]]]
-    prompts_per_item: int = field(default=1, validator=integer(at_least=1))
-    rubrics: int = field(default=10, validator=integer(at_least=1, at_most=QUESTIONS))  # beside the global one
-    eval: float = field(default=0.1, validator=real(at_least=0, below=1))  # share of items kept for evaluation
-    # Height, width px, offered to every prompt.
-    sizes: tuple[tuple[int, int], ...] = field(default=(), validator=each(each(PIXELS)))
-    dimensions: tuple[str, ...] = field(default=DIMENSIONS, validator=each(text(), at_least=1))
-    seed: int = field(default=0, validator=SEED)
-
-    def __attrs_post_init__(self) -> None:
-        if not any(items for subclasses in self.classes.values() for items in subclasses.values()):
-            raise ConfigError("classes holds no item; write classes: {animal: {bird: [parrot]}}")
-        count = sum(len(items) for subclasses in self.classes.values() for items in subclasses.values())
-        if count * self.prompts_per_item > PROMPTS:
-            raise ConfigError(f"classes and prompts_per_item make more than {PROMPTS:,} prompts; divide the taxonomy")
-        inner = [n for subs in self.classes.values() for s, items in subs.items() for n in (s, *items)]
-        names = [*self.classes, *inner, *self.dimensions, self.license]
-        problems = [f"the name {readers.shown(n)} {flaw}" for n in names for flaw in text_flaws(n, NAME)]
-        if problems:  # what would spoil the set when it has been paid for
-            raise ConfigError(problems)
-
-
-@frozen
-class Order:
-    """One prompt to write. All prompts of an item are of one split: whoever knows one knows much of the others."""
+class PromptRequest:
+    """One prompt to write. All prompts of an item are in one split: whoever knows one knows much of the others."""
 
     id: int
     split: str
     taxonomy: Mapping[str, Any]
 
 
-def read_taxonomy(path: Path) -> Taxonomy:
-    """ConfigError with every problem and its path."""
-    data, twice = readers.read_yaml(path, "a taxonomy")
-    if twice:
-        raise ConfigError([f"{path}: {problem}" for problem in twice])
-    try:
-        return structure(Taxonomy, data)
-    except ConfigError as error:
-        raise ConfigError([f"{path}: {p}" for p in error.problems]) from error
+def prompt_requests(taxonomy: Taxonomy) -> Iterator[PromptRequest]:
+    """One request for each prompt, with one to four aspects.
 
-
-def orders(taxonomy: Taxonomy) -> Iterator[Order]:
-    """One for each prompt, with 1 to 4 dimensions. An order depends on its item's names and the seed alone, its id
-    included, so that a taxonomy may grow."""
+    A request, its id included, depends on its item's names and the seed alone, so that a taxonomy may grow.
+    """
     for name, subclasses in taxonomy.classes.items():
         for subclass, items in subclasses.items():
             for item in items:
                 key = _hash(taxonomy.seed, name, subclass, item)
                 split = "eval" if key % 10_000 < 10_000 * taxonomy.eval else "train"
                 for number in range(taxonomy.prompts_per_item):
-                    own = _hash(taxonomy.seed, name, subclass, item, number)
-                    rng = np.random.default_rng(own)
-                    count = int(rng.integers(1, min(4, len(taxonomy.dimensions)) + 1))
-                    picked = sorted(rng.choice(len(taxonomy.dimensions), count, replace=False))
-                    dims = [taxonomy.dimensions[i] for i in picked]
-                    yield Order(own, split, {"class": name, "subclass": subclass, "item": item, "dims": dims})
+                    prompt_id = _hash(taxonomy.seed, name, subclass, item, number)
+                    rng = np.random.default_rng(prompt_id)
+                    count = int(rng.integers(1, min(MAX_ASPECTS, len(taxonomy.aspects)) + 1))
+                    picked = sorted(rng.choice(len(taxonomy.aspects), count, replace=False))
+                    aspects = [taxonomy.aspects[i] for i in picked]
+                    about = {"class": name, "subclass": subclass, "item": item, "aspects": aspects}
+                    yield PromptRequest(prompt_id, split, about)
 
 
 def compose(
-    llm: Any, taxonomy: Taxonomy, out: Path, alike: float = ALIKE, say: Callable[[str], None] = lambda line: None
+    llm: Any, taxonomy: Taxonomy, out: Path, alike: float = ALIKE, log: Callable[[str], None] = lambda line: None
 ) -> int:
     """Write the set to `out`, and return how many prompts it has. Near-duplicates are left out: in eval those of
     train, and else the later ones. `llm` has `chat(messages, schema, check)` and `map`.
@@ -124,38 +86,40 @@ def compose(
     lock = out.with_name(f"{out.name}.lock")  # a folder, for others may write other sets beside this one
     try:
         with locked(lock, "prompt set"):
-            return _compose(llm, taxonomy, out, alike, say)
+            return _compose(llm, taxonomy, out, alike, log)
     finally:
         with contextlib.suppress(OSError):  # another has it
             lock.rmdir()
 
 
-def _compose(llm: Any, taxonomy: Taxonomy, out: Path, alike: float, say: Callable[[str], None]) -> int:
+def _compose(llm: Any, taxonomy: Taxonomy, out: Path, alike: float, log: Callable[[str], None]) -> int:
     partial = out.with_name(f"{out.name}.partial")
-    wanted = list(orders(taxonomy))
+    wanted = list(prompt_requests(taxonomy))
     if len({o.id for o in wanted}) < len(wanted):
         raise ConfigError("the taxonomy names an item twice in one subclass; keep one")
     template = hashlib.sha256(f"{PROMPT}{RUBRICS}".encode()).hexdigest()[:16]
-    begun = {"schema": BEGUN, "taxonomy_sha": _sha(taxonomy, template)}
-    done = {e["prompt_id"]: e for e in _kept(partial, begun, taxonomy.rubrics)}
+    header = {"schema": PARTIAL_SCHEMA, "taxonomy_sha": _sha(taxonomy, template)}
+    done = {e["prompt_id"]: e for e in _kept(partial, header, taxonomy.rubrics)}
     left = [o for o in wanted if o.id not in done]
     if done:
-        say(f"{len(wanted) - len(left)} of {len(wanted)} prompts were written before")
+        log(f"{len(wanted) - len(left)} of {len(wanted)} prompts were written before")
     problems: list[LensError] = []
     size = 4 * getattr(getattr(llm, "config", None), "concurrency", 1)
     try:
         with partial.open("a", encoding="utf-8") as file:
             if not file.tell():
-                file.write(f"{json.dumps(begun)}\n")
+                file.write(f"{json.dumps(header)}\n")
             for start in range(0, len(left), size):
-                for found in llm.map(lambda order: _entry(llm, taxonomy, order, template), left[start : start + size]):
-                    if isinstance(found, LensError):
-                        problems.append(found)
+                for entry in llm.map(
+                    lambda request: _entry(llm, taxonomy, request, template), left[start : start + size]
+                ):
+                    if isinstance(entry, LensError):
+                        problems.append(entry)
                         continue
-                    done[found["prompt_id"]] = found
-                    file.write(f"{json.dumps(found, ensure_ascii=False)}\n")
+                    done[entry["prompt_id"]] = entry
+                    file.write(f"{json.dumps(entry, ensure_ascii=False)}\n")
                 file.flush()
-                say(f"{sum(o.id in done for o in wanted)} of {len(wanted)} prompts written")
+                log(f"{sum(o.id in done for o in wanted)} of {len(wanted)} prompts written")
                 if problems:
                     break  # an endpoint that is away, or a spent budget, would fail for all the rest
     except OSError as error:
@@ -165,29 +129,30 @@ def _compose(llm: Any, taxonomy: Taxonomy, out: Path, alike: float, say: Callabl
     if problems:
         raise LensError(
             f"{len(problems)} prompts could not be written ({problems[0]}); "
-            f"{sum(o.id in done for o in wanted)} of {len(wanted)} are kept in {partial}: mend it, and run again"
+            f"{sum(o.id in done for o in wanted)} of {len(wanted)} are kept in {partial}: fix it, and run again"
         )
     # Those of train stand first, so that an overlap costs eval its prompt, never train and eval one each.
     entries = sorted((done[o.id] for o in wanted), key=lambda e: e["split"] != "train")
     twins = {later for _, later in near_duplicates([e["prompt"] for e in entries], alike)}
     kept = [e for i, e in enumerate(entries) if i not in twins]
     if twins:
-        say(f"{len(twins)} near-duplicates left out")
+        log(f"{len(twins)} near-duplicates left out")
     write(out, kept, taxonomy.rubrics, alike)
     partial.unlink()
     return len(kept)
 
 
-def _entry(llm: Any, taxonomy: Taxonomy, order: Order, template: str) -> dict[str, Any]:
+def _entry(llm: Any, taxonomy: Taxonomy, request: PromptRequest, template: str) -> dict[str, Any]:
+    """One line of the set, from two chats: the prompt, then its rubrics."""
     text = llm.chat(
-        [Message("system", PROMPT), Message("user", json.dumps({**order.taxonomy, "number": order.id % 1000}))],
+        [Message("system", PROMPT), Message("user", json.dumps({**request.taxonomy, "number": request.id % 1000}))],
         _object(prompt={"type": "string"}),
-        lambda answer: next((f"the prompt {f}" for f in text_flaws(answer["prompt"], LONGEST)), None),
+        lambda answer: next((f"the prompt {f}" for f in text_flaws(answer["prompt"], MAX_PROMPT)), None),
     )["prompt"].strip()
-    asked = {"request": text, "kinds": list(taxonomy.dimensions), "how_many": taxonomy.rubrics}
-    one = _object(kind={"type": "string", "enum": list(taxonomy.dimensions)}, q={"type": "string"})
+    question = {"request": text, "kinds": list(taxonomy.aspects), "how_many": taxonomy.rubrics}
+    one = _object(kind={"type": "string", "enum": list(taxonomy.aspects)}, q={"type": "string"})
     answer = llm.chat(
-        [Message("system", RUBRICS), Message("user", json.dumps(asked, ensure_ascii=False))],
+        [Message("system", RUBRICS), Message("user", json.dumps(question, ensure_ascii=False))],
         _object(rubrics={"type": "array", "items": one}),
         lambda answer: flaw([r["q"] for r in answer["rubrics"]], taxonomy.rubrics),
     )
@@ -198,11 +163,11 @@ def _entry(llm: Any, taxonomy: Taxonomy, order: Order, template: str) -> dict[st
     config = getattr(llm, "config", None)
     return {
         "schema": SCHEMA,
-        "prompt_id": order.id,
-        "split": order.split,
+        "prompt_id": request.id,
+        "split": request.split,
         "prompt": text,
         "lang": "en",
-        "taxonomy": dict(order.taxonomy),
+        "taxonomy": dict(request.taxonomy),
         "sizes": [list(size) for size in taxonomy.sizes],
         "rubrics": rubrics,
         "global": GLOBAL,
@@ -222,8 +187,10 @@ def flaw(questions: Sequence[str], count: int) -> str | None:
         wrong = next(text_flaws(q, QUESTION, "a question"), None)
         if wrong is not None:
             return f"a rubric {wrong}"
-        if not q.strip().endswith("?") or q.count("?") != 1 or len(q.split()) > MOST:
-            return f"{q[:200]!r} must be one question of at most {MOST} words that ends with its only question mark"
+        if not q.strip().endswith("?") or q.count("?") != 1 or len(q.split()) > MAX_WORDS:
+            return (
+                f"{q[:200]!r} must be one question of at most {MAX_WORDS} words that ends with its only question mark"
+            )
     alike = near_duplicates(questions, 1.0)
     return f"two rubrics ask the same: {questions[alike[0][1]][:200]!r}" if alike else None
 
@@ -247,10 +214,10 @@ def _sha(taxonomy: Taxonomy, template: str) -> str:
     return hashlib.sha256(json.dumps([plain, template]).encode()).hexdigest()[:16]
 
 
-def _kept(partial: Path, begun: Mapping[str, Any], rubrics: int) -> Iterator[dict[str, Any]]:
+def _kept(partial: Path, header: Mapping[str, Any], rubrics: int) -> Iterator[dict[str, Any]]:
     """The whole entries of a file that may end inside one. That end is cut off, so that the next line is one.
 
-    ConfigError where its first line is not `begun`, or another is no entry that the set could take.
+    ConfigError where its first line is not `header`, or another is no entry that the set could take.
     """
     if not partial.is_file():
         return
@@ -268,8 +235,8 @@ def _kept(partial: Path, begun: Mapping[str, Any], rubrics: int) -> Iterator[dic
             raise ConfigError(
                 f"{partial}: line {number} is not an entry of a set; delete the line or the file"
             ) from error
-        if number == 1 and isinstance(entry, dict) and entry.get("schema") == BEGUN:
-            if entry != begun:
+        if number == 1 and isinstance(entry, dict) and entry.get("schema") == PARTIAL_SCHEMA:
+            if entry != header:
                 raise ConfigError(
                     f"{partial}: was begun with another taxonomy; go on with that one, or delete the file to begin anew"
                 )

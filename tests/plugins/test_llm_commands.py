@@ -49,7 +49,7 @@ def test_a_set_is_written_through_an_endpoint(tmp_path: Path, capsys, endpoint: 
         if "item" in asked:
             return json.dumps({"prompt": f"a {asked['item']} in the rain"})
         return json.dumps(
-            {"rubrics": [{"kind": "count", "q": f"Is fact {i} there?"} for i in range(asked["how_many"])]}
+            {"rubrics": [{"kind": "counting", "q": f"Is fact {i} there?"} for i in range(asked["how_many"])]}
         )
 
     endpoint.reply = reply

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lens_llm.duplicates import MOST, Nearest, near_duplicates, words
+from lens_llm.duplicates import MAX_COMPARISONS, Nearest, near_duplicates, words
 from lens_llm.prompts import PromptFile, lint, read, write
 
 from lens_core.types import ConfigError, LensError, Score
@@ -154,7 +154,7 @@ def test_comparisons_grow_with_the_number_of_texts_and_not_with_its_square(vocab
 
     first, second = comparisons(most // 2), comparisons(most)
     assert 0 < first <= second < 2.5 * first  # all pairs: 4 times as many, 8 million of 4,000 texts
-    assert second <= MOST * most
+    assert second <= MAX_COMPARISONS * most
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from lens_llm.prompts import read
-from lens_llm.writing import GLOBAL, Taxonomy, compose, flaw, orders, read_taxonomy
+from lens_llm.taxonomy import ASPECTS, CLASSES, Taxonomy, read_taxonomy
+from lens_llm.writing import GLOBAL, compose, flaw, prompt_requests
 
 from lens_core.io.locks import LockedError
 from lens_core.recipe import ComponentSpec, structure
@@ -40,10 +41,10 @@ class Writer:
         if "item" in question:
             if question["item"] in self.fails:
                 raise LensError("the endpoint is away")
-            words = "one and the same" if self.twins else f"{question['item']} {' '.join(question['dims'])}"
+            words = "one and the same" if self.twins else f"{question['item']} {' '.join(question['aspects'])}"
             answer: dict[str, Any] = {"prompt": f" a {words} {question['number']} "}
         else:
-            several = [{"kind": "count", "q": f"Is fact {i} there?"} for i in range(question["how_many"])]
+            several = [{"kind": "counting", "q": f"Is fact {i} there?"} for i in range(question["how_many"])]
             answer = {"rubrics": several}
         assert check is None or check(answer) is None
         return answer
@@ -66,27 +67,27 @@ def test_a_set_has_a_prompt_and_its_rubrics_for_every_item(tmp_path: Path):
     assert sorted(p.data["taxonomy"]["item"] for p in found) == ["carp", "heron", "parrot", "road", "shop", "wren"]
     assert all(len(p.data["rubrics"]) == 3 and p.data["global"] == GLOBAL for p in found)
     assert all(p.data["sizes"] == [[64, 96]] and p.data["provenance"]["license"] == "CC0" for p in found)
-    assert all(1 <= len(p.data["taxonomy"]["dims"]) <= 4 and p.text == p.text.strip() for p in found)
+    assert all(1 <= len(p.data["taxonomy"]["aspects"]) <= 4 and p.text == p.text.strip() for p in found)
     assert len(llm.asked) == 2 * 6
     assert [p.name for p in tmp_path.iterdir()] == ["set.jsonl"]
 
 
-def test_orders_do_not_change_when_a_taxonomy_grows():
-    before = {o.id: o for o in orders(taxonomy())}
+def test_requests_do_not_change_when_a_taxonomy_grows():
+    before = {o.id: o for o in prompt_requests(taxonomy())}
     more = {
         **ITEMS,
         "plant": {"tree": ["oak"]},
         "animal": {**ITEMS["animal"], "bird": ["owl", *ITEMS["animal"]["bird"]]},
     }
-    after = {o.id: o for o in orders(taxonomy(classes=more))}
+    after = {o.id: o for o in prompt_requests(taxonomy(classes=more))}
     assert len(after) == len(before) + 2
     assert all(after[key] == order for key, order in before.items())
-    assert not before.keys() & {o.id for o in orders(taxonomy(seed=1))}
+    assert not before.keys() & {o.id for o in prompt_requests(taxonomy(seed=1))}
 
 
 def test_every_prompt_of_an_item_is_of_its_split_and_the_share_is_about_right():
     many = {"a": {"b": [f"item {i}" for i in range(400)]}}
-    found = list(orders(taxonomy(classes=many, prompts_per_item=2, eval=0.25)))
+    found = list(prompt_requests(taxonomy(classes=many, prompts_per_item=2, eval=0.25)))
     split = {}
     for order in found:
         assert split.setdefault(order.taxonomy["item"], order.split) == order.split
@@ -103,7 +104,7 @@ def test_a_stopped_set_goes_on_without_asking_again_even_after_half_a_line(tmp_p
         file.write('{"schema": "lens-rl/1", "prompt')  # as if killed while writing
     said: list[str] = []
     second = Writer()
-    assert compose(second, taxonomy(), out, say=said.append) == 6
+    assert compose(second, taxonomy(), out, log=said.append) == 6
     assert said[0] == "3 of 6 prompts were written before"
     assert {q["item"] for q in second.asked if "item" in q} == {"carp", "shop", "road"}
     assert not partial.exists()
@@ -255,3 +256,14 @@ def test_a_taxonomy_tells_all_its_problems_with_their_paths(tmp_path: Path):
 def test_an_item_named_twice_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="names an item twice"):
         compose(Writer(), taxonomy(classes={"a": {"b": ["c", "c"]}}), tmp_path / "x.jsonl")
+
+
+def test_without_classes_the_taxonomy_is_the_papers(tmp_path: Path):
+    path = tmp_path / "t.yaml"
+    path.write_text("llm: openai\nlicense: CC0\nprompts_per_item: 20\n")
+    plan = read_taxonomy(path)
+    assert plan.classes == CLASSES and len(CLASSES) == 10 and plan.aspects == ASPECTS and len(ASPECTS) == 5
+    drawn = [len(request.taxonomy["aspects"]) for request in prompt_requests(plan)]
+    assert set(drawn) == {1, 2, 3, 4} and len(drawn) == 20 * sum(len(i) for c in CLASSES.values() for i in c.values())
+    share = Counter(drawn)  # each number of aspects as likely as the others
+    assert all(abs(share[n] / len(drawn) - 0.25) < 0.05 for n in share)
