@@ -44,7 +44,7 @@ def text(described: Mapping[str, Any], name: str = ".") -> str:
 A text-to-image model. `pip install lens-t2i`, then
 
 ```python
-from lens_core.inference.pipeline import LensPipeline
+from lens_core import LensPipeline
 
 pipeline = LensPipeline.from_pretrained({json.dumps(name)})
 pipeline("a red star above a blue ring", seed=7).images[0].save("star.png")
