@@ -53,7 +53,7 @@ def _matrix(tensor: LazyTensor) -> LazyTensor:
     return LazyTensor(tensor.shape[:2], tensor.dtype, lambda dtype: (part[:, :, 0, 0] for part in tensor.rows(dtype)))
 
 
-def adopt(
+def convert_single_file(
     tensors: Mapping[str, LazyTensor], texts: Mapping[str, str], config: Flux2VAEConfig, where: str
 ) -> tuple[Flux2VAEConfig, dict[str, LazyTensor]]:
     """A single file's tensors -> the config that their shapes tell, and the tensors under diffusers' names.

@@ -24,7 +24,7 @@ from lens_core.io.readers import one_line, shown
 from lens_core.recipe import structure
 from lens_core.types import CheckpointError, ConfigError, LensError
 from lens_flux2.config import Flux2VAEConfig
-from lens_flux2.single import adopt
+from lens_flux2.single import convert_single_file
 
 FOLDER = "vae"  # where a checkpoint keeps this component
 PATCH = 2  # the network's latent pixels fold PATCH x PATCH into the channels of one cell
@@ -142,9 +142,9 @@ class Flux2VAE(nn.Module):
         cls, file: Path, config: Config, folder: Path, *, plain: bool = False
     ) -> tuple[Self, Config, dict[str, LazyTensor]]:
         """A single file: the VAE without values, its config, and the tensors for `load_weights`. `folder` is the
-        checkpoint whose VAE it takes the place of. See `single.adopt`."""
+        checkpoint whose VAE it takes the place of. See `single.convert_single_file`."""
         path = folder / FOLDER / "config.json"
-        seen, tensors = adopt(*read_lazy(file), cls._read(path) if path.is_file() else config, str(file))
+        seen, tensors = convert_single_file(*read_lazy(file), cls._read(path) if path.is_file() else config, str(file))
         with torch.device("meta"):
             return cls(seen), seen, tensors
 

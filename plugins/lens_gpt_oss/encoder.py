@@ -25,7 +25,7 @@ from lens_core.io.atomic_files import write_json
 from lens_core.types import CheckpointError, ConfigError, LensError, TextFeatures, move
 from lens_gpt_oss.config import GptOssEncoderConfig, read_config, transformers_config
 from lens_gpt_oss.experts import pack, packed
-from lens_gpt_oss.single import PACKED, adopt, mxfp4
+from lens_gpt_oss.single import PACKED, convert_single_file, mxfp4
 from lens_gpt_oss.template import LARGEST, Wrapper, open_tokenizer, read_tokenizer
 
 FOLDER, TOKENIZER = "text_encoder", "tokenizer"  # where a checkpoint keeps this component
@@ -304,7 +304,7 @@ class GptOssEncoder(nn.Module):
         tensors, texts = read_lazy(*(files(file, STEM) if file.is_dir() else [file]))
         known = read_config(disk, config) if disk.is_file() else config
         keep = config.experts == "auto" and not plain
-        seen, found = adopt(tensors, texts, known, str(file), packed=keep)
+        seen, found = convert_single_file(tensors, texts, known, str(file), packed=keep)
         with torch.device("meta"):
             encoder = cls(seen)
         if "tokenizer_json" in tensors:

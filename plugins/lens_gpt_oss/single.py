@@ -42,7 +42,7 @@ def describe(path: Path) -> dict[str, Any] | None:
     return describe_file(path, holds, "text_encoder", "lens_gpt_oss:gpt_oss")
 
 
-def adopt(
+def convert_single_file(
     tensors: Mapping[str, LazyTensor],
     texts: Mapping[str, str],
     config: GptOssEncoderConfig,

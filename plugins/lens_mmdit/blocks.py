@@ -12,7 +12,7 @@ from lens_mmdit.attention import JointAttention
 from lens_mmdit.modulation import Modulation
 from lens_mmdit.norms import RMSNorm
 from lens_mmdit.rope import PERIOD
-from lens_mmdit.segments import Segments, spread
+from lens_mmdit.segments import Segments, expand_to_tokens
 
 FREQUENCIES = 256  # channels of the sinusoidal time embedding: half cosines, then half sines
 TIME_SCALE = 1000.0  # t in [0, 1] is embedded as t * 1000
@@ -20,14 +20,15 @@ TIME_SCALE = 1000.0  # t in [0, 1] is embedded as t * 1000
 
 @functools.lru_cache(maxsize=16)
 def frequencies(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[FREQUENCIES / 2]: those that t is embedded with, made once a device: a copy there would be waited for."""
+    """The frequencies [FREQUENCIES / 2] that t is embedded with."""
+    # Cached by device: a copy from the host in every step would make the host wait for the device.
     with torch.inference_mode(False), torch.no_grad():
         steps = torch.arange(FREQUENCIES // 2, dtype=torch.float64) / (FREQUENCIES // 2)
         return (TIME_SCALE * PERIOD**-steps).to(device=device, dtype=dtype)
 
 
 class TimeEmbedding(nn.Module):
-    """t float [B] in [0, 1] -> [B, D]."""
+    """Embed t float [B] in [0, 1] as [B,D]: cosines and sines, then two linear layers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         first, second = self.timestep_embedder["linear_1"], self.timestep_embedder["linear_2"]
         dtype: torch.dtype = next(first.parameters()).dtype
-        # bfloat16 holds 3 digits of t * 1000: the angles need float32 at least.
+        # bfloat16 holds 3 digits, and t * 1000 needs more: the angles are float32 at least.
         precise = torch.promote_types(dtype, torch.float32)
         angle = torch.outer(t.to(precise), frequencies(t.device, precise))
         waves = torch.cat([angle.cos(), angle.sin()], dim=1).to(dtype)
@@ -47,7 +48,7 @@ class TimeEmbedding(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x), 8/3 as wide inside."""
+    """A gated MLP: w2(silu(w1 x) * w3 x), with 8/3 of the width inside."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Joint attention, then a SwiGLU a stream; both gated and modulated by the time alone."""
+    """Joint attention, then a SwiGLU for each stream; both are modulated and gated by the time alone (adaLN)."""
 
     def __init__(self, heads: int, head_width: int) -> None:
         super().__init__()
@@ -82,25 +83,27 @@ class Block(nn.Module):
         img: Tensor,
         txt: Tensor | None,
         time: Tensor,
-        by: Tensor,
+        rotation: Tensor,
         mask: Tensor | None,
-        answer_text: bool,
-        where: Segments | None = None,
+        update_text: bool,
+        segments: Segments | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`time` is what `Modulation` reads: silu of the time embedding [B,D], or rows of a table. Without
-        `answer_text` the text stream ends here, as None.
+        """img [B,N,D], txt [B,T,D] or None -> both after this block; txt is None without `update_text`.
 
-        With `where`, the streams are one row, [1,N,D] and [1,T,D], which holds the tokens of B samples.
+        `time` is what `Modulation` takes: silu of the time embedding [B,D], or rows of its table. With `segments`, the
+        streams are one row, [1,N,D] and [1,T,D], which holds the tokens of B samples.
         """
-        image_of, text_of = (None, None) if where is None else (where.image, where.text)
-        # [1] skips the SiLU of the Sequential, which all blocks would repeat.
-        shift1, scale1, gate1, shift2, scale2, gate2 = spread(self.img_mod[1](time), image_of).chunk(6, dim=-1)
+        image_samples = None if segments is None else segments.image_samples
+        text_samples = None if segments is None else segments.text_samples
+        # [1] is the linear layer. The SiLU before it has one result for all blocks: the model applies it once.
+        modulation = expand_to_tokens(self.img_mod[1](time), image_samples)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         image = self.img_norm1(img, shift1, scale1)
         text = None
         if txt is not None:
-            txt_shift1, txt_scale1, *txt_rest = spread(self.txt_mod[1](time), text_of).chunk(6, dim=-1)
+            txt_shift1, txt_scale1, *txt_rest = expand_to_tokens(self.txt_mod[1](time), text_samples).chunk(6, dim=-1)
             text = self.txt_norm1(txt, txt_shift1, txt_scale1)
-        image, text = self.attn(image, text, by, mask, answer_text, where)
+        image, text = self.attn(image, text, rotation, mask, update_text, segments)
         img = torch.addcmul(img, gate1, image)
         img = torch.addcmul(img, gate2, self.img_mlp(self.img_norm2(img, shift2, scale2)))
         if txt is None or text is None:
@@ -111,12 +114,14 @@ class Block(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """LayerNorm without weights, modulated: scale first, then shift, unlike in the blocks."""
+    """LayerNorm without weights, modulated by the time."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = Modulation(width, 2 * width)
 
-    def forward(self, x: Tensor, time: Tensor, where: Segments | None = None) -> Tensor:
-        scale, shift = spread(self.linear(time), None if where is None else where.image).chunk(2, dim=-1)
+    def forward(self, x: Tensor, time: Tensor, segments: Segments | None = None) -> Tensor:
+        samples = None if segments is None else segments.image_samples
+        # The published weights have scale first, then shift, unlike in the blocks.
+        scale, shift = expand_to_tokens(self.linear(time), samples).chunk(2, dim=-1)
         return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6).to(scale.dtype), 1 + scale)

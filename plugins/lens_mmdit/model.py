@@ -29,16 +29,16 @@ from lens_core.io.readers import shown
 from lens_core.types import ConfigError, NumericalError, TextFeatures, did_you_mean, move
 from lens_mmdit.blocks import FREQUENCIES, Block, FinalNorm, TimeEmbedding
 from lens_mmdit.config import MMDiTConfig
-from lens_mmdit.modulation import Modulation, Tabulating
+from lens_mmdit.modulation import Modulation, PrecomputedModulation
 from lens_mmdit.norms import RMSNorm
 from lens_mmdit.rope import rotations
 from lens_mmdit.segments import Segments
-from lens_mmdit.single import adopt
+from lens_mmdit.single import convert_single_file
 
 FOLDER = "transformer"  # where a checkpoint keeps this component
 
 
-class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]  # untyped
+class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]  # untyped
     """The backbone `mmdit`, and a diffusers model: `from_pretrained` and `save_pretrained` know the same files.
 
     Built as `cls(config)`, or from the fields of a config by name. A new model predicts v = 0, and each of its blocks
@@ -76,6 +76,7 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         self._initialise()
 
     def _initialise(self) -> None:
+        # adaLN-zero: with gates at 0 every block begins as the identity, which deep transformers train well from.
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 if name.endswith(("_mod.1", "norm_out.linear", "proj_out")):
@@ -88,46 +89,48 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
     def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         """x [B,C,h,w], t float32 [B] in [0, 1], text -> v [B,C,h,w] = noise - data, in the dtype of x.
 
-        Text that counts nowhere costs nothing and changes nothing, whatever stands in its features. Raises
+        Masked text costs nothing where no sample has it, and changes nothing, whatever its features are. Raises
         NumericalError in float16.
         """
-        time = self._time(x, t)
-        for img in self._walk(x, time, text, len(self.transformer_blocks)):
+        time = self._modulation_input(x, t)
+        for img in self._image_states(x, time, text, len(self.transformer_blocks)):
             last = img
         v: Tensor = self.proj_out(self.norm_out(last, time))
-        return _grid(v, x)
+        return _to_grid(v, x)
 
     def packed(self, xs: Sequence[Tensor], t: Tensor, text: TextFeatures) -> list[Tensor]:
         """`forward` for samples of any sizes in one pass: xs [C,h,w] each, t [B], text -> v for each, as its x.
 
-        No token is padded, and none of a sample meets one of another. Tokens that the mask hides are left out.
+        No token is padding, and attention stays within each sample. Masked text tokens are left out.
         """
         if not xs or not len(xs) == len(t) == len(text):
             raise ConfigError(
                 f"backbone: {len(xs)} samples with {len(t)} times and {len(text)} texts; give one of each"
             )
-        self._fits(text)
+        self._check_text(text)
         for x in xs:
-            self._reads(x.shape[0])
-        time = self._time(xs[0], t)
+            self._check_latents(x.shape[0])
+        time = self._modulation_input(xs[0], t)
         known = text.known
-        where = Segments.of([x[0].numel() for x in xs], known.sum(1).tolist(), xs[0].device)
+        segments = Segments.from_lengths([x[0].numel() for x in xs], known.sum(1).tolist(), xs[0].device)
         samples, columns = (move(part, xs[0].device) for part in known.nonzero(as_tuple=True))
         img = self.img_in(torch.cat([x.flatten(1).T for x in xs])[None].to(self.dtype))
-        txt = self._read(text.features[samples, :, columns].to(self.dtype))[None] if any(where.texts) else None
-        by = self._rotations(xs, columns, text.mask.shape[1], where)
-        for last in self._through(img, txt, time, by, None, len(self.transformer_blocks), where):
+        txt = None
+        if any(segments.text_lengths):
+            txt = self._project_text(text.features[samples, :, columns].to(self.dtype))[None]
+        rotation = self._packed_rotations(xs, columns, text.mask.shape[1], segments)
+        for last in self._run_blocks(img, txt, time, rotation, None, len(self.transformer_blocks), segments):
             img = last
-        v = self.proj_out(self.norm_out(img, time, where))[0].split(where.images)
-        return [_grid(row[None], x[None])[0] for row, x in zip(v, xs, strict=True)]
+        v = self.proj_out(self.norm_out(img, time, segments))[0].split(segments.image_lengths)
+        return [_to_grid(row[None], x[None])[0] for row, x in zip(v, xs, strict=True)]
 
-    def _rotations(self, xs: Sequence[Tensor], columns: Tensor, tokens: int, where: Segments) -> Tensor:
-        """[N+T,1,E/2]: those of all image tokens, then those of the text tokens, which stand in `columns` [T]."""
+    def _packed_rotations(self, xs: Sequence[Tensor], columns: Tensor, tokens: int, segments: Segments) -> Tensor:
+        """Rotations [N+T,1,E/2] of all image tokens, then of the text tokens, whose columns in the batch are [T]."""
         precise = torch.complex128 if self.dtype == torch.float64 else torch.complex64
-        longest = -(-tokens // 64) * 64  # few lengths, so that tables are found again
+        longest = -(-tokens // 64) * 64  # a multiple of 64: few different tables, which the cache of `rotations` holds
         tables = [rotations(*x.shape[-2:], longest, self.config.axes_dims_rope, x.device, precise) for x in xs]
-        own = zip(tables, where.images, columns.split(where.texts), strict=True)
-        images, texts = zip(*((table[:n], table[n:][places]) for table, n, places in own), strict=True)
+        parts = zip(tables, segments.image_lengths, columns.split(segments.text_lengths), strict=True)
+        images, texts = zip(*((table[:n], table[n:][places]) for table, n, places in parts), strict=True)
         return torch.cat([*images, *texts])
 
     def features(self, x: Tensor, t: Tensor, text: TextFeatures, blocks: Sequence[int]) -> list[Tensor]:
@@ -135,8 +138,8 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         depth = len(self.transformer_blocks)
         if not blocks or min(blocks) < 0 or max(blocks) >= depth:
             raise ConfigError(f"backbone: cannot tap blocks {list(blocks)}; name some of 0 ... {depth - 1}")
-        walk = self._walk(x, self._time(x, t), text, max(blocks) + 1)
-        taps = {n: _grid(img, x) for n, img in enumerate(walk) if n in blocks}
+        states = self._image_states(x, self._modulation_input(x, t), text, max(blocks) + 1)
+        taps = {n: _to_grid(img, x) for n, img in enumerate(states) if n in blocks}
         return [taps[n] for n in blocks]
 
     def takes(self) -> tuple[int, int, int]:
@@ -151,90 +154,91 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
             return "the backbone's residual streams overflow float16; use bfloat16 or float32"
         return None
 
-    def _time(self, x: Tensor, t: Tensor) -> Tensor:
-        """silu(time embedding) [B,D], or the rows of a table that stand for it: all that modulation wants to know.
-        Refuses float16 before any work is done."""
+    def _modulation_input(self, x: Tensor, t: Tensor) -> Tensor:
+        """The input of every `Modulation`: silu of the time embedding [B,D], or rows of the tables, int64 [B].
+        Raises NumericalError in float16, before any work is done."""
         kind = x.device.type
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         for dtype in (self.dtype, torch.get_autocast_dtype(kind) if autocast else self.dtype):
             if reason := self.refuses(dtype):
                 raise NumericalError(reason)
-        rows = self._tabled(t)
+        rows = self._table_rows(t)
         return F.silu(self.time_text_embed(t)) if rows is None else rows
 
     def modulations(self) -> list[Modulation]:
-        """Every block's, and `norm_out`'s; none if one is of another class, such as an adapter's."""
+        """Those of all blocks and of `norm_out`; none if one is of another class, such as an adapter's."""
         layers = [mod[1] for block in self.transformer_blocks for mod in (block.img_mod, block.txt_mod)]
         layers.append(self.norm_out.linear)
         return layers if all(isinstance(layer, Modulation) for layer in layers) else []
 
     def blocks(self) -> list[nn.Module]:
-        """What can be streamed: each runs once a pass, in this order."""
+        """The modules that can be streamed: each runs once a pass, in this order."""
         return list(self.transformer_blocks)
 
     def activation_bytes(self, workload: Workload) -> int:
-        """Estimated bytes of one pass: what a block holds at once, and the table of modulation."""
+        """Estimated bytes of one pass: the activations of a block, and the tables of modulation."""
         tokens = (workload.size[0] // workload.cell) * (workload.size[1] // workload.cell) + workload.tokens
         width = self.config.inner_dim
         rows = workload.steps * sum(layer.out_features for layer in self.modulations())
         return (12 * workload.batch * tokens * width + rows) * self.dtype.itemsize
 
     def flops(self, size: tuple[int, int], tokens: int) -> int:
-        """FLOPs of a forward for one sample of latent grid `size` and so many text tokens that count: its linears and
-        its attention, a multiply-add as two."""
+        """FLOPs of a forward for one sample of latent grid `size` with `tokens` text tokens: linear layers and
+        attention, a multiply-add as two."""
         c, n = self.config, math.prod(size)
         d, hidden = c.inner_dim, self.transformer_blocks[0].img_mlp.w1.out_features
-        rest = d * d + 3 * d * hidden  # of a token, once attention has answered it
+        rest = d * d + 3 * d * hidden  # for a token after attention: output projection and SwiGLU
         once = (FREQUENCIES + d + 2 * d) * d + len(self.transformer_blocks) * (2 if tokens else 1) * 6 * d * d
         ends = n * 2 * c.in_channels * d + tokens * len(self.txt_norm) * c.enc_hidden_dim * d
         work = once + ends
         for left in reversed(range(len(self.transformer_blocks))):
-            asked = n + (tokens if left else 0)  # after the last block nobody reads the text stream
-            work += (n + tokens) * 3 * d * d + asked * rest + 2 * asked * (n + tokens) * d
+            queries = n + (tokens if left else 0)  # after the last block nobody reads the text stream
+            work += (n + tokens) * 3 * d * d + queries * rest + 2 * queries * (n + tokens) * d
         return int(2 * work)
 
-    def _walk(self, x: Tensor, time: Tensor, text: TextFeatures, depth: int) -> Iterator[Tensor]:
+    def _image_states(self, x: Tensor, time: Tensor, text: TextFeatures, depth: int) -> Iterator[Tensor]:
         """The image stream [B,N,D] after each of the first `depth` blocks."""
         h, w = x.shape[-2:]
-        self._reads(x.shape[1])
+        self._check_latents(x.shape[1])
         img = self.img_in(x.to(self.dtype).flatten(2).transpose(1, 2))
-        txt, mask = self._text(text)
+        txt, mask = self._text_stream(text)
         tokens = 0 if txt is None else txt.shape[1]
         precise = torch.complex128 if self.dtype == torch.float64 else torch.complex64
-        by = rotations(h, w, tokens, self.config.axes_dims_rope, img.device, precise)
+        rotation = rotations(h, w, tokens, self.config.axes_dims_rope, img.device, precise)
         if mask is not None:
             mask = torch.cat([mask.new_ones(len(mask), h * w), mask], dim=1)[:, None, None]
-        return self._through(img, txt, time, by, mask, depth)  # a frame that ends holds no first stream
+        # Returned, not `yield from`: a frame that goes on would keep the first image stream in memory.
+        return self._run_blocks(img, txt, time, rotation, mask, depth)
 
-    def _through(
+    def _run_blocks(
         self,
         img: Tensor,
         txt: Tensor | None,
         time: Tensor,
-        by: Tensor,
+        rotation: Tensor,
         mask: Tensor | None,
         depth: int,
-        where: Segments | None = None,
+        segments: Segments | None = None,
     ) -> Iterator[Tensor]:
         """The image stream after each of the first `depth` blocks."""
         for n, block in enumerate(self.transformer_blocks[:depth]):
             # Nobody reads the text stream after the last block, so it ends there: exact, and a little cheaper.
-            arguments = (img, txt, time, by, mask, n + 1 < depth, where)
+            arguments = (img, txt, time, rotation, mask, n + 1 < depth, segments)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 img, txt = self._gradient_checkpointing_func(block, *arguments)
             else:
                 img, txt = block(*arguments)
             yield img
 
-    def _text(self, text: TextFeatures) -> tuple[Tensor | None, Tensor | None]:
-        """The text stream [B,T,D] and which of its tokens count, or None where there is none or all do.
+    def _text_stream(self, text: TextFeatures) -> tuple[Tensor | None, Tensor | None]:
+        """The text stream [B,T,D], None without text; and its mask bool [B,T], None where every token counts.
 
         Columns that count in no row are cut from the right, so a batch without any text runs no text stream.
         """
-        self._fits(text)
-        if not text.mask.shape[1]:  # T = 0: nothing to look at, on the meta device too
+        self._check_text(text)
+        if not text.mask.shape[1]:  # T = 0, which needs no value: works on the meta device too
             return None, None
-        known = text.known  # on the host, which would have to wait for an answer of the device
+        known = text.known  # the mask on the host, which need not wait for the device
         columns = known.any(0).nonzero()
         if not len(columns):
             return None, None
@@ -244,22 +248,24 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         if not full:
             # A masked key has weight 0, but 0 * nan is nan.
             features = features.masked_fill(~mask[:, None, :, None], 0)
-        return self._read(features), None if full else mask
+        return self._project_text(features), None if full else mask
 
-    def _read(self, features: Tensor) -> Tensor:
+    def _project_text(self, features: Tensor) -> Tensor:
         """Features [B,L,T,D] or [T,L,D] -> the text stream, [B,T,D] or [T,D]."""
         normed = [norm(features[:, i]) for i, norm in enumerate(self.txt_norm)]
         stream: Tensor = self.txt_in(torch.cat(normed, dim=-1))
         return stream
 
-    def _reads(self, channels: int) -> None:
+    def _check_latents(self, channels: int) -> None:
+        """Raise ConfigError for latents of another VAE."""
         if channels != self.config.in_channels:
             raise ConfigError(
                 f"backbone: the latents have {channels} channels, but it reads {self.config.in_channels}; "
                 "pair it with the VAE it was made for"
             )
 
-    def _fits(self, text: TextFeatures) -> None:
+    def _check_text(self, text: TextFeatures) -> None:
+        """Raise ConfigError for the features of another text encoder."""
         layers, width = len(self.txt_norm), self.config.enc_hidden_dim
         if text.features.ndim != 4 or text.features.shape[1::2] != (layers, width):
             raise ConfigError(
@@ -305,8 +311,9 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
     def from_header(
         cls, file: Path, config: Config, folder: Path, *, plain: bool = False
     ) -> tuple[Self, Config, dict[str, LazyTensor]]:
-        """A single file: the model without values, its config and the tensors for `load_weights`: `single.adopt`."""
-        seen, tensors = adopt(*read_lazy(file), config, str(file))
+        """A single file: the model without values, its config and the tensors for `load_weights`. See
+        `single.convert_single_file`."""
+        seen, tensors = convert_single_file(*read_lazy(file), config, str(file))
         with torch.device("meta"):
             return cls(seen), seen, tensors
 
@@ -317,6 +324,6 @@ class LensTransformer2DModel(Tabulating, ModelMixin, ConfigMixin, PeftAdapterMix
         load_module(self, file.parent, file.stem, dtype=dtype, tensors=dict(tensors))
 
 
-def _grid(tokens: Tensor, x: Tensor) -> Tensor:
+def _to_grid(tokens: Tensor, x: Tensor) -> Tensor:
     """tokens [B,h*w,C] -> [B,C,h,w] in the dtype of x, which gives h and w."""
     return tokens.transpose(1, 2).reshape(len(x), -1, *x.shape[-2:]).to(x.dtype)

@@ -12,17 +12,17 @@ from torch.autograd.function import once_differentiable
 from lens_mmdit.rope import channel_pairs
 
 
-def unit(x: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis, in the dtype of x."""
     kind = x.device.type
     if kind not in ("cpu", "meta") and torch.is_autocast_enabled(kind):
-        # There rms_norm would answer in float32, and pull up all that it meets. Its kernel takes the mean in float32
-        # whatever x is.
+        # Under autocast torch's rms_norm returns float32, and everything added to it becomes float32 too. Without
+        # autocast its kernel still takes the mean in float32.
         with torch.autocast(kind, enabled=False):
             return F.rms_norm(x, x.shape[-1:], eps=eps)
     if kind != "cpu":
         return F.rms_norm(x, x.shape[-1:], eps=eps)
-    # On the CPU that is a dozen passes over memory, forward and backward; these are four.
+    # On the CPU torch's is a dozen passes over memory, forward and backward; these are four.
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     out: Tensor = x * (norm.square() / x.shape[-1] + eps).rsqrt().to(x.dtype)
     return out
@@ -37,44 +37,50 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        """With shift and scale [B,1,D] or [B,N,D], for x [B,N,D], the result is modulated: * (1 + scale) + shift."""
-        # Everything is cast to x's dtype: under autocast a float32 weight would pull the whole stream up to float32.
+        """Normalise x [B,N,D]. With shift and scale [B,1,D] or [B,N,D] the result is modulated:
+        * (1 + scale) + shift."""
+        # Everything is cast to x's dtype: under autocast a float32 weight would make the whole stream float32.
         if shift is None or scale is None:
-            return unit(x, self.eps) * self.weight.to(x.dtype)
-        return torch.addcmul(shift.to(x.dtype), unit(x, self.eps), (self.weight * (1 + scale)).to(x.dtype))
+            return rms_norm(x, self.eps) * self.weight.to(x.dtype)
+        # Weight and scale are multiplied first, because they have D or B*D values where x has B*N*D.
+        return torch.addcmul(shift.to(x.dtype), rms_norm(x, self.eps), (self.weight * (1 + scale)).to(x.dtype))
 
 
-class _NormTurn(torch.autograd.Function):
-    """RMSNorm and rotation in float32 at least. By hand, because autograd's passes over memory take about twice as
-    long; only x and one number a head are kept for the way back."""
+class _NormAndRotate(torch.autograd.Function):
+    """RMSNorm and rotation in float32 at least, with a backward pass written by hand.
+
+    Autograd's takes about twice as long, all of it passes over memory. Only x and one number a head are saved.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, by: Tensor, eps: float) -> Tensor:
-        precise = x.to(by.real.dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rotation: Tensor, eps: float) -> Tensor:
+        precise = x.to(rotation.real.dtype)
         norm = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
         inverse = (norm.square_() / x.shape[-1] + eps).rsqrt_()
-        ctx.save_for_backward(x, weight, by, inverse)
+        ctx.save_for_backward(x, weight, rotation, inverse)
         out = (precise * inverse).mul_(weight)
-        channel_pairs(out).mul_(by)
-        turned: Tensor = out.to(x.dtype)
-        return turned
+        channel_pairs(out).mul_(rotation)
+        rotated: Tensor = out.to(x.dtype)
+        return rotated
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight, by, inverse = ctx.saved_tensors
-        grad = grad.to(by.real.dtype, copy=True, memory_format=torch.contiguous_format)
-        channel_pairs(grad).mul_(by.conj())
+        x, weight, rotation, inverse = ctx.saved_tensors
+        # A copy, because it is changed in place, and `grad` may belong to other functions too.
+        grad = grad.to(rotation.real.dtype, copy=True, memory_format=torch.contiguous_format)
+        channel_pairs(grad).mul_(rotation.conj())  # a rotation's transpose is the rotation back
         normed = x.to(grad.dtype) * inverse
         along = grad * normed
-        for_weight = along.flatten(0, -2).sum(0).to(weight.dtype)
+        weight_grad = along.flatten(0, -2).sum(0).to(weight.dtype)
+        # The norm fixes the length of x, so the part of the gradient along x goes.
         mean = along.mul_(weight).mean(dim=-1, keepdim=True)
-        return grad.mul_(weight).addcmul_(normed, mean, value=-1).mul_(inverse).to(x.dtype), for_weight, None, None
+        return grad.mul_(weight).addcmul_(normed, mean, value=-1).mul_(inverse).to(x.dtype), weight_grad, None, None
 
 
-class TurningNorm(RMSNorm):
-    """RMSNorm of x [B,S,H,E] over E, then rotation of its channel pairs by the unit complex `by` [S,1,E/2]."""
+class RotaryRMSNorm(RMSNorm):
+    """RMSNorm of x [B,S,H,E] over E, then rotation of its channel pairs by unit complex numbers [S,1,E/2]."""
 
-    def forward(self, x: Tensor, by: Tensor) -> Tensor:  # type: ignore[override]  # it needs positions
-        out: Tensor = _NormTurn.apply(x, self.weight, by, self.eps)  # type: ignore[no-untyped-call]  # torch's own
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:  # type: ignore[override]  # it needs positions
+        out: Tensor = _NormAndRotate.apply(x, self.weight, rotation, self.eps)  # type: ignore[no-untyped-call]  # torch's
         return out

@@ -18,7 +18,7 @@ def prefix(names: Mapping[str, object]) -> str | None:
     return next((p for p in PREFIXES if all(p + mark in names for mark in MARKS)), None)
 
 
-def adopt(
+def convert_single_file(
     tensors: Mapping[str, LazyTensor], texts: Mapping[str, str], config: MMDiTConfig, where: str
 ) -> tuple[MMDiTConfig, dict[str, LazyTensor]]:
     """A single file's tensors -> the config that their shapes tell, and the same tensors under the published names.

@@ -400,6 +400,6 @@ def test_estimates_beside_the_weights_are_what_operators_hold(
 def test_the_table_of_modulation_is_as_large_as_was_told() -> None:
     pipeline = build(torch.bfloat16)
     draw(pipeline)
-    held = sum(m.rows.numel() * m.rows.element_size() for m in pipeline.backbone.modulations())
+    held = sum(m.table.numel() * m.table.element_size() for m in pipeline.backbone.modulations())
     told = [pipeline.backbone.activation_bytes(Workload((32, 48), 4, 1, 10, steps)) for steps in (0, 3)]
     assert told[1] - told[0] == held

@@ -12,7 +12,7 @@ import torch
 from attrs import evolve
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from lens_flux2 import lens_describe
-from lens_flux2.single import adopt
+from lens_flux2.single import convert_single_file
 from lens_flux2.vae import Flux2VAE
 from safetensors.torch import save_file
 from torch import Tensor
@@ -90,7 +90,7 @@ def test_the_original_names_are_those_that_diffusers_converts() -> None:
     stored = original(state, 3, quant_inside=False)
     theirs = convert_ldm_vae_checkpoint(dict(stored), {"down_block_types": [""] * 3, "up_block_types": [""] * 3})
     assert theirs.keys() == {k for k in state if not k.startswith("bn.")}
-    _, ours = adopt({k: LazyTensor.of(v) for k, v in stored.items()}, {}, SMALL, "vae")
+    _, ours = convert_single_file({k: LazyTensor.of(v) for k, v in stored.items()}, {}, SMALL, "vae")
     assert all(torch.equal(ours[k].read(), v) and ours[k].shape == v.shape for k, v in theirs.items())
 
 
@@ -99,7 +99,7 @@ def test_the_published_shapes_give_the_published_config_whatever_it_is_put_into(
         state = Flux2VAE(Config()).net.state_dict()
     tensors = {k: LazyTensor(tuple(v.shape), v.dtype, lambda _: iter(())) for k, v in state.items()}
     for config in (Config(), SMALL):
-        assert adopt(tensors, {}, config, "vae")[0] == Config()
+        assert convert_single_file(tensors, {}, config, "vae")[0] == Config()
 
 
 def test_a_narrower_decoder_is_seen(tmp_path: Path) -> None:

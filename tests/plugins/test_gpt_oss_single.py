@@ -15,7 +15,7 @@ from comfy_kitchen.backends.eager import quantization as comfy
 from lens_gpt_oss import lens_describe
 from lens_gpt_oss.encoder import GptOssEncoder
 from lens_gpt_oss.experts import packed
-from lens_gpt_oss.single import adopt
+from lens_gpt_oss.single import convert_single_file
 from lens_gpt_oss.template import HARMONY, INSTRUCTION, THOUGHT, conversation, render
 from safetensors.torch import load_file, save_file
 from small_gpt_oss import PROMPTS, build
@@ -293,7 +293,7 @@ def test_the_published_shapes_give_the_published_config_whatever_it_is_put_into(
     with torch.device("meta"):
         state = GptOssEncoder(Config()).state_dict()
     tensors = {k: LazyTensor(tuple(v.shape), v.dtype, lambda _: iter(())) for k, v in state.items()}
-    seen, _ = adopt(tensors, {}, config, "gpt_oss", packed=True)
+    seen, _ = convert_single_file(tensors, {}, config, "gpt_oss", packed=True)
     assert seen == evolve(Config(), max_length=config.max_length)
 
 

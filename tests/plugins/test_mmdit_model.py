@@ -12,9 +12,9 @@ import mmdit_oracle
 import pytest
 import torch
 from lens_flow.euler import Euler
-from lens_mmdit.attention import attend
+from lens_mmdit.attention import attention
 from lens_mmdit.model import LensTransformer2DModel
-from lens_mmdit.norms import unit
+from lens_mmdit.norms import rms_norm
 from lens_mmdit.rope import rotations
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -343,7 +343,7 @@ def test_a_norm_keeps_its_dtype_under_cuda_autocast(dtype: torch.dtype, cuda_aut
     with FakeTensorMode():
         x = torch.empty(2, 3, 8, device="cuda", dtype=dtype)
         assert torch.nn.functional.rms_norm(x, (8,)).dtype == torch.float32, "which autocast would make of it"
-        assert (unit(x, 1e-6).dtype, unit(x, 1e-6).device) == (dtype, x.device)
+        assert (rms_norm(x, 1e-6).dtype, rms_norm(x, 1e-6).device) == (dtype, x.device)
         assert torch.is_autocast_enabled("cuda")
 
 
@@ -368,10 +368,10 @@ def test_short_sequences_attend_in_training_as_they_do_in_sampling() -> None:
     q, k, v = (torch.randn(2, 3, n, 8, generator=draw, requires_grad=True) for n in (4, 6, 6))
     mask = (torch.rand(2, 1, 1, 6, generator=draw) < 0.6) | (torch.arange(6) == 0)
     assert 0 < int(mask.sum()) < mask.numel()
-    learned = attend(q, k, v, mask)
+    learned = attention(q, k, v, mask)
     with torch.no_grad():
-        torch.testing.assert_close(learned, attend(q, k, v, mask))
+        torch.testing.assert_close(learned, attention(q, k, v, mask))
         loud = k.masked_fill(~mask.transpose(-1, -2), 100.0), v.masked_fill(~mask.transpose(-1, -2), 100.0)
-        torch.testing.assert_close(learned, attend(q, *loud, mask))
+        torch.testing.assert_close(learned, attention(q, *loud, mask))
     learned.square().sum().backward()
     assert not k.grad[~mask.expand(2, 3, 1, 6)[:, :, 0]].any() and k.grad.any()

@@ -123,14 +123,14 @@ def test_rows_of_a_batch_may_be_at_different_times_and_new_times_join() -> None:
         assert len(visit.asked) == 2 * len(net.modulations()), "the table of the last run still holds"
         with net.precomputed(TIMES[:5] / 2, visit):
             pass
-        assert net.norm_out.linear.rows.shape == (5, 64), "and does not grow from run to run"
+        assert net.norm_out.linear.table.shape == (5, 64), "and does not grow from run to run"
 
 
 @pytest.mark.parametrize("sampler", [Heun(Heun.Config()), EulerAncestral(EulerAncestral.Config())])
 def test_other_samplers_find_their_times_too(sampler: Any) -> None:
     net = model()
     assert distance(trajectory(net, False, sampler, 6), trajectory(net, True, sampler, 6)) < 1e-6
-    assert net.norm_out.linear.rows.shape[0] == 6
+    assert net.norm_out.linear.table.shape[0] == 6
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_backbone_with_a_table_keeps_its_contract_and_its_file(tmp_path: Path)
     again = LensTransformer2DModel.load(tmp_path, TINY)
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in again.state_dict().items())
     check_backbone(net, TINY, channels=8, layers=2, width=12)
-    assert isinstance(again.norm_out.linear, Modulation) and again.norm_out.linear.rows is None
+    assert isinstance(again.norm_out.linear, Modulation) and again.norm_out.linear.table is None
 
 
 def test_the_tiny_checkpoint_draws_what_its_plain_path_draws() -> None:
@@ -258,6 +258,6 @@ def test_the_tiny_checkpoint_draws_what_its_plain_path_draws() -> None:
     pipeline = LensPipeline.from_pretrained("tiny:", catalog=catalog, device="cpu", dtype=torch.float64)
     call: dict[str, Any] = {"num_inference_steps": 3, "seed": 0, "output_type": "latent"}
     got = pipeline("a red circle", **call).images
-    assert pipeline.backbone.norm_out.linear.rows.shape[0] == 3
+    assert pipeline.backbone.norm_out.linear.table.shape[0] == 3
     pipeline.backbone.modulations = list
     assert distance(got, pipeline("a red circle", **call).images) < 1e-12

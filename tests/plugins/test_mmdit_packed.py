@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from lens_mmdit import segments
-from lens_mmdit.attention import attend
+from lens_mmdit.attention import attention
 from lens_mmdit.model import LensTransformer2DModel
-from lens_mmdit.segments import Segments, attend_within, spread
+from lens_mmdit.segments import Segments, expand_to_tokens, segmented_attention
 from test_mmdit_model import distance, model
 from torch import Tensor, nn
 
@@ -125,8 +125,10 @@ def test_checkpointing_and_autocast_are_as_in_a_plain_pass() -> None:
 def test_spreading_is_exact_both_ways() -> None:
     rows = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     to = torch.tensor([0, 0, 2, 1, 2])
-    assert torch.equal(spread(rows, to)[0], rows[to]) and torch.equal(spread(rows, None)[:, 0], rows)
-    assert torch.autograd.gradcheck(lambda r: spread(r, to), (rows,))
+    assert torch.equal(expand_to_tokens(rows, to)[0], rows[to]) and torch.equal(
+        expand_to_tokens(rows, None)[:, 0], rows
+    )
+    assert torch.autograd.gradcheck(lambda r: expand_to_tokens(r, to), (rows,))
 
 
 def kernel(calls: list[tuple[int, int]]) -> Callable[..., Tensor]:
@@ -148,7 +150,7 @@ def kernel(calls: list[tuple[int, int]]) -> Callable[..., Tensor]:
 def test_one_call_of_a_fused_kernel_is_attention_shape_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     net, given, calls = model(torch.float64), samples(torch.float64), list[tuple[int, int]]()
     want = gradients(net, torch.stack([v.square().mean() for v in net.packed(*given)]).mean())
-    monkeypatch.setattr(segments, "fused", lambda q: kernel(calls))
+    monkeypatch.setattr(segments, "varlen_kernel", lambda q: kernel(calls))
     got = gradients(net, torch.stack([v.square().mean() for v in net.packed(*given)]).mean())
     tokens = sum(h * w for h, w in SIZES)
     assert calls == [(tokens + 20, tokens + 20)] * 2 + [(tokens, tokens + 20)]  # nobody reads the last text
@@ -156,21 +158,21 @@ def test_one_call_of_a_fused_kernel_is_attention_shape_by_shape(monkeypatch: pyt
 
 
 def test_equal_shapes_are_attended_to_in_one_call() -> None:
-    where = Segments.of([16, 15, 16], [5, 0, 5], torch.device("cpu"))
-    assert where.groups() == {(16, 5): [0, 2], (15, 0): [1]}
+    where = Segments.from_lengths([16, 15, 16], [5, 0, 5], torch.device("cpu"))
+    assert where.samples_by_shape() == {(16, 5): [0, 2], (15, 0): [1]}
     q = torch.randn(1, 57, 2, 4, generator=torch.Generator().manual_seed(0))
     shapes = []
 
     def seen(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
         shapes.append((tuple(q.shape), tuple(k.shape)))
-        return attend(q, k, v, mask)
+        return attention(q, k, v, mask)
 
-    assert attend_within(q, q, q, where, seen).shape == q.shape
+    assert segmented_attention(q, q, q, where, seen).shape == q.shape
     assert shapes == [((2, 2, 21, 4), (2, 2, 21, 4)), ((1, 2, 15, 4), (1, 2, 15, 4))]
 
 
 def test_a_cpu_and_float32_have_no_fused_kernel() -> None:
-    assert segments.fused(torch.zeros(1, 2, 4, dtype=torch.bfloat16)) is None
+    assert segments.varlen_kernel(torch.zeros(1, 2, 4, dtype=torch.bfloat16)) is None
 
 
 def test_samples_without_a_time_or_a_text_are_refused() -> None:

@@ -13,7 +13,7 @@ from attrs import asdict, evolve
 from comfy_kitchen.backends.eager import quantization as comfy
 from lens_mmdit.model import LensTransformer2DModel
 from lens_mmdit.published import describe
-from lens_mmdit.single import adopt
+from lens_mmdit.single import convert_single_file
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -125,16 +125,16 @@ def hollow(config: Config) -> dict[str, LazyTensor]:
 
 def test_the_published_shapes_give_the_published_config_whatever_it_is_put_into() -> None:
     for config in (Config(), SMALL):
-        seen, tensors = adopt(hollow(Config()), {}, config, "lens")
+        seen, tensors = convert_single_file(hollow(Config()), {}, config, "lens")
         assert asdict(seen) == asdict(Config()) | {"inner_dim": 1536}
         assert len(tensors) == 1264
 
 
 def test_depth_width_and_words_are_inferred() -> None:
     for change in ({"num_layers": 5}, {"num_attention_heads": 2}, {"enc_hidden_dim": 24}):
-        assert evolve(adopt(hollow(evolve(SMALL, **change)), {}, SMALL, "lens")[0], inner_dim=None) == evolve(
-            SMALL, **change
-        )
+        assert evolve(
+            convert_single_file(hollow(evolve(SMALL, **change)), {}, SMALL, "lens")[0], inner_dim=None
+        ) == evolve(SMALL, **change)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_depth_width_and_words_are_inferred() -> None:
     ],
 )
 def test_what_no_shape_tells_must_be_known_from_elsewhere(change: dict[str, Any], words: str) -> None:
-    assert words in error(lambda: adopt(hollow(evolve(SMALL, **change)), {}, SMALL, "lens"))
+    assert words in error(lambda: convert_single_file(hollow(evolve(SMALL, **change)), {}, SMALL, "lens"))
 
 
 def drop(name: str) -> Callable[[dict[str, Tensor]], None]:
