@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage  # type: ignore[import-untyped]  # scipy ships no types
 
 from lens_shapes.render import GLYPHS, coverage, render
-from lens_shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing
+from lens_shapes.scenes import BACKGROUNDS, COLOURS, INK, SHAPES, Scene, Thing
 
 Picture = NDArray[np.uint8]
 Make = Callable[[Scene, int, int, np.random.Generator], Picture | None]
@@ -129,6 +129,46 @@ def _outlined(colour: tuple[int, int, int]) -> Make:
     return make
 
 
+def _pale(levels: float, radius: float, soft: float = 0.0) -> Make:
+    """A disk that differs by so many levels in each channel, its edge blurred by `soft` shorter sides."""
+
+    def make(scene: Scene, height: int, width: int, rng: np.random.Generator) -> Picture | None:
+        at = _room(scene, radius, rng)
+        if at is None:
+            return None
+        image = render(scene, height, width)
+        alpha = ndimage.gaussian_filter(_cover("circle", radius, at, height, width), soft * min(height, width))
+        below = image[int(at[1] * height), int(at[0] * width)]
+        # never brighter than a pixel can be
+        signs = np.where(below > 225, -1, np.where(below < 30, 1, rng.choice([-1, 1], 3)))
+        return _added(image, alpha[..., None] * levels * signs)
+
+    return make
+
+
+def _off_palette(apart: float) -> Make:
+    """All things in a colour that is so far, by RGB distance, from each of the palette and from each background."""
+    known = np.array([*COLOURS.values(), *BACKGROUNDS.values(), INK], np.float32)
+
+    def make(scene: Scene, height: int, width: int, rng: np.random.Generator) -> Picture | None:
+        if not scene.things:
+            return None
+        image = render(evolve(scene, things=()), height, width)
+        far = [c for c in rng.integers(0, 256, (300, 3)) if np.linalg.norm(known - c, axis=1).min() > apart]
+        for thing in scene.things:
+            image = _over(image, _cover(thing.shape, thing.radius, (thing.x, thing.y), height, width), far[0])
+        return image
+
+    return make
+
+
+def _tinted(scene: Scene, height: int, width: int, rng: np.random.Generator) -> Picture | None:
+    """A background that lies 40 from white, in no colour of the palette."""
+    image = render(evolve(scene, background=("white",), split=""), height, width)
+    image[(image == BACKGROUNDS["white"]).all(2)] = (246, 218, 218)
+    return image
+
+
 def _merged(scene: Scene, height: int, width: int, rng: np.random.Generator) -> Picture | None:
     """A second thing of the same shape and colour, half over the first."""
     if not scene.things:
@@ -208,6 +248,12 @@ HOSTILE: dict[str, Make] = {
     "60 specks of confetti, 2 px": _confetti(2, 60),
     "60 specks of confetti, 1 px": _confetti(1, 60),
     "3 specks of 2 px": _confetti(2, 3),
+    "10 specks of 1 px": _confetti(1, 10),
+    "a disk of 20 levels": _pale(20, 0.09),
+    "a broad disk of 12 levels": _pale(12, 0.18),
+    "a soft disk of 20 levels": _pale(20, 0.13, 0.04),
+    "things of a colour that has no name": _off_palette(60),
+    "a background that has no name": _tinted,
     "a slope of 70 levels": _slope,
     "stripes of 25 levels": _stripes,
     "noise of 60 levels": _noise,

@@ -40,8 +40,14 @@ RIM = 2
 """Width, px, of the soft edge that blur lays around a thing."""
 FAINT = 20.0
 """RGB distance to the background under which that edge ends."""
-STRANGE = 85.0
-"""RGB distance to every thing's colour from which a colour has no name."""
+STRANGE = 40.0
+"""RGB distance to every thing's colour from which a colour, and a thing that has it, has no name; two colours of the
+palette are 92 and more apart. Of things with no part that is 7 px wide, soft edge included, it is the distance to the
+line from that colour to what lies behind, since blur makes all of them paler."""
+PALER = 85.0
+"""RGB distance to the colour itself that such thin things may have."""
+OFF = 28.0
+"""The same for backgrounds, which are 42 and more apart."""
 BETWEEN = 0.7
 """RGB distance to the nearest of the things' colours, as a share of that to the next one (to what lies behind), from
 which a colour lies between the two (a thing is only half drawn) and has no name."""
@@ -49,6 +55,9 @@ LEAST = 0.0028
 """Area, in squared shorter sides, under which a spot is a blemish: a third of the smallest thing (a small star)."""
 CLEAR = 0.7
 """Correlation with the best glyph below which a letter has no name."""
+BLACK = 0.7
+"""Darkness (0: what lies behind, 1: black) that a tenth of the writing reaches, below which it is not black ink; less
+where blur pales strokes of 2 px."""
 _NUDGES = tuple((down, right) for down in (0.0, -0.35, 0.35) for right in (0.0, -0.35, 0.35))
 """Where a letter is looked for about its place, in cells."""
 ALIKE = 0.3
@@ -57,10 +66,19 @@ RIVAL = 0.7
 """Share of the next shape's misfit from which a shape lies between the two and has no name."""
 
 SLACK = 0.4
-"""Share of the contrast of an edge nearby that a picture may differ by: blur and ringing do that."""
-STRAY = {"specks": 30.0, "spots": 26.0, "broad": 20.0, "texture": 6.5, "frayed": 5.5}
-"""RGB distance between a picture and what its reading explains, from which something stands there that has no name; of
-specks at 64 px, and with the root of the side more, as the grain of a JPEG file does."""
+"""Share of the contrast of an edge nearby that a blurred picture may differ by: blur and ringing do that."""
+RINGING = 0.25
+"""Share of that contrast by which a single pixel may leave the range of the colours nearby: ringing does that."""
+SPECKS = {"flat": 36.0, "edges": 52.0, "far": 40.0}
+"""RGB distance from which one pixel has no explanation: where all is flat and beside edges, both times the shorter side
+in 64 px (at most 2), as the grain of a JPEG file is of pixels; and at most "far" where no block of such a file (16 px)
+touches an edge."""
+SPOTS = 26.0
+"""The same after a blur of one pixel in 64."""
+GHOSTS = {1.5: 22.0, 2.0: 18.5, 3.0: 14.5, 4.5: 12.5, 6.0: 10.5, 9.0: 7.5}
+"""The same for means over what is flat, by the standard deviation of their window in px of a side of 64."""
+TEXTURE = {"flat": 6.5, "edges": 5.5}
+"""The same for the root mean square over all that is flat, and over all that is not."""
 
 
 @frozen
@@ -127,6 +145,8 @@ def read(image: NDArray[np.uint8]) -> Reading:
             if alpha.sum() >= LEAST * unit**2:
                 things.append(_thing(alpha, colour, whole, rows.start, columns.start, height, width))
                 colours_seen.append(measured)
+    if any(float(np.linalg.norm(rgb - BACKGROUNDS[name])) > OFF for rgb, name in zip(colours, names, strict=True)):
+        things.append(Seen("?", "?", "?", 0.5, 0.5, 0.0))
     if "?" not in word and all(t.shape != "?" for t in things):
         things += _unexplained(pixels, _drawn(behind, things, colours_seen, word, boxes))
     return Reading(tuple(sorted(things, key=lambda t: (t.x, t.y))), names, word, height, width, halves)
@@ -216,7 +236,7 @@ def _read_word(ink: Floats, unit: int) -> tuple[str, tuple[float, float, float, 
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     top, tall = float(rows[0]), float(rows[-1] + 1 - rows[0])
     left, long = float(columns[0]), float(columns[-1] + 1 - columns[0])
-    if not 0.75 < tall / (7 * cell) < 1.3:
+    if not 0.75 < tall / (7 * cell) < 1.3 or np.quantile(ink[inside], 0.9) < min(BLACK, 0.28 * cell):
         return "?", (0.0, 0.0, 0.0, 0.0)
     count = max(1, round((long / cell + 1) / 6))
     pitch = (long + cell) / count  # of a letter with its gap
@@ -282,36 +302,64 @@ def _middle(shape: str) -> tuple[float, float]:
     return (y - 130) / 100, (x - 130) / 100
 
 
-def _excess(pixels: Floats, drawn: Floats) -> dict[str, Floats]:
-    """How far a picture differs from what was drawn, beyond what softens and rings about an edge: RGB distance [H,W] of
-    the differences as they are after a slight blur (specks), a wider one (spots), and a broad one, away from edges;
-    and, where they are largest, their root mean square away from edges (texture) and beside them (frayed)."""
+def _strays(pixels: Floats, drawn: Floats) -> Iterator[Floats]:
+    """How far a picture differs from what was drawn, beyond what softens and rings about an edge, as a share of what is
+    allowed: maps [h,w] for single pixels, spots, means over wider and wider windows, and over everything."""
     scale = min(pixels.shape[:2]) / 64
+    reach = 2 * round(3 * min(scale, 2)) + 1
+    high, low = ndimage.maximum_filter(drawn, (reach, reach, 1)), ndimage.minimum_filter(drawn, (reach, reach, 1))
+    edge = high - low
+    flat = edge.max(2) < 8
+    yield _specks(pixels, high, low, edge, flat, min(scale, 2))
     blurs = (ndimage.gaussian_filter(drawn, (blur, blur, 0)) for blur in _BLURS)
     left = pixels - min(blurs, key=lambda soft: float(((pixels - soft) ** 2).sum()))
-    reach = 2 * round(3 * min(scale, 2)) + 1
-    edge = ndimage.maximum_filter(drawn, (reach, reach, 1)) - ndimage.minimum_filter(drawn, (reach, reach, 1))
-    found = {}
-    for name, blur, slack in (("specks", 0.5, 2 * SLACK), ("spots", 1.0, SLACK)):
-        soft = ndimage.gaussian_filter(left, (blur * scale, blur * scale, 0))
-        found[name] = np.linalg.norm(np.maximum(np.abs(soft) - slack * edge, 0), axis=2)
-    flat, wide = (edge.max(2) < 8).astype(np.float32)[..., None], (3 * scale, 3 * scale, 0)
+    soft = ndimage.gaussian_filter(left, (scale, scale, 0))
+    spots = np.linalg.norm(np.maximum(np.abs(soft) - SLACK * edge, 0), axis=2)
+    yield spots / SPOTS
     # many differences, each too faint to be seen alone: their root mean square over all that is flat, or not
-    soft = np.linalg.norm(ndimage.gaussian_filter(left, (scale, scale, 0)), axis=2)
-    for name, far, where in (("texture", soft, flat[..., 0] > 0), ("frayed", found["spots"], flat[..., 0] == 0)):
+    for name, far, where in (("flat", np.linalg.norm(soft, axis=2), flat), ("edges", spots, ~flat)):
         mean = math.sqrt(float((far[where] ** 2).mean())) if where.any() else 0.0
-        found[name] = np.where(far == far.max(), mean, 0).astype(np.float32)
-    weight = np.maximum(ndimage.gaussian_filter(flat, wide), 0.25)  # few flat pixels: no certain mean
-    found["broad"] = np.linalg.norm(ndimage.gaussian_filter(left * flat, wide) / weight * flat, axis=2)
-    return found
+        yield np.where(far == far.max(), mean / TEXTURE[name], 0).astype(np.float32)
+    yield from _ghosts(left, flat, scale)
+
+
+def _specks(pixels: Floats, high: Floats, low: Floats, edge: Floats, flat: Mask, scale: float) -> Floats:
+    """Pixels whose colour lies outside the range `low` to `high` of what was drawn nearby: blur never leaves it."""
+    gap = np.linalg.norm(np.maximum(np.maximum(pixels - high, low - pixels) - RINGING * edge, 0), axis=2)
+    # `flat` reaches 3 px in 64 already; the rest of 16 px makes no difference where limits are low anyway
+    far = ndimage.minimum_filter(flat, 2 * (16 - round(3 * scale)) + 1)
+    limit = scale * np.where(flat, SPECKS["flat"], SPECKS["edges"])
+    return np.asarray(gap / np.where(far, np.minimum(limit, SPECKS["far"]), limit), np.float32)
+
+
+def _ghosts(left: Floats, flat: Mask, scale: float) -> Iterator[Floats]:
+    """The mean difference where it is flat, in windows of `GHOSTS`: what is too faint for single pixels to show."""
+    sums = np.dstack([left * flat[..., None], flat])  # differences that count, and how many do
+    step = 1
+    for sigma, limit in GHOSTS.items():
+        # a wide window needs no fine grid
+        finer = max(1, round(scale * (1 if sigma < 4 else 2))) // step
+        sums, step = _reduced(sums, finer), step * finer
+        mean = ndimage.gaussian_filter(sums, (sigma * scale / step, sigma * scale / step, 0), truncate=3.0)
+        # few flat pixels: no certain mean
+        gap = np.linalg.norm(mean[..., :3], axis=2) / np.maximum(mean[..., 3], 0.25)
+        yield np.where(sums[..., 3] > 0.5, gap / limit, 0).astype(np.float32)
+
+
+def _reduced(values: Floats, step: int) -> Floats:
+    """Means over blocks of `step` x `step`, the last ones filled up with zeros."""
+    if step == 1:
+        return values
+    height, width, channels = values.shape
+    filled = np.pad(values, ((0, -height % step), (0, -width % step), (0, 0)))
+    return filled.reshape(-(-height // step), step, -(-width // step), step, channels).mean((1, 3))
 
 
 def _unexplained(pixels: Floats, drawn: Floats) -> list[Seen]:
     """A thing without a name where no part of the reading explains the picture: a stain, specks, a slope, a ghost."""
-    height, width = pixels.shape[:2]
-    for name, stray in _excess(pixels, drawn).items():
-        scale = math.sqrt(min(height, width) / 64) if name == "specks" else 1.0
-        if float(stray.max()) > STRAY[name] * scale:
+    for stray in _strays(pixels, drawn):
+        if float(stray.max()) > 1:
+            height, width = stray.shape
             y, x = divmod(int(stray.argmax()), width)
             return [Seen("?", "?", "?", (x + 0.5) / width, (y + 0.5) / height, 0.0)]
     return []
@@ -340,7 +388,12 @@ def _split(
         inner &= away >= np.median(away[inner])
         colour, behind = np.median(patch[inner], axis=0), np.median(back[inner], axis=0)
         gap, rival = np.sort(np.linalg.norm(_THINGS - colour, axis=1))[:2]
-        name = list(COLOURS)[number] if gap < min(STRANGE, BETWEEN * rival) else "?"
+        strange = gap
+        if gap < PALER and not ndimage.binary_erosion(mask & (owner == number), np.ones((7, 7))).any():
+            line = (behind - _THINGS[number]) / max(float(np.linalg.norm(behind - _THINGS[number])), 1.0)
+            off = colour - _THINGS[number]
+            strange = np.linalg.norm(off - max(float(off @ line), 0.0) * line)
+        name = list(COLOURS)[number] if strange < STRANGE and gap < BETWEEN * rival else "?"
         along = colour - back
         share = ((patch - back) * along).sum(2) / np.maximum((along**2).sum(2), 1.0)
         alpha = np.where((mask | edge) & (owner == number), np.clip(share, 0, 1), 0)
@@ -348,14 +401,15 @@ def _split(
 
 
 def _thing(alpha: Floats, colour: str, whole: bool, top: int, left: int, height: int, width: int) -> Seen:
-    """The coverage of one spot, whose corner lies at (top, left), as a thing. Only a whole one has a shape's name."""
+    """The coverage of one spot, whose corner lies at (top, left), as a thing. Only a whole one of
+    a colour of the palette has a shape's name."""
     unit = min(height, width)
     sides, bank = _bank()
     seen, y, x, side = _normal(alpha)
     near = bank[np.argsort(np.abs(np.log(sides / side)))[:2]]  # [2, shapes, blurs, cells]
     misfit = np.sqrt(np.maximum(2 - 2 * (near @ seen).max((0, 2)), 0))
     best, next_ = np.argsort(misfit)[:2]
-    named = whole and misfit[best] < min(ALIKE, RIVAL * misfit[next_])
+    named = whole and colour != "?" and misfit[best] < min(ALIKE, RIVAL * misfit[next_])
     radius = side / math.sqrt(_area(NAMES[best])) / unit
     size = min(SIZES, key=lambda name: abs(math.log(SIZES[name] / radius)))
     return Seen(NAMES[best] if named else "?", colour, size, (left + x) / width, (top + y) / height, radius)
