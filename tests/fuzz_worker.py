@@ -349,9 +349,9 @@ class Targets:
         read_weights(path.parent, "m")
 
     def prompts_file(self, rng: random.Random) -> None:
-        from lens_core.cli.main import _prompts
+        from lens_core.cli.options import read_prompts
 
-        lines = _prompts(None, self.write("prompts.txt", mutate_bytes(rng, "a cat\né\u2028b\r\n\n猫\n".encode())))
+        lines = read_prompts(None, self.write("prompts.txt", mutate_bytes(rng, "a cat\né\u2028b\r\n\n猫\n".encode())))
         assert all("\n" not in line and line.strip() for line in lines)
 
     def prompt_set(self, rng: random.Random) -> None:

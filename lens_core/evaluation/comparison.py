@@ -53,6 +53,18 @@ def read(path: Path) -> dict[str, Any]:
     return result
 
 
+def read_folders(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """The results in folders of `lens bench`. Folders joined by commas are one group: models of one recipe, trained
+    from different seeds."""
+    results = []
+    for joined in map(str, folders):
+        several = [joined] if Path(joined).is_dir() else joined.split(",")
+        for folder in several:
+            result = read(Path(folder) / "result.json")
+            results.append(result | {"group": joined} if len(several) > 1 else result)
+    return results
+
+
 def _is_picture(entry: object) -> bool:
     return (
         isinstance(entry, dict)

@@ -1,4 +1,4 @@
-"""Running a benchmark over a pipeline: pictures, scores by task with intervals, a table and a contact sheet."""
+"""What is written of a benchmark run: PNG files, result.json, a Markdown table and a contact sheet."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import asdict
 
+from lens_core.evaluation.run import BenchmarkResult, picture_seed
 from lens_core.evaluation.statistics import Estimate, cluster_of
 from lens_core.types import Prompt
 
@@ -17,11 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-from lens_core.evaluation.run import Outcome, picture_seed
-
-
 def save_pictures(folder: Path, first: int, images: Tensor) -> None:
-    """Pictures uint8 [B,3,H,W] as PNG files, named by their index from `first` on."""
+    """Write images uint8 [B,3,H,W] as PNG files, named by their index from `first` on."""
     from PIL import Image as pil
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,41 +27,41 @@ def save_pictures(folder: Path, first: int, images: Tensor) -> None:
         pil.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{index:06d}.png")
 
 
-def as_result(outcome: Outcome, prompts: Sequence[Prompt], seed: int) -> dict[str, Any]:
-    """What result.json holds of an outcome: estimates, and each picture's prompt, task, seed, status and score."""
+def result_json(result: BenchmarkResult, prompts: Sequence[Prompt], seed: int) -> dict[str, Any]:
+    """The content of result.json: estimates, and each picture's prompt, task, seed, status and score."""
 
     def numbers(estimate: Estimate) -> dict[str, Any]:  # JSON has no NaN
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(estimate).items()}
 
     pictures = []
-    for index, (prompt, scored) in enumerate(zip(prompts, outcome.scores, strict=True)):
+    for index, (prompt, scored) in enumerate(zip(prompts, result.scores, strict=True)):
         entry = {"prompt": prompt.text, "task": prompt.task, "seed": picture_seed(seed, index)}
         entry |= {"status": scored.status, "value": scored.value}
         cluster = cluster_of(prompt)
         pictures.append(entry if cluster == prompt.text else entry | {"cluster": str(cluster)})
     return {
-        "headline": [task for task in outcome.tasks if task in outcome.headline],
-        "overall": numbers(outcome.overall),
-        "pooled": numbers(outcome.pooled),
-        "tasks": {name: numbers(estimate) for name, estimate in outcome.tasks.items()},
-        **({"ceiling": {name: round(value, 6) for name, value in outcome.ceiling.items()}} if outcome.ceiling else {}),
+        "headline": [task for task in result.tasks if task in result.headline],
+        "overall": numbers(result.overall),
+        "pooled": numbers(result.pooled),
+        "tasks": {name: numbers(estimate) for name, estimate in result.tasks.items()},
+        **({"ceiling": {name: round(value, 6) for name, value in result.ceiling.items()}} if result.ceiling else {}),
         "pictures": pictures,
     }
 
 
-def table(outcome: Outcome) -> str:
-    """A Markdown table with 95 % intervals by prompt, and the ceiling where it is known."""
-    ceiling = outcome.ceiling
+def table(result: BenchmarkResult) -> str:
+    """A Markdown table of scores with 95 % intervals by prompt, and the ceiling where it is known."""
+    ceiling = result.ceiling
     more = " ceiling |" if ceiling else ""
     rows = [
         f"| task | score | 95 % interval | pictures | distinct prompts |{more}",
         "|---|---|---|---|---|" + "---|" * bool(more),
     ]
-    tasks = len([name for name in outcome.tasks if name in outcome.headline])
+    tasks = len([name for name in result.tasks if name in result.headline])
     named = {
-        **{name: (name, estimate) for name, estimate in outcome.tasks.items()},
-        "overall": (f"**overall** (mean of {tasks} tasks)", outcome.overall),
-        "pooled": ("all pictures", outcome.pooled),
+        **{name: (name, estimate) for name, estimate in result.tasks.items()},
+        "overall": (f"**overall** (mean of {tasks} tasks)", result.overall),
+        "pooled": ("all pictures", result.pooled),
     }
     for key, (name, estimate) in named.items():
         span = f"{estimate.low:.3f} to {estimate.high:.3f}"
@@ -73,7 +71,7 @@ def table(outcome: Outcome) -> str:
 
 
 def contact_sheet(images: Tensor, labels: Sequence[str], passed: Sequence[bool | None], columns: int = 8) -> Image:
-    """Pictures uint8 [B,3,H,W] in a grid, each with its prompt, framed green if it passed and red if it failed."""
+    """A grid of images uint8 [B,3,H,W], each above its prompt, framed green (passed), red (failed) or grey."""
     import textwrap
 
     from PIL import Image as pil

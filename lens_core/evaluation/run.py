@@ -1,4 +1,4 @@
-"""Running a benchmark over a pipeline: pictures, scores by task with intervals, a table and a contact sheet."""
+"""Run a benchmark over a pipeline: generate an image for each prompt, score them, and take means by task."""
 
 from __future__ import annotations
 
@@ -43,16 +43,21 @@ def by_task(prompts: Sequence[Prompt], scores: Sequence[Score]) -> dict[str, Clu
     }
 
 
-def draw(pipeline: LensPipeline, prompts: Sequence[Prompt], seed: int, batch: int, **settings: Any) -> Iterator[Tensor]:
-    """Images uint8 in order, `batch` at a time; picture i has the seed `seed + i` however they are batched."""
-    for start in range(0, len(prompts), batch):
-        texts = [p.text for p in prompts[start : start + batch]]
+def generate_images(
+    pipeline: LensPipeline, prompts: Sequence[Prompt], seed: int, batch_size: int, **settings: Any
+) -> Iterator[Tensor]:
+    """Yield images uint8 [B,3,H,W] in the order of the prompts, `batch_size` at a time.
+
+    Image i has the seed `seed + i` however they are batched; `settings` go to the pipeline's call.
+    """
+    for start in range(0, len(prompts), batch_size):
+        texts = [p.text for p in prompts[start : start + batch_size]]
         yield pipeline(texts, seed=seed + start, output_type="pt", **settings).images
 
 
 @frozen
-class Outcome:
-    """What a benchmark run measured."""
+class BenchmarkResult:
+    """What a benchmark run measured: estimates by task, and every score and image."""
 
     tasks: dict[str, Estimate]
     overall: Estimate  # the mean of the headline tasks' means
@@ -68,16 +73,16 @@ def evaluate(
     benchmark: Any,
     *,
     seed: int = 0,
-    batch: int = 50,
+    batch_size: int = 50,
     log: Callable[[str], None] = lambda line: None,
-    keep: Callable[[int, Tensor], None] = lambda first, images: None,
+    on_images: Callable[[int, Tensor], None] = lambda first, images: None,
     ceiling: bool = False,
     **settings: Any,
-) -> Outcome:
-    """Draw every prompt of `benchmark` once and score the pictures; `settings` go to the pipeline's call.
+) -> BenchmarkResult:
+    """Generate one image for each prompt of `benchmark` and score them; `settings` go to the pipeline's call.
 
-    Picture i has the seed `picture_seed(seed, i)`. `keep` gets the pictures as they come, with the index of the first
-    of them, so that they are not lost where scoring fails. `ceiling` asks for `ceiling_of` too.
+    Image i has the seed `picture_seed(seed, i)`. `on_images` gets each batch as it comes, with the index of its first
+    image, so that a caller can keep what is drawn if scoring fails. `ceiling` asks for `ceiling_of` too.
     Raises LensError where a headline task has no score.
     """
     import torch
@@ -86,19 +91,19 @@ def evaluate(
     if len(prompts) > PICTURES_PER_SEED:
         raise ConfigError(f"a benchmark may have {PICTURES_PER_SEED} prompts at most, not {len(prompts)}")
     images: list[Tensor] = []
-    for part in draw(pipeline, prompts, picture_seed(seed, 0), batch, **settings):
+    for part in generate_images(pipeline, prompts, picture_seed(seed, 0), batch_size, **settings):
         done = sum(map(len, images))
         images.append(part.cpu())
-        keep(done, images[-1])
-        log(f"drew {done + len(part)} of {len(prompts)}")
+        on_images(done, images[-1])
+        log(f"generated {done + len(part)} of {len(prompts)}")
     pictures = torch.cat(images)
     return score(benchmark, pictures, prompts, ceiling_of(pipeline, benchmark, prompts, pictures) if ceiling else {})
 
 
 def score(
     benchmark: Any, images: Tensor, prompts: Sequence[Prompt], ceiling: Mapping[str, float] | None = None
-) -> Outcome:
-    """Score drawn pictures, uint8 [B,3,H,W], one a prompt."""
+) -> BenchmarkResult:
+    """Score images uint8 [B,3,H,W], one a prompt, and take means by task. Raises LensError as `evaluate`."""
     with calling(benchmark, "score"):
         scores = benchmark.score(images, prompts)
     scores = checked_scores(benchmark, scores, len(prompts))
@@ -106,17 +111,18 @@ def score(
     headline = tuple(getattr(benchmark, "headline", tasks))
     estimates = {name: task.estimate() for name, task in tasks.items()}
     overall = mean_of_tasks(tasks, headline)
-    return Outcome(estimates, overall, pooled(tasks), scores, images, headline, dict(ceiling or {}))
+    return BenchmarkResult(estimates, overall, pooled(tasks), scores, images, headline, dict(ceiling or {}))
 
 
 def ceiling_of(pipeline: LensPipeline, benchmark: Any, prompts: Sequence[Prompt], images: Tensor) -> dict[str, float]:
-    """What pictures that are right score after a pass through the pipeline's own VAE, in the size of `images`: by task,
-    and as "overall" and "pooled". Empty where the benchmark cannot make such pictures."""
+    """The scores that flawless images get after the pipeline's own VAE, in the size of `images`: no model that decodes
+    with it can be expected to score higher. By task, and as "overall" and "pooled"; empty where the benchmark cannot
+    make such images."""
     if not hasattr(benchmark, "ceiling"):
         return {}
     with calling(benchmark, "ceiling"):
-        found = benchmark.ceiling(pipeline.vae, *images.shape[-2:])
-    tasks = by_task(prompts, checked_scores(benchmark, found, len(prompts), "ceiling"))
+        scores = benchmark.ceiling(pipeline.vae, *images.shape[-2:])
+    tasks = by_task(prompts, checked_scores(benchmark, scores, len(prompts), "ceiling"))
     headline = tuple(getattr(benchmark, "headline", tasks))
     return {
         **{name: task.mean for name, task in tasks.items()},

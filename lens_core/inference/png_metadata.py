@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lens_core import __version__
 from lens_core.io import images
 from lens_core.io.atomic_files import write_atomic
 from lens_core.io.readers import parse_json
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 
 LARGEST = 1 << 20
 """Bytes of facts that are read from a picture."""
+
+
+def versions() -> dict[str, str]:
+    """The versions of what draws: Lens, torch, diffusers."""
+    return {"lens": __version__, "torch": version("torch"), "diffusers": version("diffusers")}
 
 
 def save(image: Image, path: Path, facts: dict[str, Any]) -> None:

@@ -159,7 +159,7 @@ class Evaluator:
             scores, fault = {}, ""
             try:
                 outcome = run.evaluate(
-                    self.pipeline, judge, seed=config.seed, batch=config.batch_size, log=check, **self._settings()
+                    self.pipeline, judge, seed=config.seed, batch_size=config.batch_size, log=check, **self._settings()
                 )
                 scores = {name: outcome.overall.value}
                 scores |= {f"{name}/{task}": of.value for task, of in outcome.tasks.items() if of.count}
@@ -203,7 +203,9 @@ class Evaluator:
         prompts = [Prompt(text) for text in self.config.prompts]
         parts = []
         try:
-            for part in run.draw(self.pipeline, prompts, self.config.seed, self.config.batch_size, **self._settings()):
+            for part in run.generate_images(
+                self.pipeline, prompts, self.config.seed, self.config.batch_size, **self._settings()
+            ):
                 parts.append(part.cpu())
                 check()
         except LensError as error:

@@ -80,7 +80,7 @@ def audit(recipe: Path, *, num_images: int = 48, batch_size: int = 8, seed: int 
     import torch
     from attrs import evolve
 
-    from lens_core.evaluation.run import draw
+    from lens_core.evaluation.run import generate_images
     from lens_core.inference.pipeline import LensPipeline
     from lens_llm.audit import audit as examine
 
@@ -100,7 +100,9 @@ def audit(recipe: Path, *, num_images: int = 48, batch_size: int = 8, seed: int 
     pipeline = LensPipeline.from_parts(start, catalog).to("cuda" if torch.cuda.is_available() else "cpu")
     height, width = config.sizes[0] if config.sizes else (None, None)
     settings = {"num_inference_steps": config.rollout_steps, "guidance_scale": config.rollout_guidance}
-    images = torch.cat(list(draw(pipeline, chosen, seed, batch_size, height=height, width=width, **settings))).cpu()
+    images = torch.cat(
+        list(generate_images(pipeline, chosen, seed, batch_size, height=height, width=width, **settings))
+    ).cpu()
     _log(f"drawn {len(images)}")
     reports = {}
     for path, (name, reward) in rewards.items():

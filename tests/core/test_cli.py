@@ -17,6 +17,7 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints.tensor_files import read_weights, save_tensors
 from lens_core.cli import main as command
 from lens_core.cli.main import main
+from lens_core.cli.options import CORE_COMMANDS, read_prompts
 from lens_core.io.atomic_files import read_json, write_json
 
 
@@ -190,6 +191,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert sorted(Path().rglob("*")) == before
 
 
+def test_no_plugin_may_take_the_name_of_a_command_of_the_core() -> None:
+    assert {name for name in command.app if not name.startswith("-")} >= set(CORE_COMMANDS)
+
+
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "genrate" in refused(capsys, main(["genrate"]))
 
@@ -271,7 +276,7 @@ assert not heavy, heavy
 """
     done = run("-c", script)
     assert done.returncode == 0, done.stderr
-    assert "generate" in done.stdout and "lens_flux2" in done.stdout and "set aside" not in done.stdout
+    assert "generate" in done.stdout and "lens_flux2" in done.stdout and "disabled: " not in done.stdout
     assert "Draw what runs have logged" in done.stdout, "a light plugin's command is described too"
 
 
@@ -582,4 +587,4 @@ def test_a_terminal_without_unicode_gets_it_spelled_out() -> None:
 def test_a_prompts_file_loses_its_byte_order_mark_and_is_split_at_line_feeds_alone(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa cat\u2028on a mat\r\n\n a dog \n".encode())
-    assert command._prompts(None, path) == ["a cat\u2028on a mat", "a dog"]
+    assert read_prompts(None, path) == ["a cat\u2028on a mat", "a dog"]

@@ -12,7 +12,7 @@ import toy
 from PIL import Image
 
 from lens_core.evaluation import report
-from lens_core.evaluation.report import as_result, contact_sheet, table
+from lens_core.evaluation.report import contact_sheet, result_json, table
 from lens_core.evaluation.run import evaluate, picture_seed
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.types import ConfigError, LensError, Prompt, Score
@@ -26,7 +26,7 @@ def test_a_failure_cannot_have_a_value_nor_a_success_lack_one() -> None:
 
 def test_a_benchmark_does_not_depend_on_the_batch(pipeline: LensPipeline) -> None:
     outcomes = [
-        evaluate(pipeline, toy.Reds(toy.Reds.Config(5)), seed=3, batch=b, height=16, width=32) for b in (1, 2, 5)
+        evaluate(pipeline, toy.Reds(toy.Reds.Config(5)), seed=3, batch_size=b, height=16, width=32) for b in (1, 2, 5)
     ]
     assert outcomes[0].images.shape == (5, 3, 16, 32)
     for other in outcomes[1:]:
@@ -47,7 +47,7 @@ def test_two_seeds_of_a_benchmark_share_no_noise(pipeline: LensPipeline) -> None
     benchmark = toy.Reds(toy.Reds.Config(4))
     runs = [evaluate(pipeline, benchmark, seed=seed, height=16, width=32) for seed in (0, 1)]
     first, second = (
-        [picture["seed"] for picture in as_result(run, benchmark.prompts(), s)["pictures"]]
+        [picture["seed"] for picture in result_json(run, benchmark.prompts(), s)["pictures"]]
         for s, run in enumerate(runs)
     )
     assert not set(first) & set(second)
@@ -76,7 +76,7 @@ def test_a_reward_outside_0_and_1_is_measured(pipeline: LensPipeline) -> None:
     assert outcome.overall.low <= outcome.overall.value <= outcome.overall.high
     text = table(outcome)
     assert "**overall** (mean of" in text and "| all pictures |" in text
-    assert json.loads(json.dumps(as_result(outcome, Measured(Measured.Config(10)).prompts(), 0), allow_nan=False))
+    assert json.loads(json.dumps(result_json(outcome, Measured(Measured.Config(10)).prompts(), 0), allow_nan=False))
 
 
 def test_pictures_are_kept_where_scoring_fails(pipeline: LensPipeline, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_pictures_are_kept_where_scoring_fails(pipeline: LensPipeline, tmp_path:
         report.save_pictures(tmp_path, first, images)
 
     with pytest.raises(LensError, match="out"):
-        evaluate(pipeline, Broken(Broken.Config(3)), batch=2, keep=keep, height=16, width=32)
+        evaluate(pipeline, Broken(Broken.Config(3)), batch_size=2, on_images=keep, height=16, width=32)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["000000.png", "000001.png", "000002.png"]
     for name, picture in zip(names, torch.cat(drawn), strict=True):
@@ -109,5 +109,5 @@ def test_the_ceiling_stands_beside_each_score(pipeline: LensPipeline) -> None:
     assert lines[0].endswith("| ceiling |") and len({line.count("|") for line in lines}) == 1
     assert next(line for line in lines if line.startswith("| red")).endswith("| 0.667 |")
     assert next(line for line in lines if line.startswith("| **overall**")).endswith("| 0.667 |")
-    assert as_result(outcome, benchmark.prompts(), 0)["ceiling"]["red"] == pytest.approx(2 / 3, abs=1e-6)
+    assert result_json(outcome, benchmark.prompts(), 0)["ceiling"]["red"] == pytest.approx(2 / 3, abs=1e-6)
     assert "ceiling" not in table(evaluate(pipeline, toy.Reds(toy.Reds.Config(5)), height=16, width=32))

@@ -144,7 +144,7 @@ def test_the_last_look_sees_the_weights_of_the_last_step(where: str, both: Path)
     last = {name.removeprefix(prefix): t for name, t in state(run).items() if name.startswith(prefix)}
     model.backbone.load_state_dict(last)
     settings = {"height": 64, "width": 64, "num_inference_steps": 2}
-    drawn = torch.cat(list(runs.draw(model, [Prompt(p) for p in evaluation.prompts], 0, 16, **settings)))
+    drawn = torch.cat(list(runs.generate_images(model, [Prompt(p) for p in evaluation.prompts], 0, 16, **settings)))
     want = report.contact_sheet(drawn, evaluation.prompts, [None] * 2, 2)
     with Image.open(run / "samples" / "step-0000020.png") as sheet:
         apart = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).int()

@@ -305,13 +305,13 @@ def test_the_last_look_sees_the_weights_that_are_exported(
         optimizers, "adamw", lambda weights, train: torch.optim.AdamW(weights, lr=train.lr, **KERNELS[kernel])
     )
     seen: list[Tensor] = []
-    draw = runs.draw
+    draw = runs.generate_images
 
     def watched(*arguments: Any, **settings: Any) -> Any:
         seen.append(torch.cat(list(draw(*arguments, **settings))))
         yield seen[-1]
 
-    monkeypatch.setattr(runs, "draw", watched)
+    monkeypatch.setattr(runs, "generate_images", watched)
     train = evolve(TRAIN, steps=12, lr=3e-2, ema_decay=ema, save_every=12, lora=adapters)
     base = evolve(BASE, method=method, train=train, pipeline=evolve(PARTS, backbone=backbone))
     prompts = ("red", "a blue one")
@@ -324,7 +324,7 @@ def test_the_last_look_sees_the_weights_that_are_exported(
     assert not torch.equal(seen[1], seen[2]), "the run must have learned, or being equal says nothing"
     monkeypatch.undo()
     model = LensPipeline.from_pretrained(report.model, catalog=catalog)
-    drawn = torch.cat(list(runs.draw(model, [Prompt(p) for p in prompts], 0, 16, height=32, width=32)))
+    drawn = torch.cat(list(runs.generate_images(model, [Prompt(p) for p in prompts], 0, 16, height=32, width=32)))
     assert int((drawn.int() - seen[-1].int()).abs().max()) <= 1  # an adapter is merged into what is exported
 
 
@@ -511,7 +511,7 @@ def test_a_signal_during_a_look_saves_first_and_the_look_is_taken_later(
 ) -> None:
     runner("plain", None).train()
     drawn: list[int] = []
-    draw = runs.draw
+    draw = runs.generate_images
 
     def interrupted(*arguments: Any, **settings: Any) -> Any:
         for part in draw(*arguments, **settings):
@@ -520,7 +520,7 @@ def test_a_signal_during_a_look_saves_first_and_the_look_is_taken_later(
                 os.kill(os.getpid(), signal.SIGTERM)
             yield part
 
-    monkeypatch.setattr(runs, "draw", interrupted)
+    monkeypatch.setattr(runs, "generate_images", interrupted)
     report = runner("a", JUDGED).train()
     assert (report.steps, report.model) == (2 * look, None)
     assert runner.said[-1] == f"stopped at step {2 * look} of 6; the same command goes on from here"

@@ -15,7 +15,7 @@ from lens_bench import geneval, lines, oneig, report
 from lens_bench.commands import score
 
 from lens_core.catalog import Catalog
-from lens_core.cli.main import OWN
+from lens_core.cli.options import CORE_COMMANDS
 from lens_core.types import ConfigError, LensError
 
 SAMPLES = Path(__file__).parents[1] / "cases" / "bench_samples.jsonl"
@@ -48,8 +48,8 @@ def write(tmp_path: Path) -> Write:
 
 def test_the_plugin_brings_the_command_and_nothing_is_wrong_with_it() -> None:
     catalog = Catalog.of(lens_bench)
-    assert catalog.commands(taken=OWN) == {"score": "lens_bench.commands:score"}
-    assert catalog.check(OWN) == {"lens_bench": []}
+    assert catalog.commands(taken=CORE_COMMANDS) == {"score": "lens_bench.commands:score"}
+    assert catalog.check(CORE_COMMANDS) == {"lens_bench": []}
 
 
 @pytest.mark.parametrize("name", VERDICT)

@@ -1,0 +1,206 @@
+"""`lens generate`: images from prompts, or one image drawn again from its own facts."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from lens_core.cli.options import check_steps, parse_interval, parse_loras, parse_size, progress, read_prompts
+from lens_core.types import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from lens_core.inference.batch import GeneratedFile
+    from lens_core.inference.pipeline import LensPipeline
+    from lens_core.inference.requests import ModelRequest
+
+
+def generate(
+    prompt: str | None = None,
+    *,
+    prompts_file: Path | None = None,
+    output: Annotated[Path | None, Parameter(alias="-o")] = None,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    reproduce: Path | None = None,
+    model: str | None = None,
+    backbone: Path | None = None,
+    text_encoder: Path | None = None,
+    vae: Path | None = None,
+    lora: Annotated[list[str] | None, Parameter(negative="")] = None,
+    seed: int | None = None,
+    size: str | None = None,
+    aspect_ratio: str | None = None,
+    base_resolution: int | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: str | None = None,
+    negative_prompt: str | None = None,
+    image: Path | None = None,
+    strength: float | None = None,
+    mask: Path | None = None,
+    num_images: int = 1,
+    batch_size: int = 8,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload: str = "auto",
+    prompt_cache: Path | None = None,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Draw pictures from a prompt.
+
+    Parameters
+    ----------
+    prompt
+        What to draw.
+    prompts_file
+        A UTF-8 file with one prompt a line, instead of a prompt. Run again, only what is missing is drawn.
+    output
+        The PNG to write, lens.png if not given; several pictures become NAME-0000.png, NAME-0001.png, …
+    overwrite
+        Draw prompts from a file again, over the pictures that are there.
+    reproduce
+        A PNG that Lens drew: draw it again from the facts in it, and print how far the two are apart.
+    model
+        A folder, a Hub id org/name[@revision], a backbone in one file, or tiny:, which is used if none is given.
+    backbone
+        A single .safetensors file with the backbone, which replaces the model's own.
+    text_encoder
+        The same for the text encoder, or a folder with GPT-OSS.
+    vae
+        The same for the VAE.
+    lora
+        A LoRA file or folder, with an optional weight: PATH or PATH:0.8. May be given more than once.
+    seed
+        Picture i has the seed SEED + i. Random if not given, and printed.
+    size
+        Height x width in px, for example 128x160.
+    aspect_ratio
+        Width:height, for example 3:2, instead of a size.
+    base_resolution
+        Side in px of the square with the same area.
+    steps
+        Sampler steps; the checkpoint's preset if not given.
+    sampler
+        Another sampler than the checkpoint's: euler, heun, dpmpp, euler_ancestral.
+    guidance_scale
+        Scale of classifier-free guidance; 1 runs no unconditional pass.
+    guidance_interval
+        LOW,HIGH: guidance at times t with LOW < t <= HIGH alone; 1 is noise, 0 the picture.
+    negative_prompt
+        What to keep away from.
+    image
+        The init image; the result has its size.
+    strength
+        How much of the init image is lost, from 0 to 1; 0.6 if not given, 1 with a mask.
+    mask
+        A picture of the same size: white is drawn anew, black is kept.
+    num_images
+        Pictures a prompt.
+    batch_size
+        Pictures drawn at once; the pictures do not depend on it.
+    device
+        auto, cpu, cuda, cuda:1 …
+    dtype
+        auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
+    offload
+        Offload plan: none, modulation, model, encoder-cpu, block; auto takes the fastest that fits.
+    prompt_cache
+        A folder that keeps text features; for a prompt that is there the text encoder is not even read.
+    json_
+        Print one JSON object a picture.
+    """
+    from lens_core.inference.batch import generate_files, image_tasks, pending
+    from lens_core.inference.requests import GenerateRequest, ModelRequest
+    from lens_core.io.images import read_raw, read_rgb
+    from lens_core.recipe import ComponentSpec
+
+    init_image = read_rgb(image) if image is not None else None
+    mask_image = read_raw(mask) if mask is not None else None  # not read_rgb: its transparency counts
+    model_request = ModelRequest(
+        model or "tiny:", backbone, text_encoder, vae, parse_loras(lora), ComponentSpec(sampler) if sampler else None,
+        device, dtype, offload, prompt_cache,
+    )  # fmt: skip
+    if reproduce is not None:
+        if prompt is not None or prompts_file is not None:
+            raise ConfigError("--reproduce draws what the picture says; leave the prompt out")
+        return _reproduce(reproduce, model_request, init_image, mask_image, output)
+    if num_images < 1 or batch_size < 1:
+        raise ConfigError(f"--num-images and --batch-size must be at least 1, not {num_images} and {batch_size}")
+    prompts = read_prompts(prompt, prompts_file)
+    first_seed = secrets.randbelow(2**32) if seed is None else seed
+    tasks = image_tasks(prompts, output or Path("lens.png"), num_images=num_images, seed=first_seed)
+    height, width = parse_size(size)
+    request = GenerateRequest(
+        negative_prompt, height, width, aspect_ratio, base_resolution, check_steps(steps), guidance_scale,
+        parse_interval(guidance_interval), init_image, mask_image, strength,
+    )  # fmt: skip
+    start = time.perf_counter()
+    pipeline = model_request.load(lambda loaded: request.workload(loaded, min(batch_size, len(tasks))))
+    for note in pipeline.notes:
+        print(f"lens: {note}", file=sys.stderr)
+    loading = time.perf_counter() - start
+    todo = tasks
+    if prompts_file is not None and not overwrite:
+        todo = pending(pipeline, request, tasks)
+        if len(todo) < len(tasks):
+            print(f"lens: {len(tasks) - len(todo)} of {len(tasks)} pictures are there already", file=sys.stderr)
+    on_step = partial(_on_step, _preset_note(pipeline, steps, guidance_scale))
+    for image_file in generate_files(pipeline, request, todo, batch_size=batch_size, on_step=on_step):
+        _print_file(image_file, loading, as_json=json_)
+    return 0
+
+
+def _on_step(note: str, first: int, step: int, t: float) -> None:
+    # Only now has everything been checked: before, the note would stand above an error that should be one line.
+    if note and first == step == 0:
+        print(f"lens: {note}", file=sys.stderr)
+    progress(f"pictures {first}+: step {step + 1}, t = {t:.3f}")
+
+
+def _print_file(image_file: GeneratedFile, loading: float, *, as_json: bool) -> None:
+    task, seconds = image_file.task, image_file.seconds
+    if as_json:
+        line = {"file": str(task.path), "seconds": round(seconds, 3), **image_file.facts}
+        print(json.dumps(line, ensure_ascii=False))
+    else:
+        print(f"{task.prompt}\n  {task.path}  seed {task.seed}  {seconds:.2f} s (and {loading:.1f} s to load)")
+
+
+def _preset_note(pipeline: LensPipeline, steps: int | None, scale: float | None) -> str:
+    """Which settings come from the checkpoint's preset, and the options that override them."""
+    preset = [f"{pipeline.presets['steps']} steps"] if steps is None else []
+    preset += [f"guidance {pipeline.presets['guidance_scale']:g}"] if scale is None else []
+    if not preset:
+        return ""
+    why = pipeline.note or "the preset of this checkpoint"
+    return f"{' at '.join(preset)}: {why}; --steps and --guidance-scale choose others"
+
+
+def _reproduce(
+    picture: Path, model: ModelRequest, image: Image | None, mask: Image | None, output: Path | None
+) -> int:  # fmt: skip
+    """Draw a picture again, print what differs, and return 0 if no pixel differs beyond rounding."""
+    from lens_core.inference import png_metadata
+    from lens_core.inference.batch import output_paths
+    from lens_core.inference.reproduce import reproduce
+
+    paths = output_paths(output, 1) if output is not None else []
+    again = reproduce(picture, model, image, mask)
+    for path in paths:
+        png_metadata.save(again.image, path, again.facts)
+    for name, (stored, now) in again.changes.items():
+        print(f"{name}: was {json.dumps(stored)}, is {json.dumps(now)}")
+    if not again.max_difference:
+        print("identical")
+        return 0
+    print(f"differs by {again.max_difference} of 255 at most, {again.mean_difference:.4f} in the mean")
+    return 0 if again.max_difference <= 1 else 1

@@ -1,0 +1,80 @@
+"""Parse the texts of options that several commands have."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lens_core.io import readers
+from lens_core.types import ConfigError
+
+CORE_COMMANDS = ("generate", "train", "bench", "compare", "check", "push", "lora", "plugins")
+"""Names that no plugin's command may take."""
+MAX_STEPS = 10_000  # a typing error of a few digits would run for days
+
+
+def progress(line: str) -> None:
+    """Print a line to stderr where a person watches."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
+
+
+def parse_loras(options: list[str] | None) -> tuple[tuple[Path, float], ...]:
+    """PATH or PATH:WEIGHT, several times."""
+    return tuple(_lora(text) for text in options or ())
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    path, colon, weight = text.rpartition(":")
+    try:
+        place, factor = (Path(path), float(weight)) if colon else (Path(text), 1.0)
+    except ValueError:
+        place, factor = Path(text), 1.0
+    if not place.exists():
+        raise ConfigError(f"{place}: there is no such LoRA; give a .safetensors file or its folder, then :WEIGHT")
+    return place, factor
+
+
+def parse_size(size: str | None) -> tuple[int | None, int | None]:
+    """HEIGHTxWIDTH in px."""
+    if size is None:
+        return None, None
+    parts = size.lower().split("x")
+    if len(parts) != 2 or not all(p.isdecimal() and len(p) <= 5 and 0 < int(p) <= 16384 for p in parts):
+        raise ConfigError(f"size {readers.shown(size)} must be HEIGHTxWIDTH in px, for example 128x160")
+    return int(parts[0]), int(parts[1])
+
+
+def parse_interval(text: str | None) -> tuple[float, float]:
+    """LOW,HIGH in times."""
+    try:
+        low, high = (float(part) for part in (text or "0,1").split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"guidance interval {readers.shown(text)} must be LOW,HIGH in times, for example 0.2,0.9"
+        ) from error
+    return low, high
+
+
+def check_steps(steps: int | None) -> int | None:
+    """A number of sampler steps that a command may ask for."""
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps must be at least 1, not {steps}")
+    if steps is not None and steps > MAX_STEPS:
+        raise ConfigError(f"steps must be at most {MAX_STEPS}, not {steps}")
+    return steps
+
+
+def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
+    """The prompt, or those of a UTF-8 file, one a line."""
+    if (prompt is None) == (file is None):
+        raise ConfigError("give one prompt, or a file of prompts with --prompts-file, one a line")
+    if prompt is not None:
+        if not prompt.strip():
+            raise ConfigError("the prompt is empty; say what to draw")
+        return [prompt]
+    assert file is not None
+    lines = [line.strip() for line in readers.lines(readers.read_text(file)) if line.strip()]
+    if not lines:
+        raise ConfigError(f"{file}: holds no prompt; write one a line")
+    return lines

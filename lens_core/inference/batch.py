@@ -1,0 +1,120 @@
+"""Many images into PNG files: which file gets which prompt and seed, what is there already, and the rest in batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from lens_core.inference import png_metadata
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.inference.requests import MAX_IMAGES, GenerateRequest
+from lens_core.io.images import read_raw
+from lens_core.types import ConfigError
+
+
+@frozen
+class ImageTask:
+    """One image to generate: its prompt, its seed, and the PNG file to write."""
+
+    prompt: str
+    seed: int
+    path: Path
+
+
+@frozen
+class GeneratedFile:
+    """One image that has been written: `facts` are those in the PNG, `seconds` those of its whole batch."""
+
+    task: ImageTask
+    facts: dict[str, Any]
+    seconds: float
+
+
+def output_paths(output: Path, count: int) -> list[Path]:
+    """The PNG files for `count` images: `output` itself for one, else NAME-0000.png and so on.
+
+    Raises ConfigError where they cannot be written, before the time for drawing is spent.
+    """
+    if output.suffix.lower() != ".png":
+        raise ConfigError(f"{output}: pictures are written as .png; use {output.with_suffix('.png')}")
+    paths = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i:04d}") for i in range(count)]
+    parent = output.parent
+    if not parent.is_dir():
+        raise ConfigError(f"{parent}: there is no such folder; make it first")
+    try:
+        probe = parent / f".{output.name}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
+    if any(p.is_dir() for p in paths):
+        raise ConfigError(f"{output}: is a folder; name a .png file")
+    return paths
+
+
+def image_tasks(prompts: Sequence[str], output: Path, *, num_images: int = 1, seed: int) -> list[ImageTask]:
+    """`num_images` tasks a prompt, in order; task i has the seed `seed` + i. Raises ConfigError as `output_paths`."""
+    if num_images < 1:
+        raise ConfigError(f"--num-images must be at least 1, not {num_images}")
+    if num_images * len(prompts) > MAX_IMAGES:
+        raise ConfigError(
+            f"{num_images} pictures a prompt are more than {MAX_IMAGES} in all; draw them in several runs"
+        )
+    texts = [prompt for prompt in prompts for _ in range(num_images)]
+    paths = output_paths(output, len(texts))
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed {seed} must be between 0 and 2^63 - 1")
+    return [ImageTask(text, seed + i, path) for i, (text, path) in enumerate(zip(texts, paths, strict=True))]
+
+
+def pending(pipeline: LensPipeline, request: GenerateRequest, tasks: Sequence[ImageTask]) -> list[ImageTask]:
+    """The tasks whose files are not there yet. Raises ConfigError where a file was drawn by another request."""
+    return [task for task in tasks if not _is_done(task, request.fingerprint(pipeline, task.prompt, task.seed))]
+
+
+def _is_done(task: ImageTask, fingerprint: str) -> bool:
+    if not task.path.exists():
+        return False
+    if read_raw(task.path).info.get("lens") and png_metadata.facts(task.path)[1].get("request") == fingerprint:
+        return True
+    raise ConfigError(f"{task.path}: is there, and was asked for differently; use --overwrite, or another --output")
+
+
+def generate_files(
+    pipeline: LensPipeline,
+    request: GenerateRequest,
+    tasks: Sequence[ImageTask],
+    *,
+    batch_size: int = 8,
+    on_step: Callable[[int, int, float], None] = lambda first, step, t: None,
+) -> Iterator[GeneratedFile]:
+    """Generate the images of `tasks`, `batch_size` at once, and write each with the facts that draw it again.
+
+    The images do not depend on `batch_size`. `on_step` gets the index of the batch's first task, the step and its time.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size must be at least 1, not {batch_size}")
+    for first in range(0, len(tasks), batch_size):
+        batch = tasks[first : first + batch_size]
+        start = time.perf_counter()
+        result = pipeline(
+            [task.prompt for task in batch],
+            seed=[task.seed for task in batch],
+            callback_on_step_end=partial(_report_step, on_step, first),
+            **request.arguments(),
+        )
+        seconds = time.perf_counter() - start
+        for task, image in zip(batch, result.images, strict=True):
+            facts = {"prompt": task.prompt, "seed": task.seed, **result.settings, "versions": png_metadata.versions()}
+            fingerprint = request.fingerprint(pipeline, task.prompt, task.seed)
+            png_metadata.save(image, task.path, facts | {"request": fingerprint})
+            yield GeneratedFile(task, facts, seconds)
+
+
+def _report_step(on_step: Callable[[int, int, float], None], first: int, _: Any, step: int, t: float, __: Any) -> None:
+    on_step(first, step, t)

@@ -1,0 +1,27 @@
+"""Write a LoRA file in another tool's key format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lens_core.checkpoints import lora_keys
+from lens_core.inference import lora
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.types import ConfigError
+
+
+def convert_lora(source: Path, output: Path, to: str, model: str | None = None) -> int:
+    """Write the LoRA `source` to `output` with the keys of `to`: diffusers, comfy or sd-scripts -> number of layers.
+
+    Its numbers stay bit for bit. `model` is the checkpoint whose backbone the layers are checked against; needed where
+    the source's names have underscores for dots. Raises CheckpointError for what cannot be read or does not fit.
+    """
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"{output}: a LoRA is written as .safetensors; use {output.with_suffix('.safetensors')}")
+    if model is None:
+        pairs = lora_keys.read(source)
+    else:
+        backbone = LensPipeline.from_pretrained(model, device="cpu", parts=("backbone",)).backbone
+        pairs = lora_keys.read(source, list(lora.read(source, backbone)))
+    lora_keys.write(output, pairs, to)
+    return len(pairs)
