@@ -174,7 +174,7 @@ MUTANTS = [
     *_of(
         "plugins/lens_flux2/vae.py",
         "tests/plugins/test_flux2_training.py tests/plugins/test_flux2_vae.py",
-        ("return (z - self._column(self.net.bn.running_mean)) / self._std()", "return z / self._std()"),
+        ("return (z - self._per_channel(self.net.bn.running_mean)) / self._std()", "return z / self._std()"),
         ("weight = max(momentum, 1 / int(bn.num_batches_tracked))", "weight = momentum"),
         ("weight * (1 - weight) * gap**2", "0 * gap**2"),
     ),

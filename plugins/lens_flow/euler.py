@@ -19,7 +19,7 @@ from lens_core.io.atomic_files import write_json
 from lens_core.types import ConfigError
 from lens_core.validators import optional, within
 
-LARGE = 4300  # tokens above which the step count no longer matters
+LARGE = 4300  # tokens above which mu depends on the picture's size alone, as published
 
 
 def published_mu(tokens: int, steps: int) -> float:
@@ -37,7 +37,7 @@ LARGEST_MU = 50.0  # from which on every time but the last is 1 in float32
 
 
 class Scheduled:
-    """What all samplers here share: the published times. A sampler adds `sample`, in float32."""
+    """The base of the samplers here: the published times. Subclasses add `sample`, which computes in float32."""
 
     @frozen
     class Config:
@@ -75,8 +75,8 @@ class Euler(Scheduled):
     model_index: ClassVar = {"scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler")}
 
     def save(self, folder: Path) -> None:
-        """Write `scheduler/scheduler_config.json` as the published checkpoints have it, for other tools: they are given
-        the even times and mu with each picture, as ours says in `times`."""
+        """Write `scheduler/scheduler_config.json` as the published checkpoints have it, for other tools. Those
+        compute the times from mu, as `times` does."""
         config = {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "num_train_timesteps": 1000,

@@ -24,8 +24,8 @@ BINS = 5  # of t, in which validation measures
 
 
 @frozen
-class Sample:
-    """A micro-batch: clean latents `z` [B,C,h,w], or one [C,h,w] each where it is packed, and the captions' text."""
+class EncodedBatch:
+    """A micro-batch: clean latents `z` [B,C,h,w], or B of [C,h,w] if it is packed, and the features of its captions."""
 
     z: Tensor | tuple[Tensor, ...]
     text: TextFeatures
@@ -36,15 +36,14 @@ class Sample:
 
 
 class FlowMatching(BaseMethod):
-    """Mean squared error between the backbone's velocity at x_t and noise - data, for t logit-normal.
+    """Train the backbone by the mean squared error between its velocity at x_t and noise - data, for t logit-normal.
 
-    The mean over the samples of each sample's mean: in a packed batch, a large picture counts as much as a small one,
-    as it does in batches of one size.
-
-    The mean of logit(t) is linear in the latent cells of the picture: larger pictures need more noise.
+    The loss is the mean over samples of each sample's mean: in a packed batch, a large picture counts as much as a
+    small one, as it does in batches of one size. The mean of logit(t) is linear in the latent cells of the picture:
+    neighbouring cells of a larger picture are more alike, so it takes more noise to hide as much.
     """
 
-    takes_encoded = True  # batches may bring latents and features; then no encoder is asked for
+    takes_encoded = True  # batches may bring latents and features; then no encoder is needed
 
     @frozen
     class Config:
@@ -74,8 +73,8 @@ class FlowMatching(BaseMethod):
     def __init__(self, config: Config, pipeline: LensPipeline) -> None:
         self.config = config
         self.pipeline = pipeline
-        self._latents = Cache()
-        self._texts = Cache()
+        self._latents = TensorCache()
+        self._texts = TensorCache()
 
     def trainable_modules(self) -> Mapping[str, nn.Module]:
         backbone: Any = self.pipeline.backbone
@@ -83,15 +82,15 @@ class FlowMatching(BaseMethod):
 
     def steps(
         self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
-    ) -> Iterator[Sequence[Sample]]:
+    ) -> Iterator[Sequence[EncodedBatch]]:
         """One encoded batch a step. Raises LensError where a batch has no pictures."""
         for batch in batches:
-            yield (Sample(self._encode_images(batch), self._encode_captions(batch), batch.weight),)
+            yield (EncodedBatch(self._encode_images(batch), self._encode_captions(batch), batch.weight),)
 
     def update_order(self, step: int) -> Sequence[str]:
         return ("backbone",)
 
-    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
+    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: EncodedBatch, rng: torch.Generator) -> Loss:
         """`rng` gives, in this order: t, the noise, sample by sample where sizes differ, and whose caption is dropped.
         Raises ConfigError for a packed batch where the backbone cannot take one."""
         if isinstance(batch.z, tuple):
@@ -103,10 +102,11 @@ class FlowMatching(BaseMethod):
         mean = self.config.logit_mean(z.shape[2] * z.shape[3])
         t = move((self.config.std * normal + mean).sigmoid(), z.device)
         v = nets[role](flow.mix(z, noise, t), t, _drop(batch.text.to(z.device), dropped))
+        # float32: squares of small errors vanish in bfloat16.
         total = (v.float() - flow.velocity(z, noise)).square().mean() * batch.weight
         return Loss(total, {"loss": total.detach()})
 
-    def _packed_loss(self, net: Any, latents: Sequence[Tensor], batch: Sample, rng: torch.Generator) -> Loss:
+    def _packed_loss(self, net: Any, latents: Sequence[Tensor], batch: EncodedBatch, rng: torch.Generator) -> Loss:
         if not hasattr(net, "packed"):
             raise ConfigError(
                 f"flow_matching: {type(net).__name__} cannot take samples of different sizes in one pass; use a "
@@ -125,8 +125,8 @@ class FlowMatching(BaseMethod):
         total = torch.stack(errors).mean() * batch.weight
         return Loss(total, {"loss": total.detach()})
 
-    def flops(self, role: str, batch: Sample) -> float:
-        """FLOPs of the pass over a micro-batch, of its tokens that count; 0 where the backbone cannot tell."""
+    def flops(self, role: str, batch: EncodedBatch) -> float:
+        """FLOPs of a forward pass over a micro-batch, padding left out; 0 if the backbone has no `flops`."""
         count = getattr(self.pipeline.backbone, "flops", None)
         if count is None:
             return 0.0
@@ -141,24 +141,24 @@ class FlowMatching(BaseMethod):
         text = batch.text if batch.text is not None else text_of(self.pipeline.text_encoder, batch.captions)
         if isinstance(z, tuple):  # of mixed sizes: no part by size, which would be the mean of some samples only
             each = [self._errors(nets["backbone"], one[None], text[i : i + 1], rng) for i, one in enumerate(z)]
-            return {name: sum(found[name] for found in each) / len(each) for name in each[0]}
-        found = self._errors(nets["backbone"], z, text, rng)
+            return {name: sum(errors[name] for errors in each) / len(each) for name in each[0]}
+        errors = self._errors(nets["backbone"], z, text, rng)
         cell = self.pipeline.vae.downscale
-        return {**found, f"loss/{z.shape[2] * cell}x{z.shape[3] * cell}": found["loss"]}
+        return {**errors, f"loss/{z.shape[2] * cell}x{z.shape[3] * cell}": errors["loss"]}
 
     def _errors(self, net: nn.Module, z: Tensor, text: TextFeatures, rng: torch.Generator) -> dict[str, float]:
         """The mean squared error in every bin of t, and the mean of the bins."""
-        z, found = z.float(), {}
+        z, errors = z.float(), {}
         for number in range(BINS):
             t = ((number + torch.rand(len(z), generator=rng)) / BINS).to(z.device)
             noise = torch.randn(z.shape, generator=rng).to(z.device)
             v = net(flow.mix(z, noise, t), t, text.to(z.device))
             name = f"loss/t{number / BINS:.1f}-{(number + 1) / BINS:.1f}"
-            found[name] = float((v.float() - flow.velocity(z, noise)).square().mean())
-        return {"loss": sum(found.values()) / BINS, **found}
+            errors[name] = float((v.float() - flow.velocity(z, noise)).square().mean())
+        return {"loss": sum(errors.values()) / BINS, **errors}
 
-    # What is cached is encoded alone: it must not depend on its neighbours, or a resumed run, whose cache starts
-    # empty, would differ in the last bits.
+    # What is cached is encoded in a batch of one: in a larger one the last bits depend on the neighbours, and a resumed
+    # run, whose cache starts empty, would differ.
 
     @torch.no_grad()
     def _encode_images(self, batch: Batch) -> Tensor | tuple[Tensor, ...]:
@@ -174,16 +174,17 @@ class FlowMatching(BaseMethod):
         sizes: dict[tuple[int, ...], list[int]] = {}
         for row, image in enumerate(batch.images):
             sizes.setdefault(tuple(image.shape), []).append(row)
-        found: dict[int, Tensor] = {}
+        latents: dict[int, Tensor] = {}
         for rows in sizes.values():
             keys = [batch.keys[row] for row in rows] if batch.keys else []
             encoded = self._latents_of(torch.stack([batch.images[row] for row in rows]), keys)
-            found |= zip(rows, encoded, strict=True)
-        return tuple(found[row] for row in range(len(batch)))
+            latents |= zip(rows, encoded, strict=True)
+        return tuple(latents[row] for row in range(len(batch)))
 
     def _latents_of(self, images: Tensor, keys: Sequence[int]) -> Tensor:
         """Of pictures of one size."""
-        pixels = to_pixels(images)  # which the loop has brought to the device as bytes
+        # Converted on the device: the trainer moves bytes there, a quarter of what floats would be.
+        pixels = to_pixels(images)
         if not (self.config.cache_latents and keys):
             z = latents_of(self.pipeline.vae, pixels)
             return z
@@ -208,8 +209,8 @@ class FlowMatching(BaseMethod):
         return text.features, text.mask, text.known
 
 
-class Cache:
-    """Tensors by key, up to `limit` bytes; the oldest leave first."""
+class TensorCache:
+    """Keep tensors by key, up to `limit` bytes; the oldest are dropped first."""
 
     def __init__(self, limit: int = CACHE) -> None:
         self.limit = limit
@@ -217,7 +218,7 @@ class Cache:
         self._held: dict[Any, tuple[Tensor, ...]] = {}
 
     def get(self, key: Any, make: Callable[[Any], tuple[Tensor, ...]], source: Any) -> tuple[Tensor, ...]:
-        """What is held for `key`, else `make(source)`, which is held from now on."""
+        """The tensors cached for `key`, or `make(source)`, which is cached from now on."""
         if key not in self._held:
             made = make(source)
             self._held[key] = made
@@ -235,6 +236,6 @@ def _size(tensors: Sequence[Tensor]) -> int:
 def _drop(text: TextFeatures, dropped: Tensor) -> TextFeatures:
     """Empty the `dropped` [B] rows (no token counts: the empty prompt), then cut the padding that all rows share."""
     known = text.known & ~dropped[:, None]
-    columns = known.any(0).nonzero()
+    columns = known.any(0).nonzero()  # cut for speed: attention costs as much for padding as for text
     known = known[:, : int(columns.max()) + 1 if len(columns) else 0]
     return TextFeatures(text.features[:, :, : known.shape[1]], move(known, text.mask.device), known)

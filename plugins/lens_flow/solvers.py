@@ -1,4 +1,4 @@
-"""The samplers beside `euler`, on the same times: `heun`, `dpmpp` and `euler_ancestral`."""
+"""Samplers on the times of `euler`: `heun`, `dpmpp` and `euler_ancestral`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Heun(Scheduled):
         x = x.float()
         for t, after, by in self.spans(x, steps, start):
             v = at(velocity, x, t)
-            if after > 0:  # at t = 0 no model was ever asked
+            if after > 0:  # no model is trained at t = 0
                 v = (v + at(velocity, x + by * v, after)) / 2
             x = x + by * v
             yield after, x

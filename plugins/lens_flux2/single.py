@@ -23,30 +23,31 @@ RENAMES = (
     (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
 )
-"""The original names -> diffusers'. The decoder's levels, counted the other way round, are left to `_named`."""
+"""The original names -> diffusers'. `_diffusers_names` renames the decoder's levels."""
 
 
 def holds(names: Mapping[str, object]) -> bool:
-    """Whether a file holds a FLUX.2 VAE: its BatchNorm tells it from others."""
+    """Whether a file holds a FLUX.2 VAE: other VAEs have no BatchNorm."""
     return all(mark in names for mark in MARKS)
 
 
-def _named(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def _diffusers_names(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The tensors under diffusers' names; attention's projections, 1 x 1 convolutions originally, as matrices."""
     levels = numbered(tensors, "decoder.up.")
-    found = {}
+    renamed = {}
     for name, tensor in tensors.items():
         for pattern, to in RENAMES:
             name = re.sub(pattern, to, name)
+        # The original numbers the decoder's levels by size, the largest picture first; diffusers as they run.
         up = re.match(r"decoder\.up\.(\d+)\.(block|upsample)\.", name)
         if up:
             inner = {"block": "resnets", "upsample": "upsamplers.0"}[up[2]]
             name = f"decoder.up_blocks.{levels - 1 - int(up[1])}.{inner}.{name[up.end() :]}"
         if ".mid_block.attentions." in name and tensor.shape[2:] == (1, 1):
-            found[name] = _matrix(tensor)
+            renamed[name] = _matrix(tensor)
         else:
-            found[name] = tensor
-    return found
+            renamed[name] = tensor
+    return renamed
 
 
 def _matrix(tensor: LazyTensor) -> LazyTensor:
@@ -56,28 +57,29 @@ def _matrix(tensor: LazyTensor) -> LazyTensor:
 def convert_single_file(
     tensors: Mapping[str, LazyTensor], texts: Mapping[str, str], config: Flux2VAEConfig, where: str
 ) -> tuple[Flux2VAEConfig, dict[str, LazyTensor]]:
-    """A single file's tensors -> the config that their shapes tell, and the tensors under diffusers' names.
+    """Infer the config from the shapes of a single file's tensors -> it, and the tensors under diffusers' names.
 
-    How many groups the norms have, no shape tells: see `fit`. Raises CheckpointError.
+    The number of groups of the norms shows in no shape: `fit` takes it from `config` or the published model. Raises
+    CheckpointError.
     """
     if not holds(tensors):
         some = ", ".join(sorted(tensors)[:3]) or "nothing"
         raise CheckpointError(f"{where}: holds {some} …, not a FLUX.2 VAE, which has a bn.running_mean")
-    found = _named(plain(tensors, texts, where))
-    levels = range(numbered(found, "encoder.down_blocks."))
+    weights = _diffusers_names(plain(tensors, texts, where))
+    levels = range(numbered(weights, "encoder.down_blocks."))
 
     def widths(side: str) -> tuple[int, ...]:
-        return tuple(shape_of(found, f"{side}.{i}.resnets.0.conv1.weight", 4, where)[0] for i in levels)
+        return tuple(shape_of(weights, f"{side}.{i}.resnets.0.conv1.weight", 4, where)[0] for i in levels)
 
     encoder, decoder = widths("encoder.down_blocks"), widths("decoder.up_blocks")[::-1]
-    seen = {
+    inferred = {
         "block_out_channels": encoder,
         "decoder_block_out_channels": None if decoder == encoder else decoder,
-        "layers_per_block": numbered(found, "encoder.down_blocks.0.resnets."),
-        "latent_channels": shape_of(found, "decoder.conv_in.weight", 4, where)[1],
-        "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in found,
-        "use_quant_conv": "quant_conv.weight" in found,
-        "use_post_quant_conv": "post_quant_conv.weight" in found,
+        "layers_per_block": numbered(weights, "encoder.down_blocks.0.resnets."),
+        "latent_channels": shape_of(weights, "decoder.conv_in.weight", 4, where)[1],
+        "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in weights,
+        "use_quant_conv": "quant_conv.weight" in weights,
+        "use_post_quant_conv": "post_quant_conv.weight" in weights,
     }
-    telling = ("block_out_channels", "layers_per_block", "latent_channels")
-    return fit(config, type(config)(), seen, telling, where), found
+    deciding = ("block_out_channels", "layers_per_block", "latent_channels")
+    return fit(config, type(config)(), inferred, deciding, where), weights

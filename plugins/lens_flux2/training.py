@@ -46,7 +46,7 @@ class Autoencode(BaseMethod):
 
     def __init__(self, config: Config, pipeline: LensPipeline) -> None:
         vae: Any = pipeline.vae
-        if not hasattr(vae, "track"):
+        if not hasattr(vae, "track_statistics"):
             raise ConfigError(f"autoencode: trains a flux2 VAE, not a {type(vae).__name__}; name flux2 in the recipe")
         self.config = config
         self.vae = vae
@@ -84,7 +84,7 @@ class Autoencode(BaseMethod):
 
     def after_update(self, role: str, nets: Mapping[str, nn.Module], sums: Mapping[str, Tensor]) -> None:
         """Folds the moments of the whole step, of all its parts, into the latent statistics."""
-        self.vae.fold(sums, self.config.statistics_momentum)
+        self.vae.update_statistics(sums, self.config.statistics_momentum)
 
 
 def _crop(batch: Batch, side: int, rng: torch.Generator) -> Batch:

@@ -27,7 +27,7 @@ from lens_flux2.config import Flux2VAEConfig
 from lens_flux2.single import convert_single_file
 
 FOLDER = "vae"  # where a checkpoint keeps this component
-PATCH = 2  # the network's latent pixels fold PATCH x PATCH into the channels of one cell
+PATCH = 2  # the network's latent pixels update_statistics PATCH x PATCH into the channels of one cell
 FIXED: dict[str, Any] = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "patch_size": [PATCH, PATCH]}
 UNUSED = ("sample_size", "batch_norm_momentum", "force_upcast", "down_block_types", "up_block_types")
 
@@ -57,16 +57,19 @@ class Flux2VAE(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B,3,H,W] in [-1, 1] -> z [B,C,h,w]: the posterior's mode, patchified in channel order (c, row,
         column) and normalised. Raises LensError unless H and W are multiples of `downscale`."""
+        # The mode, not a sample: the same picture has the same latents, so they can be cached.
         mean, _ = self._posterior(pixels)
         z = pixel_unshuffle(mean, PATCH)
-        return (z - self._column(self.net.bn.running_mean)) / self._std()
+        # The published checkpoints normalise by these statistics, of training, not by the scale and shift that other
+        # VAEs have in their config: the backbone sees about unit variance in every channel.
+        return (z - self._per_channel(self.net.bn.running_mean)) / self._std()
 
     def decode(self, z: Tensor) -> Tensor:
         """z [B,C,h,w] -> pixels [B,3,H,W], about [-1, 1]; not clamped."""
         if z.ndim != 4 or z.shape[1] != self.channels:
             raise LensError(f"vae: the latents are {list(z.shape)}; it decodes [B, {self.channels}, h, w]")
         z = z.to(self.net.device)
-        return self._decode(pixel_shuffle(z * self._std() + self._column(self.net.bn.running_mean), PATCH))
+        return self._decode(pixel_shuffle(z * self._std() + self._per_channel(self.net.bn.running_mean), PATCH))
 
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Training: pixels [B,3,H,W], standard normal noise [B,c,2h,2w] -> the reconstruction of a posterior sample,
@@ -79,14 +82,15 @@ class Flux2VAE(nn.Module):
         """Of posterior means [B,c,2h,2w], float64: `cells`, how many there are, and their `sum` and `squares` [C].
         Those of several batches add up. A batch that is not finite has none."""
         cells = pixel_unshuffle(mean.double(), PATCH).transpose(0, 1).flatten(1)
+        # One infinite value would stay in the running statistics for good.
         cells = cells if bool(cells.isfinite().all()) else cells[:, :0]
         count = torch.tensor(cells.shape[1], dtype=torch.float64, device=cells.device)
         return {"cells": count, "sum": cells.sum(1), "squares": cells.square().sum(1)}
 
     @torch.no_grad()
-    def fold(self, moments: Mapping[str, Tensor], momentum: float) -> None:
-        """Fold the `moments` of a step into the latent statistics: a plain average over the first 1/momentum calls,
-        then an exponential one. Both moments are those of the weighted mixture of all steps so far."""
+    def update_statistics(self, moments: Mapping[str, Tensor], momentum: float) -> None:
+        """Update the latent statistics with the `moments` of a step: a plain average over the first 1/momentum calls,
+        then an exponential one. Mean and variance are those of the weighted mixture of all steps so far."""
         bn = self.net.bn
         cells = float(moments["cells"])
         if cells == 0:
@@ -94,15 +98,17 @@ class Flux2VAE(nn.Module):
         mean = moments["sum"] / cells
         variance = (moments["squares"] / cells - mean.square()).clamp(min=0)
         bn.num_batches_tracked += 1
+        # A fixed momentum would leave the statistics near their start, 0 and 1, for the first steps.
         weight = max(momentum, 1 / int(bn.num_batches_tracked))
+        # The variance of a mixture: the mean of the variances, and the variance of the means.
         gap = mean - bn.running_mean.double()
         spread = (1 - weight) * bn.running_var.double() + weight * variance + weight * (1 - weight) * gap**2
         bn.running_mean.copy_(bn.running_mean.double() + weight * gap)
         bn.running_var.copy_(spread)
 
-    def track(self, mean: Tensor, momentum: float) -> None:
-        """`fold` the moments of one batch of posterior means."""
-        self.fold(self.moments(mean), momentum)
+    def track_statistics(self, mean: Tensor, momentum: float) -> None:
+        """Update the latent statistics with one batch of posterior means [B,c,2h,2w]."""
+        self.update_statistics(self.moments(mean), momentum)
 
     def activation_bytes(self, workload: Workload) -> int:
         """Estimated bytes of a decoding: the second level's channels at full size, three times over. Workspaces of
@@ -129,7 +135,7 @@ class Flux2VAE(nn.Module):
             name = next(n for n in fields_dict(cls.Config) if getattr(config, n) != getattr(stored, n))
             raise CheckpointError(
                 f"{path}: {name} is {shown(getattr(stored, name))}, but lens.json says "
-                f"{shown(getattr(config, name))}; mend one"
+                f"{shown(getattr(config, name))}; fix one"
             )
         tensors = read_weights(folder / FOLDER)
         layers = stored.layers_per_block * len(stored.block_out_channels)
@@ -144,12 +150,13 @@ class Flux2VAE(nn.Module):
         """A single file: the VAE without values, its config, and the tensors for `load_weights`. `folder` is the
         checkpoint whose VAE it takes the place of. See `single.convert_single_file`."""
         path = folder / FOLDER / "config.json"
-        seen, tensors = convert_single_file(*read_lazy(file), cls._read(path) if path.is_file() else config, str(file))
+        known = cls._read(path) if path.is_file() else config
+        inferred, tensors = convert_single_file(*read_lazy(file), known, str(file))
         with torch.device("meta"):
-            return cls(seen), seen, tensors
+            return cls(inferred), inferred, tensors
 
     def load_weights(self, tensors: Mapping[str, LazyTensor], file: Path, dtype: torch.dtype | None = None) -> None:
-        """Read what `from_header` found, floats as `dtype`."""
+        """Read the tensors of `from_header`, floats as `dtype`."""
         load_module(self.net, file.parent, file.stem, dtype=dtype, tensors=dict(tensors))
 
     @classmethod
@@ -189,8 +196,8 @@ class Flux2VAE(nn.Module):
         return pixels
 
     def _std(self) -> Tensor:
-        return self._column((self.net.bn.running_var + self.config.batch_norm_eps).sqrt())
+        return self._per_channel((self.net.bn.running_var + self.config.batch_norm_eps).sqrt())
 
     @staticmethod
-    def _column(values: Tensor) -> Tensor:
+    def _per_channel(values: Tensor) -> Tensor:
         return values.view(1, -1, 1, 1)

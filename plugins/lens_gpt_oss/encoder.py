@@ -25,13 +25,13 @@ from lens_core.io.atomic_files import write_json
 from lens_core.types import CheckpointError, ConfigError, LensError, TextFeatures, move
 from lens_gpt_oss.config import GptOssEncoderConfig, read_config, transformers_config
 from lens_gpt_oss.experts import pack, packed
-from lens_gpt_oss.single import PACKED, convert_single_file, mxfp4
+from lens_gpt_oss.single import PACKED, check_mxfp4, convert_single_file
 from lens_gpt_oss.template import LARGEST, Wrapper, open_tokenizer, read_tokenizer
 
 FOLDER, TOKENIZER = "text_encoder", "tokenizer"  # where a checkpoint keeps this component
 STEM = "model"
 KEPT_PLAIN = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-"""What MXFP4 leaves alone, as a published config.json tells transformers."""
+"""The modules that are not in MXFP4, as a published config.json lists them for transformers."""
 
 
 class GptOssEncoder(nn.Module):
@@ -57,10 +57,10 @@ class GptOssEncoder(nn.Module):
         self.lm_head: nn.Linear | None = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=self.model.config.initializer_range)
         # Captions give a language model little reason to tell one colour's name from another: from the usual small
-        # weights, all colours end up within 2 % of one vector, and a backbone can hardly see which was asked for.
+        # weights, all colours end up within 2 % of one vector, and a backbone can hardly see which is named.
         nn.init.normal_(self.model.embed_tokens.weight)
         self._wrapper: Wrapper | None = None
-        self._kept: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
+        self._cached_prefix: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
@@ -80,7 +80,7 @@ class GptOssEncoder(nn.Module):
             raise ConfigError(
                 f"gpt_oss: max_length is {self.config.max_length}; the conversation alone takes {least}: raise it"
             )
-        self._wrapper, self._kept = wrapper, None
+        self._wrapper, self._cached_prefix = wrapper, None
 
     def _wrap(self) -> Wrapper:
         if self._wrapper is None:
@@ -132,17 +132,18 @@ class GptOssEncoder(nn.Module):
         host_ids, host = self.rendered(prompts)
         host = host[:, head:]
         ids, mask = move(host_ids, device), move(host, device)
-        cache = DynamicCache([tuple(t.expand(len(ids), -1, -1, -1) for t in pair) for pair in self._head(ids.device)])
-        features = torch.stack(self._walk(ids[:, head:], cache), dim=1)
+        prefix = self._prefix_cache(ids.device)
+        cache = DynamicCache([tuple(t.expand(len(ids), -1, -1, -1) for t in pair) for pair in prefix])
+        features = torch.stack(self._run_layers(ids[:, head:], cache), dim=1)
         return TextFeatures(features.masked_fill(~mask[:, None, :, None], 0), mask, host)
 
-    def _walk(self, ids: Tensor, cache: DynamicCache) -> list[Tensor]:
+    def _run_layers(self, ids: Tensor, cache: DynamicCache) -> list[Tensor]:
         """ids [B,S], after what `cache` holds, which grows by them -> the residual stream [B,S,D] after each selected
         layer; no layer after the last one runs.
 
         Padding on the right needs no mask: attention looks back only, and experts see one token at a time.
         """
-        model, kinds, found = self.model, self.model.config.layer_types or [], []
+        model, kinds, features = self.model, self.model.config.layer_types or [], []
         x = model.embed_tokens(ids)
         before = cache.get_seq_length()
         positions = torch.arange(before, before + ids.shape[1], device=ids.device)[None]
@@ -161,10 +162,10 @@ class GptOssEncoder(nn.Module):
                 past_key_values=cache,
             )
             if index in self.config.selected_layers:
-                found.append(x)
-        return found
+                features.append(x)
+        return features
 
-    def _head(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    def _prefix_cache(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the head, which is the same before every prompt: most of a short prompt's cost. They are
         kept until a weight changes; autocast and dtype count as a change."""
         kind = device.type
@@ -172,11 +173,11 @@ class GptOssEncoder(nn.Module):
         weights = list(self.model.parameters())
         versions = [(p.dtype, p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights]
         state = (device, casts, versions)
-        if self._kept is None or self._kept[0] != state:
+        if self._cached_prefix is None or self._cached_prefix[0] != state:
             cache = DynamicCache()
-            self._walk(torch.tensor([self._wrap().head], device=device), cache)
-            self._kept = state, [(layer.keys, layer.values) for layer in cache.layers]
-        return self._kept[1]
+            self._run_layers(torch.tensor([self._wrap().head], device=device), cache)
+            self._cached_prefix = state, [(layer.keys, layer.values) for layer in cache.layers]
+        return self._cached_prefix[1]
 
     def forward(self, ids: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """ids [B,S] -> what comes next: logits [B,S-first,V] from position `first` on, and router logits [N,B,S,E]."""
@@ -199,7 +200,7 @@ class GptOssEncoder(nn.Module):
         return [*self.model.layers[self.config.selected_layers[-1] + 1 :], self.model.norm, *head]
 
     def activation_bytes(self, workload: Workload) -> int:
-        """Estimated bytes of one encoding: eager attention writes its scores out, and a few streams beside them."""
+        """Estimated bytes of one encoding: the scores of eager attention, and a few streams of activations."""
         heads, head = self.config.num_attention_heads, 97 if self._wrapper is None else self.head_length
         longest = min(workload.tokens, self.config.max_length - head)
         scores = 5 * heads * max(longest * (longest + head), head * head)
@@ -216,7 +217,7 @@ class GptOssEncoder(nn.Module):
 
     @classmethod
     def diagnose(cls) -> dict[str, str]:
-        """What `lens doctor` tells of it."""
+        """What `lens doctor` reports of it."""
         from lens_gpt_oss.paths import diagnose
 
         return diagnose()
@@ -288,7 +289,7 @@ class GptOssEncoder(nn.Module):
         encoder = build_on_meta(lambda: cls(config), folder / FOLDER / "config.json", config.num_hidden_layers, tensors)
         encoder.tokenizer = tokenizer
         file = folder / FOLDER / f"{STEM}.safetensors"
-        encoder.load_weights(encoder._hollow(tensors, file, packed=config.experts == "auto"), file, dtype)
+        encoder.load_weights(encoder._prepare_for(tensors, file, packed=config.experts == "auto"), file, dtype)
         return encoder
 
     @classmethod
@@ -304,9 +305,9 @@ class GptOssEncoder(nn.Module):
         tensors, texts = read_lazy(*(files(file, STEM) if file.is_dir() else [file]))
         known = read_config(disk, config) if disk.is_file() else config
         keep = config.experts == "auto" and not plain
-        seen, found = convert_single_file(tensors, texts, known, str(file), packed=keep)
+        inferred, weights = convert_single_file(tensors, texts, known, str(file), packed=keep)
         with torch.device("meta"):
-            encoder = cls(seen)
+            encoder = cls(inferred)
         if "tokenizer_json" in tensors:
             stored = tensors["tokenizer_json"]
             if stored.dtype != torch.uint8 or len(stored.shape) != 1 or stored.shape[0] > LARGEST:
@@ -319,30 +320,32 @@ class GptOssEncoder(nn.Module):
             encoder.tokenizer = open_tokenizer(file)
         else:
             encoder.tokenizer = open_tokenizer(folder / TOKENIZER)
-        return encoder, seen, encoder._hollow(found, file, packed=keep or plain, whole=plain)
+        return encoder, inferred, encoder._prepare_for(weights, file, packed=keep or plain, whole=plain)
 
-    def _hollow(
+    def _prepare_for(
         self, tensors: Mapping[str, LazyTensor], file: Path, *, packed: bool, whole: bool = False
     ) -> dict[str, LazyTensor]:
-        """Become, on the meta device, what the tensors will fill -> those that will. With experts `packed`, and not
-        `whole`, it is to encode and for nothing else: what comes after the last tap is not held."""
-        found = mxfp4(tensors, str(file), packed=packed)
-        places = [n.removesuffix("_blocks") for n in found if n.endswith("_blocks")]
+        """Give this encoder, on the meta device, the modules that the tensors fit -> the tensors that it needs.
+
+        With experts `packed`, and not `whole`, it can only encode: layers after the last selected one are dropped.
+        """
+        weights = check_mxfp4(tensors, str(file), packed=packed)
+        places = [n.removesuffix("_blocks") for n in weights if n.endswith("_blocks")]
         if places and not whole:
             used = self.config.selected_layers[-1] + 1
             unused = (*(f"model.layers.{i}." for i in range(used, len(self.model.layers))), "lm_head.")
-            found = {n: t for n, t in found.items() if not n.startswith(unused)}
+            weights = {n: t for n, t in weights.items() if not n.startswith(unused)}
             places = [n for n in places if not n.startswith(unused)]
             self.model.layers = self.model.layers[:used]
-        if "lm_head.weight" not in found:
+        if "lm_head.weight" not in weights:
             self.lm_head = None
         for place in places:
             module, _, name = place.rpartition(".")
-            pack(self.get_submodule(module), name, "nvfp4" if f"{place}_scale" in found else "mxfp4")
-        return found
+            pack(self.get_submodule(module), name, "nvfp4" if f"{place}_scale" in weights else "mxfp4")
+        return weights
 
     def load_weights(self, tensors: Mapping[str, LazyTensor], file: Path, dtype: torch.dtype | None = None) -> None:
-        """Read what `from_header` found, floats as `dtype`."""
+        """Read the tensors of `from_header`, floats as `dtype`."""
         load_module(self, file.parent, file.stem, dtype=dtype, tensors=dict(tensors))
         self.model.rotary_emb = GptOssRotaryEmbedding(self.model.config)  # no file holds it
 

@@ -1,4 +1,4 @@
-"""Experts that stay in 4 bits: each is unpacked when a token asks for it, and forgotten. E experts.
+"""Experts that stay in 4 bits: each is unpacked when a token is routed to it, and dropped afterwards. E experts.
 
 transformers would unpack them all when it loads a checkpoint, unless a GPU and one version of a package are there:
 13 GB on disk become 40 GB in memory. This works everywhere, and gives what the unpacked weights give, bit for bit.
@@ -16,23 +16,24 @@ from lens_core.checkpoints.quantization import mxfp4, nvfp4
 
 
 class Packed:
-    """Stands where transformers has a weight [E,in,out]: `weight[i]` is the expert i, [in,out], as its bias is."""
+    """Replaces a weight [E,in,out] of transformers' experts: `weight[i]` unpacks expert i, [in,out]."""
 
     def __init__(self, experts: nn.Module, name: str) -> None:
         self.experts, self.name = experts, name
 
     def _part(self, part: str) -> Tensor:
-        found: Tensor = getattr(self.experts, f"{self.name}_{part}")
-        return found
+        tensor: Tensor = getattr(self.experts, f"{self.name}_{part}")
+        return tensor
 
     def __getitem__(self, index: Tensor | int) -> Tensor:
         blocks, scales, dtype = self._part("blocks")[index], self._part("scales")[index], self._part("bias").dtype
         if self.format == "mxfp4":
             values = mxfp4(blocks, scales)
         else:
+            # Stored as int32, so that a cast of the model leaves its bits alone.
             scale = self._part("scale").view(torch.float32)[index]
             values = nvfp4(blocks, scales.view(torch.float8_e4m3fn), scale)
-        return values.to(dtype).T.contiguous()  # laid out like the plain weight: kernels round by the layout
+        return values.to(dtype).T.contiguous()  # the plain weight's layout: kernels round by it
 
     @property
     def format(self) -> str:
@@ -52,6 +53,7 @@ class Packed:
 def pack(experts: nn.Module, name: str, form: str) -> None:
     """Put a Packed in the place of the weight `name` of transformers' GptOssExperts. Its bytes are still to be loaded:
     buffers `name_blocks`, `name_scales` and, for nvfp4, `name_scale`, all of whole numbers, which no cast changes."""
+    # Buffers of integers: `.to(dtype)` and autocast change floating-point tensors only, and the bytes must stay.
     weight = getattr(experts, name)
     count, inner, out = weight.shape
     delattr(experts, name)

@@ -1,4 +1,4 @@
-"""Which way the experts take: Lens unpacks MXFP4 expert by expert; transformers has kernels of its own."""
+"""Which code computes the experts: Lens unpacks MXFP4 expert by expert; transformers has kernels of its own."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def missing(capability: tuple[int, int] | None) -> list[str]:
     for name, (least, below) in NEEDS.items():
         wanted = f"{name}>={least}" + (f",<{below}" if below else "")
         try:
-            found = Version(version(name))
+            installed = Version(version(name))
         except PackageNotFoundError:
             lacks.append(wanted)
             continue
-        if found < Version(least) or (below is not None and found >= Version(below)):
-            lacks.append(f"{wanted} (this is {found})")
+        if installed < Version(least) or (below is not None and installed >= Version(below)):
+            lacks.append(f"{wanted} (this is {installed})")
     return lacks
 
 
@@ -37,6 +37,6 @@ def diagnose() -> dict[str, str]:
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     lacks = missing(capability)
     return {
-        "experts": "stay in 4 bits, each unpacked when a token asks for it; transformers' kernels are not used",
+        "experts": "stay in 4 bits, each unpacked when a token is routed to it; transformers' kernels are not used",
         "transformers_kernels": f"not available: needs {', '.join(lacks)}" if lacks else "available",
     }

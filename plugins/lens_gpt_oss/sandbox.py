@@ -1,4 +1,4 @@
-"""Render a chat template of a stranger in a process of its own, with little time and memory.
+"""Render an untrusted chat template in a process of its own, with little time and memory.
 
 A template is a program: two nested loops run for hours, `{{ 'a' * 3000000000 }}` takes 3 GB, both while it is compiled
 or between two bytecodes, where a sandbox within the process cannot stop it. So it runs in a child that the operating
@@ -79,7 +79,7 @@ def _answer(task: dict[str, Any]) -> dict[str, str]:
             return {"error": f"it renders {len(text)} characters; at most {LONGEST} are taken"}
         text.encode()
         return {"text": text}
-    except Exception as error:  # whatever a stranger's program raises
+    except Exception as error:  # whatever the template raises
         return {"error": f"{type(error).__name__}: {' '.join(str(error)[:800].split())[:200]}"}
 
 

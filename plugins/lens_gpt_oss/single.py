@@ -50,39 +50,40 @@ def convert_single_file(
     *,
     packed: bool,
 ) -> tuple[GptOssEncoderConfig, dict[str, LazyTensor]]:
-    """A single file's tensors -> the config that their shapes tell, and the tensors under transformers' names.
+    """Infer the config from the shapes of a single file's tensors -> it, and the tensors under transformers' names.
 
     Experts in MXFP4 stay `…_blocks` and `…_scales`. Those in nvfp4 do so with `packed`, with a `…_scale` too, and
-    become plain weights without. How many experts a token asks and how far layers slide, no shape tells: see `fit`.
+    become plain weights without. The experts a token and the sliding
+    window show in no shape: `fit` takes them from `config` or the published model.
     """
     if not holds(tensors):
         some = ", ".join(sorted(tensors)[:3]) or "nothing"
         raise CheckpointError(f"{where}: holds {some} …, not a GPT-OSS; its names begin with model.layers. or layers.")
     rest = {name: tensor for name, tensor in tensors.items() if name != "tokenizer_json"}
-    found = {}
+    weights = {}
     for name, tensor in plain(rest, texts, where, keep=EXPERTS if packed else ()).items():
         bare = name.removeprefix("model.")
         bare = re.sub(r"(experts\.\w+_proj)\.(blocks|scales|scale|bias)$", r"\1_\2", bare)
         if bare.endswith(tuple(f"{e}.weight" for e in EXPERTS)):
             bare, tensor = bare.removesuffix(".weight"), _transposed(tensor)
-        found[bare if bare.startswith("lm_head.") else f"model.{bare}"] = tensor
-    vocabulary, width = shape_of(found, "model.embed_tokens.weight", 2, where)
-    (heads,) = shape_of(found, "model.layers.0.self_attn.sinks", 1, where)
-    (experts, inner) = shape_of(found, "model.layers.0.mlp.experts.gate_up_proj_bias", 2, where)
-    head = shape_of(found, "model.layers.0.self_attn.q_proj.weight", 2, where)[0] // heads
-    seen = {
+        weights[bare if bare.startswith("lm_head.") else f"model.{bare}"] = tensor
+    vocabulary, width = shape_of(weights, "model.embed_tokens.weight", 2, where)
+    (heads,) = shape_of(weights, "model.layers.0.self_attn.sinks", 1, where)
+    (experts, inner) = shape_of(weights, "model.layers.0.mlp.experts.gate_up_proj_bias", 2, where)
+    head = shape_of(weights, "model.layers.0.self_attn.q_proj.weight", 2, where)[0] // heads
+    inferred = {
         "hidden_size": width,
         "intermediate_size": inner // 2,
         "num_attention_heads": heads,
         "head_dim": head,
         "num_local_experts": experts,
-        "num_key_value_heads": shape_of(found, "model.layers.0.self_attn.k_proj.weight", 2, where)[0] // max(1, head),
-        "num_hidden_layers": numbered(found, "model.layers."),
+        "num_key_value_heads": shape_of(weights, "model.layers.0.self_attn.k_proj.weight", 2, where)[0] // max(1, head),
+        "num_hidden_layers": numbered(weights, "model.layers."),
         "vocab_size": vocabulary,
     }
     published = evolve(type(config)(), date=config.date, max_length=config.max_length, experts=config.experts)
     try:
-        return fit(config, published, seen, list(seen)[:5], where), found
+        return fit(config, published, inferred, list(inferred)[:5], where), weights
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error.problems[0]}") from error
 
@@ -93,17 +94,17 @@ def _transposed(tensor: LazyTensor) -> LazyTensor:
     return LazyTensor((experts, *matrix[::-1]), tensor.dtype, lambda dtype: (part.mT for part in tensor.rows(dtype)))
 
 
-def mxfp4(tensors: Mapping[str, LazyTensor], where: str, *, packed: bool) -> dict[str, LazyTensor]:
+def check_mxfp4(tensors: Mapping[str, LazyTensor], where: str, *, packed: bool) -> dict[str, LazyTensor]:
     """Experts in MXFP4, checked, and as plain weights unless `packed`."""
-    found = dict(tensors)
+    weights = dict(tensors)
     for name in [k.removesuffix("_blocks") for k in tensors if k.endswith("_blocks")]:
-        if f"{name}_scales" not in found:
+        if f"{name}_scales" not in weights:
             raise CheckpointError(f"{where}: {name}_blocks has no {name}_scales beside it; fetch it again")
-        if f"{name}_scale" in found:
+        if f"{name}_scale" in weights:
             continue  # nvfp4, which `plain` has checked
-        blocks, scales = lazy_mxfp4(name, found.pop(f"{name}_blocks"), found.pop(f"{name}_scales"), where)
-        found |= {f"{name}_blocks": blocks, f"{name}_scales": scales} if packed else {name: _plain(blocks, scales)}
-    return found
+        blocks, scales = lazy_mxfp4(name, weights.pop(f"{name}_blocks"), weights.pop(f"{name}_scales"), where)
+        weights |= {f"{name}_blocks": blocks, f"{name}_scales": scales} if packed else {name: _plain(blocks, scales)}
+    return weights
 
 
 def _plain(blocks: LazyTensor, scales: LazyTensor) -> LazyTensor:

@@ -85,7 +85,7 @@ def conversation(prompt: str) -> list[dict[str, str]]:
 def render(chat_template: str, messages: Sequence[dict[str, str]], date: str) -> str:
     """The text of `messages`, written on the day `date` (YYYY-MM-DD) whatever today is.
 
-    The two templates of this module are run here. Any other is a stranger's program, and is run in a process of its
+    The two templates of this module are run here. Any other is untrusted code, and is run in a process of its
     own with little time and memory (`sandbox`). Raises CheckpointError."""
     try:
         known = chat_template in (CHAT_TEMPLATE, HARMONY)
@@ -259,7 +259,7 @@ def _check_regex(pattern: Any) -> None:
 
 
 def wrap_tokenizer(tokenizer: Tokenizer, chat_template: str) -> PreTrainedTokenizerFast:
-    """A bare tokenizer with the names that transformers and `Wrapper` look for."""
+    """A bare tokenizer with the names that transformers and `Wrapper` need."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=chat_template,

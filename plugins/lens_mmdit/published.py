@@ -12,7 +12,7 @@ from lens_core.checkpoints.lazy_tensors import read_lazy
 from lens_core.io.atomic_files import read_json
 from lens_core.io.readers import one_line
 from lens_core.types import CheckpointError
-from lens_mmdit.single import prefix
+from lens_mmdit.single import find_prefix
 
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
     "1024": {
@@ -92,11 +92,11 @@ def describe(folder: Path) -> dict[str, Any] | None:
     underscore) are left out; every other one is passed on, so that an architecture we do not know is refused by name.
     """
     if folder.suffix == ".safetensors" and folder.is_file():
-        return _file(folder)
+        return _single_file(folder)
     if (folder / "diffusion_models").is_dir() and not (folder / "model_index.json").is_file():
-        return _comfy(folder)
-    if not folder.exists() and (variant := _known(str(folder))):
-        return _published(variant)
+        return _comfy_folder(folder)
+    if not folder.exists() and (variant := _variant_of_repository(str(folder))):
+        return _known_checkpoint(variant)
     if not (folder / "model_index.json").is_file():
         return None
     index = read_json(folder / "model_index.json")
@@ -111,7 +111,7 @@ def describe(folder: Path) -> dict[str, Any] | None:
         "format": 1,
         "components": {
             "vae": {"use": "lens_flux2:flux2", "config": {}},
-            "text_encoder": {"use": "lens_gpt_oss:gpt_oss", "config": _taps(config)},
+            "text_encoder": {"use": "lens_gpt_oss:gpt_oss", "config": _encoder_layers(config)},
             "backbone": {
                 "use": "lens_mmdit:mmdit",
                 "config": {k: v for k, v in config.items() if not k.startswith("_")},
@@ -123,7 +123,7 @@ def describe(folder: Path) -> dict[str, Any] | None:
     }
 
 
-def _known(name: str) -> str | None:
+def _variant_of_repository(name: str) -> str | None:
     """The variant that a repository is known to hold; `published:` is the one that all the others came from."""
     name = name.partition("@")[0]
     known = {mirror: variant for variant, mirrors in REPOSITORIES.items() for mirror in mirrors}
@@ -131,7 +131,7 @@ def _known(name: str) -> str | None:
     return known.get(name)
 
 
-def _published(variant: str) -> dict[str, Any]:
+def _known_checkpoint(variant: str) -> dict[str, Any]:
     parts: dict[str, Any] = {part: {"use": use, "config": {}} for part, (_, use) in PARTS.items()}
     return {
         "format": 1,
@@ -141,15 +141,15 @@ def _published(variant: str) -> dict[str, Any]:
     }
 
 
-def _file(file: Path) -> dict[str, Any] | None:
+def _single_file(file: Path) -> dict[str, Any] | None:
     """One file: a backbone, which names its variant in its own name."""
-    if prefix(read_lazy(file)[0]) is None:
+    if find_prefix(read_lazy(file)[0]) is None:
         return None
     parts = {"backbone": {"use": PARTS["backbone"][1], "file": file.name}}
-    return _single(parts, file.name)
+    return _checkpoint_of_parts(parts, file.name)
 
 
-def _comfy(folder: Path) -> dict[str, Any]:
+def _comfy_folder(folder: Path) -> dict[str, Any]:
     """Comfy's layout: `diffusion_models/`, `text_encoders/` and `vae/`, one file in each. Parts may be absent."""
     parts = {}
     for part, (place, use) in PARTS.items():
@@ -162,11 +162,11 @@ def _comfy(folder: Path) -> dict[str, Any]:
         parts |= {part: {"use": use, "file": str(files[0])}} if files else {}
     if "backbone" not in parts:
         raise CheckpointError(f"{folder / 'diffusion_models'}: holds no .safetensors file; fetch one")
-    return _single(parts, Path(parts["backbone"]["file"]).name, folder.resolve().name)
+    return _checkpoint_of_parts(parts, Path(parts["backbone"]["file"]).name, folder.resolve().name)
 
 
-def _single(parts: dict[str, Any], *names: str) -> dict[str, Any]:
-    variant, note = _going_by(*names)
+def _checkpoint_of_parts(parts: dict[str, Any], *names: str) -> dict[str, Any]:
+    variant, note = _variant_by_name(*names)
     return {
         "format": 1,
         "components": {**parts, "sampler": {"use": "lens_flow:euler", "config": {}}},
@@ -175,7 +175,7 @@ def _single(parts: dict[str, Any], *names: str) -> dict[str, Any]:
     }
 
 
-def _taps(config: dict[str, Any]) -> dict[str, Any]:
+def _encoder_layers(config: dict[str, Any]) -> dict[str, Any]:
     """The backbone's file says which layers of the encoder feed it; the encoder's own file does not."""
     return {"selected_layers": config["selected_layer_index"]} if "selected_layer_index" in config else {}
 
@@ -189,10 +189,10 @@ def _variant(folder: Path, index: dict[str, Any]) -> tuple[str, str]:
     for variant, mirrors in REPOSITORIES.items():
         if repository in {f"models--{name.replace('/', '--')}" for name in (*mirrors, f"microsoft/{variant}")}:
             return variant, f"the preset of {variant}, as its repository is known"
-    return _going_by(repository, folder.name, str(index.get("_name_or_path") or "").rpartition("/")[2])
+    return _variant_by_name(repository, folder.name, str(index.get("_name_or_path") or "").rpartition("/")[2])
 
 
-def _going_by(*names: str) -> tuple[str, str]:
+def _variant_by_name(*names: str) -> tuple[str, str]:
     """(variant, how we know) by the first of the names that tells, in whole words: a database is no Base."""
     for name in names:
         words = set(re.findall("[a-z0-9]+", name.lower()))

@@ -19,7 +19,7 @@ from lens_data import caching
 from lens_data.commands import cache
 from lens_data.dataset import StoreDataset, fill_cache
 from lens_data.store import Store
-from lens_flow.matching import FlowMatching, Sample
+from lens_flow.matching import EncodedBatch, FlowMatching
 from PIL import Image
 
 from lens_core.catalog import Catalog
@@ -79,7 +79,7 @@ def test_training_from_the_cache_equals_training_online(store, pipeline):
         assert torch.equal(batch.text.mask, sample.text.mask)
         losses = [
             method.loss("backbone", method.trainable_modules(), s, torch.Generator().manual_seed(1)).total
-            for s in (sample, Sample(batch.latents, batch.text))
+            for s in (sample, EncodedBatch(batch.latents, batch.text))
         ]
         torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
     assert {tuple(b.latents.shape[1:]) for b in cached} == {(4, 2, 2), (4, 2, 3)}

@@ -13,7 +13,7 @@ import pytest
 import torch
 import toy
 from attrs import evolve
-from lens_flow.matching import Cache, FlowMatching, Sample
+from lens_flow.matching import EncodedBatch, FlowMatching, TensorCache
 from torch import Tensor, nn
 
 from lens_core.catalog import Catalog
@@ -72,12 +72,12 @@ def rng(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def encoded(m: FlowMatching, *batches: Batch) -> list[Sample]:
+def encoded(m: FlowMatching, *batches: Batch) -> list[EncodedBatch]:
     return [micro for step in m.steps(iter(batches), m.trainable_modules(), rng()) for micro in step]
 
 
-def many(rows: int, h: int = 4, w: int = 4) -> Sample:
-    return Sample(
+def many(rows: int, h: int = 4, w: int = 4) -> EncodedBatch:
+    return EncodedBatch(
         torch.zeros(rows, 2, h, w), TextFeatures(torch.ones(rows, 1, 1, 1), torch.ones(rows, 1, dtype=torch.bool))
     )
 
@@ -218,7 +218,7 @@ def test_without_keys_nothing_is_cached():
 
 
 def test_a_full_cache_forgets_the_oldest():
-    cache = Cache(limit=8)
+    cache = TensorCache(limit=8)
     made = []
 
     def make(n: int) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import toy
 from attrs import evolve
-from lens_flow.matching import FlowMatching, Sample
+from lens_flow.matching import EncodedBatch, FlowMatching
 from test_data_dataset import fill
 from test_flow_matching import Averages, Letters, Recorder, method
 from test_mmdit_model import distance, model
@@ -31,11 +31,11 @@ from lens_core.types import Batch, ConfigError, TextFeatures
 SIZES = [(4, 4), (3, 5), (4, 4), (2, 2), (3, 5), (4, 4)]
 
 
-def sample(dtype: torch.dtype = torch.float32) -> Sample:
+def sample(dtype: torch.dtype = torch.float32) -> EncodedBatch:
     draw = torch.Generator().manual_seed(0)
     z = tuple(torch.randn(8, *size, generator=draw, dtype=dtype) for size in SIZES)
     mask = torch.arange(5) < torch.tensor([5, 2, 0, 4, 1, 5])[:, None]
-    return Sample(z, TextFeatures(torch.randn(6, 2, 5, 12, generator=draw, dtype=dtype), mask))
+    return EncodedBatch(z, TextFeatures(torch.randn(6, 2, 5, 12, generator=draw, dtype=dtype), mask))
 
 
 def learn(net: nn.Module, *losses: Tensor) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def test_a_packed_batch_of_one_size_learns_as_the_batch_itself() -> None:
     z, text = torch.randn(3, 8, 4, 4, generator=rng().manual_seed(1)), sample().text[:3]  # 128 numbers: drawn alike
     m = FlowMatching(FlowMatching.Config(caption_dropout=0.5), LensPipeline())
     both = [
-        learn(net, m.loss("backbone", {"backbone": net}, Sample(latents, text), rng().manual_seed(4)).total)
+        learn(net, m.loss("backbone", {"backbone": net}, EncodedBatch(latents, text), rng().manual_seed(4)).total)
         for latents in (z, tuple(z))
     ]
     assert all(distance(both[1][k], both[0][k]) < 1e-5 for k in both[0])
@@ -99,7 +99,7 @@ def test_t_is_drawn_for_the_size_of_each_sample() -> None:
 def test_a_weight_multiplies_the_loss_and_what_is_told() -> None:
     net, m = model(), FlowMatching(FlowMatching.Config(), LensPipeline())
     whole = sample()
-    one = [Sample(torch.stack(whole.z[::2][:2]), whole.text[:2]), whole]
+    one = [EncodedBatch(torch.stack(whole.z[::2][:2]), whole.text[:2]), whole]
     for micro in one:
         losses = [
             m.loss("backbone", {"backbone": net}, evolve(micro, weight=w), torch.Generator().manual_seed(2))
@@ -191,7 +191,7 @@ def test_the_work_of_a_batch_is_that_of_its_samples_and_of_tokens_that_count() -
     counts = given.text.mask.sum(1).tolist()
     assert fit.flops("backbone", given) == sum(net.flops(s, n) for s, n in zip(SIZES, counts, strict=True))
     rows = [n for n, size in enumerate(SIZES) if size == (4, 4)]
-    bucket = Sample(
+    bucket = EncodedBatch(
         torch.stack([given.z[n] for n in rows]), TextFeatures(given.text.features[rows], given.text.mask[rows])
     )
     assert fit.flops("backbone", bucket) == sum(net.flops((4, 4), counts[n]) for n in rows)

@@ -95,7 +95,7 @@ def test_latents_have_unit_variance_after_training_on_them():
 def test_the_newest_batch_weighs_the_momentum():
     m = method(statistics_momentum=0.5)
     for value in (0.0, 2.0, 4.0):
-        m.vae.track(torch.full((1, 2, 2, 2), value), 0.5)
+        m.vae.track_statistics(torch.full((1, 2, 2, 2), value), 0.5)
     bn = m.vae.net.bn
     # weights 1/4, 1/4, 1/2 of 0, 2, 4
     torch.testing.assert_close(bn.running_mean, torch.full((8,), 2.5))
@@ -112,7 +112,7 @@ def test_without_gradients_the_statistics_stand_still():
 
 def test_a_batch_that_is_not_finite_leaves_no_trace_in_the_statistics():
     m = method()
-    m.vae.track(torch.tensor(float("nan")).expand(1, 2, 2, 2), 0.5)
+    m.vae.track_statistics(torch.tensor(float("nan")).expand(1, 2, 2, 2), 0.5)
     assert int(m.vae.net.bn.num_batches_tracked) == 0 and m.vae.net.bn.running_var.isfinite().all()
 
 

@@ -367,7 +367,7 @@ def test_the_head_runs_again_after_a_step_of_a_fused_optimizer() -> None:
         weight.grad = torch.ones_like(weight)
     apply_step(torch.optim.AdamW(weights, lr=1e-2, fused=True))
     after = encoder.encode(PROMPTS[:1]).features
-    encoder._kept = None
+    encoder._cached_prefix = None
     assert torch.equal(after, encoder.encode(PROMPTS[:1]).features) and not torch.equal(after, before)
 
 
