@@ -7,7 +7,7 @@ The dtype tells the unit: uint8 is a picture, float pixels in [-1, 1] exist only
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,6 +68,16 @@ class Prompt:
     id: int = 0
     task: str = ""
     data: Mapping[str, Any] = field(factory=dict)
+
+
+def prompts_of_tasks(prompts: Iterable[Prompt], tasks: Collection[str]) -> list[Prompt]:
+    """The prompts of some tasks, in their order; without `tasks`, all. ConfigError for a task that none has."""
+    listed = list(prompts)
+    known = {prompt.task for prompt in listed}
+    for task in tasks:
+        if task not in known:
+            raise ConfigError(f"no task of the prompts is called {task!r}.{did_you_mean(task, known)}")
+    return [prompt for prompt in listed if not tasks or prompt.task in tasks]
 
 
 @frozen

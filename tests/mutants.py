@@ -96,19 +96,24 @@ MUTANTS = [
         "plugins/lens_nft/method.py",
         "tests/plugins/test_nft_method.py",
         ("self.config.old_policy_decay(step + 1)", "self.config.old_policy_decay(step)"),
-        ("value.lerp_(fresh[name].to(value.dtype), 1 - decay)", "value.lerp_(fresh[name].to(value.dtype), decay)"),
         ("steps - self.old_policy_wait), self.old_policy_max_decay)", "steps), self.old_policy_max_decay)"),
-        ("count / whole, facts)", "1 / whole, facts)"),
-        ("for p, q, s, learn in learned if learn)", "for p, q, s, learn in learned)"),
         (
-            "(micro_batch.interval + torch.rand((), generator=rng)) / self.config.timesteps_per_image",
-            "torch.rand((), generator=rng)",
-        ),
-        (
-            "standard_deviations([part for theirs in all_gather(mine) for part in theirs])",
-            "standard_deviations(mine[:1])",
+            "standard_deviations([part for other in all_gather(local) for part in other])",
+            "standard_deviations(local[:1])",
         ),
         ("total = total + config.kl * parts", "total = total - config.kl * parts"),
+    ),
+    *_of(
+        "plugins/lens_nft/policies.py",
+        "tests/plugins/test_nft_method.py",
+        ("value.lerp_(fresh[name].to(value.dtype), 1 - decay)", "value.lerp_(fresh[name].to(value.dtype), decay)"),
+    ),
+    *_of(
+        "plugins/lens_nft/micro_batches.py",
+        "tests/plugins/test_nft_method.py",
+        ("len(blocks) * config.timesteps_per_image / mean_count", "1 / mean_count"),
+        ("for p, q, s, learn in rows if learn)", "for p, q, s, learn in rows)"),
+        ("(batch.interval + torch.rand((), generator=rng)) / intervals", "torch.rand((), generator=rng)"),
     ),
     *_of(
         "plugins/lens_nft/objective.py",

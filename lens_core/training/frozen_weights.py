@@ -6,6 +6,7 @@ instead, and takes half the room. What rounding changed is kept on the host, for
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -32,6 +33,13 @@ def of_method(method: object, roles: Mapping[str, nn.Module]) -> dict[str, nn.Mo
     """The networks that a method holds and never changes (`frozen()`), by name; a role is none of them."""
     found = method.frozen() if hasattr(method, "frozen") else {}
     return {name: net for name, net in found.items() if all(net is not role for role in roles.values())}
+
+
+def frozen_copy(net: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A copy of `net` that does not learn, over the same tensors where they are `shared`: those are held once, and
+    adapters can be put beside the layers of either."""
+    memo = {id(tensor): tensor for tensor in shared}
+    return copy.deepcopy(net, memo).requires_grad_(False).eval()
 
 
 def apart(nets: Mapping[str, nn.Module], roles: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""A discriminator's trained part: one small head on each tapped block of a frozen backbone."""
+"""A discriminator's trained part: one small head on the features of each block of a frozen backbone."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ HEADS = {"conv": conv, "linear": linear}
 
 
 class Heads(nn.Module):
-    """Features [B,D,h,w] of each tap -> logits [B, taps], in float32; any h, w. `kind` is a name of `HEADS`."""
+    """Features [B,D,h,w] of each block -> logits [B, heads], in float32; any h, w. `kind` is a name of `HEADS`."""
 
     def __init__(self, channels: Sequence[int], width: int = 64, kind: str = "conv") -> None:
         super().__init__()
-        self.taps = nn.ModuleList(HEADS[kind](c, width) for c in channels)
+        self.heads = nn.ModuleList(HEADS[kind](c, width) for c in channels)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        # The approximate R1 takes differences of logits, of which bfloat16 would leave little.
+        # float32: the approximate R1 takes differences of logits, which bfloat16 would round away.
         with torch.autocast(features[0].device.type, enabled=False):
             dtype = next(self.parameters()).dtype
-            logits = [tap(f.to(dtype)).mean((1, 2, 3)) for tap, f in zip(self.taps, features, strict=True)]
+            logits = [head(f.to(dtype)).mean((1, 2, 3)) for head, f in zip(self.heads, features, strict=True)]
         return torch.stack(logits, dim=1)

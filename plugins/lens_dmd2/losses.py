@@ -1,7 +1,9 @@
 """Distribution matching and what stabilises it, as pure functions (DMD2; Decoupled DMD; SenseFlow; APT).
 
-x is what the student made, [B,C,h,w]; x_t is x with noise at t [B]; velocities are the teacher's under the caption
-(cond), without it (uncond), guided, and the fake's, which follows the student. A gradient g is what x should lose.
+x is the student's guess of the data, [B,C,h,w]; x_t is x with noise at t [B]. The velocities are the teacher's with the
+caption (cond), without it (uncond) and guided, and the fake score network's, which follows the student. g is the
+gradient on x. Papers: DMD (Yin et al., 2023), DMD2 (arXiv 2405.14867), Decoupled DMD (Liu et al., 2025), SenseFlow (Ge
+et al., 2025), APT (Lin et al., 2025). Their equations are rewritten for t = 1 noise and velocities.
 """
 
 from __future__ import annotations
@@ -67,14 +69,18 @@ def gradient(
     """g = (behind's guess of the data - ahead's), over the mean distance, a row, of x from anchor's guess
     (at least `min_distance`).
 
-    x - g moves from where `behind` thinks the data is towards where `ahead` does. All three are velocities at x_t.
+    x - g moves from where `behind` expects the data towards where `ahead` does. All three are velocities at x_t.
+    Source: DMD2's distribution matching gradient; the normaliser is equation 8 of DMD.
     """
+    # In velocities the two guesses x_t - t v differ by t (ahead - behind). The normaliser makes steps of equal size at
+    # all t: near t = 1 guesses are poor and far from x, and their difference alone would rule the sum.
     away = (x - flow.data_from(x_t, anchor, t)).abs().flatten(1).mean(1).clamp(min=min_distance)
     return t.to(x.dtype).view(-1, 1, 1, 1) * (ahead - behind) / away.view(-1, 1, 1, 1)
 
 
 def descend(x: Tensor, g: Tensor) -> Tensor:
-    """1/2 mean (x - sg(x - g))^2 without its rounding: 1/2 mean g^2, whose gradient on x is g / numel."""
+    """1/2 mean (x - sg(x - g))^2: its value is 1/2 mean g^2, its gradient on x is g / numel."""
+    # Grouped so that x cancels exactly: x - (x - g) would round g to the precision of x.
     return 0.5 * (x - x.detach() + g.detach()).square().mean()
 
 
@@ -114,7 +120,7 @@ class MatchingOptions:
 
 @torch.no_grad()
 def joint(x: Tensor, views: Views, until: float, options: MatchingOptions, rng: torch.Generator) -> Matching:
-    """DMD2: from the fake to the guided teacher, at noise levels over the full range."""
+    """DMD2: from the fake to the guided teacher, at noise levels over the full range. `until` is not used."""
     x_t, t, _ = noised(x, rng, options.schedule)
     _, guided = views.both(x_t, t)
     fake = views.fake(x_t, t)
@@ -128,9 +134,12 @@ def decoupled(x: Tensor, views: Views, until: float, options: MatchingOptions, r
     The noise levels of CA are cleaner than `until`, the time of the step that made x; those of DM are not bounded.
     `ca_dm_ratio` is the ratio of the two gradients' norms.
     """
+    # Guidance decides structure that the rollout has settled by `until`: at noisier levels than that, CA would rewrite
+    # what this step can no longer change. In the paper's ablation this combination scores best.
     x_t, t, _ = noised(x, rng, options.schedule, until)
     cond, guided = views.both(x_t, t)
     ca = options.ca_weight * gradient(x, x_t, t, guided, cond, cond, options.min_distance)
+    # New noise: the two terms are estimates of their own, each with its own normaliser.
     x_t, t, _ = noised(x, rng, options.schedule)
     cond, fake = views.cond(x_t, t), views.fake(x_t, t)
     dm = options.dm_weight * gradient(x, x_t, t, cond, fake, cond, options.min_distance)
@@ -148,15 +157,15 @@ def _agreement(teacher: Tensor, fake: Tensor) -> dict[str, Tensor]:
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:
     """Of two norms; finite where b is 0."""
-    found: Tensor = a.norm() / b.norm().clamp(min=1e-12)
-    return found
+    quotient: Tensor = a.norm() / b.norm().clamp(min=1e-12)
+    return quotient
 
 
 # ---- what goes with it ----------------------------------------------------------------------------------------
 
 
 def tracking(v: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-    """The fake's loss: flow matching on what the student makes."""
+    """The loss of the fake score network: flow matching on what the student makes (DMD2)."""
     error: Tensor = v - flow.velocity(x, noise)
     return error.square().mean()
 
@@ -176,6 +185,7 @@ def approximate_r1(logits: Callable[[Tensor], Tensor], x_t: Tensor, at: Tensor, 
 
     x_t is *noised* real data, as D sees it, `at` = D(x_t), n ~ N(0, 1). D's rows must not depend on each other.
     """
+    # Finite differences, for the exact R1 needs second derivatives, which fused attention does not have.
     change: Tensor = (logits(x_t + sigma * n) - at) / sigma
     return change.square().mean()
 

@@ -6,7 +6,6 @@ DMD2 (Yin et al., 2024), Decoupled DMD (Liu et al., 2025), SenseFlow (Ge et al.,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from lens_core.attribution import latents_of
 from lens_core.flow import Velocity
 from lens_core.inference.pipeline import to_pixels
 from lens_core.protocols import dtype_of
+from lens_core.training.frozen_weights import frozen_copy
 from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, TextFeatures, move
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, optional, real, within
 from lens_dmd2 import losses
@@ -31,25 +31,27 @@ if TYPE_CHECKING:
 
 
 @frozen
-class Entry:
-    """Where a turn begins: at step `count` of the student, in a noised picture (`real`) or in what it made so far."""
+class ExitStep:
+    """The step of the student that an update learns: step `count`, begun at a noised picture (`real`) or at what the
+    steps before it made."""
 
     count: int
     real: bool = False
 
 
 @frozen
-class Sample:
+class MicroBatch:
     """A micro-batch: the captions' text, the latent grid (h, w) to draw at, and real latents z [B,C,h,w] for a GAN.
 
-    `entries` are taken in turn, one by each loss. They are those of every part of a batch, for passes over divided
-    weights must be as many in every process; a loss that finds none left draws its own.
+    Each loss takes the next of `exit_steps`, or draws its own where none is left. They are drawn once for the
+    whole batch: an exit step decides the number of passes, and with FSDP every process must make as many, or all would
+    hang.
     """
 
     text: TextFeatures
     size: tuple[int, int]
     z: Tensor | None = None
-    entries: Iterator[Entry] = field(factory=lambda: iter(()), eq=False)
+    exit_steps: Iterator[ExitStep] = field(factory=lambda: iter(()), eq=False)
 
     def __len__(self) -> int:
         return len(self.text)
@@ -58,12 +60,12 @@ class Sample:
 class DMD2:
     """The pipeline's backbone becomes a student of `steps` steps without guidance; as it was, it is the teacher.
 
-    A step is one update of the generator, after `fake_score_updates` of the fake (a copy that follows what the student
-    makes) and, with a GAN, of the heads. The pipeline's presets become the student's. The teacher is no role and is not
-    saved: a resumed run copies it anew from the recipe's start, and refuses another one.
+    A step is one update of the generator, after `fake_score_updates` of the fake score network (a copy that learns what
+    the student makes) and, with a GAN, of the heads. The pipeline's presets become the student's. The teacher is not
+    trained and not saved: a resumed run copies it anew from the recipe's start, and refuses another one.
     """
 
-    logs = True  # whether what this step tells is logged; the loop says so
+    logs = True  # whether this step's values are logged; the trainer sets it
 
     @frozen
     class Config:
@@ -80,7 +82,7 @@ class DMD2:
         shift: float = field(default=3.0, validator=real(above=0))  # it moves them; 1 leaves them
         # Least distance from the teacher's guess that gradients are divided by, in latent units.
         min_distance: float = field(default=0.1, validator=real(above=0))
-        # Updates of the fake (and the heads) before each of the generator.
+        # Updates of the fake score network (and the heads) before each of the generator.
         fake_score_updates: int = field(default=5, validator=integer(at_least=1))
         # Steps at the start in which the generator waits for the fake.
         warmup: int = field(default=0, validator=integer(at_least=0))
@@ -128,8 +130,12 @@ class DMD2:
             )
         self.config, self.pipeline, self.guidance = config, pipeline, float(scale)
         self.schedule = Schedule(config.shift, config.noise_levels)
-        self.teacher = _frozen(pipeline.backbone, "generator" in config.lora_on_shared_base)
-        fake = _frozen(self.teacher, "fake" in config.lora_on_shared_base)
+
+        def shared(role: str, net: nn.Module) -> list[Tensor]:
+            return [*net.parameters(), *net.buffers()] if role in config.lora_on_shared_base else []
+
+        self.teacher: Any = frozen_copy(pipeline.backbone, shared("generator", pipeline.backbone))
+        fake = frozen_copy(self.teacher, shared("fake", self.teacher))
         self._roles: dict[str, nn.Module] = {"generator": pipeline.backbone, "fake": fake}
         if config.gan_weight:
             self._roles["heads"] = self._heads()
@@ -143,13 +149,13 @@ class DMD2:
         like = torch.empty(0, dtype=dtype_of(self.teacher), device=device)
         encoder = self.pipeline.text_encoder
         with torch.no_grad():
-            found = self.teacher.features(
+            features = self.teacher.features(
                 like.new_zeros(1, self.pipeline.vae.channels, 2, 2),
                 like.new_ones(1).float(),
                 TextFeatures.empty(1, encoder.layers, encoder.width, like),
                 self.config.discriminator_blocks,
             )
-        heads = Heads([f.shape[1] for f in found], kind=self.config.discriminator_head)
+        heads = Heads([f.shape[1] for f in features], kind=self.config.discriminator_head)
         return heads.to(like.device).requires_grad_(False)
 
     # ---- who learns, from what ---------------------------------------------------------------------------------
@@ -167,9 +173,9 @@ class DMD2:
 
     def steps(
         self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
-    ) -> Iterator[Sequence[Sample]]:
+    ) -> Iterator[Sequence[MicroBatch]]:
         """One encoded batch a step. `rng`, which is in one state in all processes, gives what they must share: the
-        entries, and one of the sizes where there are no pictures. A GAN needs pictures."""
+        exit_steps, and one of the sizes where there are no pictures. A GAN needs pictures."""
         cell = self.pipeline.vae.downscale
         for batch in batches:
             z, images = None, batch.even()
@@ -184,16 +190,18 @@ class DMD2:
             else:
                 sizes = self.config.sizes or (self.pipeline.size(),)
                 height, width = sizes[int(torch.randint(len(sizes), (), generator=rng))]
-            entries = [
+            exit_steps = [
                 self._draw(rng) for _ in range(self.config.fake_score_updates * len(self._roles))
-            ]  # enough for all
-            yield (Sample(self.pipeline.encode(batch.captions), (height // cell, width // cell), z, iter(entries)),)
+            ]  # one for each update
+            yield (
+                MicroBatch(self.pipeline.encode(batch.captions), (height // cell, width // cell), z, iter(exit_steps)),
+            )
 
-    def _draw(self, rng: torch.Generator) -> Entry:
+    def _draw(self, rng: torch.Generator) -> ExitStep:
         """Any of the student's steps, each as likely as the others."""
         count = int(torch.randint(self.config.steps, (), generator=rng))
         ratio = self.config.real_data_ratio
-        return Entry(count, bool(ratio) and float(torch.rand((), generator=rng)) < ratio)
+        return ExitStep(count, bool(ratio) and float(torch.rand((), generator=rng)) < ratio)
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Tensor:
@@ -202,7 +210,7 @@ class DMD2:
 
     # ---- losses ------------------------------------------------------------------------------------------------
 
-    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
+    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
         """`rng` gives all noise."""
         if self.config.lora_on_shared_base and any(p.requires_grad for p in self.teacher.parameters()):
             raise ConfigError(
@@ -211,18 +219,18 @@ class DMD2:
         losses_of = {"generator": self._generator, "fake": self._fake, "heads": self._discriminator}
         return losses_of[role](nets, batch, rng)
 
-    def _enter(
-        self, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator
+    def _exit_step(
+        self, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator
     ) -> tuple[Tensor, float, float, Velocity]:
-        """(x, t, the next time, the student): where the step that learns begins."""
-        student = _bind(nets["generator"], batch.text)
+        """(x, t, the next time, the student's velocity): the step that learns, and where it begins."""
+        student = _velocity_of(nets["generator"], batch.text)
         sampler, steps = self.pipeline.sampler, self.config.steps
-        entry = next(batch.entries, None) or self._draw(rng)
-        count = entry.count
+        exit_step = next(batch.exit_steps, None) or self._draw(rng)
+        count = exit_step.count
         device = batch.text.features.device
         noise = move(torch.randn(len(batch), self.pipeline.vae.channels, *batch.size, generator=rng), device)
         t, after = sampler.times(batch.size, steps)[count : count + 2].tolist()
-        if entry.real:
+        if exit_step.real:
             if batch.z is None:
                 raise LensError(
                     "dmd2: there are no pictures to begin at; use a dataset with pictures, or real_data_ratio: 0"
@@ -231,27 +239,27 @@ class DMD2:
         return ROLLOUTS[self.config.rollout](sampler, student, noise, steps, count, rng), t, after, student
 
     @torch.no_grad()
-    def _made(self, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Tensor:
-        x, t, _, student = self._enter(nets, batch, rng)
+    def _student_guess(self, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Tensor:
+        x, t, _, student = self._exit_step(nets, batch, rng)
         row = x.new_full((len(x),), t)
         return flow.data_from(x, student(x, row), row)
 
-    def _generator(self, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
+    def _generator(self, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
         config = self.config
-        begin, t, after, student = self._enter(nets, batch, rng)
+        begin, t, after, student = self._exit_step(nets, batch, rng)
         row = begin.new_full((len(begin),), t)
         v = student(begin, row)
         x = flow.data_from(begin, v, row)
         views = Views(
-            _bind(self.teacher, batch.text),
-            _bind(self.teacher, _nothing(batch.text)),
-            _bind(nets["fake"], batch.text),
+            _velocity_of(self.teacher, batch.text),
+            _velocity_of(self.teacher, _empty_text(batch.text)),
+            _velocity_of(nets["fake"], batch.text),
             self.guidance,
         )
         options = MatchingOptions(self.schedule, config.min_distance, config.ca_weight, config.dm_weight)
         matching = MATCHINGS[config.matching](x.detach(), views, t, options, rng)
         total = losses.descend(x, matching.g)
-        parts = {**matching.parts, "x_std": x.detach().std(), "push": matching.g.square().mean().sqrt()}
+        parts = {**matching.parts, "x_std": x.detach().std(), "gradient_rms": matching.g.square().mean().sqrt()}
         if config.isg_weight:
             # A tenth of the way is kept from either end: an absolute margin would not fit the steps of large pictures.
             u = 0.1 + 0.8 * float(torch.rand((), generator=rng))
@@ -263,33 +271,35 @@ class DMD2:
             gan = losses.passes_as_real(nets["heads"](self._features(nets, batch.text, at)(x_t)))
             parts["gan"] = gan.detach()
             if self.logs:  # a backward pass of its own, for one number
-                (push,) = torch.autograd.grad(config.gan_weight * gan, x, retain_graph=True)
-                parts["gan_dm_ratio"] = losses.ratio(push * x.numel(), matching.g)
+                (pull,) = torch.autograd.grad(config.gan_weight * gan, x, retain_graph=True)
+                # `descend` divides by numel, a gradient of the GAN's mean does not: compare like with like.
+                parts["gan_dm_ratio"] = losses.ratio(pull * x.numel(), matching.g)
             total = total + config.gan_weight * gan
         return Loss(total, parts)
 
-    def _fake(self, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
-        x = self._made(nets, batch, rng)
+    def _fake(self, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
+        x = self._student_guess(nets, batch, rng)
         x_t, t, noise = losses.noised(x, rng, self.schedule)
-        v = _bind(nets["fake"], batch.text)(x_t, t)
+        v = _velocity_of(nets["fake"], batch.text)(x_t, t)
         total = losses.tracking(v, x, noise)
         # Against the best guess that sees nothing, the mean velocity: what is left to learn, as a share.
         unexplained = total.detach() / flow.velocity(x, noise).var()
         return Loss(total, {"unexplained": unexplained})
 
-    def _discriminator(self, nets: Mapping[str, nn.Module], batch: Sample, rng: torch.Generator) -> Loss:
+    def _discriminator(self, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
         if batch.z is None:
             raise LensError("dmd2: there are no real latents to tell the student's from; use a dataset with pictures")
-        x = self._made(nets, batch, rng)
+        x = self._student_guess(nets, batch, rng)
         # Real and made meet at the same noise level under the same noise: nothing else tells them apart.
         real_t, t, noise = losses.noised(move(batch.z, x.device), rng, self.schedule)
         features = self._features(nets, batch.text, t)
 
         def logits(x_t: Tensor) -> Tensor:
+            # Only the heads learn here; without a graph the features cost no memory.
             with torch.no_grad():
-                taps = features(x_t)
-            found: Tensor = nets["heads"](taps)
-            return found
+                tapped = features(x_t)
+            values: Tensor = nets["heads"](tapped)
+            return values
 
         real, fake = logits(real_t), logits(flow.mix(x, noise, t))
         total = losses.real_or_fake(real, fake)
@@ -304,7 +314,8 @@ class DMD2:
     def _features(
         self, nets: Mapping[str, nn.Module], text: TextFeatures, t: Tensor
     ) -> Callable[[Tensor], list[Tensor]]:
-        """x_t -> the taps of the teacher, or of the fake: neither learns of it, but gradients reach x_t."""
+        """x_t -> features of the teacher or the fake, at the blocks that the config names: neither learns from it, but
+        gradients reach x_t."""
         read: Any = self.teacher if self.config.discriminator_features == "teacher" else nets["fake"]
         return lambda x_t: read.features(x_t, t, text, self.config.discriminator_blocks)
 
@@ -327,13 +338,7 @@ class DMD2:
             )
 
 
-def _frozen(net: nn.Module, shared: bool = False) -> Any:
-    """`net` once more. `shared`: over the same tensors, held once; adapters can be put beside the layers of either."""
-    same = {id(t): t for t in (*net.parameters(), *net.buffers())} if shared else {}
-    return copy.deepcopy(net, same).requires_grad_(False).eval()
-
-
-def _bind(net: nn.Module, text: TextFeatures) -> Velocity:
+def _velocity_of(net: nn.Module, text: TextFeatures) -> Velocity:
     """(x, t) -> v in the dtype of x. The teacher's two views are two passes: the one without text is the cheaper."""
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -343,6 +348,6 @@ def _bind(net: nn.Module, text: TextFeatures) -> Velocity:
     return velocity
 
 
-def _nothing(text: TextFeatures) -> TextFeatures:
+def _empty_text(text: TextFeatures) -> TextFeatures:
     _, layers, _, width = text.features.shape
     return TextFeatures.empty(len(text), layers, width, text.features)

@@ -12,7 +12,7 @@ from cyclopts import App
 
 from lens_core.catalog import Catalog
 from lens_core.recipe import ComponentSpec, Recipe, build, read_recipe
-from lens_core.types import ConfigError, Prompt, did_you_mean
+from lens_core.types import ConfigError, Prompt, prompts_of_tasks
 
 
 def _log(line: str) -> None:
@@ -117,11 +117,7 @@ def sampled(prompts: Sequence[Prompt], tasks: Sequence[str], count: int, seed: i
     """`count` different prompts of the tasks, in their order, or all where there are fewer; every one is as likely."""
     import numpy as np
 
-    known = {p.task for p in prompts}
-    for task in tasks:
-        if task not in known:
-            raise ConfigError(f"no task of the prompts is called {task!r}.{did_you_mean(task, known)}")
-    mine = [p for p in prompts if not tasks or p.task in tasks]
+    mine = prompts_of_tasks(prompts, tasks)
     picked = np.random.default_rng(seed).choice(len(mine), min(count, len(mine)), replace=False) if mine else []
     return [mine[i] for i in sorted(picked)]
 

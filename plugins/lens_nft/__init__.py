@@ -2,6 +2,9 @@
 
 objective  the arithmetic: advantages, the reflected velocities and their losses
 rollout    which prompts, which seeds; pictures drawn with the old policy
+policies   copies of the policy: the old one, and the reference of the KL penalty
+micro_batches  which pictures are learned together, at which times, under which noise
+metrics    what is logged of a rollout
 rewards    the scores of those pictures, and what happens when one fails
 estimate   what a run would need: memory by part, calls, dollars
 method     method `diffusion_nft`

@@ -1,8 +1,7 @@
-"""The method `diffusion_nft`: draw with the old policy, judge, and learn from both good and bad (arXiv 2509.16117)."""
+"""The method `diffusion_nft`: draw with the old policy, score, and learn from both good and bad (arXiv 2509.16117)."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,52 +13,30 @@ from torch import Tensor, nn
 from lens_core import flow
 from lens_core.attribution import name_of, prompts_of
 from lens_core.catalog import Catalog
-from lens_core.inference import lora
 from lens_core.recipe import ComponentSpec, build, options, structure
 from lens_core.training.distributed import all_gather, local_micro_batches, seed_of
-from lens_core.types import ConfigError, LensError, Loss, Prompt, Shard, TextFeatures, did_you_mean, move
+from lens_core.types import ConfigError, LensError, Loss, Shard, TextFeatures, move, prompts_of_tasks
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, real, within
+from lens_nft.metrics import rollout_metrics
+from lens_nft.micro_batches import MicroBatch, micro_batches, times_and_noise
 from lens_nft.objective import (
     Advantages,
     advantages,
     counted_scores,
-    optimality,
     reflected_loss,
     squared_distance,
     standard_deviations,
 )
-from lens_nft.rewards import RewardScores, WeightedReward, score_pictures, total_spend
-from lens_nft.rollout import GenerationRequest, Picture, diversity, draw, group_by, prompt_indices, with_backbone
+from lens_nft.policies import ema_update, policy_copy, trained_state
+from lens_nft.rewards import RewardScores, score_pictures, total_spend, weighted_rewards
+from lens_nft.rollout import GenerationRequest, Picture, draw, prompt_indices, with_backbone
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
     from lens_core.recipe import Recipe
     from lens_nft.estimate import Estimate
 
-PATIENCE = 5  # rollouts in a row that a judge may spoil before the run stops
-BINS = ("0.0", "0.2", "0.4", "0.6", "0.8")  # where the fifths of r's range begin, for its histogram
-
-
-@frozen
-class Sample:
-    """A judged picture to learn from: its optimality r is 1/2 + A / (2 advantage_clip); `seed` gives times, noises."""
-
-    picture: Picture
-    r: float
-    seed: int
-
-
-@frozen
-class MicroBatch:
-    """A micro-batch: samples of one size, each at one time of the schedule's part `turn`.
-
-    `share` makes sums over its samples into parts of the step's mean; `facts` are logged.
-    """
-
-    samples: tuple[Sample, ...]
-    interval: int
-    share: float
-    facts: Mapping[str, Tensor]
+PATIENCE = 5  # rollouts in a row that rewards may spoil before the run stops
 
 
 class DiffusionNFT:
@@ -77,7 +54,7 @@ class DiffusionNFT:
     @frozen
     class Config:
         prompts: ComponentSpec  # a benchmark whose prompts are learned from, as in {use: shapes, split: train}
-        # Judges: [{use: rubric, …, weight: 1.0, fallback: {use: …}}]; weight and fallback may be left out.
+        # Rewards: [{use: rubric, …, weight: 1.0, fallback: {use: …}}]; weight and fallback may be left out.
         rewards: tuple[ComponentSpec, ...] = field(validator=each(options(weight=real(above=0)), at_least=1))
         tasks: tuple[str, ...] = ()  # of the benchmark's tasks, those whose prompts are used; (): all
         prompts_per_rollout: int = field(default=48, validator=integer(at_least=1))
@@ -109,7 +86,7 @@ class DiffusionNFT:
         combine: Literal["normalise_then_sum", "sum_then_normalise"] = field(
             default="normalise_then_sum", validator=one_of("normalise_then_sum", "sum_then_normalise")
         )
-        # Least standard deviation, in the reward's units; the noise of a judge that has some.
+        # Least standard deviation, in the reward's units; for a noisy reward, the noise of one score.
         min_std: float = field(default=1e-4, validator=real(above=0))
         # Optimizer steps for which old is simply the policy of the last rollout.
         old_policy_wait: int = field(default=0, validator=integer(at_least=0))
@@ -141,7 +118,7 @@ class DiffusionNFT:
         catalog = getattr(pipeline, "catalog", None) or Catalog.installed()  # a pipeline made by hand has none
         parts = _parts(config, catalog)
         _, benchmark, options = parts["prompts"]
-        self.prompts = _of_tasks(prompts_of(benchmark(options)), config.tasks)
+        self.prompts = prompts_of_tasks(prompts_of(benchmark(options)), config.tasks)
         if len({p.id for p in self.prompts}) < len(self.prompts):
             raise ConfigError(f"diffusion_nft: {config.prompts.use} has prompts of one id; a group is known by its id")
         if len(self.prompts) < config.prompts_per_rollout:
@@ -149,7 +126,7 @@ class DiffusionNFT:
                 f"diffusion_nft: {config.prompts.use} has {len(self.prompts)} prompts, fewer than a rollout takes "
                 f"({config.prompts_per_rollout}); ask it for more, or lower prompts_per_rollout"
             )
-        self.rewards = _weighted_rewards(config, parts)
+        self.rewards = weighted_rewards(config.rewards, parts)
         for one in self.rewards:
             for key in getattr(one.reward, "needs", ()):
                 if not any(key in prompt.data for prompt in self.prompts):
@@ -161,9 +138,8 @@ class DiffusionNFT:
         self.rollout = 0  # its number
         self.update = 0  # optimizer steps made with this rollout
         self.aborted = 0  # rollouts thrown away and drawn again
-        self._drawn: dict[
-            int, tuple[list[Picture], RewardScores]
-        ] = {}  # parts of this rollout that wait for their turn
+        # The shards of this rollout that were drawn and wait to be learned, by their index.
+        self._drawn: dict[int, tuple[list[Picture], RewardScores]] = {}
         self._scales: tuple[int, list[float]] = (-1, [])  # a rollout's number, and its rewards' standard deviations
 
     # Copies are made when first asked for, which is before the first step: by then the loop has put adapters in place.
@@ -171,12 +147,12 @@ class DiffusionNFT:
     @cached_property
     def old(self) -> nn.Module:
         """The policy that draws, and the centre of the reflection."""
-        return _frozen(self.pipeline.backbone)
+        return policy_copy(self.pipeline.backbone)
 
     @cached_property
     def base(self) -> nn.Module | None:
         """The backbone as the run began with it; None where nothing is kept near it."""
-        return _frozen(self.pipeline.backbone) if self.config.kl else None
+        return policy_copy(self.pipeline.backbone) if self.config.kl else None
 
     def trainable_modules(self) -> Mapping[str, nn.Module]:
         backbone: Any = self.pipeline.backbone
@@ -191,7 +167,7 @@ class DiffusionNFT:
     ) -> Iterator[Sequence[MicroBatch]]:
         """A rollout, then its optimizer steps. `rng` gives the run's seed alone, `batches` the part of each rollout.
 
-        Raises LensError where a judge spoils rollout after rollout, ConfigError where prompts cannot be shared out.
+        Raises LensError where a reward spoils rollout after rollout, ConfigError where prompts cannot be shared out.
         """
         shard = next(batches, Shard())
         if self.config.prompts_per_rollout % shard.count:
@@ -201,20 +177,21 @@ class DiffusionNFT:
             )
         _ = self.old, self.base
         while True:
-            pictures, scores, found = self._scored(rng.initial_seed(), shard)
-            parts = self._micro_batches(pictures, found, self._facts(pictures, scores, found))
-            yield from parts[self.update :]  # a run that stopped between them draws the same pictures again
+            pictures, scores, advantage = self._scored(rng.initial_seed(), shard)
+            updates = micro_batches(pictures, advantage, self._metrics(pictures, scores, advantage), self.config)
+            yield from updates[self.update :]  # a run that stopped between them draws the same pictures again
 
     def _scored(self, seed: int, shard: Shard) -> tuple[list[Picture], RewardScores, Advantages]:
-        """The part of this rollout that falls to `shard`, and its advantages. Where they need the spread of the whole
-        rollout, all of this process's parts are drawn first, and the processes tell each other their scores."""
+        """This shard of the rollout, and its advantages."""
         if self.config.std_scope == "group" or shard.count == 1:
             pictures, scores = self._accepted(seed, shard)
             return pictures, scores, self._advantages(pictures, scores)
+        # Standard deviations of the whole rollout need every shard's scores: each process draws all of its shards
+        # first, and the processes exchange their scores once a rollout.
         if self._scales[0] != self.rollout:
             self._drawn = {n: self._accepted(seed, Shard(n, shard.count)) for n in local_micro_batches(shard.count)}
-            mine = [counted_scores(*self._score_arrays(*part)) for part in self._drawn.values()]
-            self._scales = self.rollout, standard_deviations([part for theirs in all_gather(mine) for part in theirs])
+            local = [counted_scores(*self._score_arrays(*part)) for part in self._drawn.values()]
+            self._scales = self.rollout, standard_deviations([part for other in all_gather(local) for part in other])
         pictures, scores = self._drawn.pop(shard.index, None) or self._accepted(seed, shard)
         return pictures, scores, self._advantages(pictures, scores, self._scales[1])
 
@@ -227,7 +204,10 @@ class DiffusionNFT:
             if enough and self._advantages(pictures, scores).valid.any():
                 return pictures, scores
             self.aborted += 1
-        raise LensError(_too_few_scores(scores, PATIENCE))
+        raise LensError(
+            f"diffusion_nft: {PATIENCE} rollouts in a row had too few scores to learn from; the reward "
+            f"{scores.first_missing()}: fix it, and the same command goes on"
+        )
 
     def _score_arrays(
         self, pictures: Sequence[Picture], scores: RewardScores
@@ -250,7 +230,7 @@ class DiffusionNFT:
         """The reflected loss, and kl times the squared distance to the start. Times and noise are the samples' own."""
         config = self.config
         z = torch.stack([s.picture.z for s in batch.samples])
-        t, noise = (move(part, z.device) for part in self._noise(batch))
+        t, noise = (move(part, z.device) for part in self._times_and_noise(batch))
         r = move(torch.tensor([s.r for s in batch.samples]), z.device)
         text = TextFeatures.cat([s.picture.text for s in batch.samples])
         x = flow.mix(z, noise, t)
@@ -267,7 +247,7 @@ class DiffusionNFT:
         if base is not None:
             parts["to_base"] = batch.share * squared_distance(v, base).sum()
             total = total + config.kl * parts["to_base"]
-        return Loss(total, {**{k: p.detach() for k, p in parts.items()}, **batch.facts})
+        return Loss(total, {**{k: p.detach() for k, p in parts.items()}, **batch.metrics})
 
     def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
         """Old follows the backbone once a rollout, after its updates."""
@@ -280,7 +260,7 @@ class DiffusionNFT:
     def state_dict(self) -> dict[str, Any]:
         """The counters, the old policy, and the start: the checkpoint that it came from may change or vanish. Of a
         policy that learns through an adapter, the adapter: the rest is the start, which the run needs anyway."""
-        tensors = {f"old/{k}": v for k, v in _learned(self.old).items()}
+        tensors = {f"old/{k}": v for k, v in trained_state(self.old).items()}
         if self.base is not None and len(tensors) == len(self.old.state_dict()):
             tensors |= {f"base/{k}": v for k, v in self.base.state_dict().items()}
         return {"rollout": self.rollout, "update": self.update, "aborted": self.aborted, **tensors}
@@ -296,9 +276,8 @@ class DiffusionNFT:
         """The part of this rollout that falls to `shard`; another `attempt` draws the same prompts from other seeds."""
         config, number = self.config, self.rollout
         requests = []
-        for index in prompt_indices(len(self.prompts), config.prompts_per_rollout, number, seed)[
-            shard.index :: shard.count
-        ]:
+        indices = prompt_indices(len(self.prompts), config.prompts_per_rollout, number, seed)
+        for index in indices[shard.index :: shard.count]:
             prompt = self.prompts[index]
             size = self.sizes[seed_of(seed, number, prompt.id) % len(self.sizes)]
             again = (attempt,) if attempt else ()
@@ -309,66 +288,21 @@ class DiffusionNFT:
         actor = with_backbone(self.pipeline, self.old)
         return draw(actor, requests, config.rollout_steps, config.rollout_guidance, config.micro_batch_size)
 
-    def _micro_batches(
-        self, pictures: Sequence[Picture], found: Advantages, facts: Mapping[str, Tensor]
-    ) -> list[list[MicroBatch]]:
-        """The micro-batches of each update. Pictures of zero-variance groups teach nothing, but count in the mean."""
-        config = self.config
-        r = optimality(found.value, config.advantage_clip).tolist()
-        first = {p.prompt.id: p.seed for p in reversed(pictures)}
-        seeds = [first[p.prompt.id] if config.common_noise else p.seed for p in pictures]
-        learned = zip(pictures, r, seeds, found.valid & ~found.zero_variance, strict=True)
-        # In the order of their seeds: a shuffle that an absent picture leaves alone.
-        samples = sorted((Sample(p, q, s) for p, q, s, learn in learned if learn), key=lambda s: s.picture.seed)
-        whole = int(found.valid.sum()) * config.timesteps_per_image / config.updates_per_rollout
-        updates = []
-        for part in range(config.updates_per_rollout):
-            mine = samples[part :: config.updates_per_rollout]
-            blocks = [
-                tuple(mine[i] for i in rows)
-                for rows in group_by(mine, lambda s: s.picture.z.shape, config.micro_batch_size)
-            ]
-            count = len(blocks) * config.timesteps_per_image
-            micro_batches = [
-                MicroBatch(b, interval, count / whole, facts)
-                for b in blocks
-                for interval in range(config.timesteps_per_image)
-            ]
-            # Where nothing differs there is nothing to learn: a step of zero gradient, whose facts are logged.
-            updates.append(micro_batches or [MicroBatch((Sample(pictures[0], 0.5, seeds[0]),), 0, 0.0, facts)])
-        return updates
-
-    def _noise(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """(t [B], noise [B,C,h,w]) of a micro-batch, each row from its sample's seed."""
-        shape = micro_batch.samples[0].picture.z.shape
-        schedule = self.pipeline.sampler.times(shape[-2:], self.config.rollout_steps)
-        times, noises = [], []
-        for sample in micro_batch.samples:
-            rng = torch.Generator().manual_seed(seed_of(sample.seed, micro_batch.interval))
-            times.append((micro_batch.interval + torch.rand((), generator=rng)) / self.config.timesteps_per_image)
-            noises.append(torch.randn(shape, generator=rng))
-        return interpolate(schedule.cpu(), torch.stack(times)), torch.stack(noises)
+    def _times_and_noise(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        grid = batch.samples[0].picture.z.shape[-2:]
+        schedule = self.pipeline.sampler.times(grid, self.config.rollout_steps)
+        return times_and_noise(batch, schedule, self.config.timesteps_per_image)
 
     def _velocity(self, net: nn.Module, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         return with_backbone(self.pipeline, net).velocity(text, None, self.config.train_guidance)(x, t)
 
-    def _facts(self, pictures: Sequence[Picture], scores: RewardScores, found: Advantages) -> dict[str, Tensor]:
-        """What to watch: rewards and their components, what had no verdict, what was flat, the spread of r, spend."""
-        facts = scores.facts() | total_spend(self.rewards)
-        facts["failed"] = float(scores.failed().double().mean())
-        facts["masked"] = float((~found.valid).double().mean())
-        judged = {p.prompt.id for p, valid in zip(pictures, found.valid.tolist(), strict=True) if valid}
-        facts["masked_groups"] = 1 - len(judged) / len({p.prompt.id for p in pictures})
-        facts["zero_variance"] = float(found.zero_variance.double().sum() / found.valid.double().sum())
-        r = optimality(found.value[found.valid], self.config.advantage_clip)
-        facts |= {f"r_{q}": float(r.quantile(q / 100)) for q in (10, 50, 90)}
-        shares = r.histc(len(BINS), 0, 1) / len(r)
-        facts |= {f"r_in/{name}": float(share) for name, share in zip(BINS, shares, strict=True)}
-        facts |= {"diversity": diversity(pictures), "aborted": float(self.aborted)}
-        facts["pictures"] = float(
-            (self.rollout + 1) * self.config.prompts_per_rollout * self.config.pictures_per_prompt
-        )
-        return {k: torch.tensor(v) for k, v in facts.items()}
+    def _metrics(self, pictures: Sequence[Picture], scores: RewardScores, advantage: Advantages) -> dict[str, Tensor]:
+        """What is logged with each step of this rollout."""
+        config = self.config
+        metrics = rollout_metrics(pictures, scores, advantage, config.advantage_clip) | total_spend(self.rewards)
+        metrics["aborted"] = float(self.aborted)
+        metrics["pictures"] = float((self.rollout + 1) * config.prompts_per_rollout * config.pictures_per_prompt)
+        return {k: torch.tensor(v) for k, v in metrics.items()}
 
     @staticmethod
     def estimate(config: Any, recipe: Recipe, catalog: Catalog) -> Estimate:
@@ -383,81 +317,6 @@ class _Named:
     use: ComponentSpec
 
 
-def _of_tasks(prompts: Sequence[Prompt], tasks: Sequence[str]) -> list[Prompt]:
-    known = {p.task for p in prompts}
-    for task in tasks:
-        if task not in known:
-            raise ConfigError(f"diffusion_nft: no task of the prompts is called {task!r}.{did_you_mean(task, known)}")
-    return [p for p in prompts if not tasks or p.task in tasks]
-
-
 def _parts(config: DiffusionNFT.Config, catalog: Catalog) -> dict[str, tuple[str, type[Any], Any]]:
     """(name, class, config) of every component that the config names, by path."""
     return {path: build(catalog, kind, use, f"$.method.{path}") for path, kind, use in config.uses()}
-
-
-def _weighted_rewards(
-    config: DiffusionNFT.Config, parts: Mapping[str, tuple[str, type[Any], Any]]
-) -> list[WeightedReward]:
-    """The rewards by the name they are logged under. `weight` and `fallback` are the method's, the rest is theirs."""
-    rewards: list[WeightedReward] = []
-    for i, use in enumerate(config.rewards):
-        name, reward, options = parts[f"rewards[{i}]"]
-        short = name.partition(":")[2]
-        short = f"{short}_{i}" if short in {j.name for j in rewards} else short
-        _, other, others = parts.get(f"rewards[{i}].fallback", ("", None, None))
-        weight = float(use.options.get("weight", 1.0))
-        rewards.append(WeightedReward(short, reward(options), weight, other(others) if other else None))
-    return rewards
-
-
-def _learned(net: nn.Module) -> dict[str, Tensor]:
-    """The state of the net's adapters if it has any, else all of it."""
-    state: dict[str, Tensor] = net.state_dict()
-    return {k: v for k, v in state.items() if lora.owned(k)} or state
-
-
-def _frozen(net: nn.Module) -> nn.Module:
-    """`net` once more, frozen. Of one that learns through adapters, these alone are copied: what they stand beside does
-    not change, and is held once."""
-    named = [*net.named_parameters(), *net.named_buffers()]
-    stays = {id(t): t for name, t in named if not lora.owned(name)}
-    shared = stays if len(stays) < len({id(t) for _, t in named}) else {}
-    return copy.deepcopy(net, shared).requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def ema_update(old: nn.Module, new: nn.Module, decay: float) -> None:
-    """old = decay old + (1 - decay) new, in place, in every weight and buffer that is not shared between the two.
-
-    Integer buffers are copied.
-    """
-    fresh = new.state_dict()
-    for name, value in old.state_dict().items():
-        if value.data_ptr() == fresh[name].data_ptr():
-            continue
-        if value.dtype.is_floating_point:
-            value.lerp_(fresh[name].to(value.dtype), 1 - decay)
-        else:
-            value.copy_(fresh[name])
-
-
-def interpolate(schedule: Tensor, u: Tensor) -> Tensor:
-    """Times at the shares `u` [B] in [0, 1] of a schedule [S + 1], straight between its points."""
-    place = u * (len(schedule) - 1)
-    left = place.floor().long().clamp(max=len(schedule) - 2)
-    return torch.lerp(schedule[left], schedule[left + 1], place - left)
-
-
-def _too_few_scores(scores: RewardScores, times: int) -> str:
-    silent = [
-        (s.status, name, s.evidence)
-        for name, row in scores.scores.items()
-        for s in row
-        if s is not None and s.value is None
-    ]
-    status, name, evidence = max(silent)  # "failed" comes after "abstain"
-    return (
-        f"diffusion_nft: {times} rollouts in a row had too few scores to learn from; the reward {name} says "
-        f"{status} ({evidence or 'no reason given'}): fix it, and the same command goes on"
-    )

@@ -11,7 +11,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-FLOOR = 1e-5  # least mean error that a self-normalised loss divides by
+MIN_ERROR = 1e-5  # least mean error that a self-normalised loss divides by; that of the authors' code
 
 
 @frozen
@@ -43,7 +43,7 @@ def advantages(
     all pictures), at least `min_std`; then rewards are averaged by weight. `sum_first`: they are averaged by weight
     as they are, and the average is centred and divided: a reward then counts by its scale too.
     Where the pictures are a part of a rollout, `scales` are the `standard_deviations` over all of it.
-    A reward that abstains on more than half of a group has no part in it. A picture without the verdict of one that
+    A reward that abstains on more than half of a group has no part in it. A picture without the score of one that
     has, or that failed, is absent from every statistic; so is its whole group if that leaves fewer than half.
     """
     values, taking, valid, weights = _counted(values, failed, groups, weights, sum_first)
@@ -56,6 +56,8 @@ def advantages(
             here = takes & (keys == key)
             if not here.any():
                 continue
+            # Below `min_std` a difference is noise: without a floor, a reward's noise of 1e-3 in a group that is
+            # otherwise decided would become advantages of 2 and more.
             scale = reward.new_tensor(overall) if over_rollout else _std(reward[here])
             value[here] += weight * (reward[here] - reward[here].mean()) / scale.clamp(min=min_std)
             share[here] += weight
@@ -67,16 +69,18 @@ def advantages(
 def _counted(
     values: Tensor, failed: Tensor, groups: Sequence[int], weights: Sequence[float], sum_first: bool
 ) -> tuple[Tensor, Tensor, Tensor, Sequence[float]]:
-    """The rewards that are centred and divided: their values float64 [J,N], whose verdict counts for which picture bool
+    """The rewards that are centred and divided: their values float64 [J,N], which scores count bool
     [J,N], the pictures that take part bool [N], and weights. See `advantages`."""
     values = values.double()
     keys = torch.tensor(groups)
     names = sorted(set(groups))
     valid = torch.zeros(len(groups), dtype=torch.bool)
-    taking = torch.zeros(values.shape, dtype=torch.bool)  # whose verdict counts for which picture
+    taking = torch.zeros(values.shape, dtype=torch.bool)  # whose score counts for which picture
     for key in names:
         mine = keys == key
-        speaks = values[:, mine & ~failed].isnan().double().mean(1) <= 0.5  # the mean over nobody is NaN: False
+        # Half and not all: a reward that abstains on one picture still ranks the others. The mean over nobody is NaN,
+        # which compares as False.
+        speaks = values[:, mine & ~failed].isnan().double().mean(1) <= 0.5
         here = mine & ~failed & ~values[speaks].isnan().any(0)
         if speaks.any() and 2 * int(here.sum()) >= int(mine.sum()):
             valid |= here
@@ -110,7 +114,11 @@ def _std(values: Tensor) -> Tensor:
 
 
 def optimality(advantage: Tensor, clip: float) -> Tensor:
-    """r = 1/2 + A / (2 clip), A clipped to ± clip: the probability that the picture is a good one."""
+    """r = 1/2 + A / (2 clip), A clipped to ± clip: the probability that the picture is a good one.
+
+    Source: DiffusionNFT (arXiv 2509.16117), the optimality reward; its normaliser Z is clip times the standard
+    deviation, as in the authors' code.
+    """
     return 0.5 + 0.5 * advantage.clamp(-clip, clip) / clip
 
 
@@ -119,12 +127,15 @@ def reflected_loss(
 ) -> Tensor:
     """The loss [B] of velocities `v` for pictures of optimality `r` [B], with `target` = noise - data.
 
-    v is mirrored in the old policy: v± = old ± beta (v - old), and clip (r loss(v+) + (1 - r) loss(v-)) / beta pulls
-    v+ to what is good and v- to what is not. loss is the mean squared error; with `normalise`, that of the predicted
-    data, over the mean absolute one without a gradient (arXiv 2509.16117, its code): t MSE / MAE in velocities.
+    The implicit positive and negative policies are v± = old ± beta (v - old), and the loss is
+    clip (r loss(v+) + (1 - r) loss(v-)) / beta (DiffusionNFT, arXiv 2509.16117: its policy optimization objective).
+    loss is the mean squared error; with `normalise`, that of the predicted data over its mean absolute error, the
+    latter without a gradient (the authors' code): t MSE / MAE in velocities.
     At v = old the gradient is A times that of loss(v), whatever beta and clip are.
     """
     d = beta * (v - old)
+    # v- is v mirrored in the old policy: to move v- towards a bad picture moves v away from it, without the unbounded
+    # loss that a negative weight on loss(v) would give.
     good = _error(old + d - target, t, normalise)
     bad = _error(old - d - target, t, normalise)
     return clip * (r * good + (1 - r) * bad) / beta
@@ -135,10 +146,16 @@ def _error(error: Tensor, t: Tensor, normalise: bool) -> Tensor:
     if not normalise:
         return square
     # x_t - t v - data = -t (v - target): written in velocities, nothing cancels at small t.
+    # Each branch divides by its own error, so that a branch far from its target does not decide the step; detached, or
+    # the gradient would also reward a larger error.
     size = t * error.detach().abs().flatten(1).mean(1)
-    return t.square() * square / size.clamp(min=FLOOR)
+    return t.square() * square / size.clamp(min=MIN_ERROR)
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference [B] of two velocities."""
+    """Mean squared difference [B] of two velocities.
+
+    Between the policy and its reference it is the KL penalty: for equal noise, the divergence of two flow models is a
+    weighted integral of it over t; the weight is left out, as in the authors' code.
+    """
     return (a - b).square().flatten(1).mean(1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lens_core.attribution import calling, checked_scores
 from lens_core.io.readers import shown
+from lens_core.recipe import ComponentSpec
 from lens_core.types import ConfigError, LensError, Score
 from lens_nft.rollout import Picture, group_by
 
@@ -51,27 +52,54 @@ class RewardScores:
         rows = [[s is not None and s.status == "failed" for s in row] for row in self.scores.values()]
         return torch.tensor(rows).any(0)
 
-    def facts(self) -> dict[str, float]:
+    def first_missing(self) -> str:
+        """A reward that gave no value, its status, and why: `NAME says failed (the endpoint is away)`."""
+        missing = [
+            (score.status, name, score.evidence)
+            for name, row in self.scores.items()
+            for score in row
+            if score is not None and score.value is None
+        ]
+        status, name, evidence = max(missing)  # "failed" comes after "abstain"
+        return f"{name} says {status} ({evidence or 'no reason given'})"
+
+    def metrics(self) -> dict[str, float]:
         """Means by judge and component, and the shares of abstentions and of pictures that a fallback decided."""
-        facts: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, row in self.scores.items():
-            asked = [s for s in row if s is not None]
+            present = [s for s in row if s is not None]
             means = [
                 {name: float(s.value), **{f"{name}/{k}": float(v) for k, v in s.components.items() if _finite(v)}}
-                for s in asked
+                for s in present
                 if s.value is not None
             ]
             for key in sorted({k for h in means for k in h}):
                 values = [h[key] for h in means if key in h]
-                facts[f"reward/{key}"] = sum(values) / len(values)
-            if asked:
-                facts[f"abstained/{name}"] = sum(s.status == "abstain" for s in asked) / len(asked)
+                metrics[f"reward/{key}"] = sum(values) / len(values)
+            if present:
+                metrics[f"abstained/{name}"] = sum(s.status == "abstain" for s in present) / len(present)
         if any(name.endswith(FALLBACK) for name in self.scores):
-            facts["fallback"] = self.replaced / len(next(iter(self.scores.values())))
-        return facts
+            metrics["fallback"] = self.replaced / len(next(iter(self.scores.values())))
+        return metrics
 
 
 FALLBACK = ".fallback"
+
+
+def weighted_rewards(
+    specs: Sequence[ComponentSpec], parts: Mapping[str, tuple[str, type[Any], Any]]
+) -> list[WeightedReward]:
+    """The rewards, each under the name it is logged by. `parts`: (name, class, config) by path, as `rewards[0]` and
+    `rewards[0].fallback`. `weight` and `fallback` are the method's options, the rest are the reward's own."""
+    rewards: list[WeightedReward] = []
+    for i, spec in enumerate(specs):
+        name, reward, options = parts[f"rewards[{i}]"]
+        short = name.partition(":")[2]
+        short = f"{short}_{i}" if short in {r.name for r in rewards} else short
+        _, fallback, others = parts.get(f"rewards[{i}].fallback", ("", None, None))
+        weight = float(spec.options.get("weight", 1.0))
+        rewards.append(WeightedReward(short, reward(options), weight, fallback(others) if fallback else None))
+    return rewards
 
 
 @torch.no_grad()
@@ -85,7 +113,7 @@ def score_pictures(rewards: Sequence[WeightedReward], pictures: Sequence[Picture
     weights: list[float] = []
     replaced: set[int] = set()
     for one in rewards:
-        first: list[Score | None] = [*_ask(one.name, one.reward, pictures)]
+        first: list[Score | None] = [*_scores_of(one.name, one.reward, pictures)]
         scores[one.name] = first
         weights.append(one.weight)
         if one.fallback is None:
@@ -96,36 +124,36 @@ def score_pictures(rewards: Sequence[WeightedReward], pictures: Sequence[Picture
         weights.append(one.weight)
         spoiled = {p.prompt.id for p, s in zip(pictures, first, strict=True) if s is not None and s.status == "failed"}
         again = [i for i, p in enumerate(pictures) if p.prompt.id in spoiled]
-        found = dict(zip(again, _ask(name, one.fallback, [pictures[i] for i in again]), strict=True))
+        answers = dict(zip(again, _scores_of(name, one.fallback, [pictures[i] for i in again]), strict=True))
         for key in spoiled:
             group = [i for i in again if pictures[i].prompt.id == key]
             before = sum(s is not None and s.value is not None for s in (first[i] for i in group))
-            if sum(found[i].value is not None for i in group) > before:
+            if sum(answers[i].value is not None for i in group) > before:
                 replaced.update(group)
                 for i in group:
-                    first[i], second[i] = None, found[i]
+                    first[i], second[i] = None, answers[i]
     return RewardScores(scores, weights, len(replaced))
 
 
 def total_spend(rewards: Sequence[WeightedReward]) -> dict[str, float]:
     """What the rewards have cost since this process began, added up over those that tell it as `spend`."""
-    facts: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for one in rewards:
         spend = getattr(one.reward, "spend", {})
         known = spend.items() if isinstance(spend, Mapping) else ()
         for name, value in ((n, v) for n, v in known if _finite(v)):
-            facts[f"spend/{name}"] = facts.get(f"spend/{name}", 0.0) + float(value)
-    return facts
+            metrics[f"spend/{name}"] = metrics.get(f"spend/{name}", 0.0) + float(value)
+    return metrics
 
 
-def _ask(name: str, reward: Any, pictures: Sequence[Picture]) -> list[Score]:
+def _scores_of(name: str, reward: Any, pictures: Sequence[Picture]) -> list[Score]:
     """One score a picture. A value that is not finite is a failure, and so is whatever a reward raises: a judge that is
     away, or errs in its own code, is what the order of fallbacks is for, whose last step quotes the reason.
 
     Pictures of one size are judged in one call, and a group has one size, so a reward can look at whole groups, or ask
     in parallel. Raises LensError where a reward does not give one Score a picture, ConfigError as it comes.
     """
-    found: dict[int, Score] = {}
+    by_index: dict[int, Score] = {}
     for rows in group_by(pictures, lambda p: p.image.shape, len(pictures)):
         images = torch.stack([pictures[i].image for i in rows])
         try:
@@ -135,10 +163,10 @@ def _ask(name: str, reward: Any, pictures: Sequence[Picture]) -> list[Score]:
             raise
         except LensError as error:
             scores = [Score("failed", evidence=str(error))] * len(rows)
-        found.update(zip(rows, checked_scores(reward, scores, len(rows)), strict=True))
+        by_index.update(zip(rows, checked_scores(reward, scores, len(rows)), strict=True))
     return [
         s if s.value is None or _finite(s.value) else Score("failed", evidence=f"not finite: {shown(s.value)}")
-        for s in (found[i] for i in range(len(pictures)))
+        for s in (by_index[i] for i in range(len(pictures)))
     ]
 
 

@@ -55,36 +55,28 @@ def with_backbone(pipeline: LensPipeline, backbone: nn.Module) -> LensPipeline:
 
 
 def group_by(things: Sequence[T], key: Any, most: int) -> Iterator[list[int]]:
-    """Indices of things with an equal key, in order, at most `most` at a time."""
+    """Indices of the things that have an equal key, in order, at most `most` at a time."""
     kinds: dict[Any, list[int]] = {}
     for index, thing in enumerate(things):
         kinds.setdefault(key(thing), []).append(index)
-    for found in kinds.values():
-        yield from (found[start : start + most] for start in range(0, len(found), most))
+    for rows in kinds.values():
+        yield from (rows[start : start + most] for start in range(0, len(rows), most))
 
 
 @torch.no_grad()
 def draw(
     pipeline: LensPipeline, requests: Sequence[GenerationRequest], steps: int, guidance: float, batch: int
 ) -> list[Picture]:
-    """One picture an order, `batch` at a time; each prompt is encoded once."""
+    """One picture a request, `batch` at a time; each prompt is encoded once."""
     texts = {prompt.id: pipeline.encode([prompt.text]) for prompt in {r.prompt.id: r.prompt for r in requests}.values()}
-    found: dict[int, Picture] = {}
+    pictures: dict[int, Picture] = {}
     for rows in group_by(requests, lambda r: r.size, batch):
-        mine = [requests[i] for i in rows]
-        height, width = (side // pipeline.vae.downscale for side in mine[0].size)
-        z = pipeline.noise([torch.Generator().manual_seed(r.seed) for r in mine], (height, width))
-        for _, x in pipeline.sample(TextFeatures.cat([texts[r.prompt.id] for r in mine]), z, steps, guidance):
+        batch_requests = [requests[i] for i in rows]
+        height, width = (side // pipeline.vae.downscale for side in batch_requests[0].size)
+        z = pipeline.noise([torch.Generator().manual_seed(r.seed) for r in batch_requests], (height, width))
+        for _, x in pipeline.sample(TextFeatures.cat([texts[r.prompt.id] for r in batch_requests]), z, steps, guidance):
             z = x
         images = to_images(pipeline.decode(z)).cpu()
-        for i, order, latent, image in zip(rows, mine, z.float(), images, strict=True):
-            found[i] = Picture(order.prompt, order.seed, latent, image, texts[order.prompt.id])
-    return [found[i] for i in range(len(requests))]
-
-
-def diversity(pictures: Sequence[Picture]) -> float:
-    """The mean variance of latents among the pictures of one prompt; 0 where all are one picture."""
-    groups: dict[int, list[Tensor]] = {}
-    for picture in pictures:
-        groups.setdefault(picture.prompt.id, []).append(picture.z)
-    return sum(float(torch.stack(g).var(0, correction=0).mean()) for g in groups.values()) / len(groups)
+        for i, request, latent, image in zip(rows, batch_requests, z.float(), images, strict=True):
+            pictures[i] = Picture(request.prompt, request.seed, latent, image, texts[request.prompt.id])
+    return [pictures[i] for i in range(len(requests))]

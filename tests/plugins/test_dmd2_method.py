@@ -17,7 +17,7 @@ import torch
 import toy
 from attrs import evolve
 from lens_dmd2 import losses
-from lens_dmd2.method import DMD2, Sample
+from lens_dmd2.method import DMD2, MicroBatch
 from torch import Tensor, nn
 
 from lens_core import flow, hookimpl
@@ -73,9 +73,9 @@ def rng(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def sample(m: DMD2, rows: int = 4, h: int = 3, w: int = 2) -> Sample:
+def sample(m: DMD2, rows: int = 4, h: int = 3, w: int = 2) -> MicroBatch:
     text = m.pipeline.encode(["red", "green", "blue", ""][:rows])
-    return Sample(text, (h, w), torch.randn(rows, 4, h, w, generator=rng(8)))
+    return MicroBatch(text, (h, w), torch.randn(rows, 4, h, w, generator=rng(8)))
 
 
 def loss_of(m: DMD2, role: str, seed: int = 3) -> Loss:
@@ -86,7 +86,7 @@ def loss_of(m: DMD2, role: str, seed: int = 3) -> Loss:
     return found
 
 
-def learn(m: DMD2, role: str, batch: Sample | None = None, seed: int = 3) -> dict[str, Tensor]:
+def learn(m: DMD2, role: str, batch: MicroBatch | None = None, seed: int = 3) -> dict[str, Tensor]:
     """Gradients after one turn of `role` as the loop takes it, by network and parameter."""
     m.trainable_modules()[role].requires_grad_(True)
     m.loss(role, m.trainable_modules(), batch or sample(m), rng(seed)).total.backward()  # type: ignore[no-untyped-call]
@@ -165,7 +165,7 @@ def test_only_the_exit_step_has_a_gradient(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_exit_step_is_drawn_evenly_and_before_anything_else() -> None:
     m, counts = method(), [0] * 4
     for seed in range(400):
-        _, t, after, _ = m._enter(m.trainable_modules(), sample(m, rows=1, h=1, w=1), rng(seed))
+        _, t, after, _ = m._exit_step(m.trainable_modules(), sample(m, rows=1, h=1, w=1), rng(seed))
         index = int(torch.randint(4, (), generator=rng(seed)))
         assert (t, after) == (1 - index / 4, 0.75 - index / 4)
         counts[index] += 1
@@ -310,7 +310,7 @@ def test_real_and_made_latents_meet_under_the_same_noise(monkeypatch: pytest.Mon
 
 def test_heads_learn_to_tell_real_latents_from_the_students() -> None:
     m = method(fake_score_updates=1, **GAN)
-    batch = Sample(m.pipeline.encode(["red"] * 16), (3, 2), torch.full((16, 4, 3, 2), 2.0))
+    batch = MicroBatch(m.pipeline.encode(["red"] * 16), (3, 2), torch.full((16, 4, 3, 2), 2.0))
     optimizer = torch.optim.Adam(m.trainable_modules()["heads"].requires_grad_(True).parameters(), 1e-2)
     draws, log = rng(), []
     for _ in range(40):
@@ -327,7 +327,7 @@ def test_heads_learn_to_tell_real_latents_from_the_students() -> None:
 def test_what_predicts_collapse_is_logged() -> None:
     m = method(**GAN)
     assert loss_of(m, "generator").parts.keys() == {
-        "gap", "cosine", "ca_dm_ratio", "x_std", "push", "gan", "gan_dm_ratio",
+        "gap", "cosine", "ca_dm_ratio", "x_std", "gradient_rms", "gan", "gan_dm_ratio",
     }  # fmt: skip
     assert loss_of(m, "fake").parts.keys() == {"unexplained"}
 
@@ -339,7 +339,7 @@ def batch(images: bool = True, px: int = 16) -> Batch:
     return Batch(torch.full((2, 3, px, 2 * px), 99, dtype=torch.uint8) if images else None, ("red", "blue"))
 
 
-def encoded(m: DMD2, *batches: Batch) -> list[Sample]:
+def encoded(m: DMD2, *batches: Batch) -> list[MicroBatch]:
     return [micro for step in m.steps(iter(batches), m.trainable_modules(), rng()) for micro in step]
 
 
@@ -531,7 +531,7 @@ def test_a_share_of_the_draws_begins_at_noised_pictures() -> None:
     m, begun = method(real_data_ratio=0.5), 0
     mine = sample(m)
     for seed in range(200):
-        x, t, _, _ = m._enter(m.trainable_modules(), mine, rng(seed))
+        x, t, _, _ = m._exit_step(m.trainable_modules(), mine, rng(seed))
         draws = rng(seed)
         torch.randint(4, (), generator=draws)
         torch.rand((), generator=draws)
@@ -546,12 +546,12 @@ def test_the_parts_of_a_batch_begin_their_turns_at_the_same_steps() -> None:
     m = method(real_data_ratio=0.5, fake_score_updates=3)
     one, two = (next(iter(m.steps(iter([batch(px=32)]), m.trainable_modules(), rng(4))))[0] for _ in range(2))
     begun = [
-        [m._enter(m.trainable_modules(), mine, rng(seed))[1] for _ in m.update_order(100)]
+        [m._exit_step(m.trainable_modules(), mine, rng(seed))[1] for _ in m.update_order(100)]
         for seed, mine in ((1, one), (2, two))
     ]
     assert begun[0] == begun[1] and len(set(begun[0])) > 1
     later = next(iter(m.steps(iter([batch(px=32)]), m.trainable_modules(), rng(5))))[0]
-    assert [m._enter(m.trainable_modules(), later, rng(1))[1] for _ in m.update_order(100)] != begun[0]
+    assert [m._exit_step(m.trainable_modules(), later, rng(1))[1] for _ in m.update_order(100)] != begun[0]
     with pytest.raises(LensError, match="gan_weight and real_data_ratio need one that yields pictures"):
         encoded(m, batch(images=False))
 

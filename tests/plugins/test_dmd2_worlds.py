@@ -12,7 +12,7 @@ import toy
 from attrs import frozen
 from lens_dmd2 import losses
 from lens_dmd2.losses import MatchingOptions, Schedule, Views
-from lens_dmd2.method import DMD2, Sample
+from lens_dmd2.method import DMD2, MicroBatch
 from torch import Tensor, nn
 
 from lens_core.types import TextFeatures
@@ -143,7 +143,7 @@ def student() -> DMD2:
 
 def train(m: DMD2, steps: int, sign: float = 1.0, warmup: int = 100) -> None:
     """One update of the fake for each of the generator, after `warmup` of the fake alone."""
-    batch = Sample(TextFeatures(torch.zeros(128, 1, 0, 1), torch.zeros(128, 0, dtype=torch.bool)), (1, 1))
+    batch = MicroBatch(TextFeatures(torch.zeros(128, 1, 0, 1), torch.zeros(128, 0, dtype=torch.bool)), (1, 1))
     draws, rates = torch.Generator().manual_seed(1), {"fake": 5e-3, "generator": 1e-3}
     optimizers = {
         role: torch.optim.Adam(m.trainable_modules()[role].parameters(), rate, betas=(0.5, 0.99), fused=True)

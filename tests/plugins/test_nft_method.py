@@ -17,8 +17,10 @@ import pytest
 import torch
 import toy
 from attrs import evolve, frozen
-from lens_nft.method import DiffusionNFT, MicroBatch, ema_update, interpolate
+from lens_nft.method import DiffusionNFT
+from lens_nft.micro_batches import MicroBatch, interpolate
 from lens_nft.objective import advantages, reflected_loss
+from lens_nft.policies import ema_update
 from lens_nft.rollout import prompt_indices
 from torch import Tensor, nn
 
@@ -318,7 +320,7 @@ def test_each_picture_is_learned_once_in_every_part_of_the_schedule(pipeline):
     micro_batches = step(m)
     met: dict[int, list[float]] = {}
     for micro_batch in micro_batches:
-        t, noise = m._noise(micro_batch)
+        t, noise = m._times_and_noise(micro_batch)
         assert noise.shape == (len(micro_batch.samples), 4, 1, 2)
         for sample, value in zip(micro_batch.samples, t.tolist(), strict=True):
             met.setdefault(sample.picture.seed, []).append(value)
@@ -373,7 +375,7 @@ def test_pictures_of_a_prompt_can_share_times_and_noises(pipeline):
     def met(m: DiffusionNFT) -> dict[int, set[tuple[float, ...]]]:
         found: dict[int, set[tuple[float, ...]]] = {}
         for micro_batch in step(m):
-            t, noise = m._noise(micro_batch)
+            t, noise = m._times_and_noise(micro_batch)
             for sample, when, what in zip(micro_batch.samples, t, noise, strict=True):
                 found.setdefault(sample.picture.prompt.id, set()).add((float(when), *what.flatten().tolist()))
         return found
@@ -446,7 +448,7 @@ def test_a_group_that_scored_alike_teaches_nothing_but_counts_in_the_mean(pipeli
     assert len(seeds) == 4 and pictures(micro_batches).keys() == seeds
     for found, part in ((plain, 1.0), (micro_batches, 0.5)):  # the weights of all samples at all times
         assert sum(x.share * len(x.samples) for x in found) / len(found) == pytest.approx(part)
-    assert float(micro_batches[0].facts["zero_variance"]) == 0.5
+    assert float(micro_batches[0].metrics["zero_variance"]) == 0.5
 
 
 def test_a_failed_picture_leaves_the_gradient_as_if_it_had_never_been_drawn(pipeline):
@@ -482,7 +484,7 @@ def test_several_rewards_are_weighed(pipeline):
         a, b = ((v - v.mean()) / v.std(correction=0) for v in (red[start : start + 4], dark[start : start + 4]))
         by_hand = 0.5 + (3 * a + 0.5 * b) / 3.5 / 10
         assert [s.r for s in order[start : start + 4]] == pytest.approx(by_hand.tolist())
-    facts = micro_batches[0].facts
+    facts = micro_batches[0].metrics
     assert float(facts["reward/glow"]) == pytest.approx(float(red.unique().mean()), abs=0.05)
     assert {"reward/glow", "reward/glow/red", "reward/dark"} <= facts.keys()
 
@@ -494,7 +496,7 @@ def test_a_rollout_with_too_many_failures_is_thrown_away_and_counted(pipeline):
     m = method(pipeline, rewards=glow(broken=[0, 1]))
     micro_batches = step(m)
     assert (m.rollout, m.aborted) == (0, 2)
-    assert float(micro_batches[0].facts["aborted"]) == 2 and float(micro_batches[0].facts["failed"]) == 0
+    assert float(micro_batches[0].metrics["aborted"]) == 2 and float(micro_batches[0].metrics["failed"]) == 0
     sound = step(method(pipeline))
     asked, others = ({s.picture.prompt.id for x in found for s in x.samples} for found in (micro_batches, sound))
     assert asked == others, "the same prompts"
@@ -560,7 +562,7 @@ def test_how_many_failures_are_too_many_is_a_setting(allowed, aborted, pipeline)
             step(m)
         assert m.aborted == 5
     else:
-        facts = step(m)[0].facts
+        facts = step(m)[0].metrics
         assert (float(facts["failed"]), float(facts["masked"]), m.aborted) == (0.25, 0.25, 0)
 
 
@@ -821,8 +823,8 @@ def test_a_run_whose_judge_is_away_learns_from_its_fallback(pipeline):
     micro_batches = step(m)
     assert (
         m.aborted == 0
-        and float(micro_batches[0].facts["fallback"]) == 1
-        and float(micro_batches[0].facts["failed"]) == 0
+        and float(micro_batches[0].metrics["fallback"]) == 1
+        and float(micro_batches[0].metrics["failed"]) == 0
     )
     alone = step(method(pipeline, rewards=["dark"]))
     mine, theirs = ({s.picture.seed: s.r for x in found for s in x.samples} for found in (micro_batches, alone))
@@ -854,7 +856,7 @@ def test_the_way_to_combine_rewards_is_a_setting(combine, pipeline):
 
 
 def test_the_histogram_of_r_adds_up(pipeline):
-    facts = step(method(pipeline))[0].facts
+    facts = step(method(pipeline))[0].metrics
     shares = [float(v) for k, v in facts.items() if k.startswith("r_in/")]
     assert len(shares) == 5 and sum(shares) == pytest.approx(1)
     assert 0 < max(shares) < 1

@@ -141,7 +141,7 @@ def test_what_happened_is_counted():
         ],
         pictures(),
     )
-    facts = told.facts()
+    facts = told.metrics()
     assert facts["reward/vlm"] == pytest.approx(2 / 3) and facts["reward/vlm/half"] == pytest.approx(1 / 3)
     assert facts["reward/vlm.fallback"] == 0.75 and facts["reward/exact"] == 1
     assert (facts["abstained/vlm"], facts["abstained/exact"], facts["fallback"]) == (0.25, 0, 0.5)
@@ -201,7 +201,7 @@ def test_components_that_are_no_numbers_are_left_out_of_the_means():
     parts = [{"a": 1.0, "b": None}, {"a": math.nan, "b": "x"}, {"a": 0.0}, {}, *[{"a": 1.0}] * 4]
     facts = score_pictures(
         [WeightedReward("vlm", Odd(lambda number: Score("ok", 1.0, parts[number])))], pictures()
-    ).facts()
+    ).metrics()
     assert facts["reward/vlm/a"] == pytest.approx(5 / 6) and "reward/vlm/b" not in facts
 
 
@@ -211,7 +211,7 @@ def test_a_number_of_any_kind_counts_as_what_it_is(kind):
         [WeightedReward("vlm", Odd(lambda number: Score("ok", kind(number), {"a": kind(number)})))], pictures()
     )
     assert found.values().tolist() == [[float(n) for n in range(8)]] and not found.failed().any()
-    assert found.facts()["reward/vlm"] == found.facts()["reward/vlm/a"] == 3.5
+    assert found.metrics()["reward/vlm"] == found.metrics()["reward/vlm/a"] == 3.5
 
 
 def test_a_spend_that_is_no_number_is_left_out():
