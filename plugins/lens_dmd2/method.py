@@ -190,12 +190,10 @@ class DMD2:
             else:
                 sizes = self.config.sizes or (self.pipeline.size(),)
                 height, width = sizes[int(torch.randint(len(sizes), (), generator=rng))]
-            exit_steps = [
-                self._draw(rng) for _ in range(self.config.fake_score_updates * len(self._roles))
-            ]  # one for each update
-            yield (
-                MicroBatch(self.pipeline.encode(batch.captions), (height // cell, width // cell), z, iter(exit_steps)),
-            )
+            updates = self.config.fake_score_updates * len(self._roles)  # of a step, or more
+            exit_steps = [self._draw(rng) for _ in range(updates)]
+            text, grid = self.pipeline.encode(batch.captions), (height // cell, width // cell)
+            yield (MicroBatch(text, grid, z, iter(exit_steps)),)
 
     def _draw(self, rng: torch.Generator) -> ExitStep:
         """Any of the student's steps, each as likely as the others."""

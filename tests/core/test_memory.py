@@ -219,7 +219,7 @@ def test_the_gradient_of_the_gan_alone_is_taken_where_it_is_logged(tmp_path: Pat
     run.train()
     assert taken == [1, 3, 4], "the steps whose line is written"
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "generator/gan_dm" in line] == [2, 4, 5]
+    assert [line["step"] for line in lines if "generator/gan_dm_ratio" in line] == [2, 4, 5]
 
 
 def test_the_host_waits_for_the_device_once_an_optimizer_step(
