@@ -25,6 +25,6 @@ torch.manual_seed(int(seed))
 fresh = LensTransformer2DModel(structure(LensTransformer2DModel.Config, config))
 learnt = {name: t for name, t in pipeline.backbone.state_dict().items() if not any(word in name for word in TEXT)}
 new = fresh.load_state_dict(learnt, strict=False).missing_keys
-pipeline.put("backbone", fresh, pipeline.uses["backbone"])  # built from the same config
+pipeline.put("backbone", fresh, pipeline.specs["backbone"])  # built from the same config
 pipeline.save_pretrained(out)
 print(f"{out}: {len(learnt)} tensors kept, {len(new)} drawn anew")

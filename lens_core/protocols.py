@@ -47,13 +47,12 @@ class HasWeights(Protocol):
     # texts that a single file holds besides the weights, those of a checkpoint's folder or of what `from_header`
     # returns. `note`: a line on how the weights are held, for people.
 
+    # Optional: `model_index: ClassVar[Mapping[str, tuple[str, str]]]`, the entries of diffusers' model_index.json by
+    # which other tools find what `save` writes: {"vae": ("diffusers", "NAME")}. Of a
+    # sampler too.
+
 
 @runtime_checkable
-
-# Optional: `model_index: ClassVar[Mapping[str, tuple[str, str]]]`, the entries of diffusers' model_index.json by
-# which other tools find what `save` writes: {"vae": ("diffusers", "AutoencoderKLFlux2")}. Of a sampler too.
-
-
 class VAE(HasWeights, Protocol):
     """Pictures to latents and back. `downscale` is pixels per latent cell; latents have about unit variance."""
 

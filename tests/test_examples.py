@@ -33,7 +33,7 @@ report = Trainer(read_recipe(Path("acme.yaml"), catalog), catalog, Path("run"), 
 from lens_core.inference.pipeline import LensPipeline
 
 pipeline = LensPipeline.from_pretrained(report.model, catalog=catalog)
-assert pipeline.uses["text_encoder"].use == "lens_acme:hashed_words"
+assert pipeline.specs["text_encoder"].use == "lens_acme:hashed_words"
 assert pipeline.plugins["lens_acme"] == "lens-acme==0.1.0"
 images = pipeline("red", height=16, width=16, seed=0, output_type="pt").images
 score = catalog.find("reward", "contrast").cls

@@ -66,4 +66,4 @@ def test_a_checkpoint_without_lens_json_is_read_by_its_layout(tmp_path: Path) ->
     (tmp_path / "lens.json").unlink()
     bare = LensPipeline.from_pretrained(tmp_path, catalog=catalog, device="cpu")
     assert torch.equal(draw(bare), expected)
-    assert (bare.presets["steps"], bare.uses["backbone"].use) == (20, "lens_mmdit:mmdit")
+    assert (bare.presets["steps"], bare.specs["backbone"].use) == (20, "lens_mmdit:mmdit")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lens_core import flow, hookimpl
 from lens_core.checkpoints.tensor_files import build_on_meta, load_module, read_weights, save_module
-from lens_core.inference.pipeline import to_pixels
+from lens_core.inference.pixels import to_pixels
 from lens_core.recipe import ComponentSpec, Parts
 from lens_core.types import Batch, ConfigError, Loss, Prompt, Score, TextFeatures
 

@@ -1,4 +1,4 @@
-"""A picture to begin at, whole or where a mask says so: img2img (SDEdit, Meng et al. 2021) and inpainting."""
+"""Start from an init image: image to image (SDEdit, Meng et al. 2021), and inpainting where there is a mask."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from attrs import frozen
 from torch import Tensor
 
 from lens_core import flow
+from lens_core.arguments import number
 from lens_core.flow import Velocity
 from lens_core.io import images
 from lens_core.types import ConfigError
@@ -27,26 +28,50 @@ def to_tensor(image: Image) -> Tensor:
 
 
 def to_mask(mask: Image, like: Image) -> Tensor:
-    """White is drawn anew, black and what is transparent is kept: bool [1,1,H,W], of the size of `like`."""
+    """Mask -> bool [1,1,H,W] of the size of `like`: white is repainted, black and transparent is kept."""
     mask = images.to_mask(mask)
     if mask.size != like.size:
         raise ConfigError(
             f"the mask is {mask.height}x{mask.width} px and the picture {like.height}x{like.width}; make them equal"
         )
-    found = to_tensor(mask) >= 128
-    if not found.any():
+    repainted = to_tensor(mask) >= 128
+    if not repainted.any():
         raise ConfigError(
             "the mask is black all over, so nothing would be drawn; paint white, and opaque, what is to change"
         )
-    return found
+    return repainted
+
+
+def read_init_image(
+    image: Image | None, mask: Image | None, strength: float | None, size: tuple[int, int]
+) -> tuple[Tensor, float, Tensor | None] | None:
+    """(picture uint8 [1,3,H,W], strength, mask bool [1,1,H,W] or None), resized to `size`; None without an image.
+
+    Strength defaults to 0.6, and to 1 with a mask. Raises ConfigError.
+    """
+    if image is None:
+        if mask is not None or strength is not None:
+            alone = "a mask" if mask is not None else "a strength"
+            raise ConfigError(f"{alone} without a picture has no effect; give an image too")
+        return None
+    share = number("strength", strength, finite=False) if strength is not None else 0.6 if mask is None else 1.0
+    if not 0 <= share <= 1:
+        raise ConfigError(f"strength is {share}; it must be in [0, 1]")
+    rgb = images.to_rgb(image)
+    repainted = to_mask(mask, rgb) if mask is not None else None
+    height, width = size
+    picture = to_tensor(rgb if rgb.size == (width, height) else rgb.resize((width, height)))
+    if repainted is not None and tuple(repainted.shape[-2:]) != size:
+        repainted = torch.nn.functional.interpolate(repainted.float(), size) >= 0.5
+    return picture, share, repainted
 
 
 @frozen
-class Source:
-    """A picture, uint8 [1,3,H,W], its latents z float32 [1,C,h,w], and how much of it goes.
+class InitImage:
+    """An init image, uint8 [1,3,H,W], with its latents z float32 [1,C,h,w].
 
-    `strength`: share of the steps that are made, from the time where they begin; 1 forgets the picture, 0 only encodes
-    and decodes it. `mask` bool [1,1,H,W]: what is drawn anew; everything else stays, pixel by pixel.
+    `strength`: the share of the steps that is run; 1 ignores the image, 0 only encodes and decodes it.
+    `mask` bool [1,1,H,W]: what is repainted; everything else stays, pixel by pixel.
     """
 
     picture: Tensor
@@ -54,8 +79,8 @@ class Source:
     strength: float = 1.0
     mask: Tensor | None = None
 
-    def enter(self, sampler: Any, noise: Tensor, steps: int, velocity: Velocity) -> tuple[Tensor, int, Velocity]:
-        """(x, the step to begin with, the velocity): x is the picture with as much noise as that step's time asks."""
+    def start(self, sampler: Any, noise: Tensor, steps: int, velocity: Velocity) -> tuple[Tensor, int, Velocity]:
+        """(x, the first step, the velocity): x is the init image with the noise of that step's time added."""
         start = steps - (max(1, round(self.strength * steps)) if self.strength else 0)
         if start == steps:
             return self.z.expand_as(noise), start, velocity
@@ -67,38 +92,39 @@ class Source:
             x = flow.mix(self.z.expand_as(noise), noise, t.expand(len(noise)))
         if self.mask is None:
             return x, start, velocity
-        return x, start, self._holding(velocity)
+        return x, start, self._keep_unmasked(velocity)
 
-    def _holding(self, velocity: Velocity) -> Velocity:
-        """The velocity, and where nothing is drawn anew the one that points home, to which every sampler keeps."""
-        anew = self._cells()
+    def _keep_unmasked(self, velocity: Velocity) -> Velocity:
+        """The velocity, replaced outside the mask by the one that leads straight back to the image."""
+        repainted = self._repainted_cells()
 
-        def held(x: Tensor, t: Tensor) -> Tensor:
-            home = (x - self.z) / t.to(x.dtype).view(-1, 1, 1, 1)
-            return torch.where(anew, velocity(x, t), home)
+        def masked(x: Tensor, t: Tensor) -> Tensor:
+            # On a straight path x = z + t (noise - z), so v = (x - z) / t; a sampler of any order follows it exactly.
+            back = (x - self.z) / t.to(x.dtype).view(-1, 1, 1, 1)
+            return torch.where(repainted, velocity(x, t), back)
 
-        return held
+        return masked
 
-    def _cells(self) -> Tensor:
-        """bool [1,1,h,w]: the latent cells in which some pixel is drawn anew."""
+    def _repainted_cells(self) -> Tensor:
+        """bool [1,1,h,w]: the latent cells in which some pixel is repainted."""
         assert self.mask is not None
         size = self.mask.shape[-1] // self.z.shape[-1]
         return torch.nn.functional.max_pool2d(self.mask.float(), size).bool().to(self.z.device)
 
-    def settle(self, z: Tensor) -> Tensor:
-        """The finished latents [B,C,h,w]: exactly the picture's where nothing was drawn anew."""
-        return z if self.mask is None else torch.where(self._cells(), z, self.z)
+    def restore_latents(self, z: Tensor) -> Tensor:
+        """Finished latents [B,C,h,w] -> the same, with the image's own outside the mask."""
+        return z if self.mask is None else torch.where(self._repainted_cells(), z, self.z)
 
-    def paste(self, images: Tensor) -> Tensor:
-        """uint8 [B,3,H,W], with the picture's own pixels where nothing was drawn anew."""
+    def restore_pixels(self, images: Tensor) -> Tensor:
+        """Images uint8 [B,3,H,W] -> the same, with the image's own pixels outside the mask."""
         if self.mask is None:
             return images
         return torch.where(self.mask.to(images.device), images, self.picture.to(images.device))
 
-    def facts(self) -> dict[str, Any]:
-        """What a result tells of it: hashes of picture and mask, and the strength."""
-        found: dict[str, Any] = {"image_hash": _hash(self.picture), "strength": self.strength}
-        return found if self.mask is None else {**found, "mask_hash": _hash(self.mask)}
+    def metadata(self) -> dict[str, Any]:
+        """What a result records: hashes of image and mask, and the strength."""
+        recorded: dict[str, Any] = {"image_hash": _hash(self.picture), "strength": self.strength}
+        return recorded if self.mask is None else {**recorded, "mask_hash": _hash(self.mask)}
 
 
 def _hash(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters of a network's linear layers (Hu et al., 2021).
+"""LoRA: low-rank adapters of a network's linear layers (Hu et al., 2021), to train, to fold in and to save.
 
 A layer W x becomes W x + (alpha / rank) B A x; only A and B learn, and B starts at 0, so a new adapter changes nothing.
 PEFT puts adapters beside layers for training; for sampling they are folded into the weights, at no cost a step.
@@ -6,19 +6,21 @@ PEFT puts adapters beside layers for training; for sampling they are folded into
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from attrs import frozen
 from torch import Tensor, nn
 
 from lens_core.checkpoints.lora_keys import FILE, Pair, write
-from lens_core.checkpoints.lora_keys import read as spelled
+from lens_core.checkpoints.lora_keys import read as read_pairs
 from lens_core.recipe import LoraSpec
 from lens_core.types import CheckpointError, ConfigError
 
-__all__ = ["FILE", "LoRALayer", "attach", "fold", "merge", "owned", "read", "save", "tensors", "unfold"]
+__all__ = ["FILE", "LoRALayer", "LoRAStack", "attach", "fold", "merge", "owned", "read", "save", "tensors", "unfold"]
 NAME = "default"  # PEFT's, which file formats leave out
 
 
@@ -53,10 +55,10 @@ def owned(name: str) -> bool:
 def save(net: nn.Module, adapter: LoraSpec, path: Path, prefix: str, spelling: str = "diffusers") -> None:
     """Write the adapter in one of `spelling.SPELLINGS`: as diffusers reads it, `prefix.layer.lora_A.weight`, or as
     Comfy or sd-scripts does, for which a backbone has no other name."""
-    found = {name.replace(f".{NAME}.", "."): value for name, value in tensors(net).items()}
+    values = {name.replace(f".{NAME}.", "."): value for name, value in tensors(net).items()}
     pairs = {}
-    for name in sorted({name.partition(".lora_")[0] for name in found}):
-        down, up = (found[f"{name}.lora_{side}.weight"] for side in "AB")
+    for name in sorted({name.partition(".lora_")[0] for name in values}):
+        down, up = (values[f"{name}.lora_{side}.weight"] for side in "AB")
         pairs[name] = Pair(down, up, adapter.scale * adapter.rank)
     write(path, pairs, spelling, prefix)
 
@@ -99,7 +101,7 @@ def read(path: Path, net: nn.Module) -> dict[str, LoRALayer]:
     `net`. Raises CheckpointError for what fits no layer, and for halves and shapes."""
     layers = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
     changes = {}
-    for layer, pair in spelled(path, layers).items():
+    for layer, pair in read_pairs(path, layers).items():
         shape = tuple(layers[layer].weight.shape)
         if (len(pair.up), pair.down.shape[1]) != shape:
             raise CheckpointError(
@@ -128,3 +130,28 @@ def unfold(net: nn.Module, plain: dict[str, Tensor]) -> None:
         target: Tensor = net.get_submodule(layer).weight  # type: ignore[assignment]
         target.copy_(before)
     plain.clear()
+
+
+class LoRAStack:
+    """The LoRAs that are folded into a backbone, and its weights from before, so that they can be taken out again."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []  # NAME:WEIGHT, in the order in which they were added
+        self._originals: dict[str, Tensor] = {}  # layer -> its weight without any LoRA, on the host
+
+    def add(self, backbone: nn.Module, path: str | Path, weight: float) -> None:
+        """Fold a LoRA, a file or its folder, into `backbone`. Raises ConfigError and CheckpointError."""
+        if not math.isfinite(weight):
+            raise ConfigError(f"{path}: its weight is {weight}; give a finite number")
+        fold(backbone, read(Path(path).expanduser(), backbone), weight, self._originals)
+        self.names.append(f"{Path(path).name}:{weight:g}")
+
+    def remove(self, backbone: nn.Module) -> None:
+        """Put the weights of `backbone` back, bit for bit. Subtracting would leave rounding errors."""
+        unfold(backbone, self._originals)
+        self.names.clear()
+
+    def provenance(self, earlier: Mapping[str, Any]) -> dict[str, list[str]]:
+        """What a checkpoint records: the LoRAs that were fused before, by `earlier`, and those that are in now."""
+        names = [*earlier.get("loras", ()), *self.names]
+        return {"loras": names} if names else {}

@@ -1,7 +1,7 @@
-"""Drawing with less memory on the accelerator than the weights take: who is there when, and how many bytes that is.
+"""Keep weights off the accelerator while they are not needed: whole parts, blocks that stream through, or none.
 
-Weights that are not always on the accelerator lie packed on the host, pinned where there is CUDA. They are copied, and
-what leaves the accelerator is dropped. The pictures are bit for bit those of plan `none`, except that under
+Such weights lie packed on the host, pinned where there is CUDA. They are copied to the accelerator, and dropped there
+afterwards: the host's copy never changes. Pictures are bit for bit those of plan `none`, except that under
 `encoder-cpu` the features are rounded as a CPU rounds.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lens_core.types import ConfigError, did_you_mean
 
 PHASES = {"text_encoder": "encode", "backbone": "denoise", "vae": "decode"}
-"""Part -> the phase of a drawing in which it works, in their order."""
+"""Part -> the phase of generation in which it works, in their order."""
 PLANS: dict[str, dict[str, str]] = {
     "none": {"text_encoder": "stays", "backbone": "stays", "vae": "stays"},
     "modulation": {"text_encoder": "stays", "backbone": "stays", "vae": "stays"},
@@ -28,16 +28,16 @@ PLANS: dict[str, dict[str, str]] = {
     "block": {"text_encoder": "streams", "backbone": "streams", "vae": "visits"},
 }
 """Plan -> where each part is, the fastest first. A part stays on the accelerator, visits it while it works, streams
-through it block by block, or works on the host. In all but `none`, modules that a part calls idle stay on the host."""
+through it block by block, or works on the host. In all but `none`, a part's `unused_modules` stay on the host."""
 ALIGNMENT = 512  # bytes, at which CUDA's allocator puts tensors too: kernels choose their path by it
 SLOTS = 2  # blocks on the accelerator at a time: the one that works, and the next
 CHUNK = 64 << 20  # bytes of a host buffer: pinned memory is rounded up to a power of two, and few large copies are fast
 
 
 class Accelerator:
-    """Where weights go. Copies run ahead on a stream of their own where there is CUDA, and at once elsewhere.
+    """The device that weights are copied to: asynchronously on a stream of its own with CUDA, at once elsewhere.
 
-    A mark is a point in the work given to the device so far (an event; None where work is done when it is given).
+    A mark is a point in the work queued on the device so far (a CUDA event; None where nothing is queued).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class Accelerator:
         self.side: Any = torch.cuda.Stream(device) if self.cuda else None  # type: ignore[no-untyped-call]  # torch's
 
     def host(self, size: int) -> Tensor:
-        """`size` bytes on the host, which `copy` reads fastest."""
+        """Allocate `size` bytes on the host. Only pinned memory can be copied while the device computes."""
         try:
             return torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda)
         except RuntimeError:  # the system pins no more: copies from here are slower, and right all the same
@@ -57,11 +57,11 @@ class Accelerator:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def put(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device, for good."""
+        """The tensor on the device, to stay."""
         return tensor.to(self.device)
 
     def mark(self) -> Any:
-        """All that has been given to the device until now."""
+        """Mark all that has been queued until now."""
         return torch.cuda.current_stream(self.device).record_event() if self.cuda else None
 
     def copy(self, to: Tensor, host: Tensor, after: Any) -> Any:
@@ -70,32 +70,34 @@ class Accelerator:
             to.copy_(host)
             return None
         with torch.cuda.stream(self.side):
+            # The buffer may still be read by kernels of the main stream; overwriting it before is a silent race.
             self.side.wait_event(after)
             to.copy_(host, non_blocking=True)
             return self.side.record_event()
 
     def wait(self, mark: Any) -> None:
-        """What is given to the device from now on begins after `mark`."""
+        """Let what is queued from now on begin after `mark`. The host does not wait."""
         if self.cuda:
             torch.cuda.current_stream(self.device).wait_event(mark)
 
     def free(self) -> int | None:
-        """Bytes that could be had now; None where that cannot be asked, or where weights are on the host anyway."""
+        """Bytes that can be allocated now; None where weights are on the host anyway."""
         if not self.cuda:
             return None
+        # torch's allocator keeps what was freed: the driver counts it as taken, and it can be used all the same.
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return int(torch.cuda.mem_get_info(self.device)[0]) + unused
 
 
-def _own(module: nn.Module, seen: set[int]) -> list[Tensor]:
-    """Parameters and buffers of `module` that are not `seen` yet; now they are."""
-    found = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in seen]
-    seen |= {id(t) for t in found}
-    return found
+def _new_tensors(module: nn.Module, seen: set[int]) -> list[Tensor]:
+    """Parameters and buffers of `module` that are not in `seen` yet; adds them. Tied weights are counted once."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in seen]
+    seen |= {id(t) for t in tensors}
+    return tensors
 
 
 def aligned_offsets(sizes: Iterable[int]) -> tuple[list[int], int]:
-    """Bytes of each tensor -> where it begins in one buffer, and the buffer's size."""
+    """Bytes of each tensor -> its offset in one buffer, and the buffer's size."""
     starts, end = [], 0
     for size in sizes:
         starts.append(end)
@@ -103,23 +105,30 @@ def aligned_offsets(sizes: Iterable[int]) -> tuple[list[int], int]:
     return starts, end
 
 
-def split(module: Any, streams: bool, idles: bool) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]]]:
-    """A part's tensors: (what works all the time, its blocks, its idle modules). Only parts that say so have the latter
-    two: by `blocks()`, modules that run one after the other in this order, and `unused_modules()`."""
+def split_tensors(
+    module: Any, streams: bool, skips: bool
+) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]]]:
+    """A part's tensors: (what works all the time, its blocks, its unused modules).
+
+    Only parts that say so have the latter two: by `blocks()`, modules that run one after the other in this order, and
+    `unused_modules()`. Unused modules come first: a tensor that is in one is in no block.
+    """
     seen: set[int] = set()
-    idle = [_own(m, seen) for m in module.unused_modules()] if idles and hasattr(module, "unused_modules") else []
-    blocks = [_own(m, seen) for m in module.blocks()] if streams and hasattr(module, "blocks") else []
-    return _own(module, seen), blocks, idle
+    unused = (
+        [_new_tensors(m, seen) for m in module.unused_modules()] if skips and hasattr(module, "unused_modules") else []
+    )
+    blocks = [_new_tensors(m, seen) for m in module.blocks()] if streams and hasattr(module, "blocks") else []
+    return _new_tensors(module, seen), blocks, unused
 
 
 class TensorGroup:
-    """Tensors that travel together: views of host buffers, and of one on the accelerator while they are there."""
+    """Tensors that are moved together: views of host buffers, or of one buffer on the accelerator meanwhile."""
 
     def __init__(self, tensors: Sequence[Tensor], accelerator: Accelerator) -> None:
         self.tensors, self.accelerator = list(tensors), accelerator
         self.starts, self.size = aligned_offsets([t.numel() * t.element_size() for t in self.tensors])
         self.chunks: list[tuple[int, Tensor]] = []  # where each begins in the whole, and its bytes on the host
-        self.home: list[Tensor] = []
+        self.host_views: list[Tensor] = []
         bounds, first = [*self.starts, self.size], 0
         for end in range(1, len(bounds)):
             if end == len(self.tensors) or bounds[end + 1] - bounds[first] > CHUNK:
@@ -127,36 +136,40 @@ class TensorGroup:
                 first = end
 
     def _gather(self, first: int, end: int, stop: int) -> None:
-        """Bring tensors first ... end - 1 into one host buffer; what they were in can go at once."""
+        """Pack tensors first ... end - 1 into one host buffer."""
         base = self.starts[first]
         host = self.accelerator.host(stop - base)
         self.chunks.append((base, host))
         for tensor, start in zip(self.tensors[first:end], self.starts[first:end], strict=True):
             view = _view(host, start - base, tensor)
             view.copy_(tensor.detach())
+            # At once, tensor by tensor: so no second copy of all weights is ever held.
             tensor.data = view
-            self.home.append(view)
+            self.host_views.append(view)
 
-    def fetch(self, buffer: Tensor, after: Any) -> Any:
-        """Begin to copy into `buffer` once `after` is done; the mark of the end."""
+    def copy_into(self, buffer: Tensor, after: Any) -> Any:
+        """Begin to copy into `buffer` once `after` is done; return the mark of the end."""
         for start, host in self.chunks:
             after = self.accelerator.copy(buffer[start : start + len(host)], host, after)
         return after
 
     def point(self, buffer: Tensor) -> None:
-        """Let the tensors be what lies in `buffer`. Their identities and version counters stay."""
+        """Let the tensors be views of `buffer`."""
+        # Setting `.data` keeps a tensor's identity, its hooks and its version counter: the prompt cache and the table
+        # of modulation both ask by these whether weights have changed, and moving is no change.
         for tensor, start in zip(self.tensors, self.starts, strict=True):
             tensor.data = _view(buffer, start, tensor)
 
     def enter(self) -> None:
-        """Be on the accelerator, in a buffer that lives as long as the tensors point there."""
+        """Move to the accelerator, into a buffer that lives as long as the tensors point there."""
         buffer = self.accelerator.empty(self.size)
-        self.accelerator.wait(self.fetch(buffer, self.accelerator.mark()))
+        self.accelerator.wait(self.copy_into(buffer, self.accelerator.mark()))
         self.point(buffer)
 
     def leave(self) -> None:
-        for tensor, home in zip(self.tensors, self.home, strict=True):
-            tensor.data = home
+        """Move back to the host. Nothing is copied: drawing never changes weights."""
+        for tensor, view in zip(self.tensors, self.host_views, strict=True):
+            tensor.data = view
 
 
 def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
@@ -164,80 +177,87 @@ def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
 
 
 class BlockStreamer:
-    """Blocks that pass through `SLOTS` buffers, each in its own forward pass, while the next one is on its way."""
+    """Copy each block to the accelerator for its forward pass, while the one before it computes.
 
-    def __init__(self, blocks: Sequence[nn.Module], packs: Sequence[TensorGroup], accelerator: Accelerator) -> None:
-        self.packs, self.accelerator = list(packs), accelerator
+    There are `SLOTS` buffers, each as large as the largest block. Forward hooks do the work, so that models need not
+    know of it.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], groups: Sequence[TensorGroup], accelerator: Accelerator) -> None:
+        self.groups, self.accelerator = list(groups), accelerator
         self.slots: list[Tensor] = []
-        self.ready: dict[int, tuple[int, Any]] = {}  # block -> its slot, and when it is there
-        self.done: list[Any] = []  # slot -> when its last reader is through
+        self.ready: dict[int, tuple[int, Any]] = {}  # block -> its slot, and the mark of its copy's end
+        self.done: list[Any] = []  # slot -> the mark after which nothing reads it
         self.hooks = [
             hook
             for n, block in enumerate(blocks)
             for hook in (
                 block.register_forward_pre_hook(partial(self._before, n)),
+                # Called after an exception too, or a block would keep pointing into a buffer that is dropped.
                 block.register_forward_hook(partial(self._after, n), always_call=True),
             )
         ]
-        self.working = False
+        self.active = False
 
     def _before(self, n: int, *_: Any) -> None:
-        if not self.working:
+        if not self.active:
             return
         if not self.slots:
-            size = max(pack.size for pack in self.packs)
+            size = max(group.size for group in self.groups)
             self.slots = [self.accelerator.empty(size) for _ in range(SLOTS)]
             self.done = [self.accelerator.mark()] * SLOTS
         if n not in self.ready:
+            # Blocks came in another order than predicted, as when only some are run: begin anew.
             self.ready.clear()
-            self._fetch(n, 0)
-        slot, there = self.ready[n]
-        self.accelerator.wait(there)
-        self.packs[n].point(self.slots[slot])
-        following = (n + 1) % len(self.packs)
+            self._prefetch(n, 0)
+        slot, copied = self.ready[n]
+        self.accelerator.wait(copied)
+        self.groups[n].point(self.slots[slot])
+        # Modulo: the last block is followed by the first, of the next pass.
+        following = (n + 1) % len(self.groups)
         if following not in self.ready:
-            self._fetch(following, 1 - slot)
+            self._prefetch(following, 1 - slot)
 
-    def _fetch(self, n: int, slot: int) -> None:
-        pack = self.packs[n]
+    def _prefetch(self, n: int, slot: int) -> None:
+        group = self.groups[n]
         self.ready = {k: v for k, v in self.ready.items() if v[0] != slot}
-        self.ready[n] = slot, pack.fetch(self.slots[slot], self.done[slot])
+        self.ready[n] = slot, group.copy_into(self.slots[slot], self.done[slot])
 
     def _after(self, n: int, *_: Any) -> None:
-        if self.working and n in self.ready:
-            self.packs[n].leave()
+        if self.active and n in self.ready:
+            self.groups[n].leave()
             self.done[self.ready[n][0]] = self.accelerator.mark()
 
     def leave(self) -> None:
         """Drop the slots; a copy under way is waited for, or it would write into what others get next."""
-        for _, there in self.ready.values():
-            self.accelerator.wait(there)
-        self.working = False
+        for _, copied in self.ready.values():
+            self.accelerator.wait(copied)
+        self.active = False
         self.slots, self.done = [], []
         self.ready.clear()
 
 
 class OffloadedModule:
-    """One part of a pipeline under a plan."""
+    """One part of a pipeline under a plan. `how`: stays, visits, streams or host, as in `PLANS`."""
 
-    def __init__(self, module: Any, how: str, idles: bool, accelerator: Accelerator) -> None:
-        self.depth = 0
-        self.packs: list[TensorGroup] = []
-        self.visitors: dict[int, TensorGroup] = {}  # by the id of an idle module
+    def __init__(self, module: Any, how: str, skips: bool, accelerator: Accelerator) -> None:
+        self.depth = 0  # of nested `at_work`s: the outermost one moves the weights
+        self.groups: list[TensorGroup] = []
+        self.unused_groups: dict[int, TensorGroup] = {}  # by the id of an unused module
         self.stream: BlockStreamer | None = None
         if how == "host":
             module.to("cpu")
             return
-        rest, blocks, idle = split(module, how == "streams", idles)
-        if idle:
-            packs = [TensorGroup(tensors, accelerator) for tensors in idle]
-            self.visitors = {id(m): pack for m, pack in zip(module.unused_modules(), packs, strict=True)}
+        rest, blocks, unused = split_tensors(module, how == "streams", skips)
+        if unused:
+            groups = [TensorGroup(tensors, accelerator) for tensors in unused]
+            self.unused_groups = {id(m): group for m, group in zip(module.unused_modules(), groups, strict=True)}
         if blocks:
             self.stream = BlockStreamer(
                 module.blocks(), [TensorGroup(tensors, accelerator) for tensors in blocks], accelerator
             )
         if how != "stays":
-            self.packs = [TensorGroup(rest, accelerator)]
+            self.groups = [TensorGroup(rest, accelerator)]
             return
         for tensor in rest:
             tensor.data = accelerator.put(tensor.data)
@@ -248,30 +268,30 @@ class OffloadedModule:
         self.depth += 1
         try:
             if self.depth == 1:
-                for pack in self.packs:
-                    pack.enter()
+                for group in self.groups:
+                    group.enter()
                 if self.stream is not None:
-                    self.stream.working = True
+                    self.stream.active = True
             yield
         finally:
             self.depth -= 1
             if self.depth == 0:
                 if self.stream is not None:
                     self.stream.leave()
-                for pack in self.packs:
-                    pack.leave()
+                for group in self.groups:
+                    group.leave()
 
     @contextmanager
     def temporarily_on_device(self, module: nn.Module) -> Iterator[None]:
-        """The time in which an idle module's weights are on the accelerator."""
-        pack = self.visitors.get(id(module))
-        if pack is not None:
-            pack.enter()
+        """The time in which an unused module's weights are on the accelerator."""
+        group = self.unused_groups.get(id(module))
+        if group is not None:
+            group.enter()
         try:
             yield
         finally:
-            if pack is not None:
-                pack.leave()
+            if group is not None:
+                group.leave()
 
     def remove(self) -> None:
         for hook in self.stream.hooks if self.stream is not None else ():
@@ -280,7 +300,7 @@ class OffloadedModule:
 
 @frozen
 class Workload:
-    """What a drawing asks of the accelerator beside the weights."""
+    """What is drawn at once, from which the memory beside the weights is estimated."""
 
     size: tuple[int, int] = (1024, 1024)  # px, height x width
     cell: int = 16  # px that a latent cell is wide
@@ -291,7 +311,7 @@ class Workload:
 
 @frozen
 class MemoryEstimate:
-    """What a plan comes to, in bytes. Weights are exact, and `work` (activations and the like) is estimated."""
+    """What a plan takes, in bytes. Weights are exact, and `work` (activations and the like) is estimated."""
 
     plan: str
     how: Mapping[str, str]  # part -> stays, visits, streams or host
@@ -311,9 +331,9 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    plan: str, modules: Mapping[str, Any], load: Workload, weigh: Callable[[Tensor], int] | None = None
+    plan: str, modules: Mapping[str, Any], workload: Workload, weigh: Callable[[Tensor], int] | None = None
 ) -> MemoryEstimate:
-    """What `plan` comes to for these parts, which may be on the meta device. `weigh`: tensor -> bytes, if not its own.
+    """Estimate what `plan` takes for these parts, which may be on the meta device. `weigh`: tensor -> its bytes.
 
     Estimates come from the parts: `activation_bytes(workload)`; a part without it is counted by its weights alone.
     """
@@ -322,23 +342,24 @@ def estimate_memory(
     def total(tensors: Iterable[Tensor]) -> int:
         return aligned_offsets(size(t) for t in tensors)[1]
 
-    chosen, idles = find(plan), plan != "none"
+    chosen, skips = find_plan(plan), plan != "none"
     how = {part: chosen[part] for part in PHASES if part in modules}
     always: int = 0
     there, host, comes, work = {}, {}, {}, {}
     for part, module in modules.items():
         mode = how[part]
-        rest, blocks, idle = split(module, mode == "streams", idles and mode != "host")
+        rest, blocks, unused = split_tensors(module, mode == "streams", skips and mode != "host")
         sizes = [total(tensors) for tensors in (rest, *blocks)]
-        away = sum(total(tensors) for tensors in idle)
-        turn = max((total(t) for t in idle), default=0) if hasattr(module, "precomputed") else 0
+        away = sum(total(tensors) for tensors in unused)
+        # With a table of modulation, unused modules are brought in one at a time to make it.
+        turn = max((total(t) for t in unused), default=0) if hasattr(module, "precomputed") else 0
         slots = SLOTS * max(sizes[1:], default=0)
         there[part] = 0 if mode == "host" else sizes[0] + max(slots, turn)
         host[part] = away + (0 if mode == "stays" else sum(sizes))
         always += sizes[0] if mode == "stays" else 0
         comes[part] = there[part] - (sizes[0] if mode == "stays" else 0)
         work[part] = (
-            0 if mode == "host" or not hasattr(module, "activation_bytes") else int(module.activation_bytes(load))
+            0 if mode == "host" or not hasattr(module, "activation_bytes") else int(module.activation_bytes(workload))
         )
     return MemoryEstimate(
         plan, how, there, host,
@@ -346,8 +367,8 @@ def estimate_memory(
     )  # fmt: skip
 
 
-def find(plan: str) -> dict[str, str]:
-    """Part -> how it is kept under `plan`. Raises ConfigError for a name that is none."""
+def find_plan(plan: str) -> dict[str, str]:
+    """Part -> where it is under `plan`. Raises ConfigError for an unknown name."""
     if plan not in PLANS:
         raise ConfigError(f"no offload plan is called {plan!r}.{did_you_mean(plan, [*PLANS, 'auto'])}")
     return PLANS[plan]
@@ -356,41 +377,59 @@ def find(plan: str) -> dict[str, str]:
 RESERVE = 512 << 20  # bytes that are left free: workspaces of libraries, and holes between tensors
 
 
-def choose(
-    modules: Mapping[str, Any], load: Workload, free: int | None, weigh: Callable[[Tensor], int] | None = None
+def choose_plan(
+    modules: Mapping[str, Any], workload: Workload, free: int | None, weigh: Callable[[Tensor], int] | None = None
 ) -> MemoryEstimate:
-    """The fastest plan that fits into `free` bytes, or the smallest if none does; `none` where nobody knows."""
+    """The fastest plan that fits into `free` bytes, or the smallest if none does; `none` where `free` is not known."""
     if free is None:
-        return estimate_memory("none", modules, load, weigh)
-    each = [estimate_memory(plan, modules, load, weigh) for plan in PLANS]
+        return estimate_memory("none", modules, workload, weigh)
+    each = [estimate_memory(plan, modules, workload, weigh) for plan in PLANS]
     return next((f for f in each if f.peak + RESERVE <= free), min(each, key=lambda f: f.peak))
 
 
-def describe(told: MemoryEstimate, device: str, free: int | None = None) -> str:
+def describe_plan(estimate: MemoryEstimate, device: str, free: int | None = None) -> str:
     """The plan as a table for people, in GB (10^9 bytes)."""
     room = "" if free is None else f", {free / 1e9:.2f} GB free"
-    lines = [f"offload: {told.plan} ({device}{room})", f"  {'':14}{'':9}{'there, GB':>12}{'host, GB':>12}"]
-    for part, mode in told.how.items():
-        lines.append(f"  {part:14}{mode:9}{told.there[part] / 1e9:12.3f}{told.host[part] / 1e9:12.3f}")
-    for phase, peak in told.peaks.items():
-        about = f"{told.weights[phase] / 1e9:.3f} weights, about {told.work[phase] / 1e9:.3f} beside them"
+    lines = [f"offload: {estimate.plan} ({device}{room})", f"  {'':14}{'':9}{'there, GB':>12}{'host, GB':>12}"]
+    for part, mode in estimate.how.items():
+        lines.append(f"  {part:14}{mode:9}{estimate.there[part] / 1e9:12.3f}{estimate.host[part] / 1e9:12.3f}")
+    for phase, peak in estimate.peaks.items():
+        about = f"{estimate.weights[phase] / 1e9:.3f} weights, about {estimate.work[phase] / 1e9:.3f} beside them"
         lines.append(f"  peak: {phase:8}         {peak / 1e9:12.3f}  ({about})")
-    if free is not None and told.peak + RESERVE > free:
+    if free is not None and estimate.peak + RESERVE > free:
         lines.append("  this may not fit: draw smaller pictures, or fewer at once")
     return "\n".join(lines)
 
 
 class OffloadManager:
-    """The parts of a pipeline, kept as a plan says."""
+    """Keeps the parts of a pipeline as a plan says, from when it is built until `remove`.
+
+    `requested` is the plan's name, or `auto`; `free` is how many bytes there were before.
+    """
 
     def __init__(
-        self, told: MemoryEstimate, modules: Mapping[str, Any], accelerator: Accelerator, free: int | None, auto: bool
+        self, requested: str, modules: Mapping[str, Any], workload: Workload, accelerator: Accelerator
     ) -> None:
-        self.told, self.free, self.auto = told, free, auto  # bytes that were free before; was the plan chosen here?
+        self.requested, self.workload, self.accelerator = requested, workload, accelerator
+        self.free = accelerator.free()
+        if self.free is not None and accelerator.device.type != "cpu":
+            # What the parts take there now is given back: every one of them is placed anew.
+            tensors = (t for net in modules.values() for t in (*net.parameters(), *net.buffers()))
+            here = accelerator.device.type
+            self.free += sum(t.numel() * t.element_size() for t in tensors if t.device.type == here)
+        self.estimate = (
+            choose_plan(modules, workload, self.free)
+            if requested == "auto"
+            else estimate_memory(requested, modules, workload)
+        )
+        skips = self.estimate.plan != "none"
         self.parts = {
-            part: OffloadedModule(modules[part], mode, told.plan != "none", accelerator)
-            for part, mode in told.how.items()
+            part: OffloadedModule(modules[part], mode, skips, accelerator) for part, mode in self.estimate.how.items()
         }
+
+    def on_host(self, part: str) -> bool:
+        """Whether the plan lets a part compute on the host."""
+        return PLANS[self.estimate.plan][part] == "host"
 
     def remove(self) -> None:
         """Let go: weights stay where they are just now."""

@@ -13,9 +13,9 @@ import attrs
 from attrs import field, frozen
 
 from lens_core.arguments import whole
-from lens_core.inference import offload as offloads
-from lens_core.inference.offload import Workload
-from lens_core.inference.pipeline import MAX_COUNT, LensPipeline
+from lens_core.inference.call_arguments import MAX_COUNT
+from lens_core.inference.offload import Workload, describe_plan
+from lens_core.inference.pipeline import LensPipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,15 +66,15 @@ class ModelRequest:
             device=self.device,
             dtype=self.dtype,
             offload=self.offload,
-            load=workload,
-            text_cache=self.prompt_cache,
+            workload=workload,
+            prompt_cache=self.prompt_cache,
             backbone=self.backbone,
             text_encoder=self.text_encoder,
             vae=self.vae,
         )
-        placement = pipeline.placement
-        if placement is not None and placement.told.plan != "none":
-            log(offloads.describe(placement.told, str(pipeline.device), placement.free))
+        manager = pipeline.offload_manager
+        if manager is not None and manager.estimate.plan != "none":
+            log(describe_plan(manager.estimate, str(pipeline.device), manager.free))
         for path, weight in self.loras:
             pipeline.load_lora_weights(path, weight)
         if self.sampler is not None:
@@ -118,7 +118,7 @@ class GenerateRequest:
 
     def fingerprint(self, pipeline: LensPipeline, prompt: str, seed: int) -> str:
         """A short hash of everything that decides one image: two requests with the same hash draw the same."""
-        sampler = pipeline.uses.get("sampler")
+        sampler = pipeline.specs.get("sampler")
         fields = {a.name: getattr(self, a.name) for a in attrs.fields(GenerateRequest)}
         fields |= {name: _digest(fields[name]) for name in ("image", "mask")}
         decisive = [pipeline.version, pipeline.loras, sampler and [sampler.use, dict(sampler.options)], fields]

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from lens_core.catalog import _flaw
-from lens_core.inference.pipeline import PIPELINE_PARTS, LensPipeline
+from lens_core.inference.parts import PIPELINE_PARTS
+from lens_core.inference.pipeline import LensPipeline
 from lens_core.protocols import KINDS, HasWeights
 from lens_core.training.optimizers import apply_step
 from lens_core.types import Batch, Loss, Prompt, Score, TextFeatures

@@ -20,7 +20,8 @@ from lens_core.attribution import batches_of, building, calling, prompts_of
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import manifest, tensor_files
 from lens_core.evaluation import report, run
-from lens_core.inference.pipeline import PIPELINE_PARTS, LensPipeline
+from lens_core.inference.parts import PIPELINE_PARTS
+from lens_core.inference.pipeline import LensPipeline
 from lens_core.io import atomic_files
 from lens_core.recipe import Evaluation, build
 from lens_core.types import CheckpointError, ConfigError, LensError, Prompt

@@ -13,7 +13,8 @@ from lens_core.attribution import check_on_meta
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import hub, manifest
 from lens_core.inference import lora
-from lens_core.inference.pipeline import MODEL_PARTS, PIPELINE_PARTS, LensPipeline
+from lens_core.inference.parts import MODEL_PARTS, PIPELINE_PARTS
+from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import ComponentSpec, Recipe, build, unstructure
 from lens_core.training import frozen_weights
 from lens_core.types import LensError
@@ -81,7 +82,7 @@ def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
         if kind in MODEL_PARTS:
             found[kind].requires_grad_(False)
     check_on_meta(*(found.get(kind) for kind in ("vae", "text_encoder", "backbone")))
-    return LensPipeline(**found, presets=presets, uses=uses, catalog=catalog), notes
+    return LensPipeline(**found, presets=presets, specs=uses, catalog=catalog), notes
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

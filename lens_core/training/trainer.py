@@ -125,7 +125,7 @@ class Trainer:
                 self.datasets = [dataset(config) for _ in self.ranks.local_micro_batches]
             if hasattr(self.datasets[0], "check_encoders"):  # while the encoders are as they were read
                 self.datasets[0].check_encoders(self.pipeline, recipe.train.precision)
-                self.pipeline.put_off(unread)
+                self.pipeline.defer(unread)
         elif self.ranks.micro_batches > 1 and not getattr(self.method, "shards_itself", False):
             raise ConfigError(f"{recipe.method.use} reads no dataset, so it cannot be divided; run it as one process")
         if self.ranks.sharded and getattr(self.method, "shards_itself", False):
@@ -663,7 +663,7 @@ class Trainer:
                 blank.load_state_dict(full, assign=True)
                 for part in PREFIXES:
                     if self.pipeline.present().get(part) is net:
-                        self.pipeline.put(part, blank, self.pipeline.uses.get(part))
+                        self.pipeline.put(part, blank, self.pipeline.specs.get(part))
                 self.nets[role] = blank
                 if role in self.ema:
                     self.ema[role] = average

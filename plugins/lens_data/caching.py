@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from lens_core.attribution import latents_of, text_of
-from lens_core.inference.pipeline import to_pixels
+from lens_core.inference.pixels import to_pixels
 from lens_core.recipe import unstructure
 from lens_core.types import LensError
 from lens_data import pictures
@@ -63,7 +63,7 @@ def encoders(pipeline: LensPipeline, precision: str = "fp32") -> dict[str, dict[
         for name, value in part.state_dict().items() if isinstance(part, nn.Module) else ():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        use = pipeline.uses.get(kind)
+        use = pipeline.specs.get(kind)
         origin = f" from {pipeline.source}" if pipeline.source else ""
         made_by[kind] = {
             "name": f"{use.use if use else type(part).__name__}{origin} in {precision}",
@@ -79,7 +79,7 @@ def _config(pipeline: LensPipeline, kind: str) -> Any:
         return unstructure(config)
     if isinstance(config, Mapping):
         return {str(k): v for k, v in config.items() if not str(k).startswith("_")}
-    use = pipeline.uses.get(kind)
+    use = pipeline.specs.get(kind)
     return dict(use.options) if use else {}
 
 

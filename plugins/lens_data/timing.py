@@ -125,7 +125,7 @@ def measure(
     for kind in ("vae", "text_encoder", "backbone"):
         if getattr(pipeline, kind) is None:
             raise ConfigError(f"$.pipeline.{kind}: missing, so its sizes are not known; name one, or a start")
-    use: ComponentSpec = pipeline.uses["backbone"]
+    use: ComponentSpec = pipeline.specs["backbone"]
     _, cls, config = build(
         catalog, "backbone", ComponentSpec(use.use, {**use.options, "num_layers": depth}), "$.backbone"
     )

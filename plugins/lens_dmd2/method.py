@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lens_core import flow
 from lens_core.attribution import latents_of
 from lens_core.flow import Velocity
-from lens_core.inference.pipeline import to_pixels
+from lens_core.inference.pixels import to_pixels
 from lens_core.protocols import dtype_of
 from lens_core.training.frozen_weights import frozen_copy
 from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, TextFeatures, move

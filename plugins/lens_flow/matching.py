@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lens_core import flow
 from lens_core.attribution import latents_of, text_of
-from lens_core.inference.pipeline import to_pixels
+from lens_core.inference.pixels import to_pixels
 from lens_core.protocols import BaseMethod
 from lens_core.types import Batch, ConfigError, LensError, Loss, TextFeatures, move
 from lens_core.validators import integer, real, within

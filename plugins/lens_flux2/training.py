@@ -13,7 +13,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
-from lens_core.inference.pipeline import to_pixels
+from lens_core.inference.pixels import to_pixels
 from lens_core.protocols import BaseMethod
 from lens_core.types import Batch, ConfigError, LensError, Loss, move
 from lens_core.validators import WEIGHT, integer, real, within

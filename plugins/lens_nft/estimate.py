@@ -57,7 +57,7 @@ def estimate(config: Any, recipe: Recipe, catalog: Catalog) -> Estimate:
 
 
 def _memory(recipe: Recipe, catalog: Catalog, keeps_base: bool) -> tuple[dict[str, int], list[str]]:
-    from lens_core.inference.pipeline import MODEL_PARTS
+    from lens_core.inference.parts import MODEL_PARTS
     from lens_core.training.memory_estimate import cost, on_meta
 
     pipeline, notes = on_meta(recipe, catalog)

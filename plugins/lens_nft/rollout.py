@@ -10,7 +10,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from lens_core.inference.pipeline import to_images
+from lens_core.inference.pixels import to_images
 from lens_core.training.distributed import seed_of
 from lens_core.types import Prompt, TextFeatures
 

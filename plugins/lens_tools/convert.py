@@ -17,7 +17,8 @@ from attrs import frozen
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import hub, manifest, model_card, tensor_files
 from lens_core.checkpoints.lazy_tensors import LazyTensor, read_lazy, write_lazy
-from lens_core.inference.pipeline import MODEL_PARTS, PIPELINE_PARTS, LensPipeline
+from lens_core.inference.parts import DEFAULT_PRESETS, MODEL_PARTS, PIPELINE_PARTS
+from lens_core.inference.saving import CheckpointContent, save_about
 from lens_core.io import atomic_files
 from lens_core.recipe import ComponentSpec, build, unstructure
 from lens_core.types import CheckpointError, ConfigError
@@ -221,19 +222,19 @@ def _describe(
 ) -> None:
     """Make a folder a checkpoint: `model_index.json` and `lens.json`, last."""
     others = {k: ComponentSpec(v["use"], dict(v.get("config", {}))) for k, v in described["components"].items()}
-    uses = {k: others[k] for k in PIPELINE_PARTS if k in others} | {part.name: part.use for part in parts}
-    names = sorted({use.use.partition(":")[0] for use in uses.values()})
+    specs = {k: others[k] for k in PIPELINE_PARTS if k in others} | {part.name: part.use for part in parts}
+    names = sorted({spec.use.partition(":")[0] for spec in specs.values()})
     found = {part.name: part.component for part in parts}  # the class: the part itself is there, on disk
-    for kind, use in uses.items():
+    for kind, spec in specs.items():
         if kind not in MODEL_PARTS:
-            _, cls, config = build(catalog, kind, use, f"components.{kind}")
+            _, cls, config = build(catalog, kind, spec, f"components.{kind}")
             found[kind] = cls(config)
-    pipeline = LensPipeline(
-        **found,
-        presets=described.get("presets", {}),
-        uses=uses,
+    content = CheckpointContent(
+        found,
+        specs,
+        presets=DEFAULT_PRESETS | described.get("presets", {}),
         plugins={n: v for n in names if (v := catalog.version(n))},
         provenance=described.get("provenance", {}),
         catalog=catalog,
     )
-    pipeline.save_about(out, shared)
+    save_about(content, out, shared)

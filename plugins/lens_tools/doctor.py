@@ -54,7 +54,8 @@ def fits(parts: Mapping[str, Any], load: Workload | None = None) -> dict[str, di
     """Form -> card, GiB -> the plan that `auto` takes there for the published sizes."""
     load = load or Workload()
     return {
-        form: {card: offload.choose(parts, load, room(card), weigh(parts, form)) for card in CARDS} for form in FORMS
+        form: {card: offload.choose_plan(parts, load, room(card), weigh(parts, form)) for card in CARDS}
+        for form in FORMS
     }
 
 
@@ -170,7 +171,7 @@ def _fits(catalog: Catalog) -> dict[str, Any]:
         rooms = {"this GPU": torch.cuda.mem_get_info(0)[0]}
     for place, free in rooms.items():
         for form in FORMS:
-            best = offload.choose(parts, Workload(), free, weigh(parts, form))
+            best = offload.choose_plan(parts, Workload(), free, weigh(parts, form))
             verdict = "" if best.peak + offload.RESERVE <= free else ", too large"
             told[f"{place}, encoder {form}"] = f"{best.plan}, peak {best.peak / 1e9:.1f} GB{verdict}"
     return told

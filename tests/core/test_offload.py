@@ -252,10 +252,10 @@ def test_features_of_some_blocks_survive_streaming() -> None:
         pipeline.encode(PROMPTS),
     )
     with torch.no_grad():
-        with pipeline._tabled(t[:1]):
+        with pipeline._precomputed_modulation(t[:1]):
             want = pipeline.backbone.features(x, t, text, [0, 2])
         pipeline.offload("block", accelerator=Meter(late=True))
-        with pipeline._at_work("backbone"), pipeline._tabled(t[:1]):
+        with pipeline._at_work("backbone"), pipeline._precomputed_modulation(t[:1]):
             for _ in range(2):  # block 0 follows block 2 here, and not block 4
                 got = pipeline.backbone.features(x, t, text, [0, 2])
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -286,7 +286,7 @@ def test_a_saved_pipeline_is_the_same_under_any_plan(tmp_path: Any) -> None:
     from lens_core.recipe import ComponentSpec
 
     pipeline = build()
-    pipeline.uses = {
+    pipeline.specs = {
         "vae": ComponentSpec("flux2"),
         "text_encoder": ComponentSpec("gpt_oss"),
         "backbone": ComponentSpec("mmdit"),
@@ -309,7 +309,7 @@ def test_to_ends_a_plan_and_another_may_follow() -> None:
     pipeline.to("cpu")
     copied = meter.copied
     assert torch.equal(draw(pipeline), latents)
-    assert pipeline.placement is None and meter.copied == copied
+    assert pipeline.offload_manager is None and meter.copied == copied
 
 
 def test_a_picture_to_begin_at_is_encoded_under_a_plan() -> None:
@@ -329,7 +329,7 @@ def test_auto_takes_the_fastest_plan_that_fits() -> None:
     for free in (0, *need.values(), *(n - 1 for n in need.values())):
         fits = [plan for plan in PLANS if need[plan] <= free]
         want = fits[0] if fits else min(need, key=need.__getitem__)
-        assert pipeline.offload("auto", load=load, accelerator=Meter(free=free)).plan == want
+        assert pipeline.offload("auto", workload=load, accelerator=Meter(free=free)).plan == want
         chosen.add(want)
     assert {"none", "modulation", "encoder-cpu"} <= chosen
 
@@ -345,7 +345,7 @@ def test_a_plan_that_is_none_is_refused_by_name_and_changes_nothing() -> None:
     pipeline = build()
     with pytest.raises(ConfigError, match=r"no offload plan is called 'blok'\. Did you mean 'block'"):
         pipeline.offload("blok")
-    assert pipeline.placement is None
+    assert pipeline.offload_manager is None
 
 
 def test_chunks_of_a_pack_are_bounded_and_hold_everything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,11 +368,11 @@ def test_chunks_of_a_pack_are_bounded_and_hold_everything(monkeypatch: pytest.Mo
 def test_the_plan_is_told_in_lines_that_add_up() -> None:
     pipeline = build()
     told = pipeline.offload("block", accelerator=Meter())
-    text = offload.describe(told, "cuda", 10**9)
+    text = offload.describe_plan(told, "cuda", 10**9)
     assert text.startswith("offload: block (cuda, 1.00 GB free)")
     for part in PHASES:
         assert f"{told.there[part] / 1e9:.3f}" in next(line for line in text.splitlines() if part in line)
-    assert "may not fit" not in text and "may not fit" in offload.describe(told, "cuda", 10**6)
+    assert "may not fit" not in text and "may not fit" in offload.describe_plan(told, "cuda", 10**6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -386,7 +386,7 @@ def test_estimates_beside_the_weights_are_what_operators_hold(
         text = pipeline.encode(prompts)
     load = Workload(size, 4, count, text.mask.shape[1], steps=3)
     x = torch.randn(count, 8, size[0] // 4, size[1] // 4, generator=torch.Generator().manual_seed(0))
-    with pipeline._tabled(torch.ones(1)), torch.no_grad(), Live() as denoising:
+    with pipeline._precomputed_modulation(torch.ones(1)), torch.no_grad(), Live() as denoising:
         pipeline.backbone(x, torch.ones(count), text)
     with Live() as decoding:
         pipeline.decode(x)

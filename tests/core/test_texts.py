@@ -35,7 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def read(checkpoint: Path, catalog: Catalog, folder: Path | None, **more: Any) -> LensPipeline:
-    return LensPipeline.from_pretrained(checkpoint, catalog=catalog, device="cpu", text_cache=folder, **more)
+    return LensPipeline.from_pretrained(checkpoint, catalog=catalog, device="cpu", prompt_cache=folder, **more)
 
 
 def test_a_prompt_is_encoded_once_and_alone(pipeline: LensPipeline, asked: list[Any]) -> None:
@@ -59,11 +59,11 @@ def test_a_weight_that_changed_counts(pipeline: LensPipeline, asked: list[Any]) 
 def test_memory_holds_so_many_prompts_and_forgets_the_longest_unused(
     pipeline: LensPipeline, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompt_cache, "MOST", 2)
+    monkeypatch.setattr(prompt_cache, "MAX_IN_MEMORY", 2)
     for prompt in "abacabc":
         pipeline(prompt, **SIZE)
     assert [p for (p,) in asked] == ["a", "b", "c", "b", "c"]
-    assert len(pipeline.texts.kept) == 2
+    assert len(pipeline.prompt_cache.entries) == 2
     many = pipeline(list("vwxyz"), **SIZE).images
     torch.testing.assert_close(many[2:3], pipeline("x", **{**SIZE, "seed": 2}).images)
 
@@ -94,8 +94,8 @@ def test_under_a_plan_an_encoder_that_is_not_needed_is_nowhere(
     assert "text_encoder" not in told.how
     assert torch.equal(pipeline("a", **SIZE).images, want) and asked == []
     pipeline("b", **SIZE)
-    assert asked == ["load", ["b"]] and pipeline.placement is not None
-    assert "text_encoder" in pipeline.placement.told.how
+    assert asked == ["load", ["b"]] and pipeline.offload_manager is not None
+    assert "text_encoder" in pipeline.offload_manager.estimate.how
     assert torch.equal(pipeline("a", **SIZE).images, want)
     assert meter.has(pipeline.text_encoder.table.weight) == (plan in ("auto", "none"))
 
@@ -227,7 +227,9 @@ def test_the_published_encoders_features_are_bit_for_bit_and_its_date_is_told(tm
     catalog = Catalog.installed()
 
     def tiny(uri: str = "tiny:", dtype: str = "bfloat16") -> LensPipeline:
-        return LensPipeline.from_pretrained(uri, catalog=catalog, device="cpu", dtype=dtype, text_cache=tmp_path / "t")
+        return LensPipeline.from_pretrained(
+            uri, catalog=catalog, device="cpu", dtype=dtype, prompt_cache=tmp_path / "t"
+        )
 
     call: dict[str, Any] = {"seed": 0, "num_inference_steps": 1, "output_type": "latent"}
     first = tiny()
@@ -235,7 +237,7 @@ def test_the_published_encoders_features_are_bit_for_bit_and_its_date_is_told(tm
     drawn = first(prompts, **call)
     second = tiny()
     again = second(prompts, **call)
-    assert second._encoder is None
+    assert second.store.loaded["text_encoder"] is None
     assert torch.equal(again.images, drawn.images) and again.settings == drawn.settings
     assert again.settings["date"] == "2026-05-20"
     for prompt in prompts:
@@ -248,7 +250,7 @@ def test_the_published_encoders_features_are_bit_for_bit_and_its_date_is_told(tm
     write_json(tmp_path / "later" / "lens.json", about)
     later = tiny(str(tmp_path / "later"))
     told = later(prompts[0], **call)
-    assert told.settings["date"] == "2027-01-02" and later._encoder is not None
+    assert told.settings["date"] == "2027-01-02" and later.store.loaded["text_encoder"] is not None
     assert evolve(told, images=None) != evolve(again, images=None)
 
 

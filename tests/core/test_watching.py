@@ -27,7 +27,8 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
 from lens_core.evaluation import report as reports
 from lens_core.evaluation import run as runs
-from lens_core.inference.pipeline import LensPipeline, to_pixels
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.inference.pixels import to_pixels
 from lens_core.recipe import ComponentSpec, Evaluation, LoraSpec, Recipe, Training, read_recipe
 from lens_core.training import optimizers
 from lens_core.training.trainer import Trainer, _exchange

@@ -288,11 +288,11 @@ def test_a_part_that_is_replaced_or_put_off_is_not_read(tmp_path, monkeypatch):
         load = cls.load.__func__
         monkeypatch.setattr(cls, "load", classmethod(lambda c, *a, load=load, **k: read.append(c) or load(c, *a, **k)))
     parts = evolve(toy.PARTS, start=str(tmp_path / "start"), vae=None, text_encoder=None, sampler=None)
-    pipeline = LensPipeline.from_parts(parts, catalog, later=["vae", "text_encoder"])
+    pipeline = LensPipeline.from_parts(parts, catalog, deferred=["vae", "text_encoder"])
     assert read == [] and isinstance(pipeline.backbone, toy.Mixer)
     state = torch.get_rng_state()
     assert isinstance(pipeline.vae, toy.Blocks) and isinstance(pipeline.text_encoder, toy.Letters)
     assert read == [toy.Blocks, toy.Letters] and torch.equal(torch.get_rng_state(), state)
-    pipeline.put_off(["vae", "text_encoder", "backbone"])
+    pipeline.defer(["vae", "text_encoder", "backbone"])
     assert set(pipeline.present()) == {"backbone"}, "a new part can be read from nowhere"
     assert pipeline("red", height=16, width=16, num_inference_steps=1, seed=0).images

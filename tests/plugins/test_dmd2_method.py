@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from lens_core import flow, hookimpl
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
-from lens_core.inference.pipeline import LensPipeline, to_pixels
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.inference.pixels import to_pixels
 from lens_core.recipe import ComponentSpec, LoraSpec, Parts, Recipe, Training
 from lens_core.testing.checks import check_method
 from lens_core.training.trainer import Trainer

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lens_core.catalog import Catalog
 from lens_core.inference.image_to_image import to_tensor
-from lens_core.inference.pipeline import LensPipeline, to_pixels
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.inference.pixels import to_pixels
 from lens_core.io.images import to_rgb
 from lens_core.types import ConfigError
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from lens_core import flow, hookimpl
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
-from lens_core.inference.pipeline import LensPipeline, to_images
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.inference.pixels import to_images
 from lens_core.io import atomic_files
 from lens_core.recipe import ComponentSpec, LoraSpec, Recipe, Training, build, read_recipe
 from lens_core.testing.checks import check_method

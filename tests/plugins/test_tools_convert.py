@@ -94,7 +94,7 @@ def test_a_file_takes_the_place_of_its_part_alone(singles: Path) -> None:
     for part, place in SINGLE.items():
         pipeline = LensPipeline.from_pretrained("tiny:", parts=(part,), **{part: singles / place})
         assert same(getattr(pipeline, part).state_dict(), getattr(expected, part).state_dict())
-        assert pipeline.uses[part].use == expected.uses[part].use
+        assert pipeline.specs[part].use == expected.specs[part].use
         versions.add(pipeline.version)
     assert len(versions) == 4, "what has been put in shows in the hash"
 
@@ -259,9 +259,9 @@ def test_parts_that_are_anothers_are_named_and_draw_the_same(sharing: Path, inst
 def test_a_lent_encoder_shares_the_features_that_are_kept(
     sharing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw(LensPipeline.from_pretrained("tiny:", text_cache=tmp_path))
-    pipeline = LensPipeline.from_pretrained(sharing, text_cache=tmp_path)
-    pipeline._later = lambda: pytest.fail("the encoder was read")
+    draw(LensPipeline.from_pretrained("tiny:", prompt_cache=tmp_path))
+    pipeline = LensPipeline.from_pretrained(sharing, prompt_cache=tmp_path)
+    pipeline.store.deferred["text_encoder"] = lambda: pytest.fail("the encoder was read")
     draw(pipeline)
 
 
@@ -536,7 +536,9 @@ def test_a_single_backbone_is_a_model_without_the_other_parts(
     save_file(net.state_dict(), tmp_path / "lens_turbo.safetensors")
     pipeline = LensPipeline.from_pretrained(tmp_path / "lens_turbo.safetensors")
     assert (
-        pipeline.presets["steps"] == 4 and pipeline.vae is None and pipeline.uses["backbone"].options["num_layers"] == 1
+        pipeline.presets["steps"] == 4
+        and pipeline.vae is None
+        and pipeline.specs["backbone"].options["num_layers"] == 1
     )
     assert (
         main(["generate", "x", "--model", str(tmp_path / "lens_turbo.safetensors"), "-o", str(tmp_path / "c.png")]) == 2

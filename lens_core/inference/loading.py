@@ -1,0 +1,187 @@
+"""Read the parts of a checkpoint: from its folder, from the checkpoints it shares parts with, or from single files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import field, frozen
+from torch import nn
+
+from lens_core.catalog import Catalog
+from lens_core.checkpoints import hub, integrity, manifest, model_card
+from lens_core.inference.offload import Workload
+from lens_core.inference.parts import MODEL_PARTS, PIPELINE_PARTS, PartReader, PartStore, check_dtype
+from lens_core.recipe import ComponentSpec, build, unstructure
+from lens_core.types import CheckpointError, ConfigError
+
+
+@frozen(kw_only=True)
+class LoadOptions:
+    """What `LensPipeline.from_pretrained` takes besides the checkpoint, its dtype and its device.
+
+    parts: which parts to read.
+    backbone, text_encoder, vae: a single .safetensors file that replaces that part, or adds one that is missing.
+    torch_dtype: what diffusers calls `dtype`.
+    prompt_cache: a folder that keeps features of prompts; the text encoder is then read when a new prompt comes.
+    verify: first compare every file with its hash in `lens.json`.
+    deferred: parts with weights that are read when they are first used.
+    workload: the pipeline -> what will be drawn, for the offload plan.
+    """
+
+    parts: Sequence[str] = PIPELINE_PARTS
+    backbone: str | Path | None = None
+    text_encoder: str | Path | None = None
+    vae: str | Path | None = None
+    torch_dtype: str | torch.dtype | None = None
+    prompt_cache: str | Path | None = None
+    verify: bool = False
+    deferred: Collection[str] = ()
+    workload: Callable[[Any], Workload] | None = None
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Part -> the single file that it is read from."""
+        named = {kind: getattr(self, kind) for kind in ("backbone", "text_encoder", "vae")}
+        return {kind: Path(path).expanduser() for kind, path in named.items() if path is not None}
+
+
+@frozen
+class CheckpointInfo:
+    """Where a pipeline comes from.
+
+    `version` is a short hash of the checkpoint, `plugins` name -> version, `provenance` holds base_model, license and
+    recipe as far as they are known, and `note` says where presets come from that the checkpoint does not hold.
+    """
+
+    uri: str = ""
+    version: str = ""
+    plugins: Mapping[str, str] = field(factory=dict)
+    provenance: Mapping[str, Any] = field(factory=dict)
+    note: str = ""
+
+
+@frozen
+class LoadedCheckpoint:
+    """A checkpoint as it was read. `encoder_origin` identifies the text encoder's files, for the prompt cache."""
+
+    parts: PartStore
+    specs: Mapping[str, ComponentSpec]
+    presets: Mapping[str, Any]
+    info: CheckpointInfo
+    encoder_origin: str
+
+
+@frozen
+class _PartSource:
+    """A component of a checkpoint and where its files are."""
+
+    spec: ComponentSpec
+    component: Any
+    config: Any
+    folder: Path
+    file: Path | None  # a single file that holds the part
+    hashes: Mapping[str, str] | None  # of the other checkpoint that the part is shared with
+
+    def read(self, dtype: torch.dtype) -> tuple[nn.Module, ComponentSpec]:
+        """The module with its weights, and the spec that builds it again."""
+        if self.file is None:
+            net: nn.Module = self.component.load(self.folder, self.config, dtype=dtype).eval()
+            return net, self.spec
+        if not hasattr(self.component, "from_header"):
+            raise ConfigError(
+                f"{self.file}: {self.spec.use} reads no single files; give --model a folder with this part in it"
+            )
+        part, config, tensors = self.component.from_header(self.file, self.config, _root(self.folder))
+        part.load_weights(tensors, self.file, dtype)
+        return part.eval(), ComponentSpec(self.spec.use, unstructure(config))
+
+
+def read_checkpoint(uri: str | Path, catalog: Catalog, dtype: torch.dtype, options: LoadOptions) -> LoadedCheckpoint:
+    """Read a checkpoint: a folder, a Hub id `org/name[@revision]`, a plugin's name such as `tiny:`, or one file.
+
+    Everything is checked before the first weight is read. Raises CheckpointError or ConfigError, in one line.
+    """
+    folder = manifest.resolve_uri(str(uri), catalog)
+    description = manifest.read_manifest(folder, catalog)
+    if options.verify:
+        integrity.verify(folder, description, catalog)
+    files = options.files
+    components = description["components"] | {
+        kind: _component_of_file(path, kind, description, catalog) for kind, path in files.items()
+    }
+    chosen = {kind: components[kind] for kind in PIPELINE_PARTS if kind in components and kind in options.parts}
+    sources = {kind: _find_part(kind, about, folder, files, catalog) for kind, about in chosen.items()}
+    for kind in sources.keys() & set(MODEL_PARTS):
+        check_dtype(sources[kind].component, dtype)
+    deferred = {*options.deferred, *(["text_encoder"] if options.prompt_cache is not None else [])}
+    specs = {kind: source.spec for kind, source in sources.items()}
+    loaded: dict[str, Any] = {}
+    readers: dict[str, PartReader] = {}
+    for kind, source in sources.items():
+        if kind not in MODEL_PARTS:
+            loaded[kind] = source.component(source.config)
+            continue
+        readers[kind] = partial(source.read, dtype)
+        if kind not in deferred:
+            loaded[kind], specs[kind] = readers[kind]()
+    hashes = manifest.hashes(folder)
+    file_hashes = {kind: manifest.combined(manifest.hashes(path)) for kind, path in sorted(files.items())}
+    origin = ""
+    if (encoder := sources.get("text_encoder")) is not None:
+        near = encoder.hashes if encoder.hashes is not None else hashes
+        under = manifest.file_prefixes("text_encoder", components["text_encoder"])
+        used = {name: digest for name, digest in near.items() if name.startswith(under)} or hashes
+        used = used | {k: v for k, v in file_hashes.items() if k == "text_encoder"}
+        origin = _encoder_origin(encoder, used, catalog, dtype)
+    info = CheckpointInfo(
+        uri=str(uri),
+        version=manifest.combined(hashes | file_hashes),
+        plugins=description.get("plugins", {}),
+        provenance=description.get("provenance", {}) | model_card.licence(folder) | hub.origin(str(uri)),
+        note=description.get("note", ""),
+    )
+    waiting = {kind: read for kind, read in readers.items() if kind not in loaded}
+    return LoadedCheckpoint(PartStore(loaded, waiting, readers), specs, description.get("presets", {}), info, origin)
+
+
+def _find_part(
+    kind: str, about: Mapping[str, Any], folder: Path, files: Mapping[str, Path], catalog: Catalog
+) -> _PartSource:
+    """Build the config of a part and find its files. `about` is its entry in the manifest."""
+    spec = ComponentSpec(about["use"], dict(about.get("config", {})))
+    name, component, config = build(catalog, kind, spec, f"{folder}/lens.json: components.{kind}")
+    home, hashes = folder, None
+    # A single file holds the whole VAE or backbone; an encoder's tokenizer is still where the shared part was.
+    if "from" in about and (kind not in files or kind == "text_encoder"):
+        home, hashes = manifest.resolve_shared_part(kind, about, folder, catalog)
+    file = files.get(kind) or (_root(home) / about["file"] if about.get("file") is not None else None)
+    return _PartSource(ComponentSpec(name, spec.options), component, config, home, file, hashes)
+
+
+def _encoder_origin(source: _PartSource, hashes: Mapping[str, str], catalog: Catalog, dtype: torch.dtype) -> str:
+    """Identify a text encoder, across processes, by all that decides which features it gives."""
+    version = catalog.version(source.spec.use.partition(":")[0])
+    about = [source.spec.use, unstructure(source.config), version, str(dtype)]
+    return json.dumps([manifest.combined(dict(hashes)), *about])
+
+
+def _root(path: Path) -> Path:
+    """A checkpoint's folder: that of the file, if it is one."""
+    return path if path.is_dir() else path.parent
+
+
+def _component_of_file(path: Path, kind: str, description: Mapping[str, Any], catalog: Catalog) -> dict[str, Any]:
+    """How to read a single file as the part `kind`: as the checkpoint reads that part, else as a plugin says."""
+    if kind in description["components"]:
+        known: dict[str, Any] = description["components"][kind]
+        return known
+    entries: dict[str, Any] = manifest.read_manifest(path, catalog)["components"]
+    if kind not in entries:
+        others = " and ".join(entries).replace("_", " ")
+        raise CheckpointError(f"{path}: is no {kind.replace('_', ' ')}, but a {others}")
+    return dict(entries[kind])

@@ -1,0 +1,98 @@
+"""The parts of a pipeline: their names, and which of them are loaded, deferred or readable again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lens_core.recipe import ComponentSpec
+from lens_core.types import ConfigError, LensError, did_you_mean
+
+MODEL_PARTS = ("vae", "text_encoder", "backbone")
+"""The parts that carry weights."""
+PIPELINE_PARTS = (*MODEL_PARTS, "sampler")
+DEFAULT_PRESETS: dict[str, Any] = {"steps": 20, "guidance_scale": 5.0}
+"""What a checkpoint draws with where it does not say."""
+
+PartReader = Callable[[], tuple[nn.Module, ComponentSpec]]
+"""Reads a part of a checkpoint: the module, and the spec that builds it again."""
+
+
+class PartStore:
+    """Hold the parts of a pipeline. A deferred part is read when it is first used."""
+
+    def __init__(
+        self,
+        loaded: Mapping[str, Any],
+        deferred: Mapping[str, PartReader] | None = None,
+        readers: Mapping[str, PartReader] | None = None,
+    ) -> None:
+        self.loaded: dict[str, Any] = {kind: loaded.get(kind) for kind in PIPELINE_PARTS}
+        self.deferred = dict(deferred or {})
+        self.readers = dict(readers or {})  # of every part with weights of the checkpoint, to read it again
+
+    def replaced(self, kind: str, component: Any) -> PartStore:
+        """Copy the store with another part. A shallow copy of a pipeline shares its store, and keeps the old part."""
+        others = [{k: v for k, v in held.items() if k != kind} for held in (self.deferred, self.readers)]
+        return PartStore({**self.loaded, kind: component}, *others)
+
+    def read(self, kind: str) -> ComponentSpec:
+        """Load a deferred part; return its spec."""
+        reader = self.deferred.pop(kind)
+        # Random numbers are forked: what is drawn next must not depend on when a part was read.
+        with torch.random.fork_rng(devices=[]):
+            self.loaded[kind], spec = reader()
+        return spec
+
+    def deferring(self, kinds: Iterable[str]) -> PartStore:
+        """Copy the store without the named parts that can be read again; they are deferred."""
+        again = {kind: self.readers[kind] for kind in kinds if kind in self.readers}
+        return PartStore({**self.loaded, **dict.fromkeys(again)}, {**self.deferred, **again}, self.readers)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The loaded parts with weights, in the order in which they work."""
+        return {
+            kind: net for kind in ("text_encoder", "backbone", "vae") if isinstance(net := self.loaded[kind], nn.Module)
+        }
+
+    def require_all(self) -> None:
+        """Raise LensError if a part that drawing needs is neither loaded nor deferred."""
+        absent = [kind for kind in PIPELINE_PARTS if self.loaded[kind] is None and kind not in self.deferred]
+        if absent:
+            names = " and ".join(f"no {kind.replace('_', ' ')}" for kind in absent)
+            raise LensError(f"there is {names} in this pipeline; add what it takes to draw")
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device of this name; None and "auto": CUDA where there is some. Raises ConfigError."""
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"no device is called {str(device)!r}; use cpu, cuda or cuda:1") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{device}: this machine has no CUDA device that torch can use; use cpu")
+    return resolved
+
+
+def resolve_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype of this name; None and "auto": float32 on CPUs, bfloat16 elsewhere. Raises ConfigError."""
+    if name is None or name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(name, torch.dtype):
+        return name
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigError(f"no dtype is called {name!r}.{did_you_mean(name, known)}")
+    return known[name]
+
+
+def check_dtype(component: Any, dtype: torch.dtype) -> None:
+    """Raise ConfigError if the component (a class or an instance) refuses to compute in `dtype`."""
+    reason = component.refuses(dtype) if hasattr(component, "refuses") else None
+    if reason:
+        raise ConfigError(reason)
