@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from lens_shapes import splits
-from lens_shapes.benchmark import through
+from lens_shapes.benchmark import reconstruct
 from lens_shapes.hostile import HONEST, HOSTILE
 from lens_shapes.reader import read, satisfies
 from lens_shapes.render import render
-from lens_shapes.scenes import BACKGROUNDS, COLOURS, asked
+from lens_shapes.scenes import BACKGROUNDS, COLOURS, prompt_facts
 from PIL import Image, ImageDraw, ImageFont
 
 TASKS = ("single", "two", "counting", "colours", "position", "attribution", "words")
@@ -45,15 +45,15 @@ def rates(count: int, uri: str | None) -> None:
         wrong = 0
         for n in range(count):
             scene = scene_of(n)
-            wrong += not satisfies(read(change(render(scene, side, side), rng)), asked(scene))
+            wrong += not satisfies(read(change(render(scene, side, side), rng)), prompt_facts(scene))
         print(f"| {name} | {count} | {wrong / count:.2%} |", flush=True)
     for largest in (False, True) if uri else ():
         drawn = [
             splits.sample(np.random.default_rng([21, n]), "test", TASKS[n % 7], largest=largest) for n in range(count)
         ]
         images = torch.from_numpy(np.stack([render(s, 64, 64) for s in drawn])).permute(0, 3, 1, 2)
-        back = through(vae_of(str(uri)), images).permute(0, 2, 3, 1).contiguous().numpy()
-        wrong = sum(not satisfies(read(image), asked(s)) for image, s in zip(back, drawn, strict=True))
+        back = reconstruct(vae_of(str(uri)), images).permute(0, 2, 3, 1).contiguous().numpy()
+        wrong = sum(not satisfies(read(image), prompt_facts(s)) for image, s in zip(back, drawn, strict=True))
         size = "largest things" if largest else "any size"
         print(f"| through the VAE of `{uri}`, 64 px, {size} | {count} | {wrong / count:.2%} |", flush=True)
     print("\n| cheats | pictures | accepted, 64 px | pictures | accepted, 128 px |\n|---|---|---|---|---|")
@@ -65,7 +65,7 @@ def rates(count: int, uri: str | None) -> None:
                 scene = scene_of(n, TASKS[:-1])
                 picture = make(scene, side, side, np.random.default_rng([22, n]))
                 if picture is not None:
-                    tried, passed = tried + 1, passed + satisfies(read(picture), asked(scene))
+                    tried, passed = tried + 1, passed + satisfies(read(picture), prompt_facts(scene))
             cells.append(f"{tried} | {passed}")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
@@ -76,7 +76,7 @@ def sheet(path: str) -> None:
         for n in range(60):
             scene = scene_of(n, ("two", "attribution", "colours"))
             picture = make(scene, 96, 96, np.random.default_rng([22, n]))
-            if picture is not None and not satisfies(read(picture), asked(scene)):
+            if picture is not None and not satisfies(read(picture), prompt_facts(scene)):
                 pictures.append((name, picture))
                 break
     save(path, pictures, 96, 7)
@@ -136,7 +136,7 @@ def climb(path: str, minutes: float, uri: str | None, side: int) -> None:
                 with torch.no_grad():
                     new = decoded(vae, moved).astype(float)
             gain = float(np.sqrt(((new - start) ** 2).mean()))
-            if gain > best and satisfies(read(new.astype(np.uint8)), asked(scene)):
+            if gain > best and satisfies(read(new.astype(np.uint8)), prompt_facts(scene)):
                 now, best, kept, latent = new, gain, kept + 1, moved if moved is not None else latent
         gap = np.clip(128 + 2 * (now - start), 0, 255).astype(np.uint8)
         pictures += [(scene.task, start), (f"rms {best:.1f}", now.astype(np.uint8)), ("difference, doubled", gap)]

@@ -1,12 +1,15 @@
-"""The proving ground: a world of coloured shapes that can be drawn, told and read back exactly.
+"""The proving ground: a world of coloured shapes that can be drawn, described and read back exactly.
 
 scenes     what a picture shows, sampled so that train and held-out scenes share no combination
 render     a scene as anti-aliased pixels, at any size and aspect ratio
+facts      what a scene shows, and which facts are kept from training
+splits     the questions and scenes of train, select and test
 captions   a scene in words: brief (what a benchmark would ask) and dense (about 109 words)
 reader     pixels back to facts with classical vision, and the strict judge of a prompt
 dataset    dataset `shapes`: endless or pooled training batches
 weights    the embedded checkpoints, `tiny:`
-benchmark  benchmark and reward `shapes`: the six tasks of GenEval, and words; reward `shapes_rubrics`
+benchmark  benchmark and reward `shapes`: the six tasks of GenEval, and words; reward `shapes`
+rubrics    reward `shapes_rubrics`: the facts of a prompt as yes-or-no questions
 novel      benchmark `novel`: the shape that no scene of training holds
 variety    benchmark `variety`: how far apart the pictures for one prompt are
 """
@@ -37,7 +40,8 @@ def lens_benchmarks() -> dict[str, type[Any]]:
 
 @hookimpl
 def lens_rewards() -> dict[str, type[Any]]:
-    from lens_shapes.benchmark import ShapesReward, ShapesRubrics
+    from lens_shapes.benchmark import ShapesReward
+    from lens_shapes.rubrics import ShapesRubrics
 
     return {"shapes": ShapesReward, "shapes_rubrics": ShapesRubrics}
 

@@ -1,5 +1,7 @@
-"""A scene in words, always true of it: `prompt` is what a benchmark asks, `phrasings` are its other wordings, `caption`
-(rules 1: `brief`) is one of them for training, `dense` names everything.
+"""A scene in words, always true of it.
+
+`prompt` is the benchmark's wording, `phrasings` are its other wordings, `caption` (rules 1: `brief`) is one of them for
+training, `dense` names everything.
 
 The vocabulary is closed: lower case, but for the capitals of a quoted word.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from attrs import evolve
 
-from lens_shapes.scenes import OPPOSITE, Scene, Thing, asked, relation
+from lens_shapes.scenes import OPPOSITE, Scene, Thing, prompt_facts, relation
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -43,51 +45,51 @@ _COMMON = (
 )
 
 
-def _a(words: str) -> str:
+def _with_article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
-def _plural(shape: str) -> str:
+def plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
 
-def _named(shape: str, count: int, colour: str | None) -> str:
+def group_words(shape: str, count: int, colour: str | None) -> str:
     words = f"{colour} " if colour else ""
-    return _a(words + shape) if count == 1 else f"{NUMBERS[count]} {words}{_plural(shape)}"
+    return _with_article(words + shape) if count == 1 else f"{NUMBERS[count]} {words}{plural(shape)}"
 
 
-def _list(parts: list[str]) -> str:
+def _enumeration(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _parts(scene: Scene) -> list[str]:
-    return [_named(group["shape"], group["count"], group["colour"]) for group in asked(scene)["groups"]]
+def _group_phrases(scene: Scene) -> list[str]:
+    return [group_words(group["shape"], group["count"], group["colour"]) for group in prompt_facts(scene)["groups"]]
 
 
 def prompt(scene: Scene) -> str:
     """The benchmark's words: "a circle", "three stars", "a star left of a circle", 'the word "CAT"'; with "on a white
-    background", or "on a background with a white top half and a brown bottom half", where that is asked for too."""
-    return _plain(scene) + (_behind(scene) if scene.named else "")
+    background", or "on a background with a white top half and a brown bottom half", where it is named too."""
+    return _plain(scene) + (_background_phrase(scene) if scene.named else "")
 
 
 def _plain(scene: Scene) -> str:
-    parts = _parts(scene)
+    parts = _group_phrases(scene)
     if scene.relation:
         return f"{parts[0]} {scene.relation} {parts[1]}"
-    return _list(parts + ([f'the word "{scene.word}"'] if scene.word else []))
+    return _enumeration(parts + ([f'the word "{scene.word}"'] if scene.word else []))
 
 
-def _behind(scene: Scene) -> str:
+def _background_phrase(scene: Scene) -> str:
     if len(scene.background) == 1:
-        return f" on {_a(scene.background[0])} background"
+        return f" on {_with_article(scene.background[0])} background"
     one, two = ("top", "bottom") if scene.split == "across" else ("left", "right")
-    first, second = (_a(colour) for colour in scene.background)
+    first, second = (_with_article(colour) for colour in scene.background)
     return f" on a background with {first} {one} half and {second} {two} half"
 
 
 def _stems(scene: Scene) -> list[str]:
-    """Every way to name the facts asked for, without the background; the benchmark's own first."""
-    parts, side = _parts(scene), scene.relation
+    """Every way to name the facts of the prompt, without the background; the benchmark's own first."""
+    parts, side = _group_phrases(scene), scene.relation
     if side:
         ways = [(parts[0], side, parts[1]), (parts[1], OPPOSITE[side], parts[0])]
         return [
@@ -115,8 +117,8 @@ def _wrapped(words: str, parts: list[str]) -> tuple[str, ...]:
 
 
 def phrasings(scene: Scene) -> list[str]:
-    """Every wording of what a prompt asks, each with its frames; `prompt` itself is the first. At least five."""
-    behind, parts = _behind(scene) if scene.named else "", _parts(scene)
+    """Every wording of a prompt, each with its frames; `prompt` itself is the first. At least five."""
+    behind, parts = _background_phrase(scene) if scene.named else "", _group_phrases(scene)
     return [words for stem in _stems(scene) for words in _wrapped(stem + behind, parts)]
 
 
@@ -135,10 +137,10 @@ def brief(scene: Scene, rng: np.random.Generator) -> str:
     plain = prompt(scene)
     if rng.random() < 0.5:
         return plain
-    parts, words = _parts(scene), plain
+    parts, words = _group_phrases(scene), plain
     if scene.relation:
         side = scene.relation
-        if rng.random() < 0.4:  # told from the other side
+        if rng.random() < 0.4:  # seen from the other side
             parts, side = parts[::-1], OPPOSITE[side]
         if side in ("left of", "right of") and rng.random() < 0.5:
             side = f"to the {side}"
@@ -148,7 +150,7 @@ def brief(scene: Scene, rng: np.random.Generator) -> str:
     elif scene.word and not parts:
         words = f'{_pick(rng, ("the word", "the text", "the letters"))} "{scene.word}"'
     if len(scene.background) == 1 and rng.random() < 0.25:
-        return f"{words} on {_a(scene.background[0])} background"
+        return f"{words} on {_with_article(scene.background[0])} background"
     return _pick(rng, _wrapped(words, parts))
 
 
@@ -165,12 +167,12 @@ def place(thing: Thing) -> str:
 def dense(scene: Scene, rng: np.random.Generator) -> str:
     """80-140 words, about 109 on average: each thing's looks and place, relations, counts, the background, the word."""
     things = list(scene.things)
-    if rng.random() < 0.5:  # told from left to right
+    if rng.random() < 0.5:  # described from left to right
         things.sort(key=lambda thing: thing.x)
     must = [_opening(scene, rng)]
-    told = [_thing(thing, number, len(things), rng) for number, thing in enumerate(things)]
+    descriptions = [_thing(thing, number, len(things), rng) for number, thing in enumerate(things)]
     backdrop = _backdrop(scene, rng)
-    must += [backdrop, *told] if rng.random() < 0.4 else [*told, backdrop]
+    must += [backdrop, *descriptions] if rng.random() < 0.4 else [*descriptions, backdrop]
     if scene.word:
         must.insert(1 if rng.random() < 0.5 else len(must), _word(scene, rng))
     links = _relations(scene, things, rng)
@@ -199,7 +201,7 @@ def dense(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _opening(scene: Scene, rng: np.random.Generator) -> str:
-    groups = [_named(thing.shape, count, thing.colour) for thing, count in scene.groups()]
+    groups = [group_words(thing.shape, count, thing.colour) for thing, count in scene.groups()]
     lead = _pick(
         rng, ("the picture shows", "this image shows", "in this picture there is seen", "a simple picture with")
     )
@@ -208,7 +210,7 @@ def _opening(scene: Scene, rng: np.random.Generator) -> str:
     also = f' and the word "{scene.word}"' if scene.word else ""
     total = len(scene.things)
     count = f"{NUMBERS[total]} objects in all" if total > 1 else "a single object"
-    return f"{lead} {count}: {_list(groups)}{also}."
+    return f"{lead} {count}: {_enumeration(groups)}{also}."
 
 
 def _thing(thing: Thing, number: int, total: int, rng: np.random.Generator) -> str:
@@ -216,15 +218,15 @@ def _thing(thing: Thing, number: int, total: int, rng: np.random.Generator) -> s
     spot = "in the centre" if where == "centre" else _pick(rng, (f"at the {where}", f"in the {where} part"))
     if total == 1:
         return _pick(rng, (
-            f"the object is {_a(looks)}, and it lies {spot} of the picture.",
-            f"{_a(looks)} stands alone {spot} of the picture.",
-            f"{spot} of the picture there is {_a(looks)}.",
+            f"the object is {_with_article(looks)}, and it lies {spot} of the picture.",
+            f"{_with_article(looks)} stands alone {spot} of the picture.",
+            f"{spot} of the picture there is {_with_article(looks)}.",
         ))  # fmt: skip
     name = ORDINALS[number]
     return _pick(rng, (
-        f"the {name} object is {_a(looks)} {spot}.",
-        f"the {name} one, {_a(looks)}, lies {spot}.",
-        f"{spot} there is the {name} object, {_a(looks)}.",
+        f"the {name} object is {_with_article(looks)} {spot}.",
+        f"the {name} one, {_with_article(looks)}, lies {spot}.",
+        f"{spot} there is the {name} object, {_with_article(looks)}.",
     ))  # fmt: skip
 
 
@@ -240,13 +242,13 @@ def _backdrop(scene: Scene, rng: np.random.Generator) -> str:
     first, second = scene.background
     return _pick(rng, (
         f"the background has two colours: the {one} half is {first} and the {two} half is {second}.",
-        f"the background is split into {_a(first)} {one} half and {_a(second)} {two} half.",
+        f"the background is split into {_with_article(first)} {one} half and {_with_article(second)} {two} half.",
     ))  # fmt: skip
 
 
 def _word(scene: Scene, rng: np.random.Generator) -> str:
     where = "across the middle" if scene.word_at == "middle" else f"along the {scene.word_at}"
-    letters = _list([f'"{letter}"' for letter in scene.word])
+    letters = _enumeration([f'"{letter}"' for letter in scene.word])
     size = f"{NUMBERS[len(scene.word)]} letter{'s' if len(scene.word) > 1 else ''}"
     return _pick(rng, (
         f'the word "{scene.word}" is written {where} in bold black capitals. it has {size}: {letters}.',
@@ -255,11 +257,11 @@ def _word(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _relations(scene: Scene, things: list[Thing], rng: np.random.Generator) -> list[str]:
-    """The clear relations between things, the scene's own first, told by looks where these are unique."""
+    """The clear relations between things, the scene's own first, named by looks where these are unique."""
     looks = [(thing.shape, thing.colour) for thing in things]
     pairs = [(a, b) for a in range(len(things)) for b in range(len(things)) if a != b]
     rng.shuffle(pairs)
-    found, seen = [], set()
+    sentences, seen = [], set()
     for a, b in pairs:
         side = relation([things[a]], [things[b]])
         if not side or (b, a) in seen:
@@ -270,5 +272,5 @@ def _relations(scene: Scene, things: list[Thing], rng: np.random.Generator) -> l
             for n in (a, b)
         ]
         words = f"to the {side}" if side in ("left of", "right of") else side
-        found.append(f"{names[0]} is {words} {names[1]}.")
-    return found
+        sentences.append(f"{names[0]} is {words} {names[1]}.")
+    return sentences

@@ -86,12 +86,12 @@ class ShapesDataset:
         config = self.config
         size, members = self._members(number)
         short = caption if config.rules == 2 else brief
-        tell = dense if self._rng(_STYLE, number).random() < config.dense_caption_ratio else short
+        describe = dense if self._rng(_STYLE, number).random() < config.dense_caption_ratio else short
         captions: list[str] = []
         images: list[NDArray[np.uint8]] = []
         for row in range(rows.start, rows.stop):
             scene, image = self._sample(int(members[row]), size)
-            captions.append(tell(scene, self._rng(_CAPTION, number, row)))
+            captions.append(describe(scene, self._rng(_CAPTION, number, row)))
             if image is not None:
                 images.append(image)
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous() if config.images else None
@@ -115,8 +115,10 @@ class ShapesDataset:
     def _sample(self, index: int, size: tuple[int, int]) -> tuple[Scene, NDArray[np.uint8] | None]:
         if index in self._pool:
             return self._pool[index]
-        draw = splits.sample if self.config.rules == 2 else sample
-        scene = draw(self._rng(_SCENE, index), "train", tasks=self.config.tasks or TASKS, largest=self.config.largest)
+        sample_scene = splits.sample if self.config.rules == 2 else sample
+        scene = sample_scene(
+            self._rng(_SCENE, index), "train", tasks=self.config.tasks or TASKS, largest=self.config.largest
+        )
         image = render(scene, *size) if self.config.images else None
         if self.config.pool_size:
             self._pool[index] = scene, image

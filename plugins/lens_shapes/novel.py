@@ -12,9 +12,9 @@ from torch import Tensor
 from lens_core.types import Prompt, Score
 from lens_core.validators import SEED, integer
 from lens_shapes import splits
-from lens_shapes.benchmark import RULES, Ask, ask, check_count, pictures, through, verdicts
+from lens_shapes.benchmark import RULES, QuestionScene, check_count, pictures, question_scene, reconstruct, score_images
 from lens_shapes.captions import prompt
-from lens_shapes.scenes import Scene, asked, sample
+from lens_shapes.scenes import Scene, prompt_facts, sample
 
 _SPLITS: tuple[splits.Split, ...] = ("train", "test")
 
@@ -38,7 +38,7 @@ class Novel:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def _asks(self) -> list[Ask]:
+    def _question_scenes(self) -> list[QuestionScene]:
         config = self.config
         if config.rules == 1:
             old: tuple[Any, ...] = ("train", "heldout")
@@ -46,19 +46,19 @@ class Novel:
                 sample(np.random.default_rng([config.seed, number]), old[number % 2], "novel")
                 for number in range(config.prompts)
             ]
-            return [Ask(scene, (prompt(scene),), prompt(scene), prompt(scene)) for scene in drawn]
+            return [QuestionScene(scene, (prompt(scene),), prompt(scene), prompt(scene)) for scene in drawn]
         lists = [
-            splits.distinct(split, "novel", len(range(place, config.prompts, 2)), config.seed)
+            splits.distinct_questions(split, "novel", len(range(place, config.prompts, 2)), config.seed)
             for place, split in enumerate(_SPLITS)
         ]
         return [
-            ask(lists[n % 2][n // 2], _SPLITS[n % 2], [config.seed, n], phrasings=1, largest=False)
+            question_scene(lists[n % 2][n // 2], _SPLITS[n % 2], [config.seed, n], phrasings=1, largest=False)
             for n in range(config.prompts)
         ]
 
     def scenes(self) -> list[Scene]:
         """A scene that each prompt is true of, in the order of `prompts`."""
-        return [one.scene for one in self._asks()]
+        return [one.scene for one in self._question_scenes()]
 
     def prompts(self) -> list[Prompt]:
         """The same prompts for the same config, ordered by id; `data` as of `shapes`."""
@@ -67,16 +67,16 @@ class Novel:
                 one.texts[0],
                 number,
                 self.headline[number % 2],
-                {**asked(one.scene), "question": one.question, "fact": one.fact},
+                {**prompt_facts(one.scene), "question": one.question, "fact": one.fact},
             )
-            for number, one in enumerate(self._asks())
+            for number, one in enumerate(self._question_scenes())
         ]
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
-        """Images uint8 [B,3,H,W] -> 1.0 where exactly the thing asked is there."""
-        return verdicts(images, prompts)
+        """Images uint8 [B,3,H,W] -> 1.0 where exactly the thing named is there."""
+        return score_images(images, prompts)
 
     def ceiling(self, vae: Any, height: int, width: int) -> list[Score]:
         """As of `shapes`."""
         images = pictures(self.scenes(), height, width)
-        return self.score(through(vae, images), self.prompts())
+        return self.score(reconstruct(vae, images), self.prompts())

@@ -114,15 +114,15 @@ class Scene:
 
     def groups(self) -> list[tuple[Thing, int]]:
         """(one of the group, how many) in order."""
-        found: dict[tuple[str, str], list[Thing]] = {}
+        groups: dict[tuple[str, str], list[Thing]] = {}
         for thing in self.things:
-            found.setdefault((thing.shape, thing.colour), []).append(thing)
-        return [(group[0], len(group)) for group in found.values()]
+            groups.setdefault((thing.shape, thing.colour), []).append(thing)
+        return [(group[0], len(group)) for group in groups.values()]
 
 
-def asked(scene: Scene) -> dict[str, Any]:
-    """What the brief prompt names, as plain data for a judge: groups (shape, count, colour or None), relation, word,
-    and background (names, halves) where it is named."""
+def prompt_facts(scene: Scene) -> dict[str, Any]:
+    """The facts that the brief prompt names, as plain data for the reader: groups (shape, count, colour or None),
+    relation, word, and background (names, halves) where it is named."""
     coloured = scene.task in ("colours", "attribution", "novel", *RICH)
     behind = {"background": {"names": list(scene.background), "halves": scene.split}} if scene.named else {}
     return {
@@ -137,11 +137,11 @@ def asked(scene: Scene) -> dict[str, Any]:
 
 
 def content(scene: Scene) -> str:
-    """The combination a picture shows, whatever was asked: its multiset of (shape, colour), and its word."""
+    """The combination a picture shows, whatever its prompt names: its multiset of (shape, colour), and its word."""
     return f"{sorted((thing.shape, thing.colour) for thing in scene.things)} {scene.word}"
 
 
-def question(scene: Scene) -> str:
+def prompt_combination(scene: Scene) -> str:
     """The combination a brief prompt names; "" where it cannot be unseen, or where it is the content itself."""
     if scene.word:
         return f"word {scene.word}"
@@ -151,20 +151,22 @@ def question(scene: Scene) -> str:
         return f"counting {len(scene.things)} {scene.things[0].shape}"
     if scene.task == "position":
         names, relation = [thing.shape for thing in scene.things], scene.relation
-        if relation in ("right of", "below"):  # the same fact, told from the other side
+        if relation in ("right of", "below"):  # the same fact, seen from the other side
             names, relation = names[::-1], OPPOSITE[relation]
         return f"position {names[0]} {relation} {names[1]}"
     return ""
 
 
-def _kept(key: str) -> bool:
+def _is_heldout(key: str) -> bool:
     digest = hashlib.sha256(f"{_SALT} {key}".encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELDOUT * 2**32
 
 
-def belongs(scene: Scene, split: Split) -> bool:
+def is_in_split(scene: Scene, split: Split) -> bool:
     """Whether `scene` may be drawn in `split`. Some scenes belong to neither: one of their two keys is kept back."""
-    marks = [_kept(content(scene))] + ([_kept(question(scene))] if question(scene) else [])
+    marks = [_is_heldout(content(scene))] + (
+        [_is_heldout(prompt_combination(scene))] if prompt_combination(scene) else []
+    )
     return all(marks) if split == "heldout" else not any(marks)
 
 
@@ -185,7 +187,7 @@ def sample(
         task = names[int(np.searchsorted(weights, rng.random() * weights[-1], side="right"))]
     while True:  # a fifth of the combinations is kept back, so this ends soon
         draft = _draft(rng, task, largest)
-        if belongs(draft, split):
+        if is_in_split(draft, split):
             break
     while True:
         things = layout(rng, draft)
@@ -224,7 +226,7 @@ def _draft(rng: np.random.Generator, task: str, largest: bool) -> Scene:
         shapes, counts = (choose(rng, NOVEL), ""), [1, 0]
     elif task in ("single", "colours"):
         counts = [1, 0]
-    elif task in ("two", "position"):  # colours are not asked: the two may match
+    elif task in ("two", "position"):  # the prompt names no colours: the two may match
         colours = (colours[0], choose(rng, COLOURS))
     elif task in ("counting", "counted colours"):
         counts = [int(rng.integers(2, 7)), 0]

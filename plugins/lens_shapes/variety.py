@@ -31,7 +31,7 @@ class Variety:
             self.shapes()  # the same bounds
 
         def shapes(self) -> ShapesBenchmark.Config:
-            """The config of the benchmark whose prompts are asked."""
+            """The config of the benchmark whose prompts are repeated."""
             return ShapesBenchmark.Config(self.prompts, self.seed, self.split, rules=self.rules)
 
     def __init__(self, config: Config) -> None:
@@ -41,10 +41,10 @@ class Variety:
     def prompts(self) -> list[Prompt]:
         """Those of `shapes`, each `pictures` times; ids count on, and data names the group."""
         config = self.config
-        asked = ShapesBenchmark(config.shapes()).prompts()
+        questions = ShapesBenchmark(config.shapes()).prompts()
         return [
             evolve(one, id=one.id * config.pictures + turn, data={**one.data, "group": one.id})
-            for one in asked
+            for one in questions
             for turn in range(config.pictures)
         ]
 
@@ -54,8 +54,8 @@ class Variety:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} pictures cannot answer {len(prompts)} prompts; pass one picture a prompt")
         groups: dict[object, list[int]] = {}
-        for place, asked in enumerate(prompts):
-            groups.setdefault(asked.data.get("group"), []).append(place)
+        for place, prompt in enumerate(prompts):
+            groups.setdefault(prompt.data.get("group"), []).append(place)
         scores: dict[int, Score] = {}
         for places in groups.values():
             flat = images[places].flatten(1).double().cpu() / 255

@@ -8,7 +8,7 @@ from lens_shapes.captions import brief, dense, prompt
 from lens_shapes.novel import Novel
 from lens_shapes.reader import read, satisfies
 from lens_shapes.render import render
-from lens_shapes.scenes import NOVEL, SHAPES, TASKS, asked, content, sample
+from lens_shapes.scenes import NOVEL, SHAPES, TASKS, content, prompt_facts, sample
 from scipy import ndimage
 
 from lens_core.evaluation.run import by_task
@@ -37,7 +37,7 @@ def test_it_is_read_back_through_blur_and_never_taken_for_another():
         scene = sample(rng, "train", "novel", largest=number % 2 == 0)
         size = ((64, 64), (64, 80), (128, 128))[number % 3]
         image = ndimage.gaussian_filter(render(scene, *size), (0.7, 0.7, 0))
-        facts = asked(scene)
+        facts = prompt_facts(scene)
         right += satisfies(read(image), facts)
         for other in SHAPES:
             group = {**facts["groups"][0], "shape": other}

@@ -14,7 +14,18 @@ from lens_shapes.benchmark import ShapesBenchmark, ShapesReward
 from lens_shapes.hostile import HONEST, HOSTILE, blurred, hazed
 from lens_shapes.reader import OFF, STRANGE, judge, read, satisfies
 from lens_shapes.render import coverage, render
-from lens_shapes.scenes import BACKGROUNDS, COLOURS, GENEVAL, OPPOSITE, RELATIONS, SHAPES, Scene, Thing, asked, sample
+from lens_shapes.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    GENEVAL,
+    OPPOSITE,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    Thing,
+    prompt_facts,
+    sample,
+)
 from scipy import ndimage
 
 from lens_core.types import ConfigError, Prompt
@@ -40,7 +51,7 @@ def test_pictures_are_read_back_right(soft):
         scene = scene_of(number)
         image = render(scene, *SIZES[number % 3])
         reading = read(blurred(image, rng) if soft else image)
-        if not (right(scene, reading) and satisfies(reading, asked(scene))):
+        if not (right(scene, reading) and satisfies(reading, prompt_facts(scene))):
             wrong.append((scene, str(reading)))
     assert not wrong
 
@@ -59,7 +70,7 @@ def test_pictures_of_64_px_are_read_back_right_whatever_an_autoencoder_does_to_t
     for number in range(140):
         scene = sample(np.random.default_rng([9, number]), "heldout", (*GENEVAL, "words")[number % 7])
         reading = read(HARM[harm](render(scene, 64, 64), rng))
-        if not (right(scene, reading) and satisfies(reading, asked(scene))):
+        if not (right(scene, reading) and satisfies(reading, prompt_facts(scene))):
             wrong["words" if scene.word else "things"].append((scene, str(reading)))
     assert not wrong["things"]
     # a stroke is two pixels wide: a blur of one pixel may cost a letter
@@ -102,7 +113,7 @@ def test_a_prompt_with_one_false_fact_is_never_accepted():
     tried = 0
     for number in range(100):
         scene = scene_of(number)
-        reading, truth = read(render(scene, 128, 128)), asked(scene)
+        reading, truth = read(render(scene, 128, 128)), prompt_facts(scene)
         for lie in lies(truth):
             assert not satisfies(reading, lie), (scene, lie)
             tried += 1
@@ -113,7 +124,7 @@ def test_at_most_one_in_a_hundred_mismatched_pairs_is_accepted():
     drawn = [scene_of(n) for n in range(100)]
     readings = [read(render(scene, 128, 128)) for scene in drawn]
     pairs = [(r, s) for i, r in enumerate(readings) for j, s in enumerate(drawn) if i != j]
-    accepted = sum(satisfies(reading, asked(scene)) for reading, scene in pairs)
+    accepted = sum(satisfies(reading, prompt_facts(scene)) for reading, scene in pairs)
     assert accepted <= 0.01 * len(pairs)
 
 
@@ -183,8 +194,8 @@ def test_a_thing_that_is_not_quite_what_was_asked_is_not_accepted(kind, haze):
         good, bad = render(scene, SIDE, SIDE), SPOILT[kind](thing, render(evolve(scene, things=()), SIDE, SIDE), rng)
         if haze:
             good, bad = hazed(good, rng), hazed(bad, rng)
-        assert satisfies(read(good), asked(scene))
-        if satisfies(read(bad), asked(scene)):
+        assert satisfies(read(good), prompt_facts(scene))
+        if satisfies(read(bad), prompt_facts(scene)):
             accepted.append(scene)
     assert not accepted
 
@@ -211,7 +222,7 @@ def near_misses(scene, rng):
     thing, rest = scene.things[number], scene.things[:number] + scene.things[number + 1 :]
     yield evolve(scene, things=rest)
     yield evolve(scene, things=(*rest, evolve(thing, shape=other(thing.shape, SHAPES))))
-    if asked(scene)["groups"][0]["colour"]:
+    if prompt_facts(scene)["groups"][0]["colour"]:
         yield evolve(scene, things=(*rest, evolve(thing, colour=other(thing.colour, COLOURS))))
     spots = [evolve(thing, size="small", x=x, y=y) for x in (0.15, 0.5, 0.85) for y in (0.15, 0.5, 0.85)]
     free = [s for s in spots if all(max(abs(s.x - t.x), abs(s.y - t.y)) > t.radius + 0.13 for t in scene.things)]
@@ -229,7 +240,7 @@ def test_a_near_miss_is_never_accepted():
         rng = np.random.default_rng([8, number])
         scene = sample(rng, "train", (*GENEVAL, "groups")[number % 7])
         for wrong in near_misses(scene, rng):
-            assert not satisfies(read(hazed(render(wrong, SIDE, SIDE), rng)), asked(scene)), (scene, wrong)
+            assert not satisfies(read(hazed(render(wrong, SIDE, SIDE), rng)), prompt_facts(scene)), (scene, wrong)
             tried += 1
     assert tried > 200
 
@@ -243,7 +254,7 @@ def test_a_thing_that_only_shines_through_has_no_name(share):
 
 def test_an_extra_thing_fails_the_count_and_nothing_else():
     circle, star = Thing("circle", "red", "medium", 0.25, 0.3), Thing("star", "blue", "medium", 0.7, 0.7)
-    asking = asked(Scene("colours", (circle,), ("white",)))
+    asking = prompt_facts(Scene("colours", (circle,), ("white",)))
     facts = judge(read(render(Scene("two", (circle, star), ("white",)), 128, 128)), asking)
     assert facts == {"things": 1.0, "counts": 0.0, "colours": 1.0, "word": 1.0}
 
@@ -257,12 +268,12 @@ def test_touching_things_of_two_colours_are_two_things():
 @pytest.mark.parametrize("fill", [0, 128, 255])
 def test_an_empty_picture_satisfies_no_prompt(fill):
     reading = read(np.full((128, 128, 3), fill, np.uint8))
-    assert not any(satisfies(reading, asked(scene_of(n))) for n in range(50))
+    assert not any(satisfies(reading, prompt_facts(scene_of(n))) for n in range(50))
 
 
 def test_noise_satisfies_no_prompt():
     reading = read(np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8))
-    assert not any(satisfies(reading, asked(scene_of(n))) for n in range(50))
+    assert not any(satisfies(reading, prompt_facts(scene_of(n))) for n in range(50))
 
 
 def test_the_benchmark_is_spread_over_the_six_tasks_and_words():
@@ -329,7 +340,7 @@ def test_a_wrong_benchmark_config_is_refused(wrong):
 def test_partial_credit_is_the_share_of_facts() -> None:
     scene = sample(np.random.default_rng(3), "train", "position")
     image = torch.from_numpy(render(scene, 96, 96)).permute(2, 0, 1)[None]
-    facts = asked(scene)
+    facts = prompt_facts(scene)
     other = next(word for word in RELATIONS if word != facts["relation"])
     asks = [Prompt("", 0, "position", facts), Prompt("", 1, "position", {**facts, "relation": other})]
     pair = image.expand(2, -1, -1, -1)
@@ -352,7 +363,7 @@ def test_a_picture_with_something_that_its_caption_does_not_say_is_refused(kind)
         picture = HOSTILE[kind](scene, height, width, rng)
         if picture is not None:
             tried += 1
-            accepted += [scene] if satisfies(read(picture), asked(scene)) else []
+            accepted += [scene] if satisfies(read(picture), prompt_facts(scene)) else []
     assert tried >= 3 and not accepted
 
 
@@ -363,7 +374,7 @@ def test_true_scenes_are_not_taken_for_cheats(kind):
     wrong = 0
     for number in range(100):
         scene = splits.sample(rng, "test", (*GENEVAL, *("words", "groups"))[number % 8])
-        wrong += not satisfies(read(change(render(scene, side, side), rng)), asked(scene))
+        wrong += not satisfies(read(change(render(scene, side, side), rng)), prompt_facts(scene))
     assert wrong <= {"blur, tint and noise, 128 px": 0, "JPEG of quality 60, 128 px": 1}.get(kind, 0)
 
 
@@ -455,4 +466,4 @@ def test_many_faint_patches_are_refused_though_none_is_seen_alone():
         scene = splits.sample(rng, "test", TASKS_OF_THINGS[number])
         image = render(scene, SIDE, SIDE).astype(float)
         mosaic = np.kron(rng.choice([-14.0, 14.0], (16, 16, 3)), np.ones((4, 4, 1)))
-        assert not satisfies(read(np.clip(image + mosaic, 0, 255).astype(np.uint8)), asked(scene))
+        assert not satisfies(read(np.clip(image + mosaic, 0, 255).astype(np.uint8)), prompt_facts(scene))

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
-from lens_shapes.benchmark import ShapesBenchmark, ShapesRubrics, rubrics, verdict, verdicts
+from lens_shapes.benchmark import ShapesBenchmark, score_images
 from lens_shapes.captions import prompt
 from lens_shapes.reader import read
 from lens_shapes.render import render
-from lens_shapes.scenes import TASKS, asked, sample
+from lens_shapes.rubrics import ShapesRubrics, answer, rubrics
+from lens_shapes.scenes import TASKS, prompt_facts, sample
 
 from lens_core.testing.checks import check_reward
 from lens_core.types import ConfigError, Prompt
@@ -23,7 +24,7 @@ def scene(number: int, task: str | None = None):
 
 
 def question(made, number: int = 0) -> Prompt:
-    facts = asked(made)
+    facts = prompt_facts(made)
     return Prompt(prompt(made), number, made.task, {**facts, **rubrics(facts)})
 
 
@@ -49,7 +50,7 @@ def test_all_yes_is_what_the_strict_judge_accepts():
     for shift in (0, 1, 7):
         shown = torch.stack([picture(m) for m in made[shift:] + made[:shift]])
         facts = [all(v for k, v in s.components.items() if k != "g") for s in judge().score(shown, prompts)]
-        assert facts == [s.value == 1 for s in verdicts(shown, prompts)]
+        assert facts == [s.value == 1 for s in score_images(shown, prompts)]
         assert any(facts) == (shift == 0)
 
 
@@ -69,10 +70,10 @@ def test_the_value_is_the_weighted_mean_of_the_answers():
 def test_the_questions_name_what_the_prompt_asks():
     facts = {"groups": [{"shape": "cross", "count": 2, "colour": "red"}, {"shape": "ring", "count": 1, "colour": None}],
              "relation": "left of", "word": ""}  # fmt: skip
-    told = [r["q"] for r in rubrics(facts)["rubrics"]]
-    assert any("number of crosses exactly two" in q for q in told)
-    assert any("red" in q for q in told) and any("left of" in q for q in told)
-    assert len({r["id"] for r in rubrics(facts)["rubrics"]}) == len(told) == len(set(told))
+    questions = [r["q"] for r in rubrics(facts)["rubrics"]]
+    assert any("number of crosses exactly two" in q for q in questions)
+    assert any("red" in q for q in questions) and any("left of" in q for q in questions)
+    assert len({r["id"] for r in rubrics(facts)["rubrics"]}) == len(questions) == len(set(questions))
     (word,) = [r["q"] for r in rubrics({**facts, "word": "CAT"})["rubrics"] if r["kind"] == "text"]
     assert '"CAT"' in word
 
@@ -95,7 +96,7 @@ def test_the_questions_name_what_the_prompt_asks():
 )
 def test_a_question_of_another_world_has_no_answer(check):
     reading = read(render(scene(5, "two"), 96, 96))
-    assert verdict(reading, {"id": "r", "q": "?", "check": check}) is None
+    assert answer(reading, {"id": "r", "q": "?", "check": check}) is None
 
 
 def test_too_few_answers_abstain_and_none_never_reads_the_picture():
@@ -105,7 +106,7 @@ def test_too_few_answers_abstain_and_none_never_reads_the_picture():
     image = picture(scene(6, "two"))[None]
     (score,) = judge().score(image, [mixed])
     assert score.status == "abstain" and score.value is None
-    (score,) = judge(least=0.3).score(image, [mixed])
+    (score,) = judge(min_answered=0.3).score(image, [mixed])
     assert score.value == 1.0 and not {s["id"] for s in strange} & score.components.keys()
     (score,) = judge().score(image, [Prompt("a dog", data={"rubrics": strange})])
     assert score.status == "abstain" and not score.components
@@ -114,5 +115,5 @@ def test_too_few_answers_abstain_and_none_never_reads_the_picture():
 def test_it_keeps_the_contract_of_rewards():
     prompts = ShapesBenchmark(ShapesBenchmark.Config(prompts=6)).prompts()
     check_reward(judge(), prompts)
-    with pytest.raises(ConfigError, match="least: must be at least 0 and at most 1, not"):
-        judge(least=1.5)
+    with pytest.raises(ConfigError, match="min_answered: must be at least 0 and at most 1, not"):
+        judge(min_answered=1.5)

@@ -17,9 +17,9 @@ from lens_shapes.scenes import (
     TASKS,
     Scene,
     Thing,
-    belongs,
     content,
-    question,
+    is_in_split,
+    prompt_combination,
     relation,
     sample,
 )
@@ -38,7 +38,7 @@ def test_the_same_generator_state_gives_the_same_scene():
 def test_train_and_heldout_scenes_share_no_content_and_no_prompt_but_the_single_ones():
     train, held = scenes("train", 4000), [s for task in TASKS for s in scenes("heldout", 100, task=task)]
     assert not {content(s) for s in train} & {content(s) for s in held}
-    assert not {question(s) for s in train} & {question(s) for s in held} - {""}
+    assert not {prompt_combination(s) for s in train} & {prompt_combination(s) for s in held} - {""}
     unseen = {prompt(s) for s in held if s.task != "single"}
     assert not unseen & {prompt(s) for s in train}
 
@@ -46,7 +46,7 @@ def test_train_and_heldout_scenes_share_no_content_and_no_prompt_but_the_single_
 def test_half_kept_scenes_belong_to_neither_split():
     rng = np.random.default_rng(0)
     drawn = [sample(rng, "train", "two") for _ in range(50)]
-    assert all(belongs(s, "train") and not belongs(s, "heldout") for s in drawn)
+    assert all(is_in_split(s, "train") and not is_in_split(s, "heldout") for s in drawn)
 
 
 def test_heldout_single_things_show_every_shape_and_colour_and_counts_two_to_six():
@@ -135,8 +135,8 @@ def test_prompts_are_worded_as_the_benchmark_words_them():
 def test_brief_captions_have_several_phrasings_and_often_the_benchmarks_own():
     scene = scenes("train", 1, task="position")[0]
     rng = np.random.default_rng(0)
-    told = [brief(scene, rng) for _ in range(200)]
-    assert len(set(told)) > 5 and 80 < told.count(prompt(scene)) < 160
+    captions = [brief(scene, rng) for _ in range(200)]
+    assert len(set(captions)) > 5 and 80 < captions.count(prompt(scene)) < 160
 
 
 def test_dense_captions_have_80_to_140_words_and_109_on_average():

@@ -8,15 +8,15 @@ from itertools import combinations, islice, permutations, product
 import numpy as np
 import pytest
 from attrs import evolve
-from lens_shapes import splits
 from lens_shapes.benchmark import ShapesBenchmark
 from lens_shapes.captions import caption, dense, phrasings, prompt
 from lens_shapes.dataset import ShapesDataset
+from lens_shapes.facts import label, shown_facts, sub_facts
 from lens_shapes.novel import Novel
 from lens_shapes.reader import judge, read
 from lens_shapes.render import render
-from lens_shapes.scenes import COLOURS, NOVEL, SHAPES, TASKS, Scene, Thing, asked
-from lens_shapes.splits import SPLITS, capacity, colourings, distinct, facts, label, questions, sample
+from lens_shapes.scenes import COLOURS, NOVEL, SHAPES, TASKS, Scene, Thing, prompt_facts
+from lens_shapes.splits import SPLITS, capacity, colourings, distinct_questions, questions, sample
 from lens_shapes.variety import Variety
 
 from lens_core.types import ConfigError
@@ -127,7 +127,7 @@ def test_the_parts_of_what_is_unseen_are_seen_in_training(trained, keys):
     for split in ("select", "test"):
         for question, _ in keys[split]:
             key = question.key()
-            for part in splits.parts(key):
+            for part in sub_facts(key):
                 assert label(part) == "train"
             for shape, colour, _ in question.groups:
                 assert question.task == "novel" or any(f[:2] == ("is", shape) for f in trained)
@@ -158,7 +158,7 @@ def test_no_scene_of_training_shows_a_kept_fact_whatever_its_task(keys, largest)
         scene = sample(rng, "train", list(TASKS)[number % len(TASKS)], largest=largest)
         shown = seen_facts(scene)
         assert not shown & kept, scene
-        assert all(label(fact) == "train" for fact in facts(scene))
+        assert all(label(fact) == "train" for fact in shown_facts(scene))
         assert all(label(("word", f[1])) == "train" for f in shown if f[0] == "word")
 
 
@@ -169,7 +169,7 @@ def test_a_scene_of_select_or_test_shows_its_own_unseen_combination_and_no_other
     foreign = set().union(*(u for _, u in keys[other]))
     for number in range(440):
         scene = sample(rng, split, [t for t in TASKS if t != "single"][number % (len(TASKS) - 1)])
-        labels = {label(fact) for fact in facts(scene)}
+        labels = {label(fact) for fact in shown_facts(scene)}
         assert split in labels and labels <= {"train", split}
         assert not seen_facts(scene) & foreign
 
@@ -180,7 +180,7 @@ def test_facts_are_what_an_independent_count_sees():
              "counted pair": "both many", "relation": "lies", "coloured relation": "lies", "word": "word"}  # fmt: skip
     for _ in range(150):
         scene = sample(rng, "train")
-        mine, theirs = facts(scene), seen_facts(scene)
+        mine, theirs = shown_facts(scene), seen_facts(scene)
         assert len(mine) == len(theirs)
         assert Counter(names[f[0]] for f in mine) == Counter(f[0] for f in theirs)
 
@@ -228,7 +228,7 @@ def test_a_question_is_asked_in_several_wordings_that_share_its_name():
 
 
 def test_more_prompts_repeat_no_question_and_begin_with_the_fewer():
-    few, many = (distinct("test", "two", count, 5) for count in (8, 200))
+    few, many = (distinct_questions("test", "two", count, 5) for count in (8, 200))
     assert many[:8] == few and len(set(many)) == 200
     assert [q.background for q in many[:8]] == [()] * 8 and {len(q.background) for q in many[8:56]} == {1}
     assert len({q.key() for q in many}) == 8
@@ -255,7 +255,7 @@ def test_a_prompt_that_names_the_background_wants_it_and_its_halves():
         evolve(scene, background=("white",), split=""),
         evolve(scene, background=("white", "grey")),
     ):
-        facts_read = judge(read(render(wrong, 64, 64)), asked(scene))
+        facts_read = judge(read(render(wrong, 64, 64)), prompt_facts(scene))
         assert {name for name, value in facts_read.items() if not value} == {"background"}
     plain = evolve(scene, background=("mint",), split="")
     assert prompt(plain) == "a red star on a mint background"

@@ -16,10 +16,10 @@ def pictures(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_each_prompt_of_the_benchmark_is_asked_several_times_in_a_row() -> None:
-    asked = Variety(Variety.Config(prompts=7, pictures=3)).prompts()
+    prompts = Variety(Variety.Config(prompts=7, pictures=3)).prompts()
     once = ShapesBenchmark(ShapesBenchmark.Config(prompts=7)).prompts()
-    assert [p.text for p in asked] == [p.text for p in once for _ in range(3)]
-    assert [p.id for p in asked] == list(range(21))
+    assert [p.text for p in prompts] == [p.text for p in once for _ in range(3)]
+    assert [p.id for p in prompts] == list(range(21))
 
 
 def test_the_score_is_the_mean_rms_distance_to_the_other_pictures_of_the_prompt() -> None:
