@@ -52,7 +52,7 @@ def curves(
     show: Annotated[list[str] | None, Parameter(negative="")] = None,
     table: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Draw what runs have logged, and what was seen of them, over their steps.
+    """Draw what runs have logged, and their evaluations, over their steps. Needs the extra `plots`.
 
     Parameters
     ----------
@@ -66,24 +66,16 @@ def curves(
     table
         Print the same as tables too.
     """
-    from lens_core.io import atomic_files
     from lens_tools import curves as drawing
 
     if not runs:
         raise ConfigError("give the folder of a run, or of several")
     if output.suffix.lower() != ".png":
         raise ConfigError(f"{output}: pictures are written as .png; use {output.with_suffix('.png')}")
-    groups = [[Path(run)] if Path(run).is_dir() else [Path(part) for part in run.split(",")] for run in runs]
-    every = [run.resolve().name for group in groups for run in group]
-    short = len(set(every)) == len(every)
-    found = {
-        ", ".join(run.resolve().name if short else str(run) for run in group): [drawing.read(run) for run in group]
-        for group in groups
-    }
-    picture = drawing.draw(found, show or ())
-    atomic_files.write_atomic(output, lambda p: picture.save(p, format="PNG"))
+    groups = drawing.read_groups(runs)
+    drawing.save(drawing.draw(groups, show or ()), output)
     if table:
-        print(drawing.table(found, show or ()))
+        print(drawing.table(groups, show or ()))
     print(output)
     return 0
 

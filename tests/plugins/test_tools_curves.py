@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from lens_tools import curves
+from matplotlib.figure import Figure
 from PIL import Image, ImageColor
 
 from lens_core.cli.main import main
@@ -55,55 +58,48 @@ def test_losses_and_scores_are_shown_unless_others_are_named() -> None:
     assert curves.chosen(names, ("b/*", "data_wait")) == ["data_wait", "b/loss", "b/kl", "b/grad_norm"]
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "want"),
-    [
-        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0.0, 6000.0, [0.0, 2000.0, 4000.0, 6000.0]),
-        (-0.3, 0.31, [-0.2, 0.0, 0.2]),
-        (1e-5, 4e-5, [1e-5, 2e-5, 3e-5, 4e-5]),
-        (997.0, 1003.0, [998.0, 1000.0, 1002.0]),
-    ],
-)
-def test_ticks_are_round_and_inside(low: float, high: float, want: list[float]) -> None:
-    assert curves.ticks(low, high) == pytest.approx(want)
-
-
 def test_an_axis_is_never_empty() -> None:
-    assert curves.ends([3.0, 3.0], 0.05) == (1.5, 4.5) and curves.ends([0.0]) == (-0.5, 0.5)
-    assert curves.ends([1.0, 3.0], 0.05) == pytest.approx((0.9, 3.1))
+    assert curves.axis_limits([3.0, 3.0], 0.05) == (1.5, 4.5) and curves.axis_limits([0.0]) == (-0.5, 0.5)
+    assert curves.axis_limits([1.0, 3.0], 0.05) == pytest.approx((0.9, 3.1))
 
 
-def centre(picture: Image.Image, colour: str, box: tuple[int, int, int, int]) -> tuple[float, float]:
-    """Where the pixels of about this colour lie inside the box (left, top, right, bottom): their mean x and y."""
-    pixels = np.asarray(picture.crop(box)).astype(int)
+def rendered(figure: Figure) -> Image.Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+def centre(picture: Image.Image, colour: str, below: int) -> tuple[float, float]:
+    """Where the pixels of about this colour lie, `below` so many px from the top: their mean x, and y from below."""
+    pixels = np.asarray(picture).astype(int)[below:]
     y, x = np.nonzero(np.abs(pixels - ImageColor.getrgb(colour)).sum(-1) < 60)
     assert len(x), "the colour is there"
-    return float(x.mean()) + box[0], float(y.mean()) + box[1]
+    return float(x.mean()), len(pixels) - float(y.mean())
+
+
+LEGEND = round(2 * curves.LEGEND_LINE * curves.DPI)
 
 
 def test_a_point_lies_where_its_numbers_say() -> None:
     # The axes go from the first run's least to its largest step and value; the second has one point inside.
     frame = [(0.0, 0.0), (100.0, 1.0)]
-    picture = curves.draw({"a": [{"b/loss": frame}], "b": [{"b/loss": [(25.0, 0.75)]}]})
-    legend = 22 * 2 + 8
-    assert picture.size == (curves.WIDE, curves.HIGH + legend)
-    x, y = centre(picture, curves.COLOURS[1], (0, legend, *picture.size))
-    width = curves.WIDE - curves.LEFT - curves.RIGHT
-    height = curves.HIGH - curves.TOP - curves.BOTTOM
-    assert x == pytest.approx(curves.LEFT + 0.25 * width, abs=1.5)
-    assert y == pytest.approx(legend + curves.TOP + height * (1 - (0.75 + 0.05) / 1.1), abs=1.5)
+    figure = curves.draw({"a": [{"b/loss": frame}], "b": [{"b/loss": [(25.0, 0.75)]}]})
+    picture = rendered(figure)
+    assert picture.size == (460, 270 + LEGEND)
+    (axes,) = figure.axes
+    assert axes.get_xlim() == (0, 100) and axes.get_ylim() == pytest.approx((-0.05, 1.05))
+    want = axes.transData.transform((25.0, 0.75))
+    assert centre(picture, curves.COLOURS[1], LEGEND) == pytest.approx(want, abs=1.5)
 
 
 def test_runs_of_one_recipe_share_a_colour_and_their_mean_is_marked() -> None:
     assert curves.mean([[(0.0, 1.0), (5.0, 2.0)], [(0.0, 2.0), (4.0, 9.0), (5.0, 4.0)]]) == [(0.0, 1.5), (5.0, 3.0)]
     frame = [(0.0, 0.0), (100.0, 1.0)]
     seeds = [{"b/loss": [(25.0, 0.6)]}, {"b/loss": [(25.0, 0.9)]}, {"c/loss": [(50.0, 0.5)]}]
-    picture = curves.draw({"a": [{"b/loss": frame}], "b": seeds}, ("b/*",))
-    x, y = centre(picture, curves.COLOURS[1], (0, 22 * 2 + 8, *picture.size))
-    width, height = curves.WIDE - curves.LEFT - curves.RIGHT, curves.HIGH - curves.TOP - curves.BOTTOM
-    assert x == pytest.approx(curves.LEFT + 0.25 * width, abs=1.5)
-    assert y == pytest.approx(22 * 2 + 8 + curves.TOP + height * (1 - (0.75 + 0.05) / 1.1), abs=1.5)
+    figure = curves.draw({"a": [{"b/loss": frame}], "b": seeds}, ("b/*",))
+    picture = rendered(figure)
+    want = figure.axes[0].transData.transform((25.0, 0.75))
+    assert centre(picture, curves.COLOURS[1], LEGEND) == pytest.approx(want, abs=1.5)
 
 
 def test_the_table_tells_means_and_the_spread_of_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,9 +119,23 @@ def test_the_table_tells_means_and_the_spread_of_seeds(tmp_path: Path, capsys: p
 
 
 def test_panels_share_their_steps() -> None:
-    picture = curves.draw({"a": [{"b/loss": [(0.0, 0.0), (100.0, 1.0)]}], "b": [{"c/loss": [(75.0, 0.5)]}]})
-    x, _ = centre(picture, curves.COLOURS[1], (curves.WIDE, 52, *picture.size))
-    assert x == pytest.approx(curves.WIDE + curves.LEFT + 0.75 * (curves.WIDE - curves.LEFT - curves.RIGHT), abs=1.5)
+    figure = curves.draw({"a": [{"b/loss": [(0.0, 0.0), (100.0, 1.0)]}], "b": [{"c/loss": [(75.0, 0.5)]}]})
+    x, _ = centre(rendered(figure), curves.COLOURS[1], LEGEND)
+    left, right = figure.axes
+    assert left.get_xlim() == right.get_xlim() == (0, 100)
+    assert x == pytest.approx(right.transData.transform((75.0, 0.5))[0], abs=1.5)
+
+
+def test_without_matplotlib_the_command_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write(tmp_path / "a", [{"step": 1, "a/loss": 1.0}])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["curves", str(run), "--output", str(tmp_path / "a.png")]) == 2
+    assert capsys.readouterr().err == (
+        "lens: lens curves needs matplotlib, which is missing: pip install 'lens-t2i[plots]'\n"
+    )
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_runs_of_many_values_get_a_panel_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,13 +145,13 @@ def test_runs_of_many_values_get_a_panel_each(tmp_path: Path, capsys: pytest.Cap
     assert main(["curves", str(one), str(two), "--output", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     with Image.open(out) as picture:
-        assert picture.size == (2 * curves.WIDE, 2 * curves.HIGH + 52)
+        assert picture.size == (2 * 460, 2 * 270 + LEGEND)
     assert main(["curves", f"{one},{two}", "--output", str(out)]) == 0
     with Image.open(out) as picture:
-        assert picture.size == (2 * curves.WIDE, 2 * curves.HIGH + 30)  # one row of the legend
+        assert picture.size == (2 * 460, 2 * 270 + LEGEND // 2)  # one row of the legend
     assert main(["curves", str(one), "--show", "b/*", "--output", str(out)]) == 0
     with Image.open(out) as picture:
-        assert picture.size == (curves.WIDE, curves.HIGH + 30)
+        assert picture.size == (460, 270 + LEGEND // 2)
 
 
 def test_what_cannot_be_drawn_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
