@@ -12,7 +12,6 @@ packed     dataset `packed`: batches of mixed sizes, each of as much work as the
 mix        dataset `mix`: several datasets in turn, by weight
 caching    latents and text features, encoded once and kept beside the pictures
 packing    batches of mixed sizes that cost every rank the same, filled by a FLOP budget
-timing     `lens bench train`: what a training step costs, by part, packed and bucketed
 commands   what `lens data` can do: import, info, cache, packing-report
 """
 
@@ -34,4 +33,4 @@ def lens_datasets() -> dict[str, type[Any]]:
 
 @hookimpl
 def lens_commands() -> dict[str, str]:
-    return {"bench train": "lens_data.timing:train", "data": "lens_data.commands:app"}
+    return {"data": "lens_data.commands:app"}

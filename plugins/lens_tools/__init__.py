@@ -1,9 +1,10 @@
 """Commands beside drawing, training and measuring.
 
-convert   `lens convert`: a checkpoint from one layout to another, or to another dtype, a piece at a time
-curves    `lens curves`: what runs have logged, drawn over their steps
-doctor    `lens doctor`: this machine, and what would fit on it
-commands  what they do on the command line
+commands        the commands, which parse, call one function of the modules below, and print
+convert         `lens convert`: a checkpoint from one layout to another, or to another dtype, a piece at a time
+curves          `lens curves`: what runs have logged, drawn over their steps
+doctor          `lens doctor`: this machine, and what would fit on it
+training_speed  `lens bench train`: what a training step costs, by part, packed and bucketed
 """
 
 from __future__ import annotations
@@ -15,4 +16,5 @@ from lens_core import hookimpl
 def lens_commands() -> dict[str, str]:
     from lens_tools import commands  # light; so `lens --help` can tell what each is for
 
-    return {name: f"{commands.__name__}:{name}" for name in ("convert", "curves", "doctor")}
+    functions = {"bench train": "bench_train", "convert": "convert", "curves": "curves", "doctor": "doctor"}
+    return {name: f"{commands.__name__}:{function}" for name, function in functions.items()}

@@ -1,4 +1,7 @@
-"""`lens convert`, `lens curves` and `lens doctor`, as plain functions; whatever is heavy is imported when they run."""
+"""`lens bench train`, `lens convert`, `lens curves` and `lens doctor`, as plain functions.
+
+Whatever is heavy is imported when they run.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,53 @@ from cyclopts import Parameter
 
 from lens_core.catalog import Catalog
 from lens_core.types import ConfigError
+
+
+def bench_train(
+    recipe: Path,
+    *,
+    depth: int = 2,
+    samples: int = 12,
+    tokens: int = 164,
+    shrink: int = 1,
+    repeats: int = 5,
+    compile: bool = True,
+    device: str = "auto",
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Time a training step of a recipe's backbone, by part: packed against bucketed, compiled, checkpointed.
+
+    Parameters
+    ----------
+    recipe
+        The YAML file; its pipeline, its dataset's sizes and its precision count.
+    depth
+        How many blocks the backbone has; its other sizes are those of the recipe.
+    samples
+        Pictures a step, spread over three sizes of the dataset.
+    tokens
+        Text tokens a picture in the mean; they are spread from half to one and a half of it.
+    shrink
+        Divide the sides of every size by this.
+    repeats
+        Rounds that are timed, each of which times every variant once; at least 5.
+    compile
+        Time a compiled backbone too.
+    device
+        auto, cpu, cuda, cuda:1 …
+    json_
+        Print one JSON object instead of tables.
+    """
+    from attrs import asdict
+
+    from lens_core.recipe import read_recipe
+    from lens_tools import training_speed
+
+    request = training_speed.SpeedRequest(depth, samples, tokens, shrink, repeats, compile, device)
+    catalog = Catalog.installed()
+    report = training_speed.measure(read_recipe(recipe, catalog), catalog, request)
+    print(json.dumps(asdict(report)) if json_ else training_speed.table(report))
+    return 1 if report.void else 0
 
 
 def convert(

@@ -25,7 +25,7 @@ Series = dict[str, Points]  # by the value's name
 
 COLOURS = ("#1f6fb4", "#d95f0e", "#2a9d3a", "#8e44ad", "#b8860b", "#c2185b", "#17838f", "#555555")
 PANEL = (4.6, 2.7)  # inches, width and height
-LEGEND_LINE = 0.22  # inches
+LEGEND_LINE = 0.25  # inches
 DPI = 100
 FONT = 8  # points
 MARKED = 40  # a curve of at most so many points has a mark at each
@@ -107,7 +107,11 @@ def draw(runs: Mapping[str, Sequence[Series]], show: Sequence[str] = ()) -> Figu
 
     Raises ConfigError where there is nothing to draw, or matplotlib is not installed.
     """
-    figure_class = _matplotlib_figure()
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise ConfigError("lens curves needs matplotlib, which is missing: pip install 'lens-t2i[plots]'") from error
     known = list(dict.fromkeys(name for several in runs.values() for series in several for name in series))
     names = chosen(known, show)
     if not names:
@@ -115,9 +119,10 @@ def draw(runs: Mapping[str, Sequence[Series]], show: Sequence[str] = ()) -> Figu
     columns = min(2, len(names))
     rows = math.ceil(len(names) / columns)
     legend = LEGEND_LINE * len(runs)
-    figure = figure_class(figsize=(columns * PANEL[0], rows * PANEL[1] + legend), dpi=DPI, layout="constrained")
-    top = 1 - legend / figure.get_figheight()
-    figure.get_layout_engine().set(rect=(0, 0, 1, top))  # the legend has a strip of its own above the panels
+    height = rows * PANEL[1] + legend
+    # The legend has a strip of its own above the panels.
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - legend / height))
+    figure = Figure(figsize=(columns * PANEL[0], height), dpi=DPI, layout=layout)
     shown = {name: [[one[name] for one in several if name in one] for several in runs.values()] for name in names}
     steps = axis_limits([step for groups in shown.values() for runs in groups for curve in runs for step, _ in curve])
     for place, name in enumerate(names, 1):
@@ -130,14 +135,6 @@ def draw(runs: Mapping[str, Sequence[Series]], show: Sequence[str] = ()) -> Figu
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
     atomic_files.write_atomic(path, lambda partial: figure.savefig(partial, format="png"))
-
-
-def _matplotlib_figure() -> type[Figure]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("lens curves needs matplotlib, which is missing: pip install 'lens-t2i[plots]'") from error
-    return Figure
 
 
 def _line_handle(number: int) -> Line2D:

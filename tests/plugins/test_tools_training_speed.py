@@ -1,4 +1,4 @@
-"""`lens bench train`: what it tells, and that it tells nothing of a way whose gradient is wrong."""
+"""`lens bench train`: what it reports, and that a variant with a wrong gradient has no figures."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from lens_data import timing
 from lens_mmdit.model import LensTransformer2DModel
+from lens_tools import training_speed
 
 from lens_core.cli.main import main
 
@@ -28,21 +28,25 @@ def bench(recipe: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_every_way_is_told_by_part_after_its_gradient_agreed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_variant_is_timed_by_part_after_its_gradient_agreed(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, told = bench(recipe, capsys)
     assert code == 0 and told["void"] == {}
-    assert set(told["arms"]) == set(told["agreement"]) == {"bucketed", "packed", "checkpointed"}
+    assert set(told["variants"]) == set(told["agreement"]) == {"bucketed", "packed", "checkpointed"}
     assert told["agreement"]["bucketed"] == 0 and 0 < told["agreement"]["packed"] < 1e-5
-    for arm in told["arms"].values():
-        assert arm["least"] <= arm["step"] <= arm["most"] and arm["mfu"] is None  # nobody knows a CPU's peak
-        assert all(arm[part] > 0 for part in timing.PARTS)
-        assert arm["images_per_second"] == pytest.approx(4 / arm["step"])
+    for variant in told["variants"].values():
+        assert (
+            variant["least"] <= variant["step"] <= variant["most"] and variant["mfu"] is None
+        )  # nobody knows a CPU's peak
+        assert all(variant[part] > 0 for part in training_speed.PARTS)
+        assert variant["images_per_second"] == pytest.approx(4 / variant["step"])
     assert set(told["ratios"]) == {"bucketed / packed", "packed / checkpointed"}
     assert all(0 < r["least"] <= r["median"] <= r["most"] for r in told["ratios"].values())
     assert told["settings"]["depth"] == 1 and told["settings"]["latent sizes"] == [[8, 8], [8, 16], [16, 16]]
 
 
-def test_a_way_with_a_wrong_gradient_has_no_figures(
+def test_a_variant_with_a_wrong_gradient_has_no_figures(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = LensTransformer2DModel.packed
@@ -50,12 +54,12 @@ def test_a_way_with_a_wrong_gradient_has_no_figures(
     code, told = bench(recipe, capsys)
     assert code == 1 and set(told["void"]) == {"packed", "checkpointed"}
     assert "from that of the reference" in told["void"]["packed"]
-    assert list(told["arms"]) == ["bucketed"] and told["ratios"] == {}
+    assert list(told["variants"]) == ["bucketed"] and told["ratios"] == {}
 
 
 def test_what_cannot_be_timed_is_refused_in_one_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "train", str(recipe), "--repeats", "4"]) == 2
-    assert "repeats at least 5" in capsys.readouterr().err
+    assert "repeats: must be at least 5" in capsys.readouterr().err
     recipe.write_text("pipeline: {backbone: mmdit}\nmethod: flow_matching\ntrain: {steps: 1}\n")
     assert main(["bench", "train", str(recipe)]) == 2
     assert "$.pipeline.vae: missing" in capsys.readouterr().err
