@@ -73,12 +73,12 @@ SPECKS = {"flat": 36.0, "edges": 52.0, "far": 40.0}
 """RGB distance from which one pixel has no explanation: where all is flat and beside edges, both times the shorter side
 in 64 px (at most 2), as the grain of a JPEG file is of pixels; and at most "far" where no block of such a file (16 px)
 touches an edge."""
-SPOTS = 26.0
-"""The same after a blur of one pixel in 64."""
+SPOTS = {0.5: 33.0, 1.0: 26.0}
+"""The same after a blur of so many px of a side of 64, of half a pixel with the root of scale more."""
 GHOSTS = {1.5: 22.0, 2.0: 18.5, 3.0: 14.5, 4.5: 12.5, 6.0: 10.5, 9.0: 7.5}
 """The same for means over what is flat, by the standard deviation of their window in px of a side of 64."""
-TEXTURE = {"flat": 6.5, "edges": 5.5}
-"""The same for the root mean square over all that is flat, and over all that is not."""
+TEXTURE = {"flat": 5.5, "edges": 3.2}
+"""The same for the root mean square over all that is flat, and over all that is not (with the root of scale more)."""
 
 
 @frozen
@@ -313,13 +313,15 @@ def _strays(pixels: Floats, drawn: Floats) -> Iterator[Floats]:
     yield _specks(pixels, high, low, edge, flat, min(scale, 2))
     blurs = (ndimage.gaussian_filter(drawn, (blur, blur, 0)) for blur in _BLURS)
     left = pixels - min(blurs, key=lambda soft: float(((pixels - soft) ** 2).sum()))
-    soft = ndimage.gaussian_filter(left, (scale, scale, 0))
-    spots = np.linalg.norm(np.maximum(np.abs(soft) - SLACK * edge, 0), axis=2)
-    yield spots / SPOTS
+    for blur, limit in SPOTS.items():
+        soft = ndimage.gaussian_filter(left, (blur * scale, blur * scale, 0))
+        spots = np.linalg.norm(np.maximum(np.abs(soft) - SLACK / blur * edge, 0), axis=2)
+        yield spots / (limit if blur == 1 else limit * math.sqrt(scale))
     # many differences, each too faint to be seen alone: their root mean square over all that is flat, or not
-    for name, far, where in (("flat", np.linalg.norm(soft, axis=2), flat), ("edges", spots, ~flat)):
+    texture = (TEXTURE["flat"], np.linalg.norm(soft, axis=2), flat), (TEXTURE["edges"] * math.sqrt(scale), spots, ~flat)
+    for limit, far, where in texture:
         mean = math.sqrt(float((far[where] ** 2).mean())) if where.any() else 0.0
-        yield np.where(far == far.max(), mean / TEXTURE[name], 0).astype(np.float32)
+        yield np.where(far == far.max(), mean / limit, 0).astype(np.float32)
     yield from _ghosts(left, flat, scale)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import combinations, islice, permutations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -324,3 +325,12 @@ def test_the_first_rules_are_still_there_for_the_embedded_checkpoints():
     assert all(
         (b.permute(1, 2, 0).numpy() == render(s, 64, 64)).all() for b, s in zip(batch.images, drawn, strict=True)
     )
+
+
+def test_the_page_states_how_many_combinations_stand_behind_the_questions_of_each_task():
+    page = (Path(__file__).parents[2] / "docs" / "proving-ground.md").read_text()
+    prompts = ShapesBenchmark(ShapesBenchmark.Config(prompts=500)).prompts()
+    for task in ("single", *ASKED):
+        asks = [p for p in prompts if p.task == task]
+        questions, facts = ({p.data[key] for p in asks} for key in ("question", "fact"))
+        assert f"| {task} | {len(questions)} | {len(facts)} |" in page
