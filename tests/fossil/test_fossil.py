@@ -1,4 +1,4 @@
-"""A plugin written for `lens.v1` loads unchanged, for as long as v1 is spoken."""
+"""A plugin written for `lens.v1` loads unchanged, for as long as v1 is supported."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 import lens_fossil
 import pytest
 
+from lens_core import hookspecs
 from lens_core.catalog import Catalog
 from lens_core.checkpoints.manifest import read_manifest, resolve_uri
 from lens_core.hookspecs import ENTRY_POINTS
 from lens_core.protocols import KINDS
 from lens_core.recipe import ComponentSpec, build
-from lens_core.types import Record
+from lens_core.types import ConfigError, Record
 
-FROZEN = "6a29ff85e74657f0"
+FROZEN = "f9b2bf6cc3220189"
 
 
 def test_the_fossil_has_not_been_edited() -> None:
@@ -37,6 +38,23 @@ def test_the_fossils_resolvers_answer(tmp_path: Path) -> None:
     (tmp_path / "fossil").mkdir()
     assert resolve_uri("fossil:", catalog) == Path("/fossils")
     assert read_manifest(tmp_path / "fossil", catalog)["components"] == {}
+
+
+def test_the_fossil_names_every_hook() -> None:
+    hooks = {name for name, hook in vars(hookspecs).items() if hasattr(hook, "lens_spec")}
+    assert hooks == {name for name in vars(lens_fossil) if name.startswith("lens_") and name in vars(hookspecs)}
+
+
+def test_the_fossils_command_is_offered() -> None:
+    catalog = Catalog.of(lens_fossil)
+    assert catalog.commands() == {"fossil": "lens_fossil:dig"}
+    assert all(not problems for problems in catalog.check().values())
+
+
+def test_the_fossil_refuses_what_its_config_forbids() -> None:
+    for size in (0, 101):
+        with pytest.raises(ConfigError, match="size"):
+            build(Catalog.of(lens_fossil), "vae", ComponentSpec("fossil", {"size": size}))
 
 
 def test_the_words_of_v1_still_mean_what_they_did() -> None:

@@ -12,7 +12,7 @@ from lens_core.types import ConfigError, Prompt, Score
 
 
 class Contrast:
-    """The standard deviation of a picture's luma (Rec. 601), as a share of `full`, at most 1. Prompts are not read."""
+    """Score a picture by the standard deviation of its luma (Rec. 601) over `full`, at most 1. Prompts are ignored."""
 
     @frozen
     class Config:

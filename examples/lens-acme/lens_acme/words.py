@@ -17,15 +17,15 @@ from lens_core.types import ConfigError, TextFeatures
 
 
 class HashedWords(nn.Module):
-    """Word t of a prompt becomes row `crc32(word) mod rows` plus a learned vector for the place t; L = 1."""
+    """Encode word t of a prompt as row `crc32(word) mod rows` of a table plus a vector for position t; L = 1."""
 
     layers = 1
 
     @frozen
     class Config:
-        rows: int = 4096  # of the table; two words that share one mean the same
+        rows: int = 4096  # of the table; words with the same row have the same features
         width: int = 128  # D
-        max_words: int = 64  # T; what follows is not read
+        max_words: int = 64  # T; later words are ignored
 
         def __attrs_post_init__(self) -> None:
             for name in ("rows", "width", "max_words"):
@@ -37,10 +37,10 @@ class HashedWords(nn.Module):
         self.config = config
         self.width = config.width
         self.words = nn.Embedding(config.rows, config.width)
-        self.places = nn.Embedding(config.max_words, config.width)
+        self.positions = nn.Embedding(config.max_words, config.width)
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
-        """Prompts -> features [B,1,T,D] and mask [B,T], T words in the longest; none where there are no words."""
+        """Prompts -> features [B,1,T,D] and mask [B,T], T the words of the longest prompt, perhaps 0."""
         device = self.words.weight.device
         texts = []
         for prompt in prompts:
@@ -48,7 +48,7 @@ class HashedWords(nn.Module):
             rows = torch.tensor(
                 [zlib.crc32(w.encode()) % self.config.rows for w in words], dtype=torch.long, device=device
             )
-            features = self.words(rows) + self.places.weight[: len(words)]
+            features = self.words(rows) + self.positions.weight[: len(words)]
             texts.append(TextFeatures(features[None, None], torch.ones(1, len(words), dtype=torch.bool, device=device)))
         return TextFeatures.cat(texts)
 
