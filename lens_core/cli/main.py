@@ -31,7 +31,7 @@ def mount(catalog: Catalog) -> dict[str, str]:
     commands = catalog.commands(taken=CORE_COMMANDS)
     for name, place in commands.items():
         if not _module_exists(place.partition(":")[0]):
-            continue  # cyclopts would raise, whatever else is asked; `main` says what is missing
+            continue  # cyclopts would raise, even for another command; `main` reports what is missing
         group, _, last = name.rpartition(" ")  # "bench train" stands under a command that is here already
         parent = app[group] if group in CORE_COMMANDS else app
         if last not in parent:
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             commands = mount(Catalog.installed())
             place = commands.get(" ".join(words[:2])) or commands.get(words[0] if words else "")
             if place is not None:
-                resolve(place)  # before cyclopts does, which would not say whose it is
+                resolve(place)  # before cyclopts does, whose error would not name the plugin
         code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return code if isinstance(code, int) else 0

@@ -41,7 +41,7 @@ def plugins(
 
 def describe_plugins(catalog: Catalog, check: Collection[str] | None = None) -> list[dict[str, Any]]:
     """One row a plugin: name, distribution, version, offers, error. With `check`, the names of the core's commands,
-    each plugin is asked for all that it offers, and its row has `problems`."""
+    every hook of each plugin is called, and its row has `problems`."""
     problems = catalog.check(check) if check is not None else {}
     rows = []
     for plugin in catalog.plugins:

@@ -16,7 +16,7 @@ from lens_core.types import CheckpointError, ConfigError, LensError
 
 _MODEL = ("model", "model_hash")
 _SETTINGS = ("steps", "guidance_scale", "size")
-_MACHINE = ("dtype", "device")  # results of other arithmetic are other results; older files do not say
+_MACHINE = ("dtype", "device")  # results of other arithmetic are other results; older files lack them
 
 
 @frozen
@@ -119,14 +119,16 @@ def compare(results: Sequence[Mapping[str, Any]]) -> list[Row]:
         settings = [(key, result.get(key)) for key in (*one, *_SETTINGS, *_MACHINE)]
         groups.setdefault(repr(settings), []).append(result)
     first = results[0]
-    asked = [(p["task"], p["prompt"]) for p in first["pictures"]]
+    prompts = [(p["task"], p["prompt"]) for p in first["pictures"]]
     for result in results:
         if result["benchmark"] != first["benchmark"]:
             raise ConfigError(
                 f"{result['benchmark']} and {first['benchmark']} are two benchmarks; compare one at a time"
             )
-        if [(p["task"], p["prompt"]) for p in result["pictures"]] != asked:
-            raise ConfigError(f"{result['model']}: was asked other prompts than {first['model']}; measure it again")
+        if [(p["task"], p["prompt"]) for p in result["pictures"]] != prompts:
+            raise ConfigError(
+                f"{result['model']}: was measured on other prompts than {first['model']}; measure it again"
+            )
     rows: list[Row] = []
     members_of_first: Sequence[Mapping[str, Any]] = ()
     for members in groups.values():

@@ -150,6 +150,6 @@ def doctor(
     if table:
         print(practice.table(practice.published(catalog)))
         return 0
-    told = practice.examine(catalog)
-    print(json.dumps(told, indent=2, ensure_ascii=False) if json_ else practice.describe(told))
+    sections = practice.examine(catalog)
+    print(json.dumps(sections, indent=2, ensure_ascii=False) if json_ else practice.describe(sections))
     return 0

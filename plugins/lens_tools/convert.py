@@ -55,7 +55,6 @@ def convert(
         raise ConfigError(f"no dtype is called {dtype!r}; use bf16 or fp32")
     if layout not in LAYOUTS:
         raise ConfigError(f"no layout is called {layout!r}; use diffusers or single")
-    kind = DTYPES[dtype] if dtype else None
     described = manifest.read_manifest(source, catalog)
     parts = [
         _open(source, name, described["components"], catalog) for name in MODEL_PARTS if name in described["components"]
@@ -66,25 +65,36 @@ def convert(
         raise ConfigError(f"{share}: is no name that holds everywhere; use a Hub id org/name@revision, or tiny:")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out}: is there already; choose a new name")
-    alone = out.suffix == ".safetensors"
-    if alone and (len(parts) != 1 or layout != "single"):
+    one_file = out.suffix == ".safetensors"
+    if one_file and (len(parts) != 1 or layout != "single"):
         held = ", ".join(part.name for part in parts)
         raise ConfigError(f"{out}: one file is for one part, with --layout single; {source} has {held}: give a folder")
     shared = _shared(parts, described["components"], share, catalog) if share is not None else {}
-    need = sum(
-        math.prod(t.shape) * t.kind(kind).itemsize
-        for part in parts
-        if part.name not in shared
-        for t in part.tensors.values()
-    )
+    kind = DTYPES[dtype] if dtype else None
+    _check_space(out, [part for part in parts if part.name not in shared], kind)
+    if one_file:
+        _write_single(parts[0], out, kind)
+        return [out]
+    if layout == "diffusers" and len(parts) == len(MODEL_PARTS):
+        described["provenance"] = described.get("provenance", {}) | model_card.licence(source)
+    return _write_checkpoint(parts, described, out, layout, kind, catalog, shared)
+
+
+def _check_space(out: Path, parts: list[_Part], kind: torch.dtype | None) -> None:
+    """Raise CheckpointError where the disk has not enough room for the weights of `parts`."""
+    need = sum(math.prod(t.shape) * t.kind(kind).itemsize for part in parts for t in part.tensors.values())
     parent = next(p for p in out.absolute().parents if p.is_dir())
     if (free := shutil.disk_usage(parent).free) < need:
         raise CheckpointError(
             f"{parent}: {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} free; choose another disk"
         )
-    if alone:
-        _write_single(parts[0], out, kind)
-        return [out]
+
+
+def _write_checkpoint(
+    parts: list[_Part], described: dict[str, Any], out: Path, layout: str, kind: torch.dtype | None, catalog: Catalog,
+    shared: dict[str, dict[str, str]],
+) -> list[Path]:  # fmt: skip
+    """Write a folder with every part that is not `shared`; it appears whole or not at all -> the files with weights."""
     place = out.absolute()  # "." has no name
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -97,7 +107,6 @@ def convert(
             files.append(part.component.single if layout == "single" else f"{folder}/{stem}.safetensors")
             (_write_single if layout == "single" else _write_folder)(part, partial / files[-1], kind)
         if layout == "diffusers" and len(parts) == len(MODEL_PARTS):
-            described["provenance"] = described.get("provenance", {}) | model_card.licence(source)
             _describe(parts, described, partial, catalog, shared)
         if out.is_dir():  # and empty; it may be the one that we are in, so it stays, and lens.json comes last
             for path in sorted(partial.iterdir(), key=lambda p: p.name == "lens.json"):
@@ -132,24 +141,24 @@ def _shared(parts: list[_Part], components: dict[str, Any], share: str, catalog:
     name, _, _ = share.partition("@")
     pinned = f"{name}@{source.name}" if hub.is_name(name) else share  # the Hub's folders are called by their commits
     theirs = manifest.read_manifest(source, catalog)["components"]
-    found: dict[str, dict[str, str]] = {}
+    shared: dict[str, dict[str, str]] = {}
     matched = False
     for part in parts:
         if part.name in theirs and _same(part, other := _open(source, part.name, theirs, catalog)):
             about, matched = theirs[part.name], True
-            found[part.name] = _loan(about)
+            shared[part.name] = _shared_entry(about)
             if "from" not in about:  # else it is passed on as it is
-                own = manifest.hashes(other.root, manifest.file_prefixes(part.name, about))
-                found[part.name] |= {"from": pinned, "hash": manifest.combined(own)}
+                hashes = manifest.hashes(other.root, manifest.file_prefixes(part.name, about))
+                shared[part.name] |= {"from": pinned, "hash": manifest.combined(hashes)}
         elif "from" in components[part.name]:
-            found[part.name] = _loan(components[part.name])
+            shared[part.name] = _shared_entry(components[part.name])
     if not matched:
         raise ConfigError(f"{share}: has no part that is the same in this checkpoint; there is nothing to share")
-    return found
+    return shared
 
 
-def _loan(component: dict[str, Any]) -> dict[str, str]:
-    """Where a part lies, as far as that is not its folder in the checkpoint that tells it."""
+def _shared_entry(component: dict[str, Any]) -> dict[str, str]:
+    """The keys of a part in `lens.json` that name another place than its folder in this checkpoint."""
     return {name: component[name] for name in ("from", "hash", "file") if name in component}
 
 
@@ -157,23 +166,25 @@ def _same(one: _Part, two: _Part) -> bool:
     """Whether two parts are alike: their configs, every weight to the last bit, in whatever dtype, and what is beside.
 
     One tensor of each is in memory at a time."""
-    return (one.use, one.tensors.keys(), _told(one)) == (two.use, two.tensors.keys(), _told(two)) and all(
-        _equal(tensor, two.tensors[name]) for name, tensor in one.tensors.items()
-    )
+    return (one.use, one.tensors.keys(), _descriptions(one)) == (
+        two.use,
+        two.tensors.keys(),
+        _descriptions(two),
+    ) and all(_equal(tensor, two.tensors[name]) for name, tensor in one.tensors.items())
 
 
-def _told(part: _Part) -> dict[str, Any]:
-    """What the files about a part and beside it say, but for what saving alone changes."""
+def _descriptions(part: _Part) -> dict[str, Any]:
+    """The contents of the files that describe a part, without the keys that saving alone changes."""
     if part.model is not None:
         return {}
-    found: dict[str, Any] = {}
+    contents: dict[str, Any] = {}
     for file in _files_about(part):
         name = f"{file.parent.name}/{file.name}"
         if file.suffix == ".json":
-            found[name] = {k: v for k, v in atomic_files.read_json(file).items() if k not in STRAY and k[:1] != "_"}
+            contents[name] = {k: v for k, v in atomic_files.read_json(file).items() if k not in STRAY and k[:1] != "_"}
         else:
-            found[name] = file.read_bytes()
-    return found
+            contents[name] = file.read_bytes()
+    return contents
 
 
 def _files_about(part: _Part) -> list[Path]:
@@ -211,8 +222,8 @@ def _write_folder(part: _Part, path: Path, dtype: torch.dtype | None) -> None:
     about = atomic_files.read_json(path.with_name("config.json"))
     floats = {t.kind(dtype) for t in part.tensors.values() if t.dtype.is_floating_point}
     if len(floats) == 1:
-        told = str(floats.pop()).removeprefix("torch.")
-        about |= {name: told for name in ("dtype", "torch_dtype") if name in about}
+        float_name = str(floats.pop()).removeprefix("torch.")
+        about |= {name: float_name for name in ("dtype", "torch_dtype") if name in about}
         atomic_files.write_json(path.with_name("config.json"), about)
     write_lazy(path, part.tensors, dtype)
 
@@ -224,13 +235,13 @@ def _describe(
     others = {k: ComponentSpec(v["use"], dict(v.get("config", {}))) for k, v in described["components"].items()}
     specs = {k: others[k] for k in PIPELINE_PARTS if k in others} | {part.name: part.use for part in parts}
     names = sorted({spec.use.partition(":")[0] for spec in specs.values()})
-    found = {part.name: part.component for part in parts}  # the class: the part itself is there, on disk
+    components = {part.name: part.component for part in parts}  # the class: the part itself is there, on disk
     for kind, spec in specs.items():
         if kind not in MODEL_PARTS:
             _, cls, config = build(catalog, kind, spec, f"components.{kind}")
-            found[kind] = cls(config)
+            components[kind] = cls(config)
     content = CheckpointContent(
-        found,
+        components,
         specs,
         presets=DEFAULT_PRESETS | described.get("presets", {}),
         plugins={n: v for n in names if (v := catalog.version(n))},

@@ -1,4 +1,4 @@
-"""What `lens doctor` tells: this machine, the way the weights would take on it, and what would fit."""
+"""`lens doctor`: this machine, the dtypes and kernels that work on it, and which models fit."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ FORMS = ("mxfp4", "bfloat16")
 def published(catalog: Catalog) -> dict[str, Any]:
     """The parts of the published model on the meta device, as the plugin that knows it names them, in bfloat16."""
     components = described(catalog)["components"]
-    found = {}
+    parts = {}
     for kind in offload.PHASES:
         use = ComponentSpec(components[kind]["use"], dict(components[kind].get("config", {})))
         _, cls, config = build(catalog, kind, use, f"the published {kind}")
         with torch.device("meta"):
-            found[kind] = cls(config).to(torch.bfloat16)
-    return found
+            parts[kind] = cls(config).to(torch.bfloat16)
+    return parts
 
 
 def weigh(parts: Mapping[str, Any], form: str) -> Callable[[torch.Tensor], int]:
@@ -62,23 +62,23 @@ def fits(parts: Mapping[str, Any], load: Workload | None = None) -> dict[str, di
 def table(parts: Mapping[str, Any]) -> str:
     """docs/memory.md's figures as Markdown: every plan, and the one for each card. GB are 10^9 bytes."""
 
-    def cells(told: MemoryEstimate) -> str:
-        return " | ".join(f"{peak / 1e9:.1f}" for peak in told.peaks.values())
+    def cells(estimate: MemoryEstimate) -> str:
+        return " | ".join(f"{peak / 1e9:.1f}" for peak in estimate.peaks.values())
 
     phases = " | ".join(offload.PHASES.values())
     lines = [f"| encoder | plan | {phases} | host |", "|---|---|---|---|---|---|"]
     for form in FORMS:
         for plan in offload.PLANS:
-            told = offload.estimate_memory(plan, parts, Workload(), weigh(parts, form))
-            lines.append(f"| {form} | `{plan}` | {cells(told)} | {sum(told.host.values()) / 1e9:.1f} |")
+            estimate = offload.estimate_memory(plan, parts, Workload(), weigh(parts, form))
+            lines.append(f"| {form} | `{plan}` | {cells(estimate)} | {sum(estimate.host.values()) / 1e9:.1f} |")
     lines += ["", f"| card | encoder | `auto` takes | {phases} | free |", "|---|---|---|---|---|---|---|"]
-    found = fits(parts)
+    best = fits(parts)
     for card in CARDS:
         for form in FORMS:
-            told = found[form][card]
-            over = "" if told.peak + offload.RESERVE <= room(card) else " (too large)"
+            estimate = best[form][card]
+            over = "" if estimate.peak + offload.RESERVE <= room(card) else " (too large)"
             free = f"{room(card) / 1e9:.1f}"
-            lines.append(f"| {card} GB | {form} | `{told.plan}`{over} | {cells(told)} | {free} |")
+            lines.append(f"| {card} GB | {form} | `{estimate.plan}`{over} | {cells(estimate)} | {free} |")
     return "\n".join(lines)
 
 
@@ -90,12 +90,12 @@ def _version(package: str) -> str:
 
 
 def _software(_: Catalog) -> dict[str, Any]:
-    told = {"lens": __version__, "python": platform.python_version(), "system": f"{sys.platform} {platform.machine()}"}
-    return told | {name: _version(name) for name in PACKAGES}
+    facts = {"lens": __version__, "python": platform.python_version(), "system": f"{sys.platform} {platform.machine()}"}
+    return facts | {name: _version(name) for name in PACKAGES}
 
 
 def _plugins(catalog: Catalog) -> dict[str, Any]:
-    return {p.name: f"set aside: {p.error}" if p.error else p.version for p in catalog.plugins}
+    return {p.name: f"disabled: {p.error}" if p.error else p.version for p in catalog.plugins}
 
 
 def _device(_: Catalog) -> dict[str, Any]:
@@ -123,44 +123,44 @@ def _device(_: Catalog) -> dict[str, Any]:
 
 def _dtypes(catalog: Catalog) -> dict[str, Any]:
     """Which dtypes work here with the published backbone, and why the others do not."""
-    told: dict[str, Any] = {"float32": "yes"}
+    facts: dict[str, Any] = {"float32": "yes"}
     native = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    told["bfloat16"] = "yes" if native else "emulated, slow: this GPU has none"
+    facts["bfloat16"] = "yes" if native else "emulated, slow: this GPU has none"
     backbone = catalog.find("backbone", described(catalog)["components"]["backbone"]["use"]).cls
     reason = backbone.refuses(torch.float16) if hasattr(backbone, "refuses") else None
-    told["float16"] = f"refused: {reason}" if reason else "yes"
-    return told
+    facts["float16"] = f"refused: {reason}" if reason else "yes"
+    return facts
 
 
 def _attention(_: Catalog) -> dict[str, Any]:
-    """Which of torch's kernels may be taken here; each is asked with bfloat16 heads of 64 channels."""
+    """Which of torch's kernels may be taken here; each is tried with bfloat16 heads of 64 channels."""
     if not torch.cuda.is_available():
         return {"cpu": "torch's fused kernel"}
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16, device="cuda")
-    told = {}
+    facts = {}
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         try:
             with sdpa_kernel(backend):
                 torch.nn.functional.scaled_dot_product_attention(q, q, q)
-            told[backend.name.lower()] = "yes"
+            facts[backend.name.lower()] = "yes"
         except RuntimeError as error:
-            told[backend.name.lower()] = f"no: {_line(error)}"
-    return told
+            facts[backend.name.lower()] = f"no: {_line(error)}"
+    return facts
 
 
 def _encoder(catalog: Catalog) -> dict[str, Any]:
-    """What the published text encoder says of itself."""
+    """What the published text encoder reports of itself."""
     entry = catalog.find("text_encoder", described(catalog)["components"]["text_encoder"]["use"])
-    told = entry.cls.diagnose() if hasattr(entry.cls, "diagnose") else {}
-    return {f"{entry.name} {key}": value for key, value in told.items()}
+    facts = entry.cls.diagnose() if hasattr(entry.cls, "diagnose") else {}
+    return {f"{entry.name} {key}": value for key, value in facts.items()}
 
 
 def _fits(catalog: Catalog) -> dict[str, Any]:
     """The published model at 1024 x 1024: what `auto` takes on this GPU, or on cards of each size."""
     parts = published(catalog)
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         f"{part}, {form}": f"{sum(map(weigh(parts, form), (*net.parameters(), *net.buffers()))) / 1e9:.2f} GB"
         for part, net in parts.items()
         for form in FORMS
@@ -172,9 +172,9 @@ def _fits(catalog: Catalog) -> dict[str, Any]:
     for place, free in rooms.items():
         for form in FORMS:
             best = offload.choose_plan(parts, Workload(), free, weigh(parts, form))
-            verdict = "" if best.peak + offload.RESERVE <= free else ", too large"
-            told[f"{place}, encoder {form}"] = f"{best.plan}, peak {best.peak / 1e9:.1f} GB{verdict}"
-    return told
+            warning = "" if best.peak + offload.RESERVE <= free else ", too large"
+            facts[f"{place}, encoder {form}"] = f"{best.plan}, peak {best.peak / 1e9:.1f} GB{warning}"
+    return facts
 
 
 SECTIONS: dict[str, Callable[[Catalog], dict[str, Any]]] = {
@@ -193,19 +193,19 @@ def _line(error: BaseException) -> str:
 
 
 def examine(catalog: Catalog) -> dict[str, dict[str, Any]]:
-    """Everything, by section. A section that fails tells its error, and the others are told all the same."""
-    told = {}
+    """Every section with its facts. A section that fails holds its error instead, and the others stay."""
+    sections = {}
     for name, section in SECTIONS.items():
         try:
-            told[name] = section(catalog)
+            sections[name] = section(catalog)
         except Exception as error:  # a doctor is called when something is broken
-            told[name] = {"error": _line(error)}
-    return told
+            sections[name] = {"error": _line(error)}
+    return sections
 
 
-def describe(told: Mapping[str, Mapping[str, Any]]) -> str:
+def describe(sections: Mapping[str, Mapping[str, Any]]) -> str:
     """The sections as text."""
     lines = []
-    for name, facts in told.items():
+    for name, facts in sections.items():
         lines += [name, *(f"  {key:32} {value}" for key, value in facts.items())]
     return "\n".join(lines)
