@@ -36,7 +36,7 @@ def estimate(config: Any, recipe: Recipe, catalog: Catalog) -> Estimate:
     """`config` is the method's, from the same recipe. Networks are built without their weights. Raises ConfigError."""
     rollouts = -(-recipe.train.steps // config.updates_per_rollout)
     pictures = rollouts * config.prompts_per_rollout * config.pictures_per_prompt
-    memory, notes = _memory(recipe, catalog, keeps_base=config.kl > 0)
+    memory, notes = _memory(recipe, catalog, keeps_reference=config.kl > 0)
     parts = {path: build(catalog, kind, use, f"$.method.{path}") for path, kind, use in config.uses()}
     _, benchmark, options = parts.pop("prompts")
     try:
@@ -48,15 +48,15 @@ def estimate(config: Any, recipe: Recipe, catalog: Catalog) -> Estimate:
     usd: dict[str, float] = {}
     for path, (name, reward, options) in parts.items():
         if path.endswith(".fallback"):
-            continue  # asked where another failed: instead of it, and not often
-        judge = reward(options)
-        found = judge.estimate(prompts, pictures) if hasattr(judge, "estimate") else None
-        calls[f"{path} {name}"] = found.calls if found else 0
-        usd[f"{path} {name}"] = found.usd if found else 0.0
+            continue  # it replaces another reward that failed, which is not often
+        scorer = reward(options)
+        cost = scorer.estimate(prompts, pictures) if hasattr(scorer, "estimate") else None
+        calls[f"{path} {name}"] = cost.calls if cost else 0
+        usd[f"{path} {name}"] = cost.usd if cost else 0.0
     return Estimate(rollouts, pictures, memory, calls, usd, tuple(notes))
 
 
-def _memory(recipe: Recipe, catalog: Catalog, keeps_base: bool) -> tuple[dict[str, int], list[str]]:
+def _memory(recipe: Recipe, catalog: Catalog, keeps_reference: bool) -> tuple[dict[str, int], list[str]]:
     from lens_core.inference.parts import MODEL_PARTS
     from lens_core.training.memory_estimate import cost, on_meta
 
@@ -70,7 +70,7 @@ def _memory(recipe: Recipe, catalog: Catalog, keeps_base: bool) -> tuple[dict[st
     # Of a policy that learns through an adapter, adapters alone are copied: what they stand beside is held once.
     adapter = memory.get("backbone: adapter", 0)
     memory["backbone: old policy"] = adapter or memory["backbone: weights"]
-    if keeps_base:
+    if keeps_reference:
         half = recipe.train.precision == "bf16"
-        memory["backbone: start, for kl"] = adapter or memory["backbone: weights"] // (2 if half else 1)
+        memory["backbone: reference, for kl"] = adapter or memory["backbone: weights"] // (2 if half else 1)
     return memory, notes

@@ -78,7 +78,7 @@ class DiffusionNFT:
         beta: float = field(default=0.1, validator=real(above=0))
         # Advantages beyond this, in standard deviations, count as this.
         advantage_clip: float = field(default=5.0, validator=real(above=0))
-        # Weighs the squared distance to the velocity at the start; 0 keeps no copy of it.
+        # Weight of the KL penalty, the squared distance to the reference policy's velocity; 0 keeps no reference.
         kl: float = field(default=1e-4, validator=WEIGHT)
         # Over what rewards' standard deviation is taken.
         std_scope: Literal["group", "rollout"] = field(default="group", validator=one_of("group", "rollout"))
@@ -150,8 +150,8 @@ class DiffusionNFT:
         return policy_copy(self.pipeline.backbone)
 
     @cached_property
-    def base(self) -> nn.Module | None:
-        """The backbone as the run began with it; None where nothing is kept near it."""
+    def reference(self) -> nn.Module | None:
+        """The reference policy of the KL penalty: the backbone as the run began with it. None without a penalty."""
         return policy_copy(self.pipeline.backbone) if self.config.kl else None
 
     def trainable_modules(self) -> Mapping[str, nn.Module]:
@@ -159,8 +159,8 @@ class DiffusionNFT:
         return {"backbone": backbone}
 
     def frozen(self) -> Mapping[str, nn.Module]:
-        """The backbone as the run began with it. The old policy changes, and is none of them."""
-        return {"base": self.base} if self.base is not None else {}
+        """The reference policy. The old policy changes, so it is not among them."""
+        return {"reference": self.reference} if self.reference is not None else {}
 
     def steps(
         self, batches: Iterator[Any], nets: Mapping[str, nn.Module], rng: torch.Generator
@@ -175,7 +175,7 @@ class DiffusionNFT:
                 f"diffusion_nft: {self.config.prompts_per_rollout} prompts have no equal shares for {shard.count} "
                 "parts; change prompts_per_rollout, or the number of processes"
             )
-        _ = self.old, self.base
+        _ = self.old, self.reference
         while True:
             pictures, scores, advantage = self._scored(rng.initial_seed(), shard)
             updates = micro_batches(pictures, advantage, self._metrics(pictures, scores, advantage), self.config)
@@ -227,7 +227,7 @@ class DiffusionNFT:
         return ("backbone",)
 
     def loss(self, role: str, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
-        """The reflected loss, and kl times the squared distance to the start. Times and noise are the samples' own."""
+        """The policy loss and the KL penalty. Times and noise are the pictures' own, so `rng` is not used."""
         config = self.config
         z = torch.stack([s.picture.z for s in batch.samples])
         t, noise = (move(part, z.device) for part in self._times_and_noise(batch))
@@ -237,16 +237,16 @@ class DiffusionNFT:
         v = self._velocity(nets[role], x, t, text)
         with torch.no_grad():
             old = self._velocity(self.old, x, t, text)
-            base = self._velocity(self.base, x, t, text) if self.base is not None else None
+            reference = self._velocity(self.reference, x, t, text) if self.reference is not None else None
         target, normalise = flow.velocity(z, noise), config.loss_space == "x0"
         policy = batch.share * reflected_loss(
             v, old, target, t, r, beta=config.beta, clip=config.advantage_clip, normalise=normalise
         )
         total = policy.sum()
         parts = {"policy": total, "to_old": batch.share * squared_distance(v, old).sum()}
-        if base is not None:
-            parts["to_base"] = batch.share * squared_distance(v, base).sum()
-            total = total + config.kl * parts["to_base"]
+        if reference is not None:
+            parts["to_reference"] = batch.share * squared_distance(v, reference).sum()
+            total = total + config.kl * parts["to_reference"]
         return Loss(total, {**{k: p.detach() for k, p in parts.items()}, **batch.metrics})
 
     def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
@@ -261,13 +261,13 @@ class DiffusionNFT:
         """The counters, the old policy, and the start: the checkpoint that it came from may change or vanish. Of a
         policy that learns through an adapter, the adapter: the rest is the start, which the run needs anyway."""
         tensors = {f"old/{k}": v for k, v in trained_state(self.old).items()}
-        if self.base is not None and len(tensors) == len(self.old.state_dict()):
-            tensors |= {f"base/{k}": v for k, v in self.base.state_dict().items()}
+        if self.reference is not None and len(tensors) == len(self.old.state_dict()):
+            tensors |= {f"reference/{k}": v for k, v in self.reference.state_dict().items()}
         return {"rollout": self.rollout, "update": self.update, "aborted": self.aborted, **tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rollout, self.update, self.aborted = (int(state[k]) for k in ("rollout", "update", "aborted"))
-        for name, net in (("old/", self.old), ("base/", self.base)):
+        for name, net in (("old/", self.old), ("reference/", self.reference)):
             found = {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
             if net is not None and found:
                 net.load_state_dict(found, strict=len(found) == len(net.state_dict()))

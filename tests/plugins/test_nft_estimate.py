@@ -61,9 +61,9 @@ def test_memory_is_that_of_the_tensors_of_the_published_model(found, published, 
     assert memory["backbone: adapter"] == 4 * learned
     assert memory["backbone: gradients"] == memory["backbone: moving average"] == 4 * learned
     assert memory["backbone: AdamW's moments"] == 8 * learned
-    assert memory["backbone: old policy"] == memory["backbone: start, for kl"] == 4 * learned, "one frozen backbone"
+    assert memory["backbone: old policy"] == memory["backbone: reference, for kl"] == 4 * learned, "one frozen backbone"
     freed = evolve(published, method=ComponentSpec("diffusion_nft", {**published.method.options, "kl": 0.0}))
-    assert "backbone: start, for kl" not in told(freed, catalog).memory
+    assert "backbone: reference, for kl" not in told(freed, catalog).memory
 
 
 def test_what_was_assumed_is_said(found):

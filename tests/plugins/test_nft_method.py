@@ -165,7 +165,7 @@ def step(m: DiffusionNFT, seed: int = 3) -> Sequence[MicroBatch]:
 
 def nudged(m: DiffusionNFT, by: float = 0.1) -> DiffusionNFT:
     """The backbone moves away from the old policy and from the start, of which there are copies by now."""
-    _ = m.old, m.base
+    _ = m.old, m.reference
     with torch.no_grad():
         for n, parameter in enumerate(m.pipeline.backbone.parameters()):
             parameter += by * torch.randn(parameter.shape, generator=rng(n))
@@ -361,15 +361,15 @@ def test_the_step_is_the_mean_loss_of_its_samples_at_their_own_times_and_noise(l
                 x = (1 - t) * z + t * noise
                 v = velocity(net, x, t, text)
                 with torch.no_grad():
-                    old, base = velocity(m.old, x, t, text), velocity(m.base, x, t, text)
+                    old, reference = velocity(m.old, x, t, text), velocity(m.reference, x, t, text)
                 r = (0.5 + 0.5 * a.clamp(-5, 5) / 5)[None]
                 one = reflected_loss(v, old, noise - z, t, r, beta=0.3, clip=5.0, normalise=loss_space == "x0")
-                losses.append(one.sum() + 0.5 * (v - base).square().mean())
-                distances.append((v - base).square().mean().detach())
+                losses.append(one.sum() + 0.5 * (v - reference).square().mean())
+                distances.append((v - reference).square().mean().detach())
     (sum(losses) / len(losses)).backward()
     assert len(losses) == 16
     assert close(found, [p.grad for p in net.parameters()])
-    assert parts["to_base"] == pytest.approx(float(sum(distances)) / 16, rel=1e-5)
+    assert parts["to_reference"] == pytest.approx(float(sum(distances)) / 16, rel=1e-5)
 
 
 def test_pictures_of_a_prompt_can_share_times_and_noises(pipeline):
@@ -415,17 +415,17 @@ def test_micro_batches_change_nothing(batch, common, pipeline):
 def test_the_distance_to_the_start_is_zero_at_the_start_alone(pipeline):
     m = method(pipeline)
     micro_batches = step(m)
-    assert learned(m, micro_batches)[1]["to_base"] < 1e-12
-    assert learned(nudged(m), micro_batches)[1]["to_base"] > 1e-4
-    ema_update(m.base, pipeline.backbone, 0.0)
-    assert learned(m, micro_batches)[1]["to_base"] < 1e-12
+    assert learned(m, micro_batches)[1]["to_reference"] < 1e-12
+    assert learned(nudged(m), micro_batches)[1]["to_reference"] > 1e-4
+    ema_update(m.reference, pipeline.backbone, 0.0)
+    assert learned(m, micro_batches)[1]["to_reference"] < 1e-12
 
 
 def test_without_a_weight_the_distance_to_the_start_costs_nothing(pipeline):
     m = method(pipeline, kl=0)
     micro_batches = step(m)
-    assert m.base is None and not any(k.startswith("base/") for k in m.state_dict())
-    assert "to_base" not in learned(m, micro_batches)[1]
+    assert m.reference is None and not any(k.startswith("reference/") for k in m.state_dict())
+    assert "to_reference" not in learned(m, micro_batches)[1]
 
 
 def test_equal_rewards_change_nothing(pipeline):
@@ -513,7 +513,7 @@ def test_a_step_in_parts_is_the_step_as_a_whole(pipeline):
     assert len(seen[0]) == len(seen[1]) == 2 and not seen[0] & seen[1]
     gradient, both = learned(whole, *parts)
     assert close(gradient, found)
-    for name in ("policy", "to_old", "to_base", "reward/glow", "pictures"):
+    for name in ("policy", "to_old", "to_reference", "reward/glow", "pictures"):
         assert both[name] == pytest.approx(told[name], rel=1e-5)
 
 
@@ -633,7 +633,7 @@ def test_the_old_policy_follows_once_a_rollout(pipeline):
 def test_neither_copy_learns(pipeline):
     m = method(pipeline)
     learned(m, step(m))
-    copies = [*m.old.parameters(), *m.base.parameters()]
+    copies = [*m.old.parameters(), *m.reference.parameters()]
     assert not any(p.requires_grad or p.grad is not None for p in copies)
     assert not {id(p) for p in copies} & {id(p) for p in pipeline.backbone.parameters()}
 
@@ -720,10 +720,10 @@ def test_a_policy_that_learns_through_an_adapter_resumes_too_and_keeps_no_copy_o
 def test_a_policy_that_learns_through_an_adapter_holds_one_frozen_backbone(run):
     going = run("low", evolve(RECIPE, train=evolve(RECIPE.train, lora={"backbone": LoraSpec(rank=2)})))
     method, policy = going.method, going.pipeline.backbone
-    nets = {"policy": policy, "old": method.old, "base": method.base}
+    nets = {"policy": policy, "old": method.old, "reference": method.reference}
     low = {name: {n: p for n, p in net.named_parameters() if ".lora_" in n} for name, net in nets.items()}
     rest = {name: {n: p for n, p in net.named_parameters() if ".lora_" not in n} for name, net in nets.items()}
-    assert all(rest["policy"][n] is p for name in ("old", "base") for n, p in rest[name].items())
+    assert all(rest["policy"][n] is p for name in ("old", "reference") for n, p in rest[name].items())
     assert len({id(p) for each in low.values() for p in each.values()}) == 3 * len(low["policy"]) > 0
     before = {n: p.clone() for n, p in rest["policy"].items()}
     versions = {n: p._version for n, p in rest["policy"].items()}
@@ -733,7 +733,7 @@ def test_a_policy_that_learns_through_an_adapter_holds_one_frozen_backbone(run):
     ema_update(method.old, policy, 0.5)
     assert all(torch.equal(p, before[n]) and p._version == versions[n] for n, p in rest["policy"].items())
     assert all((low["policy"][n] - p).mean().item() == pytest.approx(0.5) for n, p in low["old"].items())
-    assert all((low["policy"][n] - p).mean().item() == pytest.approx(1.0) for n, p in low["base"].items())
+    assert all((low["policy"][n] - p).mean().item() == pytest.approx(1.0) for n, p in low["reference"].items())
 
 
 def test_the_method_keeps_its_contract(catalog):
@@ -749,7 +749,7 @@ def test_a_run_logs_what_there_is_to_watch(run, tmp_path):
     report = run("a").train()
     rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     watched = {"reward/glow", "reward/glow/red", "failed", "masked", "zero_variance", "r_10", "r_50", "r_90"}
-    watched |= {"diversity", "to_old", "to_base", "policy", "pictures", "aborted", "loss", "grad_norm"}
+    watched |= {"diversity", "to_old", "to_reference", "policy", "pictures", "aborted", "loss", "grad_norm"}
     assert {f"backbone/{name}" for name in watched} <= rows[-1].keys()
     assert [row["backbone/pictures"] for row in rows] == [8, 16, 24]
     assert all(row["backbone/r_10"] < 0.5 < row["backbone/r_90"] and row["backbone/diversity"] > 0 for row in rows)
@@ -761,7 +761,7 @@ def test_the_saved_state_holds_the_old_policy_and_the_start(run, tmp_path):
     run("a").train()
     start = run("b").pipeline.backbone.state_dict()
     tensors = state(tmp_path / "a")[0]
-    assert all(torch.equal(tensors[f"method/base/{k}"], v) for k, v in start.items())
+    assert all(torch.equal(tensors[f"method/reference/{k}"], v) for k, v in start.items())
     assert not any(torch.equal(tensors[f"method/old/{k}"], v) for k, v in start.items())
     assert not any(torch.equal(tensors[f"method/old/{k}"], tensors[f"net/backbone/{k}"]) for k in start)
 
