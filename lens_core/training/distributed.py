@@ -270,7 +270,7 @@ class Ranks:
         """`tensors` whole, on the CPU of the first process; the others help, and get nothing. All of them call it."""
         found: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            full = whole(tensor.detach())
+            full = full_tensor(tensor.detach())
             if self.rank == 0:
                 found[name] = full.cpu()
         return found
@@ -308,7 +308,7 @@ def _blocks(net: nn.Module) -> list[nn.Module]:
     return [module for module in net.modules() if type(module).__name__ in names and module is not net]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """`tensor` with all of its elements. Of a divided one: all processes must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

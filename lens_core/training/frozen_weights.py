@@ -63,7 +63,7 @@ def frozen_parameters(
     return list(found.values())
 
 
-class Halves:
+class FrozenCast:
     """Frozen float32 parameters, cast to bfloat16 in place; `restore` undoes it. Buffers stay as they are: they are
     small, and statistics among them are divided by."""
 

@@ -45,7 +45,7 @@ class TimedLoader:
             yield batch
 
 
-class Tally:
+class MetricBuffer:
     """What steps tell, until it is logged: kept where it was computed, so that nobody waits for the device meanwhile.
 
     A step's value of a name is the sum over the parts of its batch that tell it, in all processes, over their weights.
@@ -85,23 +85,23 @@ class Throughput:
 
     def __init__(self, step: int, peak: float | None = None) -> None:
         self.first, self.begun, self.peak = step, time.monotonic(), peak
-        self.work = 0.0  # FLOPs of this process since the last line
-        self.step, self.since, self.away, self.samples, self.waited = step, self.begun, 0.0, 0, 0.0
+        self.flops = 0.0  # FLOPs of this process since the last line
+        self.step, self.since, self.excluded, self.samples, self.waited = step, self.begun, 0.0, 0, 0.0
 
     def line(self, step: int, feed: TimedLoader, world: int) -> dict[str, float]:
         """What is logged: steps and samples a second, of all processes, the share of the time spent waiting, and how
         fast a process computes, of the most that its device can do (MFU) where that is known."""
         now = time.monotonic()
-        seconds = max(now - self.since - self.away, 1e-9)
+        seconds = max(now - self.since - self.excluded, 1e-9)
         found = {"steps_per_second": round((step - self.step) / seconds, 3)}
         if feed.samples:
             found["samples_per_second"] = round((feed.samples - self.samples) * world / seconds, 3)
             found["data_wait"] = round(min((feed.waited - self.waited) / seconds, 1.0), 4)
-        if self.work:
-            found["tflops"] = round(self.work / seconds / 1e12, 4)
-            found |= {"mfu": round(self.work / seconds / self.peak, 4)} if self.peak else {}
-        self.work = 0.0
-        self.step, self.since, self.away, self.samples, self.waited = step, now, 0.0, feed.samples, feed.waited
+        if self.flops:
+            found["tflops"] = round(self.flops / seconds / 1e12, 4)
+            found |= {"mfu": round(self.flops / seconds / self.peak, 4)} if self.peak else {}
+        self.flops = 0.0
+        self.step, self.since, self.excluded, self.samples, self.waited = step, now, 0.0, feed.samples, feed.waited
         return found
 
     def left(self, step: int, last: int) -> str:

@@ -25,7 +25,8 @@ from lens_core.inference.pipeline import LensPipeline
 from lens_core.io import atomic_files
 from lens_core.recipe import ComponentSpec, Evaluation, Recipe, Training
 from lens_core.training import optimizers
-from lens_core.training.trainer import Trainer, lr_factor
+from lens_core.training.step import lr_factor
+from lens_core.training.trainer import Trainer
 from lens_core.types import (
     Batch,
     CheckpointError,
@@ -131,7 +132,7 @@ def test_where_no_checkpoint_can_be_read_none_is_lost(
 ) -> None:
     runner.run(recipe(), "a").train()
     there = sorted((tmp_path / "a" / "checkpoints").rglob("*"))
-    monkeypatch.setattr("lens_core.training.trainer.SCHEMA", 99)
+    monkeypatch.setattr("lens_core.training.checkpointing.SCHEMA", 99)
     runner.said.clear()
     told = r"none of its checkpoints can be read; choose a new --output or .* is of schema 2; this Lens reads 99"
     with pytest.raises(CheckpointError, match=told):
@@ -486,7 +487,7 @@ def sloping(
 
 
 def slope(run: Trainer) -> float:
-    (value,) = {round(float(v), 5) for p in run.learning["backbone"] for v in p.grad.flatten()}
+    (value,) = {round(float(v), 5) for p in run.trainable_parameters["backbone"] for v in p.grad.flatten()}
     return value
 
 

@@ -22,8 +22,10 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints import manifest, tensor_files
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import ComponentSpec, Evaluation, LoraSpec, Recipe, Training
-from lens_core.training import distributed
+from lens_core.training import checkpointing, distributed
 from lens_core.training.distributed import Ranks
+from lens_core.training.ema import ema_weights
+from lens_core.training.step import next_micro_batches, optimizer_step
 from lens_core.training.trainer import Trainer
 
 WIDE = 2**15  # hidden channels: weights that stand out from all else
@@ -56,7 +58,7 @@ def test_saving_copies_no_weight_and_reads_none_again(
     read: list[str] = []
     monkeypatch.setattr(manifest, "hash_of", lambda path: read.append(path.name) or "")
     with Live() as live:
-        run.save()
+        checkpointing.save(run)
     assert read == ["state.json"], "what is large is hashed while it is written"
     assert live.peak <= LARGEST, "at most one tensor at a time"
     monkeypatch.undo()
@@ -71,8 +73,8 @@ def test_the_best_weights_are_kept_without_a_copy(catalog: Catalog, tmp_path: Pa
     run = Trainer(evolve(RECIPE, evaluation=evaluation), catalog, tmp_path / "a", log=lambda line: None)
     (tmp_path / "a").mkdir()
     state = sum(v.nbytes for v in run.pipeline.backbone.state_dict().values())
-    with Live() as live, run.isolated_rng(), run.ema_weights():
-        line = run.evaluator.evaluate(0, run.nets, run._weights, lambda: False, lambda seen: seen)
+    with Live() as live, run.isolated_rng(), ema_weights(run):
+        line = run.evaluator.evaluate(0, run.nets, run.export_weights, lambda: False, lambda seen: seen)
     file = tmp_path / "a" / "best" / "step-0000000.safetensors"
     assert line["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert live.peak < 0.7 * state
@@ -228,8 +230,8 @@ def test_the_host_waits_for_the_device_once_an_optimizer_step(
     """On a CPU nothing waits, but what would is the same: a tensor's value that Python asks for."""
     run = Trainer(evolve(RECIPE, pipeline=toy.NARROW), catalog, tmp_path / "a", log=lambda line: None)
     asked: list[str] = []
-    parts = run._parts()
-    micro = [run._next(steps) for steps in parts]
+    parts = run._micro_batch_streams()
+    micro = [next_micro_batches(run, steps) for steps in parts]
     for name in ("__float__", "__bool__", "__int__", "item", "tolist", "numpy"):
         plain = getattr(Tensor, name)
 
@@ -240,5 +242,5 @@ def test_the_host_waits_for_the_device_once_an_optimizer_step(
         monkeypatch.setattr(Tensor, name, note)
     for turn, role in enumerate(("critic", "backbone")):
         asked.clear()
-        run.optimizer_step(role, turn, micro)
+        optimizer_step(run, role, turn, micro)
         assert asked == ["tolist"], role

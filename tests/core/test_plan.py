@@ -41,8 +41,8 @@ def test_it_tells_what_the_run_holds(name: str, everything: Catalog, tmp_path: P
     found, learns, notes = memory(recipe, everything)
     assert not notes
     run = Trainer(recipe, everything, tmp_path / "run", log=lambda line: None)
-    assert learns == {role: sum(p.numel() for p in learning) for role, learning in run.learning.items()}
-    for role, learning in run.learning.items():
+    assert learns == {role: sum(p.numel() for p in learning) for role, learning in run.trainable_parameters.items()}
+    for role, learning in run.trainable_parameters.items():
         assert found[f"{role}: gradients"] == floats(learning)
         assert found[f"{role}: AdamW's moments"] == 2 * floats(learning)
     for role, average in run.ema.items():

@@ -20,6 +20,7 @@ from lens_core.recipe import ComponentSpec, Evaluation, LoraSpec, Recipe, Traini
 from lens_core.training import spikes as spikess
 from lens_core.training import throughput
 from lens_core.training.spikes import SpikeDetector
+from lens_core.training.step import flops
 from lens_core.training.throughput import Throughput, TimedLoader, memory, peak
 from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, ConfigError, Loss, NumericalError
@@ -79,7 +80,7 @@ def test_rates_are_of_the_time_since_the_last_line_without_the_looks(clock: Cloc
     assert pace.line(12, feed, world=2) == {"steps_per_second": 0.25, "samples_per_second": 1.5, "data_wait": 0.25}
     next(stream)
     clock.now += 50  # a look
-    pace.away += 50
+    pace.excluded += 50
     assert pace.line(13, feed, world=1) == {"steps_per_second": 1.0, "samples_per_second": 3.0, "data_wait": 1.0}
     # 59 s for 3 steps, the look included: 7 more at that pace
     assert pace.left(13, 20) == f"{59 / 3 * 7 / 60:.1f} min left"
@@ -101,7 +102,7 @@ def test_a_method_that_reads_no_batch_is_not_told_to_wait(clock: Clock) -> None:
 def test_what_is_computed_is_told_a_second_and_of_the_most_that_is_known(clock: Clock) -> None:
     for most, told in ((None, {"tflops": 3.0}), (4e12, {"tflops": 3.0, "mfu": 0.75})):
         pace = Throughput(0, most)
-        pace.work += 6e12
+        pace.flops += 6e12
         clock.now += 2
         assert pace.line(1, TimedLoader(), world=8) == {"steps_per_second": 0.5, **told}
         clock.now += 2
@@ -145,10 +146,10 @@ def test_backward_counts_twice_as_far_as_weights_learn(tmp_path: Path, monkeypat
         run(recipe(lora={"backbone": LoraSpec(1, 1.0)}), tmp_path / "a"),
     )
     batch = [[None, None], [None]]  # two parts of a batch, of three micro-batches
-    assert full._work("backbone", batch) == 9e15 and full._work("critic", batch) == 0
+    assert flops(full, "backbone", batch) == 9e15 and flops(full, "critic", batch) == 0
     names = dict(adapted.nets["backbone"].named_parameters())
     share = sum(p.numel() for k, p in names.items() if "lora_" in k) / sum(p.numel() for p in names.values())
-    assert adapted._work("backbone", batch) == pytest.approx(3e15 * (2 + share)) and 0 < share < 1
+    assert flops(adapted, "backbone", batch) == pytest.approx(3e15 * (2 + share)) and 0 < share < 1
     full.train()
     assert all(line["tflops"] > 1 for line in log(tmp_path / "full"))
 

@@ -248,6 +248,6 @@ def test_what_stands_on_the_same_weights_is_not_divided() -> None:
 def test_a_method_that_shares_out_unevenly_keeps_its_weights_whole(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lens_core.training.trainer.Ranks", lambda _, parts, shards: Ranks(Fake(0, 2), parts, shards))
+    monkeypatch.setattr("lens_core.training.state.Ranks", lambda _, parts, shards: Ranks(Fake(0, 2), parts, shards))
     with pytest.raises(ConfigError, match="diffusion_nft shares out its work unevenly"):
         rank_worker.run("rewarded", tmp_path, fsdp_shards=2)

@@ -31,7 +31,8 @@ from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.pixels import to_pixels
 from lens_core.recipe import ComponentSpec, Evaluation, LoraSpec, Recipe, Training, read_recipe
 from lens_core.training import optimizers
-from lens_core.training.trainer import Trainer, _exchange
+from lens_core.training.ema import exchange
+from lens_core.training.trainer import Trainer
 from lens_core.types import ConfigError, LensError, Prompt, Score
 
 
@@ -232,8 +233,8 @@ def test_a_look_sees_the_averages_and_puts_the_weights_back(runner: Runner, monk
 def test_tensors_that_two_names_share_come_back() -> None:
     shared, one, two = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])
     pairs = [(shared, one), (shared, two)]
-    _exchange(pairs)
-    _exchange(pairs[::-1])
+    exchange(pairs)
+    exchange(pairs[::-1])
     assert [float(t) for t in (shared, one, two)] == [1.0, 2.0, 3.0]
 
 

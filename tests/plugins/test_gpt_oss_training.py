@@ -145,7 +145,7 @@ def test_a_step_in_parts_of_uneven_length_has_the_gradient_of_the_step_as_a_whol
         run.method.encoder.tokenizer = tokenizer
         run.train()
         log = json.loads((tmp_path / str(parts) / "log.jsonl").read_text())
-        grads = torch.cat([p.grad.flatten() for p in run.learning["text_encoder"] if p.grad is not None])
+        grads = torch.cat([p.grad.flatten() for p in run.trainable_parameters["text_encoder"] if p.grad is not None])
         found.append((grads, log["text_encoder/nll"]))
     for grads, nll in found[1:]:
         assert float((grads - found[0][0]).norm() / found[0][0].norm()) < 1e-5

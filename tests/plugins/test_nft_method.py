@@ -34,6 +34,7 @@ from lens_core.recipe import ComponentSpec, LoraSpec, Recipe, Training, build, r
 from lens_core.testing.checks import check_method
 from lens_core.training.distributed import Ranks, seed_of
 from lens_core.training.spikes import SpikeDetector
+from lens_core.training.step import optimizer_step
 from lens_core.training.trainer import Trainer
 from lens_core.types import ConfigError, LensError, Prompt, Score, Shard
 
@@ -192,16 +193,16 @@ class Turn(Trainer):
             lambda _: None,
         )
         self.method, self.nets = m, dict(m.trainable_modules())
-        self.learning = {"backbone": list(m.pipeline.backbone.parameters())}
-        self.optimizers = {"backbone": torch.optim.SGD(self.learning["backbone"])}
+        self.trainable_parameters = {"backbone": list(m.pipeline.backbone.parameters())}
+        self.optimizers = {"backbone": torch.optim.SGD(self.trainable_parameters["backbone"])}
         self.spike_detector = SpikeDetector(0.0, ("backbone",))
 
     def __call__(self, *parts: Sequence[MicroBatch]) -> tuple[list[Tensor], dict[str, float]]:
         self.ranks = Ranks(self.accelerator, len(parts))
-        weights = self.learning["backbone"]
+        weights = self.trainable_parameters["backbone"]
         before = [p.detach().clone() for p in weights]
         told = {
-            name: float(total) / weight for name, (total, weight) in self.optimizer_step("backbone", 0, parts).items()
+            name: float(total) / weight for name, (total, weight) in optimizer_step(self, "backbone", 0, parts).items()
         }
         with torch.no_grad():  # the gradient is wanted, and not the step
             for weight, value in zip(weights, before, strict=True):
