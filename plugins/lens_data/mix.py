@@ -42,7 +42,7 @@ class Mix:
 
     @classmethod
     def estimate(cls, config: Config) -> str:
-        """What a batch of each dataset that can tell costs, as text for a dry run."""
+        """What a batch of each dataset that has an estimate costs, as text for a dry run."""
         built = [build(Catalog.installed(), kind, use, f"$.{path}") for path, kind, use in config.uses()]
         return "\n".join(dataset.estimate(options) for _, dataset, options in built if hasattr(dataset, "estimate"))
 

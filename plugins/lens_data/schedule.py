@@ -65,6 +65,7 @@ class BucketSchedule:
         epoch, slot = self._locate(number)
         bucket, turn = (int(n) for n in self._slots(epoch)[slot])
         size, count = int(self._sizes[bucket]), int(self._counts[bucket])
+        # A batch may lie across the end of an epoch: its last pictures are then the first of the next order.
         stream = range(turn * size, (turn + 1) * size)
         return bucket, np.array([self._order(bucket, at // count)[at % count] for at in stream])
 

@@ -122,7 +122,7 @@ class ShapesBenchmark:
         dense_prompts: bool = (
             False  # described at length, as a prompt enhancer would; the facts scored are the short prompt's
         )
-        largest: bool = False  # scenes whose things are as large as their number allows; long prompts tell of it
+        largest: bool = False  # scenes whose things are as large as their number allows; long prompts name it
         # How often each question stands in the set, each time in other words.
         phrasings: int = field(default=1, validator=integer(at_least=1, at_most=5))
         # 1: the splits by which the embedded checkpoints were trained; prompts may repeat there.

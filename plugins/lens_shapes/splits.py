@@ -9,7 +9,7 @@ a side of another, each with and without colours; and a word. Every fact has one
 - A fact that contains a kept one is kept too: with the pair star + circle goes every red star + blue circle.
 
 The task "single" ("a circle") cannot be held out: its parts are the shapes themselves. It is reported apart.
-Backgrounds, sizes and places are never kept back; a question may name the background, to be asked more than once.
+Backgrounds, sizes and places are never kept back. A question may name the background: so one combination gives several.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def questions(task: str, split: Split) -> tuple[Question, ...]:
 
 
 def _candidates(task: str, split: Split) -> Iterator[Question]:
-    """Every question of a task that could be asked. Those with kept parts are left out early where there are many."""
+    """Every question of a task; where there are many, those with kept facts are left out early."""
     ones = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     if task == "single":
         yield from (Question(task, ((shape, None, 1),)) for shape in SHAPES)

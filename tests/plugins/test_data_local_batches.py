@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import lens_data
+import lens_flow
 import numpy as np
 import pytest
 import torch
+import toy
 from lens_data.buckets import LENS_BUCKETS
 from lens_data.dataset import StoreDataset
 from lens_data.mix import Mix
 from lens_data.packed import PackedDataset
 from test_data_dataset import BUCKETS, corrupt, fill
 
+from lens_core.catalog import Catalog
+from lens_core.checkpoints import tensor_files
+from lens_core.recipe import ComponentSpec, Recipe, structure
 from lens_core.testing.checks import check_dataset
+from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, ConfigError
 
 LOCAL = (6, 2)  # samples of a rank at 16 px and at 32 px
@@ -121,6 +129,27 @@ def test_captions_are_drawn_by_the_place_in_the_stream(store: Path) -> None:
     assert [b.captions for s in steps(store, 30, 2, dense_caption_ratio=0.5) for b in s] == captions
 
 
+def test_a_run_whose_ranks_draw_areas_of_their_own_ends_with_the_same_bits_when_it_was_stopped(
+    store: Path, tmp_path: Path
+) -> None:
+    options = {"store": str(store), "buckets": [[[16, 16], [16, 24], [24, 16]], [[32, 32]]], "local_batch_sizes": LOCAL}
+    parts = {"vae": "blocks", "text_encoder": "letters", "backbone": {"use": "mixer", "width": 8}, "sampler": "euler"}
+    settings = {"steps": 6, "lr": 1e-2, "save_every": 3, "keep_checkpoints": 9, "micro_batches": 3}
+    data = {"use": "store", **options}
+    recipe = structure(Recipe, {"pipeline": parts, "method": "flow_matching", "dataset": data, "train": settings})
+    catalog = Catalog.of(toy, lens_data, lens_flow)
+    Trainer(recipe, catalog, tmp_path / "whole", log=lambda line: None).train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-0000006")
+    Trainer(recipe, catalog, tmp_path / "again", log=lambda line: None).train()
+    whole, again, begun = (
+        tensor_files.read_tensors(tmp_path / run / "checkpoints" / step / "state.safetensors")
+        for run, step in (("whole", "step-0000006"), ("again", "step-0000006"), ("whole", "step-0000003"))
+    )
+    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+    assert any(not torch.equal(begun[k], whole[k]) for k in begun if k.startswith("net/"))
+
+
 def test_each_group_of_buckets_needs_a_size(store: Path) -> None:
     with pytest.raises(ConfigError, match="local_batch_sizes has 1 sizes for 2 groups of buckets; give one for each"):
         make(store, local_batch_sizes=(4,))
@@ -147,8 +176,6 @@ def test_a_dry_run_says_what_each_rank_costs_without_a_store() -> None:
     assert "64 pictures of 4096 tokens" in PackedDataset.estimate(
         PackedDataset.Config("nowhere", buckets=(((1024, 1024),),))
     )
-    from lens_core.recipe import ComponentSpec
-
     mixed = Mix.Config(
         (ComponentSpec("store", {"store": "nowhere", "local_batch_sizes": [24, 10, 6]}), ComponentSpec("shapes"))
     )
