@@ -86,7 +86,7 @@ def descend(x: Tensor, g: Tensor) -> Tensor:
 
 @frozen
 class Views:
-    """Three ways to look at x_t; `guidance` is the teacher's own."""
+    """Three velocities at x_t; `guidance` is the teacher's scale."""
 
     cond: Velocity
     uncond: Velocity

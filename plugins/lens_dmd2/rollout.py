@@ -1,4 +1,4 @@
-"""How a student gets to the step it learns at: the first steps of its own sampling, without gradients."""
+"""The rollout of the student up to its exit step: the first steps of its sampling, without gradients."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class DiffusionNFT:
     backbone that follows it slowly. Which prompts, their sizes, every noise and every time is a function of the
     run's seed, the rollout's number, the prompt's id and the picture's number, so nothing depends on micro-batches,
     and a resumed run needs two counters. The dataset is not read: a benchmark brings the prompts, whose facts rewards
-    may need. A step that is divided has its prompts shared out: a group stays whole, and each part scores its own.
+    may need. Several processes divide the prompts of a rollout: a group stays whole, on one process.
     """
 
     shards_itself = True
@@ -100,8 +100,8 @@ class DiffusionNFT:
             """(path, kind, use) of every component that these options name: they are checked with the recipe."""
             yield "prompts", "benchmark", self.prompts
             for i, use in enumerate(self.rewards):
-                own = {k: v for k, v in use.options.items() if k not in ("weight", "fallback")}
-                yield f"rewards[{i}]", "reward", ComponentSpec(use.use, own)
+                of_reward = {k: v for k, v in use.options.items() if k not in ("weight", "fallback")}
+                yield f"rewards[{i}]", "reward", ComponentSpec(use.use, of_reward)
                 if use.options.get("fallback") is not None:
                     path = f"rewards[{i}].fallback"
                     yield path, "reward", structure(_Named, {"use": use.options["fallback"]}).use
@@ -268,9 +268,9 @@ class DiffusionNFT:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rollout, self.update, self.aborted = (int(state[k]) for k in ("rollout", "update", "aborted"))
         for name, net in (("old/", self.old), ("reference/", self.reference)):
-            found = {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
-            if net is not None and found:
-                net.load_state_dict(found, strict=len(found) == len(net.state_dict()))
+            stored = {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
+            if net is not None and stored:
+                net.load_state_dict(stored, strict=len(stored) == len(net.state_dict()))
 
     def _draw(self, seed: int, shard: Shard, attempt: int) -> list[Picture]:
         """The part of this rollout that falls to `shard`; another `attempt` draws the same prompts from other seeds."""

@@ -33,7 +33,7 @@ class WeightedReward:
 
 @frozen
 class RewardScores:
-    """`scores`: by name, one a picture, None where it was not asked; a fallback is called NAME.fallback, for its scale
+    """`scores`: by name, one a picture, None where it did not score; a fallback is called NAME.fallback, for its scale
     is another. `weights`: one a name. `replaced`: pictures on which a fallback decided."""
 
     scores: Mapping[str, Sequence[Score | None]]
@@ -41,14 +41,14 @@ class RewardScores:
     replaced: int = 0
 
     def values(self) -> Tensor:
-        """float64 [J,N], NaN where a judge gave none."""
+        """float64 [J,N], NaN where a reward gave none."""
         rows = [
             [math.nan if s is None or s.value is None else float(s.value) for s in row] for row in self.scores.values()
         ]
         return torch.tensor(rows, dtype=torch.float64)
 
     def failed(self) -> Tensor:
-        """bool [N]: whether a judge that counts failed on the picture."""
+        """bool [N]: whether a reward that counts failed on the picture."""
         rows = [[s is not None and s.status == "failed" for s in row] for row in self.scores.values()]
         return torch.tensor(rows).any(0)
 
@@ -64,7 +64,7 @@ class RewardScores:
         return f"{name} says {status} ({evidence or 'no reason given'})"
 
     def metrics(self) -> dict[str, float]:
-        """Means by judge and component, and the shares of abstentions and of pictures that a fallback decided."""
+        """Means by reward and component, and the shares of abstentions and of pictures that a fallback decided."""
         metrics: dict[str, float] = {}
         for name, row in self.scores.items():
             present = [s for s in row if s is not None]
@@ -104,10 +104,10 @@ def weighted_rewards(
 
 @torch.no_grad()
 def score_pictures(rewards: Sequence[WeightedReward], pictures: Sequence[Picture]) -> RewardScores:
-    """Every judge's scores, in the order of the pictures.
+    """Every reward's scores, in the order of the pictures.
 
-    A group on which a judge failed is judged again by its fallback, as a whole: two scales in one group would be a
-    difference that is none. The fallback's scores count if it has more of them than the judge had.
+    A group on which a reward failed is scored again by its fallback, as a whole: two scales in one group would look
+    like a difference. The fallback's scores count if there are more of them than the reward gave.
     """
     scores: dict[str, list[Score | None]] = {}
     weights: list[float] = []
@@ -147,10 +147,10 @@ def total_spend(rewards: Sequence[WeightedReward]) -> dict[str, float]:
 
 
 def _scores_of(name: str, reward: Any, pictures: Sequence[Picture]) -> list[Score]:
-    """One score a picture. A value that is not finite is a failure, and so is whatever a reward raises: a judge that is
-    away, or errs in its own code, is what the order of fallbacks is for, whose last step quotes the reason.
+    """One score a picture. A value that is not finite is a failure, and so is whatever a reward raises, whose
+    message becomes the evidence: an endpoint that is away must not end a run that a fallback can save.
 
-    Pictures of one size are judged in one call, and a group has one size, so a reward can look at whole groups, or ask
+    Pictures of one size are scored in one call, and a group has one size, so a reward can look at whole groups, or ask
     in parallel. Raises LensError where a reward does not give one Score a picture, ConfigError as it comes.
     """
     by_index: dict[int, Score] = {}
