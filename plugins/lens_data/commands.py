@@ -135,11 +135,11 @@ def packing_report(
     """
     from functools import partial
 
-    from lens_data.packing import comparison_table, flops, mixture
+    from lens_data.packing import block_flops, comparison_table, mixture
 
     if recipe is None:
         lengths = np.array(mixture(samples, [size for group in LENS_BUCKETS for size in group]), np.float64)
-        work, budget = flops, images_per_rank * float(flops(np.array([4096.0]))[0])
+        work, budget = block_flops, images_per_rank * float(block_flops(np.array([4096.0]))[0])
     else:
         from lens_core.catalog import Catalog
         from lens_core.recipe import build, read_recipe
@@ -150,7 +150,7 @@ def packing_report(
         if read.dataset is None or build(catalog, "dataset", read.dataset, "$.dataset")[1] is not PackedDataset:
             raise ConfigError(f"{recipe}: its dataset is not `packed`, so it packs nothing; use `packed`")
         dataset = PackedDataset(build(catalog, "dataset", read.dataset, "$.dataset")[2])
-        lengths, work = dataset.tokens(samples), partial(flops, width=dataset.config.backbone_width)
+        lengths, work = dataset.tokens(samples), partial(block_flops, width=dataset.config.backbone_width)
         budget = dataset.config.budget / ranks * float(work(np.array([dataset.largest]))[0])
     print(comparison_table(lengths.tolist(), budget, ranks, work))
     return 0

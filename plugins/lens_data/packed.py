@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lens_core.types import ConfigError
 from lens_core.validators import PIXELS, integer, real
 from lens_data.dataset import ROWS, StoreDataset, StoreOptions
-from lens_data.packing import fill, flops, share, text_tokens
+from lens_data.packing import block_flops, fill, share, text_tokens
 from lens_data.schedule import CAPTION, ORDER, BatchContents, generator
 
 
@@ -84,7 +84,7 @@ class PackedDataset(StoreDataset):
 
     def _work(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
         width = self.config.backbone_width
-        return flops(tokens, width) / flops(np.array([self.largest]), width)
+        return block_flops(tokens, width) / block_flops(np.array([self.largest]), width)
 
     def _shuffle_epoch(self, number: int) -> Epoch:
         config = self.config

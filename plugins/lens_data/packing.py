@@ -19,11 +19,12 @@ from lens_core.types import ConfigError
 Work = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
-def flops(tokens: NDArray[np.float64], width: int = 1536, layers: int = 48) -> NDArray[np.float64]:
-    """FLOPs of one forward pass of the backbone over samples of so many tokens: its linears and its attention.
+def block_flops(tokens: NDArray[np.float64], width: int = 1536, layers: int = 48) -> NDArray[np.float64]:
+    """Estimate the FLOPs of the backbone's blocks in a forward pass over samples of so many tokens [n] -> [n].
 
     A token costs 12 width^2 multiply-adds a block (qkv 3, output 1, SwiGLU 8), a pair of tokens 2 width. Training
-    costs three times as much. The modulation depends on no token and is left out.
+    costs three times as much. Modulation, embeddings and the output are left out: plans compare samples, and are made
+    where no backbone is loaded. A backbone's own `flops` counts all.
     """
     return layers * (24.0 * width**2 * tokens + 4.0 * width * tokens**2)
 
@@ -52,7 +53,7 @@ def batch_costs(groups: Sequence[Sequence[tuple[int, int]]], batch_sizes: Sequen
     for sizes, samples in zip(groups, batch_sizes, strict=True):
         tokens = np.array([h * w / 256 for h, w in sizes]) + float(text_tokens(np.array([words]))[0])
         side = round(float(np.mean([h * w for h, w in sizes])) ** 0.5)
-        rows.append((side, samples, samples * float(tokens.mean()), samples * float(flops(tokens).mean())))
+        rows.append((side, samples, samples * float(tokens.mean()), samples * float(block_flops(tokens).mean())))
     mean = float(np.mean([row[3] for row in rows]))
     for side, samples, count, work in rows:
         lines.append(f"{f'about {side}^2 px':20}{samples:9}{count:10,.0f}{work / 1e12:15.1f}{work / mean:13.2f}")
@@ -68,7 +69,7 @@ class Packs:
     rest: tuple[int, ...]
 
 
-def pack(lengths: Sequence[int], budget: float, ranks: int, work: Work = flops) -> Packs:
+def pack(lengths: Sequence[int], budget: float, ranks: int, work: Work = block_flops) -> Packs:
     """Split samples of `lengths` tokens into steps, in their order, of at most `budget` FLOPs a rank in the mean.
 
     A step takes as many of the next samples as fit, so no sample is dropped and none skips a step. A pure
@@ -160,7 +161,7 @@ def balance(loads: NDArray[np.float64], budget: float) -> Balance:
     )
 
 
-def compare(lengths: Sequence[int], budget: float, ranks: int, work: Work = flops) -> dict[str, Balance]:
+def compare(lengths: Sequence[int], budget: float, ranks: int, work: Work = block_flops) -> dict[str, Balance]:
     """`packed` by FLOPs against ranks that fill up by `tokens`, and against `independent` buckets.
 
     An independent rank draws a bucket (here: a length) and as many samples of it as every other rank: what the budget
@@ -185,7 +186,7 @@ def compare(lengths: Sequence[int], budget: float, ranks: int, work: Work = flop
     return {name: balance(loads, budget) for name, loads in plans.items()}
 
 
-def comparison_table(lengths: Sequence[int], budget: float, ranks: int, work: Work = flops) -> str:
+def comparison_table(lengths: Sequence[int], budget: float, ranks: int, work: Work = block_flops) -> str:
     """The comparison as a table. Raises ConfigError where there are too few samples for one step."""
     plan = pack(lengths, budget, ranks, work)
     if not plan.steps or not all(map(all, plan.steps)):

@@ -132,9 +132,11 @@ class GptOssEncoder(nn.Module):
         host_ids, host = self.rendered(prompts)
         host = host[:, head:]
         ids, mask = move(host_ids, device), move(host, device)
+        # The conversation's beginning is the same for every prompt: its keys and values are computed once.
         prefix = self._prefix_cache(ids.device)
         cache = DynamicCache([tuple(t.expand(len(ids), -1, -1, -1) for t in pair) for pair in prefix])
         features = torch.stack(self._run_layers(ids[:, head:], cache), dim=1)
+        # Zeros where padded, so that the features hold nothing that padding computed.
         return TextFeatures(features.masked_fill(~mask[:, None, :, None], 0), mask, host)
 
     def _run_layers(self, ids: Tensor, cache: DynamicCache) -> list[Tensor]:
@@ -153,6 +155,7 @@ class GptOssEncoder(nn.Module):
             "full_attention": create_causal_mask(**about),
             "sliding_attention": create_sliding_window_causal_mask(**about),
         }
+        # Layer by layer, because `model(…)` also runs the layers after the last selected one, which may not be loaded.
         for index in range(self.config.selected_layers[-1] + 1):
             x = model.layers[index](
                 x,
@@ -168,6 +171,7 @@ class GptOssEncoder(nn.Module):
     def _prefix_cache(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the head, which is the same before every prompt: most of a short prompt's cost. They are
         kept until a weight changes; autocast and dtype count as a change."""
+        # The version counters of the weights change with every optimizer step and load, so a stale cache is not used.
         kind = device.type
         casts = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         weights = list(self.model.parameters())

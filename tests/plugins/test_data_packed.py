@@ -12,7 +12,7 @@ import pytest
 import torch
 from lens_data.commands import packing_report
 from lens_data.packed import PackedDataset
-from lens_data.packing import flops
+from lens_data.packing import block_flops
 from lens_data.store import Store
 from test_data_dataset import BUCKETS, SIZES, corrupt, fill, row
 
@@ -119,7 +119,7 @@ def test_longer_captions_cost_more(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="3 of 4 buckets have no picture"):
         dataset = make(path)
     assert set(dataset.tokens(40).tolist()) == {64 + 22 + 1.3, 64 + 22 + 1.3 * 40}
-    costs = flops(dataset.tokens(20), 16) / flops(np.array([64.0]), 16)
+    costs = block_flops(dataset.tokens(20), 16) / block_flops(np.array([64.0]), 16)
     assert len(take(dataset, 1)[0]) == np.searchsorted(costs.cumsum(), 40.0, "right") < 20
 
 

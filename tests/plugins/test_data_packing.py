@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from lens_data.buckets import LENS_BUCKETS
-from lens_data.packing import Packs, balance, compare, flops, mixture, pack
+from lens_data.packing import Packs, balance, block_flops, compare, mixture, pack
 
 from lens_core.types import ConfigError
 
@@ -19,18 +19,18 @@ def realistic(count: int, seed: int = 0) -> list[int]:
 
 def budget(images: float) -> float:
     """The cost of so many pictures of 1024^2 with 200 tokens of text."""
-    return images * float(flops(np.array([4296.0]))[0])
+    return images * float(block_flops(np.array([4296.0]))[0])
 
 
 def loads(plan: Packs, lengths: list[int]) -> np.ndarray:
-    costs = flops(np.array(lengths, float))
+    costs = block_flops(np.array(lengths, float))
     return np.array([[sum(costs[i] for i in share) for share in step] for step in plan.steps])
 
 
 def test_flops_are_those_counted_for_the_backbone():
     # 512^2, 1024^2 and 1440^2 with 200 text tokens; 1024^2 without text. TFLOP, counted independently.
     counted = [3.77, 17.12, 42.9, 16.08]
-    assert flops(np.array([1224.0, 4296.0, 8300.0, 4096.0])) / 1e12 == pytest.approx(counted, rel=2e-3)
+    assert block_flops(np.array([1224.0, 4296.0, 8300.0, 4096.0])) / 1e12 == pytest.approx(counted, rel=2e-3)
 
 
 @pytest.mark.parametrize("images", [6, 8, 16])
@@ -46,7 +46,7 @@ def test_64_ranks_are_balanced_and_the_budget_is_filled(images):
 def test_independent_buckets_waste_what_was_counted_for_them():
     # Three areas of equal share, no text: the mean cost over that of the largest, which some rank of 64 always has.
     areas = [1024, 2304, 4096]
-    mean = np.mean(flops(np.array(areas, float))) / flops(np.array([4096.0]))[0]
+    mean = np.mean(block_flops(np.array(areas, float))) / block_flops(np.array([4096.0]))[0]
     lengths = np.random.default_rng(0).choice(areas, 64 * 400).tolist()
     assert compare(lengths, budget(4), 64)["independent"].useful == pytest.approx(mean, rel=0.01)
 
@@ -81,7 +81,7 @@ def test_the_mixture_is_uniform_over_the_27_sizes_with_captions_of_its_kind():
 
 
 def test_equal_samples_are_shared_equally():
-    plan = pack([1000] * 24, 4 * float(flops(np.array([1000.0]))[0]) * 1.0001, 2)
+    plan = pack([1000] * 24, 4 * float(block_flops(np.array([1000.0]))[0]) * 1.0001, 2)
     assert [[len(share) for share in step] for step in plan.steps] == [[4, 4], [4, 4]] and len(plan.rest) == 8
     assert balance(loads(plan, [1000] * 24), 1.0).imbalance == pytest.approx(0, abs=1e-12)
 
