@@ -10,10 +10,8 @@ from lens_flux2.vae import Flux2VAE
 from lens_gpt_oss.encoder import GptOssEncoder
 from lens_mmdit.model import LensTransformer2DModel
 
-from lens_core.catalog import Catalog
+from lens_core import Catalog, LensPipeline, structure
 from lens_core.checkpoints.manifest import read_manifest, resolve_uri
-from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import structure
 
 file = sys.argv[1] if len(sys.argv) > 1 else "assemble.png"
 
@@ -22,7 +20,7 @@ folder = resolve_uri("tiny:", catalog)
 description = read_manifest(folder, catalog)
 configs = {kind: part["config"] for kind, part in description["components"].items()}
 
-# Parts with weights are read from their sub-folders of the checkpoint; each config is checked on the way.
+# Parts with weights are read from sub-folders of the checkpoint; `structure` validates each config.
 vae = Flux2VAE.load(folder, structure(Flux2VAE.Config, configs["vae"]))
 text_encoder = GptOssEncoder.load(folder, structure(GptOssEncoder.Config, configs["text_encoder"]))
 backbone = LensTransformer2DModel.load(folder, structure(LensTransformer2DModel.Config, configs["backbone"]))

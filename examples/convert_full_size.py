@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from lens_tools.convert import convert
 
-from lens_core.catalog import Catalog
+from lens_core import Catalog
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "full-size")
 folder.mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""Make a checkpoint that can draw and knows no word: `python examples/forget_text.py [tiny:] [runs/deaf] [seed]`.
+"""Make a checkpoint that can draw but ignores its prompt: `python examples/forget_text.py [tiny:] [runs/deaf] [seed]`.
 
-The picture stream of its backbone stays as it was, and all weights of its text stream are drawn anew. What captions
-or an encoder are worth can then be seen in minutes: drawing takes hours to learn, to listen does not (docs/proofs.md).
+The picture stream of its backbone is kept, and all weights of its text stream are re-initialised. Learning to follow
+captions again takes minutes, where learning to draw takes hours: docs/proofs.md compares captions and encoders so.
 """
 
 import sys
@@ -9,10 +9,8 @@ import sys
 import torch
 from lens_mmdit.model import LensTransformer2DModel
 
-from lens_core.catalog import Catalog
+from lens_core import Catalog, LensPipeline, structure
 from lens_core.checkpoints.manifest import read_manifest, resolve_uri
-from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import structure
 
 TEXT = ("txt_", "norm_added", "to_add_out")  # in the names of the text stream's weights
 

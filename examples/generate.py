@@ -2,7 +2,7 @@
 
 import sys
 
-from lens_core.inference.pipeline import LensPipeline
+from lens_core import LensPipeline
 
 prompt = sys.argv[1] if len(sys.argv) > 1 else "two red circles left of a blue star"
 file = sys.argv[2] if len(sys.argv) > 2 else "generate.png"

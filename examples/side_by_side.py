@@ -8,7 +8,7 @@ import time
 
 from PIL import Image
 
-from lens_core.inference.pipeline import LensPipeline
+from lens_core import LensPipeline
 
 SCALE = 4  # pixels of the picture for each that was drawn
 
@@ -24,8 +24,8 @@ for model in ("tiny:", "tiny:turbo"):
     result = pipeline(prompt, seed=7)
     seconds = time.perf_counter() - begun
     drawn.append(result.images[0])
-    told = f"{result.settings['steps']} steps at guidance {result.settings['guidance_scale']:g}"
-    print(f"  {model:11} {told:26} {seconds:.2f} s")
+    settings = f"{result.settings['steps']} steps at guidance {result.settings['guidance_scale']:g}"
+    print(f"  {model:11} {settings:26} {seconds:.2f} s")
 
 width, height = drawn[0].size
 sheet = Image.new("RGB", (2 * SCALE * width + 8, SCALE * height), "white")

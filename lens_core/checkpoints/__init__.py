@@ -1,1 +1,1 @@
-"""Checkpoints on disk and on the Hub: tensors, `lens.json`, quantised layouts, LoRA key formats, model cards."""
+"""Read and write weights on disk and on the Hub: tensors, `lens.json`, quantised formats, LoRA keys, model cards."""

@@ -1,1 +1,1 @@
-"""The command line: each command parses, calls one function that scripts can call too, and prints."""
+"""The command line: each command parses its arguments, calls one function that scripts can call too, and prints."""

@@ -1,1 +1,1 @@
-"""Scores of a model: running a benchmark, statistics with intervals, reports, comparisons."""
+"""Measure a model: benchmark runs, statistics with intervals, reports, comparisons."""

@@ -1,1 +1,1 @@
-"""From prompt to picture: the pipeline, its loading and saving, image to image, LoRA, prompt cache, offloading."""
+"""Turn prompts into pictures: the pipeline, its loading and saving, image to image, LoRA, prompt cache, offloading."""

@@ -1,1 +1,1 @@
-"""Reading and writing files that may be a stranger's: bounded readers, pictures, locks, atomic writes."""
+"""Read and write files safely: bounded readers for untrusted files, pictures, locks, atomic writes, HTTP."""

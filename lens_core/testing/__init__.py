@@ -1,4 +1,4 @@
-"""Contract checks for plugin authors: `check_vae` to `check_method` prove that a component keeps its protocol."""
+"""Check that a component keeps its contract: `check_vae` to `check_method`, for the tests of plugin authors."""
 
 from lens_core.testing.checks import (
     check_backbone,

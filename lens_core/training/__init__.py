@@ -1,1 +1,1 @@
-"""The one training loop: trainer, evaluation during training, distribution, checkpoints, memory estimates."""
+"""Train models: the one loop, one optimizer step, several processes, checkpoints and evaluation during a run."""

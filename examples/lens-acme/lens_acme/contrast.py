@@ -8,7 +8,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from lens_core.types import ConfigError, Prompt, Score
+from lens_core import ConfigError, Prompt, Score
 
 
 class Contrast:

@@ -12,8 +12,8 @@ import torch
 from attrs import frozen
 from torch import nn
 
+from lens_core import ConfigError, TextFeatures
 from lens_core.checkpoints.tensor_files import load_module, save_module
-from lens_core.types import ConfigError, TextFeatures
 
 
 class HashedWords(nn.Module):

@@ -10,10 +10,8 @@ import torch
 from lens_acme.contrast import Contrast
 from lens_acme.words import HashedWords
 
-from lens_core.catalog import Catalog
-from lens_core.recipe import ComponentSpec, build
+from lens_core import Catalog, CheckpointError, ComponentSpec, ConfigError, Prompt, build
 from lens_core.testing.checks import check_reward, check_text_encoder
-from lens_core.types import CheckpointError, ConfigError, Prompt
 
 
 def encoder(**options: int) -> HashedWords:
