@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from attrs import field, frozen
-from torch import Tensor, nn
+from torch import Tensor
 
 from lens_core.attribution import building, check_fit, latents_of, pixels_of, text_of, times_of, walk_of
 from lens_core.catalog import Catalog
 from lens_core.flow import Velocity
 from lens_core.inference import saving
-from lens_core.inference.call_arguments import CallArguments, GenerationSettings, make_generators, picture_size
+from lens_core.inference.call_arguments import CallArguments, GenerationSettings, make_generators
 from lens_core.inference.guidance import check_finite, guided_velocity
 from lens_core.inference.image_to_image import InitImage, read_init_image
-from lens_core.inference.loading import CheckpointInfo, LoadOptions, read_checkpoint
-from lens_core.inference.lora import LoRAStack
-from lens_core.inference.offload import Accelerator, MemoryEstimate, OffloadManager, Workload, find_plan
+from lens_core.inference.loading import LoadOptions, read_checkpoint
+from lens_core.inference.offload import find_plan
 from lens_core.inference.parts import (
-    DEFAULT_PRESETS,
     MODEL_PARTS,
     PIPELINE_PARTS,
-    PartStore,
-    check_dtype,
     resolve_device,
     resolve_dtype,
 )
+from lens_core.inference.pipeline_parts import PipelineParts
 from lens_core.inference.pixels import to_images, to_pil, to_pixels
 from lens_core.inference.prompt_cache import CacheEntry, EncoderKey, PromptCache, weights_state
-from lens_core.protocols import PrecomputesModulation, dtype_of
+from lens_core.protocols import dtype_of
 from lens_core.recipe import ComponentSpec, Parts, build, unstructure
 from lens_core.types import ConfigError, TextFeatures
 
@@ -49,53 +45,8 @@ class Result:
     settings: Mapping[str, Any] = field(factory=dict)
 
 
-def _part(kind: str) -> Any:
-    """A part of a pipeline as an attribute: read when it is first used, and replaced by `put`."""
-
-    def get(pipeline: LensPipeline) -> Any:
-        if kind in pipeline.store.deferred:
-            pipeline._read_deferred(kind)
-        return pipeline.store.loaded[kind]
-
-    return property(get, lambda pipeline, component: pipeline.put(kind, component))
-
-
-class LensPipeline:
-    """The parts of a text-to-image model, put together. `specs` remembers by what name and config each was built.
-
-    A part may be assigned, as in `pipeline.vae = mine`. What was known of the one before is forgotten then: settings no
-    longer name it, and `save_pretrained` asks what the new one is called:
-    `pipeline.specs["vae"] = ComponentSpec("plugin:name")`.
-    """
-
-    vae, text_encoder, backbone, sampler = (_part(k) for k in ("vae", "text_encoder", "backbone", "sampler"))
-
-    def __init__(
-        self,
-        vae: Any = None,
-        text_encoder: Any = None,
-        backbone: Any = None,
-        sampler: Any = None,
-        *,
-        presets: Mapping[str, Any] | None = None,
-        specs: Mapping[str, ComponentSpec] | None = None,
-        info: CheckpointInfo | None = None,
-        catalog: Catalog | None = None,
-    ) -> None:
-        info = info or CheckpointInfo()
-        self.store = PartStore({"vae": vae, "text_encoder": text_encoder, "backbone": backbone, "sampler": sampler})
-        self.presets = DEFAULT_PRESETS | dict(presets or {})
-        self.specs = dict(specs or {})
-        self.source, self.version, self.note = info.uri, info.version, info.note
-        self.plugins, self.provenance = dict(info.plugins), dict(info.provenance)
-        self.catalog = catalog  # where its parts came from: methods find rewards and benchmarks there
-        self.device = torch.device("cpu")
-        self._dtype: torch.dtype | None = None  # the last that `to` cast to, for parts that are read later
-        self.prompt_cache = PromptCache()
-        self._encoder_origin = ""  # identifies the text encoder's files; "" where no file holds it
-        self._encoder_state: Any = None  # of its weights as they were read
-        self._loras = LoRAStack()
-        self.offload_manager: OffloadManager | None = None  # None: every part stays on the device
+class LensPipeline(PipelineParts):
+    """A text-to-image model that draws: load it, save it, encode prompts, sample latents, decode them."""
 
     # ---- loading and saving -------------------------------------------------------------------------------------
 
@@ -180,153 +131,6 @@ class LensPipeline:
         provenance = self.provenance | self._loras.provenance(self.provenance)
         return saving.CheckpointContent(parts, self.specs, self.presets, self.plugins, provenance, self.catalog)
 
-    # ---- parts --------------------------------------------------------------------------------------------------
-
-    def put(self, kind: str, component: Any, spec: ComponentSpec | None = None) -> None:
-        """Make `component` the part `kind` from now on; `spec` says by what name and config it is built again.
-
-        Without a `spec` this is forgotten, and the hash of the checkpoint no longer stands for what is drawn. LoRAs
-        that were folded into another backbone go with it; an offload plan is made anew.
-        """
-        unchanged = component is self.store.loaded[kind] and kind not in self.store.deferred
-        if unchanged and spec is None:
-            return
-        manager = self.offload_manager
-        if manager is not None:
-            self.to("cpu")
-        self.store = self.store.replaced(kind, component)
-        if kind == "text_encoder":
-            self._encoder_origin, self._encoder_state = "", None
-            self.prompt_cache.entries.clear()  # what another encoder gave
-        if kind == "backbone":
-            self._loras = LoRAStack()
-        self.specs = {k: s for k, s in self.specs.items() if k != kind} | ({kind: spec} if spec is not None else {})
-        if spec is None and self.version:
-            self.version = f"{self.version}+{kind}"
-        if manager is not None:
-            self.offload(manager.requested, workload=manager.workload, accelerator=manager.accelerator)
-
-    def use_sampler(self, use: str, **options: Any) -> None:
-        """Draw with another sampler from now on: a name such as "heun", with its options. Raises ConfigError."""
-        catalog = self.catalog or Catalog.installed()
-        name, cls, config = build(catalog, "sampler", ComponentSpec(use, options), "sampler")
-        self.put("sampler", cls(config), ComponentSpec(name, unstructure(config)))
-
-    def defer(self, kinds: Iterable[str]) -> None:
-        """Let go of parts with weights of the checkpoint; they are read again when they are next used."""
-        self.store = self.store.deferring(kinds)
-
-    def _read_deferred(self, kind: str) -> None:
-        self.specs[kind] = self.store.read(kind)
-        net = self.store.loaded[kind]
-        if kind == "text_encoder":
-            self._encoder_state = weights_state(net)
-            if self._dtype is not None and dtype_of(net) != self._dtype:
-                self._encoder_origin = ""  # rounded weights are no longer those of the file
-        manager = self.offload_manager
-        if manager is None:
-            self.store.loaded[kind] = net.to(self.device, self._dtype)
-            return
-        self.to("cpu")  # one more part: the plan is made anew
-        self.offload(manager.requested, workload=manager.workload, accelerator=manager.accelerator)
-
-    def present(self) -> dict[str, nn.Module]:
-        """The parts with weights that have been read."""
-        return self.store.modules()
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move every part with weights. float16 is refused where the backbone refuses it."""
-        if dtype is not None and self.backbone is not None:
-            check_dtype(type(self.backbone), dtype)
-        if self.offload_manager is not None:
-            # Where the plan has put them is not where they belong.
-            device = device if device is not None else self.device
-            self.offload_manager.remove()
-            self.offload_manager = None
-        if dtype is not None:
-            self._dtype = dtype
-            encoder = self.store.loaded["text_encoder"]
-            if isinstance(encoder, nn.Module) and dtype_of(encoder) != dtype:
-                self._encoder_origin = ""  # cast there and back, weights are rounded: no longer those of the file
-        for module in self.present().values():
-            module.to(device=device, dtype=dtype)
-        if device is not None:
-            self.device = torch.device(device)
-        return self
-
-    @property
-    def dtype(self) -> str:
-        """The precision of the backbone's weights, such as "float32"; "" for a pipeline without one."""
-        first = next(self.backbone.parameters(), None) if isinstance(self.backbone, nn.Module) else None
-        return "" if first is None else str(first.dtype).removeprefix("torch.")
-
-    @property
-    def notes(self) -> list[str]:
-        """What a user should know of how the parts are held, a line each."""
-        return [note for net in self.present().values() if (note := getattr(net, "note", ""))]
-
-    # ---- memory -------------------------------------------------------------------------------------------------
-
-    def offload(
-        self,
-        plan: str = "auto",
-        device: str | torch.device | None = None,
-        *,
-        workload: Workload | None = None,
-        accelerator: Accelerator | None = None,
-    ) -> MemoryEstimate:
-        """Draw on `device` with less memory than all parts take: `none`, `modulation`, `model`, `encoder-cpu`, `block`
-        (`offload.PLANS`), or `auto`, the fastest of them that fits into what is free. Training takes `to`.
-
-        `workload`: what will be drawn, by default one picture of the preset size. Returns what the plan comes to.
-        """
-        if plan != "auto":
-            find_plan(plan)
-        accelerator = accelerator or Accelerator(resolve_device(device))
-        if workload is None and self.vae is not None:
-            workload = Workload(self.size(), self.vae.downscale, steps=int(self.presets["steps"]))
-        if self.offload_manager is not None:
-            self.offload_manager.remove()
-        self.offload_manager = OffloadManager(plan, self.present(), workload or Workload(), accelerator)
-        self.device = accelerator.device
-        return self.offload_manager.estimate
-
-    def _at_work(self, part: str) -> AbstractContextManager[Any]:
-        """The time in which `part` works, with its weights where they must be."""
-        return self.offload_manager.parts[part].at_work() if self.offload_manager is not None else nullcontext()
-
-    def _precomputed_modulation(self, times: Tensor) -> AbstractContextManager[Any]:
-        """The time in which the backbone is called at `times` alone, for all of which it may compute in advance."""
-        if not isinstance(self.backbone, PrecomputesModulation) or _is_sharded(self.backbone):
-            return nullcontext()
-        manager = self.offload_manager
-        on_device = manager.parts["backbone"].temporarily_on_device if manager is not None else nullcontext
-        return self.backbone.precomputed(times, on_device)
-
-    # ---- LoRA ---------------------------------------------------------------------------------------------------
-
-    @property
-    def loras(self) -> list[str]:
-        """The LoRAs that are folded into the backbone, as NAME:WEIGHT."""
-        return self._loras.names
-
-    def load_lora_weights(self, path: str | Path, weight: float = 1.0) -> None:
-        """Fold a LoRA, a file or its folder, into the backbone, beside those already there. Reads the names of
-        diffusers, PEFT, Comfy and sd-scripts (`lora_keys`); it is as strong as in PEFT's own forward. Sampling
-        costs no more than before. Raises CheckpointError, also for what cannot be honoured, such as DoRA."""
-        self._loras.add(self.backbone, path, weight)
-
-    def unload_lora_weights(self) -> None:
-        """Take every LoRA out again: the backbone's weights are bit for bit what they were."""
-        self._loras.remove(self.backbone)
-
-    def fuse_lora(self) -> None:
-        """Keep every LoRA for good: the weights before them are forgotten, and what is saved names them."""
-        if self.loras:
-            self.version = f"{self.version}+{'+'.join(self.loras)}"
-        self.provenance |= self._loras.provenance(self.provenance)
-        self._loras = LoRAStack()
-
     # ---- prompts ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -381,16 +185,6 @@ class LensPipeline:
         return TextFeatures(text.features * present[:, None, :, None], text.mask & present)
 
     # ---- generation ---------------------------------------------------------------------------------------------
-
-    def size(
-        self,
-        height: int | None = None,
-        width: int | None = None,
-        aspect_ratio: str | None = None,
-        base_resolution: int | None = None,
-    ) -> tuple[int, int]:
-        """(height, width) in px: as given, or the preset bucket for width:height, or the nearest on the VAE's grid."""
-        return picture_size(self.presets, self.vae.downscale, height, width, aspect_ratio, base_resolution)
 
     def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
         """Initial noise [B,C,h,w] float32, one generator a row, drawn packed as [h*w, C]: the reference's order."""
@@ -558,12 +352,3 @@ class LensPipeline:
             **(init.metadata() if init is not None else {}),
             **({"loras": list(self.loras)} if self.loras else {}),
         }  # fmt: skip
-
-
-def _is_sharded(net: Any) -> bool:
-    """Whether processes hold shares of its weights, which nothing but a forward gathers."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(net, FSDPModule)
