@@ -88,11 +88,13 @@ def read_lazy(*paths: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """A file's header and the byte at which its values begin. safetensors itself checks sizes, gaps and overlaps."""
+    """A file's header and the byte at which its values begin."""
     from safetensors import SafetensorError, safe_open
 
     tensor_files.refuse_foreign(path)
     try:
+        # The library checks sizes, gaps and overlaps when it opens a file. Its API does not tell where values begin,
+        # and its own reads map the file, so the header is parsed once more for the offsets.
         with safe_open(path, "pt"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             return json.loads(

@@ -1,10 +1,10 @@
-"""Weights and descriptions on disk: safetensors and JSON only, checked at the border, written atomically.
+"""`lens.json`, the manifest of a checkpoint: read it, validate it, resolve the parts it shares, hash its files.
 
 A checkpoint is the published diffusers folder layout plus `lens.json`:
 `{"format": 1, "components": {kind: {"use", "config"}}, "presets": {"steps", "guidance_scale"}, "plugins": {name: …},
 "files": {path: SHA-256}}`; `files` is what `lens_core.checkpoints.integrity` checks.
 A component with `"from"` is shared: its files are those of another checkpoint, a Hub name or a plugin's, such as
-`tiny:`, and `"hash"` says which they were.
+`tiny:`, and `"hash"` identifies them.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def hashes(folder: Path, under: tuple[str, ...] = ("",)) -> dict[str, str]:
 
     `under`: of those alone whose path begins so. Large files of the Hub's cache are named by their hash there, and are
     not read for it."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".jinja") and p.is_file())
-    paths = {str(path.relative_to(folder)): path for path in (found if folder.is_dir() else [folder])}
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".jinja") and p.is_file())
+    paths = {str(path.relative_to(folder)): path for path in (files if folder.is_dir() else [folder])}
     return {name: hub.known_hash(path) or hash_of(path) for name, path in paths.items() if name.startswith(under)}
 
 
@@ -61,24 +61,25 @@ def resolve_shared_part(
     Of the Hub, only what the part needs is fetched. Raises CheckpointError, also if the files are not those that were
     meant.
     """
-    told = f"{where / 'lens.json'}: its {part.replace('_', ' ')} is that of {component['from']}"
+    claim = f"{where / 'lens.json'}: its {part.replace('_', ' ')} is that of {component['from']}"
     under = file_prefixes(part, component)
     try:
         folder = resolve_uri(component["from"], catalog, shared=True, under=under)
-        own = read_manifest(folder, catalog)["components"].get(part)
+        origin = read_manifest(folder, catalog)["components"].get(part)
     except LensError as error:
-        raise CheckpointError(f"{told}, which cannot be had: {error}") from error
-    if own is None or "from" in own:
-        raise CheckpointError(f"{told}, which has none of its own; name the checkpoint that has")
-    found = hashes(folder, under)
-    if not found:
-        raise CheckpointError(f"{told}, which has no file in {' or '.join(under)}; fetch it again")
-    if combined(found) != component["hash"]:
+        raise CheckpointError(f"{claim}, which cannot be had: {error}") from error
+    # Only one step: a chain of references could be a circle, and would change behind the reader's back.
+    if origin is None or "from" in origin:
+        raise CheckpointError(f"{claim}, which has none of its own; name the checkpoint that has")
+    files = hashes(folder, under)
+    if not files:
+        raise CheckpointError(f"{claim}, which has no file in {' or '.join(under)}; fetch it again")
+    if combined(files) != component["hash"]:
         raise CheckpointError(
-            f"{told} as it was at {component['hash']}, and it is at {combined(found)} now; "
+            f"{claim} as it was at {component['hash']}, and it is at {combined(files)} now; "
             "name the revision that was meant, or take a checkpoint that has the part itself"
         )
-    return folder, found
+    return folder, files
 
 
 def combined(files: Mapping[str, str]) -> str:
@@ -163,7 +164,7 @@ def is_shareable_uri(uri: Any) -> bool:
     return isinstance(uri, str) and bool(re.fullmatch(rf"\w+:[\w-]*|{name}/{name}(@{name}(/{name})*)?", uri, re.ASCII))
 
 
-def _presets(given: Any) -> bool:
+def _presets(value: Any) -> bool:
     """Whether a pipeline can draw with these."""
 
     def table(sizes: Any) -> bool:
@@ -171,36 +172,36 @@ def _presets(given: Any) -> bool:
             isinstance(s, list | tuple) and len(s) == 2 and all(PIXELS.allows(n) for n in s) for s in sizes.values()
         )
 
-    if not (isinstance(given, dict) and isinstance(given.get("sizes", {}), dict)):
+    if not (isinstance(value, dict) and isinstance(value.get("sizes", {}), dict)):
         return False
     return (
-        GUIDANCE.allows(given.get("guidance_scale", 1.0))
-        and STEPS.allows(given.get("steps", 1))
-        and PIXELS.allows(given.get("base_resolution", 1))
-        and all(map(table, given.get("sizes", {}).values()))
+        GUIDANCE.allows(value.get("guidance_scale", 1.0))
+        and STEPS.allows(value.get("steps", 1))
+        and PIXELS.allows(value.get("base_resolution", 1))
+        and all(map(table, value.get("sizes", {}).values()))
     )
 
 
-def _texts(given: Any) -> bool:
-    return isinstance(given, dict) and all(isinstance(value, str) for value in given.values())
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
-def _files(given: Any) -> bool:
+def _files(value: Any) -> bool:
     """Whether these are paths below a checkpoint's folder, each with a SHA-256 in hexadecimal digits."""
-    return isinstance(given, dict) and all(
+    return isinstance(value, dict) and all(
         isinstance(digest, str)
         and re.fullmatch("[0-9a-f]{64}", digest)
         and name.isprintable()
         and not re.search(r"^[/~]|^$|\\|:|(^|/)\.{1,2}(/|$)", name)
-        for name, digest in given.items()
+        for name, digest in value.items()
     )
 
 
-def _provenance(given: Any) -> bool:
-    loras = given.get("loras", []) if isinstance(given, dict) else None
+def _provenance(value: Any) -> bool:
+    loras = value.get("loras", []) if isinstance(value, dict) else None
     return (
         isinstance(loras, list)
         and all(isinstance(name, str) for name in loras)
-        and isinstance(given.get("recipe", {}), dict)
-        and _texts({key: value for key, value in given.items() if key not in ("loras", "recipe")})
+        and isinstance(value.get("recipe", {}), dict)
+        and _texts({key: text for key, text in value.items() if key not in ("loras", "recipe")})
     )
