@@ -1,6 +1,6 @@
-"""The processes of a run: whose part of a batch is whose, sums over them, and weights that they hold divided.
+"""The processes of a run: which micro-batches are whose, collectives over them, and weights that they hold sharded.
 
-Weights are divided with FSDP2 (`fully_shard`, over DTensors) and saved with torch's distributed checkpoints, in their
+Weights are sharded with FSDP2 (`fully_shard`, over DTensors) and saved with torch's distributed checkpoints, in their
 safetensors format: every process writes what it holds, and any number of processes can read it.
 """
 
@@ -80,6 +80,7 @@ def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
 
 def _sum(bucket: Sequence[Tensor]) -> None:
     """Sum tensors over the processes, in place, in one message."""
+    # Many small messages cost latency each, so a bucket is copied into one; a large tensor is not worth the copy.
     if len(bucket) == 1 and bucket[0].is_contiguous():
         dist.all_reduce(bucket[0])
         return
@@ -122,6 +123,7 @@ class Ranks:
         not depend on who else was in the batch."""
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        # FSDP2 has already reduced each shard's gradient in its backward pass; reducing again would count it twice.
         if self.world == 1 or self.sharded:
             return
         for bucket in buckets([p.grad for p in parameters if p.grad is not None], BUCKET):
@@ -151,7 +153,7 @@ class Ranks:
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over the processes of a small tensor, where it is."""
         if self.world > 1:
-            values = values.clone()
+            values = values.clone()  # all_reduce works in place, and callers keep their own part
             dist.all_reduce(values)
         return values
 
@@ -199,6 +201,8 @@ class Ranks:
                         "twice; use fsdp_shards: 1"
                     )
         groups = self.world // self.shards
+        # One axis shards within a group; with several groups (HSDP) a second one keeps a copy in each, so that weights
+        # are gathered over the fast links of one machine, and only gradients cross between machines.
         shape, names = ((self.shards,), ("shard",)) if groups == 1 else ((groups, self.shards), ("copy", "shard"))
         # Nothing here changes a network's answer in place, which is what FSDP2 warns of wherever one is a view.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -207,6 +211,7 @@ class Ranks:
             for block in [*_blocks(net), net]:
                 # The outermost too goes back to shares after each pass: a pass without gradients may come before one
                 # with them, and only what is gathered anew learns that it is to have some.
+                # Inner blocks first: what `fully_shard` finds sharded already, the outer call leaves out.
                 divided = fully_shard(block, mesh=mesh, reshard_after_forward=True)
                 # A process whose captions were all dropped runs no text stream, while another's does.
                 divided.set_reduce_scatter_unused_params(True)

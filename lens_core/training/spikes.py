@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes on: pace, waiting, memory, trackers; and which of its steps are spikes."""
+"""Spike detection: which optimizer steps are skipped, because their loss or gradient is not finite or far too large."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes on: pace, waiting, memory, trackers; and which of its steps are spikes."""
+"""How fast a run is: steps and samples a second, waiting for data, FLOP/s and MFU, memory, averaged metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes on: pace, waiting, memory, trackers; and which of its steps are spikes."""
+"""Trackers (TensorBoard, Trackio, W&B …): where the lines of `log.jsonl` and evaluations go as well."""
 
 from __future__ import annotations
 
