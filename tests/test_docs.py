@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import runpy
@@ -13,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_architecture import FLOORS, MODULES, floor, graph
 
-from lens_core import hookspecs
-from lens_core.catalog import Catalog
+import lens_core
+from lens_core import Catalog, LensPipeline, hookspecs
 from lens_core.cli.main import app, mount
-from lens_core.inference.pipeline import LensPipeline
 from lens_core.protocols import KINDS
 from lens_core.recipe import read_recipe
 from lens_core.types import TextFeatures
@@ -103,6 +104,78 @@ def test_the_index_links_every_page() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     pages = {p.name for p in (ROOT / "docs").glob("*.md")} - {"index.md"}
     assert {p for p in pages if f"]({p})" in index} == pages
+
+
+def definitions(path: Path) -> set[str]:
+    """Dotted names of what a file defines at its top and in its classes."""
+
+    def walk(nodes: list[ast.stmt], prefix: str = "") -> set[str]:
+        names: set[str] = set()
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(prefix + node.name)
+                names |= walk(node.body, f"{prefix}{node.name}.") if isinstance(node, ast.ClassDef) else set()
+            elif isinstance(node, ast.AnnAssign):
+                names.add(prefix + ast.unparse(node.target))
+            elif isinstance(node, ast.Assign):
+                names |= {prefix + ast.unparse(target) for target in node.targets}
+        return names
+
+    return walk(ast.parse(path.read_text(encoding="utf-8")).body)
+
+
+def exists(name: str) -> bool:
+    """Whether a name between backticks is a file, a folder/, a `file.py: definition`, a public name of lens_core, a
+    hook, a component of the package, a command line, or the name of a checkpoint's file."""
+    file, _, definition = name.partition(": ")
+    if definition:
+        return (ROOT / file).is_file() and definition in definitions(ROOT / file)
+    if "/" in name:
+        return (ROOT / name).is_dir() if name.endswith("/") else (ROOT / name).is_file()
+    if name.startswith("lens "):
+        return True  # a shell block is where command lines are parsed
+    components = {entry.name for kind in KINDS for entry in Catalog.installed().entries(kind)}
+    return name == "lens.json" or name in {*lens_core.__all__, *dir(hookspecs)} | {n.split(":")[-1] for n in components}
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", ARCHITECTURE, flags=re.S))))
+)
+def test_what_the_page_on_architecture_names_exists(name: str) -> None:
+    assert exists(name)
+
+
+def test_a_name_that_is_gone_does_not_exist() -> None:
+    assert (
+        not exists("lens_core/flow.py: guidance") and not exists("lens_core/loop.py") and not exists("lens_core/lib/")
+    )
+    assert not exists("LensPipelin") and not exists("lens_core/catalog.py: Catalog.uninstalled")
+
+
+def test_the_diagram_shows_every_room_and_each_import_between_them() -> None:
+    diagram = next(text for page, _, text in blocks("mermaid") if page.name == "architecture.md")
+    arrows = re.findall(r"^ *(\w+)(?:\[.*?\])? -->(?:\|.*?\|)? (\w+)", diagram, re.MULTILINE)
+    below = {room: {room} for room in FLOORS}
+    for room in FLOORS:  # from the lowest on
+        below[room] |= {other for upper, lower in arrows if upper == room for other in below[lower]}
+    assert {room for arrow in arrows for room in arrow} == set(FLOORS)
+    assert all(FLOORS.index(lower) < FLOORS.index(upper) for upper, lower in arrows)
+    face = ROOT / "lens_core" / "__init__.py"
+    imported = {
+        (floor(path), floor(other)) for path, others in graph(MODULES, ROOT).items() for other in others
+        if face not in (path, other)
+    }  # fmt: skip
+    assert {(upper, lower) for upper, lower in imported if lower not in below[upper]} == set()
+
+
+def test_every_room_says_what_it_is_for() -> None:
+    for room in sorted((ROOT / "lens_core").glob("*/__init__.py")):
+        text = ast.get_docstring(ast.parse(room.read_text(encoding="utf-8"))) or ""
+        assert len(text.splitlines()[0].split()) >= 5, room
+        assert f"`lens_core/{room.parent.name}/`" in ARCHITECTURE
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").rglob("*.yaml")), ids=label)
