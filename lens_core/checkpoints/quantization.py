@@ -34,6 +34,7 @@ LONGEST_NOTE = 4096  # bytes that a layer's `comfy_quant` may take
 def _pairs(high_first: bool, device: torch.device) -> Tensor:
     """float32 [256,2]: the two values of every byte, in their order."""
     low, high = torch.arange(256) & 15, torch.arange(256) >> 4
+    # The table is cached: one made in inference mode could never be used where gradients are wanted.
     with torch.inference_mode(False):
         order = [high, low] if high_first else [low, high]
         return torch.tensor(E2M1)[torch.stack(order, dim=1)].to(device)
@@ -47,11 +48,13 @@ def _values(packed: Tensor, high_first: bool) -> Tensor:
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """Blocks uint8 [out,G,16], scales uint8 [out,G] -> float32 [out,32 G]. What it is given is not checked."""
+    # E8M0 scales are powers of two with a bias of 127: ldexp is exact, and faster than a product of two floats.
     return torch.ldexp(_values(blocks, False), scales.int()[..., None] - 127).flatten(-2)
 
 
 def nvfp4(packed: Tensor, scales: Tensor, scale: Tensor) -> Tensor:
     """uint8 [out,in/2], scales e4m3 [out,in/16], not swizzled, and a float32 [] for all -> float32 [out,in]."""
+    # The first value of a byte is in its high half here, and in its low half in MXFP4.
     blocks = _values(packed, True).reshape(*scales.shape, 16)
     return (blocks * (scale * scales.float())[..., None]).flatten(-2)
 
@@ -94,6 +97,7 @@ def lazy_mxfp4(name: str, blocks: LazyTensor, scales: LazyTensor, where: str) ->
             "MXFP4 has [E, out, in/32, 16] with [E, out, in/32]"
         )
 
+    # Values of 4 bits are always finite; only a scale can make a weight NaN or infinite.
     def rows(dtype: torch.dtype) -> Iterator[Tensor]:
         for block in scales.rows(dtype):
             if block.numel() and int(block.max()) > LARGEST:
@@ -129,12 +133,13 @@ class _Layer:
             raise CheckpointError(f"{where} is {note['format']} but has no {missing}; fetch the file again")
         shape = (*weight.shape[:-1], weight.shape[-1] * width) if weight.shape else ()
         experts = shape[0] if len(shape) == 3 else 1
-        told = note.get("orig_shape", list(shape))
+        # The file pads matrices to whole tiles; the note holds the shape before that.
+        original = note.get("orig_shape", list(shape))
         fits = len(shape) in (2, 3) and weight.dtype == stored and shape[-1] % block == 0
-        fits = fits and isinstance(told, list) and len(told) == len(shape) and told[:-2] == list(shape[:-2])
-        if not fits or not all(type(n) is int and 0 < n <= most for n, most in zip(told, shape, strict=True)):
+        fits = fits and isinstance(original, list) and len(original) == len(shape) and original[:-2] == list(shape[:-2])
+        if not fits or not all(type(n) is int and 0 < n <= most for n, most in zip(original, shape, strict=True)):
             raise CheckpointError(
-                f"{where} is {list(weight.shape)} of {weight.dtype} for {shown(told, 60)}, "
+                f"{where} is {list(weight.shape)} of {weight.dtype} for {shown(original, 60)}, "
                 f"which cannot be {note['format']}"
             )
         padded = experts * -(-shape[-2] // 128) * -(-shape[-1] // block // 4) * 512
@@ -144,7 +149,7 @@ class _Layer:
             )
         if scale is not None and (scale.dtype != torch.float32 or math.prod(scale.shape) not in (1, experts)):
             raise CheckpointError(f"{where} has weight_scale_2 {list(scale.shape)} of {scale.dtype}; one float32 each")
-        return cls(where, str(note["format"]), weight, scales, scale, tuple(told))
+        return cls(where, str(note["format"]), weight, scales, scale, tuple(original))
 
     def _scales(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each matrix: its scales uint8 [out,in/block], and the scale for all, float32 []."""
@@ -154,6 +159,7 @@ class _Layer:
         scale = torch.ones(1) if self.scale is None else self.scale.read().reshape(-1)
         for part, one in zip(swizzled, scale.expand(len(swizzled)), strict=True):
             scales = unswizzle(part, rows, columns * width // block)
+            # NaN in e4m3 is every bit but the sign; in e8m0 it is 255.
             bad = (scales & 127) == 127 if width == 2 else scales == 255
             if bool(bad.any()) or not bool(one.isfinite()):
                 raise CheckpointError(f"{self.where} has a scale that is NaN or infinite; fetch the file again")
@@ -161,6 +167,7 @@ class _Layer:
 
     def plain(self) -> LazyTensor:
         def rows(dtype: torch.dtype) -> Iterator[Tensor]:
+            # Matrix by matrix: of a published layer with its experts only one is ever held in float32.
             alone = len(self.shape) == 2
             stored = self.weight.rows(self.weight.dtype)
             matrices = [self.weight.read()] if alone else (matrix for part in stored for matrix in part)
