@@ -1,6 +1,6 @@
 """Which components are installed, by kind and name. Discovery imports no model code; a look-up imports one plugin's.
 
-A catalog is passed, never global. A plugin that cannot be used is set aside with its error, which is quoted when a
+A catalog is passed, never global. A plugin that cannot be used is disabled, with its error, which is quoted when a
 recipe needs it; it never breaks the others.
 """
 
@@ -47,7 +47,7 @@ class Entry:
 
 @mutable
 class Plugin:
-    """One installed plugin. `error` says why it was set aside; None while it is in use."""
+    """One installed plugin. `error` says why it is disabled; None while it is in use."""
 
     name: str
     distribution: str
@@ -209,8 +209,8 @@ class Catalog:
         if twin is not None:
             # pluggy would keep the first and say nothing; load order must not decide, so neither is used.
             both = f"two plugins are called {plugin.name!r}: {twin.distribution} and {plugin.distribution}; remove one"
-            self._set_aside(plugin, both)
-            self._set_aside(twin, both)
+            self._disable(plugin, both)
+            self._disable(twin, both)
             return
         try:
             module = load()
@@ -234,7 +234,7 @@ class Catalog:
             return
         plugin.module = module
 
-    def _set_aside(self, plugin: Plugin, error: str) -> None:
+    def _disable(self, plugin: Plugin, error: str) -> None:
         plugin.error = plugin.error or error
         if self._manager.get_plugin(plugin.name) is not None:
             self._manager.unregister(name=plugin.name)
@@ -253,7 +253,7 @@ class Catalog:
                     continue
                 offered, problems = _offered(plugin.module, kind)
                 if problems:
-                    self._set_aside(plugin, problems[0])
+                    self._disable(plugin, problems[0])
                     continue
                 for short, component in offered.items():
                     remember(component, f"{plugin.name}:{short}")
@@ -277,14 +277,14 @@ class Catalog:
         message = f"no {label} is called {shown(name)}.{did_you_mean(name, known)}"
         if plugin_name and all(p.name != plugin_name for p in self.plugins):
             message += f" The plugin {shown(plugin_name)} is not installed: pip install the package that brings it."
-        aside = [p for p in self.plugins if p.error and (not plugin_name or p.name == plugin_name)]
-        if aside:
-            message += " Set aside: " + "; ".join(f"{p.name} ({p.error})" for p in aside) + "."
+        disabled = [p for p in self.plugins if p.error and (not plugin_name or p.name == plugin_name)]
+        if disabled:
+            message += " Disabled: " + "; ".join(f"{p.name} ({p.error})" for p in disabled) + "."
         raise LensError(message)
 
     def commands(self, taken: Collection[str] = ()) -> dict[str, str]:
         """The commands that plugins bring: name -> "module:attribute". A name that is taken, or brought twice, is used
-        by nobody: its plugins are set aside."""
+        by nobody: its plugins are disabled."""
         owners: dict[str, Plugin] = {}
         found: dict[str, str] = {}
         for plugin in list(self.plugins):
@@ -295,10 +295,10 @@ class Catalog:
                 both = (
                     f"in lens_commands: two plugins bring the command {name!r}: {owners[name].name} and {plugin.name}"
                 )
-                self._set_aside(owners[name], both)
+                self._disable(owners[name], both)
                 problems.append(both)
             if problems:
-                self._set_aside(plugin, problems[0])
+                self._disable(plugin, problems[0])
                 continue
             owners |= dict.fromkeys(offered, plugin)
             found |= offered

@@ -1,4 +1,4 @@
-"""The words every part of Lens speaks: prompts, texts, batches, scores, and the errors that name their cure.
+"""The data types that every part of Lens shares: prompts, texts, batches, scores; and its errors.
 
 Shapes: B batch, C latent channels, h w latent grid, L tapped encoder layers, T tokens, D width, H W pixels.
 The dtype tells the unit: uint8 is a picture, float pixels in [-1, 1] exist only around the VAE.
@@ -28,7 +28,7 @@ def move(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 class LensError(Exception):
-    """Something a user can mend. The message names the thing, its neighbour and the next step, in one line."""
+    """An error that a user can fix. The message names the thing, its neighbour and the next step, in one line."""
 
 
 class ConfigError(LensError):

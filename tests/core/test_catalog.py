@@ -1,4 +1,4 @@
-"""Which plugins are found, named and set aside, and what is said about it."""
+"""Which plugins are found, named and disabled, and the messages about it."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def entry_points(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str, str])
 
 
 def only(catalog: Catalog) -> str:
-    (aside,) = [p.error for p in catalog.plugins if p.error]
-    assert aside is not None and "\n" not in aside
-    return aside
+    (error,) = [p.error for p in catalog.plugins if p.error]
+    assert error is not None and "\n" not in error
+    return error
 
 
 def test_a_component_answers_to_its_bare_and_its_qualified_name(catalog: Catalog) -> None:
@@ -76,26 +76,26 @@ def test_of_two_plugins_with_one_name_neither_is_used() -> None:
         catalog.find("vae", "a")
 
 
-def test_a_misspelt_hook_sets_its_plugin_aside() -> None:
+def test_a_misspelt_hook_disables_its_plugin() -> None:
     catalog = Catalog.of(plugin("typo", lens_vea={}))
     assert "there is no hook 'lens_vea'. Did you mean 'lens_vaes'?" in only(catalog)
 
 
-def test_a_hook_with_an_argument_too_many_sets_its_plugin_aside() -> None:
+def test_a_hook_with_an_argument_too_many_disables_its_plugin() -> None:
     module = types.ModuleType("greedy")
     module.lens_vaes = hookimpl(lambda config: {})  # type: ignore[attr-defined]  # made on the spot
     assert "lens_vaes" in only(Catalog.of(module, toy))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), SystemExit("boom"), ImportError("boom")])
-def test_a_hook_that_raises_sets_its_plugin_aside_and_is_quoted(error: BaseException) -> None:
+def test_a_hook_that_raises_disables_its_plugin_and_is_quoted(error: BaseException) -> None:
     def explode() -> None:
         raise error
 
     catalog = Catalog.of(plugin("bomb", lens_vaes=explode), toy)
     assert [e.name for e in catalog.entries("vae")] == ["toy:blocks"]
     assert f"in lens_vaes: {type(error).__name__}: boom" in only(catalog)
-    with pytest.raises(LensError, match=r"Set aside: bomb .*boom"):
+    with pytest.raises(LensError, match=r"Disabled: bomb .*boom"):
         catalog.find("vae", "bombed")
 
 
@@ -127,14 +127,14 @@ class Half:
         (None, "must return {short name: class}"),
     ],
 )
-def test_a_component_that_breaks_its_contract_sets_its_plugin_aside(answer: Any, words: str) -> None:
+def test_a_component_that_breaks_its_contract_disables_its_plugin(answer: Any, words: str) -> None:
     catalog = Catalog.of(plugin("bad", lens_vaes=lambda: answer, lens_samplers={"even": toy.Even}))
     assert catalog.entries("vae") == []
     assert words in only(catalog)
     assert catalog.entries("sampler") == [], "a plugin is used whole or not at all"
 
 
-def test_a_plugin_that_fails_to_import_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_that_fails_to_import_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     entry_points(monkeypatch, ("lens.v1", "lens_gone", "no_such_module_at_all"), ("lens.v1", "toy", "toy"))
     catalog = Catalog.installed()
     assert "ModuleNotFoundError: No module named 'no_such_module_at_all'" in only(catalog)
@@ -146,7 +146,7 @@ def test_a_plugin_of_another_api_version_is_told_without_being_imported(monkeypa
     catalog = Catalog.installed()
     assert only(catalog) == "speaks lens.v2, this Lens speaks lens.v1; install a matching version"
     assert "antigravity" not in sys.modules
-    with pytest.raises(LensError, match=r"Set aside: lens_future .*speaks lens.v2"):
+    with pytest.raises(LensError, match=r"Disabled: lens_future .*speaks lens.v2"):
         catalog.find("vae", "lens_future:new")
 
 
@@ -201,7 +201,7 @@ def test_commands_are_named_and_not_imported() -> None:
         (["data"], "in lens_commands"),
     ],
 )
-def test_a_command_that_cannot_be_sets_its_plugin_aside(table: object, says: str) -> None:
+def test_a_command_that_cannot_be_disables_its_plugin(table: object, says: str) -> None:
     catalog = Catalog.of(commanding("bad", table), commanding("good", {"judge": "a:b"}))
     assert catalog.commands(taken=("train",)) == {"judge": "a:b"}
     assert says in (catalog.plugins[0].error or "") and catalog.plugins[1].error is None

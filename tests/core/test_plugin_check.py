@@ -121,12 +121,12 @@ def test_a_field_that_a_recipe_cannot_name_is_refused() -> None:
     assert "does not take" in str(flaw_of(config(int, 1, init=False)))
 
 
-def test_a_sampler_whose_config_has_a_path_is_set_aside_with_the_reason() -> None:
+def test_a_sampler_whose_config_has_a_path_is_disabled_with_the_reason() -> None:
     class Odd(toy.Even):
         Config = config(Path, Path("x"))  # type: ignore[assignment]  # what the test is about
 
     catalog = Catalog.of(toy, module("odd", lens_samplers={"odd": Odd}))
-    with pytest.raises(LensError, match=r"Set aside: odd .*'it' of the type Path, which JSON cannot hold; use str"):
+    with pytest.raises(LensError, match=r"Disabled: odd .*'it' of the type Path, which JSON cannot hold; use str"):
         catalog.find("sampler", "odd")
 
 
