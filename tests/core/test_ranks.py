@@ -228,7 +228,7 @@ class Fake:
 def test_parts_are_shared_out_evenly() -> None:
     assert [list(Ranks(Fake(r, 2), 6).local_micro_batches) for r in range(2)] == [[0, 1, 2], [3, 4, 5]]
     assert Ranks(Fake(1, 4), 1).micro_batches == 4  # at least one each
-    with pytest.raises(ConfigError, match="3 parts have no equal shares for 2 processes"):
+    with pytest.raises(ConfigError, match="3 micro-batches have no equal shares for 2 processes"):
         Ranks(Fake(0, 2), 3)
 
 
