@@ -249,5 +249,5 @@ def test_a_method_that_shares_out_unevenly_keeps_its_weights_whole(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("lens_core.training.state.Ranks", lambda _, parts, shards: Ranks(Fake(0, 2), parts, shards))
-    with pytest.raises(ConfigError, match="diffusion_nft shares out its work unevenly"):
+    with pytest.raises(ConfigError, match="diffusion_nft shards its work unevenly"):
         rank_worker.run("rewarded", tmp_path, fsdp_shards=2)
