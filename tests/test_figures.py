@@ -1,0 +1,76 @@
+"""Figures in the documentation are those of the result files beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lens_core.evaluation.comparison import compare, read_folders
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+MODELS = ("tiny", "rl", "turbo")
+RULES = {
+    "first splits, first reader": "first-reader",
+    "first splits (`rules: 1`), today's reader": "rules-1",
+    "split `test` (`rules: 2`), today's reader": ".",
+}
+
+
+def result(*folders: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((RESULTS.joinpath(*folders) / "result.json").read_text(encoding="utf-8"))
+    return data
+
+
+def rows() -> dict[str, list[str]]:
+    """The table of scores: its first column -> the others."""
+    page = (ROOT / "docs" / "proving-ground.md").read_text(encoding="utf-8")
+    section = page.split("## What the embedded checkpoints score")[1].split("\n## ")[0]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    return {first: others for first, *others in cells}
+
+
+@pytest.mark.parametrize(("label", "folder"), RULES.items())
+def test_the_table_of_scores_is_that_of_the_results(label: str, folder: str) -> None:
+    compared = compare(read_folders([RESULTS / model / folder for model in MODELS]))
+    want = [f"{r.overall.value:.3f} ({r.overall.low:.3f} to {r.overall.high:.3f})" for r in compared]
+    assert rows()[label][:3] == want
+    if folder != "first-reader":
+        assert rows()[label][3] == f"{result('tiny', folder)['ceiling']['overall']:.3f}"
+
+
+def test_the_share_of_all_pictures_is_that_of_the_results() -> None:
+    shares = [f"{result(model)['pooled']['value']:.3f}" for model in MODELS]
+    ceiling = f"{result('tiny')['ceiling']['pooled']:.3f}"
+    assert rows()["of all pictures of the last line, share right"] == [*shares, ceiling]
+
+
+def test_what_rl_gained_is_the_difference_of_the_results() -> None:
+    page = " ".join((ROOT / "docs" / "proving-ground.md").read_text(encoding="utf-8").split())
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    gains = {}
+    for folder in RULES.values():
+        gain = compare(read_folders([RESULTS / model / folder for model in MODELS[:2]]))[1].difference
+        assert gain is not None
+        gains[folder] = f"{gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+        assert gains[folder] in page
+    assert gains["."] in readme
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    tiny, turbo = result("tiny"), result("turbo")
+    overall = tiny["overall"]
+    assert len({p.get("cluster", p["prompt"]) for p in tiny["pictures"]}) == 500
+    assert re.search(r"On (\d+) distinct test prompts", readme)[1] == "500"  # type: ignore[index]  # None fails too
+    assert len(tiny["headline"]) == 5
+    assert f"scores {overall['value']:.2f} in the mean of five tasks" in readme
+    assert f"(95 % interval {overall['low']:.2f} to {overall['high']:.2f}; no model with its VAE" in readme
+    assert f"can score more than {tiny['ceiling']['overall']:.2f})" in readme
+    assert f"words included, {tiny['pooled']['value']:.2f} are right" in readme
+    assert f"`tiny:turbo` scores {turbo['overall']['value']:.2f}." in readme
+    assert f"scores {overall['value'] - turbo['overall']['value']:.2f} less than its teacher" in readme
