@@ -11,7 +11,7 @@ demo: .venv/ready
 	$(BIN)/python examples/side_by_side.py "two red circles left of a blue star" demo.png
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

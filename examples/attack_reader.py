@@ -20,7 +20,8 @@ import torch
 from lens_shapes import splits
 from lens_shapes.benchmark import reconstruct
 from lens_shapes.hostile import HONEST, HOSTILE
-from lens_shapes.reader import read, satisfies
+from lens_shapes.reader import read
+from lens_shapes.reading import satisfies
 from lens_shapes.render import render
 from lens_shapes.scenes import BACKGROUNDS, COLOURS, prompt_facts
 from PIL import Image, ImageDraw, ImageFont

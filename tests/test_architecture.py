@@ -219,3 +219,23 @@ def test_randomness_is_an_argument() -> None:
         found = [m.group() for m in numpy.finditer(text)]
         found += [m.group() for m in drawn.finditer(text) if "generator" not in text[m.start() : m.start() + 200]]
         assert found == [], path
+
+
+SIGNATURES_ARE_OPTIONS = {"generate", "bench", "bench_train"}
+"""Commands: cyclopts makes their parameters the options of the command line, so they have as many as there are."""
+
+
+@pytest.mark.parametrize("path", sorted([*MODULES, *(ROOT / "plugins").rglob("*.py")]), ids=str)
+def test_files_classes_and_functions_stay_readable(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 450, "split it by subject"
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+            continue
+        lines = (node.end_lineno or 0) - node.lineno + 1
+        if isinstance(node, ast.ClassDef):
+            assert lines <= 350, node.name
+        elif node.name not in SIGNATURES_ARE_OPTIONS:
+            given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            assert lines <= 60, node.name
+            assert len(set(given) - {"self", "cls"}) <= 8 or node.name == "__call__", node.name

@@ -154,7 +154,8 @@ class Manifest:
     ) -> Entry:  # fmt: skip
         """Write a picture, `data` as its file has it, then its line. Raises ConfigError where there is one already."""
         file = f"{_stem(key)}.{suffix}"
-        entry = self._entry(key, prompt, sent_prompt, seed, seconds, "ok", file, hashlib.sha256(data).hexdigest())
+        digest = hashlib.sha256(data).hexdigest()
+        entry = self._entry(key, prompt, sent_prompt, seed, status="ok", seconds=seconds, file=file, sha256=digest)
         self._check_new(entry)
         atomic_files.write_atomic(self.folder / file, lambda p: p.write_bytes(data))
         return self._append(entry)
@@ -164,16 +165,14 @@ class Manifest:
         seed: int | None = None, sent_prompt: str | None = None,
     ) -> Entry:  # fmt: skip
         """Write the line of a picture that there is none of."""
-        entry = self._entry(key, prompt, sent_prompt, seed, seconds, status, reason=reason)
+        entry = self._entry(key, prompt, sent_prompt, seed, status=status, seconds=seconds, reason=reason)
         self._check_new(entry)
         return self._append(entry)
 
-    def _entry(
-        self, key: Key, prompt: str, sent: str | None, seed: int | None, seconds: float,
-        status: Literal["ok", "refused", "failed"], file: str = "", sha256: str = "", reason: str = "",
-    ) -> Entry:  # fmt: skip
+    def _entry(self, key: Key, prompt: str, sent: str | None, seed: int | None, **outcome: Any) -> Entry:
+        """`outcome`: the fields of an Entry from `status` on."""
         sent = prompt if sent is None else sent
-        return Entry(*key, prompt, sent, seed, self.system, self.revision, status, seconds, file, sha256, reason)
+        return Entry(*key, prompt, sent, seed, self.system, self.revision, **outcome)
 
     def _check_new(self, entry: Entry) -> None:
         """Nothing that could not be read again is written, and nothing that is there already."""

@@ -16,7 +16,8 @@ from lens_core.types import ConfigError, Prompt, Score, did_you_mean
 from lens_core.validators import SEED, each, integer, one_of
 from lens_shapes import captions, splits
 from lens_shapes.captions import dense, prompt
-from lens_shapes.reader import judge, read
+from lens_shapes.reader import read
+from lens_shapes.reading import judge
 from lens_shapes.render import render
 from lens_shapes.rubrics import rubrics
 from lens_shapes.scenes import GENEVAL, TASKS, Scene, prompt_facts, sample

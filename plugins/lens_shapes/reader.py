@@ -9,31 +9,27 @@ has no name ("?") either.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
-from attrs import frozen
 from numpy.typing import NDArray
 from scipy import ndimage  # type: ignore[import-untyped]  # scipy ships no types
 
 from lens_core.types import ConfigError
+from lens_shapes.reading import NAMES, Reading, Seen
 from lens_shapes.render import GLYPHS, RING, coverage, outline
-from lens_shapes.scenes import BACKGROUNDS, CELL, COLOURS, NOVEL, SHAPES, SIZES
+from lens_shapes.scenes import BACKGROUNDS, CELL, COLOURS, SIZES
 
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
-
-NAMES = (*SHAPES, *NOVEL)
-"""Every shape that has a name here."""
 _THINGS = np.array(list(COLOURS.values()), np.float32)
 _BACKS = np.array(list(BACKGROUNDS.values()), np.float32)
 _GRID = 24  # side of a normalised coverage, in cells
 _REACH = 1.05  # half of that side, in square roots of the thing's area: the tips of a star, and some room for blur
 _BLURS = (0.0, 0.5, 0.8, 1.1, 1.4)  # of the outlines, px
 _SMEARS = (0.0, 0.3, 0.55)  # of the glyphs, cells
-
 FAR = 48.0
 """RGB distance to the background from which a pixel may belong to a thing."""
 RIM = 2
@@ -64,7 +60,6 @@ ALIKE = 0.3
 """Misfit (0: equal, 1.41: nothing shared) with the best outline from which a shape has no name."""
 RIVAL = 0.7
 """Share of the next shape's misfit from which a shape lies between the two and has no name."""
-
 SLACK = 0.4
 """Share of the contrast of an edge nearby that a blurred picture may differ by: blur and ringing do that."""
 RINGING = 0.25
@@ -79,36 +74,6 @@ GHOSTS = {1.5: 22.0, 2.0: 18.5, 3.0: 14.5, 4.5: 12.5, 6.0: 10.5, 9.0: 7.5}
 """The same for means over what is flat, by the standard deviation of their window in px of a side of 64."""
 TEXTURE = {"flat": 5.5, "edges": 3.2}
 """The same for the root mean square over all that is flat, and over all that is not (with the root of scale more)."""
-
-
-@frozen
-class Seen:
-    """One thing as read. `x`, `y`: centre, shares of width and height; `radius` in shorter sides. "?": no name fits."""
-
-    shape: str
-    colour: str
-    size: str
-    x: float
-    y: float
-    radius: float
-
-
-@frozen
-class Reading:
-    """Everything read from one picture of `height` x `width` px. `background`: one name, or two of halves that meet in
-    a straight line, `halves` "across" (top, bottom) or "down" (left, right)."""
-
-    things: tuple[Seen, ...]
-    background: tuple[str, ...]
-    word: str
-    height: int
-    width: int
-    halves: str = ""
-
-    def __str__(self) -> str:
-        """A short sentence, for evidence."""
-        things = ", ".join(f"{t.size} {t.colour} {t.shape} at ({t.x:.2f}, {t.y:.2f})" for t in self.things) or "nothing"
-        return f"read {things}" + (f' and the word "{self.word}"' if self.word else "")
 
 
 def read(image: NDArray[np.uint8]) -> Reading:
@@ -450,55 +415,3 @@ def _area(shape: str) -> float:
     points = outline(shape)
     twice = sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(points, points[1:] + points[:1], strict=True))
     return abs(twice) / 2 * (1 - RING**2 if shape == "ring" else 1)
-
-
-def judge(reading: Reading, data: Mapping[str, Any]) -> dict[str, float]:
-    """Each fact that a prompt asked, 1.0 if the picture has it, else 0.0. `data` is that of `scenes.asked`.
-
-    things: every kind asked for is there; counts: as many of each as asked, and nothing else in the picture;
-    colours: every thing asked to have a colour has it; relation: every subject lies on that side of every other, and
-    the way between the groups' centres runs mainly along that axis; word: the writing is exactly the word, or none;
-    background, where it is asked for: its colours lie where they should.
-    """
-    groups = data["groups"]
-    facts = {"things": 1.0, "counts": 1.0}
-    picked: list[list[Seen]] = []
-    for group in groups:
-        alike = [t for t in reading.things if t.shape == group["shape"]]
-        right = [t for t in alike if group["colour"] in (None, t.colour)]
-        picked.append(right)
-        if not alike:
-            facts["things"] = 0.0
-        if len(alike) != sum(other["count"] for other in groups if other["shape"] == group["shape"]):
-            facts["counts"] = 0.0
-        if group["colour"] is not None:
-            facts["colours"] = min(facts.get("colours", 1.0), float(len(right) == group["count"]))
-    if len(reading.things) != sum(group["count"] for group in groups):
-        facts["counts"] = 0.0
-    if data["relation"]:
-        facts["relation"] = float(_lies(picked, data["relation"], reading))
-    facts["word"] = float(reading.word == data["word"])
-    if data.get("background"):
-        facts["background"] = float(lies_behind(reading, **data["background"]))
-    return facts
-
-
-def satisfies(reading: Reading, data: Mapping[str, Any]) -> bool:
-    """Whether the picture has every fact asked, and no other thing: GenEval mostly lets extra things pass."""
-    return all(judge(reading, data).values())
-
-
-def lies_behind(reading: Reading, names: Sequence[str], halves: str) -> bool:
-    """Whether the background has these colours, in this order, halved in this way."""
-    return reading.background == tuple(names) and reading.halves == halves
-
-
-def _lies(groups: list[list[Seen]], relation: str, reading: Reading) -> bool:
-    if len(groups) != 2 or not all(groups):
-        return False
-    unit = min(reading.height, reading.width)
-    places = [np.array([(t.x * reading.width, t.y * reading.height) for t in group]) / unit for group in groups]
-    axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[relation]
-    way = places[0].mean(0) - places[1].mean(0)
-    apart = sign * (places[0][:, None, axis] - places[1][None, :, axis])
-    return bool((apart > 0).all() and sign * way[axis] > max(abs(way[1 - axis]), 0.1))

@@ -15,7 +15,8 @@ from torch import Tensor
 from lens_core.types import Prompt, Score
 from lens_core.validators import within
 from lens_shapes.captions import NUMBERS, group_words, plural
-from lens_shapes.reader import NAMES, Reading, judge, lies_behind, read
+from lens_shapes.reader import read
+from lens_shapes.reading import NAMES, Reading, judge, lies_behind
 from lens_shapes.scenes import BACKGROUNDS, COLOURS, RELATIONS
 
 

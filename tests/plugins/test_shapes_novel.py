@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from lens_shapes.captions import brief, dense, prompt
 from lens_shapes.novel import Novel
-from lens_shapes.reader import read, satisfies
+from lens_shapes.reader import read
+from lens_shapes.reading import satisfies
 from lens_shapes.render import render
 from lens_shapes.scenes import NOVEL, SHAPES, TASKS, content, prompt_facts, sample
 from scipy import ndimage

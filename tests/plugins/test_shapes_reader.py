@@ -12,7 +12,8 @@ from attrs import evolve
 from lens_shapes import splits
 from lens_shapes.benchmark import ShapesBenchmark, ShapesReward
 from lens_shapes.hostile import HONEST, HOSTILE, blurred, hazed
-from lens_shapes.reader import OFF, STRANGE, judge, read, satisfies
+from lens_shapes.reader import OFF, STRANGE, read
+from lens_shapes.reading import judge, satisfies
 from lens_shapes.render import coverage, render
 from lens_shapes.scenes import (
     BACKGROUNDS,

@@ -14,7 +14,8 @@ from lens_shapes.captions import caption, dense, phrasings, prompt
 from lens_shapes.dataset import ShapesDataset
 from lens_shapes.facts import label, shown_facts, sub_facts
 from lens_shapes.novel import Novel
-from lens_shapes.reader import judge, read
+from lens_shapes.reader import read
+from lens_shapes.reading import judge
 from lens_shapes.render import render
 from lens_shapes.scenes import COLOURS, NOVEL, SHAPES, TASKS, Scene, Thing, prompt_facts
 from lens_shapes.splits import SPLITS, capacity, colourings, distinct_questions, questions, sample
