@@ -71,6 +71,11 @@ def _here(start: str, catalog: Catalog) -> Path | None:
         return None
 
 
+def _is_unknown(start: str | None, catalog: Catalog) -> bool:
+    """Whether nothing here knows the checkpoint, so that the published model's parts stand in for its own."""
+    return start is not None and _here(start, catalog) is None and catalog.first("lens_describe", Path(start)) is None
+
+
 def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
     """The recipe's pipeline with every shape and no weights, and what was assumed."""
     uses, presets, notes = parts(recipe, catalog)
@@ -81,7 +86,8 @@ def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
             found[kind] = cls(config)
         if kind in MODEL_PARTS:
             found[kind].requires_grad_(False)
-    check_on_meta(*(found.get(kind) for kind in ("vae", "text_encoder", "backbone")))
+    if not _is_unknown(recipe.pipeline.start, catalog):  # else the recipe's parts need not fit those that stand in
+        check_on_meta(*(found.get(kind) for kind in ("vae", "text_encoder", "backbone")))
     return LensPipeline(**found, presets=presets, specs=uses, catalog=catalog), notes
 
 

@@ -76,7 +76,7 @@ def _read_file(reader: Any, name: str, image: str, texts: Mapping[str, str]) -> 
                     else:
                         yield SourceItem(f"{name}:{row}", data, (captions,))
                     row += 1
-        except Exception:
+        except Exception:  # whatever a damaged file makes pyarrow raise; it is counted, and the next group is read
             yield SourceItem(f"{name}:{row}", fault="damaged row group, its rest is lost")
 
 

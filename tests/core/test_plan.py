@@ -34,6 +34,15 @@ def floats(tensors: Iterable[torch.Tensor]) -> int:
     return 4 * sum({id(t): t.numel() for t in tensors}.values())
 
 
+@pytest.mark.parametrize("path", sorted((RECIPES / "tiny").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_small_recipe_has_a_dry_run_before_the_recipes_that_it_starts_from_were_run(
+    path: Path, everything: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where runs/ holds nothing; those at published scale have theirs in test_rival.py
+    text = describe(read_recipe(path, everything), everything)
+    assert "memory, GB" in text or "dollars" in text
+
+
 @pytest.mark.parametrize("name", ["3d_flow_matching", "5_distill_turbo", "lora_moon"])
 def test_it_tells_what_the_run_holds(name: str, everything: Catalog, tmp_path: Path) -> None:
     recipe = read_recipe(RECIPES / "tiny" / f"{name}.yaml", everything)
