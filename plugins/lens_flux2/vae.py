@@ -82,9 +82,10 @@ class Flux2VAE(nn.Module):
         """Of posterior means [B,c,2h,2w], float64: `cells`, how many there are, and their `sum` and `squares` [C].
         Those of several batches add up. A batch that is not finite has none."""
         cells = pixel_unshuffle(mean.double(), PATCH).transpose(0, 1).flatten(1)
-        # One infinite value would stay in the running statistics for good.
-        cells = cells if bool(cells.isfinite().all()) else cells[:, :0]
-        count = torch.tensor(cells.shape[1], dtype=torch.float64, device=cells.device)
+        # One infinite value would stay in the running statistics for good. Decided on the device: no wait for it.
+        whole = cells.isfinite().all()
+        cells = torch.where(whole, cells, 0.0)
+        count = whole.double() * cells.shape[1]
         return {"cells": count, "sum": cells.sum(1), "squares": cells.square().sum(1)}
 
     @torch.no_grad()
