@@ -71,11 +71,6 @@ def _here(start: str, catalog: Catalog) -> Path | None:
         return None
 
 
-def _is_unknown(start: str | None, catalog: Catalog) -> bool:
-    """Whether nothing here knows the checkpoint, so that the published model's parts stand in for its own."""
-    return start is not None and _here(start, catalog) is None and catalog.first("lens_describe", Path(start)) is None
-
-
 def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
     """The recipe's pipeline with every shape and no weights, and what was assumed."""
     uses, presets, notes = parts(recipe, catalog)
@@ -86,7 +81,9 @@ def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
             found[kind] = cls(config)
         if kind in MODEL_PARTS:
             found[kind].requires_grad_(False)
-    if not _is_unknown(recipe.pipeline.start, catalog):  # else the recipe's parts need not fit those that stand in
+    # Where nothing here knows the start, the recipe's own parts need not fit the published ones that stand in for it.
+    known = not notes or catalog.first("lens_describe", Path(recipe.pipeline.start or "")) is not None
+    if known:
         check_on_meta(*(found.get(kind) for kind in ("vae", "text_encoder", "backbone")))
     return LensPipeline(**found, presets=presets, specs=uses, catalog=catalog), notes
 
