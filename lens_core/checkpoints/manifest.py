@@ -150,11 +150,11 @@ def read_manifest(folder: Path, catalog: Catalog) -> dict[str, Any]:
             )
     for name, sound in {"presets": _presets, "plugins": _texts, "provenance": _provenance}.items():
         if not sound(data.get(name, {})):
-            raise CheckpointError(f"{path}: its {name} cannot be meant; mend it, or fetch it again")
+            raise CheckpointError(f"{path}: its {name} cannot be meant; fix it, or fetch it again")
     if not _files(data.get("files", {})):
-        raise CheckpointError(f"{path}: its files are no paths with a SHA-256 each; mend it, or fetch it again")
+        raise CheckpointError(f"{path}: its files are no paths with a SHA-256 each; fix it, or fetch it again")
     if not isinstance(data.get("note", ""), str):
-        raise CheckpointError(f"{path}: its note is no text; mend it, or fetch it again")
+        raise CheckpointError(f"{path}: its note is no text; fix it, or fetch it again")
     return data
 
 
