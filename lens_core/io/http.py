@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
-from attrs import frozen
+from attrs import field, frozen
 
 MAX_HEADER_BYTES = 1 << 16  # of an answer's header
 
@@ -48,6 +48,7 @@ class Answer:
     retry_after: str | None
     location: str | None
     body: bytes  # decompressed
+    headers: Mapping[str, str] = field(factory=dict, eq=False)  # all of them; names in lower case
 
 
 def check_url(url: str) -> str | None:
@@ -165,10 +166,10 @@ async def _read(response: Any, max_bytes: int) -> Answer:
         body += piece
         if len(body) > max_bytes:
             raise TooLarge(f"it is larger than {max_bytes:,} bytes")
-    header = response.headers.get
-    return Answer(
-        response.status_code, header("content-type", "").lower(), header("retry-after"), header("location"), bytes(body)
-    )
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    kind = headers.get("content-type", "").lower()
+    waits, place = headers.get("retry-after"), headers.get("location")
+    return Answer(response.status_code, kind, waits, place, bytes(body), headers)
 
 
 @lru_cache(1)

@@ -5,7 +5,6 @@ completions   what an endpoint's answer is: a reply, or a fault that may pass or
 json_answers  JSON in a model's answer, and whether it fits a schema
 budget        calls and USD that were spent, and their ceilings
 cache         good answers in files
-redaction     keeps a key out of every text
 rubric        reward `rubric`: one call a picture, which answers each of its prompt's rubrics
 prompts       benchmark `prompts`: prompt sets in files (`lens-rl/1`), their reader, writer and linter
 duplicates    near-duplicates among prompts

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,24 +19,24 @@ from urllib.parse import urlsplit, urlunsplit
 from attrs import field, frozen
 
 from lens_core.config import SECRET
+from lens_core.io.api_keys import A_NAME, is_variable_name, read_key, required_key
 from lens_core.io.http import NotSent, TooLarge, UntrustedHost, check_url, post
+from lens_core.io.redaction import redact_all, redacted_line
+from lens_core.io.retries import backoff_seconds
 from lens_core.types import ConfigError, LensError, Message
 from lens_core.validators import integer, optional, real, text
 from lens_llm.budget import Budget, Estimate, LLMError, Spend
 from lens_llm.cache import AnswerCache
 from lens_llm.completions import Fault, Reply, unpack
-from lens_llm.json_answers import clean, read_json, replace_surrogates, unfit
-from lens_llm.redaction import redact, redact_all
+from lens_llm.json_answers import clean, read_json, unfit
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-LONGEST = 60.0  # seconds of backoff at most; an endpoint may ask for more, up to `patience`
 LARGEST = 4 << 20  # bytes of an answer, decompressed
 SECONDS = real(above=0, at_most=86_400)  # up to a day
 OFFICIAL = "https://api.openai.com/v1"
-A_NAME = "must be the name of an environment variable, such as OPENAI_API_KEY"
 
 
 class OpenAI:
@@ -69,7 +68,7 @@ class OpenAI:
 
         def __attrs_post_init__(self) -> None:
             problems = [*_of_request(self)]
-            if not _is_name(self.key_env):  # whoever pastes the key itself must not read it in an error
+            if not is_variable_name(self.key_env):  # whoever pastes the key itself must not read it in an error
                 problems.append(f"key_env {A_NAME}")
             flaw = check_url(self.base_url) if self.base_url else None
             if flaw:
@@ -122,7 +121,7 @@ class OpenAI:
             answer, flaw = self._read(text, schema, check)
             if flaw is not None:
                 words = f"{self.config.model}: the answer is still wrong after one repair: {flaw}"
-                raise LLMError(_line(words, self._secret()))
+                raise LLMError(redacted_line(words, self._secret()))
         self._cache.write(key, answer if schema is None else json.dumps(answer))
         return answer
 
@@ -201,7 +200,8 @@ class OpenAI:
 
     def _ask(self, turns: list[dict[str, Any]], schema: Mapping[str, Any] | None, tokens: int, key: str) -> str:
         """One answer, after as many retries as it takes and is allowed."""
-        url, secret = self._place(), self._needed()  # before anything is counted: without a key nothing is sent
+        url = self._place()  # before anything is counted, as is the key: without them nothing is sent
+        secret = required_key(self.config.key_env, self.config.model, LLMError)
         body = json.dumps(self._body(turns, schema)).encode()
         words = ""
         for attempt in range(self.config.retries + 1):
@@ -213,15 +213,13 @@ class OpenAI:
                 self._settle(most, outcome)
             if isinstance(sent, Reply):
                 return sent.text
-            words = _line(f"{self.config.model}: {sent.words}", secret)
+            words = redacted_line(f"{self.config.model}: {sent.words}", secret)
             if not sent.again:
                 raise LLMError(words)
             if sent.wait > self.config.patience:
                 raise LLMError(f"{words}; it asks to wait {sent.wait:.0f} s, more than patience allows")
             if attempt < self.config.retries:
-                # The jitter comes from the question, so that requests which failed together do not return together.
-                jitter = int(hashlib.sha256(f"{key} {attempt}".encode()).hexdigest()[:8], 16) / 2**32
-                self._sleep(sent.wait + min(LONGEST, 2.0**attempt) * (0.5 + jitter / 2))
+                self._sleep(sent.wait + backoff_seconds(attempt, key))
         raise LLMError(f"{words} ({self.config.retries + 1} attempts)")
 
     def _settle(self, reserved: float, outcome: Reply | Fault | None) -> None:
@@ -229,20 +227,7 @@ class OpenAI:
         self.budget.settle(reserved, tokens, billed=not isinstance(outcome, Fault) or outcome.billed)
 
     def _secret(self) -> str | None:
-        """The key as it stands in the environment, without blanks around it, such as the end of a line."""
-        return os.environ.get(self.config.key_env, "").strip() or None
-
-    def _needed(self) -> str:
-        """The key, or LLMError, which names the variable, where there is none that could be sent."""
-        secret, name = self._secret(), self.config.key_env
-        if secret is None:
-            raise LLMError(f"{self.config.model}: the environment variable {name} is not set")
-        if not (secret.isascii() and secret.isprintable()) or " " in secret:
-            raise LLMError(
-                f"{self.config.model}: the environment variable {name} holds a space, a line's end or another "
-                "character that no key has; set it to the key alone"
-            )
-        return secret
+        return read_key(self.config.key_env)
 
     def _place(self) -> str:
         """The address that chats are sent to."""
@@ -334,27 +319,9 @@ def _of_request(c: OpenAI.Config) -> Iterator[str]:
         yield "rename gives two fields of a request one name; leave one out with request: {NAME: null}"
 
 
-def _is_name(text: Any) -> bool:
-    """Whether `text` is the name of a variable, and no key pasted in its place: upper case, in words, few digits."""
-    if not isinstance(text, str):
-        return False
-    words = text.split("_")
-    return (
-        re.fullmatch(r"[A-Z_][A-Z0-9_]*", text) is not None
-        and len(text) <= 64
-        and all(len(w) <= 16 and sum(c.isdigit() for c in w) <= 4 for w in words)
-    )
-
-
 def _guess(text: str) -> int:
     """Tokens. One is seldom fewer than 3 bytes, whatever the script: a guess that rather errs upwards."""
     return len(text.encode("utf-8", "replace")) // 3
-
-
-def _line(words: str, secret: str | None) -> str:
-    """One line of at most 300 characters without the key, which some endpoints quote."""
-    line = " ".join(redact(replace_surrogates(words[:4000]), secret).split())
-    return line if len(line) <= 300 else f"{line[:299]}…"
 
 
 def _turn(message: Message) -> dict[str, Any]:

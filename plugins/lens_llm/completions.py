@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 from attrs import frozen
 
 from lens_core.io.http import Answer
-from lens_llm.json_answers import parse, replace_surrogates
-from lens_llm.redaction import LEAST, redact
+from lens_core.io.redaction import LEAST, redact, replace_surrogates
+from lens_core.io.retries import retry_after_seconds
+from lens_llm.json_answers import parse
 
 TRANSIENT = frozenset({408, 429})  # and 5xx: the same request may succeed later
 
@@ -170,16 +169,3 @@ def fault_of_status(status: int, words: str, retry_after: str | None) -> Fault:
     """The fault that a status means."""
     again = status in TRANSIENT or 500 <= status <= 599
     return Fault(f"HTTP {status}: {words}", again, retry_after_seconds(retry_after))
-
-
-def retry_after_seconds(header: str | None) -> float:
-    """Seconds to wait by a Retry-After header, which holds seconds or a date; 0 where it is absent, unreadable, not a
-    number or past."""
-    try:
-        wait = float(header or 0)
-    except ValueError:
-        try:
-            wait = parsedate_to_datetime(str(header)).timestamp() - time.time()
-        except (ValueError, TypeError, IndexError, OverflowError, OSError):
-            return 0.0
-    return wait if wait > 0 else 0.0  # not a number is not above 0

@@ -7,10 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-
-def replace_surrogates(text: str) -> str:
-    """Text in which half characters (lone surrogates), which no file can hold, are replaced."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+from lens_core.io.redaction import replace_surrogates
 
 
 def clean(value: Any) -> Any:

@@ -22,13 +22,13 @@ import torch
 from attrs import frozen
 from lens_llm.budget import LLMError
 from lens_llm.client import LARGEST, OpenAI
-from lens_llm.completions import retry_after_seconds
-from lens_llm.redaction import redact
 from lens_llm.rubric import RubricReward
 from test_llm_client import ASK, KEY, SCHEMA, client, endpoint, fault, refuse, reset, send  # noqa: F401  # fixtures
 
 from lens_core.config import structure
 from lens_core.io.http import post
+from lens_core.io.redaction import redact
+from lens_core.io.retries import retry_after_seconds
 from lens_core.recipe import ComponentSpec
 from lens_core.types import ConfigError, Message, Prompt
 

@@ -52,6 +52,17 @@ def redact_all(value: Any, secret: str | None) -> Any:
     return value
 
 
+def replace_surrogates(text: str) -> str:
+    """Text in which half characters (lone surrogates), which no file can hold, are replaced."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def redacted_line(words: str, secret: str | None, most: int = 300) -> str:
+    """What a server says as one line of at most `most` characters, without the key."""
+    line = " ".join(redact(replace_surrogates(words[:4000]), secret).split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
 def _parts(text: str, secret: str) -> Iterator[tuple[int, int]]:
     """Where 8 characters of a form of the key stand."""
     parts = {form[i : i + LEAST] for form in _forms(secret) for i in range(len(form) - LEAST + 1)}
