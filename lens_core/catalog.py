@@ -12,7 +12,7 @@ import importlib.metadata
 import inspect
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from inspect import isfunction
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import pluggy
 from attrs import field, frozen, mutable
 
-from lens_core import hookspecs
+from lens_core import hookspecs, plugin_files
 from lens_core.attribution import remember
 from lens_core.io.readers import one_line, shown
 from lens_core.protocols import KINDS, HasWeights
@@ -173,8 +173,12 @@ class Catalog:
         self._manager.add_hookspecs(hookspecs)
 
     @classmethod
-    def installed(cls) -> Catalog:
-        """Every plugin of the entry-point group `lens.v1`; `LENS_PLUGINS=a,b` narrows it to those names."""
+    def installed(cls, extra: Iterable[ModuleType] = ()) -> Catalog:
+        """Every plugin of the entry-point group `lens.v1`; `LENS_PLUGINS=a,b` narrows it to those names.
+
+        Beside them stand the modules `extra`, whose classes with a `kind` need no hook, and the files that
+        `LENS_PLUGIN_FILES` names, separated as PATH is.
+        """
         catalog = cls()
         wanted = [n.strip() for n in os.environ.get("LENS_PLUGINS", "").split(",") if n.strip()]
         points = sorted(importlib.metadata.entry_points(group=hookspecs.ENTRY_POINTS), key=lambda p: p.name)
@@ -193,6 +197,10 @@ class Catalog:
                     catalog.plugins.append(
                         Plugin(point.name, dist.name if dist else "?", dist.version if dist else "?", None, error)
                     )
+        for path in plugin_files.from_environment():
+            catalog._add(Plugin(path.stem, path.name, "file"), partial(plugin_files.load, path))
+        for module in extra:
+            catalog._add(Plugin(module.__name__, module.__name__, "0"), partial(plugin_files.with_hooks, module))
         return catalog
 
     @classmethod

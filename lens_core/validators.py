@@ -36,6 +36,10 @@ class Rule:
     def allows(self, value: Any) -> bool:
         return next(self.problems(value, ""), None) is None
 
+    def words(self) -> str:
+        """The allowed values in words, for documentation."""
+        return ""
+
     def __call__(self, instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         for _ in self.problems(value, attribute.name):
             raise RangeError(list(problems(instance)))
@@ -69,6 +73,13 @@ class _Number(Rule):
         if self.whole and self.at_most is None and self.below is None and abs(value) > COUNT:
             words.append(f"at most {COUNT}")
         return (" and ".join(words) or "finite") + (", or 0" if self.zero else "")
+
+    def words(self) -> str:
+        if self.at_least is not None and self.at_most is not None:
+            most = "2^63 - 1" if self.at_most == 2**63 - 1 else self.at_most
+            return f"{self.at_least} to {most}" + (", or 0" if self.zero else "")
+        limits = self.range(0).removeprefix("finite").removeprefix(" and ")
+        return limits if limits != ", or 0" else ""
 
     def fits(self, value: Any) -> bool:
         low = -COUNT if self.whole and self.at_least is None and self.above is None else -math.inf
@@ -141,16 +152,18 @@ def within(low: float, high: float) -> Rule:
 
 class _OneOf(Rule):
     def __init__(self, words: Collection[str]) -> None:
-        self.words = tuple(words)
+        self.options = tuple(words)
+
+    def words(self) -> str:
+        *some, last = self.options
+        return f"{', '.join(some)} or {last}" if some else last
 
     def problems(self, value: Any, place: str) -> Iterator[str]:
-        if not isinstance(value, str) or value not in self.words:
-            *some, last = self.words
-            listed = f"{', '.join(some)} or {last}" if some else last
-            hint = did_you_mean(value[:80] if isinstance(value, str) else "", self.words)
-            if len(self.words) <= LISTED:
+        if not isinstance(value, str) or value not in self.options:
+            hint = did_you_mean(value[:80] if isinstance(value, str) else "", self.options)
+            if len(self.options) <= LISTED:
                 hint = hint if hint.startswith(" Did") else ""
-                yield f"{place}: must be {listed}, not {shown(value)}.{hint}".removesuffix(".")
+                yield f"{place}: must be {self.words()}, not {shown(value)}.{hint}".removesuffix(".")
             else:
                 yield f"{place}: {shown(value)} is not known.{hint}"
 
@@ -162,11 +175,14 @@ def one_of(*words: str) -> Rule:
 
 class _Text(Rule):
     def __init__(self, pattern: str, words: str) -> None:
-        self.pattern, self.words = re.compile(pattern), words
+        self.pattern, self.description = re.compile(pattern), words
+
+    def words(self) -> str:
+        return self.description
 
     def problems(self, value: Any, place: str) -> Iterator[str]:
         if not isinstance(value, str) or not self.pattern.fullmatch(value):
-            yield f"{place}: must be {self.words}, not {shown(value)}"
+            yield f"{place}: must be {self.description}, not {shown(value)}"
 
 
 def matching(pattern: str, words: str) -> Rule:
@@ -183,6 +199,9 @@ class _Optional(Rule):
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
 
+    def words(self) -> str:
+        return self.rule.words()
+
     def problems(self, value: Any, place: str) -> Iterator[str]:
         if value is not None:
             yield from self.rule.problems(value, place)
@@ -196,6 +215,12 @@ def optional(rule: Rule) -> Rule:
 class _Each(Rule):
     def __init__(self, rule: Rule | None, at_least: int, keys: Rule | None) -> None:
         self.rule, self.at_least, self.keys = rule, at_least, keys
+
+    def words(self) -> str:
+        items = self.rule.words() if self.rule else ""
+        keys = f"keys: {self.keys.words()}" if self.keys and self.keys.words() else ""
+        count = f"at least {self.at_least} item{'s' * (self.at_least > 1)}" if self.at_least else ""
+        return "; ".join(part for part in (count, keys, f"each {items.removeprefix('each ')}" if items else "") if part)
 
     def problems(self, value: Any, place: str) -> Iterator[str]:
         if isinstance(value, str) or not isinstance(value, Collection):

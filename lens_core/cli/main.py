@@ -9,7 +9,7 @@ from inspect import isfunction
 
 from cyclopts import App
 
-from lens_core import __version__
+from lens_core import __version__, plugin_files
 from lens_core.catalog import Catalog, resolve
 from lens_core.cli import terminal
 from lens_core.cli.bench import bench, compare
@@ -52,11 +52,12 @@ def _module_exists(module: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code. Every error is one line on stderr, after its traceback with
     LENS_DEBUG=1 in the environment."""
-    words = sys.argv[1:] if arguments is None else arguments
+    words = list(sys.argv[1:] if arguments is None else arguments)
     terminal.escape_unprintable()
     warnings.showwarning = lambda message, *_: terminal.print_error(readers.one_line(message, 1000))
     try:
         terminal.check_arguments(words)
+        plugin_files.add_to_environment(terminal.take_option(words, "--plugin"))
         if (
             not words or words[0] not in CORE_COMMANDS or words[0] == "bench"
         ):  # a plugin's command, or help, which lists them

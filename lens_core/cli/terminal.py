@@ -27,6 +27,17 @@ def check_arguments(words: list[str]) -> None:
             ) from error
 
 
+def take_option(words: list[str], name: str) -> list[str]:
+    """Remove `name VALUE` and `name=VALUE` where they stand before the command -> the values."""
+    values = []
+    while words and (words[0] == name or words[0].startswith(f"{name}=")):
+        first = words.pop(0)
+        if first == name and not words:
+            raise ConfigError(f"{name} needs a value")
+        values.append(words.pop(0) if first == name else first.partition("=")[2])
+    return values
+
+
 def report_error(error: BaseException, code: int) -> int:
     """Print an error, one line a problem -> the exit code: `code`, or 2 for arguments that no command takes.
 

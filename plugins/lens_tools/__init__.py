@@ -4,6 +4,9 @@ commands        the commands, which parse, call one function of the modules belo
 convert         `lens convert`: a checkpoint from one layout to another, or to another dtype, a piece at a time
 curves          `lens curves`: what runs have logged, drawn over their steps
 doctor          `lens doctor`: this machine, and what would fit on it
+reference       what every component is and takes, read from the code
+reference_pages     the same as text and as Markdown
+reference_commands  `lens components`, `lens show`
 training_speed  `lens bench train`: what a training step costs, by part, packed and bucketed
 """
 
@@ -14,7 +17,8 @@ from lens_core import hookimpl
 
 @hookimpl
 def lens_commands() -> dict[str, str]:
-    from lens_tools import commands  # light; so `lens --help` can tell what each is for
+    from lens_tools import commands, reference_commands  # light; so `lens --help` can describe them
 
     functions = {"bench train": "bench_train", "convert": "convert", "curves": "curves", "doctor": "doctor"}
-    return {name: f"{commands.__name__}:{function}" for name, function in functions.items()}
+    places = {name: f"{commands.__name__}:{function}" for name, function in functions.items()}
+    return places | {name: f"{reference_commands.__name__}:{name}" for name in ("components", "show")}
