@@ -1,1 +1,1 @@
-"""Reasoners: rewrite a request into a detailed prompt before it is drawn, and search for the system prompt that does so best."""
+"""Reasoners: rewrite a request into a detailed prompt before it is drawn, and search for the best system prompt."""

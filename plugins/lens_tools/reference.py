@@ -128,7 +128,7 @@ def _texts_in_source(module: ModuleType, hook: str) -> dict[str, str] | None:
             for key, value in pairs:
                 if not (isinstance(key, ast.Constant) and isinstance(value, ast.Name) and value.id in places):
                     return None
-                texts[key.value] = _docstring(*places[value.id])
+                texts[str(key.value)] = _docstring(*places[value.id])
             return None if None in texts.values() else typing.cast("dict[str, str]", texts)
         elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
             return None
