@@ -74,6 +74,11 @@ def lens_generators() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a 
 
 
 @spec
+def lens_perceivers() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
+    """Models that read pictures for benchmarks: detectors, OCR engines, encoders."""
+
+
+@spec
 def lens_llms() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
     """Language models to chat with."""
 

@@ -12,10 +12,23 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
-from lens_core.types import Batch, Drop, Loss, Message, Prompt, Record, Score, TextFeatures
+from lens_core.types import (
+    Batch,
+    Drop,
+    Loss,
+    Message,
+    PictureOutcome,
+    PictureRequest,
+    Prompt,
+    Record,
+    Score,
+    SystemInfo,
+    TextFeatures,
+)
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import Tensor, nn
 
 
@@ -185,11 +198,55 @@ class Benchmark(Protocol):
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Sequence[Score]:
         """Images uint8 [B,3,H,W] -> one Score each; `lens_core.evaluation.run` gathers them by task."""
 
+    # Optional: `images_per_prompt: int`, 1 where absent, and `size: (height, width)` px that it asks generators for.
+    # Optional, together, of a benchmark that perceives and decides by rules of its own; `lens_core.evaluation.stages`
+    # calls them instead of `score`:
+    #   reference(prompt) -> Mapping: JSON fields of each line of its perceptions, known without a picture.
+    #   perceive(pictures: Sequence[Picture], folder: Path) -> one list of Mappings a picture: JSON fields of its lines,
+    #       beside those of `reference`. The pictures of one prompt come together; caches go below `folder`.
+    #   decide(perceptions: Path) -> Decision.
+
 
 @runtime_checkable
 class Generator(Protocol):
-    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
-        """-> Images uint8 [B,3,H,W]; row i depends on prompt i and seed i alone."""
+    """A system that draws: a checkpoint, another library's pipeline, a remote API, a folder of pictures.
+
+    Building it must neither load weights nor need a key: `estimate` is asked for in dry runs.
+    """
+
+    def describe(self) -> SystemInfo:
+        """What draws. May load the model; raises LensError where it cannot be used (no key, no such model)."""
+
+    def generate(self, requests: Sequence[PictureRequest]) -> Iterator[PictureOutcome]:
+        """One outcome a request, each as soon as it is known, in any order. A picture depends on its request alone.
+
+        Raises StopGeneration, after what is finished has been yielded, where nothing more can be drawn.
+        """
+
+    # Optional: `batch_size: int`, how many requests a call should get; 1 where absent.
+    # Optional: estimate(count: int, size: (height, width) | None) -> GenerationEstimate of so many pictures. Sends
+    # nothing.
+    # Optional: close(), after the last call.
+
+
+@runtime_checkable
+class Perceiver(Protocol):
+    """A model that reads pictures for a benchmark: objects, colours, words, answers, features.
+
+    `perceives` says what, and with it what a question and an answer are; `lens_bench.perceivers` has the table.
+    Building it loads nothing.
+    """
+
+    perceives: str
+
+    def describe(self) -> Mapping[str, Any]:
+        """JSON: "model", "revision" and "version", which changes whenever the same picture may be read otherwise."""
+
+    def perceive(self, images: Sequence[Image], questions: Sequence[Any]) -> Sequence[Any]:
+        """RGB pictures, with a question each (JSON; None where there is nothing to ask) -> one answer each, JSON."""
+
+    def canary(self) -> str | None:
+        """What is wrong with its answer about a picture of known content, or None. Asked once before it is used."""
 
 
 @runtime_checkable
@@ -264,6 +321,7 @@ KINDS: dict[str, tuple[str, type[Any]]] = {
     "curator": ("lens_curators", Curator),
     "benchmark": ("lens_benchmarks", Benchmark),
     "generator": ("lens_generators", Generator),
+    "perceiver": ("lens_perceivers", Perceiver),
     "llm": ("lens_llms", LLM),
 }
 """Kind -> (the hook that provides it, what its classes must offer)."""

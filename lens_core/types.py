@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import evolve, field, frozen
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
@@ -58,6 +60,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if close:
         return f" Did you mean {close[0]!r}?"
     return f" Known: {', '.join(names)}." if names else ""
+
+
+class StopGeneration(LensError):
+    """A generator cannot go on: a wrong key, no quota, a ceiling that is reached. Nothing more is requested of it."""
 
 
 @frozen
@@ -106,6 +112,73 @@ class Score:
         # A value that is not finite may stand here: whoever averages scores takes it for a failure of its one picture.
         if self.value is not None and not isinstance(self.value, Real):
             raise ValueError(f"a score's value is a number, not {str(self.value)[:80]}; what broke is 'failed'")
+
+
+@frozen
+class SystemInfo:
+    """What a generator is: the model's name (or the API's id of it), its revision, and the settings that decide its
+    pictures beside prompt and seed. `seeded`: whether the seed of a request decides the picture."""
+
+    name: str
+    revision: str = ""  # "": none is known
+    settings: Mapping[str, Any] = field(factory=dict)  # JSON; no key, no address with a password
+    seeded: bool = True
+
+
+@frozen
+class PictureRequest:
+    """One picture to generate. `prompt_id` and `index` (from 0, of the pictures of one prompt) name it in its benchmark;
+    `size` is (height, width) in px, None for the generator's own."""
+
+    prompt: str
+    seed: int = 0
+    size: tuple[int, int] | None = None
+    prompt_id: str = ""
+    index: int = 0
+
+
+@frozen
+class PictureOutcome:
+    """What became of a request: `ok` with a picture, `refused` by the system's policy, or `failed` otherwise.
+
+    A refusal is final; a failure is tried again when the run is started again. `reason` begins with a code, as in
+    "moderation_blocked: the prompt …", and is empty for `ok`.
+    """
+
+    request: PictureRequest
+    status: Literal["ok", "refused", "failed"]
+    image: bytes = b""  # a PNG, JPEG or WebP file, of an `ok`
+    reason: str = ""
+    seconds: float = 0.0  # from the request to the picture; of a batch, its share
+    usd: float = 0.0  # what was paid, if it is known
+    sent_prompt: str | None = None  # as the system got it, after any rewriting; None: the request's
+    facts: Mapping[str, Any] = field(factory=dict)  # JSON: what the system said about the picture
+
+    def __attrs_post_init__(self) -> None:
+        if self.status not in ("ok", "refused", "failed"):
+            raise ValueError(f"an outcome's status is ok, refused or failed, not {str(self.status)[:80]!r}")
+        if (self.status == "ok") != bool(self.image):
+            raise ValueError(f"an outcome that is {self.status!r} has {'no' if not self.image else 'a'} picture")
+
+
+@frozen
+class Picture:
+    """A picture of a benchmark's run: its file, the SHA-256 of that file, the prompt that it answers, and its number
+    among the pictures of that prompt, from 0."""
+
+    path: Path
+    sha256: str
+    prompt: Prompt
+    index: int = 0
+
+
+@frozen
+class GenerationEstimate:
+    """What pictures will cost, for a dry run. None: not known before something is drawn."""
+
+    calls: int
+    usd: float | None = None
+    seconds: float | None = None
 
 
 @frozen

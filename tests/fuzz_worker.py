@@ -426,7 +426,7 @@ class Targets:
         report.table(found).encode()
 
     def manifest(self, rng: random.Random) -> None:
-        from lens_bench.manifest import Manifest
+        from lens_core.evaluation.manifest import Manifest
 
         row = {
             "prompt_id": "0", "index": 0, "prompt": "a dog", "sent_prompt": "a dog", "seed": 1, "system": "m",

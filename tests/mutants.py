@@ -257,8 +257,8 @@ MUTANTS = [
         ("for i in range(of)]", "for i in range(min(of, 1))]"),
     ),
     *_of(
-        "plugins/lens_bench/manifest.py",
-        "tests/plugins/test_bench_manifest.py",
+        "lens_core/evaluation/manifest.py",
+        "tests/core/test_manifest.py",
         ('or self.entries[k].status == "failed"]', 'or self.entries[k].status != "ok"]'),
         ("            _remove_torn_line(self.path)\n", ""),
         ("hash_of(path) != entry.sha256", "False"),

@@ -186,7 +186,7 @@ def specs() -> dict[str, object]:
 
 
 def test_every_hook_is_prefixed_and_documented() -> None:
-    assert len(specs()) == 15
+    assert len(specs()) == 16
     for name, hook in specs().items():
         assert name.startswith("lens_")
         assert inspect.getdoc(hook), name

@@ -5,10 +5,8 @@ cvtg        CVTG-2K: words of a prompt, from lines of OCR
 longtext    LongText-Bench: recall of words, from the text that a vision model reads
 oneig       OneIG: the text dimension
 text        what the text benchmarks share: characters that count, edit distance
-lines       perceptions on disk: a JSON object a line, every error with its line and its field
 benchmarks  how a line of each is checked, decided and summed up
 report      a file to verdicts and headlines, by the official and by the strict rule
-manifest    which picture was generated from which prompt: append-only, read again after an interruption
 commands    `lens score`
 """
 

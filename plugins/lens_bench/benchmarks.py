@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 from attrs import asdict, fields_dict, frozen
 
-from lens_bench import cvtg, geneval, lines, longtext, oneig
-from lens_bench.lines import FieldError
+from lens_bench import cvtg, geneval, longtext, oneig
 from lens_core.evaluation.statistics import ClusteredScores, Estimate, mean_of_tasks, middle
-from lens_core.io import readers
+from lens_core.io import json_fields, readers
+from lens_core.io.json_fields import FieldError
+
+MOST_ROWS = 2**12  # detections of one class
+LARGEST_COORDINATE = 1e6  # pixels; squares and products of larger ones leave a float's range in the end
 
 Line = Mapping[str, Any]
 Metrics = dict[str, Estimate]
@@ -48,58 +51,58 @@ class Benchmark:
 
 
 def _clauses(metadata: Mapping[str, Any], kind: str) -> None:
-    for i, value in enumerate(lines.items(metadata.get(kind, []), f"metadata.{kind}")):
+    for i, value in enumerate(json_fields.items(metadata.get(kind, []), f"metadata.{kind}")):
         name = f"metadata.{kind}[{i}]"
-        clause = lines.mapping(value, name)
-        lines.choice(lines.field(clause, "class", f"{name}."), f"{name}.class", geneval.CLASSES)
-        lines.whole(lines.field(clause, "count", f"{name}."), f"{name}.count", low=1)
+        clause = json_fields.mapping(value, name)
+        json_fields.choice(json_fields.field(clause, "class", f"{name}."), f"{name}.class", geneval.CLASSES)
+        json_fields.whole(json_fields.field(clause, "count", f"{name}."), f"{name}.count", low=1)
         if "color" in clause:
-            lines.choice(clause["color"], f"{name}.color", geneval.COLORS)
+            json_fields.choice(clause["color"], f"{name}.color", geneval.COLORS)
         if "position" in clause:
-            pair = lines.items(clause["position"], f"{name}.position")
+            pair = json_fields.items(clause["position"], f"{name}.position")
             if len(pair) != 2:
                 raise FieldError(f"{name}.position", f"must be [relation, clause], not {readers.shown(pair)}")
-            lines.choice(pair[0], f"{name}.position[0]", geneval.RELATIONS)
-            lines.whole(pair[1], f"{name}.position[1]")
+            json_fields.choice(pair[0], f"{name}.position[0]", geneval.RELATIONS)
+            json_fields.whole(pair[1], f"{name}.position[1]")
 
 
 def _metadata(line: Line) -> dict[str, Any]:
-    metadata = lines.mapping(lines.field(line, "metadata"), "metadata")
-    lines.text(lines.field(metadata, "tag", "metadata."), "metadata.tag")
+    metadata = json_fields.mapping(json_fields.field(line, "metadata"), "metadata")
+    json_fields.text(json_fields.field(metadata, "tag", "metadata."), "metadata.tag")
     _clauses(metadata, "include")
     _clauses(metadata, "exclude")
     return metadata
 
 
 def _options(line: Line) -> geneval.Options:
-    given = lines.mapping(line.get("options") or {}, "options")
+    given = json_fields.mapping(line.get("options") or {}, "options")
     for name in given:
-        lines.choice(name, f"options.{name[:40]}", list(fields_dict(geneval.Options)))
-        lines.number(given[name], f"options.{name}")
+        json_fields.choice(name, f"options.{name[:40]}", list(fields_dict(geneval.Options)))
+        json_fields.number(given[name], f"options.{name}")
     if "max_objects" in given:
-        lines.whole(given["max_objects"], "options.max_objects", low=0)
+        json_fields.whole(given["max_objects"], "options.max_objects", low=0)
     return geneval.Options(**given)
 
 
 def _detections(line: Line) -> dict[str, list[list[float]]]:
-    detections = lines.mapping(lines.field(line, "detections"), "detections")
+    detections = json_fields.mapping(json_fields.field(line, "detections"), "detections")
     for name, rows in detections.items():
-        lines.choice(name, f"detections.{name[:40]}", geneval.CLASSES)
-        if len(lines.items(rows, f"detections.{name}")) > lines.MOST_ROWS:
-            raise FieldError(f"detections.{name}", f"has {len(rows)} rows; at most {lines.MOST_ROWS} are read")
+        json_fields.choice(name, f"detections.{name[:40]}", geneval.CLASSES)
+        if len(json_fields.items(rows, f"detections.{name}")) > MOST_ROWS:
+            raise FieldError(f"detections.{name}", f"has {len(rows)} rows; at most {MOST_ROWS} are read")
         for i, row in enumerate(rows):
             place = f"detections.{name}[{i}]"
-            if len(lines.items(row, place)) != 5:
+            if len(json_fields.items(row, place)) != 5:
                 raise FieldError(place, f"must be [x1, y1, x2, y2, score], not {readers.shown(row)}")
             for value in row:
-                lines.number(value, place, lines.LARGEST_COORDINATE)
+                json_fields.number(value, place, LARGEST_COORDINATE)
     return detections
 
 
 def _decide_geneval(line: Line) -> dict[str, Any]:
-    colors = lines.mapping(line.get("colors") or {}, "colors")
+    colors = json_fields.mapping(line.get("colors") or {}, "colors")
     for name, answers in colors.items():
-        lines.items(answers, f"colors.{name[:40]}")
+        json_fields.items(answers, f"colors.{name[:40]}")
     return asdict(geneval.decide(_metadata(line), _detections(line), colors, _options(line)))
 
 
@@ -137,14 +140,14 @@ def _pooled_words(rows: Sequence[Row], right: str, total: str) -> Estimate:
 
 
 def _prompt(line: Line) -> str:
-    return lines.text(lines.field(line, "prompt"), "prompt")
+    return json_fields.text(json_fields.field(line, "prompt"), "prompt")
 
 
 def _decide_cvtg(line: Line) -> dict[str, Any]:
-    given = lines.field(line, "ocr_lines")
+    given = json_fields.field(line, "ocr_lines")
     failed = given == "RAISE"
     return asdict(
-        cvtg.decide(_prompt(line), None if failed or given is None else lines.texts(given, "ocr_lines"), failed)
+        cvtg.decide(_prompt(line), None if failed or given is None else json_fields.texts(given, "ocr_lines"), failed)
     )
 
 
@@ -155,12 +158,12 @@ def _cvtg_metrics(rows: Sequence[Row]) -> Metrics:
 
 
 def _references(line: Line) -> list[str]:
-    return lines.texts(lines.field(line, "text"), "text")
+    return json_fields.texts(json_fields.field(line, "text"), "text")
 
 
 def _longtext(chinese: bool) -> Benchmark:
     def decide(line: Line) -> dict[str, Any]:
-        ocr = lines.text(lines.field(line, "ocr_raw"), "ocr_raw")
+        ocr = json_fields.text(json_fields.field(line, "ocr_raw"), "ocr_raw")
         return asdict(longtext.decide(_references(line), ocr, chinese))
 
     return Benchmark(
@@ -174,14 +177,14 @@ def _longtext(chinese: bool) -> Benchmark:
 
 
 def _content(line: Line) -> str:
-    return lines.text(lines.field(line, "text_content"), "text_content")
+    return json_fields.text(json_fields.field(line, "text_content"), "text_content")
 
 
 def _oneig(language: str) -> Benchmark:
     worst = oneig.WORST_DISTANCE[language]
 
     def decide(line: Line) -> dict[str, Any]:
-        return asdict(oneig.decide(_content(line), lines.text(lines.field(line, "ocr_raw"), "ocr_raw")))
+        return asdict(oneig.decide(_content(line), json_fields.text(json_fields.field(line, "ocr_raw"), "ocr_raw")))
 
     def nothing(line: Line) -> dict[str, Any]:
         return asdict(oneig.decide(_content(line), "")) | {"edit_distance": worst, "completed": 0}
@@ -227,7 +230,7 @@ def _oneig_metrics(rows: Sequence[Row], worst: float) -> Metrics:
 
 
 def _category(line: Line) -> str:
-    return lines.text(line.get("category", ""), "category")
+    return json_fields.text(line.get("category", ""), "category")
 
 
 BENCHMARKS = {

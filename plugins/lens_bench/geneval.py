@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from lens_bench.lines import FieldError, choice
+from lens_core.io.json_fields import FieldError, choice
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

@@ -15,13 +15,14 @@ from typing import Any
 
 from attrs import asdict, frozen
 
-from lens_bench import geneval, lines
+from lens_bench import geneval
 from lens_bench.benchmarks import BENCHMARKS, Metrics, Row
-from lens_bench.lines import FieldError
 from lens_core.evaluation.statistics import Estimate
-from lens_core.io import atomic_files, readers
+from lens_core.io import atomic_files, json_fields, readers
+from lens_core.io.json_fields import FieldError
 from lens_core.types import ConfigError, LensError, did_you_mean
 
+STATUSES = ("ok", "refused", "failed", "missing")  # what became of a picture; only "ok" can have perceptions
 MOST_PROBLEMS = 20  # lines of errors that are shown
 
 
@@ -57,7 +58,7 @@ def score(name: str, path: Path) -> Report:
     if name not in BENCHMARKS:
         raise ConfigError(f"no benchmark is called {name!r}.{did_you_mean(name, BENCHMARKS)}")
     tally = _Tally(name)
-    for number, line in lines.numbered(path):
+    for number, line in json_fields.numbered(path):
         try:
             if isinstance(line, FieldError):
                 raise line
@@ -87,11 +88,11 @@ class _Tally:
         self.perceiver: tuple[Any, int] | None = None
 
     def add(self, line: dict[str, Any], number: int) -> None:
-        bench = lines.choice(line.get("bench", self.name), "bench", list(BENCHMARKS))
+        bench = json_fields.choice(line.get("bench", self.name), "bench", list(BENCHMARKS))
         if bench != self.name:
             self.others[bench] += 1
             return
-        status = lines.choice(line.get("status", "ok"), "status", lines.STATUSES)
+        status = json_fields.choice(line.get("status", "ok"), "status", STATUSES)
         self._check_identity(line, number)
         if status == "ok":
             self._check_perceiver(line, number)

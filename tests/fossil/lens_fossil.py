@@ -24,11 +24,14 @@ from lens_core.types import (
     Loss,
     Message,
     NumericalError,
+    PictureOutcome,
+    PictureRequest,
     PluginError,
     Prompt,
     Record,
     Score,
     Shard,
+    SystemInfo,
     TextFeatures,
     did_you_mean,
     move,
@@ -149,7 +152,24 @@ class FossilBenchmark(Base):
 
 
 class FossilGenerator(Base):
-    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Any:
+    def describe(self) -> SystemInfo:
+        return SystemInfo("fossil")
+
+    def generate(self, requests: Sequence[PictureRequest]) -> Iterator[PictureOutcome]:
+        for request in requests:
+            yield PictureOutcome(request, "refused", reason="extinct: nothing is drawn")
+
+
+class FossilPerceiver(Base):
+    perceives = "lines"
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"model": "fossil", "revision": "1", "version": 1}
+
+    def perceive(self, images: Sequence[Any], questions: Sequence[Any]) -> Sequence[Any]:
+        return [[] for _ in images]
+
+    def canary(self) -> str | None:
         return None
 
 
@@ -211,6 +231,11 @@ def lens_benchmarks() -> dict[str, type[Any]]:
 @hookimpl
 def lens_generators() -> dict[str, type[Any]]:
     return {"fossil": FossilGenerator}
+
+
+@hookimpl
+def lens_perceivers() -> dict[str, type[Any]]:
+    return {"fossil": FossilPerceiver}
 
 
 @hookimpl

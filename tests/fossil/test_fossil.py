@@ -16,7 +16,7 @@ from lens_core.protocols import KINDS
 from lens_core.recipe import ComponentSpec, build
 from lens_core.types import ConfigError, Record
 
-FROZEN = "f9b2bf6cc3220189"
+FROZEN = "0994bad41378eaf9"
 
 
 def test_the_fossil_has_not_been_edited() -> None:

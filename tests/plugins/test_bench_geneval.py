@@ -13,7 +13,8 @@ import pytest
 from attrs import asdict
 from lens_bench import geneval
 from lens_bench.geneval import CLASSES, COLORS, Options, decide, iou, kept_rows, relations
-from lens_bench.lines import FieldError
+
+from lens_core.io.json_fields import FieldError
 
 SAMPLES = Path(__file__).parents[1] / "cases" / "bench_samples.jsonl"
 CASES = [case for line in SAMPLES.read_text().splitlines() if (case := json.loads(line))["bench"] == "geneval"]

@@ -11,11 +11,12 @@ from typing import Any
 import lens_bench
 import numpy as np
 import pytest
-from lens_bench import geneval, lines, oneig, report
+from lens_bench import geneval, oneig, report
 from lens_bench.commands import score
 
 from lens_core.catalog import Catalog
 from lens_core.cli.options import CORE_COMMANDS
+from lens_core.io import json_fields
 from lens_core.types import ConfigError, LensError
 
 SAMPLES = Path(__file__).parents[1] / "cases" / "bench_samples.jsonl"
@@ -304,6 +305,6 @@ def test_the_perceptions_are_never_overwritten(write: Write) -> None:
 
 
 def test_a_line_that_is_too_long_is_one_wrong_line(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines.readers, "LARGEST_LINE", 200)
-    found = list(lines.numbered(write("x" * 1000, json.dumps({"a": 1}))))
+    monkeypatch.setattr(json_fields.readers, "LARGEST_LINE", 200)
+    found = list(json_fields.numbered(write("x" * 1000, json.dumps({"a": 1}))))
     assert str(found[0][1]).startswith("line: is longer") and found[1] == (2, {"a": 1})

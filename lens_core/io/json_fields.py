@@ -1,4 +1,7 @@
-"""Stored perceptions: a JSON object a line. Whatever is wrong names its line and its field."""
+"""Files with a JSON object a line, and the fields of such objects. Whatever is wrong names its line and its field.
+
+The checks take any value and return it, or raise FieldError with the field's path.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,7 @@ from typing import Any
 from lens_core.io import readers
 from lens_core.types import ConfigError, did_you_mean
 
-STATUSES = ("ok", "refused", "failed", "missing")  # what became of a picture; only "ok" can have perceptions
 LONGEST_TEXT = 2**16  # characters of one text: edit distance takes quadratic time
-MOST_ROWS = 2**12  # detections of one class
-LARGEST_COORDINATE = 1e6  # pixels; squares and products of larger ones leave a float's range in the end
 
 
 class FieldError(ValueError):

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from attrs import asdict
-from lens_bench.manifest import Entry, Manifest, parse
 
+from lens_core.evaluation.manifest import Entry, Manifest, parse
 from lens_core.types import ConfigError
 
 PROMPTS = {"000": "a dog", "001": "a cat"}
@@ -77,7 +77,7 @@ def test_a_file_that_is_one_torn_line_is_empty(tmp_path: Path) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from lens_bench.manifest import Manifest
+from lens_core.evaluation.manifest import Manifest
 manifest = Manifest(Path(sys.argv[1]), "m")
 for key in manifest.missing({str(i): "a dog" for i in range(4000)}, 1):
     manifest.add_picture(key, "a dog", b"x" * 1000, seconds=1)

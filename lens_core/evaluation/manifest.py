@@ -9,22 +9,23 @@ of their own, and every one of them is read.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import asdict, fields, frozen
+from attrs import asdict, field, fields, frozen
 
-from lens_bench import lines
-from lens_bench.lines import FieldError
 from lens_core.checkpoints.manifest import hash_of
-from lens_core.io import atomic_files, readers
+from lens_core.io import atomic_files, json_fields, readers
+from lens_core.io.json_fields import FieldError
 from lens_core.types import ConfigError
 
 STATUSES = ("ok", "refused", "failed")
 _PROMPT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+LARGEST_FACTS = 2**16  # characters of what a system said about one picture, as JSON
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Key = tuple[str, int]
@@ -47,6 +48,8 @@ class Entry:
     file: str = ""  # of the picture, below the manifest's folder
     sha256: str = ""  # of that file, in hexadecimal digits
     reason: str = ""
+    usd: float = 0.0  # what it cost, if it is known
+    facts: Mapping[str, Any] = field(factory=dict)  # what the system said about the picture
 
     @property
     def key(self) -> Key:
@@ -55,19 +58,23 @@ class Entry:
 
 def parse(line: Mapping[str, Any]) -> Entry:
     """The entry in a line. Raises FieldError for whatever is missing, unknown or wrong."""
-    known = [field.name for field in fields(Entry)]
+    known = [a.name for a in fields(Entry)]
     for name in line:
-        lines.choice(name, name[:40], known)
-    values = {name: lines.field(line, name) for name in known}
+        json_fields.choice(name, name[:40], known)
+    values = {"usd": 0.0, "facts": {}, **line}
+    for name in known:
+        json_fields.field(values, name)
     for name in ("prompt", "sent_prompt", "system", "revision", "file", "sha256", "reason"):
-        lines.text(values[name], name)
+        json_fields.text(values[name], name)
     _check_prompt_id(values["prompt_id"])
-    lines.whole(values["index"], "index", low=0)
+    json_fields.whole(values["index"], "index", low=0)
     if values["seed"] is not None:
-        lines.whole(values["seed"], "seed", low=0)
-    if lines.number(values["seconds"], "seconds") < 0:
-        raise FieldError("seconds", f"must be at least 0, not {values['seconds']}")
-    status = lines.choice(values["status"], "status", STATUSES)
+        json_fields.whole(values["seed"], "seed", low=0)
+    for name in ("seconds", "usd"):
+        if json_fields.number(values[name], name) < 0:
+            raise FieldError(name, f"must be at least 0, not {values[name]}")
+    _check_facts(values["facts"])
+    status = json_fields.choice(values["status"], "status", STATUSES)
     entry = Entry(**values)
     if status == "ok":
         _check_file(entry)
@@ -79,6 +86,17 @@ def parse(line: Mapping[str, Any]) -> Entry:
 def _check_prompt_id(value: Any) -> None:
     if not isinstance(value, str) or not _PROMPT_ID.fullmatch(value):
         raise FieldError("prompt_id", f"must be 1 to 100 letters, digits, '.', '_' and '-', not {readers.shown(value)}")
+
+
+def _check_facts(value: Any) -> None:
+    try:
+        size = len(json.dumps(json_fields.mapping(value, "facts"), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, FieldError):
+            raise
+        raise FieldError("facts", f"must be what JSON can hold ({readers.one_line(error)})") from error
+    if size > LARGEST_FACTS:
+        raise FieldError("facts", f"has {size:,} characters; at most {LARGEST_FACTS:,} are kept")
 
 
 def _check_file(entry: Entry) -> None:
@@ -113,7 +131,7 @@ class Manifest:
         self._torn = self.path.is_file()
 
     def _read(self, path: Path, problems: list[str]) -> None:
-        for number, line in lines.numbered(path, whole=True):
+        for number, line in json_fields.numbered(path, whole=True):
             try:
                 if isinstance(line, FieldError):
                     raise line
@@ -150,22 +168,24 @@ class Manifest:
 
     def add_picture(
         self, key: Key, prompt: str, data: bytes, *, seconds: float, seed: int | None = None,
-        sent_prompt: str | None = None, suffix: str = "png",
+        sent_prompt: str | None = None, suffix: str = "png", **about: Any,
     ) -> Entry:  # fmt: skip
-        """Write a picture, `data` as its file has it, then its line. Raises ConfigError where there is one already."""
+        """Write a picture, `data` as its file has it, then its line. `about`: `usd` and `facts` of the entry. Raises
+        ConfigError where there is one already."""
         file = f"{_stem(key)}.{suffix}"
         digest = hashlib.sha256(data).hexdigest()
-        entry = self._entry(key, prompt, sent_prompt, seed, status="ok", seconds=seconds, file=file, sha256=digest)
+        about |= {"seconds": seconds, "file": file, "sha256": digest}
+        entry = self._entry(key, prompt, sent_prompt, seed, status="ok", **about)
         self._check_new(entry)
         atomic_files.write_atomic(self.folder / file, lambda p: p.write_bytes(data))
         return self._append(entry)
 
     def add_outcome(
         self, key: Key, prompt: str, status: Literal["refused", "failed"], reason: str, *, seconds: float,
-        seed: int | None = None, sent_prompt: str | None = None,
+        seed: int | None = None, sent_prompt: str | None = None, **about: Any,
     ) -> Entry:  # fmt: skip
-        """Write the line of a picture that there is none of."""
-        entry = self._entry(key, prompt, sent_prompt, seed, status=status, seconds=seconds, reason=reason)
+        """Write the line of a picture that there is none of; `about` as of `add_picture`."""
+        entry = self._entry(key, prompt, sent_prompt, seed, status=status, seconds=seconds, reason=reason, **about)
         self._check_new(entry)
         return self._append(entry)
 
