@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,78 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lens_core.catalog import _flaw
 from lens_core.inference.parts import PIPELINE_PARTS
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.protocols import KINDS, HasWeights
+from lens_core.testing.assertions import component_name, equal, hold, near, random_tensor, shaped, through_json, twice
 from lens_core.training.optimizers import apply_step
-from lens_core.types import Batch, Loss, Prompt, Score, TextFeatures
+from lens_core.types import Batch, Loss, TextFeatures
 
 PROMPTS = ("a red circle", "two blue squares left of a small green star", "")
-NEAR = 1e-4  # relative error that the order of sums may cost in float32
-
-
-def _hold(holds: bool, what: str) -> None:
-    if not holds:
-        raise AssertionError(what)
-
-
-def _near(a: Tensor, b: Tensor, what: str) -> None:
-    a, b = a.float(), b.float()
-    _hold(a.shape == b.shape and float((a - b).norm()) <= NEAR * max(1.0, float(b.norm())), what)
-
-
-def _shaped(x: Any, shape: Sequence[int], what: str, dtype: torch.dtype | None = None) -> None:
-    _hold(isinstance(x, Tensor), f"{what} is a {type(x).__name__}, not a tensor")
-    _hold(list(x.shape) == list(shape), f"{what} has the shape {list(x.shape)}, not {list(shape)}")
-    wrong = x.dtype != dtype if dtype else not x.dtype.is_floating_point
-    _hold(not wrong, f"{what} is {x.dtype}, not {dtype or 'a float'}")
-    _hold(bool(x.isfinite().all()), f"{what} is not finite")
-
-
-def _rand(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _twice(run: Callable[[], Any], what: str) -> Any:
-    """The answer of `run`, which must be the same twice and draw nothing from torch's global generator."""
-    before = torch.get_rng_state()
-    first, second = run(), run()
-    _hold(torch.equal(before, torch.get_rng_state()), f"{what} draws from torch's global generator; take a generator")
-    _hold(_equal(first, second), f"{what} is not the same twice")
-    return first
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, TextFeatures):
-        return _equal([a.features, a.mask], [b.features, b.mask])
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return bool(a == b)
-
-
-def _json(state: Any, name: str) -> Any:
-    """What is left of a state after a checkpoint."""
-    try:
-        return json.loads(json.dumps(state))
-    except (TypeError, ValueError) as error:
-        raise AssertionError(f"{name}.state_dict must hold tensors and what JSON can keep: {error}") from error
-
-
-def _component(component: Any, kind: str) -> str:
-    """Its name for messages, once its class could be offered by a plugin."""
-    name, protocol = type(component).__name__, KINDS[kind][1]
-    fault = _flaw(type(component), kind)
-    _hold(fault is None, str(fault))
-    promised = [
-        *getattr(protocol, "__annotations__", ()),
-        *(("save", "load") if HasWeights in protocol.__mro__ else ()),
-    ]
-    missing = [n for n in promised if not hasattr(component, n)]
-    _hold(not missing, f"{name} lacks {', '.join(missing)}, which every {kind} has")
-    return name
 
 
 def _survives(module: Any, config: Any, run: Callable[[Any], Any], name: str) -> None:
@@ -103,11 +37,11 @@ def _survives(module: Any, config: Any, run: Callable[[Any], Any], name: str) ->
         again = type(module).load(Path(folder), config).eval()
         half = type(module).load(Path(folder), config, dtype=torch.bfloat16)
     before, after = module.state_dict(), again.state_dict()
-    lost = sorted(k for k in before.keys() | after.keys() if k not in before or not _equal(before[k], after.get(k)))
-    _hold(not lost, f"{name}: {lost[:1]} is not what was saved")
-    _hold(_equal(run(module), run(again)), f"{name}: answers differently after save and load")
+    lost = sorted(k for k in before.keys() | after.keys() if k not in before or not equal(before[k], after.get(k)))
+    hold(not lost, f"{name}: {lost[:1]} is not what was saved")
+    hold(equal(run(module), run(again)), f"{name}: answers differently after save and load")
     kinds = {p.dtype for p in half.parameters()}
-    _hold(kinds <= {torch.bfloat16}, f"{name}: load(dtype=torch.bfloat16) gives {kinds}")
+    hold(kinds <= {torch.bfloat16}, f"{name}: load(dtype=torch.bfloat16) gives {kinds}")
 
 
 @torch.no_grad()
@@ -116,36 +50,36 @@ def check_vae(vae: Any, config: Any) -> None:
 
     Unit variance is not asked for: an untrained one does not have it.
     """
-    name = _component(vae, "vae")
+    name = component_name(vae, "vae")
     vae.eval()
     h, w = 2, 3
-    pixels = _rand(0, 2, 3, h * vae.downscale, w * vae.downscale).clamp(-1, 1)
-    z = _twice(lambda: vae.encode(pixels), f"{name}.encode")
-    _shaped(z, [2, vae.channels, h, w], f"{name}: z")
-    _near(z[1:], vae.encode(pixels[1:]), f"{name}: a picture's z depends on its batch")
-    back = _twice(lambda: vae.decode(z), f"{name}.decode")
-    _shaped(back, pixels.shape, f"{name}: the decoded picture")
-    _near(back[1:], vae.decode(z[1:]), f"{name}: a decoded picture depends on its batch")
+    pixels = random_tensor(0, 2, 3, h * vae.downscale, w * vae.downscale).clamp(-1, 1)
+    z = twice(lambda: vae.encode(pixels), f"{name}.encode")
+    shaped(z, [2, vae.channels, h, w], f"{name}: z")
+    near(z[1:], vae.encode(pixels[1:]), f"{name}: a picture's z depends on its batch")
+    back = twice(lambda: vae.decode(z), f"{name}.decode")
+    shaped(back, pixels.shape, f"{name}: the decoded picture")
+    near(back[1:], vae.decode(z[1:]), f"{name}: a decoded picture depends on its batch")
     _survives(vae, config, lambda v: [v.encode(pixels), v.decode(z)], name)
 
 
 @torch.no_grad()
 def check_text_encoder(encoder: Any, config: Any, prompts: Sequence[str] = PROMPTS) -> None:
     """Shapes, a mask that says what counts, prompts that are read and do not depend on their batch, and the disk."""
-    name = _component(encoder, "text_encoder")
+    name = component_name(encoder, "text_encoder")
     encoder.eval()
-    text = _twice(lambda: encoder.encode(prompts), f"{name}.encode")
-    _hold(isinstance(text, TextFeatures), f"{name}.encode gives a {type(text).__name__}, not a TextFeatures")
+    text = twice(lambda: encoder.encode(prompts), f"{name}.encode")
+    hold(isinstance(text, TextFeatures), f"{name}.encode gives a {type(text).__name__}, not a TextFeatures")
     tokens = text.mask.shape[-1]
-    _shaped(text.features, [len(prompts), encoder.layers, tokens, encoder.width], f"{name}: features")
-    _shaped(text.mask, [len(prompts), tokens], f"{name}: mask", torch.bool)
+    shaped(text.features, [len(prompts), encoder.layers, tokens, encoder.width], f"{name}: features")
+    shaped(text.mask, [len(prompts), tokens], f"{name}: mask", torch.bool)
     told = []
     for row, prompt in enumerate(prompts):
         alone = encoder.encode([prompt])
         mine, own = text.features[row][:, text.mask[row]], alone.features[0][:, alone.mask[0]]
-        _near(mine, own, f"{name}: the features of {prompt!r} depend on its batch")
+        near(mine, own, f"{name}: the features of {prompt!r} depend on its batch")
         told.append(own)
-    _hold(not any(_equal(a, b) for a, b in itertools.combinations(told, 2)), f"{name}: two prompts read the same")
+    hold(not any(equal(a, b) for a, b in itertools.combinations(told, 2)), f"{name}: two prompts read the same")
     _survives(encoder, config, lambda e: e.encode(prompts), name)
 
 
@@ -155,89 +89,66 @@ def check_backbone(backbone: Any, config: Any, *, channels: int, layers: int, wi
 
     `channels` is C of the VAE it is made for; `layers` and `width` are L and D of the text encoder.
     """
-    name = _component(backbone, "backbone")
+    name = component_name(backbone, "backbone")
     backbone.eval()
-    x, t = _rand(0, 2, channels, 4, 6), torch.tensor([0.25, 1.0])
+    x, t = random_tensor(0, 2, channels, 4, 6), torch.tensor([0.25, 1.0])
     mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
-    text = TextFeatures(_rand(1, 2, layers, 5, width), mask)
+    text = TextFeatures(random_tensor(1, 2, layers, 5, width), mask)
     given = copy.deepcopy((x, t, text))
     with torch.no_grad():
-        v = _twice(lambda: backbone(x, t, text), name)
-        _shaped(v, x.shape, f"{name}: v")
-        _hold(_equal(given, (x, t, text)), f"{name} changes what it is given")
+        v = twice(lambda: backbone(x, t, text), name)
+        shaped(v, x.shape, f"{name}: v")
+        hold(equal(given, (x, t, text)), f"{name} changes what it is given")
         for row in (0, 1):
             own = slice(row, row + 1)
-            _near(v[own], backbone(x[own], t[own], text[own]), f"{name}: a row of v depends on its batch")
+            near(v[own], backbone(x[own], t[own], text[own]), f"{name}: a row of v depends on its batch")
         louder = TextFeatures(text.features.masked_fill(~mask[:, None, :, None], 100.0), mask)
-        _near(backbone(x, t, louder), v, f"{name}: tokens that the mask hides change v")
+        near(backbone(x, t, louder), v, f"{name}: tokens that the mask hides change v")
         none = backbone(x, t, TextFeatures.empty(2, layers, width, like=x))
-        _shaped(none, x.shape, f"{name}: v without text (T = 0)")
+        shaped(none, x.shape, f"{name}: v without text (T = 0)")
         hidden = backbone(x, t, TextFeatures(text.features, torch.zeros_like(mask)))
-        _near(hidden, none, f"{name}: a text that is all masked is not the empty text (T = 0)")
+        near(hidden, none, f"{name}: a text that is all masked is not the empty text (T = 0)")
         if hasattr(backbone, "packed"):
             xs = [x[0], x[1, :, :3], x[0, :, :, :5]]
             rows = [0, 1, 1]
             several = TextFeatures(text.features[rows], torch.cat([mask, mask.new_zeros(1, 5)]))
-            found = _twice(lambda: backbone.packed(xs, t[rows], several), f"{name}.packed")
-            _hold(len(found) == 3, f"{name}.packed: {len(found)} velocities for 3 samples")
+            found = twice(lambda: backbone.packed(xs, t[rows], several), f"{name}.packed")
+            hold(len(found) == 3, f"{name}.packed: {len(found)} velocities for 3 samples")
             for i, one in enumerate(xs):
                 alone = backbone(one[None], t[rows][i : i + 1], several[i : i + 1])[0]
-                _near(found[i], alone, f"{name}.packed: a sample of a packed batch is not what it is alone")
+                near(found[i], alone, f"{name}.packed: a sample of a packed batch is not what it is alone")
         _survives(backbone, config, lambda b: b(x, t, text), name)
     backbone.train().requires_grad_(True)
     backbone(x, t, text).square().sum().backward()
-    _hold(any(p.grad is not None for p in backbone.parameters()), f"{name}: no weight gets a gradient")
+    hold(any(p.grad is not None for p in backbone.parameters()), f"{name}: no weight gets a gradient")
     backbone.zero_grad()
     backbone.eval()
 
 
 def check_sampler(sampler: Any) -> None:
     """Times that fall from 1 to 0, one step each, and an exact arrival where every velocity points at the data."""
-    name = _component(sampler, "sampler")
+    name = component_name(sampler, "sampler")
     for size, steps in (((2, 3), 1), ((2, 3), 4), ((64, 64), 20)):
-        times = _twice(partial(sampler.times, size, steps), f"{name}.times")
-        _shaped(times, [steps + 1], f"{name}: times for {steps} steps", torch.float32)
+        times = twice(partial(sampler.times, size, steps), f"{name}.times")
+        shaped(times, [steps + 1], f"{name}: times for {steps} steps", torch.float32)
         falls = times[0] == 1 and times[-1] == 0 and bool((times.diff() < 0).all())
-        _hold(bool(falls), f"{name}: times must fall from 1 to 0, not {times.tolist()}")
-    noise, data = _rand(0, 2, 3, 2, 3), _rand(1, 2, 3, 2, 3)
+        hold(bool(falls), f"{name}: times must fall from 1 to 0, not {times.tolist()}")
+    noise, data = random_tensor(0, 2, 3, 2, 3), random_tensor(1, 2, 3, 2, 3)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        _shaped(x, [len(x), 3, 2, 3], f"{name}: the velocity's x", torch.float32)
-        _shaped(t, [len(x)], f"{name}: the velocity's t", torch.float32)
+        shaped(x, [len(x), 3, 2, 3], f"{name}: the velocity's x", torch.float32)
+        shaped(t, [len(x)], f"{name}: the velocity's t", torch.float32)
         goal, start = data[-len(x) :], noise[-len(x) :]
         late = t.view(-1, 1, 1, 1)
         return torch.where(late > 0, (x - goal) / late, start - goal)
 
-    walk = _twice(lambda: list(sampler.sample(velocity, noise, 4)), f"{name}.sample")
-    _hold(len(walk) == 4, f"{name}: sample yields {len(walk)} times in 4 steps")
+    walk = twice(lambda: list(sampler.sample(velocity, noise, 4)), f"{name}.sample")
+    hold(len(walk) == 4, f"{name}: sample yields {len(walk)} times in 4 steps")
     told, want = [float(t) for t, _ in walk], sampler.times((2, 3), 4)[1:].tolist()
-    _hold(all(map(math.isclose, told, want)), f"{name}: sample is at the times {told}, not at those of times(): {want}")
-    _near(walk[-1][1], data, f"{name}: does not arrive at the data that every velocity points at")
+    hold(all(map(math.isclose, told, want)), f"{name}: sample is at the times {told}, not at those of times(): {want}")
+    near(walk[-1][1], data, f"{name}: does not arrive at the data that every velocity points at")
     alone = list(sampler.sample(velocity, noise[1:], 4))
-    _near(walk[-1][1][1:], alone[-1][1], f"{name}: a row of x depends on its batch")
-
-
-def check_reward(reward: Any, prompts: Sequence[Prompt], images: Tensor | None = None) -> None:
-    """One Score each, the same twice and alone, and no exception for a prompt that it cannot judge.
-
-    `images` uint8 [B,3,H,W] go with the prompts; None: noise of 64 px.
-    """
-    name = _component(reward, "reward")
-    if images is None:
-        images = (_rand(0, len(prompts), 3, 64, 64) * 64 + 128).clamp(0, 255).to(torch.uint8)
-    given = images.clone()
-    scores = _twice(lambda: list(reward.score(images, prompts)), f"{name}.score")
-    _hold(_equal(given, images), f"{name} changes the pictures")
-    _hold(len(scores) == len(prompts), f"{name}: {len(scores)} scores for {len(prompts)} pictures")
-    for row, score in enumerate(scores):
-        _hold(isinstance(score, Score), f"{name}: a verdict is {score!r}, not a Score")
-        _hold(math.isfinite(score.value or 0.0), f"{name}: a score is {score.value}; what broke is Score('failed')")
-        alone = reward.score(images[row : row + 1], prompts[row : row + 1])[0]
-        _hold(alone == score, f"{name}: a picture's score depends on its batch")
-    try:
-        reward.score(images[:1], [Prompt("a prompt without data")])
-    except Exception as error:
-        raise AssertionError(f"{name}: what cannot be judged is Score('abstain'), not {error!r}") from error
+    near(walk[-1][1][1:], alone[-1][1], f"{name}: a row of x depends on its batch")
 
 
 def check_dataset(make: Callable[[], Any], before: int = 2, after: int = 3) -> None:
@@ -246,21 +157,21 @@ def check_dataset(make: Callable[[], Any], before: int = 2, after: int = 3) -> N
     The state is taken after `before` batches of what `make` builds; what it builds anew goes on for `after` more.
     """
     dataset, fresh = make(), make()
-    name = _component(dataset, "dataset")
+    name = component_name(dataset, "dataset")
     stream = dataset.batches(0, 1)
     for batch in itertools.islice(stream, before):
-        _hold(len(batch) > 0, f"{name}: a batch is empty")
+        hold(len(batch) > 0, f"{name}: a batch is empty")
         if isinstance(images := batch.images, tuple):
-            _hold(len(images) == len(batch), f"{name}: {len(images)} images for {len(batch)} captions")
+            hold(len(images) == len(batch), f"{name}: {len(images)} images for {len(batch)} captions")
             for image in images:
-                _shaped(image, [3, *image.shape[1:]], f"{name}: an image", torch.uint8)
+                shaped(image, [3, *image.shape[1:]], f"{name}: an image", torch.uint8)
         elif batch.images is not None:
-            _shaped(batch.images, [len(batch), 3, *batch.images.shape[2:]], f"{name}: images", torch.uint8)
-        _hold(len(batch.keys) in (0, len(batch)), f"{name}: {len(batch.keys)} keys for {len(batch)} samples")
-    fresh.load_state_dict(_json(dataset.state_dict(), name))
+            shaped(batch.images, [len(batch), 3, *batch.images.shape[2:]], f"{name}: images", torch.uint8)
+        hold(len(batch.keys) in (0, len(batch)), f"{name}: {len(batch.keys)} keys for {len(batch)} samples")
+    fresh.load_state_dict(through_json(dataset.state_dict(), name))
     for mine, theirs in zip(itertools.islice(stream, after), fresh.batches(0, 1), strict=False):
-        same = all(_equal(getattr(mine, n), getattr(theirs, n)) for n in ("images", "captions", "keys"))
-        _hold(same, f"{name}: goes on with other batches after state_dict and load_state_dict")
+        same = all(equal(getattr(mine, n), getattr(theirs, n)) for n in ("images", "captions", "keys"))
+        hold(same, f"{name}: goes on with other batches after state_dict and load_state_dict")
 
 
 class _Bench:
@@ -272,7 +183,7 @@ class _Bench:
     def __init__(self, method: Any, batches: Sequence[Batch]) -> None:
         self.method, self.batches = method, batches
         self.nets: dict[str, nn.Module] = dict(method.trainable_modules())
-        _hold(bool(self.nets), f"{type(method).__name__}: nobody can learn; trainable_modules() is empty")
+        hold(bool(self.nets), f"{type(method).__name__}: nobody can learn; trainable_modules() is empty")
         for net in self.nets.values():
             net.requires_grad_(False).eval()
         self.rng, self.given, self.step = torch.Generator().manual_seed(0), 0, 0
@@ -290,11 +201,11 @@ class _Bench:
         losses = []
         self.source = self.source or self.method.steps(self._stream(), self.nets, self.rng)
         for micro in itertools.islice(self.source, steps):
-            _hold(torch.is_grad_enabled(), f"{self.name}.steps leaves gradients off while its step is out")
-            _hold(len(micro) > 0, f"{self.name}.steps yields a step without a micro-batch")
+            hold(torch.is_grad_enabled(), f"{self.name}.steps leaves gradients off while its step is out")
+            hold(len(micro) > 0, f"{self.name}.steps yields a step without a micro-batch")
             for role in self.method.update_order(self.step):
                 known = ", ".join(self.nets)
-                _hold(role in self.nets, f"{self.name}.update_order names {role!r}; the trainable modules are {known}")
+                hold(role in self.nets, f"{self.name}.update_order names {role!r}; the trainable modules are {known}")
                 losses += [self._turn(role, batch) for batch in micro]
             self.method.after_step(self.step, self.nets)
             self.step += 1
@@ -303,16 +214,16 @@ class _Bench:
     def _turn(self, role: str, batch: Any) -> float:
         net = self.nets[role].requires_grad_(True).train()
         loss = self.method.loss(role, self.nets, batch, self.rng)
-        _hold(isinstance(loss, Loss), f"{self.name}.loss gives a {type(loss).__name__}, not a Loss")
-        _shaped(loss.total, [], f"{self.name}: the loss of {role}")
-        _hold(loss.total.requires_grad, f"{self.name}: the loss of {role} has no gradient")
+        hold(isinstance(loss, Loss), f"{self.name}.loss gives a {type(loss).__name__}, not a Loss")
+        shaped(loss.total, [], f"{self.name}: the loss of {role}")
+        hold(loss.total.requires_grad, f"{self.name}: the loss of {role} has no gradient")
         attached = [k for k, v in (*loss.parts.items(), *loss.sums.items()) if v.requires_grad]
-        _hold(not attached, f"{self.name}: the parts {attached} have a gradient; detach them")
+        hold(not attached, f"{self.name}: the parts {attached} have a gradient; detach them")
         loss.total.backward()
-        _hold(any(p.grad is not None for p in net.parameters()), f"{self.name}: the loss of {role} does not reach it")
+        hold(any(p.grad is not None for p in net.parameters()), f"{self.name}: the loss of {role} does not reach it")
         own = {id(p) for p in net.parameters()}
         touched = [r for r, n in self.nets.items() for p in n.parameters() if p.grad is not None and id(p) not in own]
-        _hold(not touched, f"{self.name}: the loss of {role} gives {', '.join(touched[:1])} gradients too")
+        hold(not touched, f"{self.name}: the loss of {role} gives {', '.join(touched[:1])} gradients too")
         apply_step(torch.optim.SGD(list(net.parameters()), lr=1e-3, fused=True))  # without momentum: no state
         if loss.sums:
             self.method.after_update(role, self.nets, {k: v.detach().double() for k, v in loss.sums.items()})
@@ -323,7 +234,7 @@ class _Bench:
     def state(self) -> dict[str, Any]:
         """What a checkpoint would hold of it: the method's tensors, and the rest as JSON."""
         kept = self.method.state_dict()
-        plain = _json({k: v for k, v in kept.items() if not isinstance(v, Tensor)}, self.name)
+        plain = through_json({k: v for k, v in kept.items() if not isinstance(v, Tensor)}, self.name)
         nets = {r: {k: v.clone() for k, v in n.state_dict().items()} for r, n in self.nets.items()}
         tensors = {k: v.clone() for k, v in kept.items() if isinstance(v, Tensor)}
         return {
@@ -355,7 +266,7 @@ def check_method(make: Callable[[], Any], batches: Sequence[Batch], steps: int =
 
     with torch.random.fork_rng(), torch.enable_grad():
         whole = build()
-        name = _component(whole.method, "method")
+        name = component_name(whole.method, "method")
         whole.learn(steps)
         state = whole.state()
         _picture(whole.method)
@@ -363,21 +274,19 @@ def check_method(make: Callable[[], Any], batches: Sequence[Batch], steps: int =
         again = build()
         again.restore(state)
         got = again.learn(steps)
-        _hold(got == want, f"{name}: resumed after {steps} steps its losses are {got}, uninterrupted {want}")
+        hold(got == want, f"{name}: resumed after {steps} steps its losses are {got}, uninterrupted {want}")
         if hasattr(whole.method, "validate"):
             before = copy.deepcopy([list(n.parameters()) for n in whole.nets.values()])
             rng = torch.Generator()
-            seen = _twice(
+            seen = twice(
                 lambda: dict(whole.method.validate(batches[0], whole.nets, rng.manual_seed(0))), f"{name}.validate"
             )
-            _hold("loss" in seen and all(map(math.isfinite, seen.values())), f"{name}.validate gives {seen}, no loss")
-            _hold(
-                _equal(before, [list(n.parameters()) for n in whole.nets.values()]), f"{name}.validate changes weights"
-            )
-        lost = [r for r, n in whole.nets.items() if not _equal(list(n.parameters()), list(again.nets[r].parameters()))]
-        _hold(not lost, f"{name}: resumed after {steps} steps {', '.join(lost)} ends with other weights")
-        same = _equal(_picture(whole.method), _picture(again.method))
-        _hold(same, f"{name}: its pipeline draws with what it kept of earlier weights; a cache must see every step")
+            hold("loss" in seen and all(map(math.isfinite, seen.values())), f"{name}.validate gives {seen}, no loss")
+            hold(equal(before, [list(n.parameters()) for n in whole.nets.values()]), f"{name}.validate changes weights")
+        lost = [r for r, n in whole.nets.items() if not equal(list(n.parameters()), list(again.nets[r].parameters()))]
+        hold(not lost, f"{name}: resumed after {steps} steps {', '.join(lost)} ends with other weights")
+        same = equal(_picture(whole.method), _picture(again.method))
+        hold(same, f"{name}: its pipeline draws with what it kept of earlier weights; a cache must see every step")
 
 
 def _picture(method: Any) -> list[Tensor]:

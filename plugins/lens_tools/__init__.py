@@ -6,7 +6,8 @@ curves          `lens curves`: what runs have logged, drawn over their steps
 doctor          `lens doctor`: this machine, and what would fit on it
 reference       what every component is and takes, read from the code
 reference_pages     the same as text and as Markdown
-reference_commands  `lens components`, `lens show`
+reference_commands  `lens components`, `lens show`, `lens new-plugin`
+scaffold    a new plugin's package, from the components in templates/
 training_speed  `lens bench train`: what a training step costs, by part, packed and bucketed
 """
 
@@ -21,4 +22,5 @@ def lens_commands() -> dict[str, str]:
 
     functions = {"bench train": "bench_train", "convert": "convert", "curves": "curves", "doctor": "doctor"}
     places = {name: f"{commands.__name__}:{function}" for name, function in functions.items()}
-    return places | {name: f"{reference_commands.__name__}:{name}" for name in ("components", "show")}
+    functions = {"components": "components", "show": "show", "new-plugin": "new_plugin"}
+    return places | {name: f"{reference_commands.__name__}:{function}" for name, function in functions.items()}

@@ -1,4 +1,4 @@
-"""`lens components` and `lens show`. Whatever is heavy is imported when they run."""
+"""`lens components`, `lens show` and `lens new-plugin`. Whatever is heavy is imported when they run."""
 
 from __future__ import annotations
 
@@ -70,4 +70,28 @@ def show(
         print(json.dumps([asdict(each) for each in found], indent=2))
     else:
         print("\n\n".join(reference_pages.as_text(each) for each in found))
+    return 0
+
+
+def new_plugin(
+    name: str,
+    *,
+    kind: Annotated[list[str], Parameter(negative="")],
+    output: Path = Path(),
+) -> int:
+    """Write a package with a component that works, its hooks and its tests, to start a plugin from.
+
+    Parameters
+    ----------
+    name
+        The package's name, lens-sparkle: a folder of this name is made.
+    kind
+        What it offers: vae, text_encoder, backbone, sampler, reward, method, dataset, benchmark …; may be repeated.
+    output
+        The folder that the package's folder is made in.
+    """
+    from lens_tools.scaffold import write_plugin
+
+    for path in write_plugin(name, kind, output):
+        print(path)
     return 0

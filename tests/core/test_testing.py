@@ -15,16 +15,18 @@ from torch import Tensor, nn
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.protocols import BaseMethod
-from lens_core.testing.checks import (
+from lens_core.testing import (
     check_backbone,
+    check_benchmark,
     check_dataset,
+    check_llm,
     check_method,
     check_reward,
     check_sampler,
     check_text_encoder,
     check_vae,
 )
-from lens_core.types import Batch, Loss, Prompt, Score, TextFeatures
+from lens_core.types import Batch, Loss, Message, Prompt, Score, TextFeatures
 
 EMPTY, MIXER = toy.Blocks.Config(), toy.Mixer.Config()
 
@@ -372,6 +374,89 @@ def test_a_sound_validation_passes() -> None:
     method(Validating)
 
 
+class Quiz:
+    """A benchmark of two prompts."""
+
+    Config = toy.Even.Config
+
+    def prompts(self) -> list[Prompt]:
+        return [Prompt("a red circle", 0), Prompt("a blue star", 1)]
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
+        return [Score("ok", float(image[0].float().mean()) / 255) for image in images]
+
+
+class NoPrompts(Quiz):
+    def prompts(self) -> list[Prompt]:
+        return []
+
+
+class Twins(Quiz):
+    def prompts(self) -> list[Prompt]:
+        return [Prompt("a red circle"), Prompt("a blue star")]
+
+
+class Blank(Quiz):
+    def prompts(self) -> list[Prompt]:
+        return [Prompt("a red circle", 0), Prompt(" ", 1)]
+
+
+class Shuffled(Quiz):
+    calls = itertools.count()
+
+    def prompts(self) -> list[Prompt]:
+        return [Prompt(f"a red circle, {next(self.calls)}")]
+
+
+class Generous(Quiz):
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
+        return [Score("ok", 2.0)] * len(images)
+
+
+class Forgetful(Quiz):
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
+        return super().score(images, prompts)[:1]
+
+
+class Echo:
+    """An llm that answers with what it hears."""
+
+    Config = toy.Even.Config
+
+    def chat(self, messages: Sequence[Message]) -> Any:
+        return messages[-1].text
+
+
+class Numeric(Echo):
+    def chat(self, messages: Sequence[Message]) -> Any:
+        return 7
+
+
+class Speechless(Echo):
+    def chat(self, messages: Sequence[Message]) -> Any:
+        return "\n"
+
+
+class Rewriting(Echo):
+    def chat(self, messages: Sequence[Message]) -> Any:
+        assert isinstance(messages, list)
+        messages.append(Message("assistant", "…"))
+        return "a red circle"
+
+
+def benchmark(cls: type[Quiz] = Quiz) -> None:
+    check_benchmark(cls())
+
+
+def llm(cls: type[Echo] = Echo) -> None:
+    check_llm(cls(), [Message("user", "a red circle")])
+
+
+@pytest.mark.parametrize("check", [benchmark, llm])
+def test_sound_services_pass(check: Callable[[], None]) -> None:
+    check()
+
+
 @pytest.mark.parametrize(
     ("check", "broken", "words"),
     [
@@ -422,6 +507,15 @@ def test_a_sound_validation_passes() -> None:
         (method, Mute, "validate gives .*, no loss"),
         (method, Stale, "draws with what it kept of earlier weights; a cache must see every step"),
         (method, Pickled, "state_dict must hold tensors and what JSON can keep"),
+        (benchmark, NoPrompts, "there are no prompts"),
+        (benchmark, Twins, "two prompts have the same id"),
+        (benchmark, Blank, "the prompt with the id 1 is blank"),
+        (benchmark, Shuffled, "prompts is not the same twice"),
+        (benchmark, Generous, r"a score is 2.0; it must be in \[0, 1\]"),
+        (benchmark, Forgetful, "1 scores for 2 pictures"),
+        (llm, Numeric, "chat gives a int, not text"),
+        (llm, Speechless, "chat gives a blank answer"),
+        (llm, Rewriting, "changes the messages"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )

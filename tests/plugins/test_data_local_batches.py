@@ -23,7 +23,7 @@ from test_data_dataset import BUCKETS, corrupt, fill
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
 from lens_core.recipe import ComponentSpec, Recipe, structure
-from lens_core.testing.checks import check_dataset
+from lens_core.testing import check_dataset
 from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, ConfigError
 

@@ -12,7 +12,7 @@ from lens_shapes.dataset import ShapesDataset
 
 from lens_core.catalog import Catalog
 from lens_core.recipe import ComponentSpec, build, read_recipe
-from lens_core.testing.checks import check_dataset
+from lens_core.testing import check_dataset
 from lens_core.types import ConfigError
 
 KNOWN = {"sizes": [[64, 64]], "batch": 4, "pool_size": 8, "dense_caption_ratio": 0.0}

@@ -17,7 +17,7 @@ from lens_data.store import Store
 from test_data_dataset import BUCKETS, SIZES, corrupt, fill, row
 
 from lens_core.recipe import structure
-from lens_core.testing.checks import check_dataset
+from lens_core.testing import check_dataset
 from lens_core.types import Batch, ConfigError
 
 

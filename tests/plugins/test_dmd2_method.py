@@ -26,7 +26,7 @@ from lens_core.checkpoints import tensor_files
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.pixels import to_pixels
 from lens_core.recipe import ComponentSpec, LoraSpec, Parts, Recipe, Training
-from lens_core.testing.checks import check_method
+from lens_core.testing import check_method
 from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, TextFeatures
 

@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from lens_flow.euler import Euler, published_mu
 
 from lens_core.flow import guide
-from lens_core.testing.checks import check_sampler
+from lens_core.testing import check_sampler
 from lens_core.types import ConfigError
 
 EULER = Euler(Euler.Config())

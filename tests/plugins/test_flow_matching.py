@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import ComponentSpec
-from lens_core.testing.checks import check_method
+from lens_core.testing import check_method
 from lens_core.types import Batch, ConfigError, LensError, TextFeatures
 
 

@@ -24,7 +24,7 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import Recipe, structure
-from lens_core.testing.checks import check_method
+from lens_core.testing import check_method
 from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, ConfigError, TextFeatures
 

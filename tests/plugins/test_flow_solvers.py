@@ -11,7 +11,7 @@ from lens_flow.euler import Euler
 from lens_flow.solvers import DPMpp, EulerAncestral, Heun
 from torch import Tensor
 
-from lens_core.testing.checks import check_sampler
+from lens_core.testing import check_sampler
 from lens_core.types import ConfigError
 
 MEAN, SPREAD = 0.7, 0.4  # of the data, a Gaussian: its flow is known

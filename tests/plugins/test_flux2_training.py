@@ -16,7 +16,7 @@ from lens_flux2.vae import Flux2VAE
 from lens_core import hookimpl
 from lens_core.catalog import Catalog
 from lens_core.recipe import ComponentSpec, Parts, Recipe, Training, unstructure
-from lens_core.testing.checks import check_method
+from lens_core.testing import check_method
 from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, ConfigError, LensError, Loss, NumericalError
 

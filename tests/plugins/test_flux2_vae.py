@@ -11,7 +11,7 @@ from attrs import evolve
 from diffusers import AutoencoderKLFlux2
 from lens_flux2.vae import Flux2VAE
 
-from lens_core.testing.checks import check_vae
+from lens_core.testing import check_vae
 from lens_core.types import CheckpointError, ConfigError, LensError
 
 SMALL = Flux2VAE.Config(

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GptOssConfig, GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.utils import chat_template_utils
 
-from lens_core.testing.checks import check_text_encoder
+from lens_core.testing import check_text_encoder
 from lens_core.training.optimizers import apply_step
 from lens_core.types import CheckpointError, ConfigError, LensError
 

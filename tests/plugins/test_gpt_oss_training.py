@@ -20,7 +20,7 @@ from lens_core import hookimpl
 from lens_core.catalog import Catalog
 from lens_core.recipe import ComponentSpec, Recipe, Training, unstructure
 from lens_core.recipe import Parts as PipelineParts
-from lens_core.testing.checks import check_method
+from lens_core.testing import check_method
 from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, CheckpointError, ConfigError
 

@@ -20,7 +20,7 @@ from test_llm_client import client, endpoint, fault, refuse  # noqa: F401  # two
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import ComponentSpec, build
-from lens_core.testing.checks import check_reward
+from lens_core.testing import check_reward
 from lens_core.types import ConfigError, Prompt, Score
 
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.testing.checks import check_backbone
+from lens_core.testing import check_backbone
 from lens_core.types import CheckpointError, ConfigError, NumericalError, TextFeatures
 
 Config = LensTransformer2DModel.Config

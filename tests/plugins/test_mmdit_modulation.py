@@ -23,7 +23,7 @@ from lens_core.checkpoints.tensor_files import save_tensors
 from lens_core.inference import lora
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import LoraSpec
-from lens_core.testing.checks import check_backbone
+from lens_core.testing import check_backbone
 
 TIMES = Euler(Euler.Config()).times((4, 4), 20)[:-1]
 

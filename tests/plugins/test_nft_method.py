@@ -31,7 +31,7 @@ from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.pixels import to_images
 from lens_core.io import atomic_files
 from lens_core.recipe import ComponentSpec, LoraSpec, Recipe, Training, build, read_recipe
-from lens_core.testing.checks import check_method
+from lens_core.testing import check_method
 from lens_core.training.distributed import Ranks, seed_of
 from lens_core.training.spikes import SpikeDetector
 from lens_core.training.step import optimizer_step

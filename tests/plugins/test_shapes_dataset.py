@@ -8,7 +8,7 @@ import pytest
 import torch
 from lens_shapes.dataset import ShapesDataset
 
-from lens_core.testing.checks import check_dataset
+from lens_core.testing import check_dataset
 from lens_core.types import ConfigError
 
 

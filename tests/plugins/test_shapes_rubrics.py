@@ -15,7 +15,7 @@ from lens_shapes.render import render
 from lens_shapes.rubrics import ShapesRubrics, answer, rubrics
 from lens_shapes.scenes import TASKS, prompt_facts, sample
 
-from lens_core.testing.checks import check_reward
+from lens_core.testing import check_reward
 from lens_core.types import ConfigError, Prompt
 
 

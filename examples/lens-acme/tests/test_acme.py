@@ -11,7 +11,7 @@ from lens_acme.contrast import Contrast
 from lens_acme.words import HashedWords
 
 from lens_core import Catalog, CheckpointError, ComponentSpec, ConfigError, Prompt, build
-from lens_core.testing.checks import check_reward, check_text_encoder
+from lens_core.testing import check_reward, check_text_encoder
 
 
 def encoder(**options: int) -> HashedWords:
