@@ -413,7 +413,7 @@ class Generous(Quiz):
         return [Score("ok", 2.0)] * len(images)
 
 
-class Forgetful(Quiz):
+class Curt(Quiz):
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
         return super().score(images, prompts)[:1]
 
@@ -512,7 +512,7 @@ def test_sound_services_pass(check: Callable[[], None]) -> None:
         (benchmark, Blank, "the prompt with the id 1 is blank"),
         (benchmark, Shuffled, "prompts is not the same twice"),
         (benchmark, Generous, r"a score is 2.0; it must be in \[0, 1\]"),
-        (benchmark, Forgetful, "1 scores for 2 pictures"),
+        (benchmark, Curt, "1 scores for 2 pictures"),
         (llm, Numeric, "chat gives a int, not text"),
         (llm, Speechless, "chat gives a blank answer"),
         (llm, Rewriting, "changes the messages"),
