@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkab
 
 from lens_core.types import (
     Batch,
-    Drop,
     Loss,
     Message,
     PictureOutcome,
@@ -186,7 +185,21 @@ class Dataset(Protocol):
 
 @runtime_checkable
 class Curator(Protocol):
-    def judge(self, records: Sequence[Record]) -> Sequence[Record | Drop]: ...
+    """Measures pictures, their captions, or both. Which numbers are good enough is the recipe's to say, not its own.
+
+    `version` is a text that changes whenever the numbers of an equal Config would; scores are kept under it.
+    `columns` names the numbers. Both may be class attributes, or be set by the constructor.
+    """
+
+    version: str
+    columns: tuple[str, ...]
+
+    def score(self, records: Sequence[Record]) -> Mapping[str, Sequence[float]]:
+        """One number for each record, by column; NaN where there is none. Record i alone decides number i."""
+
+    # Optional: prepare(), before the first picture is read. Loads weights, or raises LensError where there are none.
+
+    # Optional: costly: bool. One that is runs last, on the pictures alone that all others and deduplication keep.
 
 
 @runtime_checkable

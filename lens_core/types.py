@@ -16,7 +16,9 @@ from attrs import evolve, field, frozen
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -298,17 +300,12 @@ class Loss:
     sums: Mapping[str, Tensor] = field(factory=dict)
 
 
-@frozen
+@frozen(eq=False)
 class Record:
-    """One picture with its words on the way into a training store."""
+    """One picture with its words on the way into a training store, decoded once for all curators."""
 
-    image: bytes
-    caption: str
-    data: Mapping[str, Any] = field(factory=dict)
-
-
-@frozen
-class Drop:
-    """A curator's refusal of a record, with its reason."""
-
-    reason: str
+    image: bytes  # the file, byte for byte
+    pixels: NDArray[np.uint8]  # [H,W,3], upright RGB
+    brief: str = ""  # captions, "" where there is none
+    dense: str = ""
+    data: Mapping[str, Any] = field(factory=dict)  # where it is from: name, source, licence

@@ -488,7 +488,7 @@ class Targets:
     def tar(self, rng: random.Random) -> None:
         import tarfile
 
-        from lens_data import tars
+        from lens_core.io import tars
 
         data = io.BytesIO()
         picture = (self.folder / "a.png").read_bytes()
@@ -509,7 +509,7 @@ class Targets:
             repr(item)[:10]
 
     def pictures(self, rng: random.Random) -> None:
-        from lens_data import folders
+        from lens_core.io import folders
 
         shutil.rmtree(self.folder / "case" / "pictures", ignore_errors=True)
         self.write("pictures/a.png", mutate_bytes(rng, (self.folder / "a.png").read_bytes()))

@@ -1,9 +1,7 @@
 """Pictures with captions, on disk and on their way into training.
 
 store      the training store: a LanceDB database with every picture, its size and its captions
-imports    fills the store
-sources    what readers of sources share: an item, and bounds; readers are folders, tars and parquet
-digests    sets of digests in little memory
+imports    fills the store; the readers of folders, tars and parquet files are lens_core.io's
 pictures   image files as upright RGB, resized and cropped to a size
 buckets    which training size a picture is for: groups of areas, of aspect ratios
 schedule   which pictures each batch of `store` holds

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from lens_core.attribution import latents_of, text_of
 from lens_core.inference.pixels import to_pixels
+from lens_core.io.digests import Ids, batched, of_keys, position
 from lens_core.recipe import unstructure
 from lens_core.types import LensError
 from lens_data import pictures
 from lens_data.buckets import Size
-from lens_data.digests import Ids, batched, of_keys, position
 from lens_data.store import Store
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from cyclopts import App
 
+from lens_core.io.parquet import is_parquet
 from lens_core.io.system_files import is_system_file
+from lens_core.io.tars import is_tar
 from lens_core.types import ConfigError
 from lens_data import imports
 from lens_data.buckets import LENS_BUCKETS, Buckets, assign
-from lens_data.parquet import is_parquet
 from lens_data.store import Store
-from lens_data.tars import is_tar
 
 _FORMATS: dict[str, Callable[..., imports.ImportReport]] = {
     "folder": imports.import_folder,

@@ -18,12 +18,12 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Tensor, nn
 
+from lens_core.io.digests import of_ids
 from lens_core.types import Batch, ConfigError, LensError, TextFeatures
 from lens_core.validators import PIXELS, SEED, each, integer, matching, real, text, within
 from lens_data import pictures
 from lens_data.buckets import LENS_BUCKETS, Buckets, Size, assign
 from lens_data.caching import EncodingCache, Latent, encode_missing, encoders, latent_key, text_key
-from lens_data.digests import of_ids
 from lens_data.packing import batch_costs
 from lens_data.schedule import CAPTION, SUBSTITUTE, BatchContents, BucketSchedule, generator
 from lens_data.store import Store

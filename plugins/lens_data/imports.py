@@ -8,8 +8,7 @@ store: another is refused. On object storage, which has no locks, rows are merge
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,19 @@ from typing import Any
 import numpy as np
 from attrs import field, mutable
 
+from lens_core.io import folders, parquet, tars
 from lens_core.io.atomic_files import WriteError
+from lens_core.io.captions import printable, read_captions
+from lens_core.io.digests import Ids, of_ids, position
 from lens_core.io.locks import locked
+from lens_core.io.sources import SourceItem
 from lens_core.types import ConfigError
-from lens_data import folders, parquet, pictures, tars
-from lens_data.digests import Ids, of_ids, position
-from lens_data.sources import SourceItem
+from lens_data import pictures
 from lens_data.store import Store
 
 FLUSH = 64 * 1024**2  # bytes of pictures held back before they are written
 ROWS = 4096  # pictures held back at most
-LONGEST_CAPTION = 2**16  # characters of a caption
 _EXAMPLES = 3  # names shown for each reason
-_SHOWN = 200  # characters of a name
 
 Row = dict[str, Any]  # of the store's columns
 
@@ -48,7 +47,7 @@ class ImportReport:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         names = self.examples.setdefault(reason, [])
         if len(names) < _EXAMPLES:
-            names.append(_printable(name))
+            names.append(printable(name))
 
     def __str__(self) -> str:
         lines = [f"{self.total} found, {self.added} added, {self.updated} updated"]
@@ -116,7 +115,7 @@ def _fill(store: str | Path, items: Iterable[SourceItem], caption: str, source: 
         raise ConfigError(f"a caption is brief or dense, not {caption!r}; choose one")
     local = "://" not in str(store)
     with locked(Path(store), "store") if local else nullcontext():
-        return _Importer(Store(str(store), create=True), caption, _printable(source), update).run(items)
+        return _Importer(Store(str(store), create=True), caption, printable(source), update).run(items)
 
 
 class _Importer:
@@ -227,7 +226,7 @@ def _row(item: SourceItem, caption: str, source: str) -> tuple[Row | None, str]:
         return None, item.fault
     if item.image is None:
         return None, "no picture"
-    brief, dense, fault = _captions(item.captions, caption)
+    brief, dense, fault = read_captions(item.captions, caption)
     if fault:
         return None, fault
     try:
@@ -237,58 +236,3 @@ def _row(item: SourceItem, caption: str, source: str) -> tuple[Row | None, str]:
     key = hashlib.sha256(item.image).hexdigest()
     row = {"id": key, "image": item.image, "height": height, "width": width, "brief": brief, "dense": dense}
     return {**row, "source": source}, ""
-
-
-def _captions(candidates: Iterable[Mapping[str, Any]], kind: str) -> tuple[str, str, str]:
-    """The brief and the dense caption; or why there is none. The first of each that is sound counts: one that is null,
-    blank or damaged hides no other."""
-    faults: list[str] = []
-
-    def first(*keys: str) -> str:
-        for captions in candidates:
-            for key in keys:
-                text, fault = _clean(captions.get(key))
-                if text:
-                    return text
-                if fault:
-                    faults.append(fault)
-        return ""
-
-    candidates = tuple(candidates)
-    brief, dense, plain = first("brief"), first("dense"), first("caption", "text")
-    brief, dense = (brief or plain, dense) if kind == "brief" else (brief, dense or plain)
-    if brief or dense:
-        return brief, dense, ""
-    faults += [captions["fault"] for captions in candidates if "fault" in captions]
-    # "empty" is the weakest of the reasons, for another says more of what is there.
-    return "", "", next((f for f in faults if f != EMPTY), faults[0] if faults else "missing caption")
-
-
-EMPTY = "empty caption"
-
-
-def _clean(value: Any) -> tuple[str, str]:
-    """A caption without blanks around it; or why it cannot be used; neither, if it is no text at all."""
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            return "", "caption is not UTF-8"
-    if not isinstance(value, str):
-        return "", ""
-    text = value.removeprefix("\ufeff").strip()
-    if not text:
-        return "", EMPTY
-    if len(text) > LONGEST_CAPTION:
-        return "", f"caption longer than {LONGEST_CAPTION} characters"
-    if re.search("[\ud800-\udfff]", text):
-        return "", "caption with half a character (a lone surrogate)"
-    if re.search("[\x00-\x08\x0e-\x1b\x7f]", text):  # of UTF-16 without a mark, every other byte is one
-        return "", "caption with control characters (UTF-16?)"
-    return text, ""
-
-
-def _printable(name: str) -> str:
-    """A name for a line of text: of bytes that are no UTF-8, of control characters and line ends, their codes."""
-    short = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)

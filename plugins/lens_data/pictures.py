@@ -9,14 +9,7 @@ from PIL import Image, ImageOps
 from lens_core.io.images import ImageError as PictureError
 from lens_core.io.images import read_rgb
 
-READ = frozenset({
-    ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pgm", ".png",
-    ".pnm", ".ppm", ".qoi", ".tif", ".tiff", ".webp",
-})  # fmt: skip
-SUFFIXES = READ | {".heic", ".heif", ".jxl", ".psd", ".svg"}
-"""Files with these endings are taken for pictures; those that are not in READ are counted as unsupported."""
-
-__all__ = ["READ", "SUFFIXES", "PictureError", "fit", "read"]
+__all__ = ["PictureError", "fit", "read"]
 
 
 def read(data: bytes) -> Image.Image:

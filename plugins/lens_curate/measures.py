@@ -1,0 +1,231 @@
+"""Curators that need no weights: each measures a picture by a formula of its own.
+
+What the columns mean is in docs/curate.md. Each is a pure function of the pixels; `version` changes with its formula.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from attrs import field, frozen
+from numpy.typing import NDArray
+
+from lens_core.types import Record
+from lens_core.validators import integer, real
+from lens_curate.grey import grey_copy
+
+SIDE = field(default=256, validator=integer(at_least=16, at_most=4096))
+"""Longer side of the grey copy that is measured, px."""
+
+
+class _Measure:
+    """A curator that measures one picture at a time, with the function `measure`."""
+
+    version: ClassVar[str] = "1"
+    columns: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def measure(self, record: Record) -> tuple[float, ...]:
+        raise NotImplementedError
+
+    def score(self, records: Sequence[Record]) -> Mapping[str, Sequence[float]]:
+        rows = [self.measure(record) for record in records]
+        return {name: [row[place] for row in rows] for place, name in enumerate(self.columns)}
+
+
+class Resolution(_Measure):
+    """Sides in px, area in megapixels, and the longer side over the shorter."""
+
+    columns = ("short_side", "long_side", "megapixels", "aspect_ratio")
+
+    @frozen
+    class Config:
+        pass
+
+    def measure(self, record: Record) -> tuple[float, ...]:
+        height, width = record.pixels.shape[:2]
+        return min(height, width), max(height, width), height * width / 1e6, max(height, width) / min(height, width)
+
+
+class Luminance(_Measure):
+    """Mean and standard deviation of brightness, 0 to 255, and the shares of pixels that are nearly black or white."""
+
+    columns = ("mean", "contrast", "dark", "light")
+
+    @frozen
+    class Config:
+        size: int = SIDE
+        black: float = field(default=15, validator=real(at_least=0, at_most=255))  # brightness that is nearly black
+        white: float = field(default=250, validator=real(at_least=0, at_most=255))
+
+    def measure(self, record: Record) -> tuple[float, ...]:
+        grey = grey_copy(record, self.config.size)
+        dark, light = (grey <= self.config.black).mean(), (grey >= self.config.white).mean()
+        return float(grey.mean()), float(grey.std()), float(dark), float(light)
+
+
+class Entropy(_Measure):
+    """Entropy of the histogram of brightness in bits, 0 (one brightness) to 8 (all 256 alike)."""
+
+    columns = ("entropy",)
+
+    @frozen
+    class Config:
+        size: int = SIDE
+
+    def measure(self, record: Record) -> tuple[float, ...]:
+        grey = grey_copy(record, self.config.size)
+        share = np.bincount(grey.ravel(), minlength=256) / grey.size
+        share = share[share > 0]
+        return (max(0.0, -float((share * np.log2(share)).sum())),)
+
+
+class Clarity(_Measure):
+    """Sharpness of the edges there are, and noise, on a grey copy of a fixed size.
+
+    `clarity` is the standard deviation of the Laplacian over that of the brightness: the variance of the Laplacian, a
+    usual measure of blur, without the contrast of the picture in it. `edge` is the steepest step between neighbours
+    (the 99.9th percentile), in levels: blur lowers it however few edges there are. `noise` is the deviation of
+    Gaussian noise in levels, estimated from the part of the picture without edges (Immerkaer 1996).
+    """
+
+    columns = ("clarity", "edge", "noise")
+
+    @frozen
+    class Config:
+        size: int = SIDE
+
+    def measure(self, record: Record) -> tuple[float, ...]:
+        grey = grey_copy(record, self.config.size).astype(np.float32)
+        if min(grey.shape) < 3:
+            return 0.0, 0.0, 0.0
+        spread = float(grey.std())
+        clarity = float(laplacian(grey).std()) / spread if spread > 0 else 0.0
+        steps = np.concatenate([np.abs(np.diff(grey, axis=0)).ravel(), np.abs(np.diff(grey, axis=1)).ravel()])
+        edge = float(np.partition(steps, at := int(0.999 * (len(steps) - 1)))[at])
+        return clarity, edge, noise_level(grey)
+
+
+class Blockiness(_Measure):
+    """How much larger steps between the 8 x 8 blocks of JPEG are than those inside them: 1 for none, 2 for twice.
+
+    At full size, whatever the format: a picture that was JPEG once keeps its blocks as PNG. Blocks whose grid was
+    moved or scaled are not seen.
+    """
+
+    columns = ("blockiness",)
+
+    @frozen
+    class Config:
+        pass
+
+    def measure(self, record: Record) -> tuple[float, ...]:
+        grey = grey_copy(record, 1 << 30).astype(np.float32)
+        ratios = [_block_ratio(np.abs(np.diff(grey, axis=axis)).mean(axis=1 - axis)) for axis in (0, 1)]
+        known = [ratio for ratio in ratios if ratio is not None]
+        return (float(np.mean(known)) if known else 1.0,)
+
+
+class Borders(_Measure):
+    """The share of the picture that is an even frame at its edges: letterboxes, pillars, white margins.
+
+    `border` is the share of the area; `bars` that of the two thickest opposite bars alone. A row belongs to the border
+    if all its pixels are within `tolerance` levels of the corner's colour. An even background that reaches an edge
+    counts too, so a threshold belongs to pictures of the world, not to drawings.
+    """
+
+    columns = ("border", "bars")
+
+    @frozen
+    class Config:
+        size: int = SIDE
+        tolerance: float = field(default=8, validator=real(at_least=0, at_most=255))
+
+    def measure(self, record: Record) -> tuple[float, ...]:
+        grey = grey_copy(record, self.config.size).astype(np.float32)
+        height, width = grey.shape
+        top, bottom = (_even(lines, self.config.tolerance) for lines in (grey, grey[::-1]))
+        left, right = (_even(lines, self.config.tolerance) for lines in (grey.T, grey.T[::-1]))
+        if top >= height or left >= width:
+            return 1.0, 1.0
+        inside = (height - top - bottom) * (width - left - right)
+        bars = max(2 * min(top, bottom) / height, 2 * min(left, right) / width)
+        return 1 - inside / (height * width), bars
+
+
+class Captions(_Measure):
+    """Words and characters of the longer of the captions that came with a picture, and how often its words repeat.
+
+    `repetition` is 1 less the share of different words: 0 where no word stands twice.
+    """
+
+    columns = ("words", "characters", "repetition")
+
+    @frozen
+    class Config:
+        pass
+
+    def measure(self, record: Record) -> tuple[float, ...]:
+        text = max(record.dense, record.brief, key=len)
+        words = text.lower().split()
+        return len(words), len(text), 1 - len(set(words)) / len(words) if words else 0.0
+
+
+def laplacian(grey: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The sum of the four neighbours less four times the pixel, inside the edges."""
+    around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
+    return np.asarray(around - 4 * grey[1:-1, 1:-1], np.float32)
+
+
+def sharpness(record: Record) -> float:
+    """The measure by which the best of several duplicates is chosen."""
+    grey = grey_copy(record, 256).astype(np.float32)
+    return float(laplacian(grey).std()) if min(grey.shape) >= 3 else 0.0
+
+
+def noise_level(grey: NDArray[np.float32]) -> float:
+    """Standard deviation of Gaussian noise in levels, from the mean absolute answer to a mask that no plane and no
+    straight edge along an axis excites; the median over 8 x 8 tiles, so that textures do not count as noise."""
+    g = grey
+    mask = (
+        g[:-2, :-2] + g[:-2, 2:] + g[2:, :-2] + g[2:, 2:]
+        - 2 * (g[:-2, 1:-1] + g[2:, 1:-1] + g[1:-1, :-2] + g[1:-1, 2:]) + 4 * g[1:-1, 1:-1]
+    )  # fmt: skip
+    height, width = (side // 8 * 8 for side in mask.shape)
+    scale = math.sqrt(math.pi / 2) / 6
+    if not height or not width:
+        return float(np.abs(mask).mean()) * scale
+    tiles = np.abs(mask[:height, :width]).reshape(height // 8, 8, width // 8, 8).mean(axis=(1, 3))
+    return float(np.median(tiles)) * scale
+
+
+def _block_ratio(steps: NDArray[np.float32]) -> float | None:
+    """Mean step at every eighth place over the mean step elsewhere; None for fewer than three blocks."""
+    if len(steps) < 24:
+        return None
+    edge = np.arange(len(steps)) % 8 == 7
+    inside = float(steps[~edge].mean())
+    # Half a level, so that even pictures, whose steps are a few rounding errors, have a ratio near 1.
+    return (float(steps[edge].mean()) + 0.5) / (inside + 0.5)
+
+
+def _even(lines: NDArray[np.float32], tolerance: float) -> int:
+    """How many lines from the first on have the brightness of its first pixel all along."""
+    other = (np.abs(lines - lines[0, 0]) > tolerance).any(axis=1)
+    return int(other.argmax()) if other.any() else len(lines)
+
+
+CURATORS: Mapping[str, type[Any]] = {
+    "blockiness": Blockiness,
+    "borders": Borders,
+    "captions": Captions,
+    "clarity": Clarity,
+    "entropy": Entropy,
+    "luminance": Luminance,
+    "resolution": Resolution,
+}
