@@ -109,13 +109,15 @@ def _read_rows(reader: Any, entry: RowGroup) -> Iterator[SourceItem]:
             files = _binary(batch, image)
             for at in range(batch.num_rows):
                 data = _cell(files, at, sources.LARGEST_PICTURE)
-                captions = {key: _cell(column, at, sources.LARGEST_TEXT) for key, column in cells.items()}
+                captions: dict[str, Any] = {
+                    key: _cell(column, at, sources.LARGEST_TEXT) for key, column in cells.items()
+                }
                 if any(text is False for text in captions.values()):
                     captions = {
                         **{key: text for key, text in captions.items() if text is not False},
                         "fault": sources.LONG_TEXT,
                     }
-                if data is False:
+                if isinstance(data, bool):
                     yield SourceItem(f"{name}:{row}", fault=sources.TOO_LARGE)
                 else:
                     yield SourceItem(f"{name}:{row}", data, (captions,))

@@ -145,7 +145,7 @@ def _samples(tar: Path) -> Iterator[SourceItem]:
                         yield from sample.items(tar.name)
                     sample = _TarSample(key)
                 sample.add(ending, member, archive)
-                archive.members.clear()  # tarfile keeps every header it has read
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header it has read
     if sample is not None:
         yield from sample.items(tar.name)
 

@@ -29,6 +29,7 @@ from test_data_imports import folder, png, rows, tar
 from lens_core.cli.main import main
 from lens_core.io import locks, sources
 from lens_core.io.atomic_files import WriteError
+from lens_core.io.captions import LONGEST_CAPTION
 from lens_core.io.digests import Ids
 from lens_core.io.locks import LockedError
 
@@ -60,7 +61,7 @@ def twice(run: Any, store: Path, path: Path, **options: Any) -> ImportReport:
     ("caption", "fault"),
     [
         ("a \ud800 b", SURROGATE), ("\udfff", SURROGATE), ("a\0b", CONTROL), ("\x1b[2J", CONTROL),
-        ("x" * (captions.LONGEST_CAPTION + 1), f"caption longer than {captions.LONGEST_CAPTION} characters"),
+        ("x" * (LONGEST_CAPTION + 1), f"caption longer than {LONGEST_CAPTION} characters"),
         ("\ufeff \n", "empty caption"), (None, "missing caption"), (7, "missing caption"), (["a"], "missing caption"),
     ],
 )  # fmt: skip
