@@ -158,10 +158,10 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=5.0, help="of climbing, all six scenes together")
     parser.add_argument("--side", type=int, default=64, help="of the pictures that are climbed on, px")
     parser.add_argument("--vae", help="a checkpoint whose VAE pictures go through")
-    given = parser.parse_args()
-    if given.what == "rates":
-        rates(given.scenes, given.vae)
-    elif given.what == "sheet":
-        sheet(given.path)
+    args = parser.parse_args()
+    if args.what == "rates":
+        rates(args.scenes, args.vae)
+    elif args.what == "sheet":
+        sheet(args.path)
     else:
-        climb(given.path, given.minutes, given.vae, given.side)
+        climb(args.path, args.minutes, args.vae, args.side)

@@ -30,14 +30,14 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     try:
         if isinstance(value, bool | str | bytes) or type(value).__name__.startswith("bool"):
             raise TypeError
-        found = float(value)
+        result = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"{name} must be a number, not {shown(value)}") from error
-    if not math.isfinite(found):
+    if not math.isfinite(result):
         if not finite:
-            return found
-        raise ConfigError(f"{name} must be a finite number, not {found}")
-    return float(_within(name, found, low, high))
+            return result
+        raise ConfigError(f"{name} must be a finite number, not {result}")
+    return float(_within(name, result, low, high))
 
 
 def _within(name: str, value: float, low: float, high: float) -> float:

@@ -105,13 +105,13 @@ def checked_scores(component: Any, scores: Any, count: int, method: str = "score
     if isinstance(scores, str | Mapping) or not isinstance(scores, Iterable):
         refuse(component, method, scores, must)
     with calling(component, method):
-        found = tuple(scores)
-    for score in found:
+        result = tuple(scores)
+    for score in result:
         if not isinstance(score, Score):
             refuse(component, method, score, must)
-    if len(found) != count:
-        raise PluginError(f"{name_of(component)}.{method} returned {len(found)} scores for {count} images; {must}")
-    return found
+    if len(result) != count:
+        raise PluginError(f"{name_of(component)}.{method} returned {len(result)} scores for {count} images; {must}")
+    return result
 
 
 def checked_loss(component: Any, loss: Any) -> Loss:
@@ -238,7 +238,7 @@ def times_of(sampler: Any, size: tuple[int, int], steps: int) -> Tensor:
     return times
 
 
-def walk_of(sampler: Any, velocity: Any, x: Tensor, steps: int, **more: Any) -> Iterator[tuple[float, Tensor]]:
+def trajectory_of(sampler: Any, velocity: Any, x: Tensor, steps: int, **more: Any) -> Iterator[tuple[float, Tensor]]:
     """The (t, x) of a sampler's walk, x of the shape that it began with; the last has t = 0. Checked."""
     with calling(sampler, "sample"):
         walk = sampler.sample(velocity, x, steps, **more)
@@ -260,11 +260,11 @@ def prompts_of(benchmark: Any) -> list[Prompt]:
     must = "it must return a list of Prompts"
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         refuse(benchmark, "prompts", prompts, must)
-    found = list(items(benchmark, "prompts", prompts))
-    for prompt in found:
+    result = list(items(benchmark, "prompts", prompts))
+    for prompt in result:
         if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
             refuse(benchmark, "prompts", prompt, must)
-    return found
+    return result
 
 
 def trainable_modules_of(method: Any) -> dict[str, nn.Module]:
@@ -272,28 +272,34 @@ def trainable_modules_of(method: Any) -> dict[str, nn.Module]:
     from torch import nn
 
     with calling(method, "trainable_modules"):
-        roles = method.trainable_modules()
-    must = "it must return {role: nn.Module}, at least one"
-    if not isinstance(roles, Mapping) or not roles:
-        refuse(method, "trainable_modules", roles, must)
-    for role, net in roles.items():
-        if not isinstance(role, str) or not isinstance(net, nn.Module):
+        trainable = method.trainable_modules()
+    must = "it must return {name: nn.Module}, at least one"
+    if not isinstance(trainable, Mapping) or not trainable:
+        refuse(method, "trainable_modules", trainable, must)
+    for module_name, net in trainable.items():
+        if not isinstance(module_name, str) or not isinstance(net, nn.Module):
             refuse(method, "trainable_modules", net, must)
         if not any(p.numel() for p in net.parameters()):
-            raise ConfigError(f"{name_of(method)}: {role} is to learn, and {name_of(net)} has no weight; name another")
-    return dict(roles)
+            raise ConfigError(
+                f"{name_of(method)}: {module_name} is to learn, and {name_of(net)} has no weight; name another"
+            )
+    return dict(trainable)
 
 
-def update_order_of(method: Any, step: int, roles: Mapping[str, Any]) -> tuple[str, ...]:
+def update_order_of(method: Any, step: int, trainable: Mapping[str, Any]) -> tuple[str, ...]:
     """Who learns in a step, in order, checked."""
     with calling(method, "update_order"):
         order = method.update_order(step)
-    must = f"it must return names of trainable modules, which are {', '.join(roles)}"
-    if isinstance(order, str) or not isinstance(order, Sequence) or not all(isinstance(role, str) for role in order):
+    must = f"it must return names of trainable modules, which are {', '.join(trainable)}"
+    if (
+        isinstance(order, str)
+        or not isinstance(order, Sequence)
+        or not all(isinstance(module_name, str) for module_name in order)
+    ):
         refuse(method, "update_order", order, must)
-    for role in order:
-        if role not in roles:
-            raise PluginError(f"{name_of(method)}.update_order named {role!r}; {must}")
+    for module_name in order:
+        if module_name not in trainable:
+            raise PluginError(f"{name_of(method)}.update_order named {module_name!r}; {must}")
     return tuple(order)
 
 

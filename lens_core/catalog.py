@@ -71,9 +71,9 @@ def _methods_of(protocol: type[Any]) -> list[str]:
 
 def _lacks(cls: type[Any], method: str, protocol: type[Any]) -> bool:
     """Whether `cls` has no method of its own there; a stub that a protocol or torch's Module leaves to it is none."""
-    found = getattr(cls, method, None)
-    stub = found is vars(protocol).get(method) or getattr(found, "__name__", "") == "_forward_unimplemented"
-    return not callable(found) or stub or bool(getattr(found, "__isabstractmethod__", False))
+    attribute = getattr(cls, method, None)
+    stub = attribute is vars(protocol).get(method) or getattr(attribute, "__name__", "") == "_forward_unimplemented"
+    return not callable(attribute) or stub or bool(getattr(attribute, "__isabstractmethod__", False))
 
 
 def _flaw(cls: Any, kind: str) -> str | None:
@@ -95,18 +95,18 @@ def _flaw(cls: Any, kind: str) -> str | None:
 
 def _weaknesses(cls: type[Any], kind: str) -> list[str]:
     """What would stop a component of `kind` later than its discovery."""
-    found = []
-    given = ("config", "pipeline") if kind == "method" else ("config",)
+    problems = []
+    arguments = ("config", "pipeline") if kind == "method" else ("config",)
     try:
-        inspect.signature(cls).bind(*given)
+        inspect.signature(cls).bind(*arguments)
     except TypeError:
-        found.append(f"cannot be built as {cls.__name__}({', '.join(given)}); change its __init__")
+        problems.append(f"cannot be built as {cls.__name__}({', '.join(arguments)}); change its __init__")
     except ValueError:
         pass  # a class that does not say what it takes
     lacks = [m for m in ("save", "load") if HasWeights in KINDS[kind][1].__mro__ and not hasattr(cls, m)]
     if lacks:
-        found.append(f"lacks {' and '.join(lacks)}, without which no checkpoint can hold it")
-    return found
+        problems.append(f"lacks {' and '.join(lacks)}, without which no checkpoint can hold it")
+    return problems
 
 
 def _offered(module: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
@@ -150,14 +150,14 @@ def resolve(place: str) -> Any:
     """What "module:attribute" names. Raises LensError, which says what is missing."""
     name, _, attribute = place.partition(":")
     try:
-        found: Any = importlib.import_module(name)
+        target: Any = importlib.import_module(name)
         for part in attribute.split("."):
-            found = getattr(found, part)
+            target = getattr(target, part)
     except (Exception, SystemExit) as error:  # as above
         raise LensError(f"{place} cannot be imported ({_one_line(error)})") from error
-    if not callable(found):
-        raise LensError(f"{place} is {shown(found)}, which cannot be called; name a function or a cyclopts App")
-    return found
+    if not callable(target):
+        raise LensError(f"{place} is {shown(target)}, which cannot be called; name a function or a cyclopts App")
+    return target
 
 
 @mutable
@@ -233,7 +233,7 @@ class Catalog:
                 known = [n for n in vars(hookspecs) if n.startswith("lens_")]
                 raise LensError(f"there is no hook {unknown[0]!r}.{did_you_mean(unknown[0], known)}")
             for name in RESOLVERS:  # providers are asked by name, resolvers through pluggy, which knows marked ones
-                if callable(found := getattr(module, name, None)) and not getattr(found, "lens_impl", None):
+                if callable(function := getattr(module, name, None)) and not getattr(function, "lens_impl", None):
                     raise LensError(f"{name} has no @hookimpl, so nothing asks it; decorate it with lens_core.hookimpl")
             self._manager.register(module, name=plugin.name)
         except (Exception, SystemExit) as error:  # whatever a third party's import raises, the others go on
@@ -254,7 +254,7 @@ class Catalog:
         if kind not in KINDS:
             raise LensError(f"there is no kind {kind!r}.{did_you_mean(kind, KINDS)}")
         if kind not in self._kinds:
-            self._kinds[kind] = found = []
+            self._kinds[kind] = entries = []
             hook = KINDS[kind][0]
             for plugin in list(self.plugins):
                 if plugin.error is not None or not hasattr(plugin.module, hook):
@@ -265,8 +265,8 @@ class Catalog:
                     continue
                 for short, component in offered.items():
                     remember(component, f"{plugin.name}:{short}")
-                    found.append(Entry(kind, plugin.name, short, component))
-            found.sort(key=lambda e: e.name)
+                    entries.append(Entry(kind, plugin.name, short, component))
+            entries.sort(key=lambda e: e.name)
         return self._kinds[kind]
 
     def find(self, kind: str, name: str) -> Entry:
@@ -294,7 +294,7 @@ class Catalog:
         """The commands that plugins bring: name -> "module:attribute". A name that is taken, or brought twice, is used
         by nobody: its plugins are disabled."""
         owners: dict[str, Plugin] = {}
-        found: dict[str, str] = {}
+        commands: dict[str, str] = {}
         for plugin in list(self.plugins):
             if plugin.error is not None or not hasattr(plugin.module, "lens_commands"):
                 continue
@@ -309,15 +309,15 @@ class Catalog:
                 self._disable(plugin, problems[0])
                 continue
             owners |= dict.fromkeys(offered, plugin)
-            found |= offered
-        return {name: place for name, place in found.items() if owners[name].error is None}
+            commands |= offered
+        return {name: place for name, place in commands.items() if owners[name].error is None}
 
     def check(self, taken: Collection[str] = ()) -> dict[str, list[str]]:
         """Ask every plugin everything: name -> all that is wrong with it. Imports what each plugin offers, its commands
         included; `taken` are the names of the core's own."""
-        found: dict[str, list[str]] = {}
+        problems_by_plugin: dict[str, list[str]] = {}
         for plugin in list(self.plugins):
-            problems = found.setdefault(plugin.name, [])
+            problems = problems_by_plugin.setdefault(plugin.name, [])
             if plugin.module is None:
                 problems += [plugin.error] if plugin.error else []
                 continue
@@ -339,14 +339,14 @@ class Catalog:
                         problems.append(f"in lens_commands: the command {name!r}: {error}")
             known = [n for n in vars(hookspecs) if n.startswith("lens_")]
             for name, value in vars(plugin.module).items():
-                own = isfunction(value) and value.__module__ == plugin.module.__name__
-                if own and name not in known and (near := difflib.get_close_matches(name, known, 1, 0.8)):
+                defined_here = isfunction(value) and value.__module__ == plugin.module.__name__
+                if defined_here and name not in known and (near := difflib.get_close_matches(name, known, 1, 0.8)):
                     problems.append(f"there is no hook {name!r}, so nothing asks it. Did you mean {near[0]!r}?")
         self.commands(taken)  # which sees what two plugins bring
         for plugin in self.plugins:
-            if plugin.error and plugin.error not in found[plugin.name]:
-                found[plugin.name].insert(0, plugin.error)
-        return found
+            if plugin.error and plugin.error not in problems_by_plugin[plugin.name]:
+                problems_by_plugin[plugin.name].insert(0, plugin.error)
+        return problems_by_plugin
 
     def first(self, resolver: str, argument: Any) -> Any:
         """The first answer to a resolver hook, or None. A plugin that raises a LensError speaks for itself."""

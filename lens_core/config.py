@@ -141,11 +141,11 @@ def _all_at_once(cls: type[Any]) -> Any:
             if any(isinstance(inner, ConfigError) and not _field(inner) for inner in error.exceptions):
                 raise  # it was built, and refused its values itself
             failed = {_field(inner) for inner in error.exceptions}
-            found: list[str] = []
+            range_problems: list[str] = []
             for a in attrs.fields(cls):
                 if a.name in data and a.name not in failed and isinstance(a.validator, Rule):
-                    found += a.validator.problems(_CONVERTER.structure(data[a.name], a.type), a.name)
-            more = [RangeError(found)] if found else []
+                    range_problems += a.validator.problems(_CONVERTER.structure(data[a.name], a.type), a.name)
+            more = [RangeError(range_problems)] if range_problems else []
             raise ClassValidationError(error.message, [*error.exceptions, *more], cls) from error
 
     return hook
@@ -238,10 +238,10 @@ class _Options(Rule):
     def problems(self, value: Any, place: str) -> Iterator[str]:
         for name, rule in self.rules.items():
             if isinstance(value, ComponentSpec) and name in value.options:
-                given = value.options[name]
+                option = value.options[name]
                 with contextlib.suppress(WrongType):  # as YAML mistakes it: the rule refuses what is no number at all
-                    given = _number(given, None) if isinstance(given, str) else given
-                yield from rule.problems(given, f"{place}.{name}")
+                    option = _number(option, None) if isinstance(option, str) else option
+                yield from rule.problems(option, f"{place}.{name}")
 
 
 def options(**rules: Rule) -> Rule:
@@ -289,14 +289,14 @@ def _foreign(hint: Any, seen: tuple[Any, ...]) -> tuple[str, str] | None:
     if origin is typing.Literal:
         return next(((type(a).__name__, "; use text") for a in args if type(a) not in PLAIN), None)
     if origin in (typing.Union, types.UnionType):
-        return next((found for a in args if (found := _foreign(a, seen))), None)
+        return next((foreign for a in args if (foreign := _foreign(a, seen))), None)
     if origin in (tuple, list, Sequence) or hint in (tuple, list, dict, Mapping, Sequence):
-        return next((found for a in args if a is not ... and (found := _foreign(a, seen))), None)
+        return next((foreign for a in args if a is not ... and (foreign := _foreign(a, seen))), None)
     if origin in (dict, Mapping):
         return ("dict with keys other than text", "; use str") if args[0] is not str else _foreign(args[1], seen)
     if attrs.has(hint):
         hints = [a.type for a in attrs.fields(attrs.resolve_types(hint))]
-        return next((found for h in hints if (found := _foreign(h, (*seen, hint)))), None)
+        return next((foreign for h in hints if (foreign := _foreign(h, (*seen, hint)))), None)
     kind = origin or hint
     name = getattr(kind, "__name__", str(kind))
     bases = [base.__name__ for base in getattr(kind, "__mro__", ())]

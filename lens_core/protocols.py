@@ -270,7 +270,7 @@ class Method(Protocol):
         """Who can learn, by name."""
 
     def steps(
-        self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
+        self, batches: Iterator[Batch], modules: Mapping[str, nn.Module], rng: torch.Generator
     ) -> Iterator[Sequence[Any]]:
         """One item an optimizer step: its micro-batches. Pulls from `batches` lazily, never ahead.
 
@@ -281,28 +281,28 @@ class Method(Protocol):
     def update_order(self, step: int) -> Sequence[str]:
         """Who learns in this step, in order."""
 
-    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Any, rng: torch.Generator) -> Loss: ...
+    def loss(self, module_name: str, modules: Mapping[str, nn.Module], batch: Any, rng: torch.Generator) -> Loss: ...
 
-    # Optional: validate(batch: Batch, nets, rng) -> Mapping[str, float], means over a batch that is not learned from.
+    # Optional: validate(batch: Batch, modules, rng) -> Mapping[str, float], means over a batch that is not trained on.
     # "loss" is the figure to follow; "loss/…" are parts of it. Draws from `rng` alone, the same in each evaluation.
 
-    # Optional: flops(role: str, batch) -> float, of that role's forward over a micro-batch. The log then tells how fast
-    # the run computes; what backward adds is the loop's to know.
+    # Optional: flops(module_name: str, batch) -> float, of that module's forward over a micro-batch. The log then has
+    # the rate of the run; the loop adds what backward computes.
 
-    # Optional: frozen() -> Mapping[str, nn.Module], by name the networks that it holds besides roles and pipeline, and
-    # that never change: a teacher. The loop keeps them as it keeps the frozen parts of the pipeline, divides them where
-    # it divides roles, and lets them compute activations again.
+    # Optional: frozen() -> Mapping[str, nn.Module], by name the networks that it holds besides trainable modules and
+    # the pipeline, and that never change: a teacher. The loop keeps them as it keeps the frozen parts of the pipeline,
+    # shards them where it shards trainable modules, and lets them compute activations again.
 
     # Optional: logs: bool, which the loop sets before each step: whether what `loss` tells is logged. Where it is
     # False, figures that cost more than a step without them may be left out.
 
-    # Optional: after_update(role, nets, sums: Mapping[str, Tensor]), after each optimizer step of a role that was made,
+    # Optional: after_update(module_name, modules, sums: Mapping[str, Tensor]), after each optimizer step that was made,
     # with what the `Loss.sums` of all micro-batches, parts and processes add up to.
 
     # `BaseMethod` has these three for a method that keeps nothing between steps.
-    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None: ...
+    def after_step(self, step: int, modules: Mapping[str, nn.Module]) -> None: ...
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beyond the roles' weights: tensors, and what JSON can hold."""
+        """What a resumed run needs beyond the trainable weights: tensors, and what JSON can hold."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
@@ -310,7 +310,7 @@ class Method(Protocol):
 class BaseMethod:
     """The three members that a method without a state of its own need not write: `class FlowMatching(BaseMethod)`."""
 
-    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
+    def after_step(self, step: int, modules: Mapping[str, nn.Module]) -> None:
         pass
 
     def state_dict(self) -> dict[str, Any]:

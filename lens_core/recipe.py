@@ -22,7 +22,7 @@ __all__ = [
     "ComponentSpec",
     "Evaluation",
     "LoraSpec",
-    "Parts",
+    "PipelineSpec",
     "Recipe",
     "Training",
     "build",
@@ -35,7 +35,7 @@ __all__ = [
 
 
 @frozen
-class Parts:
+class PipelineSpec:
     """The pipeline that a recipe starts from: a checkpoint, parts by name, or a checkpoint with parts replaced."""
 
     start: str | None = field(default=None, validator=optional(text()))  # checkpoint URI
@@ -65,7 +65,7 @@ class Training:
 
     steps: int = field(validator=integer(at_least=1))  # optimizer steps in all
     lr: float = field(default=1e-4, validator=real(at_least=0))
-    # By role: what multiplies lr for it; 1 where none is given.
+    # By trainable module: what multiplies its lr; 1 by default.
     lr_multipliers: dict[str, float] = field(factory=dict, validator=each(real(at_least=0)))
     warmup: int = field(default=0, validator=integer(at_least=0))  # steps of linear warm-up
     # Share of the run, at its end, over which lr falls to 0.
@@ -81,7 +81,7 @@ class Training:
     # Processes that share one copy of each module's weights, moments and averages (FSDP2); 0: all; 1: no sharding.
     fsdp_shards: int = field(default=1, validator=integer(at_least=0, at_most=2**16))
     precision: str = field(default="fp32", validator=one_of("fp32", "bf16"))  # bf16: autocast over fp32 master weights
-    compile: bool = False  # torch.compile each role; needs a C++ compiler on CPUs
+    compile: bool = False  # torch.compile each trainable module; needs a C++ compiler on CPUs
     activation_checkpointing: bool = False  # compute activations again on the way back: less memory, a third more time
     save_every: int = field(default=500, validator=integer(at_least=1))  # steps between checkpoints
     keep_checkpoints: int = field(default=2, validator=integer(at_least=1))  # checkpoints kept
@@ -93,7 +93,7 @@ class Training:
     trackers: tuple[str, ...] = ()  # tensorboard, trackio, wandb …: where lines of the log go besides log.jsonl
     export_dtype: str = field(default="fp32", validator=one_of("fp32", "bf16"))  # how the finished model is stored
     threads: int = field(default=0, validator=integer(at_least=0, at_most=1024))  # torch threads; 0: torch's choice
-    lora: dict[str, LoraSpec] = field(factory=dict)  # by role; a role without one is trained in full
+    lora: dict[str, LoraSpec] = field(factory=dict)  # by trainable module; others are trained in full
 
 
 @frozen
@@ -133,11 +133,11 @@ class Evaluation:
 
     def named_benchmarks(self) -> dict[str, ComponentSpec]:
         """The benchmarks by the names they are logged under: their own, and a number where one is there twice."""
-        found: dict[str, ComponentSpec] = {}
+        named: dict[str, ComponentSpec] = {}
         for i, use in enumerate(self.benchmarks):
             name = use.use.rpartition(":")[2]
-            found[f"{name}_{i}" if name in found else name] = use
-        return found
+            named[f"{name}_{i}" if name in named else name] = use
+        return named
 
 
 @frozen
@@ -147,7 +147,7 @@ class Recipe:
     method: ComponentSpec
     train: Training
     dataset: ComponentSpec | None = None  # where its method reads one
-    pipeline: Parts = field(factory=Parts)
+    pipeline: PipelineSpec = field(factory=PipelineSpec)
     seed: int = field(default=0, validator=SEED)
     evaluation: Evaluation | None = None
 
@@ -224,14 +224,14 @@ def _change(data: Any, change: str) -> Iterator[str]:
 
 def _named(data: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
     inner, evaluation = (v if isinstance(v, Mapping) else {} for v in (data.get("pipeline"), data.get("evaluation")))
-    found = [(k, data[k], f"$.{k}") for k in ("method", "dataset") if k in data]
-    found += [
+    components = [(k, data[k], f"$.{k}") for k in ("method", "dataset") if k in data]
+    components += [
         (k, inner[k], f"$.pipeline.{k}")
         for k in ("vae", "text_encoder", "backbone", "sampler")
         if inner.get(k) is not None
     ]
     benchmarks = evaluation.get("benchmarks")
     for i, use in enumerate(benchmarks if isinstance(benchmarks, list) else ()):
-        found.append(("benchmark", use, f"$.evaluation.benchmarks[{i}]"))
+        components.append(("benchmark", use, f"$.evaluation.benchmarks[{i}]"))
     held = evaluation.get("validation")
-    return [*found, ("dataset", held, "$.evaluation.validation")] if held is not None else found
+    return [*components, ("dataset", held, "$.evaluation.validation")] if held is not None else components

@@ -289,9 +289,9 @@ class Loss:
 
     `weight` is how much `total` counts in the step: the tokens that it is a mean of, say. The step is the mean by
     weight over the micro-batches of all parts and processes. None: parts count alike, and so do the micro-batches of a
-    part. Either all losses of a role have one or none has.
+    part. Either all losses of a module have one or none has.
     `sums` are detached tensors that are added up over those micro-batches; after a step that is made, and not after one
-    that is skipped, the method gets the sums: `after_update(role, nets, sums)`.
+    that is skipped, the method gets the sums: `after_update(module_name, modules, sums)`.
     """
 
     total: Tensor

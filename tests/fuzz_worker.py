@@ -319,7 +319,7 @@ class Targets:
         from lens_core.inference import lora as loras
 
         path = self.write("lora.safetensors", mutate_header(rng, (self.folder / "lora.safetensors").read_bytes()))
-        lora_keys.write(path.with_name("out.safetensors"), lora_keys.read(path), rng.choice(lora_keys.SPELLINGS))
+        lora_keys.write(path.with_name("out.safetensors"), lora_keys.read(path), rng.choice(lora_keys.KEY_FORMATS))
         loras.read(path, self.layers)
 
     def peft(self, rng: random.Random) -> None:
@@ -461,7 +461,7 @@ class Targets:
             path.parent,
             {},
         )
-        evaluator.say = lambda line: None
+        evaluator.log = lambda line: None
         for changed in ([], ["$.evaluation.seed was 1 and is 2"]):
             evaluator.resume(5, changed)
             evaluator.due(6, 9)

@@ -66,7 +66,7 @@ MUTANTS = [
         ("min(1.0, (step + 1) / train.warmup)", "min(1.0, step / train.warmup)"),
         ("start = train.steps * (1 - train.lr_decay_fraction)", "start = train.steps * train.lr_decay_fraction"),
         ("(1 - math.cos(math.pi * left)) / 2)", "(1 + math.cos(math.pi * left)) / 2)"),
-        ("config.lr * config.lr_multipliers.get(role, 1.0) * lr_factor", "config.lr * lr_factor"),
+        ("config.lr * config.lr_multipliers.get(module_name, 1.0) * lr_factor", "config.lr * lr_factor"),
     ),
     *_of(
         "lens_core/training/ema.py",

@@ -132,7 +132,7 @@ def test_the_core_knows_no_plugin_and_no_model_library(path: Path) -> None:
     assert used.isdisjoint({"diffusers", "transformers", *(p.name for p in PLUGINS)})
     assert (
         "peft" not in used or path == CORE / "inference" / "lora.py"
-    )  # any role can have an adapter, whatever its architecture
+    )  # any trainable module can have an adapter, whatever its architecture
     assert roots(path, top_only=True).isdisjoint(LAZY), "import it inside the function that needs it"
 
 

@@ -9,7 +9,7 @@ from lens_gpt_oss.template import train_tokenizer
 
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import ComponentSpec, Parts
+from lens_core.recipe import ComponentSpec, PipelineSpec
 
 VAE = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
 ENCODER = {
@@ -39,7 +39,7 @@ BACKBONE = {
 def test_a_checkpoint_without_lens_json_is_read_by_its_layout(tmp_path: Path) -> None:
     catalog = Catalog.installed()
     torch.manual_seed(0)
-    parts = Parts(
+    parts = PipelineSpec(
         vae=ComponentSpec("flux2", VAE),
         text_encoder=ComponentSpec("gpt_oss", ENCODER),
         backbone=ComponentSpec("mmdit", BACKBONE),

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from lens_core import flow, hookimpl
 from lens_core.checkpoints.tensor_files import build_on_meta, load_module, read_weights, save_module
 from lens_core.inference.pixels import to_pixels
-from lens_core.recipe import ComponentSpec, Parts
+from lens_core.recipe import ComponentSpec, PipelineSpec
 from lens_core.types import Batch, ConfigError, Loss, Prompt, Score, TextFeatures
 
 # A pipeline of all of them; and one whose width is not the default, so that a recipe that loses options shows.
-PARTS = Parts(
+PARTS = PipelineSpec(
     vae=ComponentSpec("blocks"),
     text_encoder=ComponentSpec("letters"),
     backbone=ComponentSpec("mixer"),
@@ -167,7 +167,7 @@ class Squares:
 
 
 class Fit:
-    """Method: two roles by turns. `seen` records which parameters could learn at each loss."""
+    """Method: two trainable modules, updated in turn. `seen` records which parameters could learn at each loss."""
 
     @frozen
     class Config:
@@ -186,7 +186,7 @@ class Fit:
     def trainable_modules(self) -> Mapping[str, nn.Module]:
         return {"backbone": self.pipeline.backbone, "critic": self.critic}
 
-    def steps(self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator) -> Iterator[Any]:
+    def steps(self, batches: Iterator[Batch], modules: Mapping[str, nn.Module], rng: torch.Generator) -> Iterator[Any]:
         for batch in batches:
             with torch.no_grad():  # which must be left before the yield
                 z = self.pipeline.vae.encode(to_pixels(batch.images))
@@ -195,18 +195,18 @@ class Fit:
     def update_order(self, step: int) -> Sequence[str]:
         return ("critic", "backbone") if step % 2 == 0 else ("backbone",)
 
-    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Any, rng: torch.Generator) -> Loss:
-        Fit.seen.append((role, {r for r, n in nets.items() if any(p.requires_grad for p in n.parameters())}))
+    def loss(self, module_name: str, modules: Mapping[str, nn.Module], batch: Any, rng: torch.Generator) -> Loss:
+        Fit.seen.append((module_name, {r for r, n in modules.items() if any(p.requires_grad for p in n.parameters())}))
         z, text = batch
-        if role == "critic":
-            return Loss(nets["critic"](z.movedim(1, -1)).square().mean())
+        if module_name == "critic":
+            return Loss(modules["critic"](z.movedim(1, -1)).square().mean())
         noise, t = torch.randn(z.shape, generator=rng), torch.rand(len(z), generator=rng)
-        error = (nets["backbone"](flow.mix(z, noise, t), t, text) - flow.velocity(z, noise)).square().mean()
+        error = (modules["backbone"](flow.mix(z, noise, t), t, text) - flow.velocity(z, noise)).square().mean()
         self.count += 1
         bad = self.count - 1 in self.config.bad
         return Loss(error * math.nan if bad else error, {"error": error.detach()})
 
-    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
+    def after_step(self, step: int, modules: Mapping[str, nn.Module]) -> None:
         if step == self.config.stop:
             Fit.halt()
 

@@ -114,14 +114,14 @@ def named(folder: Path, described: Mapping[str, Any]) -> list[str]:
     """
     parts = tuple(p for part in described["components"] for p in FOLDERS.get(part, ()))
     weights = {*_sharded(folder), *(c["file"] for c in described["components"].values() if "file" in c)}
-    found = ["lens.json", "model_index.json", "scheduler/scheduler_config.json", model_card.FILE, *weights]
-    found += [p.name for pattern in ("LICENSE*", "NOTICE*") for p in folder.glob(pattern)]
-    found += described.get("files", ())
+    names = ["lens.json", "model_index.json", "scheduler/scheduler_config.json", model_card.FILE, *weights]
+    names += [p.name for pattern in ("LICENSE*", "NOTICE*") for p in folder.glob(pattern)]
+    names += described.get("files", ())
     for path in folder.glob("*/*"):
         name = path.relative_to(folder).as_posix()
         if name.startswith(parts) and (path.name in WEIGHTS or any(fnmatch(path.name, p) for p in ABOUT)):
-            found.append(name)
-    ours = {n for n in found if is_file(folder / n) and not is_system_file(n) and not _is_shared_file(n, described)}
+            names.append(name)
+    ours = {n for n in names if is_file(folder / n) and not is_system_file(n) and not _is_shared_file(n, described)}
     return sorted(ours)
 
 

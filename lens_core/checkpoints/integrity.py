@@ -31,8 +31,8 @@ def _names(folder: Path) -> list[str]:
 
 def stamps(folder: Path) -> Stamps:
     """What is in a folder before something is saved there, for `recorded`."""
-    found = {name: (folder / name).stat() for name in _names(folder)}
-    return {name: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in found.items()}
+    stats = {name: (folder / name).stat() for name in _names(folder)}
+    return {name: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
 
 
 def recorded(folder: Path, before: Mapping[str, tuple[int, int, int]]) -> dict[str, str]:
@@ -42,7 +42,7 @@ def recorded(folder: Path, before: Mapping[str, tuple[int, int, int]]) -> dict[s
 
 
 @frozen
-class Findings:
+class IntegrityReport:
     """`named` is how many files the checkpoint holds hashes of, None where it holds none; the rest are paths."""
 
     named: int | None
@@ -50,7 +50,7 @@ class Findings:
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()  # that its hash counts, and it does not name
     broken: tuple[str, ...] = ()  # what is wrong with files that nothing is known of, a line each
-    whole: int = 0  # files that nothing is known of and that are whole, as far as their formats say
+    well_formed: int = 0  # files that nothing is known of and that are whole, as far as their formats say
 
     @property
     def problems(self) -> list[str]:
@@ -63,7 +63,7 @@ class Findings:
         ]
 
 
-def check(folder: Path, described: Mapping[str, Any], under: Collection[str] = ("",)) -> Findings:
+def check(folder: Path, described: Mapping[str, Any], under: Collection[str] = ("",)) -> IntegrityReport:
     """Read every file of a checkpoint, of those whose paths begin with one of `under`, and compare."""
     begins = tuple(under)
     files: Mapping[str, str] | None = described.get("files")
@@ -71,9 +71,9 @@ def check(folder: Path, described: Mapping[str, Any], under: Collection[str] = (
     root = folder if folder.is_dir() else folder.parent
     if files is None:
         broken = [line for name in there if (line := _broken(root / name, name))]
-        return Findings(None, broken=tuple(broken), whole=len(there) - len(broken))
+        return IntegrityReport(None, broken=tuple(broken), well_formed=len(there) - len(broken))
     ours = {name: digest for name, digest in files.items() if name.startswith(begins)}
-    return Findings(
+    return IntegrityReport(
         len(ours),
         tuple(n for n, digest in sorted(ours.items()) if n in there and manifest.hash_of(root / n) != digest),
         tuple(sorted(n for n in ours if n not in there)),
@@ -104,9 +104,9 @@ def verify(folder: Path, described: Mapping[str, Any], catalog: Catalog) -> None
             source, _ = manifest.resolve_shared_part(part, component, folder, catalog)
             places.append((source, manifest.read_manifest(source, catalog), manifest.file_prefixes(part, component)))
     for place, about, under in places:
-        found = check(place, about, under)
-        if found.problems:
-            more = f" ({len(found.problems)} such)" if len(found.problems) > 1 else ""
-            raise CheckpointError(f"{place}: {found.problems[0]}{more}; fetch it again, or run lens check")
-        if found.named is None and place == folder:
+        report = check(place, about, under)
+        if report.problems:
+            more = f" ({len(report.problems)} such)" if len(report.problems) > 1 else ""
+            raise CheckpointError(f"{place}: {report.problems[0]}{more}; fetch it again, or run lens check")
+        if report.named is None and place == folder:
             raise CheckpointError(f"{place}: its lens.json holds no hashes, so nothing can be verified; save it anew")

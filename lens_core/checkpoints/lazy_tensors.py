@@ -68,13 +68,13 @@ def read_lazy(*paths: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
 
     Raises CheckpointError, in one line, for what is no whole safetensors file, and for a name that stands twice.
     """
-    found: dict[str, LazyTensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     texts: dict[str, str] = {}
     for path in paths:
         header, start = _header(path)
         texts |= header.pop("__metadata__", {})
         for name, entry in header.items():
-            if name in found:
+            if name in tensors:
                 raise CheckpointError(f"{path}: holds {shown(name)}, which another shard holds too")
             if entry["dtype"] not in DTYPES:
                 raise CheckpointError(f"{path}: {shown(name)} is {entry['dtype']}; {', '.join(DTYPES)} are read")
@@ -83,8 +83,8 @@ def read_lazy(*paths: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
                 raise CheckpointError(
                     f"{path}: {shown(name)} has the shape {list(shape)}, which no tensor has; leave it out"
                 )
-            found[name] = LazyTensor(shape, dtype, _reader(path, start + entry["data_offsets"][0], shape, dtype))
-    return found, texts
+            tensors[name] = LazyTensor(shape, dtype, _reader(path, start + entry["data_offsets"][0], shape, dtype))
+    return tensors, texts
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
@@ -172,8 +172,8 @@ def fit(config: Any, published: Any, seen: Mapping[str, Any], telling: Iterable[
 
 def numbered(names: Iterable[str], before: str) -> int:
     """How many of `before`0, `before`1, … there are among names of tensors. Counts no further than the first gap."""
-    found = {name[len(before) :].partition(".")[0] for name in names if name.startswith(before)}
-    return next(n for n in range(len(found) + 1) if str(n) not in found)
+    numbers = {name[len(before) :].partition(".")[0] for name in names if name.startswith(before)}
+    return next(n for n in range(len(numbers) + 1) if str(n) not in numbers)
 
 
 def shape_of(tensors: Mapping[str, LazyTensor], name: str, ndim: int, where: str) -> tuple[int, ...]:

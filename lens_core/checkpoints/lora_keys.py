@@ -1,4 +1,4 @@
-"""LoRA files: one content, three spellings. Read whole or refused, and written so that other tools agree.
+"""LoRA files: one content, three key formats. Read whole or refused, and written so that other tools agree.
 
 diffusers   `transformer.LAYER.lora_A.weight`, as PEFT too; rank and alpha in the header's `lora_adapter_metadata`
 comfy       `diffusion_model.LAYER.lora_A.weight` and `.alpha`
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 HEADER = "lora_adapter_metadata"  # diffusers' key: the fields of PEFT's LoraConfig, as JSON
-SPELLINGS = ("diffusers", "comfy", "sd-scripts")
+KEY_FORMATS = ("diffusers", "comfy", "sd-scripts")
 _KEY = re.compile(r"(.+)\.(?:lora_(?P<side>[AB]|down|up)(?:\.[^.]+)?\.weight|(?P<alpha>alpha))")
 _FLAT = "lora_unet_"
 _PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", _FLAT)
@@ -75,15 +75,15 @@ def read(path: Path, layers: Collection[str] = ()) -> dict[str, Pair]:
     rank. Raises CheckpointError, which lists what fits nothing, or names what cannot be honoured.
     """
     file = _file(path)
-    found, header = read_tensors(file), read_header(file)
+    tensors, header = read_tensors(file), read_header(file)
     for kind, pattern in _OTHERS.items():
-        if any(re.search(pattern, key) for key in found):
+        if any(re.search(pattern, key) for key in tensors):
             raise CheckpointError(f"{file}: is a {kind}; only plain LoRAs are read: extract one, or merge it elsewhere")
-    about = _about(file, header, found)
+    about = _about(file, header, tensors)
     names = _aliases(layers or about.names)
     parts: dict[str, dict[str, Tensor]] = {}
     strange: list[str] = []
-    for key, value in found.items():
+    for key, value in tensors.items():
         match = _KEY.fullmatch(key)
         prefix = next((p for p in _PREFIXES if key.startswith(p)), "")
         written = match[1].removeprefix(prefix) if match else ""
@@ -93,22 +93,22 @@ def read(path: Path, layers: Collection[str] = ()) -> dict[str, Pair]:
             continue
         side = str({"A": "down", "B": "up", None: "alpha"}.get(match["side"], match["side"]))
         if side in parts.setdefault(layer, {}):
-            raise CheckpointError(f"{file}: holds {shown(layer)} twice, in two spellings; fetch the file again")
+            raise CheckpointError(f"{file}: holds {shown(layer)} twice, in two key formats; fetch the file again")
         parts[layer][side] = value
     if strange or not parts:
         listed = ", ".join(repr(key)[1:-1][:120] for key in sorted(strange)[:5]) or "none at all"
         hint = "" if layers else "; give the model that it is for, so that its layers' names are known"
         raise CheckpointError(
-            f"{file}: {len(strange)} of {len(found)} tensors fit no layer of this model ({listed}){hint}"
+            f"{file}: {len(strange)} of {len(tensors)} tensors fit no layer of this model ({listed}){hint}"
         )
     if (
         about.alpha is not None
         and math.isnan(about.alpha)
         and (bare := [k for k, v in parts.items() if "alpha" not in v])
     ):
-        given = header.get("ss_network_alpha", header.get("alpha"))
+        alpha = header.get("ss_network_alpha", header.get("alpha"))
         raise CheckpointError(
-            f"{file}: its alpha is {given!r:.40}, which is no number, and {shown(bare[0])} has none either"
+            f"{file}: its alpha is {alpha!r:.40}, which is no number, and {shown(bare[0])} has none either"
         )
     return {layer: _pair(file, layer, sides, about) for layer, sides in parts.items()}
 
@@ -142,7 +142,7 @@ def _aliases(layers: Collection[str]) -> dict[str, str]:
     return {alias: name for alias, name in aliases.items() if name} | {name: name for name in layers}
 
 
-def _about(file: Path, header: Mapping[str, str], found: Mapping[str, Tensor]) -> Strength:
+def _about(file: Path, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Strength:
     """What the file says of all its layers together, in its header or in PEFT's config beside it."""
     if HEADER in header:
         stored = _stored(file, header[HEADER])
@@ -151,7 +151,7 @@ def _about(file: Path, header: Mapping[str, str], found: Mapping[str, Tensor]) -
         return evolve(about, alpha=plain) if about.alpha is None else about
     config = file.with_name(peft_config.CONFIG)
     plain = _header_alpha(header)
-    if plain is None and not any(key.endswith(".alpha") for key in found) and config.is_file():
+    if plain is None and not any(key.endswith(".alpha") for key in tensors) and config.is_file():
         return peft_config.strength(read_json(config), str(config), whole=True)
     return Strength(plain)
 
@@ -168,10 +168,10 @@ def _header_alpha(header: Mapping[str, str]) -> float | None:
 def _stored(file: Path, text: str) -> dict[str, object]:
     """The fields that diffusers keeps of a LoraConfig: those of the backbone, without its prefix."""
     try:
-        stored = parse_json(text, twins=True)
+        stored = parse_json(text, allow_duplicate_keys=True)
         owners = {key.rpartition(".")[0] for key in stored}
-        own = next((name for name in ("transformer", "") if name in owners), min(owners, default=""))
-        return {key.rpartition(".")[2]: value for key, value in stored.items() if key.rpartition(".")[0] == own}
+        owner = next((name for name in ("transformer", "") if name in owners), min(owners, default=""))
+        return {key.rpartition(".")[2]: value for key, value in stored.items() if key.rpartition(".")[0] == owner}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: the header of the LoRA file cannot be read ({one_line(error)}); fetch it again"
@@ -208,12 +208,12 @@ def _exact(name: str, names: Collection[str]) -> str:
     return f"^{re.escape(name)}" if any(n != name and re.match(rf"(.*\.)?({name})$", n) for n in names) else name
 
 
-def write(path: Path, pairs: Mapping[str, Pair], spelling: str = "diffusers", prefix: str = "transformer") -> None:
-    """Write the pairs, by the layers' names with dots, in one of SPELLINGS. `read` gives them back bit for bit."""
+def write(path: Path, pairs: Mapping[str, Pair], key_format: str = "diffusers", prefix: str = "transformer") -> None:
+    """Write the pairs, by the layers' names with dots, in one of KEY_FORMATS. `read` gives them back bit for bit."""
     import torch
 
-    if spelling not in SPELLINGS:
-        raise ConfigError(f"no spelling is called {shown(spelling)}.{did_you_mean(spelling, SPELLINGS)}")
+    if key_format not in KEY_FORMATS:
+        raise ConfigError(f"no key format is called {shown(key_format)}.{did_you_mean(key_format, KEY_FORMATS)}")
     rank = Counter(pair.rank for pair in pairs.values()).most_common(1)[0][0]
     alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0]
     about = {
@@ -230,13 +230,13 @@ def write(path: Path, pairs: Mapping[str, Pair], spelling: str = "diffusers", pr
             "diffusers": (f"{prefix}.{name}", "lora_A", "lora_B"),
             "comfy": (f"diffusion_model.{name}", "lora_A", "lora_B"),
             "sd-scripts": (_FLAT + name.replace(".", "_"), "lora_down", "lora_up"),
-        }[spelling]
+        }[key_format]
         tensors |= {f"{start}.{down}.weight": pair.down, f"{start}.{up}.weight": pair.up}
-        if spelling != "diffusers":  # which reads the header alone
+        if key_format != "diffusers":  # which reads the header alone
             exact = torch.tensor(pair.alpha, dtype=torch.float64)
             tensors[f"{start}.alpha"] = exact.float() if float(exact.float()) == pair.alpha else exact
-    if len(tensors) != len(pairs) * (2 if spelling == "diffusers" else 3):
-        raise CheckpointError(f"{path}: two layers would have one name in the spelling {spelling}; choose another")
-    if spelling == "sd-scripts":
+    if len(tensors) != len(pairs) * (2 if key_format == "diffusers" else 3):
+        raise CheckpointError(f"{path}: two layers would have one name in the key format {key_format}; choose another")
+    if key_format == "sd-scripts":
         header |= {"ss_network_module": "networks.lora", "ss_network_dim": f"{rank}", "ss_network_alpha": f"{alpha}"}
     save_tensors(path, tensors, header | {"modelspec.architecture": "lora"})

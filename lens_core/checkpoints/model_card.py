@@ -90,5 +90,5 @@ def licence(folder: Path) -> dict[str, str]:
     except LensError:
         return {}
     head = card.removeprefix("---\n").partition("\n---")[0] if card.startswith("---\n") else ""
-    found = re.findall(rf"^({'|'.join(_LICENCE)}): *[\"']?([^\n\"']+?)[\"']? *$", head, re.MULTILINE)
-    return dict(found)
+    fields = re.findall(rf"^({'|'.join(_LICENCE)}): *[\"']?([^\n\"']+?)[\"']? *$", head, re.MULTILINE)
+    return dict(fields)

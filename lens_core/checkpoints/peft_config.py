@@ -116,10 +116,10 @@ def _number(value: Any, where: str) -> float:
     return number
 
 
-def _patterns(given: Any, where: str) -> tuple[tuple[re.Pattern[str], float], ...]:
+def _patterns(entries: Any, where: str) -> tuple[tuple[re.Pattern[str], float], ...]:
     """Compiled as PEFT matches them; a stranger's expression must not be one that runs for ever."""
     made, hard = [], 0
-    for key, value in (given or {}).items():
+    for key, value in (entries or {}).items():
         repeats = len(_REPEATS.findall(key))
         hard += repeats > 0
         if len(key) > 500 or repeats > 3 or hard > 50 or _GROUPS.search(key):

@@ -242,15 +242,17 @@ def _notes(
 ) -> dict[str, dict[str, Any]]:
     """Layer -> what the file says about its format."""
     try:
-        header = parse_json(texts.get("_quantization_metadata", "{}"), twins=True)
-        told = dict(header.get("layers", {}))
-        ours = [n for n in told if n.startswith(prefix) or f"{n}.weight" in tensors]
-        notes = {n.removeprefix(prefix): told[n] for n in ours}
+        header = parse_json(texts.get("_quantization_metadata", "{}"), allow_duplicate_keys=True)
+        layers = dict(header.get("layers", {}))
+        ours = [n for n in layers if n.startswith(prefix) or f"{n}.weight" in tensors]
+        notes = {n.removeprefix(prefix): layers[n] for n in ours}
         for name in [n for n in tensors if n.endswith(".comfy_quant")]:
             note = tensors[name]
             if note.dtype != torch.uint8 or len(note.shape) != 1 or note.shape[0] > LONGEST_NOTE:
                 raise ValueError(f"{name} is {list(note.shape)} of {note.dtype}")
-            notes[name.removesuffix(".comfy_quant")] = parse_json(bytes(note.read().tolist()), twins=True)
+            notes[name.removesuffix(".comfy_quant")] = parse_json(
+                bytes(note.read().tolist()), allow_duplicate_keys=True
+            )
         if not all(isinstance(note, dict) for note in notes.values()):
             raise ValueError("a layer's note is no object")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:

@@ -28,8 +28,8 @@ def check_model(uri: str, catalog: Catalog) -> ModelCheck:
     """
     folder = manifest.resolve_uri(uri, catalog)
     described = manifest.read_manifest(folder, catalog)
-    findings = integrity.check(folder, described)
-    problems, shared = list(findings.problems), []
+    report = integrity.check(folder, described)
+    problems, shared = list(report.problems), []
     for part, component in described["components"].items():
         if "from" in component:
             try:
@@ -38,7 +38,7 @@ def check_model(uri: str, catalog: Catalog) -> ModelCheck:
             except LensError as error:
                 problems.append(str(error))
     digest = "" if problems else manifest.digest(folder)
-    return ModelCheck(tuple(problems), tuple(shared), digest, findings.named, findings.whole)
+    return ModelCheck(tuple(problems), tuple(shared), digest, report.named, report.well_formed)
 
 
 def push_model(uri: str, repo: str, catalog: Catalog, *, private: bool = False, message: str | None = None) -> str:

@@ -152,9 +152,9 @@ def read_weights(folder: Path, stem: str = "diffusion_pytorch_model") -> dict[st
     tensors: dict[str, Tensor] = {}
     for path in files(folder, stem):
         part = read_tensors(path)
-        twins = tensors.keys() & part.keys()
-        if twins:
-            raise CheckpointError(f"{path}: holds {shown(min(twins))}, which another shard holds too")
+        allow_duplicate_keys = tensors.keys() & part.keys()
+        if allow_duplicate_keys:
+            raise CheckpointError(f"{path}: holds {shown(min(allow_duplicate_keys))}, which another shard holds too")
         tensors |= part
     return tensors
 

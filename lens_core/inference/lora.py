@@ -52,15 +52,15 @@ def owned(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def save(net: nn.Module, adapter: LoraSpec, path: Path, prefix: str, spelling: str = "diffusers") -> None:
-    """Write the adapter in one of `spelling.SPELLINGS`: as diffusers reads it, `prefix.layer.lora_A.weight`, or as
+def save(net: nn.Module, adapter: LoraSpec, path: Path, prefix: str, key_format: str = "diffusers") -> None:
+    """Write the adapter in one of `lora_keys.KEY_FORMATS`: as diffusers reads it, `prefix.layer.lora_A.weight`, or as
     Comfy or sd-scripts does, for which a backbone has no other name."""
     values = {name.replace(f".{NAME}.", "."): value for name, value in tensors(net).items()}
     pairs = {}
     for name in sorted({name.partition(".lora_")[0] for name in values}):
         down, up = (values[f"{name}.lora_{side}.weight"] for side in "AB")
         pairs[name] = Pair(down, up, adapter.scale * adapter.rank)
-    write(path, pairs, spelling, prefix)
+    write(path, pairs, key_format, prefix)
 
 
 @torch.no_grad()

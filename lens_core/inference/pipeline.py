@@ -10,7 +10,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from lens_core.attribution import building, check_fit, latents_of, pixels_of, text_of, times_of, walk_of
+from lens_core.attribution import building, check_fit, latents_of, pixels_of, text_of, times_of, trajectory_of
 from lens_core.catalog import Catalog
 from lens_core.flow import Velocity
 from lens_core.inference import saving
@@ -29,7 +29,7 @@ from lens_core.inference.pipeline_parts import PipelineParts
 from lens_core.inference.pixels import to_images, to_pil, to_pixels
 from lens_core.inference.prompt_cache import CacheEntry, EncoderKey, PromptCache, weights_state
 from lens_core.protocols import dtype_of
-from lens_core.recipe import ComponentSpec, Parts, build, unstructure
+from lens_core.recipe import ComponentSpec, PipelineSpec, build, unstructure
 from lens_core.types import ConfigError, TextFeatures
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class LensPipeline(PipelineParts):
         return pipeline
 
     @classmethod
-    def from_parts(cls, parts: Parts, catalog: Catalog, deferred: Collection[str] = ()) -> Self:
+    def from_parts(cls, parts: PipelineSpec, catalog: Catalog, deferred: Collection[str] = ()) -> Self:
         """Build what a recipe's `pipeline` describes: parts of a checkpoint, new parts by name, or both, in float32.
 
         Parts of a checkpoint that are `deferred`, or that a new part replaces, are not read.
@@ -232,7 +232,7 @@ class LensPipeline(PipelineParts):
         times = times_of(self.sampler, (noise.shape[-2], noise.shape[-1]), steps)[start:-1]
         finite: list[Tensor] = []
         with self._at_work("backbone"), self._precomputed_modulation(times):
-            for step, (t, x) in enumerate(walk_of(self.sampler, velocity, begin, steps, **more), start + 1):
+            for step, (t, x) in enumerate(trajectory_of(self.sampler, velocity, begin, steps, **more), start + 1):
                 finite.append(torch.isfinite(x).all())
                 if x.device.type == "cpu" or step == steps:  # elsewhere the answer would have to be waited for
                     check_finite(finite, step, steps, dtype_of(self.backbone))

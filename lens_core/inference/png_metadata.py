@@ -46,8 +46,8 @@ def facts(path: Path) -> tuple[Image, dict[str, Any]]:
     try:
         if len(text) > LARGEST:
             raise ValueError(f"{len(text)} characters")
-        found = parse_json(text, finite=False, twins=True)
-        if not isinstance(found, dict):
+        facts = parse_json(text, finite=False, allow_duplicate_keys=True)
+        if not isinstance(facts, dict):
             raise ValueError("not an object")
     except ValueError as error:
         raise ConfigError(f"{path}: its facts cannot be read ({' '.join(str(error).split())})") from error
@@ -68,11 +68,11 @@ def facts(path: Path) -> tuple[Image, dict[str, Any]]:
     }
     optional = ("guidance_interval", "strength", "sampler", "loras")
     for name, holds in rules.items():
-        if name not in found and name in optional:
+        if name not in facts and name in optional:
             continue
-        if name not in found or not holds(found[name]):
+        if name not in facts or not holds(facts[name]):
             raise ConfigError(f"{path}: its facts have no sound {name!r}; the picture cannot be drawn from them")
-    return image, found
+    return image, facts
 
 
 def _whole(value: object, low: int, high: int) -> bool:

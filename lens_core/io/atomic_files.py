@@ -69,12 +69,12 @@ def read_log(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
     """The lines of a log about steps up to `last`. Lines that are torn, or about no step, are left out.
 
     A step is a whole number from 0 on; other values are as they stand, NaN and infinite ones included."""
-    found = []
+    entries = []
     for data in readers.json_lines(path, CheckpointError) if path.is_file() else ():
         step: Any = data.get("step") if isinstance(data, dict) else None
         if type(step) in (int, float) and 0 <= step < 2**53 and step == int(step) and step <= last:
-            found.append(data)
-    return found
+            entries.append(data)
+    return entries
 
 
 def rewrite_log(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

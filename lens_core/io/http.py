@@ -195,7 +195,7 @@ def _reason(error: BaseException) -> str:
     """Why there is no connection: the system's words, or the library's up to where it quotes what it received."""
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno is not None:
-            own = isinstance(cause, socket.gaierror | ssl.SSLError)  # their numbers are not the system's
-            return str(cause.strerror) if own else os.strerror(cause.errno)
+            resolver_or_tls = isinstance(cause, socket.gaierror | ssl.SSLError)  # their numbers are not the system's
+            return str(cause.strerror) if resolver_or_tls else os.strerror(cause.errno)
     words = re.split(r":| b['\"]", str(error))[0].strip()[:100]
     return words or type(error).__name__

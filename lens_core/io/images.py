@@ -282,8 +282,8 @@ def _changes_nothing(convert: Callable[[Image], Image], mode: str) -> bool:
 def _orientation(image: Image) -> int:
     """As EXIF numbers it, 1 to 8; 1 is upright."""
     with suppress(Exception):  # EXIF is read by many hands, and broken in many ways
-        found = image.getexif().get(0x0112, 1)
-        return found if isinstance(found, int) and 1 <= found <= 8 else 1
+        orientation = image.getexif().get(0x0112, 1)
+        return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
     return 1
 
 

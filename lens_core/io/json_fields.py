@@ -77,9 +77,9 @@ def text(value: Any, name: str) -> str:
 def texts(value: Any, name: str) -> list[str]:
     if not isinstance(value, list):
         raise FieldError(name, f"must be a list of texts, not {readers.shown(value)}")
-    found = [text(item, f"{name}[{i}]") for i, item in enumerate(value)]
-    text("".join(found), name)  # the bound is for all of them
-    return found
+    items = [text(item, f"{name}[{i}]") for i, item in enumerate(value)]
+    text("".join(items), name)  # the bound is for all of them
+    return items
 
 
 def mapping(value: Any, name: str) -> dict[str, Any]:

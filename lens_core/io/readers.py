@@ -95,8 +95,8 @@ def check_text(text: str) -> str:
 
 def lines(text: str) -> list[str]:
     """The lines of a text without their ends, which are "\\n" and "\\r\\n" alone; an end at the very end adds none."""
-    found = [line.removesuffix("\r") for line in text.split("\n")]
-    return found[:-1] if text.endswith("\n") or not text else found
+    result = [line.removesuffix("\r") for line in text.split("\n")]
+    return result[:-1] if text.endswith("\n") or not text else result
 
 
 def read_bytes(
@@ -140,11 +140,13 @@ def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def parse_json(text: str | bytes, *, finite: bool = True, twins: bool = False, deepest: int = DEEPEST) -> Any:
+def parse_json(
+    text: str | bytes, *, finite: bool = True, allow_duplicate_keys: bool = False, deepest: int = DEEPEST
+) -> Any:
     """The value that `text` is the JSON of. Raises ValueError, in one line.
 
     Refused are: nesting deeper than `deepest`, numbers of more than LONGEST_NUMBER digits, half a surrogate pair, an
-    object with one key twice unless `twins`, and, where `finite`, NaN and infinite numbers.
+    object with one key twice unless `allow_duplicate_keys`, and, where `finite`, NaN and infinite numbers.
     """
     text = decode(text) if isinstance(text, bytes) else text.removeprefix("\ufeff")
 
@@ -165,7 +167,7 @@ def parse_json(text: str | bytes, *, finite: bool = True, twins: bool = False, d
     try:
         data = json.loads(
             text, parse_int=whole, parse_float=real, parse_constant=constant,
-            object_pairs_hook=None if twins else reject_duplicate_keys,
+            object_pairs_hook=None if allow_duplicate_keys else reject_duplicate_keys,
         )  # fmt: skip
     except RecursionError as error:
         raise ValueError(f"is nested deeper than {deepest} levels") from error
@@ -220,7 +222,7 @@ def json_lines(path: Path, error: type[LensError] = ConfigError) -> Iterator[Any
                         pass
                     continue
                 try:
-                    yield parse_json(line, finite=False, twins=True)
+                    yield parse_json(line, finite=False, allow_duplicate_keys=True)
                 except ValueError:
                     continue
     except OSError as fault:
@@ -307,9 +309,9 @@ def _twice(node: Any, path: str, seen: set[int]) -> Iterator[str]:
             if name:
                 places.setdefault(name, []).append(str(key.start_mark.line + 1))
             yield from _twice(value, f"{path}.{name[:SHOWN]}", seen)
-        for name, found in places.items():
-            if len(found) > 1:
-                yield f"{path}.{name[:SHOWN]}: stands in lines {' and '.join(found[:SHOWN])}; keep one"
+        for name, lines in places.items():
+            if len(lines) > 1:
+                yield f"{path}.{name[:SHOWN]}: stands in lines {' and '.join(lines[:SHOWN])}; keep one"
 
 
 def read_yaml(path: Path, what: str = "YAML", missing: str = MISSING) -> tuple[Any, list[str]]:

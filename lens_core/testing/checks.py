@@ -73,13 +73,16 @@ def check_text_encoder(encoder: Any, config: Any, prompts: Sequence[str] = PROMP
     tokens = text.mask.shape[-1]
     shaped(text.features, [len(prompts), encoder.layers, tokens, encoder.width], f"{name}: features")
     shaped(text.mask, [len(prompts), tokens], f"{name}: mask", torch.bool)
-    told = []
+    features_alone = []
     for row, prompt in enumerate(prompts):
         alone = encoder.encode([prompt])
-        mine, own = text.features[row][:, text.mask[row]], alone.features[0][:, alone.mask[0]]
-        near(mine, own, f"{name}: the features of {prompt!r} depend on its batch")
-        told.append(own)
-    hold(not any(equal(a, b) for a, b in itertools.combinations(told, 2)), f"{name}: two prompts read the same")
+        mine, alone_features = text.features[row][:, text.mask[row]], alone.features[0][:, alone.mask[0]]
+        near(mine, alone_features, f"{name}: the features of {prompt!r} depend on its batch")
+        features_alone.append(alone_features)
+    hold(
+        not any(equal(a, b) for a, b in itertools.combinations(features_alone, 2)),
+        f"{name}: two prompts read the same",
+    )
     _survives(encoder, config, lambda e: e.encode(prompts), name)
 
 
@@ -94,14 +97,16 @@ def check_backbone(backbone: Any, config: Any, *, channels: int, layers: int, wi
     x, t = random_tensor(0, 2, channels, 4, 6), torch.tensor([0.25, 1.0])
     mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
     text = TextFeatures(random_tensor(1, 2, layers, 5, width), mask)
-    given = copy.deepcopy((x, t, text))
+    originals = copy.deepcopy((x, t, text))
     with torch.no_grad():
         v = twice(lambda: backbone(x, t, text), name)
         shaped(v, x.shape, f"{name}: v")
-        hold(equal(given, (x, t, text)), f"{name} changes what it is given")
+        hold(equal(originals, (x, t, text)), f"{name} changes what it is given")
         for row in (0, 1):
-            own = slice(row, row + 1)
-            near(v[own], backbone(x[own], t[own], text[own]), f"{name}: a row of v depends on its batch")
+            one_row = slice(row, row + 1)
+            near(
+                v[one_row], backbone(x[one_row], t[one_row], text[one_row]), f"{name}: a row of v depends on its batch"
+            )
         louder = TextFeatures(text.features.masked_fill(~mask[:, None, :, None], 100.0), mask)
         near(backbone(x, t, louder), v, f"{name}: tokens that the mask hides change v")
         none = backbone(x, t, TextFeatures.empty(2, layers, width, like=x))
@@ -112,11 +117,11 @@ def check_backbone(backbone: Any, config: Any, *, channels: int, layers: int, wi
             xs = [x[0], x[1, :, :3], x[0, :, :, :5]]
             rows = [0, 1, 1]
             several = TextFeatures(text.features[rows], torch.cat([mask, mask.new_zeros(1, 5)]))
-            found = twice(lambda: backbone.packed(xs, t[rows], several), f"{name}.packed")
-            hold(len(found) == 3, f"{name}.packed: {len(found)} velocities for 3 samples")
+            velocities = twice(lambda: backbone.packed(xs, t[rows], several), f"{name}.packed")
+            hold(len(velocities) == 3, f"{name}.packed: {len(velocities)} velocities for 3 samples")
             for i, one in enumerate(xs):
                 alone = backbone(one[None], t[rows][i : i + 1], several[i : i + 1])[0]
-                near(found[i], alone, f"{name}.packed: a sample of a packed batch is not what it is alone")
+                near(velocities[i], alone, f"{name}.packed: a sample of a packed batch is not what it is alone")
         _survives(backbone, config, lambda b: b(x, t, text), name)
     backbone.train().requires_grad_(True)
     backbone(x, t, text).square().sum().backward()
@@ -144,8 +149,10 @@ def check_sampler(sampler: Any) -> None:
 
     walk = twice(lambda: list(sampler.sample(velocity, noise, 4)), f"{name}.sample")
     hold(len(walk) == 4, f"{name}: sample yields {len(walk)} times in 4 steps")
-    told, want = [float(t) for t, _ in walk], sampler.times((2, 3), 4)[1:].tolist()
-    hold(all(map(math.isclose, told, want)), f"{name}: sample is at the times {told}, not at those of times(): {want}")
+    times, want = [float(t) for t, _ in walk], sampler.times((2, 3), 4)[1:].tolist()
+    hold(
+        all(map(math.isclose, times, want)), f"{name}: sample is at the times {times}, not at those of times(): {want}"
+    )
     near(walk[-1][1], data, f"{name}: does not arrive at the data that every velocity points at")
     alone = list(sampler.sample(velocity, noise[1:], 4))
     near(walk[-1][1][1:], alone[-1][1], f"{name}: a row of x depends on its batch")
@@ -182,9 +189,9 @@ class _Bench:
 
     def __init__(self, method: Any, batches: Sequence[Batch]) -> None:
         self.method, self.batches = method, batches
-        self.nets: dict[str, nn.Module] = dict(method.trainable_modules())
-        hold(bool(self.nets), f"{type(method).__name__}: nobody can learn; trainable_modules() is empty")
-        for net in self.nets.values():
+        self.modules: dict[str, nn.Module] = dict(method.trainable_modules())
+        hold(bool(self.modules), f"{type(method).__name__}: nobody can learn; trainable_modules() is empty")
+        for net in self.modules.values():
             net.requires_grad_(False).eval()
         self.rng, self.given, self.step = torch.Generator().manual_seed(0), 0, 0
         self.name = type(method).__name__
@@ -199,34 +206,42 @@ class _Bench:
     def learn(self, steps: int) -> list[float]:
         """The losses of the next `steps` steps."""
         losses = []
-        self.source = self.source or self.method.steps(self._stream(), self.nets, self.rng)
+        self.source = self.source or self.method.steps(self._stream(), self.modules, self.rng)
         for micro in itertools.islice(self.source, steps):
             hold(torch.is_grad_enabled(), f"{self.name}.steps leaves gradients off while its step is out")
             hold(len(micro) > 0, f"{self.name}.steps yields a step without a micro-batch")
-            for role in self.method.update_order(self.step):
-                known = ", ".join(self.nets)
-                hold(role in self.nets, f"{self.name}.update_order names {role!r}; the trainable modules are {known}")
-                losses += [self._turn(role, batch) for batch in micro]
-            self.method.after_step(self.step, self.nets)
+            for module_name in self.method.update_order(self.step):
+                known = ", ".join(self.modules)
+                hold(
+                    module_name in self.modules,
+                    f"{self.name}.update_order names {module_name!r}; the trainable modules are {known}",
+                )
+                losses += [self._turn(module_name, batch) for batch in micro]
+            self.method.after_step(self.step, self.modules)
             self.step += 1
         return losses
 
-    def _turn(self, role: str, batch: Any) -> float:
-        net = self.nets[role].requires_grad_(True).train()
-        loss = self.method.loss(role, self.nets, batch, self.rng)
+    def _turn(self, module_name: str, batch: Any) -> float:
+        net = self.modules[module_name].requires_grad_(True).train()
+        loss = self.method.loss(module_name, self.modules, batch, self.rng)
         hold(isinstance(loss, Loss), f"{self.name}.loss gives a {type(loss).__name__}, not a Loss")
-        shaped(loss.total, [], f"{self.name}: the loss of {role}")
-        hold(loss.total.requires_grad, f"{self.name}: the loss of {role} has no gradient")
+        shaped(loss.total, [], f"{self.name}: the loss of {module_name}")
+        hold(loss.total.requires_grad, f"{self.name}: the loss of {module_name} has no gradient")
         attached = [k for k, v in (*loss.parts.items(), *loss.sums.items()) if v.requires_grad]
         hold(not attached, f"{self.name}: the parts {attached} have a gradient; detach them")
         loss.total.backward()
-        hold(any(p.grad is not None for p in net.parameters()), f"{self.name}: the loss of {role} does not reach it")
-        own = {id(p) for p in net.parameters()}
-        touched = [r for r, n in self.nets.items() for p in n.parameters() if p.grad is not None and id(p) not in own]
-        hold(not touched, f"{self.name}: the loss of {role} gives {', '.join(touched[:1])} gradients too")
+        hold(
+            any(p.grad is not None for p in net.parameters()),
+            f"{self.name}: the loss of {module_name} does not reach it",
+        )
+        trainable = {id(p) for p in net.parameters()}
+        touched = [
+            r for r, n in self.modules.items() for p in n.parameters() if p.grad is not None and id(p) not in trainable
+        ]
+        hold(not touched, f"{self.name}: the loss of {module_name} gives {', '.join(touched[:1])} gradients too")
         apply_step(torch.optim.SGD(list(net.parameters()), lr=1e-3, fused=True))  # without momentum: no state
         if loss.sums:
-            self.method.after_update(role, self.nets, {k: v.detach().double() for k, v in loss.sums.items()})
+            self.method.after_update(module_name, self.modules, {k: v.detach().double() for k, v in loss.sums.items()})
         net.zero_grad()
         net.requires_grad_(False).eval()
         return float(loss.total.detach())
@@ -235,24 +250,24 @@ class _Bench:
         """What a checkpoint would hold of it: the method's tensors, and the rest as JSON."""
         kept = self.method.state_dict()
         plain = through_json({k: v for k, v in kept.items() if not isinstance(v, Tensor)}, self.name)
-        nets = {r: {k: v.clone() for k, v in n.state_dict().items()} for r, n in self.nets.items()}
+        modules = {r: {k: v.clone() for k, v in n.state_dict().items()} for r, n in self.modules.items()}
         tensors = {k: v.clone() for k, v in kept.items() if isinstance(v, Tensor)}
         return {
-            "method": {**plain, **tensors}, "nets": nets, "given": self.given, "step": self.step,
+            "method": {**plain, **tensors}, "modules": modules, "given": self.given, "step": self.step,
             "rng": self.rng.get_state(), "torch": torch.get_rng_state(),
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.method.load_state_dict(state["method"])
-        for role, net in self.nets.items():
-            net.load_state_dict(state["nets"][role])
+        for module_name, net in self.modules.items():
+            net.load_state_dict(state["modules"][module_name])
         self.given, self.step = state["given"], state["step"]
         self.rng.set_state(state["rng"])
         torch.set_rng_state(state["torch"])
 
 
 def check_method(make: Callable[[], Any], batches: Sequence[Batch], steps: int = 2) -> None:
-    """Losses with a gradient for the acting role alone, and a run that goes on, loss for loss, where it was stopped.
+    """Losses with a gradient for the updated module alone, and a run that goes on, loss for loss, where it was stopped.
 
     Trains what `make` builds for `2 * steps` steps on `batches`, over and over; then what it builds anew goes on from
     the state after `steps`. A method that pulls batches ahead, or keeps what its state_dict does not tell, differs.
@@ -261,7 +276,7 @@ def check_method(make: Callable[[], Any], batches: Sequence[Batch], steps: int =
     """
 
     def build() -> _Bench:
-        torch.manual_seed(0)  # as the loop seeds before it builds: parts without a role are in no state
+        torch.manual_seed(0)  # as the loop seeds before it builds: parts that are not trainable are in no state
         return _Bench(make(), batches)
 
     with torch.random.fork_rng(), torch.enable_grad():
@@ -276,14 +291,19 @@ def check_method(make: Callable[[], Any], batches: Sequence[Batch], steps: int =
         got = again.learn(steps)
         hold(got == want, f"{name}: resumed after {steps} steps its losses are {got}, uninterrupted {want}")
         if hasattr(whole.method, "validate"):
-            before = copy.deepcopy([list(n.parameters()) for n in whole.nets.values()])
+            before = copy.deepcopy([list(n.parameters()) for n in whole.modules.values()])
             rng = torch.Generator()
             seen = twice(
-                lambda: dict(whole.method.validate(batches[0], whole.nets, rng.manual_seed(0))), f"{name}.validate"
+                lambda: dict(whole.method.validate(batches[0], whole.modules, rng.manual_seed(0))), f"{name}.validate"
             )
             hold("loss" in seen and all(map(math.isfinite, seen.values())), f"{name}.validate gives {seen}, no loss")
-            hold(equal(before, [list(n.parameters()) for n in whole.nets.values()]), f"{name}.validate changes weights")
-        lost = [r for r, n in whole.nets.items() if not equal(list(n.parameters()), list(again.nets[r].parameters()))]
+            hold(
+                equal(before, [list(n.parameters()) for n in whole.modules.values()]),
+                f"{name}.validate changes weights",
+            )
+        lost = [
+            r for r, n in whole.modules.items() if not equal(list(n.parameters()), list(again.modules[r].parameters()))
+        ]
         hold(not lost, f"{name}: resumed after {steps} steps {', '.join(lost)} ends with other weights")
         same = equal(_picture(whole.method), _picture(again.method))
         hold(same, f"{name}: its pipeline draws with what it kept of earlier weights; a cache must see every step")

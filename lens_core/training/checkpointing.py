@@ -63,11 +63,11 @@ def save(state: TrainingState) -> Path:
     """Write all that resuming needs; the checkpoint appears whole, under its final name, or not at all. Where weights
     are sharded, all processes call it."""
     tensors: dict[str, Tensor] = {"rng": state.rng.get_state(), "torch_rng": torch.get_rng_state()}
-    for role in state.nets:
-        tensors |= {f"net/{role}/{k}": v for k, v in state.trainable_state(role).items()}
-        tensors |= {f"ema/{role}/{k}": v for k, v in state.ema.get(role, {}).items()}
-        for index, slots in state.optimizers[role].state_dict()["state"].items():
-            tensors |= {f"optimizer/{role}/{index}/{k}": torch.as_tensor(v) for k, v in slots.items()}
+    for module_name in state.modules:
+        tensors |= {f"net/{module_name}/{k}": v for k, v in state.trainable_state(module_name).items()}
+        tensors |= {f"ema/{module_name}/{k}": v for k, v in state.ema.get(module_name, {}).items()}
+        for index, slots in state.optimizers[module_name].state_dict()["state"].items():
+            tensors |= {f"optimizer/{module_name}/{index}/{k}": torch.as_tensor(v) for k, v in slots.items()}
     with calling(state.method, "state_dict"):
         method = state.method.state_dict()
     tensors |= {f"method/{k}": v for k, v in method.items() if isinstance(v, Tensor)}
@@ -159,11 +159,11 @@ def resume(state: TrainingState) -> None:
 def _layout(state: TrainingState) -> dict[str, Tensor]:
     """By their names in a checkpoint, tensors that are sharded as those there are to be."""
     layout: dict[str, Tensor] = {}
-    for role in state.nets if state.ranks.sharded else ():
-        layout |= {f"net/{role}/{k}": v.detach() for k, v in state.trainable_state(role).items()}
-        layout |= {f"ema/{role}/{k}": v for k, v in state.ema.get(role, {}).items()}
-        for index, parameter in enumerate(state.trainable_parameters[role]):
-            layout |= {f"optimizer/{role}/{index}/{k}": parameter.detach() for k in ("exp_avg", "exp_avg_sq")}
+    for module_name in state.modules if state.ranks.sharded else ():
+        layout |= {f"net/{module_name}/{k}": v.detach() for k, v in state.trainable_state(module_name).items()}
+        layout |= {f"ema/{module_name}/{k}": v for k, v in state.ema.get(module_name, {}).items()}
+        for index, parameter in enumerate(state.trainable_parameters[module_name]):
+            layout |= {f"optimizer/{module_name}/{index}/{k}": parameter.detach() for k in ("exp_avg", "exp_avg_sq")}
     return layout
 
 
@@ -177,17 +177,17 @@ def restore(state: TrainingState, plain: Mapping[str, Any], tensors: Mapping[str
         state.method.load_state_dict({**plain["method"], **under("method/")})
     for dataset in state.datasets:
         dataset.load_state_dict(plain["dataset"])
-    for role in state.nets:
-        state.load_trainable_state(role, under(f"net/{role}/"))
-        if role in state.ema:
-            average = state.ema[role]  # whose device may be another than that of the tensors read
-            state.ema[role] = {k: v.to(average[k].device) for k, v in under(f"ema/{role}/").items()}
+    for module_name in state.modules:
+        state.load_trainable_state(module_name, under(f"net/{module_name}/"))
+        if module_name in state.ema:
+            average = state.ema[module_name]  # whose device may be another than that of the tensors read
+            state.ema[module_name] = {k: v.to(average[k].device) for k, v in under(f"ema/{module_name}/").items()}
         slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in under(f"optimizer/{role}/").items():
+        for name, value in under(f"optimizer/{module_name}/").items():
             index, _, slot = name.partition("/")
             slots.setdefault(int(index), {})[slot] = value
-        groups = state.optimizers[role].state_dict()["param_groups"]
-        state.optimizers[role].load_state_dict({"state": slots, "param_groups": groups})
+        groups = state.optimizers[module_name].state_dict()["param_groups"]
+        state.optimizers[module_name].load_state_dict({"state": slots, "param_groups": groups})
     state.rng.set_state(tensors["rng"])
     torch.set_rng_state(tensors["torch_rng"])
     state.spike_detector.load_state_dict(plain["spikes"])

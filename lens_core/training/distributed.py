@@ -139,8 +139,8 @@ class Ranks:
         if self.world == 1:
             return dict(values)
         everyone = self.all_gather(dict(values))
-        names = sorted({name for told in everyone for name in told})
-        return {name: math.fsum(told[name] for told in everyone if name in told) for name in names}
+        names = sorted({name for metrics in everyone for name in metrics})
+        return {name: math.fsum(metrics[name] for metrics in everyone if name in metrics) for name in names}
 
     def all_gather(self, value: Any) -> list[Any]:
         """What each process gives, in their order."""
@@ -165,9 +165,9 @@ class Ranks:
         """The first process's value, in all of them."""
         if self.world == 1:
             return value
-        found = [value]
-        dist.broadcast_object_list(found, src=0)
-        return found[0]
+        objects = [value]
+        dist.broadcast_object_list(objects, src=0)
+        return objects[0]
 
     def barrier(self) -> None:
         """Until all are here."""
@@ -176,8 +176,8 @@ class Ranks:
 
     # ---- divided weights ------------------------------------------------------------------------------------------
 
-    def shard(self, nets: Mapping[str, nn.Module]) -> None:
-        """Leave each process its share of the weights of `nets`, in place: block by block where a network names its
+    def shard(self, modules: Mapping[str, nn.Module]) -> None:
+        """Leave each process its share of the weights of `modules`, in place: block by block where a network names its
         blocks, as diffusers' and transformers' do, so that one block at a time is whole.
 
         Raises ConfigError where two of them stand on the same weights.
@@ -193,12 +193,12 @@ class Ranks:
                 "weights; use torch 2.13 or newer, or fsdp_shards: 1"
             )
         owners: dict[int, str] = {}
-        for role, net in nets.items():
+        for module_name, net in modules.items():
             for parameter in net.parameters():
-                if (other := owners.setdefault(id(parameter), role)) != role:
+                if (other := owners.setdefault(id(parameter), module_name)) != module_name:
                     raise ConfigError(
-                        f"$.train.fsdp_shards: {other} and {role} stand on the same weights, which cannot be sharded "
-                        "twice; use fsdp_shards: 1"
+                        f"$.train.fsdp_shards: {other} and {module_name} stand on the same weights, which "
+                        "cannot be sharded twice; use fsdp_shards: 1"
                     )
         groups = self.world // self.shards
         # One axis shards within a group; with several groups (HSDP) a second one keeps a copy in each, so that weights
@@ -207,7 +207,7 @@ class Ranks:
         # Nothing here changes a network's answer in place, which is what FSDP2 warns of wherever one is a view.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        for net in nets.values():
+        for net in modules.values():
             for block in [*_blocks(net), net]:
                 # The outermost too goes back to shares after each pass: a pass without gradients may come before one
                 # with them, and only what is gathered anew learns that it is to have some.
@@ -245,7 +245,7 @@ class Ranks:
             with atomic_files.writing(place):
                 raise next((c for c in causes if isinstance(c, OSError)), OSError(str(causes[0]))) from error
         mine = {f"{SHARDS}/{name}": digest.hexdigest() for name, digest in written.items()}
-        return {name: found for each in self.all_gather(mine) for name, found in each.items()}
+        return {name: file_hash for each in self.all_gather(mine) for name, file_hash in each.items()}
 
     def read(self, folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a checkpoint, whoever wrote it, divided as those of the same name in `like` are."""
@@ -273,12 +273,12 @@ class Ranks:
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`tensors` whole, on the CPU of the first process; the others help, and get nothing. All of them call it."""
-        found: dict[str, Tensor] = {}
+        gathered: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             full = full_tensor(tensor.detach())
             if self.rank == 0:
-                found[name] = full.cpu()
-        return found
+                gathered[name] = full.cpu()
+        return gathered
 
 
 def _hashing(written: dict[str, Any]) -> Any:

@@ -33,8 +33,8 @@ def ema_weights(state: TrainingState) -> Iterator[None]:
     """
     pairs = [
         (value.detach(), average[name])
-        for role, average in state.ema.items()
-        for name, value in state.trainable_state(role).items()
+        for module_name, average in state.ema.items()
+        for name, value in state.trainable_state(module_name).items()
     ]
     exchange(pairs)
     try:

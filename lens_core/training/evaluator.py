@@ -38,9 +38,9 @@ class Evaluator:
 
     def __init__(
         self, config: Evaluation, catalog: Catalog, pipeline: LensPipeline, method: Any, out: Path,
-        say: Callable[[str], None], *, writes: bool = True,
+        log: Callable[[str], None], *, writes: bool = True,
     ) -> None:  # fmt: skip
-        self.config, self.pipeline, self.method, self.out, self.say = config, pipeline, method, out, say
+        self.config, self.pipeline, self.method, self.out, self.log = config, pipeline, method, out, log
         self.writes = writes  # where processes look together, one of them does
         absent = [p.replace("_", " ") for p in PIPELINE_PARTS if getattr(pipeline, p) is None]
         if absent and (config.prompts or config.benchmarks):
@@ -76,8 +76,8 @@ class Evaluator:
         """Read what was seen. Looks beyond `step`, which a killed run had taken, count when the run gets there again:
         it will be the same run. Where its recipe has `changed`, in these places, they are forgotten."""
         path = self.out / "evaluations.jsonl"
-        found = atomic_files.read_log(path, step if changed else torch.inf)
-        self.lines = {int(line["step"]): line for line in found}
+        entries = atomic_files.read_log(path, step if changed else torch.inf)
+        self.lines = {int(line["step"]): line for line in entries}
         for line in self.lines.values():
             if not _is_score(line.get("score")):  # a file that was changed, or not written by this version
                 line.pop("score", None)
@@ -86,7 +86,7 @@ class Evaluator:
         judged = [c for c in changed if c.startswith("$.evaluation") and not c.startswith(harmless)]
         if changed and best is not None and (judged or not self._file(best).is_file()):
             why = "were judged otherwise" if judged else "are gone"
-            self.say(f"the weights of step {best}, the best so far, {why}; the best is chosen anew")
+            self.log(f"the weights of step {best}, the best so far, {why}; the best is chosen anew")
             for line in self.lines.values():
                 line.pop("score", None)
         if path.is_file():
@@ -114,7 +114,7 @@ class Evaluator:
         return f"early stopping: no improvement of {self.config.keep_best} in {self.config.patience} evaluations"
 
     def weights(self, step: int) -> dict[str, Tensor] | None:
-        """The best weights up to `step`, as ROLE/NAME; None where none are kept, or they cannot be read."""
+        """The best weights up to `step`, as MODULE/NAME; None where none are kept, or they cannot be read."""
         best = self.best(step)
         if best is None:
             return None
@@ -122,14 +122,14 @@ class Evaluator:
         try:
             if manifest.hash_of(self._file(best)) != self.lines[best].get("sha256"):
                 raise CheckpointError(f"{self._file(best)}: is not what was written; some of its bits have changed")
-            found = tensor_files.read_tensors(self._file(best))
+            tensors = tensor_files.read_tensors(self._file(best))
         except (CheckpointError, OSError) as error:
-            self.say(f"the model is that of the last step, {step}, for the best cannot be read: {error}")
+            self.log(f"the model is that of the last step, {step}, for the best cannot be read: {error}")
             return None
-        self.say(
+        self.log(
             f"the model is that of step {best}: {self.config.keep_best} {score:.4f}, the best of {count} evaluations"
         )
-        return found
+        return tensors
 
     def _file(self, step: int) -> Path:
         return self.out / "best" / f"step-{step:07d}.safetensors"
@@ -137,10 +137,10 @@ class Evaluator:
     # ---- a look ---------------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, step: int, nets: Mapping[str, nn.Module], weights: Callable[[], dict[str, Tensor]],
+        self, step: int, modules: Mapping[str, nn.Module], weights: Callable[[], dict[str, Tensor]],
         stopping: Callable[[], bool], agreed: Callable[[Any], Any],
     ) -> dict[str, Any]:  # fmt: skip
-        """Draw, judge and measure; the line that tells of it. `weights` are what would be exported now, ROLE/NAME.
+        """Draw, judge and measure; the line that tells of it. `weights` are what would be exported now, MODULE/NAME.
 
         Processes that look together all go by what the first one has seen, which `agreed` gives.
         A benchmark that fails is told and does not stop the run. Raises Interrupted soon after `stopping` is true.
@@ -151,7 +151,7 @@ class Evaluator:
                 raise Interrupted
 
         begun, config = time.monotonic(), self.config
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         failed: dict[str, str] = {}
         check()
         if config.prompts:
@@ -169,15 +169,15 @@ class Evaluator:
             scores, fault = agreed((scores, fault))
             if fault:
                 failed[name] = fault
-                self.say(f"step {step}: the benchmark {name} failed, and the run goes on: {fault}")
-            found |= scores
+                self.log(f"step {step}: the benchmark {name} failed, and the run goes on: {fault}")
+            metrics |= scores
         if self.held is not None:
-            found |= agreed(self._validate(nets, check))
-        found = {name: round(value, 6) for name, value in found.items()}
-        line: dict[str, Any] = {"step": step, "seconds": round(time.monotonic() - begun, 1), **found}
+            metrics |= agreed(self._validate(modules, check))
+        metrics = {name: round(value, 6) for name, value in metrics.items()}
+        line: dict[str, Any] = {"step": step, "seconds": round(time.monotonic() - begun, 1), **metrics}
         line |= {"failed": failed} if failed else {}
-        if _is_score(found.get(config.keep_best)):
-            best, line["score"] = self.best(step), found[config.keep_best]
+        if _is_score(metrics.get(config.keep_best)):
+            best, line["score"] = self.best(step), metrics[config.keep_best]
             if best is None or line["score"] > self.lines[best]["score"]:
                 held = weights()
                 if self.writes:
@@ -186,8 +186,8 @@ class Evaluator:
         if self.writes:
             atomic_files.append(self.out / "evaluations.jsonl", line)
             self._tidy()
-        told = "  ".join(f"{k} {found[k]:.4f}" for k in found if k in self.benchmarks or k == "validation/loss")
-        self.say(f"step {step}: evaluation took {line['seconds']:.0f} s  {told}".rstrip())
+        summary = "  ".join(f"{k} {metrics[k]:.4f}" for k in metrics if k in self.benchmarks or k == "validation/loss")
+        self.log(f"step {step}: evaluation took {line['seconds']:.0f} s  {summary}".rstrip())
         return line
 
     def _settings(self) -> dict[str, Any]:
@@ -210,7 +210,7 @@ class Evaluator:
                 parts.append(part.cpu())
                 check()
         except LensError as error:
-            self.say(f"step {step}: the samples cannot be drawn, and the run goes on: {error}")
+            self.log(f"step {step}: the samples cannot be drawn, and the run goes on: {error}")
             return
         if not self.writes:
             return
@@ -219,7 +219,7 @@ class Evaluator:
         path = self.out / "samples" / f"step-{step:07d}.png"
         atomic_files.write_atomic(path, lambda p: sheet.save(p, format="PNG"))
 
-    def _validate(self, nets: Mapping[str, nn.Module], check: Callable[[], None]) -> dict[str, float]:
+    def _validate(self, modules: Mapping[str, nn.Module], check: Callable[[], None]) -> dict[str, float]:
         """Means over the samples of the held-out dataset's first batches: the same ones, under the same noise."""
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
@@ -229,8 +229,8 @@ class Evaluator:
             rng = torch.Generator().manual_seed(self.config.seed + number)
             there = batch.to(self.pipeline.device)
             with calling(self.method, "validate"):
-                found = {name: float(value) for name, value in self.method.validate(there, nets, rng).items()}
-            for name, value in found.items():
+                means = {name: float(value) for name, value in self.method.validate(there, modules, rng).items()}
+            for name, value in means.items():
                 sums[name] = sums.get(name, 0.0) + value * len(batch)
                 counts[name] = counts.get(name, 0) + len(batch)
         return {f"validation/{name}": total / counts[name] for name, total in sorted(sums.items())}

@@ -23,40 +23,44 @@ def gather_weights(state: TrainingState) -> None:
     """Make sharded weights and averages whole again, on the CPU of the first process. All processes call it."""
     if not state.ranks.sharded:
         return
-    for role, net in state.nets.items():
+    for module_name, net in state.modules.items():
         full = state.ranks.gather(net.state_dict())
-        average = state.ranks.gather(state.ema.get(role, {}))
+        average = state.ranks.gather(state.ema.get(module_name, {}))
         if state.ranks.rank == 0:
-            copy = state.meta_copies[role]
+            copy = state.meta_copies[module_name]
             copy.load_state_dict(full, assign=True)
             for part in PREFIXES:
                 if state.pipeline.present().get(part) is net:
                     state.pipeline.put(part, copy, state.pipeline.specs.get(part))
-            state.nets[role] = copy
-            if role in state.ema:
-                state.ema[role] = average
+            state.modules[module_name] = copy
+            if module_name in state.ema:
+                state.ema[module_name] = average
 
 
 def export(state: TrainingState) -> Path:
     """Write the pipeline, with averaged weights where there are any, as a checkpoint in `model/`.
 
-    A LoRA goes to `adapters/ROLE/`, in diffusers' format, and is merged into the network that `model/` holds.
+    A LoRA goes to `adapters/MODULE/`, in diffusers' format, and is merged into the network that `model/` holds.
     Raises NumericalError where weights are not finite.
     """
     _choose_weights(state)
     if state.frozen_cast is not None:
         for part, net in state.pipeline.present().items():
             state.frozen_cast.restore(part, net)
-    for role, spec in state.train_config.lora.items():
-        prefix = next((f for p, f in PREFIXES.items() if state.pipeline.present().get(p) is state.nets[role]), None)
-        lora.save(state.nets[role], spec, state.out / "adapters" / role / lora.FILE, prefix or role)
+    for module_name, spec in state.train_config.lora.items():
+        prefix = next(
+            (f for p, f in PREFIXES.items() if state.pipeline.present().get(p) is state.modules[module_name]), None
+        )
+        lora.save(
+            state.modules[module_name], spec, state.out / "adapters" / module_name / lora.FILE, prefix or module_name
+        )
         if prefix:  # other networks are not exported, and may stand on the same weights
-            lora.merge(state.nets[role])
+            lora.merge(state.modules[module_name])
     if state.train_config.export_dtype == "bf16":
         state.pipeline.to(dtype=torch.bfloat16)
-    for role in state.exported_roles:
-        if not all_finite(state.nets[role].parameters()):
-            raise NumericalError(f"the weights of {role} are not finite; they are not exported; {advice(state)}")
+    for module_name in state.exported_modules:
+        if not all_finite(state.modules[module_name].parameters()):
+            raise NumericalError(f"the weights of {module_name} are not finite; they are not exported; {advice(state)}")
     recipe = json.dumps(unstructure(state.recipe)).encode()
     made = {"method": state.recipe.method.use, "steps": state.train_config.steps, "seed": state.recipe.seed}
     state.pipeline.provenance |= {"recipe": made | {"sha256": hashlib.sha256(recipe).hexdigest()[:16]}}
@@ -70,11 +74,11 @@ def export(state: TrainingState) -> Path:
 def _choose_weights(state: TrainingState) -> None:
     """Load the best weights that evaluation kept; else the averages; else leave the last ones."""
     best = state.evaluator.weights(state.step) if state.evaluator is not None else None
-    for role in state.exported_roles:
+    for module_name in state.exported_modules:
         if best is not None:
-            prefix = f"{role}/"
+            prefix = f"{module_name}/"
             state.load_trainable_state(
-                role, {k.removeprefix(prefix): v for k, v in best.items() if k.startswith(prefix)}
+                module_name, {k.removeprefix(prefix): v for k, v in best.items() if k.startswith(prefix)}
             )
-        elif role in state.ema:
-            state.load_trainable_state(role, state.ema[role])
+        elif module_name in state.ema:
+            state.load_trainable_state(module_name, state.ema[module_name])

@@ -29,10 +29,10 @@ def unread(recipe: Recipe, catalog: Catalog) -> tuple[str, ...]:
     return ("vae", "text_encoder")
 
 
-def of_method(method: object, roles: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The networks that a method holds and never changes (`frozen()`), by name; a role is none of them."""
-    found = method.frozen() if hasattr(method, "frozen") else {}
-    return {name: net for name, net in found.items() if all(net is not role for role in roles.values())}
+def of_method(method: object, trainable: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The networks that a method holds and never changes (`frozen()`), by name; trainable modules are none of them."""
+    modules = method.frozen() if hasattr(method, "frozen") else {}
+    return {name: net for name, net in modules.items() if all(net is not other for other in trainable.values())}
 
 
 def frozen_copy(net: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
@@ -42,39 +42,39 @@ def frozen_copy(net: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     return copy.deepcopy(net, memo).requires_grad_(False).eval()
 
 
-def apart(nets: Mapping[str, nn.Module], roles: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those of `nets` that share no weight with a role."""
-    taken = {id(p) for net in roles.values() for p in net.parameters()}
-    return {name: net for name, net in nets.items() if all(id(p) not in taken for p in net.parameters())}
+def apart(modules: Mapping[str, nn.Module], trainable: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of `modules` that share no weight with a trainable one."""
+    taken = {id(p) for net in trainable.values() for p in net.parameters()}
+    return {name: net for name, net in modules.items() if all(id(p) not in taken for p in net.parameters())}
 
 
 def frozen_parameters(
-    nets: Iterable[nn.Module], roles: Mapping[str, nn.Module], low: Iterable[str]
+    modules: Iterable[nn.Module], trainable: Mapping[str, nn.Module], low: Iterable[str]
 ) -> list[nn.Parameter]:
-    """The parameters of `nets` that do not learn, each once: none of a role that learns in full; of the roles `low`,
-    which learn through adapters, all but those."""
+    """The parameters of `modules` that do not learn, each once: none of a module that is trained in full; of those in
+    `low`, which are trained as LoRAs, all but the LoRA's."""
     low = set(low)
-    learning = {id(p) for role, net in roles.items() if role not in low for p in net.parameters()}
-    found: dict[int, nn.Parameter] = {}
-    for net in nets:
+    learning = {id(p) for module_name, net in trainable.items() if module_name not in low for p in net.parameters()}
+    parameters: dict[int, nn.Parameter] = {}
+    for net in modules:
         for name, parameter in net.named_parameters():
             if id(parameter) not in learning and not lora.owned(name):
-                found[id(parameter)] = parameter
-    return list(found.values())
+                parameters[id(parameter)] = parameter
+    return list(parameters.values())
 
 
 class FrozenCast:
     """Frozen float32 parameters, cast to bfloat16 in place; `restore` undoes it. Buffers stay as they are: they are
     small, and statistics among them are divided by."""
 
-    def __init__(self, nets: Mapping[str, nn.Module], frozen: Iterable[nn.Parameter]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], frozen: Iterable[nn.Parameter]) -> None:
         ids = {id(p) for p in frozen}
         self.names = {
             key: {n for n, p in net.named_parameters() if id(p) in ids and p.dtype == torch.float32}
-            for key, net in nets.items()
+            for key, net in modules.items()
         }
-        self.kept: dict[str, dict[str, Tensor]] = {key: {} for key in nets}
-        for key, net in nets.items():
+        self.kept: dict[str, dict[str, Tensor]] = {key: {} for key in modules}
+        for key, net in modules.items():
             for name, parameter in net.named_parameters():
                 if name not in self.names[key] or parameter.dtype != torch.float32:
                     continue  # the second: another network shares it, and came before

@@ -27,12 +27,12 @@ def published(catalog: Catalog, name: str = PUBLISHED) -> dict[str, Any]:
     """The description of the checkpoint `name`, which need not be on this disk, as the plugin that knows it gives it;
     of the published model, where none does. What else is installed does not count. Raises LensError without one.
     """
-    found = catalog.first("lens_describe", Path(name)) or catalog.first("lens_describe", Path(PUBLISHED))
-    if found is None:
+    description = catalog.first("lens_describe", Path(name)) or catalog.first("lens_describe", Path(PUBLISHED))
+    if description is None:
         raise LensError(
             "no plugin here describes the published model; install lens_mmdit, or set LENS_PLUGINS to let it in"
         )
-    return dict(found)
+    return dict(description)
 
 
 def parts(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, ComponentSpec], dict[str, Any], list[str]]:
@@ -74,18 +74,18 @@ def _here(start: str, catalog: Catalog) -> Path | None:
 def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
     """The recipe's pipeline with every shape and no weights, and what was assumed."""
     uses, presets, notes = parts(recipe, catalog)
-    found: dict[str, Any] = {}
+    built: dict[str, Any] = {}
     for kind, use in uses.items():
         _, cls, config = build(catalog, kind, use, f"$.pipeline.{kind}")
         with torch.device("meta"):
-            found[kind] = cls(config)
+            built[kind] = cls(config)
         if kind in MODEL_PARTS:
-            found[kind].requires_grad_(False)
+            built[kind].requires_grad_(False)
     # Where nothing here knows the start, the recipe's own parts need not fit the published ones that stand in for it.
     known = not notes or catalog.first("lens_describe", Path(recipe.pipeline.start or "")) is not None
     if known:
-        check_on_meta(*(found.get(kind) for kind in ("vae", "text_encoder", "backbone")))
-    return LensPipeline(**found, presets=presets, specs=uses, catalog=catalog), notes
+        check_on_meta(*(built.get(kind) for kind in ("vae", "text_encoder", "backbone")))
+    return LensPipeline(**built, presets=presets, specs=uses, catalog=catalog), notes
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
@@ -115,18 +115,18 @@ class Weigher:
 
     def weigh(self, net: nn.Module, learns: bool) -> int:
         """The bytes of those of its tensors that were not counted yet."""
-        found = 0
+        total = 0
         for tensor in (*net.parameters(), *net.buffers()):
             if id(tensor) in self.seen or id(tensor) in self.unheld:
                 continue
             self.seen.add(id(tensor))
             frozen = self.half and not learns and isinstance(tensor, nn.Parameter)
-            found += self.packed.get(id(tensor), tensor.numel() * (2 if frozen else 4))
-        return found
+            total += self.packed.get(id(tensor), tensor.numel() * (2 if frozen else 4))
+        return total
 
 
 def memory(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, int], dict[str, int], list[str]]:
-    """(bytes by part, parameters that learn by role, notes) of a process that holds everything, without activations.
+    """(bytes by part, parameters that learn by module, notes) of a process that holds everything, without activations.
 
     Raises ConfigError where the method cannot be built without weights.
     """
@@ -134,63 +134,63 @@ def memory(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, int], dict[str, 
     _, cls, config = build(catalog, "method", recipe.method, "$.method")
     with torch.device("meta"):
         method = cls(config, pipeline)
-    roles: Mapping[str, nn.Module] = method.trainable_modules()
+    trainable: Mapping[str, nn.Module] = method.trainable_modules()
     unread = frozen_weights.unread(recipe, catalog)
     if unread:
         notes.append(f"{' and '.join(unread)} are read for nothing but to check the cache, and held by nobody")
-    names = {id(net): role for role, net in roles.items()}
-    nets = {kind: getattr(pipeline, kind) for kind in MODEL_PARTS if getattr(pipeline, kind) is not None}
-    held = {names.get(id(net), kind): net for kind, net in nets.items() if kind not in unread} | dict(roles)
+    names = {id(net): module_name for module_name, net in trainable.items()}
+    modules = {kind: getattr(pipeline, kind) for kind in MODEL_PARTS if getattr(pipeline, kind) is not None}
+    held = {names.get(id(net), kind): net for kind, net in modules.items() if kind not in unread} | dict(trainable)
     known = {id(net) for net in held.values()}
     held |= {k: v for k, v in vars(method).items() if isinstance(v, nn.Module) and id(v) not in known}
-    found, learns = cost(
-        held, roles, list(nets.values()), recipe, published=any("is not on this disk" in n for n in notes)
+    sizes, learns = cost(
+        held, trainable, list(modules.values()), recipe, published=any("is not on this disk" in n for n in notes)
     )
-    return found, learns, notes
+    return sizes, learns, notes
 
 
 def cost(
     held: Mapping[str, nn.Module],
-    roles: Mapping[str, nn.Module],
+    trainable: Mapping[str, nn.Module],
     parts: Sequence[nn.Module],
     recipe: Recipe,
     published: bool = False,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """(bytes by part, parameters that learn by role) of networks on the meta device, to which the recipe's adapters are
+    """(bytes by part, parameters that learn by module) of networks on the meta device, to which the recipe's LoRAs are
     put. `held` are all of them by name; `parts` are those of the pipeline, which alone have moving averages.
     `published`: they are read from the published files."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     learns: dict[str, int] = {}
     weigher = Weigher(recipe.train.precision == "bf16")
     for net in held.values() if published else ():
         weigher.as_published(net)
     for name, net in held.items():
-        full = name in roles and name not in recipe.train.lora
-        found[f"{name}: weights"] = weigher.weigh(net, full)
-    for role, net in roles.items():
-        adapter = recipe.train.lora.get(role)
+        full = name in trainable and name not in recipe.train.lora
+        sizes[f"{name}: weights"] = weigher.weigh(net, full)
+    for module_name, net in trainable.items():
+        adapter = recipe.train.lora.get(module_name)
         if adapter is not None:
             with torch.device("meta"):
                 lora.attach(net, adapter)
         learned = [p for name, p in net.named_parameters() if adapter is None or lora.owned(name)]
         grows = size_of(learned)
-        learns[role] = sum(p.numel() for p in learned)
-        found |= {f"{role}: adapter": grows} if adapter is not None else {}
-        found |= {f"{role}: gradients": grows, f"{role}: AdamW's moments": 2 * grows}
+        learns[module_name] = sum(p.numel() for p in learned)
+        sizes |= {f"{module_name}: adapter": grows} if adapter is not None else {}
+        sizes |= {f"{module_name}: gradients": grows, f"{module_name}: AdamW's moments": 2 * grows}
         if recipe.train.ema_decay and any(net is part for part in parts):
-            found[f"{role}: moving average"] = grows
-    return {k: v for k, v in found.items() if v}, learns
+            sizes[f"{module_name}: moving average"] = grows
+    return {k: v for k, v in sizes.items() if v}, learns
 
 
-def divided(recipe: Recipe, catalog: Catalog, found: Mapping[str, int], learns: Mapping[str, int]) -> float | None:
+def divided(recipe: Recipe, catalog: Catalog, sizes: Mapping[str, int], learns: Mapping[str, int]) -> float | None:
     """Bytes of one process of `train.fsdp_shards`: trainable modules are sharded, and so are frozen networks of the
     method that share no weight with one. None where nothing is sharded."""
     if recipe.train.fsdp_shards <= 1:
         return None
     _, cls, _ = build(catalog, "method", recipe.method, "$.method")
-    names = {*learns, *(("teacher",) if hasattr(cls, "frozen") and "teacher: weights" in found else ())}
-    share = sum(size for name, size in found.items() if name.partition(":")[0] in names)
-    return sum(found.values()) - share + share / recipe.train.fsdp_shards
+    names = {*learns, *(("teacher",) if hasattr(cls, "frozen") and "teacher: weights" in sizes else ())}
+    share = sum(size for name, size in sizes.items() if name.partition(":")[0] in names)
+    return sum(sizes.values()) - share + share / recipe.train.fsdp_shards
 
 
 def describe(recipe: Recipe, catalog: Catalog) -> str:
@@ -206,11 +206,13 @@ def describe(recipe: Recipe, catalog: Catalog) -> str:
         text += f"\n{dataset.estimate(options)}\n" if hasattr(dataset, "estimate") else ""
     if hasattr(method, "estimate"):
         return f"{text}\n{method.estimate(config, recipe, catalog)}"
-    found, learns, notes = memory(recipe, catalog)
-    lines = ["learns"] + [f"  {role:28}{count / 1e6:12,.2f} M parameters" for role, count in learns.items()]
-    lines += ["memory, GB (10^9 bytes)"] + [f"  {name:28}{size / 1e9:12,.3f}" for name, size in found.items()]
-    lines += [f"  {'all of it':28}{sum(found.values()) / 1e9:12,.3f}"]
-    each = divided(recipe, catalog, found, learns)
+    sizes, learns, notes = memory(recipe, catalog)
+    lines = ["learns"] + [
+        f"  {module_name:28}{count / 1e6:12,.2f} M parameters" for module_name, count in learns.items()
+    ]
+    lines += ["memory, GB (10^9 bytes)"] + [f"  {name:28}{size / 1e9:12,.3f}" for name, size in sizes.items()]
+    lines += [f"  {'all of it':28}{sum(sizes.values()) / 1e9:12,.3f}"]
+    each = divided(recipe, catalog, sizes, learns)
     if each is not None:
         lines += [f"  {f'of a process of {recipe.train.fsdp_shards}':28}{each / 1e9:12,.3f}"]
     return "\n".join([text, *lines, *(f"note: {note}" for note in ("activations come on top", *notes))])

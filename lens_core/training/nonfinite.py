@@ -27,17 +27,18 @@ def refuse_non_finite(state: TrainingState) -> None:
     It reads all of them once and waits for the device, so it comes before a checkpoint, an evaluation and an
     export, and where a loss says that something is wrong, and not after each step.
     """
-    for role in state.nets:
-        moments = [v for slots in state.optimizers[role].state.values() for v in slots.values()]
+    for module_name in state.modules:
+        moments = [v for slots in state.optimizers[module_name].state.values() for v in slots.values()]
         kinds = {
-            "weights": state.trainable_parameters[role],
-            "averages": state.ema.get(role, {}).values(),
+            "weights": state.trainable_parameters[module_name],
+            "averages": state.ema.get(module_name, {}).values(),
             "moments": moments,
         }
         for kind, tensors in kinds.items():
             if state.ranks.any(not all_finite(tensors)):
                 raise NumericalError(
-                    f"the {kind} of {role} are not finite after step {state.step}; they are not saved; {advice(state)}"
+                    f"the {kind} of {module_name} are not finite after step {state.step}; "
+                    f"they are not saved; {advice(state)}"
                 )
 
 
@@ -45,11 +46,11 @@ def refuse_unproven(state: TrainingState) -> None:
     """Raise NumericalError where a module that is exported as it is has had no finite loss since its last step."""
     if state.evaluator is not None and state.evaluator.best(state.step) is not None:
         return  # the best weights are exported instead
-    for role in state.exported_roles:
-        if not state.spike_detector.finite[role]:
+    for module_name in state.exported_modules:
+        if not state.spike_detector.finite[module_name]:
             raise NumericalError(
-                f"the last {state.spike_detector.row[role]} steps of {role} had no finite loss, so it is not exported; "
-                f"{advice(state)}"
+                f"the last {state.spike_detector.row[module_name]} steps of {module_name} had no finite loss, "
+                f"so it is not exported; {advice(state)}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The optimizer of a role, and its step.
+"""The optimizer of a trainable module, and its step.
 
 Three caches follow from weights and are kept until a weight changes: a backbone's modulation table, encoded prompts,
 and the keys and values of an encoder's head. They see a change by `Tensor._version`.

@@ -12,35 +12,37 @@ LEAST = 20  # steps before anything is a spike: a young run's gradients fall fas
 
 
 class SpikeDetector:
-    """Which steps of a role are not to be taken: those that are not finite, or far above what is usual for it.
+    """Decide which steps of a module to skip: those that are not finite, or far above what is usual for it.
 
     Usual is the running median of the last good steps: of the gradient's norm, and of the loss where it is always
     positive. All of it is part of a checkpoint.
     """
 
-    def __init__(self, factor: float, roles: Sequence[str]) -> None:
+    def __init__(self, factor: float, trainable: Sequence[str]) -> None:
         self.factor = factor
-        self.row = dict.fromkeys(roles, 0)  # bad steps in a row
-        self.skipped = dict.fromkeys(roles, 0)  # in all
-        self.finite = dict.fromkeys(roles, True)  # whether the last step's loss and gradient were
-        self.usual: dict[str, dict[str, list[float]]] = {role: {"loss": [], "gradient": []} for role in roles}
+        self.row = dict.fromkeys(trainable, 0)  # bad steps in a row
+        self.skipped = dict.fromkeys(trainable, 0)  # in all
+        self.finite = dict.fromkeys(trainable, True)  # whether the last step's loss and gradient were
+        self.usual: dict[str, dict[str, list[float]]] = {
+            module_name: {"loss": [], "gradient": []} for module_name in trainable
+        }
 
-    def fault(self, role: str, loss: float, norm: float) -> str | None:
+    def fault(self, module_name: str, loss: float, norm: float) -> str | None:
         """Why the step is not to be taken, or None. Counts it either way."""
-        self.finite[role] = math.isfinite(loss) and math.isfinite(norm)
-        found = self._fault(role, loss, norm)
-        self.row[role] = self.row[role] + 1 if found else 0
-        self.skipped[role] += bool(found)
-        if self.factor and not found:
+        self.finite[module_name] = math.isfinite(loss) and math.isfinite(norm)
+        reason = self._fault(module_name, loss, norm)
+        self.row[module_name] = self.row[module_name] + 1 if reason else 0
+        self.skipped[module_name] += bool(reason)
+        if self.factor and not reason:
             for name, value in (("loss", loss), ("gradient", norm)):
-                self.usual[role][name] = [*self.usual[role][name][1 - HISTORY :], value]
-        return found
+                self.usual[module_name][name] = [*self.usual[module_name][name][1 - HISTORY :], value]
+        return reason
 
-    def _fault(self, role: str, loss: float, norm: float) -> str | None:
-        if not self.finite[role]:
+    def _fault(self, module_name: str, loss: float, norm: float) -> str | None:
+        if not self.finite[module_name]:
             return "a non-finite loss or gradient"
         for name, value in (("loss", loss), ("gradient", norm)):
-            before = self.usual[role][name]
+            before = self.usual[module_name][name]
             if self.factor and len(before) >= LEAST and min(before) > 0:
                 usual = statistics.median(before)
                 if value > self.factor * usual:
@@ -53,4 +55,6 @@ class SpikeDetector:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.row, self.skipped = dict(state["row"]), dict(state["skipped"])
         self.finite = {**self.finite, **state.get("finite", {})}  # not in a checkpoint of before it was kept
-        self.usual = {role: {k: list(v) for k, v in kinds.items()} for role, kinds in state["usual"].items()}
+        self.usual = {
+            module_name: {k: list(v) for k, v in kinds.items()} for module_name, kinds in state["usual"].items()
+        }

@@ -54,26 +54,36 @@ class TrainingState:
         with building(name):
             self.method = method(config, self.pipeline)
         self.datasets = self._build_datasets(unread)
-        self.nets = trainable_modules_of(self.method)
+        self.modules = trainable_modules_of(self.method)
         self._prepare_modules()
         self.trainable_parameters = {
-            role: [p for name, p in net.named_parameters() if role not in recipe.train.lora or lora.owned(name)]
-            for role, net in self.nets.items()
+            module_name: [
+                p for name, p in net.named_parameters() if module_name not in recipe.train.lora or lora.owned(name)
+            ]
+            for module_name, net in self.modules.items()
         }
         self.trainable_fraction = {
-            role: sum(p.numel() for p in self.trainable_parameters[role]) / sum(p.numel() for p in net.parameters())
-            for role, net in self.nets.items()
+            module_name: sum(p.numel() for p in self.trainable_parameters[module_name])
+            / sum(p.numel() for p in net.parameters())
+            for module_name, net in self.modules.items()
         }
         self.rng = torch.Generator().manual_seed(recipe.seed)
-        self.optimizers = {role: optimizers.adamw(self.trainable_parameters[role], recipe.train) for role in self.nets}
+        self.optimizers = {
+            module_name: optimizers.adamw(self.trainable_parameters[module_name], recipe.train)
+            for module_name in self.modules
+        }
         self.ema: dict[str, dict[str, Tensor]] = {
-            role: {k: v.detach().clone() for k, v in self.trainable_state(role).items()}
-            for role in self.nets
-            if recipe.train.ema_decay and self.in_pipeline(role)  # what is exported
+            module_name: {k: v.detach().clone() for k, v in self.trainable_state(module_name).items()}
+            for module_name in self.modules
+            if recipe.train.ema_decay and self.in_pipeline(module_name)  # what is exported
         }
         if recipe.train.activation_checkpointing:
             self._checkpoint_activations()
-        self.exported_roles = [role for role in self.nets if role in recipe.train.lora or self.in_pipeline(role)]
+        self.exported_modules = [
+            module_name
+            for module_name in self.modules
+            if module_name in recipe.train.lora or self.in_pipeline(module_name)
+        ]
         self.evaluator: Evaluator | None = None
         if recipe.evaluation is not None:
             with self.isolated_rng():
@@ -85,7 +95,7 @@ class TrainingState:
         self.saved_step = 0  # of the newest checkpoint
         self.rotated_step = 0  # of the newest checkpoint that older ones were removed for
         self.last_good_step = -1  # the newest one with finite losses; checkpoints up to it are known to be good
-        self.spike_detector = SpikeDetector(recipe.train.spike, tuple(self.nets))
+        self.spike_detector = SpikeDetector(recipe.train.spike, tuple(self.modules))
 
     # ---- set-up -------------------------------------------------------------------------------------------------
 
@@ -112,53 +122,58 @@ class TrainingState:
     def _prepare_modules(self) -> None:
         """Attach LoRA, cast what is frozen, compile and shard, in this order: each works on what the last one made."""
         config = self.train_config
-        for part in (*self.pipeline.present().values(), *self.nets.values()):
+        for part in (*self.pipeline.present().values(), *self.modules.values()):
             part.requires_grad_(False).eval()
         for option in ("lora", "lr_multipliers"):
-            for role in getattr(config, option):
-                if role not in self.nets:
-                    raise ConfigError(f"$.train.{option}: no role is called {role!r}; {', '.join(self.nets)} can learn")
-        for role, spec in config.lora.items():
-            lora.attach(self.nets[role], spec)
-            self.nets[role].requires_grad_(False)
-        # What never learns: networks of the method, such as a teacher, and parts of the pipeline that are no role.
-        self.frozen_modules = frozen_weights.of_method(self.method, self.nets)
+            for module_name in getattr(config, option):
+                if module_name not in self.modules:
+                    raise ConfigError(
+                        f"$.train.{option}: no trainable module is called {module_name!r}; "
+                        f"there are {', '.join(self.modules)}"
+                    )
+        for module_name, spec in config.lora.items():
+            lora.attach(self.modules[module_name], spec)
+            self.modules[module_name].requires_grad_(False)
+        # What never learns: networks of the method, such as a teacher, and frozen parts of the pipeline.
+        self.frozen_modules = frozen_weights.of_method(self.method, self.modules)
         self.frozen_cast: frozen_weights.FrozenCast | None = None
         if config.precision == "bf16":
             modules = self.pipeline.present() | self.frozen_modules
-            frozen = frozen_weights.frozen_parameters(modules.values(), self.nets, config.lora)
+            frozen = frozen_weights.frozen_parameters(modules.values(), self.modules, config.lora)
             self.frozen_cast = frozen_weights.FrozenCast(modules, frozen)
         # A module that FSDP2 has sharded stays sharded, so `export` fills a copy without weights instead.
-        self.meta_copies = {role: _meta_copy(net) for role, net in self.nets.items()} if self.ranks.sharded else {}
+        self.meta_copies = (
+            {module_name: _meta_copy(net) for module_name, net in self.modules.items()} if self.ranks.sharded else {}
+        )
         if config.compile:
-            for net in self.nets.values():
+            for net in self.modules.values():
                 # A stack of equal blocks compiles once, as one block; diffusers' models say which those are.
                 getattr(net, "compile_repeated_blocks", net.compile)()
-        self.ranks.shard(self.nets | frozen_weights.apart(self.frozen_modules, self.nets))
+        self.ranks.shard(self.modules | frozen_weights.apart(self.frozen_modules, self.modules))
 
     def _checkpoint_activations(self) -> None:
-        for role, net in self.nets.items():
+        for module_name, net in self.modules.items():
             if not _checkpoints_activations((net,)):
-                self.log(f"{role} has no blocks to compute again; its activations are all kept")
+                self.log(f"{module_name} has no blocks to compute again; its activations are all kept")
         # Gradients pass through frozen networks too, where a discriminator reads their features.
         _checkpoints_activations(self.frozen_modules.values())
 
     # ---- what the other modules ask -----------------------------------------------------------------------------
 
-    def in_pipeline(self, role: str) -> bool:
+    def in_pipeline(self, module_name: str) -> bool:
         """Whether a trainable module is a part of the pipeline, and so of the exported model."""
-        return any(self.nets[role] is part for part in self.pipeline.present().values())
+        return any(self.modules[module_name] is part for part in self.pipeline.present().values())
 
-    def trainable_state(self, role: str) -> dict[str, Tensor]:
+    def trainable_state(self, module_name: str) -> dict[str, Tensor]:
         """The part of a module's state that its training changes: what checkpoints hold and EMA averages."""
-        net = self.nets[role]
-        return lora.tensors(net) if role in self.train_config.lora else net.state_dict()
+        net = self.modules[module_name]
+        return lora.tensors(net) if module_name in self.train_config.lora else net.state_dict()
 
-    def load_trainable_state(self, role: str, tensors: Mapping[str, Tensor]) -> None:
+    def load_trainable_state(self, module_name: str, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `trainable_state` returned. Raises CheckpointError for the tensors of another network."""
-        if tensors.keys() != self.trainable_state(role).keys():
-            raise CheckpointError(f"{self.out}: the checkpoint's {role} is another network than the recipe's")
-        self.nets[role].load_state_dict(tensors, strict=role not in self.train_config.lora)
+        if tensors.keys() != self.trainable_state(module_name).keys():
+            raise CheckpointError(f"{self.out}: the checkpoint's {module_name} is another network than the recipe's")
+        self.modules[module_name].load_state_dict(tensors, strict=module_name not in self.train_config.lora)
 
     def autocast(self) -> torch.autocast:
         """Autocast to bfloat16 where the recipe says so; without its cache where weights are sharded."""
@@ -190,12 +205,14 @@ def _accelerator(config: Training, out: Path) -> Any:
     )
 
 
-def _checkpoints_activations(nets: Iterable[nn.Module]) -> bool:
+def _checkpoints_activations(modules: Iterable[nn.Module]) -> bool:
     """Turn on activation checkpointing where networks can; whether all could."""
-    able = [net for net in nets if hasattr(net, "enable_gradient_checkpointing")]  # diffusers' and transformers' name
+    able = [
+        net for net in modules if hasattr(net, "enable_gradient_checkpointing")
+    ]  # diffusers' and transformers' name
     for net in able:
         net.enable_gradient_checkpointing()  # type: ignore[operator]  # a method, though nn.Module's type says a tensor
-    return len(able) == len(list(nets))
+    return len(able) == len(list(modules))
 
 
 def _meta_copy(net: nn.Module) -> nn.Module:

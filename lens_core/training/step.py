@@ -39,15 +39,15 @@ def next_micro_batches(state: TrainingState, steps: Iterator[Sequence[Any]]) -> 
     return checked_step(state.method, micro)
 
 
-def flops(state: TrainingState, role: str, parts: Sequence[Sequence[Any]]) -> float:
+def flops(state: TrainingState, module_name: str, parts: Sequence[Sequence[Any]]) -> float:
     """FLOPs of a step, forward and backward; activations that are computed again do not count. 0 where the method
     cannot tell."""
     count = getattr(state.method, "flops", None)
     if count is None:
         return 0.0
-    forward = sum(count(role, batch) for micro in parts for batch in micro)
+    forward = sum(count(module_name, batch) for micro in parts for batch in micro)
     # Backward costs a forward for the activations' gradients, and another for those of the weights that learn.
-    return float(forward * (2 + state.trainable_fraction[role]))
+    return float(forward * (2 + state.trainable_fraction[module_name]))
 
 
 @define
@@ -69,7 +69,7 @@ class _Losses:
 
 
 def optimizer_step(
-    state: TrainingState, role: str, turn: int, parts: Sequence[Sequence[Any]]
+    state: TrainingState, module_name: str, turn: int, parts: Sequence[Sequence[Any]]
 ) -> dict[str, tuple[Tensor, float]]:
     """One optimizer step of one module, on the mean gradient over the micro-batches of all processes; the others stay
     frozen. Returns each metric as a sum and its weight, for `MetricBuffer`; nothing of a step that was skipped.
@@ -77,36 +77,36 @@ def optimizer_step(
     `parts` are this process's share of the batch; `turn` numbers the optimizer steps within a training step. Raises
     NumericalError after `max_skipped_steps` skipped steps in a row.
     """
-    net, optimizer, config = state.nets[role], state.optimizers[role], state.train_config
+    net, optimizer, config = state.modules[module_name], state.optimizers[module_name], state.train_config
     for group in optimizer.param_groups:
-        group["lr"] = config.lr * config.lr_multipliers.get(role, 1.0) * lr_factor(config, state.step)
-    for parameter in state.trainable_parameters[role]:
+        group["lr"] = config.lr * config.lr_multipliers.get(module_name, 1.0) * lr_factor(config, state.step)
+    for parameter in state.trainable_parameters[module_name]:
         parameter.requires_grad_(True)
     net.train()
     optimizer.zero_grad(set_to_none=True)
-    losses = _accumulate(state, role, turn, parts)
-    norm, fault = _reduce(state, role, losses)
+    losses = _accumulate(state, module_name, turn, parts)
+    norm, fault = _reduce(state, module_name, losses)
     if fault is None:
         optimizers.apply_step(optimizer)
         if losses.sums:
             sums = {name: state.ranks.all_reduce(tensor) for name, tensor in losses.sums.items()}
             with calling(state.method, "after_update"):
-                state.method.after_update(role, state.nets, sums)
-        if role in state.ema:
+                state.method.after_update(module_name, state.modules, sums)
+        if module_name in state.ema:
             decay = ema.decay_at(config.ema_decay, state.step)
-            ema.update(state.ema[role], state.trainable_state(role), decay)
+            ema.update(state.ema[module_name], state.trainable_state(module_name), decay)
     else:
-        skipped = state.spike_detector.row[role]
-        state.log(f"step {state.step}: {role} has {fault}; skipped ({skipped} in a row)")
+        skipped = state.spike_detector.row[module_name]
+        state.log(f"step {state.step}: {module_name} has {fault}; skipped ({skipped} in a row)")
         if skipped >= config.max_skipped_steps:
             raise NumericalError(
-                f"{skipped} bad steps in a row of {role} at step {state.step}: {fault}; {advice(state)}"
+                f"{skipped} bad steps in a row of {module_name} at step {state.step}: {fault}; {advice(state)}"
             )
     net.requires_grad_(False).eval()
     return {**losses.metrics, "grad_norm": (norm, 1.0)} if fault is None else {}
 
 
-def _accumulate(state: TrainingState, role: str, turn: int, parts: Sequence[Sequence[Any]]) -> _Losses:
+def _accumulate(state: TrainingState, module_name: str, turn: int, parts: Sequence[Sequence[Any]]) -> _Losses:
     """Forward and backward over this process's micro-batches, whose gradients add up in the parameters."""
     losses = _Losses()
     for part, micro in zip(state.ranks.local_micro_batches, parts, strict=True):
@@ -116,7 +116,7 @@ def _accumulate(state: TrainingState, role: str, turn: int, parts: Sequence[Sequ
         rng = torch.Generator().manual_seed(seed)
         for batch in micro:
             with state.autocast(), calling(state.method, "loss"):
-                loss: Loss = state.method.loss(role, state.nets, batch, rng)
+                loss: Loss = state.method.loss(module_name, state.modules, batch, rng)
             loss = checked_loss(state.method, loss)
             share = 1 / (len(micro) * state.ranks.micro_batches) if loss.weight is None else loss.weight
             # Backward at once, so that the activations of only one micro-batch are held.
@@ -125,9 +125,9 @@ def _accumulate(state: TrainingState, role: str, turn: int, parts: Sequence[Sequ
     return losses
 
 
-def _reduce(state: TrainingState, role: str, losses: _Losses) -> tuple[Tensor, str | None]:
+def _reduce(state: TrainingState, module_name: str, losses: _Losses) -> tuple[Tensor, str | None]:
     """Sum, normalise and clip the gradients; (their norm, why the step is to be skipped or None)."""
-    parameters = state.trainable_parameters[role]
+    parameters = state.trainable_parameters[module_name]
     state.ranks.all_reduce_gradients(parameters)
     total, local_weight = losses.metrics["loss"]
     loss, weight = state.ranks.all_reduce(torch.stack([total, torch.full_like(total, local_weight)]))
@@ -144,9 +144,9 @@ def _reduce(state: TrainingState, role: str, losses: _Losses) -> tuple[Tensor, s
     if len(losses.weighted) > 1 or not weight_value > 0:
         mixed = len(losses.weighted) > 1
         reason = "some have a weight and some have none" if mixed else f"they weigh {weight_value:g} in all"
-        raise LensError(f"{state.recipe.method.use}: of the losses of {role}, {reason} at step {state.step}")
-    fault = state.spike_detector.fault(role, mean_loss, norm_value)
-    if not state.spike_detector.finite[role]:
+        raise LensError(f"{state.recipe.method.use}: of the losses of {module_name}, {reason} at step {state.step}")
+    fault = state.spike_detector.fault(module_name, mean_loss, norm_value)
+    if not state.spike_detector.finite[module_name]:
         refuse_non_finite(state)  # the loss may be what broken weights give; then skipping steps cannot help
     return norm, fault
 

@@ -63,13 +63,13 @@ class MetricBuffer:
         processes hold, each of which must call this."""
         everyone = gather(self._read())
         self.steps = []
-        found: dict[str, list[float]] = {}
-        for told in zip(*everyone, strict=True):
-            for name in dict.fromkeys(name for each in told for name in each):
-                parts = [each[name] for each in told if name in each]
+        values_by_name: dict[str, list[float]] = {}
+        for step_metrics in zip(*everyone, strict=True):
+            for name in dict.fromkeys(name for each in step_metrics for name in each):
+                parts = [each[name] for each in step_metrics if name in each]
                 value = math.fsum(total for total, _ in parts) / math.fsum(weight for _, weight in parts)
-                found.setdefault(name, []).append(value)
-        return {name: sum(values) / len(values) for name, values in found.items()}
+                values_by_name.setdefault(name, []).append(value)
+        return {name: sum(values) / len(values) for name, values in values_by_name.items()}
 
     def _read(self) -> list[dict[str, tuple[float, float]]]:
         places: dict[torch.device, list[Tensor]] = {}
@@ -93,16 +93,16 @@ class Throughput:
         fast a process computes, of the most that its device can do (MFU) where that is known."""
         now = time.monotonic()
         seconds = max(now - self.since - self.excluded, 1e-9)
-        found = {"steps_per_second": round((step - self.step) / seconds, 3)}
+        rates = {"steps_per_second": round((step - self.step) / seconds, 3)}
         if feed.samples:
-            found["samples_per_second"] = round((feed.samples - self.samples) * world / seconds, 3)
-            found["data_wait"] = round(min((feed.waited - self.waited) / seconds, 1.0), 4)
+            rates["samples_per_second"] = round((feed.samples - self.samples) * world / seconds, 3)
+            rates["data_wait"] = round(min((feed.waited - self.waited) / seconds, 1.0), 4)
         if self.flops:
-            found["tflops"] = round(self.flops / seconds / 1e12, 4)
-            found |= {"mfu": round(self.flops / seconds / self.peak, 4)} if self.peak else {}
+            rates["tflops"] = round(self.flops / seconds / 1e12, 4)
+            rates |= {"mfu": round(self.flops / seconds / self.peak, 4)} if self.peak else {}
         self.flops = 0.0
         self.step, self.since, self.excluded, self.samples, self.waited = step, now, 0.0, feed.samples, feed.waited
-        return found
+        return rates
 
     def left(self, step: int, last: int) -> str:
         """The time to the last step at the pace so far, in words."""

@@ -28,8 +28,8 @@ def check_trackers(names: Sequence[str]) -> None:
 class Trackers:
     """Accelerate's trackers of a run. One that fails is told and left out; it never stops a training."""
 
-    def __init__(self, accelerator: Any, recipe: Mapping[str, Any], out: Path, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, accelerator: Any, recipe: Mapping[str, Any], out: Path, log: Callable[[str], None]) -> None:
+        self.log_line = log
         if accelerator.log_with:
             named = {str(t): {"name": out.name} for t in accelerator.log_with if str(t) in ("wandb", "trackio")}
             accelerator.init_trackers("lens", dict(_flat(recipe, "")), named)
@@ -42,7 +42,7 @@ class Trackers:
                 tracker.log(numbers, step=step)
             except Exception as error:  # whatever a service or its client does, the training is worth more
                 self.trackers.remove(tracker)
-                self.say(f"the tracker {tracker.name} failed and is left out from now on: {error}")
+                self.log_line(f"the tracker {tracker.name} failed and is left out from now on: {error}")
 
     def finish(self) -> None:
         while self.trackers:

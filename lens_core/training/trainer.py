@@ -117,12 +117,12 @@ class Trainer(TrainingState):
         if hasattr(self.method, "logs"):
             self.method.logs = self._logs_at(self.step + 1)
         parts = [next_micro_batches(self, steps) for steps in streams]
-        for turn, role in enumerate(update_order_of(self.method, self.step, self.nets)):
-            self.throughput.flops += flops(self, role, parts)
-            reported = optimizer_step(self, role, turn, parts)
-            metrics.add({f"{role}/{name}": value for name, value in reported.items()})
+        for turn, module_name in enumerate(update_order_of(self.method, self.step, self.modules)):
+            self.throughput.flops += flops(self, module_name, parts)
+            reported = optimizer_step(self, module_name, turn, parts)
+            metrics.add({f"{module_name}/{name}": value for name, value in reported.items()})
         with calling(self.method, "after_step"):
-            self.method.after_step(self.step, self.nets)
+            self.method.after_step(self.step, self.modules)
         if not any(self.spike_detector.row.values()):
             self.last_good_step = self.step
             checkpointing.rotate(self)
@@ -142,7 +142,7 @@ class Trainer(TrainingState):
             rng = self.rng if number == 0 else torch.Generator().manual_seed(self.recipe.seed)
             rng.set_state(self.rng.get_state())
             with calling(self.method, "steps"):
-                steps = self.method.steps(batches, self.nets, rng)
+                steps = self.method.steps(batches, self.modules, rng)
             streams.append(items(self.method, "steps", steps))
         return streams
 
@@ -174,13 +174,13 @@ class Trainer(TrainingState):
         stopping = (lambda: self.ranks.any(self._stop)) if together else (lambda: self._stop)
         agreed = self.ranks.broadcast if together else (lambda value: value)
         with contextlib.suppress(Interrupted), self.isolated_rng(), ema_weights(self):
-            line = self.evaluator.evaluate(self.step, self.nets, self.export_weights, stopping, agreed)
+            line = self.evaluator.evaluate(self.step, self.modules, self.export_weights, stopping, agreed)
             self.trackers.log({f"evaluation/{k}": v for k, v in line.items() if k != "step"}, self.step)
         self.throughput.excluded += time.monotonic() - started
 
     def export_weights(self) -> dict[str, Tensor]:
-        """What `export` would write of the trainable modules, as ROLE/NAME, while averages stand in their places."""
-        state = {f"{r}/{k}": v.detach() for r in self.exported_roles for k, v in self.trainable_state(r).items()}
+        """What `export` would write of the trainable modules, as MODULE/NAME, while averages stand in their places."""
+        state = {f"{r}/{k}": v.detach() for r in self.exported_modules for k, v in self.trainable_state(r).items()}
         return self.ranks.gather(state) if self.ranks.sharded else state
 
     # ---- log and checkpoints ------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ class Trainer(TrainingState):
         peak_memory = memory(self.accelerator.device)
         line = {"step": self.step, "seconds": round(seconds, 1), **speed, **values}
         line |= {"memory_gb": round(peak_memory, 3)} if peak_memory is not None else {}
-        line |= {f"{role}/skipped": count for role, count in self.spike_detector.skipped.items() if count}
+        line |= {f"{module_name}/skipped": count for module_name, count in self.spike_detector.skipped.items() if count}
         atomic_files.append(self.out / "log.jsonl", line)
         self.trackers.log({k: v for k, v in line.items() if k != "step"}, self.step)
         words = [f"{k} {v:.4f}" for k, v in values.items() if not k.endswith("grad_norm")]

@@ -75,13 +75,13 @@ def _metadata(line: Line) -> dict[str, Any]:
 
 
 def _options(line: Line) -> geneval.Options:
-    given = json_fields.mapping(line.get("options") or {}, "options")
-    for name in given:
+    options = json_fields.mapping(line.get("options") or {}, "options")
+    for name in options:
         json_fields.choice(name, f"options.{name[:40]}", list(fields_dict(geneval.Options)))
-        json_fields.number(given[name], f"options.{name}")
-    if "max_objects" in given:
-        json_fields.whole(given["max_objects"], "options.max_objects", low=0)
-    return geneval.Options(**given)
+        json_fields.number(options[name], f"options.{name}")
+    if "max_objects" in options:
+        json_fields.whole(options["max_objects"], "options.max_objects", low=0)
+    return geneval.Options(**options)
 
 
 def _detections(line: Line) -> dict[str, list[list[float]]]:
@@ -144,10 +144,10 @@ def _prompt(line: Line) -> str:
 
 
 def _decide_cvtg(line: Line) -> dict[str, Any]:
-    given = json_fields.field(line, "ocr_lines")
-    failed = given == "RAISE"
+    ocr_lines = json_fields.field(line, "ocr_lines")
+    failed = ocr_lines == "RAISE"
     return asdict(
-        cvtg.decide(_prompt(line), None if failed or given is None else json_fields.texts(given, "ocr_lines"), failed)
+        cvtg.decide(_prompt(line), None if failed or ocr_lines is None else json_fields.texts(ocr_lines, "ocr_lines"), failed)
     )
 
 

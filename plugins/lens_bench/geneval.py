@@ -125,7 +125,7 @@ def decide(
         for name, all_rows in detections.items()
         if (rows := kept_rows(all_rows, threshold, options.max_objects, options.max_overlap))
     }
-    asked: dict[str, list[int]] = {}
+    colour_rows: dict[str, list[int]] = {}
     reasons: list[str] = []
     matched: list[list[tuple[str, int]] | None] = []  # per clause the (class, row) pairs that satisfy it
     for place, clause in enumerate(metadata.get("include", ())):
@@ -135,7 +135,7 @@ def decide(
         if len(rows) < count:
             failure = f"expected {name}>={count}, found {len(rows)}"
         elif "color" in clause:
-            asked.setdefault(name, []).extend(rows)
+            colour_rows.setdefault(name, []).extend(rows)
             failure = _color_failure(clause, _answers(name, rows, colors or {}))
         if not failure and "position" in clause:
             target = _target(matched, clause["position"][1], place)
@@ -146,15 +146,15 @@ def decide(
         name, number = clause["class"], len(kept.get(clause["class"], ()))
         if number >= clause["count"]:
             reasons.append(f"expected {name}<{clause['count']}, found {number}")
-    return Verdict(kept, {name: rows for name, rows in asked.items() if rows}, not reasons, "\n".join(reasons))
+    return Verdict(kept, {name: rows for name, rows in colour_rows.items() if rows}, not reasons, "\n".join(reasons))
 
 
 def _answers(name: str, rows: Sequence[int], colors: Mapping[str, Sequence[str]]) -> list[str]:
-    given = colors.get(name, ())
+    answers = colors.get(name, ())
     for row in rows:
-        if row >= len(given):
+        if row >= len(answers):
             raise FieldError(f"colors.{name}", f"has no answer for row {row}, whose colour is asked for")
-    return [choice(given[row], f"colors.{name}[{row}]", COLORS) for row in rows]
+    return [choice(answers[row], f"colors.{name}[{row}]", COLORS) for row in rows]
 
 
 def _color_failure(clause: Mapping[str, Any], answers: Sequence[str]) -> str:

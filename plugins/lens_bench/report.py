@@ -121,8 +121,8 @@ class _Tally:
             self.perceiver = line.get("perceiver"), number
         first, place = self.perceiver
         if line.get("perceiver") != first:
-            given = f"is not that of line {place}" if "perceiver" in line else f"is missing, and line {place} has one"
-            raise FieldError("perceiver", f"{given}; perceive with one model and revision")
+            problem = f"is not that of line {place}" if "perceiver" in line else f"is missing, and line {place} has one"
+            raise FieldError("perceiver", f"{problem}; perceive with one model and revision")
 
     def report(self, path: Path) -> Report:
         if not self.verdicts:

@@ -131,14 +131,14 @@ class DMD2:
         self.config, self.pipeline, self.guidance = config, pipeline, float(scale)
         self.schedule = Schedule(config.shift, config.noise_levels)
 
-        def shared(role: str, net: nn.Module) -> list[Tensor]:
-            return [*net.parameters(), *net.buffers()] if role in config.lora_on_shared_base else []
+        def shared(module_name: str, net: nn.Module) -> list[Tensor]:
+            return [*net.parameters(), *net.buffers()] if module_name in config.lora_on_shared_base else []
 
         self.teacher: Any = frozen_copy(pipeline.backbone, shared("generator", pipeline.backbone))
         fake = frozen_copy(self.teacher, shared("fake", self.teacher))
-        self._roles: dict[str, nn.Module] = {"generator": pipeline.backbone, "fake": fake}
+        self._modules: dict[str, nn.Module] = {"generator": pipeline.backbone, "fake": fake}
         if config.gan_weight:
-            self._roles["heads"] = self._heads()
+            self._modules["heads"] = self._heads()
         self._start = pipeline.version
         pipeline.presets |= {"steps": config.steps, "guidance_scale": 1.0}
 
@@ -161,18 +161,20 @@ class DMD2:
     # ---- who learns, from what ---------------------------------------------------------------------------------
 
     def trainable_modules(self) -> Mapping[str, nn.Module]:
-        return self._roles
+        return self._modules
 
     def frozen(self) -> Mapping[str, nn.Module]:
         return {"teacher": self.teacher}
 
     def update_order(self, step: int) -> Sequence[str]:
         """A pure function of the step, so there is no counter to resume."""
-        critic = [role for role in self._roles if role != "generator"] * self.config.fake_score_updates
+        critic = [
+            module_name for module_name in self._modules if module_name != "generator"
+        ] * self.config.fake_score_updates
         return critic if step < self.config.warmup else [*critic, "generator"]
 
     def steps(
-        self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
+        self, batches: Iterator[Batch], modules: Mapping[str, nn.Module], rng: torch.Generator
     ) -> Iterator[Sequence[MicroBatch]]:
         """One encoded batch a step. `rng`, which is in one state in all processes, gives what they must share: the
         exit_steps, and one of the sizes where there are no pictures. A GAN needs pictures."""
@@ -190,7 +192,7 @@ class DMD2:
             else:
                 sizes = self.config.sizes or (self.pipeline.size(),)
                 height, width = sizes[int(torch.randint(len(sizes), (), generator=rng))]
-            updates = self.config.fake_score_updates * len(self._roles)  # of a step, or more
+            updates = self.config.fake_score_updates * len(self._modules)  # of a step, or more
             exit_steps = [self._draw(rng) for _ in range(updates)]
             text, grid = self.pipeline.encode(batch.captions), (height // cell, width // cell)
             yield (MicroBatch(text, grid, z, iter(exit_steps)),)
@@ -208,20 +210,20 @@ class DMD2:
 
     # ---- losses ------------------------------------------------------------------------------------------------
 
-    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
+    def loss(self, module_name: str, modules: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
         """`rng` gives all noise."""
         if self.config.lora_on_shared_base and any(p.requires_grad for p in self.teacher.parameters()):
             raise ConfigError(
-                f"dmd2: {role} shares the teacher's weights and would change them; name it in train.lora as well"
+                f"dmd2: {module_name} shares the teacher's weights and would change them; name it in train.lora as well"
             )
         losses_of = {"generator": self._generator, "fake": self._fake, "heads": self._discriminator}
-        return losses_of[role](nets, batch, rng)
+        return losses_of[module_name](modules, batch, rng)
 
     def _exit_step(
-        self, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator
+        self, modules: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator
     ) -> tuple[Tensor, float, float, Velocity]:
         """(x, t, the next time, the student's velocity): the step that learns, and where it begins."""
-        student = _velocity_of(nets["generator"], batch.text)
+        student = _velocity_of(modules["generator"], batch.text)
         sampler, steps = self.pipeline.sampler, self.config.steps
         exit_step = next(batch.exit_steps, None) or self._draw(rng)
         count = exit_step.count
@@ -237,21 +239,21 @@ class DMD2:
         return ROLLOUTS[self.config.rollout](sampler, student, noise, steps, count, rng), t, after, student
 
     @torch.no_grad()
-    def _student_guess(self, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Tensor:
-        x, t, _, student = self._exit_step(nets, batch, rng)
+    def _student_guess(self, modules: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Tensor:
+        x, t, _, student = self._exit_step(modules, batch, rng)
         row = x.new_full((len(x),), t)
         return flow.data_from(x, student(x, row), row)
 
-    def _generator(self, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
+    def _generator(self, modules: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
         config = self.config
-        begin, t, after, student = self._exit_step(nets, batch, rng)
+        begin, t, after, student = self._exit_step(modules, batch, rng)
         row = begin.new_full((len(begin),), t)
         v = student(begin, row)
         x = flow.data_from(begin, v, row)
         views = Views(
             _velocity_of(self.teacher, batch.text),
             _velocity_of(self.teacher, _empty_text(batch.text)),
-            _velocity_of(nets["fake"], batch.text),
+            _velocity_of(modules["fake"], batch.text),
             self.guidance,
         )
         options = MatchingOptions(self.schedule, config.min_distance, config.ca_weight, config.dm_weight)
@@ -266,7 +268,7 @@ class DMD2:
             parts["isg"] = isg.detach()
         if config.gan_weight:
             x_t, at, _ = losses.noised(x, rng, self.schedule)
-            gan = losses.passes_as_real(nets["heads"](self._features(nets, batch.text, at)(x_t)))
+            gan = losses.passes_as_real(modules["heads"](self._features(modules, batch.text, at)(x_t)))
             parts["gan"] = gan.detach()
             if self.logs:  # a backward pass of its own, for one number
                 (pull,) = torch.autograd.grad(config.gan_weight * gan, x, retain_graph=True)
@@ -275,28 +277,28 @@ class DMD2:
             total = total + config.gan_weight * gan
         return Loss(total, parts)
 
-    def _fake(self, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
-        x = self._student_guess(nets, batch, rng)
+    def _fake(self, modules: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
+        x = self._student_guess(modules, batch, rng)
         x_t, t, noise = losses.noised(x, rng, self.schedule)
-        v = _velocity_of(nets["fake"], batch.text)(x_t, t)
+        v = _velocity_of(modules["fake"], batch.text)(x_t, t)
         total = losses.tracking(v, x, noise)
         # Against the best guess that sees nothing, the mean velocity: what is left to learn, as a share.
         unexplained = total.detach() / flow.velocity(x, noise).var()
         return Loss(total, {"unexplained": unexplained})
 
-    def _discriminator(self, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
+    def _discriminator(self, modules: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
         if batch.z is None:
             raise LensError("dmd2: there are no real latents to tell the student's from; use a dataset with pictures")
-        x = self._student_guess(nets, batch, rng)
+        x = self._student_guess(modules, batch, rng)
         # Real and made meet at the same noise level under the same noise: nothing else tells them apart.
         real_t, t, noise = losses.noised(move(batch.z, x.device), rng, self.schedule)
-        features = self._features(nets, batch.text, t)
+        features = self._features(modules, batch.text, t)
 
         def logits(x_t: Tensor) -> Tensor:
             # Only the heads learn here; without a graph the features cost no memory.
             with torch.no_grad():
                 tapped = features(x_t)
-            values: Tensor = nets["heads"](tapped)
+            values: Tensor = modules["heads"](tapped)
             return values
 
         real, fake = logits(real_t), logits(flow.mix(x, noise, t))
@@ -310,19 +312,19 @@ class DMD2:
         return Loss(total, parts)
 
     def _features(
-        self, nets: Mapping[str, nn.Module], text: TextFeatures, t: Tensor
+        self, modules: Mapping[str, nn.Module], text: TextFeatures, t: Tensor
     ) -> Callable[[Tensor], list[Tensor]]:
         """x_t -> features of the teacher or the fake, at the blocks that the config names: neither learns from it, but
         gradients reach x_t."""
-        read: Any = self.teacher if self.config.discriminator_features == "teacher" else nets["fake"]
+        read: Any = self.teacher if self.config.discriminator_features == "teacher" else modules["fake"]
         return lambda x_t: read.features(x_t, t, text, self.config.discriminator_blocks)
 
     # ---- between steps -----------------------------------------------------------------------------------------
 
-    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
+    def after_step(self, step: int, modules: Mapping[str, nn.Module]) -> None:
         if self.config.ida < 1:  # in the warm-up as well, where it keeps all: a refusal must not wait
             keep = 1.0 if step < self.config.warmup else self.config.ida
-            losses.align(nets["fake"], nets["generator"], keep)
+            losses.align(modules["fake"], modules["generator"], keep)
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher's hash: its weights are those of the recipe's start."""

@@ -81,7 +81,7 @@ class FlowMatching(BaseMethod):
         return {"backbone": backbone}
 
     def steps(
-        self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
+        self, batches: Iterator[Batch], modules: Mapping[str, nn.Module], rng: torch.Generator
     ) -> Iterator[Sequence[EncodedBatch]]:
         """One encoded batch a step. Raises LensError where a batch has no pictures."""
         for batch in batches:
@@ -90,18 +90,20 @@ class FlowMatching(BaseMethod):
     def update_order(self, step: int) -> Sequence[str]:
         return ("backbone",)
 
-    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: EncodedBatch, rng: torch.Generator) -> Loss:
+    def loss(
+        self, module_name: str, modules: Mapping[str, nn.Module], batch: EncodedBatch, rng: torch.Generator
+    ) -> Loss:
         """`rng` gives, in this order: t, the noise, sample by sample where sizes differ, and whose caption is dropped.
         Raises ConfigError for a packed batch where the backbone cannot take one."""
         if isinstance(batch.z, tuple):
-            return self._packed_loss(nets[role], batch.z, batch, rng)
+            return self._packed_loss(modules[module_name], batch.z, batch, rng)
         z = batch.z.float()
         normal = torch.randn(len(z), generator=rng)
         noise = move(torch.randn(z.shape, generator=rng), z.device)
         dropped = torch.rand(len(z), generator=rng) < self.config.caption_dropout
         mean = self.config.logit_mean(z.shape[2] * z.shape[3])
         t = move((self.config.std * normal + mean).sigmoid(), z.device)
-        v = nets[role](flow.mix(z, noise, t), t, _drop(batch.text.to(z.device), dropped))
+        v = modules[module_name](flow.mix(z, noise, t), t, _drop(batch.text.to(z.device), dropped))
         # float32: squares of small errors vanish in bfloat16.
         total = (v.float() - flow.velocity(z, noise)).square().mean() * batch.weight
         return Loss(total, {"loss": total.detach()})
@@ -125,7 +127,7 @@ class FlowMatching(BaseMethod):
         total = torch.stack(errors).mean() * batch.weight
         return Loss(total, {"loss": total.detach()})
 
-    def flops(self, role: str, batch: EncodedBatch) -> float:
+    def flops(self, module_name: str, batch: EncodedBatch) -> float:
         """FLOPs of a forward pass over a micro-batch, padding left out; 0 if the backbone has no `flops`."""
         count = getattr(self.pipeline.backbone, "flops", None)
         if count is None:
@@ -134,15 +136,15 @@ class FlowMatching(BaseMethod):
         return float(sum(count((z.shape[-2], z.shape[-1]), n) for z, n in zip(batch.z, tokens, strict=True)))
 
     @torch.no_grad()
-    def validate(self, batch: Batch, nets: Mapping[str, nn.Module], rng: torch.Generator) -> dict[str, float]:
+    def validate(self, batch: Batch, modules: Mapping[str, nn.Module], rng: torch.Generator) -> dict[str, float]:
         """The squared error by time, each sample at one even draw from every bin of t, and by size in px; no caption is
         dropped. The mean is over t even in [0, 1], so it is not the training's loss, whose t is logit-normal."""
         z = self._encode_images(evolve(batch, keys=()))  # not cached: another dataset's keys may be the same
         text = batch.text if batch.text is not None else text_of(self.pipeline.text_encoder, batch.captions)
         if isinstance(z, tuple):  # of mixed sizes: no part by size, which would be the mean of some samples only
-            each = [self._errors(nets["backbone"], one[None], text[i : i + 1], rng) for i, one in enumerate(z)]
+            each = [self._errors(modules["backbone"], one[None], text[i : i + 1], rng) for i, one in enumerate(z)]
             return {name: sum(errors[name] for errors in each) / len(each) for name in each[0]}
-        errors = self._errors(nets["backbone"], z, text, rng)
+        errors = self._errors(modules["backbone"], z, text, rng)
         cell = self.pipeline.vae.downscale
         return {**errors, f"loss/{z.shape[2] * cell}x{z.shape[3] * cell}": errors["loss"]}
 

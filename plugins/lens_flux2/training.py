@@ -55,7 +55,7 @@ class Autoencode(BaseMethod):
         return {"vae": self.vae}
 
     def steps(
-        self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
+        self, batches: Iterator[Batch], modules: Mapping[str, nn.Module], rng: torch.Generator
     ) -> Iterator[Sequence[Batch]]:
         """One batch a step, cropped in `crop_share` of them."""
         for batch in batches:
@@ -68,7 +68,7 @@ class Autoencode(BaseMethod):
     def update_order(self, step: int) -> Sequence[str]:
         return ("vae",)
 
-    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Batch, rng: torch.Generator) -> Loss:
+    def loss(self, module_name: str, modules: Mapping[str, nn.Module], batch: Batch, rng: torch.Generator) -> Loss:
         """Its sums are the moments of the latents, unless gradients are off. Raises LensError without pictures."""
         images = batch.even()
         if images is None:
@@ -76,13 +76,13 @@ class Autoencode(BaseMethod):
         size, cell = images.shape, self.vae.downscale // 2
         noise = torch.randn(size[0], self.vae.config.latent_channels, size[2] // cell, size[3] // cell, generator=rng)
         pixels = to_pixels(move(images, next(self.vae.parameters()).device))
-        guess, mean, logvar = nets[role](pixels, noise)
+        guess, mean, logvar = modules[module_name](pixels, noise)
         moments = self.vae.moments(mean) if torch.is_grad_enabled() else {}
         parts = _terms(guess.float() - pixels.to(guess.device), mean.float(), logvar.float())
         total = sum((getattr(self.config, name) * part for name, part in parts.items()), guess.new_zeros(()).float())
         return Loss(total, {name: part.detach() for name, part in parts.items()}, sums=moments)
 
-    def after_update(self, role: str, nets: Mapping[str, nn.Module], sums: Mapping[str, Tensor]) -> None:
+    def after_update(self, module_name: str, modules: Mapping[str, nn.Module], sums: Mapping[str, Tensor]) -> None:
         """Folds the moments of the whole step, of all its parts, into the latent statistics."""
         self.vae.update_statistics(sums, self.config.statistics_momentum)
 

@@ -178,7 +178,9 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         check_tokenizer(readers.read_bytes(path, LARGEST, CheckpointError))
         for name in BESIDE:
             if (folder / name).is_file():
-                readers.parse_json(readers.read_bytes(folder / name, error=CheckpointError), finite=False, twins=True)
+                readers.parse_json(
+                    readers.read_bytes(folder / name, error=CheckpointError), finite=False, allow_duplicate_keys=True
+                )
         for template in folder.rglob("*.jinja"):
             readers.read_text(template, sandbox.LARGEST, CheckpointError)
         return guarded(lambda: PreTrainedTokenizerFast.from_pretrained(folder))
@@ -209,7 +211,7 @@ def check_tokenizer(data: bytes) -> None:
     """
     if len(data) > LARGEST or sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise ValueError(f"it is larger than any tokenizer ({len(data)} bytes)")
-    tokenizer = readers.parse_json(data, finite=False, twins=True)
+    tokenizer = readers.parse_json(data, finite=False, allow_duplicate_keys=True)
     if not isinstance(tokenizer, dict):
         raise ValueError("it is no JSON object")
     for section, plural, known in (

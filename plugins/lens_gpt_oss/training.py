@@ -49,7 +49,7 @@ class LanguageModel(BaseMethod):
         return {"text_encoder": self.encoder}
 
     def steps(
-        self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
+        self, batches: Iterator[Batch], modules: Mapping[str, nn.Module], rng: torch.Generator
     ) -> Iterator[Sequence[Batch]]:
         """One batch a step. The first batches make the tokenizer if there is none, and are not learned from, so that
         a run resumed after any step goes on with the batch it would have had."""
@@ -63,10 +63,10 @@ class LanguageModel(BaseMethod):
     def update_order(self, step: int) -> Sequence[str]:
         return ("text_encoder",)
 
-    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Batch, rng: torch.Generator) -> Loss:
+    def loss(self, module_name: str, modules: Mapping[str, nn.Module], batch: Batch, rng: torch.Generator) -> Loss:
         ids, mask = self.encoder.tokens(batch.captions)
         head = self.encoder.head_length
-        logits, routes = nets[role](ids[:, :-1], head - 1)
+        logits, routes = modules[module_name](ids[:, :-1], head - 1)
         counts = mask[:, head:]
         nll = cross_entropy(logits[counts].float(), ids[:, head:][counts])
         uneven = imbalance(routes.flatten(1, 2)[:, mask[:, :-1].flatten()], self.encoder.config.num_experts_per_tok)

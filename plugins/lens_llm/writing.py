@@ -133,10 +133,10 @@ def _compose(llm: Any, taxonomy: Taxonomy, out: Path, alike: float, log: Callabl
         )
     # Those of train stand first, so that an overlap costs eval its prompt, never train and eval one each.
     entries = sorted((done[o.id] for o in wanted), key=lambda e: e["split"] != "train")
-    twins = {later for _, later in near_duplicates([e["prompt"] for e in entries], alike)}
-    kept = [e for i, e in enumerate(entries) if i not in twins]
-    if twins:
-        log(f"{len(twins)} near-duplicates left out")
+    repeated = {later for _, later in near_duplicates([e["prompt"] for e in entries], alike)}
+    kept = [e for i, e in enumerate(entries) if i not in repeated]
+    if repeated:
+        log(f"{len(repeated)} near-duplicates left out")
     write(out, kept, taxonomy.rubrics, alike)
     partial.unlink()
     return len(kept)

@@ -163,7 +163,7 @@ class DiffusionNFT:
         return {"reference": self.reference} if self.reference is not None else {}
 
     def steps(
-        self, batches: Iterator[Any], nets: Mapping[str, nn.Module], rng: torch.Generator
+        self, batches: Iterator[Any], modules: Mapping[str, nn.Module], rng: torch.Generator
     ) -> Iterator[Sequence[MicroBatch]]:
         """A rollout, then its optimizer steps. `rng` gives the run's seed alone, `batches` the part of each rollout.
 
@@ -226,7 +226,7 @@ class DiffusionNFT:
     def update_order(self, step: int) -> Sequence[str]:
         return ("backbone",)
 
-    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
+    def loss(self, module_name: str, modules: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
         """The policy loss and the KL penalty. Times and noise are the pictures' own, so `rng` is not used."""
         config = self.config
         z = torch.stack([s.picture.z for s in batch.samples])
@@ -234,7 +234,7 @@ class DiffusionNFT:
         r = move(torch.tensor([s.r for s in batch.samples]), z.device)
         text = TextFeatures.cat([s.picture.text for s in batch.samples])
         x = flow.mix(z, noise, t)
-        v = self._velocity(nets[role], x, t, text)
+        v = self._velocity(modules[module_name], x, t, text)
         with torch.no_grad():
             old = self._velocity(self.old, x, t, text)
             reference = self._velocity(self.reference, x, t, text) if self.reference is not None else None
@@ -249,13 +249,13 @@ class DiffusionNFT:
             total = total + config.kl * parts["to_reference"]
         return Loss(total, {**{k: p.detach() for k, p in parts.items()}, **batch.metrics})
 
-    def after_step(self, step: int, nets: Mapping[str, nn.Module]) -> None:
+    def after_step(self, step: int, modules: Mapping[str, nn.Module]) -> None:
         """Old follows the backbone once a rollout, after its updates."""
         self.update += 1
         if self.update < self.config.updates_per_rollout:
             return
         self.rollout, self.update = self.rollout + 1, 0
-        ema_update(self.old, nets["backbone"], self.config.old_policy_decay(step + 1))
+        ema_update(self.old, modules["backbone"], self.config.old_policy_decay(step + 1))
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, the old policy, and the start: the checkpoint that it came from may change or vanish. Of a

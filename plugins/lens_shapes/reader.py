@@ -135,14 +135,14 @@ def _background(pixels: Floats) -> tuple[tuple[str, ...], str, Floats, Floats]:
     row, column = np.arange(height)[:, None], np.arange(width)
     ways = {"": np.zeros((height, width), int), "across": np.broadcast_to(row >= height // 2, (height, width)) * 1}
     ways["down"] = np.broadcast_to(column >= width // 2, (height, width)) * 1
-    best, found = 0.0, ("", (0,))
+    best, best_reading = 0.0, ("", (0,))
     for way, side in ways.items():
         votes = [np.bincount(nearest[flat & (side == n)], minlength=len(_BACKS)) for n in range(1 if not way else 2)]
         names = tuple(int(v.argmax()) for v in votes)
         agreed = float(sum(v.max() for v in votes)) * (1.0 if not way else 0.95)
         if agreed > best and len(set(names)) == len(names) and all(v.any() for v in votes):
-            best, found = agreed, (way, names)
-    way, names = found
+            best, best_reading = agreed, (way, names)
+    way, names = best_reading
     side = ways[way]
     # a tint may carry a part of one colour over to its neighbour's name, so colours are measured
     colours = np.stack([
@@ -343,13 +343,13 @@ def _split(
     if core.sum() < 0.3 * LEAST * unit**2:
         core = mask & (away >= np.quantile(away[mask], 0.6))
     votes = np.bincount(nearest[core], minlength=len(_THINGS))
-    found: list[int] = []
+    parts: list[int] = []
     for number in np.argsort(-votes, kind="stable")[:3]:
         solid = ndimage.binary_opening(core & (nearest == number), np.ones((3, 3)))
-        if not found or solid.sum() > LEAST * unit**2:
-            found.append(int(number))
-    owner = np.array(found)[distance[:, :, found].argmin(2)]
-    for number in found:
+        if not parts or solid.sum() > LEAST * unit**2:
+            parts.append(int(number))
+    owner = np.array(parts)[distance[:, :, parts].argmin(2)]
+    for number in parts:
         # blur pales thin parts: the half that is farthest from the background tells the colour
         inner = core & (nearest == number)
         inner &= away >= np.median(away[inner])

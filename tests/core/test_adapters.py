@@ -1,4 +1,4 @@
-"""LoRA on a role of a run: what learns, what is written, and that other readers agree about it."""
+"""LoRA on a trainable module of a run: what learns, what is written, and that other readers agree about it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def run(runner: Runner, name: str, adapter: LoraSpec, **train: Any) -> Trainer:
 
 
 def test_a_new_adapter_changes_nothing_and_only_it_learns(runner: Runner) -> None:
-    plain = runner.run(RECIPE, "plain").nets["backbone"].state_dict()
+    plain = runner.run(RECIPE, "plain").modules["backbone"].state_dict()
     start = run(runner, "a", LoraSpec(rank=2), ema_decay=0.0)
     x, t, text = torch.randn(2, 4, 3, 3), torch.rand(2), TextFeatures(torch.randn(2, 1, 5, 8), torch.ones(2, 5).bool())
-    bare = runner.run(RECIPE, "bare").nets["backbone"]
-    assert torch.equal(start.nets["backbone"](x, t, text), bare(x, t, text))
+    bare = runner.run(RECIPE, "bare").modules["backbone"]
+    assert torch.equal(start.modules["backbone"](x, t, text), bare(x, t, text))
     start.train()
     learned = runner.state("a", 6)
     assert all(".lora_" in name for name in learned if name.startswith("net/backbone/"))
@@ -57,7 +57,7 @@ def test_the_written_adapter_on_the_start_is_the_merged_model_to_peft_and_to_dif
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["lora_adapter_metadata"])
     assert about["transformer.r"] == 2 and about["transformer.lora_alpha"] == 6.0
-    fresh = runner.run(RECIPE, "fresh").nets["backbone"]
+    fresh = runner.run(RECIPE, "fresh").modules["backbone"]
     targets = about["transformer.target_modules"]
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=6.0, target_modules=targets), fresh)
     found = {k.removeprefix("transformer."): v for k, v in tensor_files.read_tensors(path).items()}
@@ -272,7 +272,7 @@ def test_a_fused_lora_stays_and_what_is_saved_names_it(
 def test_a_run_with_an_adapter_resumes_bit_for_bit(runner: Runner) -> None:
     run(runner, "whole", LoraSpec(rank=2)).train()
     halved = run(runner, "halved", LoraSpec(rank=2))
-    halved.method.after_step = lambda step, nets: setattr(halved, "_stop", step == 2)  # type: ignore[method-assign]
+    halved.method.after_step = lambda step, modules: setattr(halved, "_stop", step == 2)  # type: ignore[method-assign]
     assert halved.train().model is None
     run(runner, "halved", LoraSpec(rank=2)).train()
     same(runner.state("halved", 6), runner.state("whole", 6))
@@ -282,7 +282,7 @@ def test_a_run_with_an_adapter_resumes_bit_for_bit(runner: Runner) -> None:
 def test_an_adapter_that_fits_nothing_is_refused_by_name(runner: Runner) -> None:
     with pytest.raises(ConfigError, match="no linear layer ends in 'img_qkv'; layers end in inner, outer, words"):
         run(runner, "a", LoraSpec(targets=("img_qkv",)))
-    with pytest.raises(ConfigError, match="no role is called 'judge'; backbone, critic can learn"):
+    with pytest.raises(ConfigError, match="no trainable module is called 'judge'; there are backbone, critic"):
         runner.run(evolve(RECIPE, train=evolve(RECIPE.train, lora={"judge": LoraSpec()})), "b")
     with pytest.raises(ConfigError, match="rank: must be at least 1"):
         LoraSpec(rank=0)
@@ -292,7 +292,7 @@ def test_an_adapter_that_fits_nothing_is_refused_by_name(runner: Runner) -> None
 
 def test_a_run_begun_before_an_option_existed_goes_on(runner: Runner) -> None:
     first = runner.run(RECIPE, "a")
-    first.method.after_step = lambda step, nets: setattr(first, "_stop", step == 1)  # type: ignore[method-assign]
+    first.method.after_step = lambda step, modules: setattr(first, "_stop", step == 1)  # type: ignore[method-assign]
     first.train()
     path = runner.folder / "a" / "recipe.json"
     data = json.loads(path.read_text())
@@ -305,6 +305,6 @@ def test_compile_is_asked_of_every_role(runner: Runner, monkeypatch: pytest.Monk
     asked: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, *_, **__: asked.append(self))
     started = runner.run(evolve(RECIPE, train=evolve(RECIPE.train, compile=True)), "a")
-    assert asked == list(started.nets.values())
+    assert asked == list(started.modules.values())
     runner.run(RECIPE, "b")
     assert len(asked) == 2

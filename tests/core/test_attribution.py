@@ -30,12 +30,12 @@ from lens_core.attribution import (
     text_of,
     times_of,
     trainable_modules_of,
+    trajectory_of,
     update_order_of,
-    walk_of,
 )
 from lens_core.catalog import Catalog, Plugin
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import ComponentSpec, Evaluation, Parts, Recipe, Training
+from lens_core.recipe import ComponentSpec, Evaluation, PipelineSpec, Recipe, Training
 from lens_core.training import memory_estimate
 from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, ConfigError, LensError, Loss, PluginError, Prompt, Score, TextFeatures
@@ -189,7 +189,7 @@ def test_wrong_times_are_refused(times: Any) -> None:
 def test_a_wrong_sample_is_refused(sample: Any, words: str) -> None:
     sampler = red("sampler", sample=lambda self, velocity, x, steps: sample)
     with pytest.raises(PluginError, match=rf"lens_red:red\.sample ({words})"):
-        list(walk_of(sampler, None, torch.zeros(2, 4, 2, 2), 1))
+        list(trajectory_of(sampler, None, torch.zeros(2, 4, 2, 2), 1))
 
 
 IMAGES = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
@@ -226,8 +226,8 @@ def test_a_method_is_held_to_its_contract() -> None:
     net, total = nn.Linear(1, 1), torch.ones((), requires_grad=True)
     method = red("method", trainable_modules=lambda self: {"net": net}, update_order=lambda self, step: ("net",))
     assert trainable_modules_of(method) == {"net": net} and update_order_of(method, 0, {"net": net}) == ("net",)
-    for roles in (None, {}, [net], {"net": 3}, {3: net}):
-        broken = red("method", trainable_modules=lambda self, roles=roles: roles)
+    for trainable in (None, {}, [net], {"net": 3}, {3: net}):
+        broken = red("method", trainable_modules=lambda self, trainable=trainable: trainable)
         assert line(lambda broken=broken: trainable_modules_of(broken)).startswith(
             "lens_red:red.trainable_modules returned "
         )
@@ -282,17 +282,17 @@ SAID: list[str] = []
 
 
 class Bare(toy.Fit):
-    def steps(self, batches: Any, nets: Any, rng: Any) -> Iterator[Any]:
+    def steps(self, batches: Any, modules: Any, rng: Any) -> Iterator[Any]:
         yield from batches
 
 
 class Plain(toy.Fit):
-    def loss(self, role: str, nets: Any, batch: Any, rng: Any) -> Any:
-        return super().loss(role, nets, batch, rng).total
+    def loss(self, module_name: str, modules: Any, batch: Any, rng: Any) -> Any:
+        return super().loss(module_name, modules, batch, rng).total
 
 
 class Late(toy.Fit):
-    def after_step(self, step: int, nets: Any) -> None:
+    def after_step(self, step: int, modules: Any) -> None:
         raise KeyError("lost")
 
 
@@ -383,7 +383,7 @@ class Codes(Fixed):
 
 def test_parts_without_weights_train_draw_save_and_load(tmp_path: Path) -> None:
     catalog = plugin(lens_vaes={"pool": Pool}, lens_text_encoders={"codes": Codes})
-    parts = Parts(
+    parts = PipelineSpec(
         vae=ComponentSpec("pool"),
         text_encoder=ComponentSpec("codes"),
         backbone=ComponentSpec("mixer"),
@@ -484,10 +484,10 @@ def test_a_dry_run_refuses_an_encoder_that_does_not_fit_the_checkpoint() -> None
         ComponentSpec("flow_matching"),
         Training(3),
         ComponentSpec("shapes"),
-        Parts("tiny:", text_encoder=ComponentSpec("mine")),
+        PipelineSpec("tiny:", text_encoder=ComponentSpec("mine")),
     )
     with pytest.raises(ConfigError, match="channels of a text feature, and lens_red:mine gives 64"):
         memory_estimate.describe(recipe, catalog)
     with pytest.raises(ConfigError, match="channels of a text feature, and lens_red:mine gives 64"):
         LensPipeline.from_parts(recipe.pipeline, catalog)
-    assert "learns" in memory_estimate.describe(evolve(recipe, pipeline=Parts("tiny:")), catalog)
+    assert "learns" in memory_estimate.describe(evolve(recipe, pipeline=PipelineSpec("tiny:")), catalog)

@@ -11,7 +11,7 @@ import toy
 from attrs import frozen
 
 from lens_core.catalog import Catalog
-from lens_core.recipe import ComponentSpec, Parts, Recipe, Training, build, read_recipe, structure, unstructure
+from lens_core.recipe import ComponentSpec, PipelineSpec, Recipe, Training, build, read_recipe, structure, unstructure
 from lens_core.types import ConfigError
 
 GOOD = """
@@ -106,7 +106,7 @@ def test_a_recipe_is_read_whole(tmp_path: Path, catalog: Catalog) -> None:
         method=ComponentSpec("fit", {"bad": [1, 2]}),
         dataset=ComponentSpec("squares"),
         train=Training(steps=4, lr=1e-3, betas=(0.9, 0.95)),
-        pipeline=Parts(
+        pipeline=PipelineSpec(
             vae=ComponentSpec("blocks"),
             text_encoder=ComponentSpec("letters"),
             backbone=ComponentSpec("mixer", {"width": 8}),

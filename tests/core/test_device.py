@@ -49,24 +49,24 @@ def step(catalog: Catalog, name: str, parts: dict[str, Any], batch: Batch) -> di
     """One loss of a method and its gradients."""
     _, cls, config = build(catalog, "method", ComponentSpec(name), "$")
     method = cls(config, LensPipeline(**parts).to(STAND_IN))
-    nets: dict[str, nn.Module] = dict(method.trainable_modules())
+    modules: dict[str, nn.Module] = dict(method.trainable_modules())
     rng = torch.Generator().manual_seed(0)
-    (micro,) = next(iter(method.steps(iter([batch]), nets, rng)))
-    for role in method.update_order(0):
-        nets[role].requires_grad_(True)
-        method.loss(role, nets, micro, rng).total.backward()
-    return nets
+    (micro,) = next(iter(method.steps(iter([batch]), modules, rng)))
+    for module_name in method.update_order(0):
+        modules[module_name].requires_grad_(True)
+        method.loss(module_name, modules, micro, rng).total.backward()
+    return modules
 
 
 def test_flow_matching_reads_no_value_and_mixes_no_device(catalog: Catalog, parts: dict[str, Any]) -> None:
-    nets = step(catalog, "flow_matching", parts, encoded(parts))
-    assert {p.grad.device for p in nets["backbone"].parameters() if p.grad is not None} == {STAND_IN}
+    modules = step(catalog, "flow_matching", parts, encoded(parts))
+    assert {p.grad.device for p in modules["backbone"].parameters() if p.grad is not None} == {STAND_IN}
 
 
 def test_autoencode_reads_no_value_and_mixes_no_device(catalog: Catalog, parts: dict[str, Any]) -> None:
     images = torch.empty(2, 3, 64, 64, dtype=torch.uint8, device=STAND_IN)
-    nets = step(catalog, "autoencode", parts, Batch(images, ("a", "b")))
-    assert any(p.grad is not None for p in nets["vae"].parameters())
+    modules = step(catalog, "autoencode", parts, Batch(images, ("a", "b")))
+    assert any(p.grad is not None for p in modules["vae"].parameters())
 
 
 def test_a_guided_velocity_and_the_decoder_read_no_value(parts: dict[str, Any]) -> None:

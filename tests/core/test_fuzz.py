@@ -263,7 +263,7 @@ def test_any_lora_is_folded_in_or_refused(
             lora.fold(net, changes, 1.0, kept := {})
             lora.unfold(net, kept)
         pairs = read(lambda: lora_keys.read(path))
-        for name in lora_keys.SPELLINGS if pairs else ():
+        for name in lora_keys.KEY_FORMATS if pairs else ():
             other = Path(folder) / "b.safetensors"
             read(lambda name=name, other=other: lora_keys.write(other, pairs, name))
 

@@ -1,4 +1,4 @@
-"""The loop: exact resumption, isolation of roles, and what it does when numbers or files go bad."""
+"""The loop: exact resumption, isolation of modules, and what it does when numbers or files go bad."""
 
 from __future__ import annotations
 
@@ -221,8 +221,8 @@ def test_a_checkpoint_that_cannot_be_finished_is_not_seen(
 def test_only_the_acting_role_has_gradients(runner: Runner) -> None:
     run = runner.run(recipe(), "a")
     run.train()
-    assert [role for role, _ in toy.Fit.seen[:3]] == ["critic", "backbone", "backbone"]
-    assert all(learning == {role} for role, learning in toy.Fit.seen)
+    assert [module_name for module_name, _ in toy.Fit.seen[:3]] == ["critic", "backbone", "backbone"]
+    assert all(learning == {module_name} for module_name, learning in toy.Fit.seen)
     assert not any(p.requires_grad for p in run.pipeline.vae.parameters())
 
 
@@ -235,7 +235,7 @@ def test_parts_without_a_role_do_not_change(runner: Runner) -> None:
 
 def test_the_average_follows_its_closed_form(runner: Runner) -> None:
     run = runner.run(recipe(steps=3, save_every=1, keep_checkpoints=3), "a")
-    average = run.nets["backbone"].inner.weight.detach().clone()
+    average = run.modules["backbone"].inner.weight.detach().clone()
     run.train()
     for step in range(3):
         weight = runner.state("a", step + 1)["net/backbone/inner.weight"]
@@ -310,25 +310,28 @@ def test_activations_are_computed_again_where_a_role_can(runner: Runner, monkeyp
     asked: list[object] = []
     monkeypatch.setattr(toy.Mixer, "enable_gradient_checkpointing", lambda net: asked.append(net), raising=False)
     started = runner.run(recipe(activation_checkpointing=True), "a")
-    assert asked == [started.nets["backbone"]]
+    assert asked == [started.modules["backbone"]]
     assert runner.said == ["critic has no blocks to compute again; its activations are all kept"]
 
 
 def test_a_role_can_have_a_rate_of_its_own(runner: Runner) -> None:
     def moved(rates: dict[str, float], name: str) -> dict[str, Tensor]:
         run = runner.run(recipe(steps=1, warmup=0, ema_decay=0.0, lr_multipliers=rates), name)
-        before = {role: torch.cat([p.detach().flatten() for p in net.parameters()]) for role, net in run.nets.items()}
+        before = {
+            module_name: torch.cat([p.detach().flatten() for p in net.parameters()])
+            for module_name, net in run.modules.items()
+        }
         run.train()
         return {
-            role: torch.cat([p.detach().flatten() for p in net.parameters()]) - before[role]
-            for role, net in run.nets.items()
+            module_name: torch.cat([p.detach().flatten() for p in net.parameters()]) - before[module_name]
+            for module_name, net in run.modules.items()
         }
 
     plain, slow = moved({}, "a"), moved({"critic": 0.25}, "b")
     assert torch.equal(plain["backbone"], slow["backbone"])
     torch.testing.assert_close(slow["critic"], plain["critic"] * 0.25)  # Adam's first step is the rate itself
     with pytest.raises(
-        ConfigError, match=r"train\.lr_multipliers: no role is called 'critics'; backbone, critic can learn"
+        ConfigError, match=r"train\.lr_multipliers: no trainable module is called 'critics'; there are backbone, critic"
     ):
         runner.run(recipe(lr_multipliers={"critics": 1.0}), "c")
 
@@ -377,7 +380,7 @@ def poisoned(runner: Runner, monkeypatch: pytest.MonkeyPatch, after: int, value:
         step(optimizer)
         if run.step == after:
             with torch.no_grad():
-                run.nets["backbone"].inner.weight.fill_(value)
+                run.modules["backbone"].inner.weight.fill_(value)
 
     monkeypatch.setattr(optimizers, "apply_step", spoil)
     return run
@@ -449,19 +452,19 @@ class Slopes(toy.Fit):
     def update_order(self, step: int) -> list[str]:
         return ["backbone"]
 
-    def steps(self, batches: Any, nets: Any, rng: torch.Generator) -> Any:
+    def steps(self, batches: Any, modules: Any, rng: torch.Generator) -> Any:
         mine = Slopes.given[self.opened]
         self.opened += 1
         for _ in batches:
             yield mine
 
-    def loss(self, role: str, nets: Any, batch: Any, rng: torch.Generator) -> Loss:
+    def loss(self, module_name: str, modules: Any, batch: Any, rng: torch.Generator) -> Loss:
         slope, weight = batch
-        total = slope * torch.stack([p.sum() for p in nets[role].parameters()]).sum()
+        total = slope * torch.stack([p.sum() for p in modules[module_name].parameters()]).sum()
         about = torch.tensor([slope, 1.0])
         return Loss(total - total.detach() + slope, {"twice": torch.tensor(2.0 * slope)}, weight, {"about": about})
 
-    def after_update(self, role: str, nets: Any, sums: Any) -> None:
+    def after_update(self, module_name: str, modules: Any, sums: Any) -> None:
         self.updates.append(tuple(sums["about"].tolist()))
 
 
@@ -559,9 +562,9 @@ def test_the_parts_of_a_step_have_different_noise(runner: Runner, monkeypatch: p
     seen: list[Tensor] = []
     loss = toy.Fit.loss
 
-    def drawing(self: Any, role: str, nets: Any, batch: Any, rng: torch.Generator) -> Loss:
+    def drawing(self: Any, module_name: str, modules: Any, batch: Any, rng: torch.Generator) -> Loss:
         seen.append(torch.cat([torch.rand(2, generator=torch.Generator().set_state(rng.get_state())), torch.rand(2)]))
-        return loss(self, role, nets, batch, rng)
+        return loss(self, module_name, modules, batch, rng)
 
     monkeypatch.setattr(toy.Fit, "loss", drawing)
     runner.run(recipe(micro_batches=2, steps=3), "a").train()

@@ -74,7 +74,7 @@ def test_the_best_weights_are_kept_without_a_copy(catalog: Catalog, tmp_path: Pa
     (tmp_path / "a").mkdir()
     state = sum(v.nbytes for v in run.pipeline.backbone.state_dict().values())
     with Live() as live, run.isolated_rng(), ema_weights(run):
-        line = run.evaluator.evaluate(0, run.nets, run.export_weights, lambda: False, lambda seen: seen)
+        line = run.evaluator.evaluate(0, run.modules, run.export_weights, lambda: False, lambda seen: seen)
     file = tmp_path / "a" / "best" / "step-0000000.safetensors"
     assert line["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert live.peak < 0.7 * state
@@ -187,7 +187,7 @@ def test_nothing_is_cast_where_a_run_computes_in_float32(catalog: Catalog, tmp_p
 
 def test_a_teacher_sits_in_sixteen_bits_is_divided_and_computes_again(tmp_path: Path, monkeypatch: Any) -> None:
     divided: dict[str, nn.Module] = {}
-    monkeypatch.setattr(Ranks, "shard", lambda self, nets: divided.update(nets))
+    monkeypatch.setattr(Ranks, "shard", lambda self, modules: divided.update(modules))
     backbone = ComponentSpec("mmdit", {k: v for k, v in rank_worker.BLOCKS.items() if k != "use"})
     recipe = Recipe(
         method=ComponentSpec(
@@ -199,9 +199,9 @@ def test_a_teacher_sits_in_sixteen_bits_is_divided_and_computes_again(tmp_path: 
     )
     run = Trainer(recipe, Catalog.of(toy, lens_dmd2, lens_mmdit), tmp_path / "a", log=lambda line: None)
     teacher = run.method.teacher
-    assert divided == {**run.nets, "teacher": teacher}
-    assert dtypes(teacher) == {torch.bfloat16} and dtypes(run.nets["fake"]) == {torch.float32}
-    assert teacher.gradient_checkpointing and run.nets["generator"].gradient_checkpointing
+    assert divided == {**run.modules, "teacher": teacher}
+    assert dtypes(teacher) == {torch.bfloat16} and dtypes(run.modules["fake"]) == {torch.float32}
+    assert teacher.gradient_checkpointing and run.modules["generator"].gradient_checkpointing
 
 
 def test_the_gradient_of_the_gan_alone_is_taken_where_it_is_logged(tmp_path: Path, monkeypatch: Any) -> None:
@@ -240,7 +240,7 @@ def test_the_host_waits_for_the_device_once_an_optimizer_step(
             return plain(self, *args, **kwargs)
 
         monkeypatch.setattr(Tensor, name, note)
-    for turn, role in enumerate(("critic", "backbone")):
+    for turn, module_name in enumerate(("critic", "backbone")):
         asked.clear()
-        optimizer_step(run, role, turn, micro)
-        assert asked == ["tolist"], role
+        optimizer_step(run, module_name, turn, micro)
+        assert asked == ["tolist"], module_name

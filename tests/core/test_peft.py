@@ -139,7 +139,7 @@ def test_pissa_that_peft_made_plain_is_read_and_else_refused(net: Net, tmp_path:
 @pytest.mark.parametrize(
     "options", [{}, {"use_rslora": True}, {"alpha_pattern": {"blocks.1.to_out": 2, "to_out": 5}}], ids=str
 )
-def test_a_lora_in_another_spelling_is_as_strong(way: str, options: dict[str, Any], net: Net, tmp_path: Path) -> None:
+def test_a_lora_in_another_key_format_is_as_strong(way: str, options: dict[str, Any], net: Net, tmp_path: Path) -> None:
     want = trained(net, tmp_path / "peft", **options)
     path = tmp_path / "out" / "a.safetensors"
     assert main(["lora", "convert", str(tmp_path / "peft"), str(path), "--to", way]) == 0
@@ -243,10 +243,10 @@ def test_the_hardest_pattern_that_is_read_takes_no_time(net: Net, tmp_path: Path
 def test_a_config_beside_a_file_that_says_its_own_alpha_is_another_files(net: Net, tmp_path: Path) -> None:
     want = trained(net, tmp_path / "peft")
     pairs = lora_keys.read(tmp_path / "peft")
-    for way in lora_keys.SPELLINGS:
+    for way in lora_keys.KEY_FORMATS:
         lora_keys.write(tmp_path / "peft" / f"{way}.safetensors", pairs, way)
     change(tmp_path / "peft", lora_alpha=1000)
-    for way in lora_keys.SPELLINGS:
+    for way in lora_keys.KEY_FORMATS:
         torch.testing.assert_close(ours(net, tmp_path / "peft" / f"{way}.safetensors"), want, atol=1e-9, rtol=0)
 
 

@@ -18,7 +18,7 @@ from lens_core import flow
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.pixels import to_images, to_pixels
-from lens_core.recipe import ComponentSpec, Parts
+from lens_core.recipe import ComponentSpec, PipelineSpec
 from lens_core.types import ConfigError, LensError, NumericalError
 
 SIZE: dict[str, Any] = {"height": 32, "width": 48}
@@ -289,7 +289,7 @@ def test_a_saved_pipeline_draws_the_identical_picture(
 
 def test_parts_of_a_checkpoint_can_be_replaced(pipeline: LensPipeline, checkpoint: Path, catalog: Catalog) -> None:
     mixed = LensPipeline.from_parts(
-        Parts(start=str(checkpoint), backbone=ComponentSpec("mixer", {"width": 8})), catalog
+        PipelineSpec(start=str(checkpoint), backbone=ComponentSpec("mixer", {"width": 8})), catalog
     )
     assert torch.equal(mixed.vae.gain, pipeline.vae.gain)
     assert mixed.backbone.inner.out_features == 8

@@ -50,15 +50,17 @@ def test_it_tells_what_the_run_holds(name: str, everything: Catalog, tmp_path: P
     found, learns, notes = memory(recipe, everything)
     assert not notes
     run = Trainer(recipe, everything, tmp_path / "run", log=lambda line: None)
-    assert learns == {role: sum(p.numel() for p in learning) for role, learning in run.trainable_parameters.items()}
-    for role, learning in run.trainable_parameters.items():
-        assert found[f"{role}: gradients"] == floats(learning)
-        assert found[f"{role}: AdamW's moments"] == 2 * floats(learning)
-    for role, average in run.ema.items():
-        assert found[f"{role}: moving average"] == pytest.approx(floats(average.values()), rel=1e-3)
-    nets = [run.pipeline.vae, run.pipeline.text_encoder, *run.nets.values()]
-    nets += [v for v in vars(run.method).values() if isinstance(v, torch.nn.Module)]
-    held = bytes_of(t for net in nets for t in (*net.parameters(), *net.buffers()))
+    assert learns == {
+        module_name: sum(p.numel() for p in learning) for module_name, learning in run.trainable_parameters.items()
+    }
+    for module_name, learning in run.trainable_parameters.items():
+        assert found[f"{module_name}: gradients"] == floats(learning)
+        assert found[f"{module_name}: AdamW's moments"] == 2 * floats(learning)
+    for module_name, average in run.ema.items():
+        assert found[f"{module_name}: moving average"] == pytest.approx(floats(average.values()), rel=1e-3)
+    modules = [run.pipeline.vae, run.pipeline.text_encoder, *run.modules.values()]
+    modules += [v for v in vars(run.method).values() if isinstance(v, torch.nn.Module)]
+    held = bytes_of(t for net in modules for t in (*net.parameters(), *net.buffers()))
     told = sum(size for part, size in found.items() if part.endswith(("weights", "adapter")))
     assert told == pytest.approx(held, rel=1e-3)
 

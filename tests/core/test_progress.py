@@ -139,7 +139,7 @@ def test_a_cpu_has_no_peak() -> None:
 
 def test_backward_counts_twice_as_far_as_weights_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        toy.Fit, "flops", lambda self, role, batch: {"backbone": 1e15, "critic": 0}[role], raising=False
+        toy.Fit, "flops", lambda self, module_name, batch: {"backbone": 1e15, "critic": 0}[module_name], raising=False
     )
     full, adapted = (
         run(recipe(), tmp_path / "full"),
@@ -147,7 +147,7 @@ def test_backward_counts_twice_as_far_as_weights_learn(tmp_path: Path, monkeypat
     )
     batch = [[None, None], [None]]  # two parts of a batch, of three micro-batches
     assert flops(full, "backbone", batch) == 9e15 and flops(full, "critic", batch) == 0
-    names = dict(adapted.nets["backbone"].named_parameters())
+    names = dict(adapted.modules["backbone"].named_parameters())
     share = sum(p.numel() for k, p in names.items() if "lora_" in k) / sum(p.numel() for p in names.values())
     assert flops(adapted, "backbone", batch) == pytest.approx(3e15 * (2 + share)) and 0 < share < 1
     full.train()
@@ -184,7 +184,7 @@ def test_a_spike_is_far_above_the_median_of_the_steps_before() -> None:
     assert spikes.fault("a", 1.0, 3.0 * usual) is None
     assert spikes.fault("a", 1.0, 3.01 * usual + 1) is not None
     assert spikes.fault("a", 4.0, usual) == "a loss of 4, 4.0 times the usual one"
-    assert spikes.fault("b", 4.0, 1e9) is None, "each role has its own"
+    assert spikes.fault("b", 4.0, 1e9) is None, "each module has its own"
     assert (spikes.row, spikes.skipped) == ({"a": 2, "b": 0}, {"a": 2, "b": 0})
     assert spikes.fault("a", 1.0, 1.0) is None and (spikes.row["a"], spikes.skipped["a"]) == (0, 2)
 
@@ -218,9 +218,9 @@ def spiky(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backbone's losses 23 and 26 are a thousand times as large."""
     plain = toy.Fit.loss
 
-    def loss(self: toy.Fit, role: str, *arguments: Any) -> Loss:
-        found = plain(self, role, *arguments)
-        return Loss(found.total * 1000) if role == "backbone" and self.count - 1 in (23, 26) else found
+    def loss(self: toy.Fit, module_name: str, *arguments: Any) -> Loss:
+        found = plain(self, module_name, *arguments)
+        return Loss(found.total * 1000) if module_name == "backbone" and self.count - 1 in (23, 26) else found
 
     monkeypatch.setattr(toy.Fit, "loss", loss)
 

@@ -179,7 +179,7 @@ def test_a_run_of_two_goes_on_as_one(name: str, where: str, both: Path, tmp_path
 
 
 def test_a_divided_run_goes_on_whatever_it_was(both: Path, tmp_path: Path) -> None:
-    """Of two roles: what one process wrote, and what two did, on four processes, each pair of which holds a copy."""
+    """Two trainable modules: what one process wrote, and what two did, on four processes, each pair with a copy."""
     written = []
     for where in ("alone", "divided"):
         begun(both / where / "two", tmp_path / where / "two")

@@ -147,7 +147,7 @@ def test_json_within_the_bounds_is_what_it_says() -> None:
     assert readers.parse_json(b'\xef\xbb\xbf{"[": "[[["}') == {"[": "[[["}
     assert readers.parse_json("9" * 64) == int("9" * 64)
     assert readers.parse_json("[-Infinity]", finite=False) == [float("-inf")]
-    assert readers.parse_json('{"a": 1, "a": 2}', twins=True) == {"a": 2}
+    assert readers.parse_json('{"a": 1, "a": 2}', allow_duplicate_keys=True) == {"a": 2}
 
 
 def test_a_log_with_a_line_without_end_costs_no_memory_for_it(tmp_path: Path) -> None:

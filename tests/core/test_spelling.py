@@ -1,4 +1,4 @@
-"""One LoRA in three spellings: the same numbers, whichever way it went; and what is no LoRA is told by name."""
+"""One LoRA in three key formats: the same numbers, whichever way it went; and what is no LoRA is told by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lens_core import catalog as catalogs
 from lens_core.catalog import Catalog
-from lens_core.checkpoints.lora_keys import SPELLINGS, Pair, read, write
+from lens_core.checkpoints.lora_keys import KEY_FORMATS, Pair, read, write
 from lens_core.checkpoints.tensor_files import read_header, read_tensors, save_tensors
 from lens_core.cli.main import main
 from lens_core.inference import lora
@@ -39,27 +39,27 @@ def same(one: dict[str, Pair], other: dict[str, Pair]) -> None:
             assert a.dtype == b.dtype and torch.equal(a, b)
 
 
-@pytest.mark.parametrize("way", list(itertools.product(SPELLINGS, repeat=2)), ids="-".join)
-def test_a_round_through_any_two_spellings_is_bit_exact(way: tuple[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", list(itertools.product(KEY_FORMATS, repeat=2)), ids="-".join)
+def test_a_round_through_any_two_key_formats_is_bit_exact(way: tuple[str, str], tmp_path: Path) -> None:
     files = [tmp_path / f"{number}.safetensors" for number in range(3)]
     write(files[0], pairs(), way[0])
-    for number, spelling in enumerate((way[1], way[0])):
-        write(files[number + 1], read(files[number]), spelling)
+    for number, key_format in enumerate((way[1], way[0])):
+        write(files[number + 1], read(files[number]), key_format)
     same(read(files[1]), pairs())
     assert files[2].read_bytes() == files[0].read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("spelling", "key", "alpha"),
+    ("key_format", "key", "alpha"),
     [
         ("diffusers", "transformer.blocks.0.to_out.0.lora_A.weight", None),
         ("comfy", "diffusion_model.blocks.0.to_out.0.lora_A.weight", "diffusion_model.blocks.0.to_out.0.alpha"),
         ("sd-scripts", "lora_unet_blocks_0_to_out_0.lora_down.weight", "lora_unet_blocks_0_to_out_0.alpha"),
     ],
 )
-def test_each_spelling_is_its_tools(spelling: str, key: str, alpha: str | None, tmp_path: Path) -> None:
+def test_each_key_format_is_its_tools(key_format: str, key: str, alpha: str | None, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    write(path, pairs(), spelling)
+    write(path, pairs(), key_format)
     found = read_tensors(path)
     assert torch.equal(found[key], pairs()["blocks.0.to_out.0"].down)
     assert len(found) == (6 if alpha is None else 9)
@@ -68,7 +68,7 @@ def test_each_spelling_is_its_tools(spelling: str, key: str, alpha: str | None, 
     assert about["transformer.r"] == 2 and about["transformer.lora_alpha"] == 4.0
     assert about["transformer.alpha_pattern"] == {"blocks.0.img_qkv": 0.1}
     assert about["transformer.rank_pattern"] == {"blocks.0.w_1": 3}
-    if spelling == "sd-scripts":
+    if key_format == "sd-scripts":
         header = read_header(path)
         assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("2", "4.0")
 
@@ -88,7 +88,7 @@ def test_a_name_that_could_be_two_layers_is_neither(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="1 of 1 tensors fit no layer"):
         read(path, ("a.b_c", "a_b.c"))
     two = {name: Pair(torch.ones(1, 2), torch.ones(2, 1), 1.0) for name in ("a.b_c", "a_b.c")}
-    with pytest.raises(CheckpointError, match="two layers would have one name in the spelling sd-scripts"):
+    with pytest.raises(CheckpointError, match="two layers would have one name in the key format sd-scripts"):
         write(path, two, "sd-scripts")
 
 
@@ -118,7 +118,7 @@ def test_what_is_no_plain_lora_is_told_by_its_name(kind: str, key: str, tmp_path
         ({"a.lora_A.weight": torch.ones(1, 2).int()}, r"torch\.int32, which are no plain weights"),
         ({"a.lora_A.weight": torch.ones(0, 2), "a.lora_B.weight": torch.ones(2, 0)}, "which is no product"),
         ({"a.lora_A.weight": torch.ones(1, 2, 1, 1)}, "which is no product"),
-        ({"diffusion_model.a.lora_A.weight": torch.ones(1, 2)}, "holds 'a' twice, in two spellings"),
+        ({"diffusion_model.a.lora_A.weight": torch.ones(1, 2)}, "holds 'a' twice, in two key formats"),
     ],
 )
 def test_numbers_that_cannot_be_meant_are_refused(change: dict[str, Tensor], words: str, tmp_path: Path) -> None:
@@ -141,19 +141,19 @@ def test_a_control_character_in_a_name_does_not_reach_the_terminal(tmp_path: Pat
     assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_trained_adapter_is_saved_in_any_spelling(spelling: str, pipeline: LensPipeline, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key_format", KEY_FORMATS)
+def test_a_trained_adapter_is_saved_in_any_key_format(key_format: str, pipeline: LensPipeline, tmp_path: Path) -> None:
     net, adapter = pipeline.backbone, LoraSpec(rank=2, scale=0.3)
     plain = {name: module.weight.clone() for name, module in net.named_modules() if hasattr(module, "weight")}
     lora.attach(net, adapter)
     for name, parameter in net.named_parameters():
         if lora.owned(name):
             torch.nn.init.normal_(parameter)
-    lora.save(net, adapter, tmp_path / "a.safetensors", "transformer", spelling)
+    lora.save(net, adapter, tmp_path / "a.safetensors", "transformer", key_format)
     lora.merge(net)
     for layer, change in lora.read(tmp_path / "a.safetensors", net).items():
         torch.testing.assert_close(net.get_submodule(layer).weight, plain[layer] + change.delta())
-    with pytest.raises(ConfigError, match="no spelling is called 'kohya'"):
+    with pytest.raises(ConfigError, match="no key format is called 'kohya'"):
         write(tmp_path / "b.safetensors", pairs(), "kohya")
 
 
@@ -164,7 +164,7 @@ def test_the_command_rewrites_a_lora(
     monkeypatch.setattr(catalogs.Catalog, "installed", classmethod(lambda cls: catalog))
     wide, high = 5, 16  # of the toy's inner layer
     low = {"inner": Pair(torch.ones(1, wide), torch.ones(high, 1), 0.5)}
-    names = {spelling: str(tmp_path / f"{spelling}.safetensors") for spelling in SPELLINGS}
+    names = {key_format: str(tmp_path / f"{key_format}.safetensors") for key_format in KEY_FORMATS}
     write(Path(names["diffusers"]), low)
     assert main(["lora", "convert", names["diffusers"], names["comfy"], "--to", "comfy"]) == 0
     same(read(Path(names["comfy"])), low)

@@ -267,22 +267,22 @@ class Floating(toy.Squares):
 
 
 class Ahead(toy.Fit):
-    def steps(self, batches: Iterator[Any], nets: Any, rng: torch.Generator) -> Iterator[Any]:
+    def steps(self, batches: Iterator[Any], modules: Any, rng: torch.Generator) -> Iterator[Any]:
         first = next(batches)
         for batch in batches:
-            yield from super().steps(iter([first]), nets, rng)
+            yield from super().steps(iter([first]), modules, rng)
             first = batch
 
 
 class Endless(toy.Fit):
-    def steps(self, batches: Iterator[Any], nets: Any, rng: torch.Generator) -> Iterator[Any]:
-        yield from super().steps(iter(list(batches)), nets, rng)
+    def steps(self, batches: Iterator[Any], modules: Any, rng: torch.Generator) -> Iterator[Any]:
+        yield from super().steps(iter(list(batches)), modules, rng)
 
 
 class Growing(toy.Fit):
-    def loss(self, role: str, nets: Any, batch: Any, rng: torch.Generator) -> Loss:
-        loss = super().loss(role, nets, batch, rng)
-        return Loss(loss.total * self.count) if role == "backbone" else loss
+    def loss(self, module_name: str, modules: Any, batch: Any, rng: torch.Generator) -> Loss:
+        loss = super().loss(module_name, modules, batch, rng)
+        return Loss(loss.total * self.count) if module_name == "backbone" else loss
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -292,24 +292,26 @@ class Growing(toy.Fit):
 
 
 class Meddling(toy.Fit):
-    def loss(self, role: str, nets: Any, batch: Any, rng: torch.Generator) -> Loss:
-        nets["critic"].requires_grad_(True)
-        return Loss(super().loss(role, nets, batch, rng).total + nets["critic"](batch[0].movedim(1, -1)).mean())
+    def loss(self, module_name: str, modules: Any, batch: Any, rng: torch.Generator) -> Loss:
+        modules["critic"].requires_grad_(True)
+        return Loss(
+            super().loss(module_name, modules, batch, rng).total + modules["critic"](batch[0].movedim(1, -1)).mean()
+        )
 
 
 class Detached(toy.Fit):
-    def loss(self, role: str, nets: Any, batch: Any, rng: torch.Generator) -> Loss:
-        return Loss(super().loss(role, nets, batch, rng).total.detach())
+    def loss(self, module_name: str, modules: Any, batch: Any, rng: torch.Generator) -> Loss:
+        return Loss(super().loss(module_name, modules, batch, rng).total.detach())
 
 
 class Tied(toy.Fit):
-    def loss(self, role: str, nets: Any, batch: Any, rng: torch.Generator) -> Loss:
-        total = super().loss(role, nets, batch, rng).total
+    def loss(self, module_name: str, modules: Any, batch: Any, rng: torch.Generator) -> Loss:
+        total = super().loss(module_name, modules, batch, rng).total
         return Loss(total, {"total": total})
 
 
 class Estranged(toy.Fit):
-    def loss(self, role: str, nets: Any, batch: Any, rng: torch.Generator) -> Loss:
+    def loss(self, module_name: str, modules: Any, batch: Any, rng: torch.Generator) -> Loss:
         return Loss(torch.zeros((), requires_grad=True))
 
 
@@ -319,9 +321,9 @@ class Unknown(toy.Fit):
 
 
 class Unlearning(toy.Fit):
-    def steps(self, batches: Iterator[Any], nets: Any, rng: torch.Generator) -> Iterator[Any]:
+    def steps(self, batches: Iterator[Any], modules: Any, rng: torch.Generator) -> Iterator[Any]:
         with torch.no_grad():
-            yield from super().steps(batches, nets, rng)
+            yield from super().steps(batches, modules, rng)
 
 
 class Pickled(toy.Fit):
@@ -330,24 +332,24 @@ class Pickled(toy.Fit):
 
 
 class Validating(toy.Fit):
-    def validate(self, batch: Batch, nets: Any, rng: torch.Generator) -> dict[str, float]:
+    def validate(self, batch: Batch, modules: Any, rng: torch.Generator) -> dict[str, float]:
         return {"loss": float(torch.rand((), generator=rng))}
 
 
 class Careless(Validating):
-    def validate(self, batch: Batch, nets: Any, rng: torch.Generator) -> dict[str, float]:
+    def validate(self, batch: Batch, modules: Any, rng: torch.Generator) -> dict[str, float]:
         return {"loss": float(torch.rand(()))}
 
 
 class Cheating(Validating):
-    def validate(self, batch: Batch, nets: Any, rng: torch.Generator) -> dict[str, float]:
+    def validate(self, batch: Batch, modules: Any, rng: torch.Generator) -> dict[str, float]:
         with torch.no_grad():
-            nets["backbone"].inner.weight.mul_(0.9)
-        return super().validate(batch, nets, rng)
+            modules["backbone"].inner.weight.mul_(0.9)
+        return super().validate(batch, modules, rng)
 
 
 class Mute(Validating):
-    def validate(self, batch: Batch, nets: Any, rng: torch.Generator) -> dict[str, float]:
+    def validate(self, batch: Batch, modules: Any, rng: torch.Generator) -> dict[str, float]:
         return {"error": 1.0}
 
 

@@ -19,7 +19,7 @@ from lens_core.recipe import (
     ComponentSpec,
     Evaluation,
     LoraSpec,
-    Parts,
+    PipelineSpec,
     Recipe,
     Training,
     options,
@@ -43,7 +43,7 @@ from lens_core.validators import (
 )
 
 INSTALLED = Catalog.installed()
-CORE = [Parts, LoraSpec, Training, Evaluation, Recipe]
+CORE = [PipelineSpec, LoraSpec, Training, Evaluation, Recipe]
 CONFIGS = [*CORE, *(e.cls.Config for kind in KINDS for e in INSTALLED.entries(kind))]
 # What no number of a recipe may be, whatever it is for.
 POISON = [math.nan, math.inf, -math.inf, True, "3", None, 10**400, -(10**400), [1]]

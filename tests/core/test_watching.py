@@ -218,8 +218,8 @@ def test_a_run_killed_in_the_middle_of_a_look_ends_with_the_same_weights(
 def test_a_look_sees_the_averages_and_puts_the_weights_back(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Tensor, bool]] = []
 
-    def look(_: Any, batch: Any, nets: Any, rng: Any) -> dict[str, float]:
-        seen.append((nets["backbone"].inner.weight.detach().clone(), nets["backbone"].training))
+    def look(_: Any, batch: Any, modules: Any, rng: Any) -> dict[str, float]:
+        seen.append((modules["backbone"].inner.weight.detach().clone(), modules["backbone"].training))
         return {"loss": 0.0}
 
     monkeypatch.setattr(toy.Fit, "validate", look, raising=False)
@@ -270,7 +270,7 @@ class Listen(toy.Fit):
     def update_order(self, step: int) -> Sequence[str]:
         return ("text_encoder", "backbone")
 
-    def steps(self, batches: Any, nets: Any, rng: torch.Generator) -> Any:
+    def steps(self, batches: Any, modules: Any, rng: torch.Generator) -> Any:
         yield from ([(z, captions)] for z, captions in self._plain(batches))
 
     def _plain(self, batches: Any) -> Any:
@@ -279,8 +279,8 @@ class Listen(toy.Fit):
                 z = self.pipeline.vae.encode(to_pixels(batch.images))
             yield z, batch.captions
 
-    def loss(self, role: str, nets: Any, batch: Any, rng: torch.Generator) -> Any:
-        return super().loss("backbone", nets, (batch[0], nets["text_encoder"].encode(batch[1])), rng)
+    def loss(self, module_name: str, modules: Any, batch: Any, rng: torch.Generator) -> Any:
+        return super().loss("backbone", modules, (batch[0], modules["text_encoder"].encode(batch[1])), rng)
 
 
 plugin.lens_methods = hookimpl(lambda: {"listen": Listen}, specname="lens_methods")  # type: ignore[attr-defined]
@@ -319,7 +319,7 @@ def test_the_last_look_sees_the_weights_that_are_exported(
     prompts = ("red", "a blue one")
     run = runner("a", Evaluation(every=6, prompts=prompts, size=(32, 32)), base=base)
     with torch.no_grad():
-        for weight in run.nets["backbone"].parameters():  # a new backbone is 0 in many places, and then hides faults
+        for weight in run.modules["backbone"].parameters():  # a new backbone is 0 in many places, and then hides faults
             weight += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
     report = run.train()
     assert len(seen) == 3 and report.model is not None
@@ -346,7 +346,7 @@ def test_validation_is_a_mean_over_samples_of_the_same_first_batches(
 ) -> None:
     seen: list[tuple[Any, ...]] = []
 
-    def look(_: Any, batch: Any, nets: Any, rng: torch.Generator) -> dict[str, float]:
+    def look(_: Any, batch: Any, modules: Any, rng: torch.Generator) -> dict[str, float]:
         seen.append((batch.captions, float(torch.rand((), generator=rng))))
         part = {"loss/8x8": 10.0} if len(seen) % 2 else {}
         return {"loss": float(len(seen)), **part}

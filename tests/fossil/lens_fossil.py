@@ -114,16 +114,16 @@ class FossilMethod(Base, BaseMethod):
     def trainable_modules(self) -> Mapping[str, Any]:
         return {}
 
-    def steps(self, batches: Iterator[Batch], nets: Mapping[str, Any], rng: Any) -> Iterator[Sequence[Any]]:
+    def steps(self, batches: Iterator[Batch], modules: Mapping[str, Any], rng: Any) -> Iterator[Sequence[Any]]:
         yield from ([b] for b in batches)
 
     def update_order(self, step: int) -> Sequence[str]:
         return ()
 
-    def loss(self, role: str, nets: Mapping[str, Any], batch: Any, rng: Any) -> Loss:
+    def loss(self, module_name: str, modules: Mapping[str, Any], batch: Any, rng: Any) -> Loss:
         return Loss(batch, {"part": batch})
 
-    def validate(self, batch: Batch, nets: Mapping[str, Any], rng: Any) -> dict[str, float]:
+    def validate(self, batch: Batch, modules: Mapping[str, Any], rng: Any) -> dict[str, float]:
         return {"loss": 0.0}
 
 

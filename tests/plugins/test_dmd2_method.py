@@ -25,7 +25,7 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.pixels import to_pixels
-from lens_core.recipe import ComponentSpec, LoraSpec, Parts, Recipe, Training
+from lens_core.recipe import ComponentSpec, LoraSpec, PipelineSpec, Recipe, Training
 from lens_core.testing import check_method
 from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, TextFeatures
@@ -62,8 +62,8 @@ def method(**config: Any) -> DMD2:
     torch.manual_seed(0)
     pipeline = LensPipeline.from_parts(PARTS, CATALOG)
     made = DMD2(DMD2.Config(**config), pipeline)
-    for number, role in enumerate(("generator", "fake")):
-        for p in made.trainable_modules()[role].parameters():
+    for number, module_name in enumerate(("generator", "fake")):
+        for p in made.trainable_modules()[module_name].parameters():
             p.data += 0.3 * torch.randn(p.shape, generator=rng(number))
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.backbone):
         part.requires_grad_(False).eval()
@@ -79,24 +79,24 @@ def sample(m: DMD2, rows: int = 4, h: int = 3, w: int = 2) -> MicroBatch:
     return MicroBatch(text, (h, w), torch.randn(rows, 4, h, w, generator=rng(8)))
 
 
-def loss_of(m: DMD2, role: str, seed: int = 3) -> Loss:
-    """The loss as the loop asks for it: `role` alone can learn."""
-    m.trainable_modules()[role].requires_grad_(True)
-    found = m.loss(role, m.trainable_modules(), sample(m), rng(seed))
-    m.trainable_modules()[role].requires_grad_(False)
+def loss_of(m: DMD2, module_name: str, seed: int = 3) -> Loss:
+    """The loss as the loop asks for it: `module_name` alone can learn."""
+    m.trainable_modules()[module_name].requires_grad_(True)
+    found = m.loss(module_name, m.trainable_modules(), sample(m), rng(seed))
+    m.trainable_modules()[module_name].requires_grad_(False)
     return found
 
 
-def learn(m: DMD2, role: str, batch: MicroBatch | None = None, seed: int = 3) -> dict[str, Tensor]:
-    """Gradients after one turn of `role` as the loop takes it, by network and parameter."""
-    m.trainable_modules()[role].requires_grad_(True)
-    m.loss(role, m.trainable_modules(), batch or sample(m), rng(seed)).total.backward()  # type: ignore[no-untyped-call]
-    m.trainable_modules()[role].requires_grad_(False)
+def learn(m: DMD2, module_name: str, batch: MicroBatch | None = None, seed: int = 3) -> dict[str, Tensor]:
+    """Gradients after one update of `module_name` as the loop takes it, by network and parameter."""
+    m.trainable_modules()[module_name].requires_grad_(True)
+    m.loss(module_name, m.trainable_modules(), batch or sample(m), rng(seed)).total.backward()  # type: ignore[no-untyped-call]
+    m.trainable_modules()[module_name].requires_grad_(False)
     everyone = {**m.trainable_modules(), "teacher": m.teacher}
     return {f"{n}.{k}": p.grad for n, net in everyone.items() for k, p in net.named_parameters() if p.grad is not None}
 
 
-# ---- roles and turns --------------------------------------------------------------------------------------------
+# ---- update order ------------------------------------------------------------------------------------------------
 
 
 def test_the_critic_learns_several_times_before_the_generator() -> None:
@@ -111,8 +111,8 @@ def test_teacher_and_fake_start_as_the_backbone_and_share_nothing_with_it() -> N
     pipeline = LensPipeline.from_parts(PARTS, CATALOG)
     m = DMD2(DMD2.Config(), pipeline)
     assert m.trainable_modules()["generator"] is pipeline.backbone
-    nets = [pipeline.backbone, m.trainable_modules()["fake"], m.teacher]
-    for a, b, c in zip(*(net.parameters() for net in nets), strict=True):
+    modules = [pipeline.backbone, m.trainable_modules()["fake"], m.teacher]
+    for a, b, c in zip(*(net.parameters() for net in modules), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
         assert len({a.data_ptr(), b.data_ptr(), c.data_ptr()}) == 3
 
@@ -124,12 +124,12 @@ def test_the_pipeline_takes_the_students_presets_and_the_teacher_keeps_its_guida
     assert method(guidance_scale=2.5).guidance == 2.5
 
 
-@pytest.mark.parametrize("role", ["generator", "fake", "heads"])
+@pytest.mark.parametrize("module_name", ["generator", "fake", "heads"])
 @pytest.mark.parametrize("rollout", ["ode", "renoise"])
-def test_only_the_role_whose_turn_it_is_gets_gradients(role: str, rollout: str) -> None:
+def test_only_the_role_whose_turn_it_is_gets_gradients(module_name: str, rollout: str) -> None:
     for seed in range(4):  # other exit steps
-        found = learn(method(rollout=rollout, isg_weight=0.5, **GAN), role, seed=seed)
-        assert found and {name.split(".")[0] for name in found} == {role}
+        found = learn(method(rollout=rollout, isg_weight=0.5, **GAN), module_name, seed=seed)
+        assert found and {name.split(".")[0] for name in found} == {module_name}
         assert all(g.any() for name, g in found.items() if "bias" not in name)
 
 
@@ -235,7 +235,7 @@ def test_the_gan_adds_its_weighted_gradient_and_reports_its_size() -> None:
     a, b = learn(with_gan, "generator"), learn(without, "generator")
     assert a.keys() == b.keys() and not any(torch.equal(a[k], b[k]) for k in a)
     twice = method(gan_weight=0.2, discriminator_blocks=(0, 1))
-    twice._roles["heads"] = with_gan.trainable_modules()["heads"]
+    twice._modules["heads"] = with_gan.trainable_modules()["heads"]
     double, once = (loss_of(m, "generator").parts["gan_dm_ratio"] for m in (twice, with_gan))
     assert float(double) == pytest.approx(2 * float(once), rel=1e-5)
 
@@ -243,7 +243,7 @@ def test_the_gan_adds_its_weighted_gradient_and_reports_its_size() -> None:
 def test_the_discriminator_can_read_the_fake_which_does_not_learn_of_it() -> None:
     reads = method(discriminator_features="fake", **GAN)
     like = method(**GAN)
-    like._roles["heads"] = reads.trainable_modules()["heads"]
+    like._modules["heads"] = reads.trainable_modules()["heads"]
     reads.trainable_modules()["fake"].load_state_dict(reads.teacher.state_dict())
     same = [loss_of(m, "generator").parts["gan"] for m in (reads, like)]
     assert torch.equal(*same), "where the fake is the teacher"
@@ -251,8 +251,8 @@ def test_the_discriminator_can_read_the_fake_which_does_not_learn_of_it() -> Non
         for p in reads.trainable_modules()["fake"].parameters():
             p.mul_(1.5)
     assert not torch.equal(loss_of(reads, "generator").parts["gan"], same[0])
-    for role in ("generator", "heads"):
-        learn(reads, role)
+    for module_name in ("generator", "heads"):
+        learn(reads, module_name)
         assert all(
             p.grad is None for p in (*reads.trainable_modules()["fake"].parameters(), *reads.teacher.parameters())
         )
@@ -457,7 +457,7 @@ def test_a_run_from_a_checkpoint_exports_a_student_and_resumes_with_the_same_tea
     LensPipeline.from_parts(evolve(PARTS, steps=20, guidance_scale=3.0), CATALOG).save_pretrained(tmp_path / "start")
     recipe = evolve(
         RECIPE,
-        pipeline=Parts(start=str(tmp_path / "start")),
+        pipeline=PipelineSpec(start=str(tmp_path / "start")),
         method=ComponentSpec("dmd2"),
         dataset=ComponentSpec("captions"),
     )
@@ -485,7 +485,7 @@ def test_a_run_from_a_checkpoint_exports_a_student_and_resumes_with_the_same_tea
 
 
 def test_generator_and_fake_can_be_adapters_without_alignment(tmp_path: Path) -> None:
-    adapters = {role: LoraSpec(rank=2) for role in ("generator", "fake")}
+    adapters = {module_name: LoraSpec(rank=2) for module_name in ("generator", "fake")}
     recipe = evolve(RECIPE, train=evolve(RECIPE.train, lora=adapters, ema_decay=0.0))
     with pytest.raises(ConfigError, match="an adapter is learning; use ida: 1"):
         run(evolve(recipe, method=ComponentSpec("dmd2", {"warmup": 3})), tmp_path / "refused").train()
@@ -500,17 +500,19 @@ def test_generator_and_fake_can_be_adapters_without_alignment(tmp_path: Path) ->
 def test_one_copy_of_the_weights_trains_as_three_do_and_exports_the_generators_change_alone(tmp_path: Path) -> None:
     torch.manual_seed(1)
     LensPipeline.from_parts(PARTS, CATALOG).save_pretrained(tmp_path / "start")
-    adapters = {role: LoraSpec(rank=2) for role in ("generator", "fake")}
+    adapters = {module_name: LoraSpec(rank=2) for module_name in ("generator", "fake")}
     recipe = evolve(
-        RECIPE, pipeline=Parts(start=str(tmp_path / "start")), train=evolve(RECIPE.train, lora=adapters, ema_decay=0.0)
+        RECIPE,
+        pipeline=PipelineSpec(start=str(tmp_path / "start")),
+        train=evolve(RECIPE.train, lora=adapters, ema_decay=0.0),
     )
     sizes, models, ends = [], [], []
     for name, shared in (("one", ["generator", "fake"]), ("three", [])):
         made = run(
             evolve(recipe, method=ComponentSpec("dmd2", {"ida": 1.0, "lora_on_shared_base": shared})), tmp_path / name
         )
-        nets = (made.method.teacher, *made.nets.values())
-        sizes.append(len({p.data_ptr() for net in nets for n, p in net.named_parameters() if ".lora_" not in n}))
+        modules = (made.method.teacher, *made.modules.values())
+        sizes.append(len({p.data_ptr() for net in modules for n, p in net.named_parameters() if ".lora_" not in n}))
         models.append(LensPipeline.from_pretrained(made.train().model, catalog=CATALOG))
         ends.append(state(tmp_path / name, 5))
     assert 3 * sizes[0] == sizes[1]
@@ -522,10 +524,10 @@ def test_one_copy_of_the_weights_trains_as_three_do_and_exports_the_generators_c
 
 
 def test_weights_that_are_shared_are_not_trained_in_full(tmp_path: Path) -> None:
-    for role in ("generator", "fake"):
-        recipe = evolve(RECIPE, method=ComponentSpec("dmd2", {"ida": 1.0, "lora_on_shared_base": [role]}))
-        with pytest.raises(ConfigError, match=f"{role} shares the teacher's weights and would change them"):
-            run(recipe, tmp_path / role).train()
+    for module_name in ("generator", "fake"):
+        recipe = evolve(RECIPE, method=ComponentSpec("dmd2", {"ida": 1.0, "lora_on_shared_base": [module_name]}))
+        with pytest.raises(ConfigError, match=f"{module_name} shares the teacher's weights and would change them"):
+            run(recipe, tmp_path / module_name).train()
 
 
 def test_a_share_of_the_draws_begins_at_noised_pictures() -> None:

@@ -146,18 +146,22 @@ def train(m: DMD2, steps: int, sign: float = 1.0, warmup: int = 100) -> None:
     batch = MicroBatch(TextFeatures(torch.zeros(128, 1, 0, 1), torch.zeros(128, 0, dtype=torch.bool)), (1, 1))
     draws, rates = torch.Generator().manual_seed(1), {"fake": 5e-3, "generator": 1e-3}
     optimizers = {
-        role: torch.optim.Adam(m.trainable_modules()[role].parameters(), rate, betas=(0.5, 0.99), fused=True)
-        for role, rate in rates.items()
+        module_name: torch.optim.Adam(
+            m.trainable_modules()[module_name].parameters(), rate, betas=(0.5, 0.99), fused=True
+        )
+        for module_name, rate in rates.items()
     }
     for step in range(-warmup, steps):
-        for role in ("fake", "generator")[: 1 if step < 0 else 2]:
-            m.trainable_modules()[role].requires_grad_(True)
-            total = m.loss(role, m.trainable_modules(), batch, draws).total * (sign if role == "generator" else 1)
-            optimizers[role].zero_grad()
+        for module_name in ("fake", "generator")[: 1 if step < 0 else 2]:
+            m.trainable_modules()[module_name].requires_grad_(True)
+            total = m.loss(module_name, m.trainable_modules(), batch, draws).total * (
+                sign if module_name == "generator" else 1
+            )
+            optimizers[module_name].zero_grad()
             total.backward()  # type: ignore[no-untyped-call]
-            optimizers[role].param_groups[0]["lr"] = rates[role] * max(0.02, min(1, 2 - 2 * step / steps))
-            optimizers[role].step()
-            m.trainable_modules()[role].requires_grad_(False)
+            optimizers[module_name].param_groups[0]["lr"] = rates[module_name] * max(0.02, min(1, 2 - 2 * step / steps))
+            optimizers[module_name].step()
+            m.trainable_modules()[module_name].requires_grad_(False)
 
 
 def errors(m: DMD2) -> tuple[float, float, float]:

@@ -15,7 +15,7 @@ from lens_flux2.vae import Flux2VAE
 
 from lens_core import hookimpl
 from lens_core.catalog import Catalog
-from lens_core.recipe import ComponentSpec, Parts, Recipe, Training, unstructure
+from lens_core.recipe import ComponentSpec, PipelineSpec, Recipe, Training, unstructure
 from lens_core.testing import check_method
 from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, ConfigError, LensError, Loss, NumericalError
@@ -150,7 +150,7 @@ def statistics(tmp_path):
         recipe = Recipe(
             method=ComponentSpec("autoencode"),
             dataset=ComponentSpec("rows"),
-            pipeline=Parts(vae=ComponentSpec("flux2", unstructure(SMALL))),
+            pipeline=PipelineSpec(vae=ComponentSpec("flux2", unstructure(SMALL))),
             train=Training(**{"steps": 1, "lr": 1e-3, "micro_batches": parts, **train}),
         )
         going = Trainer(

@@ -18,8 +18,7 @@ from lens_gpt_oss.training import LanguageModel, imbalance
 
 from lens_core import hookimpl
 from lens_core.catalog import Catalog
-from lens_core.recipe import ComponentSpec, Recipe, Training, unstructure
-from lens_core.recipe import Parts as PipelineParts
+from lens_core.recipe import ComponentSpec, PipelineSpec, Recipe, Training, unstructure
 from lens_core.testing import check_method
 from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, CheckpointError, ConfigError
@@ -136,7 +135,7 @@ def test_a_step_in_parts_of_uneven_length_has_the_gradient_of_the_step_as_a_whol
         recipe = Recipe(
             method=ComponentSpec("language_model", {"tokenizer_batches": 1, "balance": 0.0}),
             dataset=ComponentSpec("halves"),
-            pipeline=PipelineParts(text_encoder=ComponentSpec("gpt_oss", unstructure(TINY))),
+            pipeline=PipelineSpec(text_encoder=ComponentSpec("gpt_oss", unstructure(TINY))),
             train=Training(steps=1, lr=1e-3, max_grad_norm=0.0, micro_batches=parts, log_every=1),
         )
         run = Trainer(recipe, Catalog.of(lens_gpt_oss, plugin), tmp_path / str(parts), log=lambda line: None)

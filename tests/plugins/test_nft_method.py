@@ -192,7 +192,7 @@ class Turn(Trainer):
             folder,
             lambda _: None,
         )
-        self.method, self.nets = m, dict(m.trainable_modules())
+        self.method, self.modules = m, dict(m.trainable_modules())
         self.trainable_parameters = {"backbone": list(m.pipeline.backbone.parameters())}
         self.optimizers = {"backbone": torch.optim.SGD(self.trainable_parameters["backbone"])}
         self.spike_detector = SpikeDetector(0.0, ("backbone",))
@@ -673,8 +673,8 @@ def test_a_stopped_run_goes_on_bit_for_bit_even_inside_a_rollout(stop, run, tmp_
     halted = run("halted")
     after = halted.method.after_step
 
-    def halt(number: int, nets: Any) -> None:
-        after(number, nets)
+    def halt(number: int, modules: Any) -> None:
+        after(number, modules)
         if number + 1 == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -721,9 +721,9 @@ def test_a_policy_that_learns_through_an_adapter_resumes_too_and_keeps_no_copy_o
 def test_a_policy_that_learns_through_an_adapter_holds_one_frozen_backbone(run):
     going = run("low", evolve(RECIPE, train=evolve(RECIPE.train, lora={"backbone": LoraSpec(rank=2)})))
     method, policy = going.method, going.pipeline.backbone
-    nets = {"policy": policy, "old": method.old, "reference": method.reference}
-    low = {name: {n: p for n, p in net.named_parameters() if ".lora_" in n} for name, net in nets.items()}
-    rest = {name: {n: p for n, p in net.named_parameters() if ".lora_" not in n} for name, net in nets.items()}
+    modules = {"policy": policy, "old": method.old, "reference": method.reference}
+    low = {name: {n: p for n, p in net.named_parameters() if ".lora_" in n} for name, net in modules.items()}
+    rest = {name: {n: p for n, p in net.named_parameters() if ".lora_" not in n} for name, net in modules.items()}
     assert all(rest["policy"][n] is p for name in ("old", "reference") for n, p in rest[name].items())
     assert len({id(p) for each in low.values() for p in each.values()}) == 3 * len(low["policy"]) > 0
     before = {n: p.clone() for n, p in rest["policy"].items()}

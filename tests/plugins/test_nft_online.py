@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lens_core import flow, hookimpl
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import ComponentSpec, Parts, Recipe, Training
+from lens_core.recipe import ComponentSpec, PipelineSpec, Recipe, Training
 from lens_core.training.trainer import Trainer
 from lens_core.types import Prompt, Score, TextFeatures
 
@@ -121,7 +121,7 @@ def catalog() -> Catalog:
 def start(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that draws both modes of every prompt alike."""
     torch.manual_seed(0)
-    parts = Parts(
+    parts = PipelineSpec(
         vae=ComponentSpec("plane"),
         text_encoder=ComponentSpec("letters"),
         backbone=ComponentSpec("arrows"),
@@ -174,7 +174,7 @@ def train(catalog: Catalog, start: Path, tmp_path: Path, monkeypatch: pytest.Mon
             method=ComponentSpec("diffusion_nft", method),
             dataset=ComponentSpec("squares"),
             train=Training(steps=steps, lr=1e-3, betas=(0.9, 0.999), save_every=1000, log_every=5),
-            pipeline=Parts(start=str(start)),
+            pipeline=PipelineSpec(start=str(start)),
             seed=1,
         )
         report = Trainer(recipe, catalog, tmp_path / good, log=lambda line: None).train()
