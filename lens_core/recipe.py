@@ -192,14 +192,14 @@ def read_recipe(path: Path, catalog: Catalog, changes: Sequence[str] = ()) -> Re
         except ConfigError as error:
             problems += error.problems
         except WrongType:
-            pass  # told above
+            pass  # reported above
     if problems or recipe is None:
         raise ConfigError([f"{path}: {p}" for p in problems])
     return recipe
 
 
 def _change(data: Any, change: str) -> Iterator[str]:
-    """Put PATH=VALUE into the data of a recipe, or say why it cannot be done."""
+    """Put PATH=VALUE into the data of a recipe, or raise with the reason."""
     path, sign, text = change.partition("=")
     *way, last = path.strip().split(".")
     try:

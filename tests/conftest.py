@@ -55,6 +55,6 @@ def unplug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[stand_i
 
     def call(running: stand_in.Hub) -> None:
         stand_in.use(running, monkeypatch, tmp_path / "cache", offline=True)
-        running.asked.clear()
+        running.requests.clear()
 
     return call

@@ -380,8 +380,8 @@ class Targets:
             "classes": {"a": {"b": ["c", "d"]}},
             "eval": 0.1,
         }
-        found = read_taxonomy(self.write("taxonomy.yaml", mutate_json(rng, json.dumps(value).encode())))
-        for _, order in zip(range(100), prompt_requests(found), strict=False):
+        taxonomy = read_taxonomy(self.write("taxonomy.yaml", mutate_json(rng, json.dumps(value).encode())))
+        for _, order in zip(range(100), prompt_requests(taxonomy), strict=False):
             order.split.encode()
 
     def judge(self, rng: random.Random) -> None:
@@ -420,10 +420,10 @@ class Targets:
 
         data = (ROOT / "tests" / "cases" / "bench_samples.jsonl").read_bytes().strip()
         path = self.write("perceptions.jsonl", mutate_lines(rng, data))
-        found = report.score(rng.choice(list(report.BENCHMARKS)), path)
-        report.write(path.with_name("verdicts.jsonl"), found.verdicts)
-        json.dumps(report.as_json(found), allow_nan=False)
-        report.table(found).encode()
+        summary = report.score(rng.choice(list(report.BENCHMARKS)), path)
+        report.write(path.with_name("verdicts.jsonl"), summary.verdicts)
+        json.dumps(report.as_json(summary), allow_nan=False)
+        report.table(summary).encode()
 
     def manifest(self, rng: random.Random) -> None:
         from lens_core.evaluation.manifest import Manifest
@@ -434,18 +434,18 @@ class Targets:
         }  # fmt: skip
         lost = row | {"index": 1, "status": "failed", "file": "", "sha256": "", "reason": "timeout"}
         data = mutate_lines(rng, b"\n".join(json.dumps(r).encode() for r in (row, lost)))
-        found = Manifest(self.write("run/manifest.jsonl", data + b"\n").parent, "m")
-        assert {key[0] for key in found.missing({"0": "a dog"}, 3)} == {"0"}
+        manifest = Manifest(self.write("run/manifest.jsonl", data + b"\n").parent, "m")
+        assert {key[0] for key in manifest.missing({"0": "a dog"}, 3)} == {"0"}
 
     def log(self, rng: random.Random) -> None:
         from lens_tools import curves
 
         rows = [{"step": i, "backbone/loss": 1 / (i + 1), "seconds": 1.0, "lr": 1e-4} for i in range(6)]
         path = self.write("run/log.jsonl", mutate_lines(rng, b"\n".join(json.dumps(row).encode() for row in rows)))
-        found = {"run": [curves.read(path.parent)]}
-        curves.table(found)
+        runs = {"run": [curves.read(path.parent)]}
+        curves.table(runs)
         if rng.random() < 0.2:
-            curves.draw(found)
+            curves.draw(runs)
 
     def evaluations(self, rng: random.Random) -> None:
         from lens_core.recipe import Evaluation

@@ -51,7 +51,7 @@ class Hub:
     repositories: dict[str, Repository] = field(factory=dict)
     gated: set[str] = field(factory=set)
     read_only: bool = False  # a token that may not write
-    asked: list[str] = field(factory=list)
+    requests: list[str] = field(factory=list)
     tokens: set[str] = field(factory=set)
     messages: list[str] = field(factory=list)
     blobs: dict[str, bytes] = field(factory=dict)
@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def begin(self) -> list[str]:
         path = unquote(urlsplit(self.path).path)
-        self.hub.asked.append(f"{self.command} {path}")
+        self.hub.requests.append(f"{self.command} {path}")
         bearer = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.hub.tokens |= {bearer} if bearer else set()
         return path.strip("/").split("/")
@@ -111,8 +111,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.missing("RepoNotFound")
         if name in self.hub.gated and not (api and words[2:3] != ["tree"]):
             return self.answer(403, {"error": "gated"}, X_Error_Code="GatedRepo")
-        asked = words[3] if len(words) > 3 else "main"
-        commit = repository.refs.get(asked, asked)
+        revision = words[3] if len(words) > 3 else "main"
+        commit = repository.refs.get(revision, revision)
         if commit not in repository.commits:
             return self.missing("RevisionNotFound")
         files = repository.commits[commit]

@@ -142,8 +142,8 @@ def steps(folder: Path) -> list[int]:
 
 def newest(folder: Path) -> str:
     """The checkpoint that the next process will find."""
-    found = sorted(p.name for p in (folder / "run" / "checkpoints").glob("step-*"))
-    return found[-1] if found else ""
+    names = sorted(p.name for p in (folder / "run" / "checkpoints").glob("step-*"))
+    return names[-1] if names else ""
 
 
 def main(root: Path) -> dict[str, Any]:
@@ -161,27 +161,29 @@ def main(root: Path) -> dict[str, Any]:
     sweep = []
     for last in sorted(chosen):
         folder = root / f"moment-{last}"
-        code, found = attempt(folder, last), newest(folder)
+        code, newest_before = attempt(folder, last), newest(folder)
         sweep.append(
             {
                 "moment": last,
                 "change": moments[last],
                 "code": code,
-                "found": found,
+                "newest": newest_before,
                 "again": attempt(folder),
                 "is": outcome(folder),
             }
         )
-    looks = root / "looks"
-    assert attempt(looks, plan=WATCHED) == 0
-    moments = json.loads((looks / "moments.json").read_text())
+    evaluations = root / "evaluations"
+    assert attempt(evaluations, plan=WATCHED) == 0
+    moments = json.loads((evaluations / "moments.json").read_text())
     watched = []
     scores = [n for n, name in enumerate(moments) if name == "score"]
     for last in (*scores, scores[0] + 1, scores[0] + 3, scores[2] + 1):  # while judging, and just after
-        folder = root / f"look-{last}"
-        code, found = attempt(folder, last, plan=WATCHED), newest(folder)
+        folder = root / f"evaluation-{last}"
+        code, newest_before = attempt(folder, last, plan=WATCHED), newest(folder)
         again = attempt(folder, plan=WATCHED)
-        watched.append({"code": code, "found": found, "again": again, "is": outcome(folder), "looks": steps(folder)})
+        watched.append(
+            {"code": code, "newest": newest_before, "again": again, "is": outcome(folder), "evaluations": steps(folder)}
+        )
     # Here the blows come from outside, at any instruction; where they hit depends on the machine.
     folder = root / "random"
     codes = [attempt(folder, pause=0.004, killed_after=chance.uniform(0.02, 0.1)) for _ in range(6)]
@@ -189,7 +191,12 @@ def main(root: Path) -> dict[str, Any]:
     return {
         "whole": outcome(whole),
         "sweep": sweep,
-        "looks": {"is": outcome(looks), "checkpoint": checkpoint(looks), "plain": checkpoint(whole), "runs": watched},
+        "evaluations": {
+            "is": outcome(evaluations),
+            "checkpoint": checkpoint(evaluations),
+            "plain": checkpoint(whole),
+            "runs": watched,
+        },
         "random": {"codes": codes, "again": last_code, "is": outcome(folder)},
     }
 

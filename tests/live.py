@@ -20,10 +20,10 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = operator(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
             key = storage._cdata
-            if key not in self.made and key not in given:
+            if key not in self.made and key not in inputs:
                 self.made[key] = storage.nbytes()
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)

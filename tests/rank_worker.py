@@ -91,7 +91,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "watched": {
         "method": "flow_matching",
-        "train": {"ema_decay": 0.0},  # so that nothing but the optimizer changes weights between two looks
+        "train": {"ema_decay": 0.0},  # so that nothing but the optimizer changes weights between two evaluations
         "dataset": SHAPES,
         "pipeline": {**PARTS, "backbone": BLOCKS},
         "evaluation": {
@@ -146,8 +146,10 @@ DIVIDED = [name for name in METHODS if name not in ("encoded", "rewarded")]
 
 
 def recipe(name: str, **train: int) -> Recipe:
-    own: dict[str, Any] = METHODS[name].get("train", {})
-    return structure(Recipe, {"seed": 3, "pipeline": PARTS, **METHODS[name], "train": {**TRAIN, **own, **train}})
+    train_options: dict[str, Any] = METHODS[name].get("train", {})
+    return structure(
+        Recipe, {"seed": 3, "pipeline": PARTS, **METHODS[name], "train": {**TRAIN, **train_options, **train}}
+    )
 
 
 def installed() -> Catalog:
@@ -161,7 +163,7 @@ def run(name: str, out: Path, **train: int) -> None:
     going = Trainer(recipe(name, **train), installed(), out, log=said.append)
     report = going.train()
     rank = going.ranks.rank
-    told = {
+    result = {
         "steps": report.steps,
         "said": said,
         "world": going.ranks.world,
@@ -169,8 +171,8 @@ def run(name: str, out: Path, **train: int) -> None:
     }
     if torch.distributed.is_initialized():
         backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))  # nothing public tells it
-        told["patience"] = backend.options._timeout.total_seconds()
-    (out / f"rank-{rank}.json").write_text(json.dumps(told))
+        result["patience"] = backend.options._timeout.total_seconds()
+    (out / f"rank-{rank}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -218,9 +218,9 @@ def test_randomness_is_an_argument() -> None:
     numpy = re.compile(r"\bnp\.random\.(?!Generator|default_rng|SeedSequence|PCG64)|^import random\b", re.M)
     for path in [*MODULES, *(ROOT / "plugins").rglob("*.py")]:
         text = path.read_text(encoding="utf-8")
-        found = [m.group() for m in numpy.finditer(text)]
-        found += [m.group() for m in drawn.finditer(text) if "generator" not in text[m.start() : m.start() + 200]]
-        assert found == [], path
+        draws = [m.group() for m in numpy.finditer(text)]
+        draws += [m.group() for m in drawn.finditer(text) if "generator" not in text[m.start() : m.start() + 200]]
+        assert draws == [], path
 
 
 SIGNATURES_ARE_OPTIONS = {"generate", "bench", "bench_train"}
@@ -238,6 +238,6 @@ def test_files_classes_and_functions_stay_readable(path: Path) -> None:
         if isinstance(node, ast.ClassDef):
             assert lines <= 350, node.name
         elif node.name not in SIGNATURES_ARE_OPTIONS:
-            given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            parameters = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
             assert lines <= 60, node.name
-            assert len(set(given) - {"self", "cls"}) <= 8 or node.name == "__call__", node.name
+            assert len(set(parameters) - {"self", "cls"}) <= 8 or node.name == "__call__", node.name

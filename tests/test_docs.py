@@ -29,13 +29,13 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 
 def blocks(*languages: str) -> list[tuple[Path, int, str]]:
     """(page, line, text) of every fenced block in one of the `languages`."""
-    found = []
+    result = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
             if match[1] in languages:
-                found.append((page, text[: match.start()].count("\n") + 2, match[2]))
-    return found
+                result.append((page, text[: match.start()].count("\n") + 2, match[2]))
+    return result
 
 
 def commands() -> list[tuple[str, str]]:

@@ -94,10 +94,10 @@ def test_installing_a_rival_of_every_kind_changes_no_figure(
 def test_the_doctor_speaks_of_the_published_parts(
     request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = []
+    summaries = []
     for _ in range(2):
         assert main(["doctor", "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
-        told.append({k: found[k] for k in ("dtypes", "attention", "published model", "text encoder")})
+        report = json.loads(capsys.readouterr().out)
+        summaries.append({k: report[k] for k in ("dtypes", "attention", "published model", "text encoder")})
         request.getfixturevalue("installed")
-    assert told[0] == told[1]
+    assert summaries[0] == summaries[1]

@@ -148,22 +148,22 @@ class Squares:
         seed: int = 0
 
     def __init__(self, config: Config) -> None:
-        self.config, self.given = config, 0
+        self.config, self.served = config, 0
 
     def batches(self, rank: int, world: int) -> Iterator[Batch]:
         while True:
-            rng = torch.Generator().manual_seed(self.config.seed + 1000 * self.given + rank)
+            rng = torch.Generator().manual_seed(self.config.seed + 1000 * self.served + rank)
             colours = torch.randint(3, (self.config.batch,), generator=rng)
             images = torch.zeros(self.config.batch, 3, 16, 16, dtype=torch.uint8)
             images[torch.arange(self.config.batch), colours] = 255
-            self.given += 1
+            self.served += 1
             yield Batch(images, tuple(("red", "green", "blue")[c] for c in colours))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"given": self.given}
+        return {"served": self.served}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.given = state["given"]
+        self.served = state["served"]
 
 
 class Fit:

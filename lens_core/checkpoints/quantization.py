@@ -216,7 +216,7 @@ def plain(
 ) -> dict[str, LazyTensor]:
     """A Comfy file's tensors with its quantised layers as plain weights: `L.weight` [out,in] or [E,out,in].
 
-    Layers are told by the header's `_quantization_metadata`, or by `L.comfy_quant`, JSON in bytes, for each. `prefix`
+    Layers are named by the header's `_quantization_metadata`, or by `L.comfy_quant`, JSON in bytes, for each. `prefix`
     is what has been taken off the names in a file; layers elsewhere in it are none of ours. Experts in nvfp4 whose name
     ends in one of `keep` stay packed, as `L.blocks`, `L.scales` and `L.scale`. Values are checked as they are read.
     Raises CheckpointError for unknown formats, parts that are missing, and shapes.

@@ -90,7 +90,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raise CheckpointError for a file that is missing, or of another format that can be told by its first bytes."""
+    """Raise CheckpointError for a file that is missing, or of another format, recognised by its first bytes."""
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; name the .safetensors file in it")
     if not path.is_file():

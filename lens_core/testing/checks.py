@@ -193,14 +193,14 @@ class _Bench:
         hold(bool(self.modules), f"{type(method).__name__}: nobody can learn; trainable_modules() is empty")
         for net in self.modules.values():
             net.requires_grad_(False).eval()
-        self.rng, self.given, self.step = torch.Generator().manual_seed(0), 0, 0
+        self.rng, self.served, self.step = torch.Generator().manual_seed(0), 0, 0
         self.name = type(method).__name__
         self.source: Iterator[Sequence[Any]] | None = None
 
     def _stream(self) -> Iterator[Batch]:
         for _ in range(1000):
-            self.given += 1
-            yield self.batches[(self.given - 1) % len(self.batches)]
+            self.served += 1
+            yield self.batches[(self.served - 1) % len(self.batches)]
         raise AssertionError(f"{self.name}.steps pulls 1000 batches for a few steps; it must be lazy")
 
     def learn(self, steps: int) -> list[float]:
@@ -253,7 +253,7 @@ class _Bench:
         modules = {r: {k: v.clone() for k, v in n.state_dict().items()} for r, n in self.modules.items()}
         tensors = {k: v.clone() for k, v in kept.items() if isinstance(v, Tensor)}
         return {
-            "method": {**plain, **tensors}, "modules": modules, "given": self.given, "step": self.step,
+            "method": {**plain, **tensors}, "modules": modules, "served": self.served, "step": self.step,
             "rng": self.rng.get_state(), "torch": torch.get_rng_state(),
         }  # fmt: skip
 
@@ -261,7 +261,7 @@ class _Bench:
         self.method.load_state_dict(state["method"])
         for module_name, net in self.modules.items():
             net.load_state_dict(state["modules"][module_name])
-        self.given, self.step = state["given"], state["step"]
+        self.served, self.step = state["served"], state["step"]
         self.rng.set_state(state["rng"])
         torch.set_rng_state(state["torch"])
 

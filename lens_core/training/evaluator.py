@@ -30,18 +30,18 @@ COLUMNS = 8  # of a sample grid
 
 
 class Interrupted(Exception):
-    """The run has been asked to stop; the look has left nothing behind that counts."""
+    """The run is to stop; the unfinished evaluation leaves nothing behind."""
 
 
 class Evaluator:
-    """The looks at one run in a folder. Raises ConfigError at once where pipeline or method cannot be watched."""
+    """Evaluates one run in a folder. Raises ConfigError at once where pipeline or method cannot be evaluated."""
 
     def __init__(
         self, config: Evaluation, catalog: Catalog, pipeline: LensPipeline, method: Any, out: Path,
         log: Callable[[str], None], *, writes: bool = True,
     ) -> None:  # fmt: skip
         self.config, self.pipeline, self.method, self.out, self.log = config, pipeline, method, out, log
-        self.writes = writes  # where processes look together, one of them does
+        self.writes = writes  # of several processes, one does
         absent = [p.replace("_", " ") for p in PIPELINE_PARTS if getattr(pipeline, p) is None]
         if absent and (config.prompts or config.benchmarks):
             raise ConfigError(
@@ -73,8 +73,8 @@ class Evaluator:
     # ---- what follows from the lines ------------------------------------------------------------------------------
 
     def resume(self, step: int, changed: Sequence[str]) -> None:
-        """Read what was seen. Looks beyond `step`, which a killed run had taken, count when the run gets there again:
-        it will be the same run. Where its recipe has `changed`, in these places, they are forgotten."""
+        """Read earlier evaluations. Those beyond `step`, made by a run that was killed, count when the run gets there
+        again: it will be the same run. Where its recipe has `changed`, in these places, they are forgotten."""
         path = self.out / "evaluations.jsonl"
         entries = atomic_files.read_log(path, step if changed else torch.inf)
         self.lines = {int(line["step"]): line for line in entries}
@@ -83,9 +83,9 @@ class Evaluator:
                 line.pop("score", None)
         best = self.best(step)
         harmless = ("$.evaluation.every", "$.evaluation.patience")  # they change when, not what, is measured
-        judged = [c for c in changed if c.startswith("$.evaluation") and not c.startswith(harmless)]
-        if changed and best is not None and (judged or not self._file(best).is_file()):
-            why = "were judged otherwise" if judged else "are gone"
+        rescored = [c for c in changed if c.startswith("$.evaluation") and not c.startswith(harmless)]
+        if changed and best is not None and (rescored or not self._file(best).is_file()):
+            why = "were scored otherwise" if rescored else "are gone"
             self.log(f"the weights of step {best}, the best so far, {why}; the best is chosen anew")
             for line in self.lines.values():
                 line.pop("score", None)
@@ -93,7 +93,7 @@ class Evaluator:
             atomic_files.rewrite_log(path, self.lines.values())
 
     def due(self, step: int, last: int) -> bool:
-        """Whether there is to be a look at `step`, of a run of `last` steps, that has not been taken."""
+        """Whether an evaluation is due at `step` of a run of `last` steps, and has not been made."""
         return (step % self.config.every == 0 or step == last) and step not in self.lines
 
     def _scores(self, step: int) -> dict[int, float]:
@@ -105,12 +105,12 @@ class Evaluator:
         return max(scores, key=lambda n: scores[n]) if scores else None
 
     def should_stop(self, step: int) -> bool:
-        """Whether the last `patience` looks have all brought no better score."""
+        """Whether none of the last `patience` evaluations improved the score."""
         best = self.best(step)
         return bool(self.config.patience) and sum(n > (best or 0) for n in self._scores(step)) >= self.config.patience
 
     def stop_reason(self) -> str:
-        """Why it is over."""
+        """Why the run stops early."""
         return f"early stopping: no improvement of {self.config.keep_best} in {self.config.patience} evaluations"
 
     def weights(self, step: int) -> dict[str, Tensor] | None:
@@ -134,16 +134,16 @@ class Evaluator:
     def _file(self, step: int) -> Path:
         return self.out / "best" / f"step-{step:07d}.safetensors"
 
-    # ---- a look ---------------------------------------------------------------------------------------------------
+    # ---- an evaluation --------------------------------------------------------------------------------------------
 
     def evaluate(
         self, step: int, modules: Mapping[str, nn.Module], weights: Callable[[], dict[str, Tensor]],
         stopping: Callable[[], bool], agreed: Callable[[Any], Any],
     ) -> dict[str, Any]:  # fmt: skip
-        """Draw, judge and measure; the line that tells of it. `weights` are what would be exported now, MODULE/NAME.
+        """Draw, score and measure; returns the line of the log. `weights` are what would be exported now, MODULE/NAME.
 
-        Processes that look together all go by what the first one has seen, which `agreed` gives.
-        A benchmark that fails is told and does not stop the run. Raises Interrupted soon after `stopping` is true.
+        Several processes all use the results of the first one, which `agreed` returns.
+        A benchmark that fails is logged and does not stop the run. Raises Interrupted soon after `stopping` is true.
         """
 
         def check(_: str = "") -> None:
@@ -156,11 +156,16 @@ class Evaluator:
         check()
         if config.prompts:
             self._sheet(step, check)
-        for name, judge in self.benchmarks.items():
+        for name, benchmark in self.benchmarks.items():
             scores, fault = {}, ""
             try:
                 outcome = run.evaluate(
-                    self.pipeline, judge, seed=config.seed, batch_size=config.batch_size, log=check, **self._settings()
+                    self.pipeline,
+                    benchmark,
+                    seed=config.seed,
+                    batch_size=config.batch_size,
+                    log=check,
+                    **self._settings(),
                 )
                 scores = {name: outcome.overall.value}
                 scores |= {f"{name}/{task}": of.value for task, of in outcome.tasks.items() if of.count}
@@ -200,7 +205,7 @@ class Evaluator:
         }
 
     def _sheet(self, step: int, check: Callable[[], None]) -> None:
-        """samples/step-N.png; where the numbers leave the finite, no picture and a word about it."""
+        """samples/step-N.png; where values are not finite, a line in the log instead."""
         prompts = [Prompt(text) for text in self.config.prompts]
         parts = []
         try:

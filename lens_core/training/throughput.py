@@ -81,7 +81,7 @@ class MetricBuffer:
 
 
 class Throughput:
-    """Rates since the last line. What a look takes is not training; `left` counts it, for it will be taken again."""
+    """Rates since the last line. Evaluation is not training; `left` includes it, since it will happen again."""
 
     def __init__(self, step: int, peak: float | None = None) -> None:
         self.first, self.begun, self.peak = step, time.monotonic(), peak

@@ -26,7 +26,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Accelerate's trackers of a run. One that fails is told and left out; it never stops a training."""
+    """Accelerate's trackers of a run. One that fails is logged and left out; it never stops the run."""
 
     def __init__(self, accelerator: Any, recipe: Mapping[str, Any], out: Path, log: Callable[[str], None]) -> None:
         self.log_line = log

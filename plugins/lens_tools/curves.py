@@ -164,7 +164,7 @@ def _panel(axes: Axes, name: str, steps: tuple[float, float], groups: Sequence[S
 def axis_limits(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
     """The range that an axis shows: the values', and `margin` of it on each side; never empty."""
     low, high = min(values), max(values)
-    if high - low <= max(1e-12 * max(abs(low), abs(high)), 1e-300):  # closer, and ticks could not be told apart
+    if high - low <= max(1e-12 * max(abs(low), abs(high)), 1e-300):  # closer, and ticks would coincide
         gap = abs(low) / 2 or 0.5
         return low - gap, high + gap
     return low - margin * (high - low), high + margin * (high - low)

@@ -60,8 +60,8 @@ def test_the_written_adapter_on_the_start_is_the_merged_model_to_peft_and_to_dif
     fresh = runner.run(RECIPE, "fresh").modules["backbone"]
     targets = about["transformer.target_modules"]
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=6.0, target_modules=targets), fresh)
-    found = {k.removeprefix("transformer."): v for k, v in tensor_files.read_tensors(path).items()}
-    assert not set_peft_model_state_dict(fresh, found).unexpected_keys
+    tensors = {k.removeprefix("transformer."): v for k, v in tensor_files.read_tensors(path).items()}
+    assert not set_peft_model_state_dict(fresh, tensors).unexpected_keys
     lora.merge(fresh)
     same(fresh.state_dict(), runner.model("a"))
 
@@ -301,10 +301,10 @@ def test_a_run_begun_before_an_option_existed_goes_on(runner: Runner) -> None:
     assert runner.run(RECIPE, "a").train().steps == 6
 
 
-def test_compile_is_asked_of_every_role(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, *_, **__: asked.append(self))
+def test_every_trainable_module_is_compiled(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
     started = runner.run(evolve(RECIPE, train=evolve(RECIPE.train, compile=True)), "a")
-    assert asked == list(started.modules.values())
+    assert compiled == list(started.modules.values())
     runner.run(RECIPE, "b")
-    assert len(asked) == 2
+    assert len(compiled) == 2

@@ -91,9 +91,9 @@ def test_an_iterator_that_breaks_in_the_middle_is_named_and_one_that_ends_ends()
         yield 1
         raise ZeroDivisionError("x")
 
-    found = items(toy.Even, "sample", broken())
-    assert next(found) == 1
-    assert "sample raised ZeroDivisionError: x" in line(lambda: next(found))
+    iterator = items(toy.Even, "sample", broken())
+    assert next(iterator) == 1
+    assert "sample raised ZeroDivisionError: x" in line(lambda: next(iterator))
     assert list(items(toy.Even, "sample", iter([1, 2]))) == [1, 2]
     assert "returned int; it must return an iterator" in line(lambda: list(items(toy.Even, "sample", 3)))  # type: ignore[arg-type]
 
@@ -248,8 +248,8 @@ def test_a_method_is_held_to_its_contract() -> None:
     for loss in (Loss(torch.ones(2, requires_grad=True)), Loss(torch.ones(())), Loss(1.0), Loss(total, [total])):  # type: ignore[arg-type]
         assert line(lambda loss=loss: checked_loss(method, loss)).startswith("lens_red:red.loss ")
     for step in (Batch(None, ("a",)), torch.ones(3), "ab", 3, {"a": 1}):
-        told = line(lambda step=step: checked_step(method, step))
-        assert told.startswith("lens_red:red.steps yielded ") and "a list of micro-batches" in told
+        message = line(lambda step=step: checked_step(method, step))
+        assert message.startswith("lens_red:red.steps yielded ") and "a list of micro-batches" in message
     assert "yielded no micro-batch" in line(lambda: checked_step(method, []))
 
 
@@ -336,10 +336,10 @@ def test_a_benchmark_that_raises_is_reported_and_the_run_goes_on(tmp_path: Path)
     )
     report = run(catalog, tmp_path / "run", evaluation=evaluation).train()
     assert report.steps == 3 and report.model is not None
-    told = "\n".join(SAID)
-    assert "benchmark away failed, and the run goes on: lens_red:away.score raised ConnectionError: no route" in told
-    assert f"lens_red:numbers.score returned float; {MUST}" in told
-    assert "reds 0" in told or "reds 1" in told
+    log = "\n".join(SAID)
+    assert "benchmark away failed, and the run goes on: lens_red:away.score raised ConnectionError: no route" in log
+    assert f"lens_red:numbers.score returned float; {MUST}" in log
+    assert "reds 0" in log or "reds 1" in log
 
 
 # ---- parts without parameters ---------------------------------------------------------------------------------------
@@ -410,8 +410,8 @@ def test_a_backbone_of_the_wrong_shape_is_named() -> None:
 
     catalog = plugin(lens_backbones={"wide": Wide})
     pipeline = LensPipeline.from_parts(evolve(toy.PARTS, backbone=ComponentSpec("wide")), catalog)
-    told = line(lambda: pipeline("red", height=16, width=16, num_inference_steps=1))
-    assert told == (
+    message = line(lambda: pipeline("red", height=16, width=16, num_inference_steps=1))
+    assert message == (
         "lens_red:wide.forward returned Tensor float32 [1, 3, 1, 1]; v must be a float tensor [1, 4, 1, 1], as x is"
     )
 

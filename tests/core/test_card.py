@@ -39,8 +39,8 @@ def test_the_front_matter_holds_what_is_known_and_nothing_else() -> None:
         "library_name": "lens-t2i",
         "tags": ["lens"],
     }
-    told = head(model_card.text(DESCRIBED))
-    assert told["license"] == "apache-2.0" and told["base_model"] == 'a/b"\nlicense: mit'
+    front_matter = head(model_card.text(DESCRIBED))
+    assert front_matter["license"] == "apache-2.0" and front_matter["base_model"] == 'a/b"\nlicense: mit'
 
 
 def test_the_card_tells_recipe_presets_loras_and_versions() -> None:

@@ -27,9 +27,9 @@ def plugin(name: str, **hooks: Any) -> types.ModuleType:
 
 def entry_points(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str, str]) -> None:
     """Let these (group, name, module) be what is installed."""
-    found = EntryPoints(EntryPoint(name=name, value=value, group=group) for group, name, value in points)
+    installed = EntryPoints(EntryPoint(name=name, value=value, group=group) for group, name, value in points)
     monkeypatch.setattr(
-        importlib.metadata, "entry_points", lambda **select: found.select(**select) if select else found
+        importlib.metadata, "entry_points", lambda **select: installed.select(**select) if select else installed
     )
 
 
@@ -141,7 +141,7 @@ def test_a_plugin_that_fails_to_import_is_disabled(monkeypatch: pytest.MonkeyPat
     assert catalog.find("vae", "blocks").name == "toy:blocks"
 
 
-def test_a_plugin_of_another_api_version_is_told_without_being_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_of_another_api_version_is_reported_without_being_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     entry_points(monkeypatch, ("lens.v2", "lens_future", "antigravity"), ("lens.v1", "toy", "toy"))
     catalog = Catalog.installed()
     assert only(catalog) == "speaks lens.v2, this Lens speaks lens.v1; install a matching version"

@@ -156,7 +156,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 4, 40, -1])
-def test_a_truncated_file_is_told_with_its_size(keep: int, tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported_with_its_size(keep: int, tmp_path: Path) -> None:
     save_module(net(), tmp_path)
     path = tmp_path / f"{STEM}.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
@@ -230,9 +230,9 @@ def test_a_log_is_the_lines_about_a_whole_finite_step(tmp_path: Path) -> None:
             '{"step": 5, "x": "\\ud800"}', '{"step": 6']  # fmt: skip
     kept = [json.dumps(line, ensure_ascii=False) for line in sound]
     path.write_bytes("\n".join([*kept, *torn]).encode() + b'\n{"step": 7, "x": "\xff')
-    found = read_log(path)
-    assert [line["step"] for line in found] == [1, 2, 3]
-    assert found[:2] == sound[:2]
+    entries = read_log(path)
+    assert [line["step"] for line in entries] == [1, 2, 3]
+    assert entries[:2] == sound[:2]
     assert [line["step"] for line in read_log(path, 2)] == [1, 2]
 
 
@@ -242,7 +242,7 @@ def test_a_log_is_the_lines_about_a_whole_finite_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "uri", ["no/such/folder", "nowhere", "tiny", "other:", "../x", "org/name:tag", "org/a b", "a\\b/c"]
 )
-def test_what_is_neither_a_folder_nor_a_hub_name_is_told(
+def test_what_is_neither_a_folder_nor_a_hub_name_is_reported(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -33,7 +33,7 @@ def draw(checkpoint: Path, *arguments: str) -> int:
     return main(["generate", "--model", str(checkpoint), "--size", "32x48", "--device", "cpu", *arguments])
 
 
-def look(path: str) -> tuple[tuple[int, int], bytes, dict[str, Any]]:
+def read_picture(path: str) -> tuple[tuple[int, int], bytes, dict[str, Any]]:
     """A picture's size, pixels and facts."""
     with Image.open(path) as picture:
         return picture.size, picture.tobytes(), json.loads(picture.info["lens"])
@@ -50,11 +50,11 @@ def refused(capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
 
 def test_a_picture_carries_what_drew_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert draw(checkpoint, "a red cat", "--seed", "7", "-o", "cat.png", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    size, _, facts = look("cat.png")
+    report = json.loads(capsys.readouterr().out)
+    size, _, facts = read_picture("cat.png")
     assert size == (48, 32)
     assert facts["prompt"] == "a red cat" and facts["seed"] == 7 and facts["steps"] == 3
-    assert facts["model_hash"] == told["model_hash"] and told["file"] == "cat.png"
+    assert facts["model_hash"] == report["model_hash"] and report["file"] == "cat.png"
 
 
 def test_a_lora_changes_the_picture_by_its_weight(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,9 +75,11 @@ def test_a_lora_changes_the_picture_by_its_weight(checkpoint: Path, capsys: pyte
     models = [str(checkpoint), f"{checkpoint} + a.safetensors:0", f"{checkpoint} + a.safetensors:1"]
     assert [result["model"] for result in results] == models
     assert len({result["model_hash"] for result in results}) == 3
-    (_, plain, facts), (_, none, _), (_, full, told) = (look(f"{n}.png") for n in ("plain", "none", "all"))
+    (_, plain, facts), (_, none, _), (_, full, lora_facts) = (
+        read_picture(f"{n}.png") for n in ("plain", "none", "all")
+    )
     assert none == plain != full
-    assert "loras" not in facts and told["loras"] == ["a.safetensors:1"]
+    assert "loras" not in facts and lora_facts["loras"] == ["a.safetensors:1"]
     capsys.readouterr()
     assert "b.safetensors: there is no such LoRA" in refused(
         capsys, draw(checkpoint, "x", "--lora", "b.safetensors:0.5")
@@ -86,24 +88,26 @@ def test_a_lora_changes_the_picture_by_its_weight(checkpoint: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("options", "said"),
     [
         ((), "3 steps at guidance 5: the preset of this checkpoint; --steps and --guidance-scale choose others"),
         (("--steps", "2"), "guidance 5: the preset of this checkpoint; --steps and --guidance-scale choose others"),
         (("--steps", "2", "--guidance-scale", "1"), ""),
     ],
 )
-def test_the_preset_is_told_once_and_what_was_asked_for_is_not(
-    asked: tuple[str, ...], said: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+def test_the_preset_is_reported_once_and_explicit_options_are_not(
+    options: tuple[str, ...], said: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
-        draw(checkpoint, "a red cat", "--seed", "7", "-o", "cat.png", "--num-images", "3", "--batch-size", "1", *asked)
+        draw(
+            checkpoint, "a red cat", "--seed", "7", "-o", "cat.png", "--num-images", "3", "--batch-size", "1", *options
+        )
         == 0
     )
     assert capsys.readouterr().err == (f"lens: {said}\n" if said else "")
 
 
-def test_how_a_variant_was_recognised_is_told(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_how_a_variant_was_recognised_is_reported(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = read_json(checkpoint / "lens.json")
     write_json(checkpoint / "lens.json", {**data, "note": "the preset of Toy, as nothing tells"})
     assert draw(checkpoint, "a red cat", "--seed", "7", "-o", "cat.png") == 0
@@ -111,9 +115,9 @@ def test_how_a_variant_was_recognised_is_told(checkpoint: Path, capsys: pytest.C
 
 
 @pytest.mark.filterwarnings("default")
-def test_an_option_without_effect_is_told_on_a_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("--guidance-scale", "1", "--steps", "2", "--negative-prompt", "dog", "--seed", "1", "-o", "a.png")
-    assert draw(checkpoint, "a red cat", *asked) == 0
+def test_an_option_without_effect_is_reported_on_a_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--guidance-scale", "1", "--steps", "2", "--negative-prompt", "dog", "--seed", "1", "-o", "a.png")
+    assert draw(checkpoint, "a red cat", *options) == 0
     said = capsys.readouterr().err
     assert said == "lens: a negative prompt has no effect at guidance 1; give a guidance scale above 1\n"
 
@@ -141,7 +145,7 @@ def test_pictures_do_not_depend_on_the_batch(checkpoint: Path) -> None:
     names = [f"x-000{i}.png" for i in range(4)]
     assert sorted(p.name for p in Path("a").iterdir()) == names
     for name in names:
-        (_, first, facts), (_, other, same) = look(f"a/{name}"), look(f"b/{name}")
+        (_, first, facts), (_, other, same) = read_picture(f"a/{name}"), read_picture(f"b/{name}")
         assert facts["seed"] == same["seed"]
         assert max(abs(p - q) for p, q in zip(first, other, strict=True)) <= 1
 
@@ -315,7 +319,7 @@ def test_prompts_from_a_file_go_on_where_they_stopped(checkpoint: Path, capsys: 
     flags = ("--prompts-file", "p.txt", "--seed", "5", "-o", "a.png")
     assert draw(checkpoint, *flags) == 0
     names = [f"a-{i:04d}.png" for i in range(3)]
-    before = [look(n) for n in names]
+    before = [read_picture(n) for n in names]
     Path(names[1]).unlink()
     stamps = [Path(n).stat().st_mtime_ns for n in (names[0], names[2])]
     capsys.readouterr()
@@ -324,7 +328,7 @@ def test_prompts_from_a_file_go_on_where_they_stopped(checkpoint: Path, capsys: 
     assert "2 of 3 pictures are there already" in err
     assert names[1] in out and names[0] not in out
     assert [Path(n).stat().st_mtime_ns for n in (names[0], names[2])] == stamps
-    assert [look(n) for n in names] == before
+    assert [read_picture(n) for n in names] == before
 
 
 def test_a_picture_that_was_asked_for_differently_is_not_overwritten(
@@ -333,15 +337,15 @@ def test_a_picture_that_was_asked_for_differently_is_not_overwritten(
     Path("p.txt").write_text("one\ntwo\n", encoding="utf-8")
     flags = ("--prompts-file", "p.txt", "-o", "a.png")
     assert draw(checkpoint, *flags, "--seed", "5") == 0
-    first = look("a-0000.png")
+    first = read_picture("a-0000.png")
     capsys.readouterr()
     for other in (("--seed", "6"), ("--seed", "5", "--steps", "2"), ("--seed", "5", "--guidance-scale", "2")):
         assert "is there, and was asked for differently; use --overwrite" in refused(
             capsys, draw(checkpoint, *flags, *other)
         )
-    assert look("a-0000.png") == first
+    assert read_picture("a-0000.png") == first
     assert draw(checkpoint, *flags, "--seed", "6", "--overwrite") == 0
-    assert look("a-0000.png") != first
+    assert read_picture("a-0000.png") != first
     Image.new("RGB", (48, 32)).save("a-0001.png")  # not one of ours
     capsys.readouterr()
     assert "a-0001.png: is there" in refused(capsys, draw(checkpoint, *flags, "--seed", "6"))
@@ -352,12 +356,12 @@ def again(checkpoint: Path, *arguments: str) -> int:
 
 
 def test_a_picture_is_drawn_again_from_what_it_carries(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("--seed", "9", "--steps", "2", "--guidance-scale", "3", "--guidance-interval", "0.2,1")
-    assert draw(checkpoint, "a red cat", *asked, "--negative-prompt", "dog", "-o", "a.png") == 0
+    options = ("--seed", "9", "--steps", "2", "--guidance-scale", "3", "--guidance-interval", "0.2,1")
+    assert draw(checkpoint, "a red cat", *options, "--negative-prompt", "dog", "-o", "a.png") == 0
     capsys.readouterr()
     assert again(checkpoint, "--reproduce", "a.png", "-o", "b.png") == 0
     assert capsys.readouterr().out == "identical\n"
-    assert look("b.png")[:2] == look("a.png")[:2]
+    assert read_picture("b.png")[:2] == read_picture("a.png")[:2]
     assert sorted(p.name for p in Path().iterdir()) == ["a.png", "b.png"]
 
 
@@ -376,7 +380,7 @@ def tamper(name: str, change: dict[str, Any] | str, other: str = "bad.png", pixe
     return other
 
 
-def test_a_picture_that_is_another_is_told_apart(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_picture_that_differs_is_reported(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert draw(checkpoint, "a red cat", "--seed", "9", "-o", "a.png") == 0
     capsys.readouterr()
     assert again(checkpoint, "--reproduce", tamper("a.png", {}, pixel=100)) == 1
@@ -444,7 +448,7 @@ def test_a_picture_can_be_begun_at_and_drawn_again_from_it(
     Image.fromarray(mask.numpy()).save("mask.png")
     begun = ("--image", "photo.png", "--mask", "mask.png")
     assert again(checkpoint, "a cat", "--seed", "1", *begun, "-o", "a.png") == 0
-    size, pixels, facts = look("a.png")
+    size, pixels, facts = read_picture("a.png")
     assert size == (48, 32) and facts["strength"] == 1.0
     with Image.open("photo.png") as photo:
         box = (16, 0, 48, 32)
@@ -456,7 +460,7 @@ def test_a_picture_can_be_begun_at_and_drawn_again_from_it(
     assert "image_hash: was" in capsys.readouterr().out
     assert again(checkpoint, "--reproduce", "a.png", "--image", "photo.png") == 2
     assert "give it, --mask" in capsys.readouterr().err
-    for words, told in (
+    for words, message in (
         (("--strength", "0.5"), "a strength without a picture"),
         (("--mask", "mask.png"), "a mask without a picture"),
         (("--image", "photo.png", "--strength", "2"), "must be in [0, 1]"),
@@ -465,7 +469,7 @@ def test_a_picture_can_be_begun_at_and_drawn_again_from_it(
         (("--sampler", "evan"), "Did you mean 'even'?"),
     ):
         assert again(checkpoint, "a cat", *words, "-o", "x.png") == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not Path("x.png").exists()
 
 
@@ -477,7 +481,7 @@ def test_a_plan_is_printed_and_the_picture_is_the_same(checkpoint: Path, capsys:
         assert draw(checkpoint, "a red cat", "--seed", "7", "-o", f"{plan}.png", "--offload", plan) == 0
         err = capsys.readouterr().err
         assert ("offload: " + plan in err and "peak: denoise" in err) == (plan != "none")
-    assert look("none.png") == look("block.png") == look("encoder-cpu.png")
+    assert read_picture("none.png") == read_picture("block.png") == read_picture("encoder-cpu.png")
     Path("none.png").unlink()
     assert draw(checkpoint, "a red cat", "-o", "none.png", "--offload", "blok") == 2
     assert "no offload plan is called 'blok'. Did you mean 'block'?" in refused(capsys)

@@ -146,9 +146,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
 
 
 def test_the_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, found in {"a": result([1, 0, 1, 0]), "b": result([1, 1, 1, 1], "b")}.items():
+    for name, run in {"a": result([1, 0, 1, 0]), "b": result([1, 1, 1, 1], "b")}.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps(found), encoding="utf-8")
+        (tmp_path / name / "result.json").write_text(json.dumps(run), encoding="utf-8")
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "table.md")]) == 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "table.md").read_text(encoding="utf-8")

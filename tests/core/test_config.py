@@ -80,11 +80,11 @@ def test_a_number_may_be_written_as_yaml_mistakes_it() -> None:
     assert type(structure(Sample, {"share": 2}).share) is float
 
 
-def test_all_problems_are_told_at_once() -> None:
-    found = problems({"flag": "false", "coutn": 3, "name": 3, "table": {"a": "b"}})
-    assert len(found) == 4
-    assert any(p.startswith("$.coutn: unknown. Did you mean 'count'? Fields: flag, count") for p in found)
-    assert {p.split(":")[0].split("[")[0] for p in found} == {"$.flag", "$.coutn", "$.name", "$.table"}
+def test_all_problems_are_reported_at_once() -> None:
+    reported = problems({"flag": "false", "coutn": 3, "name": 3, "table": {"a": "b"}})
+    assert len(reported) == 4
+    assert any(p.startswith("$.coutn: unknown. Did you mean 'count'? Fields: flag, count") for p in reported)
+    assert {p.split(":")[0].split("[")[0] for p in reported} == {"$.flag", "$.coutn", "$.name", "$.table"}
 
 
 def test_a_missing_field_is_named() -> None:
@@ -115,7 +115,7 @@ def test_a_recipe_is_read_whole(tmp_path: Path, catalog: Catalog) -> None:
     )
 
 
-def test_the_problems_of_a_recipe_and_of_its_components_are_told_together(tmp_path: Path, catalog: Catalog) -> None:
+def test_the_problems_of_a_recipe_and_of_its_components_are_reported_together(tmp_path: Path, catalog: Catalog) -> None:
     text = """
 pipeline: {vae: blocs, backbone: {use: mixer, widht: 8}, start: 3}
 method: {use: fit, bad: [1, x]}
@@ -125,7 +125,7 @@ train: {lr: fast, epochs: 3}
     path = write(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         read_recipe(path, catalog)
-    told = "\n".join(caught.value.problems)
+    problems = "\n".join(caught.value.problems)
     assert all(p.startswith(f"{path}: $") for p in caught.value.problems)
     for words in (
         "$.pipeline.vae: no vae is called 'blocs'. Did you mean 'blocks'?",
@@ -136,7 +136,7 @@ train: {lr: fast, epochs: 3}
         "$.train.lr: must be a number, not 'fast'",
         "$.train.epochs: unknown",
     ):
-        assert words in told
+        assert words in problems
     assert len(caught.value.problems) == len(set(caught.value.problems)), "each problem is told once"
 
 
@@ -233,9 +233,9 @@ def changed(tmp_path: Path, *changes: str) -> Recipe:
 
 
 def test_changes_count_as_if_the_recipe_said_so(tmp_path: Path) -> None:
-    found = changed(tmp_path, "train.steps=7", "train.betas=[0, 0.5]", "method.bad=[1]", "seed = 4", "train.lr=1e-4")
-    assert (found.train.steps, found.train.betas, found.train.lr, found.seed) == (7, (0, 0.5), 1e-4, 4)
-    assert found.method == ComponentSpec("fit", {"bad": [1]}) and found.dataset == ComponentSpec("squares")
+    recipe = changed(tmp_path, "train.steps=7", "train.betas=[0, 0.5]", "method.bad=[1]", "seed = 4", "train.lr=1e-4")
+    assert (recipe.train.steps, recipe.train.betas, recipe.train.lr, recipe.seed) == (7, (0, 0.5), 1e-4, 4)
+    assert recipe.method == ComponentSpec("fit", {"bad": [1]}) and recipe.dataset == ComponentSpec("squares")
     assert changed(tmp_path, "method.use=fit", "method.bad=[2]").method == ComponentSpec("fit", {"bad": [2]})
     assert changed(tmp_path, "method=fit", "train.steps=1", "train.steps=2").train.steps == 2
     assert changed(tmp_path, "evaluation.every=2", "evaluation.prompts=[red]").evaluation is not None
@@ -246,9 +246,9 @@ def test_a_change_keeps_to_its_place_where_an_alias_repeats_a_section(tmp_path: 
     path.write_text(
         "method: fit\ndataset: &d {use: squares, batch: 4}\ntrain: {steps: 3}\nevaluation: {every: 1, validation: *d}\n"
     )
-    found = read_recipe(path, Catalog.of(toy), ["evaluation.validation.batch=2"])
-    assert found.evaluation is not None and found.evaluation.validation == ComponentSpec("squares", {"batch": 2})
-    assert found.dataset == ComponentSpec("squares", {"batch": 4})
+    recipe = read_recipe(path, Catalog.of(toy), ["evaluation.validation.batch=2"])
+    assert recipe.evaluation is not None and recipe.evaluation.validation == ComponentSpec("squares", {"batch": 2})
+    assert recipe.dataset == ComponentSpec("squares", {"batch": 4})
 
 
 @pytest.mark.parametrize(

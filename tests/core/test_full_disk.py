@@ -105,7 +105,9 @@ def brim(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_disk_that_fills_up_while_a_run_goes_on(
     word: str, named: str, plain: Path, brim: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])  # always better: the best is written at every look
+    scores = iter(
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    )  # always better: the best is written at every evaluation
     monkeypatch.setattr(toy.Reds, "score", lambda self, images, prompts: [toy.Score("ok", next(scores))] * len(prompts))
     brim.append(word)
     with pytest.raises(CheckpointError) as error:
@@ -146,7 +148,7 @@ def room(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_what_the_system_refuses_is_told_in_one_line(plain: Path, tmp_path: Path) -> None:
+def test_what_the_system_refuses_is_reported_in_one_line(plain: Path, tmp_path: Path) -> None:
     with room(1200), pytest.raises(CheckpointError) as error:
         run(tmp_path, evolve(RECIPE, evaluation=None)).train()
     where = tmp_path / "checkpoints" / ".step-0000002.partial" / "state.safetensors"

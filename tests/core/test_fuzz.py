@@ -78,8 +78,8 @@ LENGTHS = st.one_of(st.none(), st.sampled_from([0, 1, 2, 7, 100, 10**8, 10**8 + 
 def files(draw: st.DrawFn) -> bytes:
     """A safetensors file with something wrong with it, as a rule."""
     header = draw(HEADERS).encode("utf-8", "surrogatepass")
-    told = draw(LENGTHS)
-    data = (len(header) if told is None else told).to_bytes(8, "little") + header + draw(st.binary(max_size=64))
+    length = draw(LENGTHS)
+    data = (len(header) if length is None else length).to_bytes(8, "little") + header + draw(st.binary(max_size=64))
     return damage(draw, data)
 
 
@@ -154,8 +154,8 @@ def test_any_index_stays_in_its_folder(index: Any) -> None:
         save_tensors(folder / "two.safetensors", {"bias": torch.ones(2)})
         (folder / "folder.safetensors").mkdir()
         (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index))
-        found = read(lambda: read_weights(folder))
-        assert found is None or found.keys() <= {"weight", "bias"}
+        tensors = read(lambda: read_weights(folder))
+        assert tensors is None or tensors.keys() <= {"weight", "bias"}
 
 
 # ---- JSON ---------------------------------------------------------------------------------------------------------
@@ -167,8 +167,8 @@ def test_any_text_is_an_object_or_a_refusal(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.json"
         path.write_bytes(data)
-        found = read(lambda: read_json(path))
-        assert found is None or isinstance(found, dict)
+        value = read(lambda: read_json(path))
+        assert value is None or isinstance(value, dict)
         (Path(folder) / "README.md").write_bytes(data)
         assert all(isinstance(v, str) for v in model_card.licence(Path(folder)).values())
 
@@ -280,11 +280,11 @@ def work(first: int, count: int, folder: Path) -> tuple[list[str], list[str]]:
     failed: list[str] = []
     seed = first
     while seed < first + count:
-        told, wrong = folder / f"{seed}.out", folder / f"{seed}.err"
-        with told.open("w") as out, wrong.open("w") as err:
+        output, wrong = folder / f"{seed}.out", folder / f"{seed}.err"
+        with output.open("w") as out, wrong.open("w") as err:
             command = [sys.executable, str(WORKER), str(seed), str(first + count - seed)]
             code = subprocess.run(command, stdout=out, stderr=err, check=False).returncode
-        lines = [line for line in told.read_text().split("\n") if line[:1].isdigit() and " cases, " not in line]
+        lines = [line for line in output.read_text().split("\n") if line[:1].isdigit() and " cases, " not in line]
         done = [line for line in lines if line.endswith((" ok", " failed"))]
         ended += done
         failed += [wrong.read_text()] if any(line.endswith(" failed") for line in done) else []

@@ -116,8 +116,8 @@ def test_get_and_post_send_what_they_are_given():
     requests: list[bytes] = []
     head = b"HTTP/1.1 418 x\r\nContent-Type: Text/HTML\r\nRetry-After: 7\r\nLocation: /x\r\nContent-Length: 2\r\n\r\nok"
     with serving(answers(head, requests)) as port:
-        given = get(f"http://127.0.0.1:{port}/a?b=c", {"X-Key": SECRET}, 20, 100)
-        assert given == http.Answer(418, "text/html", "7", "/x", b"ok")
+        answer = get(f"http://127.0.0.1:{port}/a?b=c", {"X-Key": SECRET}, 20, 100)
+        assert answer == http.Answer(418, "text/html", "7", "/x", b"ok")
         post(f"http://127.0.0.1:{port}/", {}, b"1234", 20, 100)
     assert requests[0].startswith(b"GET /a?b=c HTTP/1.1\r\n") and f"x-key: {SECRET}".encode() in requests[0].lower()
     assert requests[1].startswith(b"POST / HTTP/1.1\r\n") and requests[1].endswith(b"\r\n\r\n1234")
@@ -193,8 +193,8 @@ def test_many_threads_can_call_at_once():
 
     bodies = [str(n).encode() * (n % 7 + 1) for n in range(48)]
     with serving(echo) as port, ThreadPoolExecutor(16) as pool:
-        found = pool.map(lambda body: post(f"http://127.0.0.1:{port}/", {}, body, 60, 1000).body, bodies)
-        assert list(found) == bodies
+        bodies_received = pool.map(lambda body: post(f"http://127.0.0.1:{port}/", {}, body, 60, 1000).body, bodies)
+        assert list(bodies_received) == bodies
 
 
 def test_an_interrupt_ends_a_call():

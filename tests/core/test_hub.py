@@ -55,7 +55,7 @@ def test_large_files_of_the_cache_are_known_by_their_names_and_not_read_again(
     assert read and not [name for name in read if name.endswith(".safetensors")]
 
 
-def test_a_part_that_a_repository_lends_stays_that_of_its_revision(
+def test_a_part_that_a_repository_shares_stays_that_of_its_revision(
     hub: Hub, checkpoint: Path, pipeline: LensPipeline, catalog: Catalog, tmp_path: Path
 ) -> None:
     hub.publish("toys/blocks", checkpoint, "v1")
@@ -63,13 +63,13 @@ def test_a_part_that_a_repository_lends_stays_that_of_its_revision(
     pipeline.save_pretrained(mine)
     shutil.rmtree(mine / "vae")
     about = read_json(mine / "lens.json")
-    told = {"from": "toys/blocks@v1", "hash": combined(hashes(checkpoint, FOLDERS["vae"]))}
-    about["components"]["vae"] |= told
+    shared = {"from": "toys/blocks@v1", "hash": combined(hashes(checkpoint, FOLDERS["vae"]))}
+    about["components"]["vae"] |= shared
     write_json(mine / "lens.json", about)
     gain = pipeline.vae.gain.clone()
-    asked = len(hub.asked)
+    requests_before = len(hub.requests)
     assert LensPipeline.from_pretrained(mine, catalog=catalog).vae.gain.equal(gain)
-    weights = [path for path in hub.asked[asked:] if path.endswith(".safetensors")]
+    weights = [path for path in hub.requests[requests_before:] if path.endswith(".safetensors")]
     assert weights and all("/vae/" in path for path in weights), "of another checkpoint, only shared parts are fetched"
     assert snapshot("toys/blocks", "v1", local=True, under=("vae/",)).is_dir()
     assert "are not in the cache" in error(lambda: snapshot("toys/blocks", "v1", local=True))
@@ -79,7 +79,7 @@ def test_a_part_that_a_repository_lends_stays_that_of_its_revision(
     assert LensPipeline.from_pretrained(mine, catalog=catalog).vae.gain.equal(gain)
     about["components"]["vae"]["from"] = "toys/blocks"
     write_json(mine / "lens.json", about)
-    assert f"its vae is that of toys/blocks as it was at {told['hash']}, and it is at" in error(
+    assert f"its vae is that of toys/blocks as it was at {shared['hash']}, and it is at" in error(
         lambda: LensPipeline.from_pretrained(mine, catalog=catalog)
     )
     LensPipeline.from_pretrained(mine, catalog=catalog, parts=("backbone",))  # nobody asked for the VAE
@@ -90,7 +90,7 @@ def test_a_part_that_a_repository_lends_stays_that_of_its_revision(
     )
 
 
-def test_a_part_that_is_lent_now_is_no_longer_kept_beside(hub: Hub, checkpoint: Path, pipeline: LensPipeline) -> None:
+def test_a_part_that_is_shared_now_is_no_longer_kept_beside(hub: Hub, checkpoint: Path, pipeline: LensPipeline) -> None:
     hub.publish("toys/mine", checkpoint)
     pipeline.save_pretrained(checkpoint)
     shutil.rmtree(checkpoint / "vae")
@@ -141,7 +141,7 @@ def test_offline_the_cache_is_used_and_nobody_is_asked(
     )
     said = error(lambda: resolve_uri("toys/other", catalog))
     assert "toys/other: model_index.json is not in the cache" in said and "`hf download toys/other`" in said
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -166,7 +166,7 @@ def test_offline_a_file_that_a_snapshot_lacks_is_named(
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "transformer" / "part-1.safetensors").unlink()
     assert ("and 2 more" if listed else "and 1 more") in error(lambda: resolve_uri("toys/blocks", catalog))
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 def test_a_download_that_was_cut_short_is_finished(hub: Hub, checkpoint: Path, catalog: Catalog) -> None:
@@ -178,7 +178,7 @@ def test_a_download_that_was_cut_short_is_finished(hub: Hub, checkpoint: Path, c
     assert resolve_uri("toys/blocks", catalog) == folder and digest(folder) == digest(checkpoint)
 
 
-def test_what_the_hub_refuses_is_told_with_the_cure(hub: Hub, checkpoint: Path, catalog: Catalog) -> None:
+def test_what_the_hub_refuses_is_reported_with_the_cure(hub: Hub, checkpoint: Path, catalog: Catalog) -> None:
     assert "there is none of that name, or it is private; then run `hf auth login`" in error(
         lambda: resolve_uri("toys/none", catalog)
     )
@@ -194,12 +194,12 @@ def test_a_folder_here_goes_before_a_repository(
     pipeline.save_pretrained(tmp_path / "toys" / "blocks")
     monkeypatch.chdir(tmp_path)
     assert resolve_uri("toys/blocks", catalog) == Path("toys/blocks")
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 def test_reading_a_folder_asks_nobody(hub: Hub) -> None:
     LensPipeline.from_pretrained("tiny:")
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 # ---- to the Hub -------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_the_card_on_the_hub_says_how_to_load_it_and_its_snippet_runs(
     assert (tmp_path / "star.png").is_file()
 
 
-def test_a_model_made_from_a_repository_names_it_and_a_path_is_not_told(
+def test_a_model_made_from_a_repository_names_it_and_a_path_is_not_reported(
     hub: Hub, pipeline: LensPipeline, catalog: Catalog, tmp_path: Path
 ) -> None:
     pipeline.push_to_hub("toys/blocks", token="hf_secret")
@@ -296,7 +296,7 @@ def test_a_public_repository_does_not_pass_for_a_private_one(hub: Hub, pipeline:
 
 
 @pytest.mark.parametrize("read_only", [True, False])
-def test_a_token_that_may_not_write_is_told_and_never_shown(
+def test_a_token_that_may_not_write_is_reported_and_never_shown(
     read_only: bool, hub: Hub, pipeline: LensPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if read_only:
@@ -318,14 +318,14 @@ def test_offline_nothing_is_uploaded(hub: Hub, unplug: Callable[[Hub], None], pi
     assert "toys/blocks: nothing is uploaded offline; unset HF_HUB_OFFLINE" in error(
         lambda: pipeline.push_to_hub("toys/blocks", token="hf_secret")
     )
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("name", ["blocks", "a/b/c", "../x", "a/b\nc", "", "toys:blocks/x"])
 def test_what_is_no_name_of_a_repository_is_refused(name: str, hub: Hub, pipeline: LensPipeline) -> None:
     with pytest.raises(ConfigError, match="is no name for a repository; it must be org/name"):
         pipeline.push_to_hub(name)
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 def test_half_a_checkpoint_is_not_uploaded(hub: Hub, checkpoint: Path, catalog: Catalog) -> None:
@@ -366,19 +366,19 @@ except CheckpointError as error:
 def test_the_environment_names_the_hub_the_cache_and_whether_to_ask(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
     hub.publish("toys/blocks", checkpoint)
 
-    def say(**environment: str) -> str:
-        hub.asked.clear()
+    def output_of(**environment: str) -> str:
+        hub.requests.clear()
         clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         clean |= {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url}
         run = [sys.executable, "-c", FETCH]
         return subprocess.run(run, env=clean | environment, capture_output=True, text=True, check=True).stdout.strip()
 
-    assert "not in the cache, and nothing is fetched offline" in say(TRANSFORMERS_OFFLINE="1")
-    assert hub.asked == []
-    folder = say(HF_HUB_DISABLE_PROGRESS_BARS="1")
+    assert "not in the cache, and nothing is fetched offline" in output_of(TRANSFORMERS_OFFLINE="1")
+    assert hub.requests == []
+    folder = output_of(HF_HUB_DISABLE_PROGRESS_BARS="1")
     assert folder.startswith(str(tmp_path / "home")) and digest(Path(folder)) == digest(checkpoint)
-    assert hub.asked != []
-    assert say(HF_HUB_OFFLINE="1") == folder and hub.asked == []
+    assert hub.requests != []
+    assert output_of(HF_HUB_OFFLINE="1") == folder and hub.requests == []
 
 
 def test_only_what_the_checkpoint_names_is_uploaded(hub: Hub, checkpoint: Path, catalog: Catalog) -> None:
@@ -414,9 +414,9 @@ def test_a_concurrent_change_is_not_overwritten(
     listed = HfApi.list_repo_files
 
     def meanwhile(self: HfApi, *args: object, **more: object) -> object:
-        found = listed(self, *args, **more)
+        listing = listed(self, *args, **more)
         hub.repositories["toys/a"].commit({"theirs.json": b"{}"})
-        return found
+        return listing
 
     monkeypatch.setattr(HfApi, "list_repo_files", meanwhile)
     said = error(lambda: upload(checkpoint, read_manifest(checkpoint, catalog), "toys/a", token="hf_secret"))
@@ -428,6 +428,6 @@ def test_what_was_pushed_and_fetched_is_as_it_was_written(hub: Hub, checkpoint: 
     create("toys/a", token="hf_secret")
     upload(checkpoint, read_manifest(checkpoint, catalog), "toys/a", token="hf_secret")
     folder = resolve_uri("toys/a", catalog)
-    found = integrity.check(folder, read_manifest(folder, catalog))
-    assert found.named == 4 and found.problems == []
+    report = integrity.check(folder, read_manifest(folder, catalog))
+    assert report.named == 4 and report.problems == []
     LensPipeline.from_pretrained("toys/a", catalog=catalog, verify=True)

@@ -149,8 +149,8 @@ def test_colour_and_alpha_are_both_kept():
 
 def test_a_profile_that_is_srgb_changes_no_bit():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
-    own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert np.array_equal(read_rgb(file(noise, icc_profile=own)), noise)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.array_equal(read_rgb(file(noise, icc_profile=srgb)), noise)
 
 
 @pytest.mark.parametrize("broken", [b"no profile", ADOBE[0][:200], ADOBE[0][:16] + b"GRAY" + ADOBE[0][20:]])

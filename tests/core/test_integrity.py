@@ -120,8 +120,8 @@ def test_the_embedded_checkpoints_are_whole(name: str, capsys: pytest.CaptureFix
 def test_a_converted_checkpoint_is_as_it_was_written(tmp_path: Path) -> None:
     assert main(["convert", "tiny:", str(tmp_path / "a")]) == 0
     catalog = Catalog.installed()
-    found = check(tmp_path / "a", read_manifest(tmp_path / "a", catalog))
-    assert found.problems == [] and found.named is not None and found.named >= 9
+    report = check(tmp_path / "a", read_manifest(tmp_path / "a", catalog))
+    assert report.problems == [] and report.named is not None and report.named >= 9
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert main(["check", str(tmp_path / "b")]) == 0
     assert resolve_uri(str(tmp_path / "b"), catalog) == tmp_path / "b"

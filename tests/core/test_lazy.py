@@ -54,9 +54,9 @@ def test_every_kind_reads_back_bit_for_bit_and_safetensors_agrees(tmp_path: Path
     write_lazy(tmp_path / "b.safetensors", tensors, texts={"who": texts["who"]})
     theirs = load_file(tmp_path / "b.safetensors")
     for name, tensor in zoo().items():
-        for found in (tensors[name].read(), theirs[name]):
-            assert (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
-            assert torch.equal(bits(found), bits(tensor)), name
+        for value in (tensors[name].read(), theirs[name]):
+            assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
+            assert torch.equal(bits(value), bits(tensor)), name
     with safe_open(tmp_path / "b.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "who": "ü"}
 
@@ -64,8 +64,8 @@ def test_every_kind_reads_back_bit_for_bit_and_safetensors_agrees(tmp_path: Path
 def test_a_cast_changes_floats_alone_and_rounds_as_torch_does(tmp_path: Path) -> None:
     tensors = {"w": torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), "n": torch.arange(5)}
     write_lazy(tmp_path / "a.safetensors", {k: LazyTensor.of(v) for k, v in tensors.items()}, torch.bfloat16)
-    found = load_file(tmp_path / "a.safetensors")
-    assert torch.equal(found["w"], tensors["w"].bfloat16()) and torch.equal(found["n"], tensors["n"])
+    written = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(written["w"], tensors["w"].bfloat16()) and torch.equal(written["n"], tensors["n"])
     assert torch.equal(
         read_lazy(tmp_path / "a.safetensors")[0]["w"].read(torch.float32), tensors["w"].bfloat16().float()
     )
@@ -106,8 +106,8 @@ def test_a_copy_holds_one_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     tensors, _ = read_lazy(tmp_path / "a")
     write_lazy(tmp_path / "b", {k: pieces(v) for k, v in tensors.items()}, torch.bfloat16)
     assert 0 < most[0] <= 2 * 4096
-    found = load_file(tmp_path / "b")
-    assert all(torch.equal(found[k], v.bfloat16()) for k, v in load_file(tmp_path / "a").items())
+    written = load_file(tmp_path / "b")
+    assert all(torch.equal(written[k], v.bfloat16()) for k, v in load_file(tmp_path / "a").items())
 
 
 def test_what_is_read_is_aligned_and_read_once(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         (b"\xff\xfe", b"", "not a whole safetensors file"),
     ],
 )
-def test_a_damaged_header_is_told(header: dict[str, Any] | bytes, data: bytes, words: str, tmp_path: Path) -> None:
+def test_a_damaged_header_is_reported(header: dict[str, Any] | bytes, data: bytes, words: str, tmp_path: Path) -> None:
     path = raw(tmp_path / "a.safetensors", header, data)
     assert words in (said := error(lambda: read_lazy(path))) and said.startswith(str(path))
 
@@ -168,13 +168,13 @@ def test_a_header_longer_than_its_file_is_not_read(length: int, tmp_path: Path) 
         (b"", "not a whole safetensors file (0 bytes"),
     ],
 )
-def test_files_of_other_kinds_are_told(data: bytes, words: str, tmp_path: Path) -> None:
+def test_files_of_other_kinds_are_recognised(data: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(data)
     assert words in error(lambda: read_lazy(tmp_path / "a"))
     assert "missing" in error(lambda: read_lazy(tmp_path / "b"))
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_read_is_reported(tmp_path: Path) -> None:
     save_file({"a": torch.ones(100)}, tmp_path / "a")
     tensors, _ = read_lazy(tmp_path / "a")
     (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-4])
@@ -184,9 +184,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [[0], [0, 4], [4, 0], [3, 0, 2], [2**31, 0]])
 def test_an_empty_tensor_is_read_at_once_in_its_shape(shape: list[int], tmp_path: Path) -> None:
     _with_empty(tmp_path / "a.safetensors", shape)
-    found, _ = read_lazy(tmp_path / "a.safetensors")
-    assert list(found["x"].read(torch.bfloat16).shape) == shape
-    write_lazy(tmp_path / "b.safetensors", found)
+    tensors, _ = read_lazy(tmp_path / "a.safetensors")
+    assert list(tensors["x"].read(torch.bfloat16).shape) == shape
+    write_lazy(tmp_path / "b.safetensors", tensors)
     assert list(read_lazy(tmp_path / "b.safetensors")[0]["x"].shape) == shape
 
 

@@ -134,8 +134,8 @@ def test_where_no_checkpoint_can_be_read_none_is_lost(
     there = sorted((tmp_path / "a" / "checkpoints").rglob("*"))
     monkeypatch.setattr("lens_core.training.checkpointing.SCHEMA", 99)
     runner.said.clear()
-    told = r"none of its checkpoints can be read; choose a new --output or .* is of schema 2; this Lens reads 99"
-    with pytest.raises(CheckpointError, match=told):
+    message = r"none of its checkpoints can be read; choose a new --output or .* is of schema 2; this Lens reads 99"
+    with pytest.raises(CheckpointError, match=message):
         runner.run(recipe(), "a").train()
     assert "is of schema 2; this Lens reads 99" in runner.said[0]
     assert sorted((tmp_path / "a" / "checkpoints").rglob("*")) == there
@@ -218,7 +218,7 @@ def test_a_checkpoint_that_cannot_be_finished_is_not_seen(
     assert list((tmp_path / "a" / "checkpoints").glob("step-*")) == []
 
 
-def test_only_the_acting_role_has_gradients(runner: Runner) -> None:
+def test_only_the_updated_module_has_gradients(runner: Runner) -> None:
     run = runner.run(recipe(), "a")
     run.train()
     assert [module_name for module_name, _ in toy.Fit.seen[:3]] == ["critic", "backbone", "backbone"]
@@ -226,7 +226,7 @@ def test_only_the_acting_role_has_gradients(runner: Runner) -> None:
     assert not any(p.requires_grad for p in run.pipeline.vae.parameters())
 
 
-def test_parts_without_a_role_do_not_change(runner: Runner) -> None:
+def test_parts_that_are_not_trainable_do_not_change(runner: Runner) -> None:
     run = runner.run(recipe(), "a")
     before = run.pipeline.text_encoder.table.weight.clone()
     run.train()
@@ -245,7 +245,7 @@ def test_the_average_follows_its_closed_form(runner: Runner) -> None:
     torch.testing.assert_close(runner.model("a")["inner.weight"], average)
 
 
-def test_a_non_finite_step_is_skipped_and_told(runner: Runner, tmp_path: Path) -> None:
+def test_a_non_finite_step_is_skipped_and_reported(runner: Runner, tmp_path: Path) -> None:
     runner.run(recipe({"bad": [1, 2]}, save_every=1, keep_checkpoints=9), "a").train()
     same_name = "net/backbone/inner.weight"
     one, two, three, four = (runner.state("a", n)[same_name] for n in (1, 2, 3, 4))
@@ -265,8 +265,8 @@ def test_too_many_non_finite_steps_in_a_row_stop_the_run(runner: Runner) -> None
 def test_a_changed_recipe_is_refused_and_named(runner: Runner) -> None:
     runner.run(recipe(), "a").train()
     changes = r"\$\.train\.lr was 0\.01 and is 0\.001; \$\.train\.steps was 6 and is 8"
-    told = rf"another recipe: {changes}\. Choose a new --output"
-    with pytest.raises(ConfigError, match=told):
+    message = rf"another recipe: {changes}\. Choose a new --output"
+    with pytest.raises(ConfigError, match=message):
         runner.run(recipe(lr=1e-3, steps=8), "a").train()
     again = Trainer(
         recipe(lr=1e-3, steps=8), runner.catalog, runner.folder / "a", log=runner.said.append, allow_changed=True
@@ -306,15 +306,15 @@ def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
         Training(steps=1, lr_schedule="step")
 
 
-def test_activations_are_computed_again_where_a_role_can(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(toy.Mixer, "enable_gradient_checkpointing", lambda net: asked.append(net), raising=False)
+def test_activations_are_computed_again_where_a_module_can(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled: list[object] = []
+    monkeypatch.setattr(toy.Mixer, "enable_gradient_checkpointing", lambda net: enabled.append(net), raising=False)
     started = runner.run(recipe(activation_checkpointing=True), "a")
-    assert asked == [started.modules["backbone"]]
+    assert enabled == [started.modules["backbone"]]
     assert runner.said == ["critic has no blocks to compute again; its activations are all kept"]
 
 
-def test_a_role_can_have_a_rate_of_its_own(runner: Runner) -> None:
+def test_a_module_can_have_its_own_learning_rate(runner: Runner) -> None:
     def moved(rates: dict[str, float], name: str) -> dict[str, Tensor]:
         run = runner.run(recipe(steps=1, warmup=0, ema_decay=0.0, lr_multipliers=rates), name)
         before = {
@@ -363,10 +363,10 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_exported(
     fault: dict[str, float], ema: float, save_every: int, runner: Runner, tmp_path: Path
 ) -> None:
     plan = endless(**fault, steps=4, save_every=save_every, ema_decay=ema)
-    told = (
+    message = (
         r"of (backbone|critic) are not finite after step \d; they are not saved; lower train.lr; nothing was saved yet"
     )
-    with pytest.raises(NumericalError, match=told):
+    with pytest.raises(NumericalError, match=message):
         runner.run(plan, "a").train()
     assert not (tmp_path / "a" / "model").exists() and left(tmp_path / "a") == []
 
@@ -399,8 +399,10 @@ def test_good_checkpoints_do_not_rotate_away_for_finite_weights_without_a_finite
 ) -> None:
     """Weights of 1e38 are finite; what comes of them is not, which the next step shows, after they were saved."""
     monkeypatch.setattr(torch, "tanh", lambda x: x)
-    told = "3 bad steps in a row of backbone .* step-0000003 is the last checkpoint that gave finite losses: move the"
-    with pytest.raises(NumericalError, match=told):
+    message = (
+        "3 bad steps in a row of backbone .* step-0000003 is the last checkpoint that gave finite losses: move the"
+    )
+    with pytest.raises(NumericalError, match=message):
         poisoned(runner, monkeypatch, 3, 1e38, max_skipped_steps=3).train()
     assert "step-0000003" in left(tmp_path / "a")
     for newer in left(tmp_path / "a"):
@@ -439,7 +441,7 @@ class Slopes(toy.Fit):
     """Method: part n of a step has the micro-batches `given[n]`, of (slope, weight): the loss's gradient is the slope
     in every weight. `updates` are the sums that it got."""
 
-    given: tuple[tuple[tuple[float, float | None], ...], ...] = ()
+    micro_batch_losses: tuple[tuple[tuple[float, float | None], ...], ...] = ()
 
     def __init__(self, config: Any, pipeline: Any) -> None:
         super().__init__(config, pipeline)
@@ -453,7 +455,7 @@ class Slopes(toy.Fit):
         return ["backbone"]
 
     def steps(self, batches: Any, modules: Any, rng: torch.Generator) -> Any:
-        mine = Slopes.given[self.opened]
+        mine = Slopes.micro_batch_losses[self.opened]
         self.opened += 1
         for _ in batches:
             yield mine
@@ -473,11 +475,16 @@ plugin.lens_methods = hookimpl(lambda: {"slopes": Slopes}, specname="lens_method
 
 
 def sloping(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *given: Any, steps: int = 1, bad_steps: int = 9
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *micro_batch_losses: Any, steps: int = 1, bad_steps: int = 9
 ) -> tuple[Trainer, dict[str, float]]:
-    monkeypatch.setattr(Slopes, "given", given)
+    monkeypatch.setattr(Slopes, "micro_batch_losses", micro_batch_losses)
     train = Training(
-        steps=steps, lr=1e-3, max_grad_norm=0.0, micro_batches=len(given), log_every=1, max_skipped_steps=bad_steps
+        steps=steps,
+        lr=1e-3,
+        max_grad_norm=0.0,
+        micro_batches=len(micro_batch_losses),
+        log_every=1,
+        max_skipped_steps=bad_steps,
     )
     run = Trainer(
         evolve(RECIPE, method=ComponentSpec("slopes"), train=train),
@@ -497,8 +504,8 @@ def slope(run: Trainer) -> float:
 def test_a_step_is_the_mean_over_its_parts_of_the_means_of_their_micro_batches(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    given = (((1.0, None), (2.0, None), (6.0, None)), ((8.0, None),))
-    run, line = sloping(tmp_path, monkeypatch, *given)
+    micro_batch_losses = (((1.0, None), (2.0, None), (6.0, None)), ((8.0, None),))
+    run, line = sloping(tmp_path, monkeypatch, *micro_batch_losses)
     assert slope(run) == 5.5 and (line["backbone/loss"], line["backbone/twice"]) == (5.5, 11.0)
 
 
@@ -506,8 +513,8 @@ def test_losses_that_bring_a_weight_count_by_it_however_they_are_divided(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     a, b, c = (1.0, 10.0), (2.0, 20.0), (6.0, 70.0)
-    for name, given in {"one": [(a, b, c)], "two": [(a,), (b, c)], "other": [(c, a), (b,)]}.items():
-        run, line = sloping(tmp_path / name, monkeypatch, *given)
+    for name, micro_batch_losses in {"one": [(a, b, c)], "two": [(a,), (b, c)], "other": [(c, a), (b,)]}.items():
+        run, line = sloping(tmp_path / name, monkeypatch, *micro_batch_losses)
         assert slope(run) == 4.7 and (line["backbone/loss"], line["backbone/twice"]) == (4.7, 9.4)
 
 
@@ -527,10 +534,10 @@ def test_a_step_begins_without_the_gradients_of_the_one_before(monkeypatch: pyte
 def test_a_method_gets_the_sums_of_all_parts_of_each_step_that_is_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    given = (((1.0, None), (2.0, None)), ((8.0, None),))
-    run, _ = sloping(tmp_path / "a", monkeypatch, *given, steps=2)
+    micro_batch_losses = (((1.0, None), (2.0, None)), ((8.0, None),))
+    run, _ = sloping(tmp_path / "a", monkeypatch, *micro_batch_losses, steps=2)
     assert run.method.updates == [(11.0, 3.0)] * 2
-    monkeypatch.setattr(Slopes, "given", (((math.nan, None),),))
+    monkeypatch.setattr(Slopes, "micro_batch_losses", (((math.nan, None),),))
     train = Training(steps=3, lr=1e-3, max_skipped_steps=2)
     other = Trainer(
         evolve(RECIPE, method=ComponentSpec("slopes"), train=train), Catalog.of(toy, plugin), tmp_path / "b"
@@ -615,7 +622,7 @@ def test_a_dataset_that_yields_something_else_is_refused_by_name_at_its_first_ba
     assert left(tmp_path / "a") == []
 
 
-def test_a_dataset_that_is_looked_at_is_checked_as_well(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation_dataset_is_checked_as_well(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy.Fit, "validate", lambda *_: {"loss": 0.0}, raising=False)
     run = runner.run(evolve(recipe(), evaluation=Evaluation(every=1, validation=ComponentSpec("squares"))), "a")
     monkeypatch.setattr(toy.Squares, "batches", lambda self, rank, world: iter([FLAWS["floats"][0]]))

@@ -1,4 +1,4 @@
-"""What a run holds beside its weights: no second copy of them to save, to look, to add gradients up."""
+"""What a run holds beside its weights: no second copy of them to save, to evaluate, to add gradients up."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ LARGEST = 4 * 8 * WIDE  # bytes of the mixer's largest tensor
 
 def whole(folder: Path) -> list[Path]:
     """The checkpoints of a run, each of whose files has the hash that is written beside it."""
-    found = sorted((folder / "checkpoints").glob("step-*"))
-    for place in found:
+    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+    for place in checkpoints:
         sums = json.loads((place / "sums.json").read_text())
         there = {p.name for p in place.iterdir()} - {"sums.json"}
         assert there == set(sums), "every file has its hash"
         for name, digest in sums.items():
             assert hashlib.sha256((place / name).read_bytes()).hexdigest() == digest
-    return found
+    return checkpoints
 
 
 def test_saving_copies_no_weight_and_reads_none_again(
@@ -88,14 +88,14 @@ def test_a_file_of_tensors_is_the_one_that_safetensors_writes(tmp_path: Path) ->
         "bytes": one.byte(), "yes": one > 0, "narrow": one.half(), "eight": one.to(torch.float8_e4m3fn),
         "turned": one.T, "part": one[1:3],
     }  # fmt: skip
-    found = tensor_files.save_tensors(tmp_path / "ours.safetensors", tensors, {"x": "1"})
+    digest = tensor_files.save_tensors(tmp_path / "ours.safetensors", tensors, {"x": "1"})
     plain = {k: v.contiguous().clone() for k, v in tensors.items()}
     save_file(plain, tmp_path / "theirs.safetensors", {"format": "pt", "x": "1"})
     ours, theirs = ((tmp_path / f"{n}.safetensors").read_bytes() for n in ("ours", "theirs"))
     start = 8 + int.from_bytes(theirs[:8], "little")
     assert (len(ours), ours[start:]) == (len(theirs), theirs[start:])
     assert json.loads(ours[8:start]) == json.loads(theirs[8:start])
-    assert found == hashlib.sha256(ours).hexdigest()
+    assert digest == hashlib.sha256(ours).hexdigest()
 
 
 def test_two_names_may_share_a_tensor_in_a_file(tmp_path: Path) -> None:
@@ -113,10 +113,10 @@ class Two:
 
 
 def parameters(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
-    found = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-    for p in found:
+    result = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for p in result:
         p.grad = torch.randn_like(p)
-    return found
+    return result
 
 
 def test_gradients_are_added_up_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,18 +229,18 @@ def test_the_host_waits_for_the_device_once_an_optimizer_step(
 ) -> None:
     """On a CPU nothing waits, but what would is the same: a tensor's value that Python asks for."""
     run = Trainer(evolve(RECIPE, pipeline=toy.NARROW), catalog, tmp_path / "a", log=lambda line: None)
-    asked: list[str] = []
+    syncs: list[str] = []
     parts = run._micro_batch_streams()
     micro = [next_micro_batches(run, steps) for steps in parts]
     for name in ("__float__", "__bool__", "__int__", "item", "tolist", "numpy"):
         plain = getattr(Tensor, name)
 
         def note(self: Tensor, *args: Any, plain: Any = plain, name: str = name, **kwargs: Any) -> Any:
-            asked.append(name)
+            syncs.append(name)
             return plain(self, *args, **kwargs)
 
         monkeypatch.setattr(Tensor, name, note)
     for turn, module_name in enumerate(("critic", "backbone")):
-        asked.clear()
+        syncs.clear()
         optimizer_step(run, module_name, turn, micro)
-        assert asked == ["tolist"], module_name
+        assert syncs == ["tolist"], module_name

@@ -36,7 +36,7 @@ class Meter(Accelerator):
         super().__init__(torch.device("cpu"))
         self.late, self.room = late, free
         self.live: dict[int, int] = {}  # where an allocation lies -> its bytes
-        self.peak = self.given = 0
+        self.peak = self.issued = 0
         self.queue: list[tuple[Tensor, Tensor]] = []
         self.copied = 0
 
@@ -59,19 +59,19 @@ class Meter(Accelerator):
         return there.copy_(tensor)
 
     def mark(self) -> int:
-        return self.given
+        return self.issued
 
     def copy(self, to: Tensor, host: Tensor, after: Any) -> int:
         assert isinstance(after, int) and not self.has(host) and self.has(to)
         self.queue.append((to, host))
-        self.given += 1
+        self.issued += 1
         self.copied += len(host)
         if not self.late:
-            self.wait(self.given)
-        return self.given
+            self.wait(self.issued)
+        return self.issued
 
     def wait(self, mark: Any) -> None:
-        while self.queue and self.given - len(self.queue) < mark:
+        while self.queue and self.issued - len(self.queue) < mark:
             to, host = self.queue.pop(0)
             to.copy_(host)
 
@@ -137,9 +137,9 @@ def test_pictures_under_every_plan_are_bit_for_bit_those_without(
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_each_phase_peaks_at_what_the_plan_told(plan: str) -> None:
+def test_each_phase_peaks_at_the_estimate_of_the_plan(plan: str) -> None:
     pipeline, meter = build(torch.bfloat16), Meter()
-    told = pipeline.offload(plan, accelerator=meter)
+    estimate = pipeline.offload(plan, accelerator=meter)
     rest = meter.held
     peaks = {}
     meter.peak = meter.held
@@ -155,34 +155,34 @@ def test_each_phase_peaks_at_what_the_plan_told(plan: str) -> None:
     meter.peak = meter.held
     pipeline.decode(z)
     peaks["decode"] = meter.peak
-    assert peaks == told.weights
+    assert peaks == estimate.weights
     assert meter.held == rest == (0 if plan in ("model", "block") else rest)
     meter.peak = meter.held
     pipeline(PROMPTS, output_type="pt", **CALL)
-    assert meter.peak == max(told.weights.values())
+    assert meter.peak == max(estimate.weights.values())
 
 
 def test_plans_hold_less_and_less() -> None:
     pipeline = build(torch.bfloat16)
     modules = {part: getattr(pipeline, part) for part in PHASES}
-    told = {plan: offload.estimate_memory(plan, modules, Workload()) for plan in PLANS}
-    each = {plan: max(f.weights.values()) for plan, f in told.items()}
+    estimates = {plan: offload.estimate_memory(plan, modules, Workload()) for plan in PLANS}
+    each = {plan: max(f.weights.values()) for plan, f in estimates.items()}
     assert each["none"] > each["modulation"] > each["model"] > each["block"]
     everything = sum(t.numel() * t.element_size() for m in modules.values() for t in m.state_dict().values())
     assert each["none"] >= everything
-    assert told["none"].host == dict.fromkeys(PHASES, 0)
+    assert estimates["none"].host == dict.fromkeys(PHASES, 0)
     layers = pipeline.backbone.modulations()
     moved = sum(2 * p.numel() for m in layers for p in m.parameters())
-    assert told["modulation"].host["backbone"] == pytest.approx(moved, abs=ALIGNMENT * 2 * len(layers))
+    assert estimates["modulation"].host["backbone"] == pytest.approx(moved, abs=ALIGNMENT * 2 * len(layers))
     # Two blocks, without their modulation, and what is not in blocks:
     block = sum(2 * p.numel() for n, p in pipeline.backbone.transformer_blocks[0].named_parameters() if "_mod" not in n)
     outer = sum(
         2 * p.numel() for n, p in pipeline.backbone.named_parameters() if "blocks" not in n and "norm_out" not in n
     )
-    assert told["block"].there["backbone"] == pytest.approx(2 * block + outer, rel=0.15)
-    assert told["encoder-cpu"].there["text_encoder"] == 0
+    assert estimates["block"].there["backbone"] == pytest.approx(2 * block + outer, rel=0.15)
+    assert estimates["encoder-cpu"].there["text_encoder"] == 0
     head = 2 * pipeline.text_encoder.lm_head.weight.numel()
-    assert told["modulation"].host["text_encoder"] > head
+    assert estimates["modulation"].host["text_encoder"] > head
 
 
 def leaves(net: nn.Module) -> Iterator[nn.Module]:
@@ -197,8 +197,8 @@ def test_no_module_computes_with_weights_from_elsewhere(plan: str) -> None:
     def watch(part: str, net: nn.Module) -> None:
         for leaf in leaves(net):
 
-            def check(module: nn.Module, given: Any) -> None:
-                if given and given[0].dtype == torch.int64 and hasattr(module, "table"):
+            def check(module: nn.Module, args: Any) -> None:
+                if args and args[0].dtype == torch.int64 and hasattr(module, "table"):
                     return  # reads the table, and no weight
                 seen[part] |= {meter.has(p) for p in module.parameters(recurse=False)}
 
@@ -337,8 +337,8 @@ def test_auto_takes_the_fastest_plan_that_fits() -> None:
 def test_auto_without_an_accelerator_moves_nothing() -> None:
     pipeline = build()
     latents = draw(pipeline)
-    told = pipeline.offload("auto", "cpu")
-    assert told.plan == "none" and torch.equal(draw(pipeline), latents)
+    estimate = pipeline.offload("auto", "cpu")
+    assert estimate.plan == "none" and torch.equal(draw(pipeline), latents)
 
 
 def test_a_plan_that_is_none_is_refused_by_name_and_changes_nothing() -> None:
@@ -365,14 +365,14 @@ def test_chunks_of_a_pack_are_bounded_and_hold_everything(monkeypatch: pytest.Mo
     assert not meter.held and all(torch.equal(a, b) for a, b in zip(tensors, values, strict=True))
 
 
-def test_the_plan_is_told_in_lines_that_add_up() -> None:
+def test_the_plan_is_reported_in_lines_that_add_up() -> None:
     pipeline = build()
-    told = pipeline.offload("block", accelerator=Meter())
-    text = offload.describe_plan(told, "cuda", 10**9)
+    estimate = pipeline.offload("block", accelerator=Meter())
+    text = offload.describe_plan(estimate, "cuda", 10**9)
     assert text.startswith("offload: block (cuda, 1.00 GB free)")
     for part in PHASES:
-        assert f"{told.there[part] / 1e9:.3f}" in next(line for line in text.splitlines() if part in line)
-    assert "may not fit" not in text and "may not fit" in offload.describe_plan(told, "cuda", 10**6)
+        assert f"{estimate.there[part] / 1e9:.3f}" in next(line for line in text.splitlines() if part in line)
+    assert "may not fit" not in text and "may not fit" in offload.describe_plan(estimate, "cuda", 10**6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -397,9 +397,9 @@ def test_estimates_beside_the_weights_are_what_operators_hold(
         assert encoding.peak < pipeline.text_encoder.activation_bytes(load) < 3 * encoding.peak
 
 
-def test_the_table_of_modulation_is_as_large_as_was_told() -> None:
+def test_the_table_of_modulation_is_as_large_as_estimated() -> None:
     pipeline = build(torch.bfloat16)
     draw(pipeline)
     held = sum(m.table.numel() * m.table.element_size() for m in pipeline.backbone.modulations())
-    told = [pipeline.backbone.activation_bytes(Workload((32, 48), 4, 1, 10, steps)) for steps in (0, 3)]
-    assert told[1] - told[0] == held
+    sizes = [pipeline.backbone.activation_bytes(Workload((32, 48), 4, 1, 10, steps)) for steps in (0, 3)]
+    assert sizes[1] - sizes[0] == held

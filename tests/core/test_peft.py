@@ -62,16 +62,16 @@ def trained(net: Net, folder: Path, **options: Any) -> Tensor:
             nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(str(folder))
     with torch.no_grad():
-        found: Tensor = PeftModel.from_pretrained(copy.deepcopy(net), str(folder))(X.to(net.to_out.weight.dtype))
-    return found
+        output: Tensor = PeftModel.from_pretrained(copy.deepcopy(net), str(folder))(X.to(net.to_out.weight.dtype))
+    return output
 
 
 @torch.no_grad()
 def ours(net: Net, path: Path) -> Tensor:
     mine = copy.deepcopy(net)
     lora.fold(mine, lora.read(path, mine), 1.0, {})
-    found: Tensor = mine(X.to(mine.to_out.weight.dtype))
-    return found
+    output: Tensor = mine(X.to(mine.to_out.weight.dtype))
+    return output
 
 
 @pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")  # parts of a name match nothing
@@ -145,12 +145,12 @@ def test_a_lora_in_another_key_format_is_as_strong(way: str, options: dict[str, 
     assert main(["lora", "convert", str(tmp_path / "peft"), str(path), "--to", way]) == 0
     torch.testing.assert_close(ours(net, path), want, atol=1e-9, rtol=0)
     if way == "comfy":  # which has the numbers alone: alpha / rank * up @ down, and no header
-        found, mine = read_tensors(path), copy.deepcopy(net)
+        tensors, mine = read_tensors(path), copy.deepcopy(net)
         with torch.no_grad():
-            for name in sorted(k.removesuffix(".alpha") for k in found if k.endswith(".alpha")):
-                down, up = found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"]
+            for name in sorted(k.removesuffix(".alpha") for k in tensors if k.endswith(".alpha")):
+                down, up = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
                 layer = mine.get_submodule(name.removeprefix("diffusion_model."))
-                layer.weight += float(found[f"{name}.alpha"]) / len(down) * up @ down
+                layer.weight += float(tensors[f"{name}.alpha"]) / len(down) * up @ down
             torch.testing.assert_close(mine(X), want, atol=1e-9, rtol=0)
 
 

@@ -43,14 +43,14 @@ def test_another_seed_and_another_prompt_draw_other_pictures(pipeline: LensPipel
     assert (first - latents(pipeline, "b", seed=1)).abs().max() > 1e-3
 
 
-def test_a_seed_nobody_gave_is_told_and_draws_the_same_again(pipeline: LensPipeline) -> None:
+def test_a_seed_nobody_gave_is_reported_and_draws_the_same_again(pipeline: LensPipeline) -> None:
     result = pipeline("a", **SIZE, output_type="latent")
     assert torch.equal(result.images, latents(pipeline, "a", seed=result.seeds[0]))
 
 
 def test_generators_stand_for_seeds(pipeline: LensPipeline) -> None:
-    given = [torch.Generator().manual_seed(s) for s in (3, 4)]
-    assert torch.equal(latents(pipeline, "a", "b", generator=given), latents(pipeline, "a", "b", seed=3))
+    generators = [torch.Generator().manual_seed(s) for s in (3, 4)]
+    assert torch.equal(latents(pipeline, "a", "b", generator=generators), latents(pipeline, "a", "b", seed=3))
 
 
 def test_noise_is_drawn_packed(pipeline: LensPipeline) -> None:
@@ -391,11 +391,11 @@ def test_the_callback_sees_every_step(pipeline: LensPipeline) -> None:
     seen: list[tuple[int, float]] = []
     last: list[Tensor] = []
 
-    def look(_: Any, step: int, t: float, facts: dict[str, Any]) -> None:
+    def callback(_: Any, step: int, t: float, facts: dict[str, Any]) -> None:
         seen.append((step, t))
         last[:] = [facts["latents"]]
 
-    drawn = latents(pipeline, "a", seed=0, num_inference_steps=4, callback_on_step_end=look)
+    drawn = latents(pipeline, "a", seed=0, num_inference_steps=4, callback_on_step_end=callback)
     assert seen == [(0, 0.75), (1, 0.5), (2, 0.25), (3, 0.0)]
     assert torch.equal(last[0], drawn)
 
@@ -431,7 +431,7 @@ def test_the_settings_say_what_was_drawn(pipeline: LensPipeline, checkpoint: Pat
 
 def test_a_part_that_a_copy_is_given_stays_with_the_copy(catalog: Catalog) -> None:
     pipeline = LensPipeline.from_parts(toy.PARTS, catalog)
-    own, other = pipeline.backbone, copy.copy(pipeline)
-    other.backbone = copy.deepcopy(own)
-    assert pipeline.backbone is own and other.backbone is not own
+    original, other = pipeline.backbone, copy.copy(pipeline)
+    other.backbone = copy.deepcopy(original)
+    assert pipeline.backbone is original and other.backbone is not original
     assert "backbone" in pipeline.specs

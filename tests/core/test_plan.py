@@ -47,22 +47,22 @@ def test_every_small_recipe_has_a_dry_run_before_the_recipes_that_it_starts_from
 def test_it_tells_what_the_run_holds(name: str, everything: Catalog, tmp_path: Path) -> None:
     recipe = read_recipe(RECIPES / "tiny" / f"{name}.yaml", everything)
     recipe = evolve(recipe, pipeline=evolve(recipe.pipeline, start="tiny:"))
-    found, learns, notes = memory(recipe, everything)
+    sizes, learns, notes = memory(recipe, everything)
     assert not notes
     run = Trainer(recipe, everything, tmp_path / "run", log=lambda line: None)
     assert learns == {
         module_name: sum(p.numel() for p in learning) for module_name, learning in run.trainable_parameters.items()
     }
     for module_name, learning in run.trainable_parameters.items():
-        assert found[f"{module_name}: gradients"] == floats(learning)
-        assert found[f"{module_name}: AdamW's moments"] == 2 * floats(learning)
+        assert sizes[f"{module_name}: gradients"] == floats(learning)
+        assert sizes[f"{module_name}: AdamW's moments"] == 2 * floats(learning)
     for module_name, average in run.ema.items():
-        assert found[f"{module_name}: moving average"] == pytest.approx(floats(average.values()), rel=1e-3)
+        assert sizes[f"{module_name}: moving average"] == pytest.approx(floats(average.values()), rel=1e-3)
     modules = [run.pipeline.vae, run.pipeline.text_encoder, *run.modules.values()]
     modules += [v for v in vars(run.method).values() if isinstance(v, torch.nn.Module)]
     held = bytes_of(t for net in modules for t in (*net.parameters(), *net.buffers()))
-    told = sum(size for part, size in found.items() if part.endswith(("weights", "adapter")))
-    assert told == pytest.approx(held, rel=1e-3)
+    total = sum(size for part, size in sizes.items() if part.endswith(("weights", "adapter")))
+    assert total == pytest.approx(held, rel=1e-3)
 
 
 def test_two_adapters_on_one_teacher_hold_its_weights_once(everything: Catalog) -> None:
@@ -78,10 +78,10 @@ def test_two_adapters_on_one_teacher_hold_its_weights_once(everything: Catalog) 
 
 
 def test_a_dry_run_fetches_nothing(everything: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
+    local_only: list[bool] = []
 
     def snapshot_download(name: str, **options: Any) -> str:
-        asked.append(options["local_files_only"])
+        local_only.append(options["local_files_only"])
         raise LocalEntryNotFoundError("not in the cache")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -89,7 +89,7 @@ def test_a_dry_run_fetches_nothing(everything: Catalog, monkeypatch: pytest.Monk
     for start in ("YuCollection/Lens-Diffusers", "microsoft/Lens@main", "somebody/else"):
         recipe = read_recipe(RECIPES / "lora.yaml", everything)
         memory(evolve(recipe, pipeline=evolve(recipe.pipeline, start=start)), everything)
-    assert asked == [True] * 3
+    assert local_only == [True] * 3
 
 
 def test_an_adapter_costs_what_it_learns(everything: Catalog) -> None:
@@ -102,14 +102,14 @@ def test_an_adapter_costs_what_it_learns(everything: Catalog) -> None:
     assert memory(more, everything)[1] == {"backbone": blocks * 32 * (d + 3 * d)}
 
 
-def test_what_is_divided_is_told_by_the_process(everything: Catalog) -> None:
+def test_what_is_divided_is_reported_by_the_process(everything: Catalog) -> None:
     recipe = read_recipe(RECIPES / "distill_turbo.yaml", everything)
-    found, learns, _ = memory(recipe, everything)
-    divided = sum(size for name, size in found.items() if name.partition(":")[0] in {*learns, "teacher"})
-    assert {"teacher: weights", "text_encoder: weights", "vae: weights"} < found.keys()
-    each = (sum(found.values()) - divided + divided / 8) / 1e9
-    told = [line for line in describe(recipe, everything).splitlines() if "of a process of 8" in line]
-    assert len(told) == 1 and float(told[0].split()[-1]) == pytest.approx(each, abs=1e-3)
+    sizes, learns, _ = memory(recipe, everything)
+    divided = sum(size for name, size in sizes.items() if name.partition(":")[0] in {*learns, "teacher"})
+    assert {"teacher: weights", "text_encoder: weights", "vae: weights"} < sizes.keys()
+    each = (sum(sizes.values()) - divided + divided / 8) / 1e9
+    lines = [line for line in describe(recipe, everything).splitlines() if "of a process of 8" in line]
+    assert len(lines) == 1 and float(lines[0].split()[-1]) == pytest.approx(each, abs=1e-3)
 
 
 def test_the_command_prints_the_recipe_and_starts_nothing(
@@ -133,6 +133,6 @@ def test_the_page_has_the_figures_that_the_command_prints(capsys: pytest.Capture
         assert main(["train", str(RECIPES / name), "--dry-run"]) == 0
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert [f"{float(w[-1]):.1f}" for w in lines if w[:3] == ["all", "of", "it"]] == [whole], name
-        told = [f"{float(w[-1]):.1f}" for w in lines if w[:3] == ["of", "a", "process"]]
-        assert told == ([each] if each else []), name
+        figures = [f"{float(w[-1]):.1f}" for w in lines if w[:3] == ["of", "a", "process"]]
+        assert figures == ([each] if each else []), name
         assert float(each or whole) < 85.2, "it fits"

@@ -134,10 +134,10 @@ def test_a_sampler_whose_config_has_a_path_is_disabled_with_the_reason() -> None
 
 
 def module(name: str, **hooks: Any) -> types.ModuleType:
-    found = types.ModuleType(name)
+    module_type = types.ModuleType(name)
     for hook, answer in hooks.items():
-        setattr(found, hook, hookimpl(lambda answer=answer: answer))
-    return found
+        setattr(module_type, hook, hookimpl(lambda answer=answer: answer))
+    return module_type
 
 
 class Half(toy.Even):
@@ -164,15 +164,15 @@ def fetch(uri: str) -> Path | None:
 
 
 def unmarked() -> types.ModuleType:
-    found = types.ModuleType("unmarked")
-    found.lens_fetch = fetch  # type: ignore[attr-defined]  # without @hookimpl
-    return found
+    module_type = types.ModuleType("unmarked")
+    module_type.lens_fetch = fetch  # type: ignore[attr-defined]  # without @hookimpl
+    return module_type
 
 
 def misspelt() -> types.ModuleType:
-    found = types.ModuleType("misspelt")
-    found.lens_sampler = types.FunctionType(fetch.__code__, {"__name__": "misspelt"})  # type: ignore[attr-defined]
-    return found
+    module_type = types.ModuleType("misspelt")
+    module_type.lens_sampler = types.FunctionType(fetch.__code__, {"__name__": "misspelt"})  # type: ignore[attr-defined]
+    return module_type
 
 
 @pytest.mark.parametrize(
@@ -194,10 +194,10 @@ def misspelt() -> types.ModuleType:
     ],
 )
 def test_check_finds_it(plugin: types.ModuleType, words: str) -> None:
-    found = Catalog.of(toy, plugin).check(taken=("train",))
-    assert any(words in problem for problem in found[plugin.__name__]), found
-    assert found["toy"] == []
-    assert all("\n" not in problem for problem in found[plugin.__name__])
+    problems = Catalog.of(toy, plugin).check(taken=("train",))
+    assert any(words in problem for problem in problems[plugin.__name__]), problems
+    assert problems["toy"] == []
+    assert all("\n" not in problem for problem in problems[plugin.__name__])
 
 
 def test_check_lists_every_problem_of_a_plugin() -> None:
@@ -212,15 +212,15 @@ def test_check_says_that_weights_cannot_be_saved() -> None:
 
         def __init__(self, config: Any) -> None: ...
 
-    found = Catalog.of(module("f", lens_vaes={"x": Fleeting})).check()["f"]
-    assert found == ["in lens_vaes: lens_vaes['x'] lacks save and load, without which no checkpoint can hold it"]
+    problems = Catalog.of(module("f", lens_vaes={"x": Fleeting})).check()["f"]
+    assert problems == ["in lens_vaes: lens_vaes['x'] lacks save and load, without which no checkpoint can hold it"]
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *plugins: types.ModuleType) -> None:
     for plugin in plugins:
         monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
-    found = EntryPoints(EntryPoint(name=p.__name__, value=p.__name__, group="lens.v1") for p in plugins)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **how: found.select(**how) if how else found)
+    entries = EntryPoints(EntryPoint(name=p.__name__, value=p.__name__, group="lens.v1") for p in plugins)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **how: entries.select(**how) if how else entries)
 
 
 def test_the_command_exits_with_1_where_anything_is_wrong(
@@ -231,8 +231,8 @@ def test_the_command_exits_with_1_where_anything_is_wrong(
     assert "every plugin keeps its contract" in capsys.readouterr().out
     installed(monkeypatch, toy, module("bad", lens_samplers={"a": Half}, lens_commands={"mine": "no_such:y"}))
     assert main(["plugins", "--check"]) == 1
-    told = capsys.readouterr().out
-    assert "Half lacks sample()" in told and "No module named 'no_such'" in told and "2 problems" in told
+    stdout = capsys.readouterr().out
+    assert "Half lacks sample()" in stdout and "No module named 'no_such'" in stdout and "2 problems" in stdout
     assert main(["plugins", "--check", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)
     assert [len(row["problems"]) for row in rows] == [2, 0]
@@ -244,8 +244,8 @@ def test_a_command_that_cannot_be_imported_is_one_line(
 ) -> None:
     installed(monkeypatch, module("bad", lens_commands={"vanished": "no_such_module:app"}))
     assert main(["vanished"]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "no_such_module:app cannot be imported" in told
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and "no_such_module:app cannot be imported" in stderr
 
 
 # ---- resolvers ------------------------------------------------------------------------------------------------------
@@ -277,6 +277,6 @@ def test_the_traceback_of_a_handled_error_is_shown_on_request(
     for value, shown in (("", False), ("0", False), ("1", True)):
         monkeypatch.setenv("LENS_DEBUG", value)
         assert main(arguments) == 2
-        told = capsys.readouterr().err
-        assert ("Traceback (most recent call last)" in told) == shown
-        assert told.strip().splitlines()[-1].startswith("lens: ")
+        stderr = capsys.readouterr().err
+        assert ("Traceback (most recent call last)" in stderr) == shown
+        assert stderr.strip().splitlines()[-1].startswith("lens: ")

@@ -66,7 +66,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_rates_are_of_the_time_since_the_last_line_without_the_looks(clock: Clock) -> None:
+def test_rates_are_of_the_time_since_the_last_line_without_evaluations(clock: Clock) -> None:
     def batches() -> Any:
         while True:
             clock.now += 1
@@ -79,10 +79,10 @@ def test_rates_are_of_the_time_since_the_last_line_without_the_looks(clock: Cloc
         clock.now += 3
     assert pace.line(12, feed, world=2) == {"steps_per_second": 0.25, "samples_per_second": 1.5, "data_wait": 0.25}
     next(stream)
-    clock.now += 50  # a look
+    clock.now += 50  # an evaluation
     pace.excluded += 50
     assert pace.line(13, feed, world=1) == {"steps_per_second": 1.0, "samples_per_second": 3.0, "data_wait": 1.0}
-    # 59 s for 3 steps, the look included: 7 more at that pace
+    # 59 s for 3 steps, the evaluation included: 7 more at that pace
     assert pace.left(13, 20) == f"{59 / 3 * 7 / 60:.1f} min left"
     assert pace.left(13, 2013) == f"{59 / 3 * 2000 / 3600:.1f} h left"
 
@@ -93,18 +93,18 @@ def test_a_feed_ends_where_its_batches_end() -> None:
     assert feed.samples == 3
 
 
-def test_a_method_that_reads_no_batch_is_not_told_to_wait(clock: Clock) -> None:
+def test_a_method_that_reads_no_batch_reports_no_wait(clock: Clock) -> None:
     pace = Throughput(0)
     clock.now += 2
     assert pace.line(1, TimedLoader(), world=1) == {"steps_per_second": 0.5}
 
 
-def test_what_is_computed_is_told_a_second_and_of_the_most_that_is_known(clock: Clock) -> None:
-    for most, told in ((None, {"tflops": 3.0}), (4e12, {"tflops": 3.0, "mfu": 0.75})):
+def test_what_is_computed_is_reported_a_second_and_of_the_most_that_is_known(clock: Clock) -> None:
+    for most, rates in ((None, {"tflops": 3.0}), (4e12, {"tflops": 3.0, "mfu": 0.75})):
         pace = Throughput(0, most)
         pace.flops += 6e12
         clock.now += 2
-        assert pace.line(1, TimedLoader(), world=8) == {"steps_per_second": 0.5, **told}
+        assert pace.line(1, TimedLoader(), world=8) == {"steps_per_second": 0.5, **rates}
         clock.now += 2
         assert pace.line(2, TimedLoader(), world=8) == {"steps_per_second": 0.5}, "the count begins anew at each line"
 
@@ -219,8 +219,8 @@ def spiky(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = toy.Fit.loss
 
     def loss(self: toy.Fit, module_name: str, *arguments: Any) -> Loss:
-        found = plain(self, module_name, *arguments)
-        return Loss(found.total * 1000) if module_name == "backbone" and self.count - 1 in (23, 26) else found
+        loss = plain(self, module_name, *arguments)
+        return Loss(loss.total * 1000) if module_name == "backbone" and self.count - 1 in (23, 26) else loss
 
     monkeypatch.setattr(toy.Fit, "loss", loss)
 
@@ -277,14 +277,14 @@ def test_a_factor_must_be_above_one() -> None:
 
 class Fake(GeneralTracker):  # type: ignore[misc]  # accelerate is not typed
     name, requires_logging_directory = "fake", False
-    told: list[tuple[int, dict[str, float]]]
+    logged: list[tuple[int, dict[str, float]]]
     config: dict[str, Any]
     finished = 0
     broken = False
 
     def __init__(self, run_name: str, **_: Any) -> None:
         super().__init__()
-        Fake.told, Fake.finished = [], 0
+        Fake.logged, Fake.finished = [], 0
 
     @property
     def tracker(self) -> None:
@@ -296,7 +296,7 @@ class Fake(GeneralTracker):  # type: ignore[misc]  # accelerate is not typed
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
         if self.broken:
             raise OSError("no route to host")
-        Fake.told.append((step or 0, values))
+        Fake.logged.append((step or 0, values))
 
     def finish(self) -> None:
         Fake.finished += 1
@@ -309,15 +309,15 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
     return Fake
 
 
-def test_a_tracker_is_told_what_the_log_is_told_and_what_is_seen(fake: type[Fake], tmp_path: Path) -> None:
+def test_a_tracker_logs_what_the_log_holds_and_the_evaluations(fake: type[Fake], tmp_path: Path) -> None:
     evaluation = Evaluation(every=6, size=(16, 16), benchmarks=(ComponentSpec("reds"),))
     run(evolve(recipe(trackers=("fake",)), evaluation=evaluation), tmp_path).train()
     lines = {line.pop("step"): line for line in log(tmp_path)}
-    told = [(step, values) for step, values in fake.told if "steps_per_second" in values]
-    assert dict(told) == lines and [step for step, _ in told] == [2, 4, 6]
-    seen = [(step, values["evaluation/reds"]) for step, values in fake.told if "evaluation/reds" in values]
-    looks = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
-    assert seen == [(line["step"], line["reds"]) for line in looks] and len(seen) == 2
+    logged = [(step, values) for step, values in fake.logged if "steps_per_second" in values]
+    assert dict(logged) == lines and [step for step, _ in logged] == [2, 4, 6]
+    seen = [(step, values["evaluation/reds"]) for step, values in fake.logged if "evaluation/reds" in values]
+    evaluations = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert seen == [(line["step"], line["reds"]) for line in evaluations] and len(seen) == 2
     assert fake.config["train.lr"] == 1e-2 and fake.config["evaluation.every"] == 6
     assert fake.finished == 1
 
@@ -326,8 +326,11 @@ def test_a_tracker_that_fails_stops_nothing(fake: type[Fake], tmp_path: Path, mo
     monkeypatch.setattr(fake, "broken", True)
     said: list[str] = []
     assert run(recipe(trackers=("fake",)), tmp_path, said).train().steps == 6
-    told = [line for line in said if "tracker" in line]
-    assert told == ["the tracker fake failed and is left out from now on: no route to host"] and len(log(tmp_path)) == 3
+    messages = [line for line in said if "tracker" in line]
+    assert (
+        messages == ["the tracker fake failed and is left out from now on: no route to host"]
+        and len(log(tmp_path)) == 3
+    )
 
 
 def test_a_tracker_is_finished_where_a_run_breaks(fake: type[Fake], tmp_path: Path) -> None:
@@ -339,8 +342,8 @@ def test_a_tracker_is_finished_where_a_run_breaks(fake: type[Fake], tmp_path: Pa
 
 def test_a_tracker_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])
-    told = r"trackers: tensorboard is not installed; pip install 'lens-t2i\[track\]', or leave it out"
-    with pytest.raises(ConfigError, match=told):
+    message = r"trackers: tensorboard is not installed; pip install 'lens-t2i\[track\]', or leave it out"
+    with pytest.raises(ConfigError, match=message):
         run(recipe(trackers=("tensorboard",)), tmp_path)
     with pytest.raises(ConfigError, match="trackers: wandb is not installed; pip install wandb, or leave it out"):
         run(recipe(trackers=("wandb",)), tmp_path)

@@ -125,9 +125,9 @@ def test_a_quantised_layer_reads_as_comfy_reads_it(
     by_layer = read(write(tmp_path / "a.safetensors", layer(parts, format=form) | {"a.bias": bias}))
     header = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {"a": {"format": form}}})}
     by_header = read(write(tmp_path / "b.safetensors", layer(parts) | {"a.bias": bias}, header))
-    for found in (by_layer, by_header):
-        assert found.keys() == {"a.weight", "a.bias"} and torch.equal(found["a.bias"], bias)
-        assert torch.equal(found["a.weight"], theirs)
+    for tensors in (by_layer, by_header):
+        assert tensors.keys() == {"a.weight", "a.bias"} and torch.equal(tensors["a.bias"], bias)
+        assert torch.equal(tensors["a.weight"], theirs)
     assert torch.nn.functional.cosine_similarity(theirs.flatten(), draw(*ODD).flatten(), dim=0) > 0.99
 
 
@@ -145,8 +145,8 @@ def test_experts_are_read_each_with_its_own_scales(tmp_path: Path) -> None:
     each = [as_nvfp4(v) for v in values]
     parts = {k: torch.stack([e[k] for e in each]) for k in each[0]}
     assert parts["weight_scale"].shape == (3, 256, 8) and parts["weight_scale_2"].shape == (3,)
-    found = read(write(tmp_path / "a.safetensors", layer(parts, format="nvfp4", num_experts=3)))["a.weight"]
-    for one, e in zip(found, each, strict=True):
+    experts = read(write(tmp_path / "a.safetensors", layer(parts, format="nvfp4", num_experts=3)))["a.weight"]
+    for one, e in zip(experts, each, strict=True):
         assert torch.equal(
             one, comfy.dequantize_nvfp4(e["weight"], e["weight_scale_2"], e["weight_scale"], torch.float32)
         )

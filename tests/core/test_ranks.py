@@ -63,11 +63,11 @@ def launch(folder: Path, *names: str, world: int = 2, shards: int = 1) -> None:
         for rank in range(world)
     ]  # fmt: skip
     try:
-        told = [process.communicate(timeout=600) for process in processes]
+        outputs = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert not any(p.returncode for p in processes), "\n".join(err[-2000:] for _, err in told)
+    assert not any(p.returncode for p in processes), "\n".join(err[-2000:] for _, err in outputs)
 
 
 @pytest.fixture(scope="module")
@@ -121,21 +121,21 @@ def test_each_process_writes_its_half(name: str, both: Path) -> None:
     assert max(sizes) < 0.7 * total, "a small layer has no two halves"
 
 
-def test_looks_see_the_same(both: Path) -> None:
-    told = []
+def test_evaluations_see_the_same(both: Path) -> None:
+    evaluations = []
     for where in ("alone", "pair", "divided"):
         lines = [json.loads(line) for line in (both / where / "watched" / "evaluations.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [0, 10, 20]
-        told.append([{k: v for k, v in line.items() if k not in ("seconds", "sha256")} for line in lines])
+        evaluations.append([{k: v for k, v in line.items() if k not in ("seconds", "sha256")} for line in lines])
         assert len(list((both / where / "watched" / "samples").iterdir())) == 3
         assert len(list((both / where / "watched" / "best").iterdir())) == 1
-    for line, *others in zip(*told, strict=True):
+    for line, *others in zip(*evaluations, strict=True):
         for other in others:
             assert other == pytest.approx(line, abs=2e-6)
 
 
 @pytest.mark.parametrize("where", ["alone", "pair", "divided"])
-def test_the_last_look_sees_the_weights_of_the_last_step(where: str, both: Path) -> None:
+def test_the_last_evaluation_uses_the_weights_of_the_last_step(where: str, both: Path) -> None:
     run = both / where / "watched"
     evaluation = rank_worker.recipe("watched").evaluation
     assert evaluation is not None
@@ -153,7 +153,7 @@ def test_the_last_look_sees_the_weights_of_the_last_step(where: str, both: Path)
 
 
 @NAMES
-def test_they_tell_the_same(name: str, both: Path) -> None:
+def test_they_log_the_same(name: str, both: Path) -> None:
     logs = [
         [json.loads(line) for line in (both / where / name / "log.jsonl").read_text().splitlines()]
         for where in ("alone", "pair")
@@ -161,8 +161,8 @@ def test_they_tell_the_same(name: str, both: Path) -> None:
     assert len(logs[0]) == len(logs[1]) == 2  # one process writes
     for a, b in zip(*logs, strict=True):
         assert a.keys() == b.keys()
-        told = [k for k in a if "/" in k]
-        assert [b[k] for k in told] == pytest.approx([a[k] for k in told], rel=1e-3, abs=1e-5)
+        metrics = [k for k in a if "/" in k]
+        assert [b[k] for k in metrics] == pytest.approx([a[k] for k in metrics], rel=1e-3, abs=1e-5)
     first, second = (json.loads((both / "pair" / name / f"rank-{r}.json").read_text()) for r in range(2))
     assert (first["world"], first["mine"], second["mine"]) == (2, [0], [1])
     assert first["said"] and not second["said"]
@@ -173,8 +173,8 @@ def test_they_tell_the_same(name: str, both: Path) -> None:
 def test_a_run_of_two_goes_on_as_one(name: str, where: str, both: Path, tmp_path: Path) -> None:
     begun(both / where / name, tmp_path / "run")
     rank_worker.run(name, tmp_path / "run", **({"fsdp_shards": 2} if where == "divided" else {}))
-    told = json.loads((tmp_path / "run" / "rank-0.json").read_text())
-    assert any(line.startswith("resumed at step 10") for line in told["said"])
+    data = json.loads((tmp_path / "run" / "rank-0.json").read_text())
+    assert any(line.startswith("resumed at step 10") for line in data["said"])
     assert apart(state(both / where / name), state(tmp_path / "run"), "net/") <= 1e-5
 
 
@@ -187,8 +187,8 @@ def test_a_divided_run_goes_on_whatever_it_was(both: Path, tmp_path: Path) -> No
         recipe.write_text(recipe.read_text().replace(f'"fsdp_shards": {1 + (where == "divided")}', '"fsdp_shards": 2'))
         launch(tmp_path / where, "two", world=4, shards=2)
         written.append(state(tmp_path / where / "two"))
-        told = json.loads((tmp_path / where / "two" / "rank-0.json").read_text())
-        assert any(line.startswith("resumed at step 10") for line in told["said"])
+        data = json.loads((tmp_path / where / "two" / "rank-0.json").read_text())
+        assert any(line.startswith("resumed at step 10") for line in data["said"])
     assert apart(*written, "net/") <= 1e-5
 
 

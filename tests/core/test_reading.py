@@ -89,13 +89,13 @@ def test_lines_end_at_line_feeds_alone() -> None:
 def test_no_module_splits_text_at_other_than_line_feeds() -> None:
     root = Path(readers.__file__).parents[1]
     files = [*(root / "lens_core").glob("*.py"), *(root / "plugins").rglob("*.py")]
-    found = [
+    offences = [
         f"{path.relative_to(root)}: {line.strip()}"
         for path in files
         for line in path.read_text(encoding="utf-8").split("\n")
         if re.search(r"\.splitlines\(", line) and "/proc/cpuinfo" not in line and "read_bytes()" not in line
     ]
-    assert found == []
+    assert offences == []
 
 
 def test_a_file_beyond_its_bound_is_refused_without_being_read(tmp_path: Path) -> None:

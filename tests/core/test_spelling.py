@@ -60,10 +60,10 @@ def test_a_round_through_any_two_key_formats_is_bit_exact(way: tuple[str, str], 
 def test_each_key_format_is_its_tools(key_format: str, key: str, alpha: str | None, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write(path, pairs(), key_format)
-    found = read_tensors(path)
-    assert torch.equal(found[key], pairs()["blocks.0.to_out.0"].down)
-    assert len(found) == (6 if alpha is None else 9)
-    assert alpha is None or (float(found[alpha]) == 4.0 and found[alpha].ndim == 0)
+    tensors = read_tensors(path)
+    assert torch.equal(tensors[key], pairs()["blocks.0.to_out.0"].down)
+    assert len(tensors) == (6 if alpha is None else 9)
+    assert alpha is None or (float(tensors[alpha]) == 4.0 and tensors[alpha].ndim == 0)
     about = json.loads(read_header(path)["lora_adapter_metadata"])
     assert about["transformer.r"] == 2 and about["transformer.lora_alpha"] == 4.0
     assert about["transformer.alpha_pattern"] == {"blocks.0.img_qkv": 0.1}
@@ -103,7 +103,7 @@ def test_a_name_that_could_be_two_layers_is_neither(tmp_path: Path) -> None:
         ("OFT", "lora_unet_x.oft_blocks"),
     ],
 )
-def test_what_is_no_plain_lora_is_told_by_its_name(kind: str, key: str, tmp_path: Path) -> None:
+def test_what_is_no_plain_lora_is_named(kind: str, key: str, tmp_path: Path) -> None:
     save_tensors(tmp_path / "a.safetensors", {key: torch.ones(2, 2), "x.alpha": torch.tensor(1.0)})
     with pytest.raises(CheckpointError, match=rf"a\.safetensors: is a {kind}; only plain LoRAs are read"):
         read(tmp_path / "a.safetensors", ("x",))

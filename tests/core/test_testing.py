@@ -178,8 +178,8 @@ class Mean(toy.Mixer):
 
 class Mingled(toy.Mixer):
     def packed(self, xs: Sequence[Tensor], t: Tensor, text: TextFeatures) -> list[Tensor]:
-        found = super().packed(xs, t, text)
-        return [v + found[0].mean() for v in found]
+        velocities = super().packed(xs, t, text)
+        return [v + velocities[0].mean() for v in velocities]
 
 
 class Greedy(toy.Mixer):

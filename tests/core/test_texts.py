@@ -25,7 +25,7 @@ SIZE: dict[str, Any] = {"height": 32, "width": 48, "output_type": "latent", "see
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the toy encoder was asked: prompts it encoded, and "load" where it was read."""
     seen: list[Any] = []
     load, encode = toy.Letters.load.__func__, toy.Letters.encode  # type: ignore[attr-defined]  # a classmethod
@@ -38,63 +38,63 @@ def read(checkpoint: Path, catalog: Catalog, folder: Path | None, **more: Any) -
     return LensPipeline.from_pretrained(checkpoint, catalog=catalog, device="cpu", prompt_cache=folder, **more)
 
 
-def test_a_prompt_is_encoded_once_and_alone(pipeline: LensPipeline, asked: list[Any]) -> None:
+def test_a_prompt_is_encoded_once_and_alone(pipeline: LensPipeline, encoded: list[Any]) -> None:
     first = pipeline(["a", "bcd", "a"], negative_prompt="x", guidance_scale=2.0, **{**SIZE, "seed": 1}).images
-    assert asked == [["a"], ["bcd"], ["x"]]
+    assert encoded == [["a"], ["bcd"], ["x"]]
     again = pipeline(["bcd", "a"], negative_prompt="x", guidance_scale=2.0, **{**SIZE, "seed": [2, 3]}).images
-    assert len(asked) == 3
+    assert len(encoded) == 3
     torch.testing.assert_close(again, first[1:])
 
 
-def test_a_weight_that_changed_counts(pipeline: LensPipeline, asked: list[Any]) -> None:
+def test_a_weight_that_changed_counts(pipeline: LensPipeline, encoded: list[Any]) -> None:
     before = pipeline("a", **SIZE).images
     with torch.no_grad():
         pipeline.text_encoder.table.weight.mul_(2)
     assert not torch.equal(pipeline("a", **SIZE).images, before)
     pipeline.text_encoder.table = torch.nn.Embedding(256, 8)
     pipeline("a", **SIZE)
-    assert asked == [["a"]] * 3
+    assert encoded == [["a"]] * 3
 
 
 def test_memory_holds_so_many_prompts_and_forgets_the_longest_unused(
-    pipeline: LensPipeline, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+    pipeline: LensPipeline, encoded: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompt_cache, "MAX_IN_MEMORY", 2)
     for prompt in "abacabc":
         pipeline(prompt, **SIZE)
-    assert [p for (p,) in asked] == ["a", "b", "c", "b", "c"]
+    assert [p for (p,) in encoded] == ["a", "b", "c", "b", "c"]
     assert len(pipeline.prompt_cache.entries) == 2
     many = pipeline(list("vwxyz"), **SIZE).images
     torch.testing.assert_close(many[2:3], pipeline("x", **{**SIZE, "seed": 2}).images)
 
 
 def test_with_a_folder_the_encoder_is_read_when_a_new_prompt_comes(
-    checkpoint: Path, catalog: Catalog, tmp_path: Path, asked: list[Any]
+    checkpoint: Path, catalog: Catalog, tmp_path: Path, encoded: list[Any]
 ) -> None:
     want = [read(checkpoint, catalog, None)(p, **SIZE).images for p in ("a", "b")]
-    asked.clear()
+    encoded.clear()
     first = read(checkpoint, catalog, tmp_path / "kept")
-    assert asked == []
-    assert torch.equal(first("a", **SIZE).images, want[0]) and asked == ["load", ["a"]]
-    asked.clear()
+    assert encoded == []
+    assert torch.equal(first("a", **SIZE).images, want[0]) and encoded == ["load", ["a"]]
+    encoded.clear()
     second = read(checkpoint, catalog, tmp_path / "kept")
-    assert torch.equal(second("a", **SIZE).images, want[0]) and asked == []
-    assert torch.equal(second("b", **SIZE).images, want[1]) and asked == ["load", ["b"]]
+    assert torch.equal(second("a", **SIZE).images, want[0]) and encoded == []
+    assert torch.equal(second("b", **SIZE).images, want[1]) and encoded == ["load", ["b"]]
     assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
 
 
 @pytest.mark.parametrize("plan", ["auto", "none", "block", "encoder-cpu"])
 def test_under_a_plan_an_encoder_that_is_not_needed_is_nowhere(
-    plan: str, checkpoint: Path, catalog: Catalog, tmp_path: Path, asked: list[Any]
+    plan: str, checkpoint: Path, catalog: Catalog, tmp_path: Path, encoded: list[Any]
 ) -> None:
     want = read(checkpoint, catalog, tmp_path)("a", **SIZE).images
-    asked.clear()
+    encoded.clear()
     pipeline, meter = read(checkpoint, catalog, tmp_path), Meter(free=10**12)
-    told = pipeline.offload(plan, accelerator=meter)
-    assert "text_encoder" not in told.how
-    assert torch.equal(pipeline("a", **SIZE).images, want) and asked == []
+    estimate = pipeline.offload(plan, accelerator=meter)
+    assert "text_encoder" not in estimate.how
+    assert torch.equal(pipeline("a", **SIZE).images, want) and encoded == []
     pipeline("b", **SIZE)
-    assert asked == ["load", ["b"]] and pipeline.offload_manager is not None
+    assert encoded == ["load", ["b"]] and pipeline.offload_manager is not None
     assert "text_encoder" in pipeline.offload_manager.estimate.how
     assert torch.equal(pipeline("a", **SIZE).images, want)
     assert meter.has(pipeline.text_encoder.table.weight) == (plan in ("auto", "none"))
@@ -189,7 +189,7 @@ def test_another_chat_template_is_another_encoder(checkpoint: Path, catalog: Cat
 
 @pytest.mark.parametrize("harm", ["cut", "empty", "pickle", "other"])
 def test_a_damaged_file_is_made_again(
-    harm: str, checkpoint: Path, catalog: Catalog, tmp_path: Path, asked: list[Any]
+    harm: str, checkpoint: Path, catalog: Catalog, tmp_path: Path, encoded: list[Any]
 ) -> None:
     read(checkpoint, catalog, tmp_path)("a", **SIZE)
     (path,) = tmp_path.glob("*.safetensors")
@@ -200,10 +200,10 @@ def test_a_damaged_file_is_made_again(
     else:
         damaged = {"cut": whole[:-5], "empty": b"", "pickle": b"\x80\x04" + whole}[harm]
     path.write_bytes(damaged)
-    asked.clear()
+    encoded.clear()
     want = read(checkpoint, catalog, None)("a", **SIZE).images
     assert torch.equal(read(checkpoint, catalog, tmp_path)("a", **SIZE).images, want)
-    assert asked.count(["a"]) == 2
+    assert encoded.count(["a"]) == 2
     again = read_tensors(path)
     assert sorted(again) == ["features", "mask"] and all(torch.equal(again[k], v) for k, v in held.items())
     assert again["features"].dtype == held["features"].dtype
@@ -223,7 +223,7 @@ def test_saving_reads_an_encoder_that_has_been_waiting(checkpoint: Path, catalog
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(checkpoint)).read_bytes()
 
 
-def test_the_published_encoders_features_are_bit_for_bit_and_its_date_is_told(tmp_path: Path) -> None:
+def test_the_published_encoders_features_are_bit_for_bit_and_its_date_is_reported(tmp_path: Path) -> None:
     catalog = Catalog.installed()
 
     def tiny(uri: str = "tiny:", dtype: str = "bfloat16") -> LensPipeline:
@@ -249,17 +249,17 @@ def test_the_published_encoders_features_are_bit_for_bit_and_its_date_is_told(tm
     about["components"]["text_encoder"]["config"]["date"] = "2027-01-02"
     write_json(tmp_path / "later" / "lens.json", about)
     later = tiny(str(tmp_path / "later"))
-    told = later(prompts[0], **call)
-    assert told.settings["date"] == "2027-01-02" and later.store.loaded["text_encoder"] is not None
-    assert evolve(told, images=None) != evolve(again, images=None)
+    result = later(prompts[0], **call)
+    assert result.settings["date"] == "2027-01-02" and later.store.loaded["text_encoder"] is not None
+    assert evolve(result, images=None) != evolve(again, images=None)
 
 
 def test_the_command_keeps_features(
-    checkpoint: Path, catalog: Catalog, tmp_path: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, catalog: Catalog, tmp_path: Path, encoded: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Catalog, "installed", classmethod(lambda cls: catalog))
     flags = ["--model", str(checkpoint), "--size", "32x48", "--seed", "1", "--prompt-cache", str(tmp_path / "t")]
     for name in ("a", "b"):
         assert main(["generate", "a red cat", *flags, "-o", str(tmp_path / f"{name}.png")]) == 0
-    assert asked == ["load", ["a red cat"]]
+    assert encoded == ["load", ["a red cat"]]
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

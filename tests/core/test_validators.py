@@ -91,8 +91,8 @@ def test_every_number_of_every_config_has_a_range(attribute: attrs.Attribute[Any
     for value in POISON if float in numbers(attribute.type) else [*POISON, 2**70, -(2**70), 1.0]:
         if value is None and type(None) in typing.get_args(attribute.type):
             continue
-        given = wrapped(attribute.type, value)
-        assert not rule.allows(given), f"{attribute.name} takes {given!r}"
+        value_ = wrapped(attribute.type, value)
+        assert not rule.allows(value_), f"{attribute.name} takes {value_!r}"
     if attribute.default is not attrs.NOTHING and not isinstance(attribute.default, attrs.Factory):  # type: ignore[arg-type]
         assert rule.allows(attribute.default)
 
@@ -168,13 +168,13 @@ LINES = [
 ]
 
 
-def test_all_fields_are_checked_at_once_and_told_with_path_value_and_range() -> None:
+def test_all_fields_are_checked_at_once_and_reported_with_path_value_and_range() -> None:
     with pytest.raises(ConfigError) as caught:
         structure(Knobs, WRONG, "$.train")
     assert list(caught.value.problems) == [f"$.train.{line}" for line in LINES]
 
 
-def test_ranges_are_told_beside_wrong_types_and_unknown_keys() -> None:
+def test_ranges_are_reported_beside_wrong_types_and_unknown_keys() -> None:
     with pytest.raises(ConfigError) as caught:
         structure(Knobs, {**WRONG, "flag": "no", "cuont": 3}, "$")
     assert {line.partition(": ")[0] for line in caught.value.problems} == {

@@ -1,4 +1,4 @@
-"""Watching a run: learning never hears of it, the best weights are kept, and a resumed run looks once at each step."""
+"""Evaluation during a run: training never notices, the best weights are kept, a resumed run repeats no evaluation."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from lens_core.types import ConfigError, LensError, Prompt, Score
 
 
 class Scripted:
-    """Benchmark: what `script` says for look 0, 1, 2 …, or what it raises. It draws from torch's global generator."""
+    """Benchmark: what `script` scores in evaluation 0, 1, 2 …, or what it raises. It draws from the global generator."""
 
     script: tuple[Any, ...] = ()
-    looks = 0
+    evaluations = 0
 
     @frozen
     class Config:
@@ -55,8 +55,8 @@ class Scripted:
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Sequence[Score]:
         torch.rand(7)
-        Scripted.looks += 1
-        answer = self.script[Scripted.looks - 1] if self.script else 0.5
+        Scripted.evaluations += 1
+        answer = self.script[Scripted.evaluations - 1] if self.script else 0.5
         if callable(answer):
             answer = answer()
         return [Score("ok", answer)] * len(prompts)
@@ -94,7 +94,7 @@ def catalog() -> Catalog:
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Scripted, "looks", 0)
+    monkeypatch.setattr(Scripted, "evaluations", 0)
     monkeypatch.setattr(Scripted, "script", ())
 
 
@@ -193,9 +193,9 @@ def test_whatever_the_method_watching_it_changes_nothing(name: str, runner: Runn
     same(runner.model("plain"), runner.model("watched"))
 
 
-@pytest.mark.parametrize("look", [0, 1, 2, 3])
-def test_a_run_killed_in_the_middle_of_a_look_ends_with_the_same_weights(
-    look: int, runner: Runner, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("evaluation", [0, 1, 2, 3])
+def test_a_run_killed_in_the_middle_of_an_evaluation_ends_with_the_same_weights(
+    evaluation: int, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die() -> float:
         raise MemoryError
@@ -204,8 +204,8 @@ def test_a_run_killed_in_the_middle_of_a_look_ends_with_the_same_weights(
     monkeypatch.setattr(Scripted, "script", scores)
     runner("plain", None).train()
     runner("whole", BEST).train()
-    monkeypatch.setattr(Scripted, "looks", 0)
-    monkeypatch.setattr(Scripted, "script", (*scores[:look], die, *scores[look:]))
+    monkeypatch.setattr(Scripted, "evaluations", 0)
+    monkeypatch.setattr(Scripted, "script", (*scores[:evaluation], die, *scores[evaluation:]))
     with pytest.raises(MemoryError):
         runner("killed", BEST).train()
     runner("killed", BEST).train()
@@ -215,14 +215,16 @@ def test_a_run_killed_in_the_middle_of_a_look_ends_with_the_same_weights(
     assert kept == [{k: v for k, v in line.items() if k != "seconds"} for line in runner.lines("whole")]
 
 
-def test_a_look_sees_the_averages_and_puts_the_weights_back(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_uses_the_averages_and_puts_the_weights_back(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[Tensor, bool]] = []
 
-    def look(_: Any, batch: Any, modules: Any, rng: Any) -> dict[str, float]:
+    def validate(_: Any, batch: Any, modules: Any, rng: Any) -> dict[str, float]:
         seen.append((modules["backbone"].inner.weight.detach().clone(), modules["backbone"].training))
         return {"loss": 0.0}
 
-    monkeypatch.setattr(toy.Fit, "validate", look, raising=False)
+    monkeypatch.setattr(toy.Fit, "validate", validate, raising=False)
     run = runner("a", Evaluation(every=3, validation_batches=1, validation=ComponentSpec("squares")))
     run.train()
     for (weight, training), step in zip(seen[1:], (3, 6), strict=True):
@@ -244,16 +246,18 @@ def test_tensors_that_two_names_share_come_back() -> None:
 def test_the_last_grid_shows_what_the_model_draws(runner: Runner, catalog: Catalog, tmp_path: Path) -> None:
     evaluation = Evaluation(every=4, prompts=("red", "a blue one", "green"), seed=5, size=(16, 32), batch_size=2)
     report = runner("a", evaluation).train()
-    found = sorted(p.name for p in (tmp_path / "a" / "samples").iterdir())
-    assert found == ["step-0000000.png", "step-0000004.png", "step-0000006.png"]
+    result = sorted(p.name for p in (tmp_path / "a" / "samples").iterdir())
+    assert result == ["step-0000000.png", "step-0000004.png", "step-0000006.png"]
     assert report.model is not None
     drawn = LensPipeline.from_pretrained(report.model, catalog=catalog)(
         list(evaluation.prompts), seed=5, height=16, width=32, output_type="pt"
     ).images
     want = reports.contact_sheet(drawn, evaluation.prompts, [None] * 3, 3)
-    with Image.open(tmp_path / "a" / "samples" / found[-1]) as sheet:
+    with Image.open(tmp_path / "a" / "samples" / result[-1]) as sheet:
         assert sheet.tobytes() == want.tobytes()
-    assert (tmp_path / "a" / "samples" / found[0]).read_bytes() != (tmp_path / "a" / "samples" / found[-1]).read_bytes()
+    assert (tmp_path / "a" / "samples" / result[0]).read_bytes() != (
+        tmp_path / "a" / "samples" / result[-1]
+    ).read_bytes()
 
 
 SMALL = {"in_channels": 4, "out_channels": 1, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12,
@@ -298,10 +302,10 @@ LEARNERS: dict[str, tuple[ComponentSpec, ComponentSpec, dict[str, LoraSpec]]] = 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("ema", [0.0, 0.5])
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_the_last_look_sees_the_weights_that_are_exported(
+def test_the_last_evaluation_uses_the_weights_that_are_exported(
     learner: str, ema: float, kernel: str, runner: Runner, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever makes the steps, and although what follows from weights was kept at the looks before."""
+    """Whatever makes the steps, and although what follows from weights was kept at earlier evaluations."""
     method, backbone, adapters = LEARNERS[learner]
     monkeypatch.setattr(
         optimizers, "adamw", lambda weights, train: torch.optim.AdamW(weights, lr=train.lr, **KERNELS[kernel])
@@ -346,12 +350,12 @@ def test_validation_is_a_mean_over_samples_of_the_same_first_batches(
 ) -> None:
     seen: list[tuple[Any, ...]] = []
 
-    def look(_: Any, batch: Any, modules: Any, rng: torch.Generator) -> dict[str, float]:
+    def validate(_: Any, batch: Any, modules: Any, rng: torch.Generator) -> dict[str, float]:
         seen.append((batch.captions, float(torch.rand((), generator=rng))))
         part = {"loss/8x8": 10.0} if len(seen) % 2 else {}
         return {"loss": float(len(seen)), **part}
 
-    monkeypatch.setattr(toy.Fit, "validate", look, raising=False)
+    monkeypatch.setattr(toy.Fit, "validate", validate, raising=False)
     runner("a", Evaluation(every=6, validation_batches=2, validation=ComponentSpec("squares", {"seed": 9}))).train()
     assert seen[:2] == seen[2:] and seen[0] != seen[1]
     lines = runner.lines("a")
@@ -370,7 +374,9 @@ def test_flow_matching_is_validated_by_time_and_by_size(runner: Runner) -> None:
     assert last["validation/loss/16x16"] == last["validation/loss"]
 
 
-def test_a_benchmark_that_fails_is_told_and_the_run_goes_on(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_that_fails_is_reported_and_the_run_goes_on(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail() -> float:
         raise LensError("the judge is out")
 
@@ -412,7 +418,7 @@ def test_the_best_outlives_its_checkpoint(runner: Runner, tmp_path: Path, monkey
     assert [p.name for p in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-0000006"]
     runner("a", BEST, base=base).train()
     same(before, runner.model("a"))
-    assert Scripted.looks == 4, "a finished run is not looked at again"
+    assert Scripted.evaluations == 4, "a finished run is not evaluated again"
 
 
 def test_patience_ends_the_run_and_the_end_survives_a_resume(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,7 +429,7 @@ def test_patience_ends_the_run_and_the_end_survives_a_resume(runner: Runner, mon
     assert "early stopping: no improvement of scripted in 2 evaluations; the run ends at step 3 of 6" in runner.said
     same(runner.model("a"), runner.averages("a", 1))
     again = runner("a", patient, base=base).train()
-    assert (again.steps, again.model is None, Scripted.looks) == (3, False, 4)
+    assert (again.steps, again.model is None, Scripted.evaluations) == (3, False, 4)
     same(runner.model("a"), runner.averages("a", 1))
 
 
@@ -444,29 +450,31 @@ def test_a_run_that_ended_early_ends_there_again(
     shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-0000004")  # as if killed before it was written
     assert runner("a", evolve(BEST, patience=1)).train().steps == 4
     same(before, runner.state("a", 4))
-    assert Scripted.looks == 3
+    assert Scripted.evaluations == 3
 
 
-def test_looks_beyond_the_last_checkpoint_are_not_taken_twice(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluations_beyond_the_last_checkpoint_are_not_repeated(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Scripted, "script", (0.1, 0.2, 0.6, 0.3))
     runner("whole", BEST).train()
-    monkeypatch.setattr(Scripted, "looks", 0)
+    monkeypatch.setattr(Scripted, "evaluations", 0)
 
     def die() -> None:
         raise MemoryError
 
     killed = runner("killed", BEST)
-    killed.method.config = toy.Fit.Config(stop=4)  # after the look at step 4, past the checkpoint of step 3
+    killed.method.config = toy.Fit.Config(stop=4)  # after the evaluation at step 4, past the checkpoint of step 3
     monkeypatch.setattr(toy.Fit, "halt", staticmethod(die))
     with pytest.raises(MemoryError):
         killed.train()
-    assert Scripted.looks == 3
+    assert Scripted.evaluations == 3
     runner("killed", BEST).train()
-    assert Scripted.looks == 4 and [n["step"] for n in runner.lines("killed")] == [0, 2, 4, 6]
+    assert Scripted.evaluations == 4 and [n["step"] for n in runner.lines("killed")] == [0, 2, 4, 6]
     same(runner.model("whole"), runner.model("killed"))
 
 
-def test_another_recipe_forgets_the_looks_of_steps_that_are_made_again(
+def test_another_recipe_forgets_the_evaluations_of_steps_that_are_made_again(
     runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Scripted, "script", (0.1, 0.2, 0.6, 0.3, 0.4, 0.5))
@@ -474,23 +482,23 @@ def test_another_recipe_forgets_the_looks_of_steps_that_are_made_again(
     shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-0000006")  # it goes on at 3; the best, of step 4, was beyond
     other = evolve(BASE, train=evolve(TRAIN, lr=1e-3))
     runner("a", BEST, allow_changed=True, base=other).train()
-    assert Scripted.looks == 6 and [n["step"] for n in runner.lines("a")] == [0, 2, 4, 6]
+    assert Scripted.evaluations == 6 and [n["step"] for n in runner.lines("a")] == [0, 2, 4, 6]
     assert any("the weights of step 2, the best so far, are gone; the best is chosen anew" in s for s in runner.said)
     same(runner.model("a"), runner.averages("a", 6))
 
 
-def test_a_run_without_a_checkpoint_begun_with_another_recipe_is_looked_at_anew(
+def test_a_run_without_a_checkpoint_begun_with_another_recipe_is_evaluated_anew(
     runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner("a", JUDGED).train()
     shutil.rmtree(tmp_path / "a" / "checkpoints")
     runner("a", JUDGED, base=evolve(BASE, seed=4)).train()
-    assert Scripted.looks == 8 and [n["step"] for n in runner.lines("a")] == [0, 2, 4, 6]
+    assert Scripted.evaluations == 8 and [n["step"] for n in runner.lines("a")] == [0, 2, 4, 6]
     log = [json.loads(line)["step"] for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert log == [2, 4, 6], "its log begins anew as well"
 
 
-def test_a_damaged_best_is_told_and_the_last_weights_are_written(
+def test_a_damaged_best_is_reported_and_the_last_weights_are_written(
     runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Scripted, "script", (0.1, 0.6, 0.5, 0.3))
@@ -507,9 +515,9 @@ def test_a_damaged_best_is_told_and_the_last_weights_are_written(
 # ---- stopping -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("look", [1, 3])
-def test_a_signal_during_a_look_saves_first_and_the_look_is_taken_later(
-    look: int, runner: Runner, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("evaluation", [1, 3])
+def test_a_signal_during_an_evaluation_saves_first_and_it_is_repeated_later(
+    evaluation: int, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner("plain", None).train()
     drawn: list[int] = []
@@ -518,16 +526,16 @@ def test_a_signal_during_a_look_saves_first_and_the_look_is_taken_later(
     def interrupted(*arguments: Any, **settings: Any) -> Any:
         for part in draw(*arguments, **settings):
             drawn.append(1)
-            if len(drawn) == look + 1:
+            if len(drawn) == evaluation + 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield part
 
     monkeypatch.setattr(runs, "generate_images", interrupted)
     report = runner("a", JUDGED).train()
-    assert (report.steps, report.model) == (2 * look, None)
-    assert runner.said[-1] == f"stopped at step {2 * look} of 6; the same command goes on from here"
-    assert [n["step"] for n in runner.lines("a")] == [0, 2, 4][:look]
-    assert runner.state("a", 2 * look)
+    assert (report.steps, report.model) == (2 * evaluation, None)
+    assert runner.said[-1] == f"stopped at step {2 * evaluation} of 6; the same command goes on from here"
+    assert [n["step"] for n in runner.lines("a")] == [0, 2, 4][:evaluation]
+    assert runner.state("a", 2 * evaluation)
     runner("a", JUDGED).train()
     assert [n["step"] for n in runner.lines("a")] == [0, 2, 4, 6]
     same(runner.state("plain", 6), runner.state("a", 6))
@@ -554,7 +562,7 @@ def test_what_cannot_be_measured_is_refused_at_the_start(runner: Runner) -> None
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"prompts": ("a",), "every": 0}, "every: must be at least 1"),
         ({}, "evaluates nothing; name prompts, benchmarks or validation"),
@@ -564,8 +572,8 @@ def test_what_cannot_be_measured_is_refused_at_the_start(runner: Runner) -> None
         ({"benchmarks": (ComponentSpec("reds"),), "patience": 3}, "patience waits for a better score"),
     ],
 )
-def test_a_watch_that_makes_no_sense_is_refused(fields: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_an_evaluation_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Evaluation(**{"every": 1, **fields})
 
 

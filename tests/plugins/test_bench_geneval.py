@@ -101,14 +101,14 @@ def second_decision(metadata: Any, detections: Any, colors: Any, o: Options) -> 
         if alive:
             kept[name] = alive
     results: list[list[list[float]] | None] = []
-    reasons, asked = [], []
+    reasons, colour_rows = [], []
     for want in metadata.get("include", []):
         mine = kept.get(want["class"], [])[: want["count"]]
         bad = None
         if len(mine) != want["count"]:
             bad = f"expected {want['class']}>={want['count']}, found {len(mine)}"
         if bad is None and "color" in want:
-            asked += [(want["class"], i) for i in mine]
+            colour_rows += [(want["class"], i) for i in mine]
             seen = [colors[want["class"]][i] for i in mine]
             right = sum(c == want["color"] for c in seen)
             if right < want["count"]:
@@ -130,7 +130,7 @@ def second_decision(metadata: Any, detections: Any, colors: Any, o: Options) -> 
     for want in metadata.get("exclude", []):
         n = len(kept.get(want["class"], []))
         reasons += [f"expected {want['class']}<{want['count']}, found {n}"] * (n >= want["count"])
-    return kept, asked, not reasons, "\n".join(reasons)
+    return kept, colour_rows, not reasons, "\n".join(reasons)
 
 
 def random_case(rng: np.random.Generator) -> tuple[Any, ...]:
@@ -169,10 +169,10 @@ def test_random_pictures_have_the_verdict_of_a_second_transcription() -> None:
     correct = 0
     for _ in range(1500):
         case = random_case(rng)
-        kept, asked, right, reason = second_decision(*case)
+        kept, colour_rows, right, reason = second_decision(*case)
         verdict = decide(*case)
         assert (verdict.kept, verdict.correct, verdict.reason) == (kept, right, reason)
-        assert {name: [i for n, i in asked if n == name] for name in dict(asked)} == verdict.color_asked
+        assert {name: [i for n, i in colour_rows if n == name] for name in dict(colour_rows)} == verdict.color_asked
         correct += right
         for word in words:
             words[word] += word in reason

@@ -60,8 +60,8 @@ def test_the_samples_get_their_verdicts_line_by_line(
     out = tmp_path / "new" / "verdicts.jsonl"
     assert score(name, SAMPLES, output=out) == 0
     cases = [case for line in SAMPLES.read_text().splitlines() if (case := json.loads(line))["bench"] == name]
-    found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert found == [{key: case[key] for key in ("bench", "id", *VERDICT[name])} for case in cases]
+    verdicts = [json.loads(line) for line in out.read_text().splitlines()]
+    assert verdicts == [{key: case[key] for key in ("bench", "id", *VERDICT[name])} for case in cases]
     shown = capsys.readouterr().out
     assert f"{len(cases)} ok; coverage 100.0%" in shown and "lines of other benchmarks were left out" in shown
 
@@ -71,7 +71,7 @@ def test_the_samples_get_their_verdicts_line_by_line(
 
 def test_geneval_is_the_mean_of_six_tags_over_pictures(write: Write) -> None:
     right = {"single_object": 1, "two_object": 3, "counting": 0, "colors": 4, "position": 2, "color_attr": 2}
-    found = report.score(
+    summary = report.score(
         "geneval",
         write(
             *(
@@ -82,18 +82,18 @@ def test_geneval_is_the_mean_of_six_tags_over_pictures(write: Write) -> None:
         ),
     )
     shares = {tag: n / (4 if tag != "position" else 8) for tag, n in right.items()}
-    overall = found.official["overall"]
+    overall = summary.official["overall"]
     assert overall.value == pytest.approx(sum(shares.values()) / 6)
     assert 0 < overall.low < overall.value < overall.high < 1
-    assert {tag: found.official[tag].value for tag in geneval.TAGS} == shares
-    assert found.official["pictures"].value == pytest.approx(12 / 28)
-    assert list(found.official) == ["overall", *geneval.TAGS, "pictures"] and found.notes == []
+    assert {tag: summary.official[tag].value for tag in geneval.TAGS} == shares
+    assert summary.official["pictures"].value == pytest.approx(12 / 28)
+    assert list(summary.official) == ["overall", *geneval.TAGS, "pictures"] and summary.notes == []
 
 
 def test_a_tag_without_pictures_is_absent_and_never_averaged_away(write: Write) -> None:
-    found = report.score("geneval", write(SEEN, UNSEEN))
-    assert "overall" not in found.official and "overall" not in found.strict
-    assert found.notes == [
+    summary = report.score("geneval", write(SEEN, UNSEEN))
+    assert "overall" not in summary.official and "overall" not in summary.strict
+    assert summary.notes == [
         "no overall score: it is the mean of six tags, and no picture of "
         "two_object, counting, colors, position, color_attr has a verdict"
     ]
@@ -101,20 +101,20 @@ def test_a_tag_without_pictures_is_absent_and_never_averaged_away(write: Write) 
 
 def test_refused_and_missing_pictures_vanish_officially_and_are_wrong_strictly(write: Write) -> None:
     lost: list[dict[str, Any]] = [{"metadata": DOG, "status": status} for status in ("refused", "failed", "missing")]
-    found = report.score("geneval", write(SEEN, SEEN | {"status": "ok"}, UNSEEN, *lost))
-    assert found.official["pictures"].value == pytest.approx(2 / 3) and found.strict["pictures"].value == 2 / 6
-    assert found.coverage == 0.5 and found.statuses == {"ok": 3, "refused": 1, "failed": 1, "missing": 1}
-    assert [v.get("correct") for v in found.verdicts] == [True, True, False, None, None, None]
-    assert found.verdicts[3] == {"bench": "geneval", "status": "refused"}
+    summary = report.score("geneval", write(SEEN, SEEN | {"status": "ok"}, UNSEEN, *lost))
+    assert summary.official["pictures"].value == pytest.approx(2 / 3) and summary.strict["pictures"].value == 2 / 6
+    assert summary.coverage == 0.5 and summary.statuses == {"ok": 3, "refused": 1, "failed": 1, "missing": 1}
+    assert [v.get("correct") for v in summary.verdicts] == [True, True, False, None, None, None]
+    assert summary.verdicts[3] == {"bench": "geneval", "status": "refused"}
 
 
 def test_words_are_pooled_over_pictures_and_prompts_are_the_draws(write: Write) -> None:
     long = {"text": ["a b c d e f g h"], "ocr_raw": "a b c d"}
     short = {"text": ["x y"], "ocr_raw": "x y"}
-    found = report.score("longtext_en", write(long, long, short, {"text": ["z z"], "status": "refused"}))
-    assert found.official["text score"].value == pytest.approx((4 + 4 + 2) / 18)
-    assert found.strict["text score"].value == pytest.approx(10 / 20)
-    assert (found.official["text score"].distinct, found.strict["text score"].distinct) == (2, 3)
+    summary = report.score("longtext_en", write(long, long, short, {"text": ["z z"], "status": "refused"}))
+    assert summary.official["text score"].value == pytest.approx((4 + 4 + 2) / 18)
+    assert summary.strict["text score"].value == pytest.approx(10 / 20)
+    assert (summary.official["text score"].distinct, summary.strict["text score"].distinct) == (2, 3)
 
 
 def test_pictures_of_one_prompt_say_less_than_pictures_of_many(write: Write) -> None:
@@ -131,32 +131,32 @@ def test_pictures_of_one_prompt_say_less_than_pictures_of_many(write: Write) -> 
 def test_cvtg_pools_words_and_counts_the_failures_of_its_engine(write: Write) -> None:
     one = {"prompt": "'a b c'", "ocr_lines": ["a b c"], "category": "CVTG/3"}
     two = {"prompt": "'d'", "ocr_lines": "RAISE", "category": "CVTG/1"}
-    found = report.score("cvtg2k", write(one, two, {"prompt": "'e f'", "status": "missing"}))
-    assert found.official["word accuracy"].value == found.official["NED"].value == 3 / 4
-    assert found.strict["word accuracy"].value == found.strict["NED"].value == 3 / 6
-    assert found.categories["CVTG/3"]["NED"].value == 1 and found.categories["CVTG/1"]["NED"].value == 0
-    assert found.notes == ["1 picture is zeros because the OCR engine failed, which is no verdict"]
+    summary = report.score("cvtg2k", write(one, two, {"prompt": "'e f'", "status": "missing"}))
+    assert summary.official["word accuracy"].value == summary.official["NED"].value == 3 / 4
+    assert summary.strict["word accuracy"].value == summary.strict["NED"].value == 3 / 6
+    assert summary.categories["CVTG/3"]["NED"].value == 1 and summary.categories["CVTG/1"]["NED"].value == 0
+    assert summary.notes == ["1 picture is zeros because the OCR engine failed, which is no verdict"]
     three = {"prompt": "'d'", "ocr_lines": ["RAISE"], "category": "CVTG/1"}
     assert report.score("cvtg2k", write(one, three)).notes == [], "a picture may show that word"
 
 
 def test_oneig_is_the_formula_of_pooled_quantities(write: Write) -> None:
     pictures = [("['abcd ef']", "abcd ef"), ("['abcd ef']", "abcd"), ("['gh']", "xx"), ("['ij kl mn']", "kl")]
-    found = report.score("oneig_text_en", write(*({"text_content": t, "ocr_raw": o} for t, o in pictures)))
+    summary = report.score("oneig_text_en", write(*({"text_content": t, "ocr_raw": o} for t, o in pictures)))
     distance, completed, matched = (0 + 3 + 2 + 6) / 4, 1 / 4, (2 + 1 + 0 + 1) / (2 + 2 + 1 + 3)
-    headline = found.official["text score"]
+    headline = summary.official["text score"]
     assert headline.value == pytest.approx(1 - distance * (1 - completed) * (1 - matched) / 100)
     assert headline.low < headline.value < headline.high and headline.distinct == 3
-    parts = {name: found.official[name].value for name in ("ED", "CR", "WAC")}
+    parts = {name: summary.official[name].value for name in ("ED", "CR", "WAC")}
     assert parts == pytest.approx({"ED": distance, "CR": completed, "WAC": matched})
 
 
 @pytest.mark.parametrize(("name", "worst"), [("oneig_text_en", 100), ("oneig_text_zh", 50)])
 def test_a_refused_text_is_as_wrong_as_can_be(name: str, worst: float, write: Write) -> None:
     right = {"text_content": "['a b']", "ocr_raw": "a b"}
-    found = report.score(name, write(right, {"text_content": "['c']", "status": "refused"}))
-    assert found.official["text score"].value == 1
-    assert found.strict["text score"].value == oneig.text_score(worst / 2, 1 / 2, 2 / 3, worst) < 1
+    summary = report.score(name, write(right, {"text_content": "['c']", "status": "refused"}))
+    assert summary.official["text score"].value == 1
+    assert summary.strict["text score"].value == oneig.text_score(worst / 2, 1 / 2, 2 / 3, worst) < 1
 
 
 def test_the_intervals_are_the_same_each_time_and_unknown_for_a_single_prompt(write: Write) -> None:
@@ -306,5 +306,5 @@ def test_the_perceptions_are_never_overwritten(write: Write) -> None:
 
 def test_a_line_that_is_too_long_is_one_wrong_line(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_fields.readers, "LARGEST_LINE", 200)
-    found = list(json_fields.numbered(write("x" * 1000, json.dumps({"a": 1}))))
-    assert str(found[0][1]).startswith("line: is longer") and found[1] == (2, {"a": 1})
+    numbered = list(json_fields.numbered(write("x" * 1000, json.dumps({"a": 1}))))
+    assert str(numbered[0][1]).startswith("line: is longer") and numbered[1] == (2, {"a": 1})

@@ -35,8 +35,8 @@ def test_the_table_of_lens_has_27_sizes_and_the_published_ones_at_1024():
 
 
 def one(height: int, width: int, **options: object) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    found = assign([height], [width], LENS_BUCKETS, **options)
-    return [s for s, m in zip(found.sizes, found.members, strict=True) if len(m)], dict(found.left_out)
+    buckets = assign([height], [width], LENS_BUCKETS, **options)
+    return [s for s, m in zip(buckets.sizes, buckets.members, strict=True) if len(m)], dict(buckets.left_out)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_every_area_shows_a_picture_at_each_size_that_it_fills():
 def test_assign_agrees_with_a_search_over_all_sizes():
     rng = np.random.default_rng(1)
     heights, widths = rng.integers(200, 2500, (2, 300))
-    found = assign(heights, widths, LENS_BUCKETS)
-    got = {int(i): found.sizes[b] for b, m in enumerate(found.members) for i in m}
+    buckets = assign(heights, widths, LENS_BUCKETS)
+    got = {int(i): buckets.sizes[b] for b, m in enumerate(buckets.members) for i in m}
     for i, (h, w) in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
         fitting = []
         for group in LENS_BUCKETS:
@@ -80,7 +80,7 @@ def test_assign_agrees_with_a_search_over_all_sizes():
             if scale <= 1 and size[0] * size[1] >= 0.5 * scale**2 * h * w:
                 fitting.append(size)
         assert got.get(i) == (fitting[-1] if fitting else None)
-    assert len(got) + sum(found.left_out.values()) == 300 and len(set(got.values())) > 20
+    assert len(got) + sum(buckets.left_out.values()) == 300 and len(set(got.values())) > 20
 
 
 def test_an_exact_size_keeps_its_pixels_and_a_longer_picture_loses_both_ends():

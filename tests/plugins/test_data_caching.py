@@ -87,9 +87,9 @@ def test_training_from_the_cache_equals_training_online(store, pipeline):
 
 
 def test_a_corrupt_picture_is_noted_and_replaced_as_online(store, pipeline):
-    told = []
-    fill_cache(config(store), pipeline, log=told.append)
-    assert told[-1] == "cache c: rank 0 of 1 is done; 60 encoded, 2 corrupt pictures"  # 20 pictures, 40 captions
+    log = []
+    fill_cache(config(store), pipeline, log=log.append)
+    assert log[-1] == "cache c: rank 0 of 1 is done; 60 encoded, 2 corrupt pictures"  # 20 pictures, 40 captions
     datasets = [StoreDataset(config(store, cache=name)) for name in ("c", "")]
     captions = [[b.captions for b in islice(d.batches(0, 1), 20)] for d in datasets]
     assert captions[0] == captions[1]
@@ -118,20 +118,20 @@ def test_a_cache_that_was_not_finished_is_refused_then_gone_on_with(store, pipel
 
 
 def test_ranks_share_the_work_and_the_result_is_that_of_one(store, pipeline):
-    told = []
+    log = []
     for rank in (2, 0, 1):
-        fill_cache(config(store), pipeline, rank, 3, told.append)
+        fill_cache(config(store), pipeline, rank, 3, log.append)
     fill_cache(config(store, cache="whole"), pipeline, log=quiet)
-    shares = [int(line.split("; ")[1].split()[0]) for line in told if "is done" in line]
+    shares = [int(line.split("; ")[1].split()[0]) for line in log if "is done" in line]
     assert sum(shares) == 60 and min(shares) > 8
     for a, b in zip(take(config(store), 8), take(config(store, cache="whole"), 8), strict=True):
         assert torch.equal(a.latents, b.latents) and torch.equal(a.text.features, b.text.features)
 
 
-def test_only_captions_that_can_be_told_are_encoded(store, pipeline):
-    told = []
-    fill_cache(config(store, dense_caption_ratio=1.0), pipeline, log=told.append)
-    assert "; 40 encoded" in told[-1]
+def test_only_captions_that_can_be_drawn_are_encoded(store, pipeline):
+    log = []
+    fill_cache(config(store, dense_caption_ratio=1.0), pipeline, log=log.append)
+    assert "; 40 encoded" in log[-1]
     with pytest.raises(LensError, match="lacks 20 of 60"):
         StoreDataset(config(store))
 

@@ -156,12 +156,12 @@ def test_a_new_process_goes_on_with_the_same_batches(store):
     take(dataset, 7)
     arguments = [sys.executable, "-c", RESUME, str(store), json.dumps(dataset.state_dict()), "1"]
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    told = subprocess.run(arguments, capture_output=True, text=True, check=True, env=paths).stdout.splitlines()
+    lines = subprocess.run(arguments, capture_output=True, text=True, check=True, env=paths).stdout.splitlines()
     expected = [
         " ".join([b.images.numpy().tobytes().hex()[:64], *b.captions, *map(str, b.keys)])
         for b in take(make(store), 12)[7:]
     ]
-    assert told == expected
+    assert lines == expected
 
 
 def test_a_store_that_grew_meanwhile_is_read_as_it_was(tmp_path):
@@ -180,7 +180,7 @@ def test_a_store_that_grew_meanwhile_is_read_as_it_was(tmp_path):
     assert resumed.state_dict()["version"] == dataset.state_dict()["version"]
 
 
-def test_new_captions_meanwhile_are_not_told_to_a_resumed_run(tmp_path):
+def test_new_captions_meanwhile_do_not_reach_a_resumed_run(tmp_path):
     path = fill(tmp_path / "store", 20)
     whole, dataset = take(make(path), 8), make(path)
     take(dataset, 2)
@@ -206,8 +206,8 @@ def test_a_copied_store_will_do_and_another_store_will_not(tmp_path):
 
 
 def test_dense_is_the_share_of_dense_captions_and_what_is_missing_is_replaced(tmp_path, store):
-    told = [c for b in take(make(store, dense_caption_ratio=0.25, batch=10), 100) for c in b.captions]
-    assert sum(c.startswith("d") for c in told) / 1000 == pytest.approx(0.25, abs=0.05)
+    captions = [c for b in take(make(store, dense_caption_ratio=0.25, batch=10), 100) for c in b.captions]
+    assert sum(c.startswith("d") for c in captions) / 1000 == pytest.approx(0.25, abs=0.05)
     assert {c[0] for b in take(make(store, dense_caption_ratio=0.0), 10) for c in b.captions} == {"b"}
     path = tmp_path / "store"
     Store(str(path), create=True).add([row(n, 16, 16, **{k: ""}) for n, k in enumerate(["brief", "dense"] * 4)])
@@ -228,9 +228,9 @@ def corrupt(path: Path, *which: int) -> Path:
 def test_a_corrupt_picture_is_replaced_by_another_of_its_bucket_and_counted(store, tmp_path):
     path = corrupt(tmp_path / "store", 1, 6, 8)
     sound, dataset = take(make(store), 25), make(path)
-    with pytest.warns(UserWarning, match="is corrupt .*; replaced") as told:
+    with pytest.warns(UserWarning, match="is corrupt .*; replaced") as warned:
         batches = take(dataset, 25)
-    assert len(dataset.corrupt) == 3 == len(told)
+    assert len(dataset.corrupt) == 3 == len(warned)
     assert set(dataset.corrupt) == {row(n, *SIZES[n % 5])["id"] for n in (1, 6, 8)}
     replaced = 0
     for batch, before in zip(batches, sound, strict=True):
@@ -259,7 +259,7 @@ def test_a_bucket_of_nothing_but_corrupt_pictures_ends_with_one_clear_line(tmp_p
         take(make(path), 40)
 
 
-def test_what_fits_no_bucket_is_told(store, tmp_path):
+def test_what_fits_no_bucket_is_reported(store, tmp_path):
     with pytest.warns(UserWarning, match="of 50 pictures, 40 too small are left out"):
         dataset = make(store, buckets=(((32, 32),),))
     assert {tuple(b.images.shape[2:]) for b in take(dataset, 3)} == {(32, 32)}

@@ -20,7 +20,7 @@ MANY = 6000
 MADE_BY = {"vae": {"name": "one", "hash": "1"}}
 
 
-def found() -> Iterator[SourceItem]:
+def items() -> Iterator[SourceItem]:
     for number in range(MANY):
         yield SourceItem(f"{number}", b"%d" % number, ({"brief": f"no {number}", "dense": f"picture {number} " * 50},))
 
@@ -54,12 +54,12 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_import_of_new_and_of_known_pictures(store: Path) -> None:
     for added in (MANY, 0):
         reports: list[imports.ImportReport] = []
-        assert peak(lambda made=reports: made.append(imports._fill(store, found(), "dense", "here", False))) < 300
+        assert peak(lambda made=reports: made.append(imports._fill(store, items(), "dense", "here", False))) < 300
         assert reports[0].added == added and reports[0].total == MANY
 
 
 def test_opening_a_store_and_a_cache(store: Path) -> None:
-    imports._fill(store, found(), "dense", "here", False)
+    imports._fill(store, items(), "dense", "here", False)
     plain = StoreDataset.Config(str(store), buckets=(((64, 64),),), batch=8)
     assert peak(lambda: StoreDataset(plain)) < 300
     keys = [key for key, _ in StoreDataset(plain).encodings()]

@@ -25,7 +25,7 @@ def mix(weight: float = 1.0, seed: int = 0) -> Mix:
     return cls(config)
 
 
-def told(dataset: Any, count: int, rank: int = 0, world: int = 1) -> list[tuple[str, ...]]:
+def captions_of(dataset: Any, count: int, rank: int = 0, world: int = 1) -> list[tuple[str, ...]]:
     return [batch.captions for batch in islice(dataset.batches(rank, world), count)]
 
 
@@ -39,20 +39,20 @@ def test_it_keeps_the_contract_of_a_dataset():
 
 
 def test_batches_come_by_share():
-    found = [is_new(c) for c in told(mix(weight=1.0), 400)]
-    assert 65 <= sum(found) <= 135  # a quarter of 400, plus or minus four standard deviations
-    assert found != [is_new(c) for c in told(mix(weight=1.0, seed=1), 400)]
-    assert sum(is_new(c) for c in told(mix(weight=27.0), 100)) > 75
+    new = [is_new(c) for c in captions_of(mix(weight=1.0), 400)]
+    assert 65 <= sum(new) <= 135  # a quarter of 400, plus or minus four standard deviations
+    assert new != [is_new(c) for c in captions_of(mix(weight=1.0, seed=1), 400)]
+    assert sum(is_new(c) for c in captions_of(mix(weight=27.0), 100)) > 75
 
 
 def test_each_part_is_what_it_is_alone():
     alone = ShapesDataset(build(Catalog.installed(), "dataset", ComponentSpec("shapes", NEW))[2])
-    mixed = [c for c in told(mix(), 60) if is_new(c)]
-    assert mixed == told(alone, len(mixed))
+    mixed = [c for c in captions_of(mix(), 60) if is_new(c)]
+    assert mixed == captions_of(alone, len(mixed))
 
 
 def test_ranks_share_a_batch_between_them():
-    whole, first, second = told(mix(), 12), told(mix(), 12, 0, 2), told(mix(), 12, 1, 2)
+    whole, first, second = captions_of(mix(), 12), captions_of(mix(), 12, 0, 2), captions_of(mix(), 12, 1, 2)
     assert [a + b for a, b in zip(first, second, strict=True)] == whole
 
 

@@ -39,7 +39,7 @@ def take(dataset: PackedDataset, number: int, rank: int = 0, world: int = 1) -> 
     return list(islice(dataset.batches(rank, world), number))
 
 
-def told(batch: Batch) -> list[tuple[str, int, bytes]]:
+def contents(batch: Batch) -> list[tuple[str, int, bytes]]:
     """The samples of a batch, whole."""
     return [(c, k, i.numpy().tobytes()) for c, k, i in zip(batch.captions, batch.keys, batch.images, strict=True)]
 
@@ -79,7 +79,7 @@ def test_any_number_of_ranks_shares_the_same_steps_by_work(store: Path, world: i
     parts = [take(make(store), 10, rank, world) for rank in range(world)]
     for n, whole in enumerate(take(make(store), 10)):
         shares = [part[n] for part in parts]
-        assert sorted(s for share in shares for s in told(share)) == sorted(told(whole))
+        assert sorted(s for share in shares for s in contents(share)) == sorted(contents(whole))
         assert max(map(work, shares)) < 1.05 * work(whole) / world
         assert [s.weight for s in shares] == [len(s) * world / len(whole) for s in shares]
 
@@ -98,14 +98,14 @@ def test_a_run_that_stopped_after_any_batch_goes_on_with_other_ranks(store: Path
         dataset.load_state_dict(state)
     goes_on = [take(dataset, 4, rank, 4) for rank, dataset in enumerate(parts)]
     for n, batch in enumerate(whole[stop:]):
-        assert sorted(s for part in goes_on for s in told(part[n])) == sorted(told(batch))
+        assert sorted(s for part in goes_on for s in contents(part[n])) == sorted(contents(batch))
 
 
 def test_the_seed_alone_decides(store: Path) -> None:
     first, again, other = (
         take(make(store, **c), 8) for c in ({"seed": 3}, {"seed": 3, "prefetch_workers": 1}, {"seed": 4})
     )
-    assert [told(b) for b in first] == [told(b) for b in again] != [told(b) for b in other]
+    assert [contents(b) for b in first] == [contents(b) for b in again] != [contents(b) for b in other]
 
 
 def test_it_keeps_the_contract_of_a_dataset(store: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_corrupt_picture_is_replaced_by_one_of_its_bucket_on_any_ranks(tmp_pat
     parts = [take(make(path), 8, rank, 4) for rank in range(4)]
     assert {int(i[0, 0, 0]) for b in whole for i in b.images}.isdisjoint((3, 6, 13))
     for n, batch in enumerate(whole):
-        assert sorted(s for part in parts for s in told(part[n])) == sorted(told(batch))
+        assert sorted(s for part in parts for s in contents(part[n])) == sorted(contents(batch))
 
 
 def test_what_cannot_be_is_refused_in_one_line(store: Path) -> None:

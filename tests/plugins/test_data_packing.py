@@ -36,11 +36,11 @@ def test_flops_are_those_counted_for_the_backbone():
 @pytest.mark.parametrize("images", [6, 8, 16])
 def test_64_ranks_are_balanced_and_the_budget_is_filled(images):
     lengths = realistic(10_000)
-    found = compare(lengths, budget(images), 64)
-    packed = found["packed"]
+    figures = compare(lengths, budget(images), 64)
+    packed = figures["packed"]
     assert packed.useful > 0.98 and packed.worst < 0.02 and packed.filled > 0.98
-    assert found["tokens"].useful < packed.useful and found["tokens"].worst > 0.05
-    assert found["independent"].useful < 0.6 and found["independent"].imbalance > 0.5
+    assert figures["tokens"].useful < packed.useful and figures["tokens"].worst > 0.05
+    assert figures["independent"].useful < 0.6 and figures["independent"].imbalance > 0.5
 
 
 def test_independent_buckets_waste_what_was_counted_for_them():
@@ -98,9 +98,9 @@ def test_a_plan_is_a_pure_function_and_any_cost_will_do():
 
 
 def test_balance_of_loads_by_hand():
-    found = balance(np.array([[4.0, 2.0], [3.0, 3.0]]), 4.0)
-    assert found.useful == pytest.approx(12 / 14) and found.filled == pytest.approx(0.75)
-    assert found.imbalance == pytest.approx(1 / 6) and found.worst == pytest.approx(1 / 3)
+    figures = balance(np.array([[4.0, 2.0], [3.0, 3.0]]), 4.0)
+    assert figures.useful == pytest.approx(12 / 14) and figures.filled == pytest.approx(0.75)
+    assert figures.imbalance == pytest.approx(1 / 6) and figures.worst == pytest.approx(1 / 3)
 
 
 def test_a_sample_above_the_budget_is_refused():

@@ -507,13 +507,13 @@ def test_rows_that_another_writer_added_meanwhile_are_not_added_again(tmp_path: 
     import_folder(tmp_path / "other", source)
     mine = [row | {"source": "x"} for row in Store(str(tmp_path / "other")).columns("id").to_pylist()]
     store = Store(str(tmp_path / "store"), create=True)
-    given = [
+    rows = [
         {k: v for k, v in row.items() if k != "_rowid"}
         | {"image": b"", "height": 1, "width": 1, "brief": "", "dense": ""}
         for row in mine
     ]
-    Store(str(tmp_path / "store")).add(given[:1])  # without a lock, as a script might
-    assert store.insert(given) == 1
+    Store(str(tmp_path / "store")).add(rows[:1])  # without a lock, as a script might
+    assert store.insert(rows) == 1
     assert len(Store(str(tmp_path / "store"))) == 2
 
 

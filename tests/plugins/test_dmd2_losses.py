@@ -141,7 +141,7 @@ def test_ca_and_dm_are_dmd_where_noise_and_normaliser_are_shared(rescaled: bool)
 
 @pytest.mark.parametrize(("matching", "seed"), [("joint", 5), ("decoupled", 5)])
 def test_a_matching_is_its_formula(matching: str, seed: int) -> None:
-    found = losses.MATCHINGS[matching](X, views(), 0.6, OPTIONS, rng(seed))
+    loss = losses.MATCHINGS[matching](X, views(), 0.6, OPTIONS, rng(seed))
     again, expected = rng(seed), torch.zeros_like(X)
 
     def noise(until: float) -> tuple[Tensor, Tensor]:
@@ -168,14 +168,14 @@ def test_a_matching_is_its_formula(matching: str, seed: int) -> None:
         x_t, t = noise(1.0)
         guided = guess(x_t, t, flow.guide(linear(1)(x_t, t), linear(2)(x_t, t), 5.0))
         expected += over(guess(x_t, t, linear(3)(x_t, t)) - guided, guided)
-    close(found.g, expected, 1e-12)
+    close(loss.g, expected, 1e-12)
 
 
 @pytest.mark.parametrize("matching", ["joint", "decoupled"])
 def test_a_fake_that_is_the_unguided_teacher_leaves_nothing_to_learn(matching: str) -> None:
-    found = losses.MATCHINGS[matching](X, views(guidance=1.0, fake=1), 0.6, OPTIONS, rng())
-    assert not found.g.any()
-    assert float(found.parts["gap"]) == 0 and float(found.parts["cosine"]) == pytest.approx(1)
+    loss = losses.MATCHINGS[matching](X, views(guidance=1.0, fake=1), 0.6, OPTIONS, rng())
+    assert not loss.g.any()
+    assert float(loss.parts["gap"]) == 0 and float(loss.parts["cosine"]) == pytest.approx(1)
     other = losses.MATCHINGS[matching](X, views(guidance=1.0, fake=3), 0.6, OPTIONS, rng())
     assert other.g.abs().mean() > 0.1 and float(other.parts["gap"]) > 0.1
 
@@ -245,10 +245,10 @@ def test_approximate_r1_is_the_squared_norm_of_the_gradient() -> None:
     (exact,) = torch.autograd.grad(logits(x).sum(), x)
     with torch.no_grad():
         at = logits(x)
-        found = [
+        estimates = [
             float(losses.approximate_r1(logits, x, at, 0.01, torch.randn(x.shape, generator=rng(n)))) for n in range(64)
         ]
-    assert sum(found) / len(found) == pytest.approx(float(exact.square().sum((1, 2, 3)).mean()), rel=0.03)
+    assert sum(estimates) / len(estimates) == pytest.approx(float(exact.square().sum((1, 2, 3)).mean()), rel=0.03)
 
 
 def test_approximate_r1_compares_noised_with_noised() -> None:
@@ -362,6 +362,6 @@ def test_alignment_of_sharded_weights_is_that_of_whole_ones() -> None:
 
 
 def test_a_ratio_to_nothing_is_large_and_finite() -> None:
-    found = float(losses.ratio(torch.ones(4), torch.zeros(4)))
-    assert 1e6 < found < float("inf")
+    ratio = float(losses.ratio(torch.ones(4), torch.zeros(4)))
+    assert 1e6 < ratio < float("inf")
     assert float(losses.ratio(torch.full((4,), 3.0), torch.ones(4))) == pytest.approx(3)

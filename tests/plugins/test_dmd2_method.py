@@ -82,9 +82,9 @@ def sample(m: DMD2, rows: int = 4, h: int = 3, w: int = 2) -> MicroBatch:
 def loss_of(m: DMD2, module_name: str, seed: int = 3) -> Loss:
     """The loss as the loop asks for it: `module_name` alone can learn."""
     m.trainable_modules()[module_name].requires_grad_(True)
-    found = m.loss(module_name, m.trainable_modules(), sample(m), rng(seed))
+    loss = m.loss(module_name, m.trainable_modules(), sample(m), rng(seed))
     m.trainable_modules()[module_name].requires_grad_(False)
-    return found
+    return loss
 
 
 def learn(m: DMD2, module_name: str, batch: MicroBatch | None = None, seed: int = 3) -> dict[str, Tensor]:
@@ -126,11 +126,11 @@ def test_the_pipeline_takes_the_students_presets_and_the_teacher_keeps_its_guida
 
 @pytest.mark.parametrize("module_name", ["generator", "fake", "heads"])
 @pytest.mark.parametrize("rollout", ["ode", "renoise"])
-def test_only_the_role_whose_turn_it_is_gets_gradients(module_name: str, rollout: str) -> None:
+def test_only_the_module_that_is_updated_gets_gradients(module_name: str, rollout: str) -> None:
     for seed in range(4):  # other exit steps
-        found = learn(method(rollout=rollout, isg_weight=0.5, **GAN), module_name, seed=seed)
-        assert found and {name.split(".")[0] for name in found} == {module_name}
-        assert all(g.any() for name, g in found.items() if "bias" not in name)
+        gradients = learn(method(rollout=rollout, isg_weight=0.5, **GAN), module_name, seed=seed)
+        assert gradients and {name.split(".")[0] for name in gradients} == {module_name}
+        assert all(g.any() for name, g in gradients.items() if "bias" not in name)
 
 
 def test_gradients_of_the_exit_step_survive_a_rollout_under_autocast() -> None:
@@ -190,7 +190,7 @@ def test_an_undistilled_model_without_guidance_has_nothing_to_learn(matching: st
 def test_the_generators_gradient_is_that_of_its_formula() -> None:
     m = method(matching="joint", shift=1.0)
     batch = sample(m)
-    found = learn(m, "generator", batch, seed=11)
+    gradients = learn(m, "generator", batch, seed=11)
     draws = rng(11)
     exit_step = int(torch.randint(4, (), generator=draws))
     x = torch.randn(4, 4, 3, 2, generator=draws)
@@ -215,7 +215,7 @@ def test_the_generators_gradient_is_that_of_its_formula() -> None:
     (0.5 * (made - target).square().mean()).backward()
     for name, p in net.named_parameters():
         assert p.grad is not None
-        torch.testing.assert_close(found[f"generator.{name}"], p.grad, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(gradients[f"generator.{name}"], p.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_a_true_fake_explains_all_that_can_be_explained() -> None:
@@ -298,8 +298,8 @@ def test_real_and_made_latents_meet_under_the_same_noise(monkeypatch: pytest.Mon
     n = torch.randn(x.shape, generator=draws)
     assert batch.z is not None
     real, fake = flow.mix(batch.z, noise, t), flow.mix(made, noise, t)
-    for found, expected in zip(seen, (real, fake, real + 0.5 * n), strict=True):
-        torch.testing.assert_close(found, expected)
+    for noised, expected in zip(seen, (real, fake, real + 0.5 * n), strict=True):
+        torch.testing.assert_close(noised, expected)
     d = [
         m.trainable_modules()["heads"](features(m.teacher, y, t, batch.text, (0, 1)))
         for y in (real, fake, real + 0.5 * n)

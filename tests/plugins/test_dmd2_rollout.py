@@ -51,10 +51,10 @@ def test_an_ode_rollout_and_its_exit_step_are_the_samplers_walk(size: tuple[int,
 def test_the_grid_goes_with_the_size_of_the_picture() -> None:
     # reference grids at 512, 1024 and 1056 px: the schedule jumps above 4300 cells
     grids = [EULER.times((n, n), 4)[:4].tolist() for n in (32, 64, 66)]
-    for found, published in zip(
+    for levels, published in zip(
         grids, [(1, 0.958, 0.884, 0.718), (1, 0.967, 0.908, 0.767), (1, 0.908, 0.768, 0.524)], strict=True
     ):
-        assert found == pytest.approx(published, abs=6e-4)
+        assert levels == pytest.approx(published, abs=6e-4)
     for n, grid in zip((32, 64, 66), grids, strict=True):
         for rollout in (ode, renoise):
             field = Field()
@@ -68,10 +68,10 @@ def test_a_renoising_rollout_mixes_each_guess_with_new_noise() -> None:
         row = times[i].expand(4)
         guess = x - times[i] * Field()(x, row)
         x = (1 - times[i + 1]) * guess + times[i + 1] * torch.randn(x.shape, generator=draws)
-    found = renoise(toy.Even(toy.Even.Config()), Field(), noise(), 4, 3, rng())
-    torch.testing.assert_close(found, x)
+    x_end = renoise(toy.Even(toy.Even.Config()), Field(), noise(), 4, 3, rng())
+    torch.testing.assert_close(x_end, x)
     other = renoise(toy.Even(toy.Even.Config()), Field(), noise(), 4, 3, rng(1))
-    assert not torch.allclose(found, other, atol=0.1)
+    assert not torch.allclose(x_end, other, atol=0.1)
 
 
 @pytest.mark.parametrize("rollout", [ode, renoise])
@@ -89,11 +89,11 @@ def test_a_rollout_of_a_perfect_model_stays_on_its_path(rollout: type) -> None:
 @pytest.mark.parametrize("rollout", [ode, renoise])
 def test_no_gradient_enters_a_rollout(rollout: type) -> None:
     weight = torch.ones(1, requires_grad=True)
-    asked = []
+    grad_enabled = []
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        asked.append(torch.is_grad_enabled())
+        grad_enabled.append(torch.is_grad_enabled())
         return weight * x
 
     assert not rollout(EULER, velocity, noise(), 4, 3, rng()).requires_grad
-    assert asked == [False] * 3 and torch.is_grad_enabled()
+    assert grad_enabled == [False] * 3 and torch.is_grad_enabled()

@@ -61,9 +61,9 @@ def distil(matching: str, options: MatchingOptions, guidance: float = 1.0, steps
         with torch.no_grad():
             for parameter, grad in zip((a, b), grads, strict=True):
                 parameter -= rate * (1 - step / steps) * grad
-    found = (a @ a.T).detach()
+    covariance = (a @ a.T).detach()
     spread = float(torch.linalg.matrix_norm(a.detach(), 2))
-    return End(float((b.detach() - MEAN).norm()), float((found - COVARIANCE).norm()), spread)
+    return End(float((b.detach() - MEAN).norm()), float((covariance - COVARIANCE).norm()), spread)
 
 
 @pytest.mark.parametrize(

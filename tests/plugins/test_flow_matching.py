@@ -250,23 +250,23 @@ def test_a_batch_that_is_encoded_already_is_taken_as_it_is() -> None:
 
 
 def test_validation_is_the_squared_error_at_one_time_in_every_bin():
-    m, asked = method(cache_latents=True, cache_texts=True), batch(keys=(1, 2), width=12)
-    found = m.validate(asked, m.trainable_modules(), rng(5))
-    z, draw, bins = Averages().encode(asked.images.float() / 127.5 - 1), rng(5), {}
+    m, one_batch = method(cache_latents=True, cache_texts=True), batch(keys=(1, 2), width=12)
+    metrics = m.validate(one_batch, m.trainable_modules(), rng(5))
+    z, draw, bins = Averages().encode(one_batch.images.float() / 127.5 - 1), rng(5), {}
     for number in range(5):
         u, noise = torch.rand(2, generator=draw), torch.randn(z.shape, generator=draw)
         x = z + (noise - z) * ((number + u) / 5)[:, None, None, None]
         error = torch.tensor([0.5, -0.25])[None, :, None, None] - (noise - z)
         bins[f"loss/t{number / 5:.1f}-{(number + 1) / 5:.1f}"] = float(error.square().mean())
         last = x
-    assert {k: v for k, v in found.items() if "/t" in k} == pytest.approx(bins)
-    assert found["loss"] == pytest.approx(sum(bins.values()) / 5) and found["loss/8x12"] == found["loss"]
+    assert {k: v for k, v in metrics.items() if "/t" in k} == pytest.approx(bins)
+    assert metrics["loss"] == pytest.approx(sum(bins.values()) / 5) and metrics["loss/8x12"] == metrics["loss"]
     torch.testing.assert_close(m.pipeline.backbone.x, last)
     assert m.pipeline.backbone.text.mask.sum() == 5, "no caption is dropped"
     assert (m._latents.bytes, m._texts.bytes) == (0, 0), "what is trained on finds no other picture under its key"
 
 
-def test_validation_is_the_same_at_every_look_and_needs_no_dropout():
+def test_validation_is_the_same_at_every_evaluation_and_needs_no_dropout():
     m = method(caption_dropout=1.0)
     assert m.validate(batch(), m.trainable_modules(), rng()) == m.validate(batch(), m.trainable_modules(), rng())
     with pytest.raises(LensError, match="captions only"):

@@ -53,21 +53,21 @@ class Watched(nn.Module):
         self.net = net
 
     def packed(self, xs: list[Tensor], t: Tensor, text: TextFeatures) -> list[Tensor]:
-        self.asked = xs, t, text
+        self.arguments = xs, t, text
         return self.net.packed(xs, t, text)
 
 
 def test_packed_and_bucketed_give_the_same_gradients_for_the_same_samples() -> None:
-    net, given = model(), sample()
+    net, batch = model(), sample()
     watched = Watched(net)
     m = FlowMatching(FlowMatching.Config(caption_dropout=0.3), LensPipeline())
-    loss = m.loss("backbone", {"backbone": watched}, given, torch.Generator().manual_seed(5))
+    loss = m.loss("backbone", {"backbone": watched}, batch, torch.Generator().manual_seed(5))
     got = learn(net, loss.total)
-    xs, t, text = watched.asked
+    xs, t, text = watched.arguments
     buckets = []
     for size in dict.fromkeys(SIZES):
         rows = [i for i, other in enumerate(SIZES) if other == size]
-        x, z = torch.stack([xs[i] for i in rows]), torch.stack([given.z[i] for i in rows])
+        x, z = torch.stack([xs[i] for i in rows]), torch.stack([batch.z[i] for i in rows])
         noise = z + (x - z) / t[rows].view(-1, 1, 1, 1)
         v = net(x, t[rows], TextFeatures(text.features[rows], text.mask[rows]))
         buckets.append((v - flow.velocity(z, noise)).square().mean() * len(rows) / len(SIZES))
@@ -93,10 +93,10 @@ def test_t_is_drawn_for_the_size_of_each_sample() -> None:
     watched = Watched(model())
     m.loss("backbone", {"backbone": watched}, sample(), torch.Generator().manual_seed(5))
     want = [1.0 + (h * w - 4) / 12 * 0.3 for h, w in SIZES]
-    torch.testing.assert_close(watched.asked[1].logit(), torch.tensor(want), atol=1e-4, rtol=0)
+    torch.testing.assert_close(watched.arguments[1].logit(), torch.tensor(want), atol=1e-4, rtol=0)
 
 
-def test_a_weight_multiplies_the_loss_and_what_is_told() -> None:
+def test_a_weight_multiplies_the_loss_and_what_is_reported() -> None:
     net, m = model(), FlowMatching(FlowMatching.Config(), LensPipeline())
     whole = sample()
     one = [EncodedBatch(torch.stack(whole.z[::2][:2]), whole.text[:2]), whole]
@@ -159,8 +159,8 @@ def recipe(store: Path, **train: int) -> Recipe:
     }  # fmt: skip
     parts = {"vae": "blocks", "text_encoder": "letters", "backbone": MMDIT, "sampler": "euler"}
     options = {"steps": 6, "lr": 1e-2, "save_every": 3, "keep_checkpoints": 9, **train}
-    given = {"seed": 1, "pipeline": parts, "method": "flow_matching", "dataset": data, "train": options}
-    return structure(Recipe, given)
+    data_ = {"seed": 1, "pipeline": parts, "method": "flow_matching", "dataset": data, "train": options}
+    return structure(Recipe, data_)
 
 
 def train(store: Path, out: Path, **options: int) -> None:
@@ -184,14 +184,14 @@ def test_a_run_on_packed_batches_that_was_stopped_ends_with_the_same_bits(tmp_pa
 
 
 def test_the_work_of_a_batch_is_that_of_its_samples_and_of_tokens_that_count() -> None:
-    net, given = model(), sample()
+    net, batch = model(), sample()
     fit = method()
-    assert fit.flops("backbone", given) == 0, "a backbone that cannot tell"
+    assert fit.flops("backbone", batch) == 0, "a backbone that cannot tell"
     fit.pipeline.backbone = net
-    counts = given.text.mask.sum(1).tolist()
-    assert fit.flops("backbone", given) == sum(net.flops(s, n) for s, n in zip(SIZES, counts, strict=True))
+    counts = batch.text.mask.sum(1).tolist()
+    assert fit.flops("backbone", batch) == sum(net.flops(s, n) for s, n in zip(SIZES, counts, strict=True))
     rows = [n for n, size in enumerate(SIZES) if size == (4, 4)]
     bucket = EncodedBatch(
-        torch.stack([given.z[n] for n in rows]), TextFeatures(given.text.features[rows], given.text.mask[rows])
+        torch.stack([batch.z[n] for n in rows]), TextFeatures(batch.text.features[rows], batch.text.mask[rows])
     )
     assert fit.flops("backbone", bucket) == sum(net.flops((4, 4), counts[n]) for n in rows)

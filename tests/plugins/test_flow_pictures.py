@@ -43,13 +43,13 @@ def left_half(height: int = 32, width: int = 48) -> Image.Image:
 
 
 def latents(pipeline: LensPipeline, **call: Any) -> Tensor:
-    found: Tensor = pipeline("a cat", **{**HOW, "output_type": "latent", **call}).images
-    return found
+    result: Tensor = pipeline("a cat", **{**HOW, "output_type": "latent", **call}).images
+    return result
 
 
 def source(pipeline: LensPipeline, picture: Image.Image) -> Tensor:
-    found: Tensor = pipeline.vae.encode(to_pixels(to_tensor(picture))).detach()
-    return found
+    latent: Tensor = pipeline.vae.encode(to_pixels(to_tensor(picture))).detach()
+    return latent
 
 
 @SAMPLERS
@@ -60,8 +60,8 @@ def test_strength_1_is_the_picture_from_noise_alone(name, drawn):
 
 
 def test_strength_0_is_what_the_vae_makes_of_the_picture(drawn):
-    found = latents(drawn, image=photo(), strength=0.0)
-    assert torch.equal(found, source(drawn, photo()))
+    result = latents(drawn, image=photo(), strength=0.0)
+    assert torch.equal(result, source(drawn, photo()))
 
 
 @SAMPLERS
@@ -99,10 +99,10 @@ def test_what_is_not_masked_stays_in_latents_and_in_pixels(name, strength, drawn
     drawn.use_sampler(name)
     how = {"image": photo(), "mask_image": left_half(), "strength": strength}
     z = source(drawn, photo())
-    found = latents(drawn, **how)
+    result = latents(drawn, **how)
     # 24 of 48 px: of the three cells across, the second holds the border and is drawn anew with the first
-    assert torch.equal(found[..., 2:], z[..., 2:])
-    assert (found[..., :2] - z[..., :2]).abs().min() > 0
+    assert torch.equal(result[..., 2:], z[..., 2:])
+    assert (result[..., :2] - z[..., :2]).abs().min() > 0
     images = drawn("a cat", **how, **HOW).images[0]
     before = to_tensor(photo())[0]
     assert torch.equal(images[:, :, 24:], before[:, :, 24:])
@@ -133,11 +133,11 @@ def test_a_picture_alone_is_the_one_in_a_batch_with_new_noise_too(drawn):
 
 def test_guidance_can_be_kept_to_an_interval(drawn):
     size = {"height": 32, "width": 48}
-    asked: list[tuple[float, int]] = []
+    calls_made: list[tuple[float, int]] = []
     forward = drawn.backbone.forward
 
     def spy(x: Tensor, t: Tensor, text: Any) -> Tensor:
-        asked.append((float(t[0]), text.features.shape[2]))
+        calls_made.append((float(t[0]), text.features.shape[2]))
         return forward(x, t, text)
 
     drawn.backbone.forward = spy
@@ -145,9 +145,9 @@ def test_guidance_can_be_kept_to_an_interval(drawn):
     assert torch.equal(latents(drawn, **size, guidance_scale=5.0, guidance_interval=(0.0, 1.0)), whole)
     times = drawn.sampler.times((2, 3), 8)[:-1].tolist()
     low, high = times[5], times[2]
-    asked.clear()
+    calls_made.clear()
     part = latents(drawn, **size, guidance_scale=5.0, guidance_interval=(low, high))
-    guided = [t for t in times if [a for a, _ in asked].count(t) == 2]
+    guided = [t for t in times if [a for a, _ in calls_made].count(t) == 2]
     assert guided == times[2:5]  # low is outside, high within
     assert not torch.equal(part, whole)
     none = latents(drawn, **size, guidance_scale=5.0, guidance_interval=(0.0, times[-1] / 2))
@@ -215,10 +215,12 @@ def test_any_picture_becomes_rgb_upright_and_over_white():
 
 
 def test_the_settings_tell_what_it_began_with(drawn):
-    told = drawn("a", image=photo(), mask_image=left_half(), strength=0.5, guidance_interval=(0.1, 1), **HOW).settings
-    assert told["strength"] == 0.5 and told["guidance_interval"] == [0.1, 1]
-    assert told["sampler"] == {"use": "lens_flow:euler", "mu": None}
+    settings = drawn(
+        "a", image=photo(), mask_image=left_half(), strength=0.5, guidance_interval=(0.1, 1), **HOW
+    ).settings
+    assert settings["strength"] == 0.5 and settings["guidance_interval"] == [0.1, 1]
+    assert settings["sampler"] == {"use": "lens_flow:euler", "mu": None}
     other = drawn("a", image=photo(seed=1), mask_image=left_half(), strength=0.5, **HOW).settings
-    assert other["image_hash"] != told["image_hash"] and other["mask_hash"] == told["mask_hash"]
+    assert other["image_hash"] != settings["image_hash"] and other["mask_hash"] == settings["mask_hash"]
     plain = drawn("a", height=32, width=48, **HOW).settings
     assert not {"strength", "image_hash", "mask_hash", "guidance_interval"} & plain.keys()

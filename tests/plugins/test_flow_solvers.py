@@ -120,14 +120,14 @@ def test_without_new_noise_it_is_euler():
 
 
 def test_every_marginal_is_that_of_the_flow():
-    found = walk(noisy(), 40_000, 100)
-    for t, x in found[9::10]:
+    path = walk(noisy(), 40_000, 100)
+    for t, x in path[9::10]:
         x = x.double()
         # of 40,000 draws, the mean is known to 0.5 % of the spread, the spread to 0.35 %; Euler's own error is larger
         assert float(x.mean()) == pytest.approx((1 - t) * MEAN, abs=0.03 * float(spread(t)))
         assert float(x.std()) == pytest.approx(float(spread(t)), rel=0.04)
     # negative control: the same step back without shrinking what is there would grow the spread beyond that
-    assert float(found[49][1].std()) < 1.1 * float(spread(found[49][0]))
+    assert float(path[49][1].std()) < 1.1 * float(spread(path[49][0]))
 
 
 def test_where_it_ends_has_little_to_do_with_where_it_began():

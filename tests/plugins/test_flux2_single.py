@@ -33,7 +33,7 @@ def small(config: Config = SMALL) -> Flux2VAE:
 
 def original(state: dict[str, Tensor], levels: int, *, quant_inside: bool) -> dict[str, Tensor]:
     """diffusers' names -> those of the first publication."""
-    found = {}
+    tensors = {}
     for name, value in state.items():
         if name.startswith(("quant_conv", "post_quant_conv")) and quant_inside:
             name = ("encoder." if name.startswith("quant") else "decoder.") + name
@@ -47,8 +47,8 @@ def original(state: dict[str, Tensor], levels: int, *, quant_inside: bool) -> di
         name = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", name)
         name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", name)
         convolution = "mid.attn_1" in name and value.ndim == 2
-        found[name] = value[:, :, None, None] if convolution else value
-    return found
+        tensors[name] = value[:, :, None, None] if convolution else value
+    return tensors
 
 
 def write(path: Path, state: dict[str, Tensor]) -> Path:
@@ -133,7 +133,9 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path) -> None:
 
 def test_a_file_with_a_vae_describes_itself(tmp_path: Path) -> None:
     path = write(tmp_path / "vae.safetensors", original(small().net.state_dict(), 3, quant_inside=True))
-    told = lens_describe(path)
-    assert told is not None and told["components"] == {"vae": {"use": "lens_flux2:flux2", "file": "vae.safetensors"}}
+    description = lens_describe(path)
+    assert description is not None and description["components"] == {
+        "vae": {"use": "lens_flux2:flux2", "file": "vae.safetensors"}
+    }
     assert lens_describe(write(tmp_path / "other.safetensors", {"a": torch.ones(1)})) is None
     assert lens_describe(tmp_path) is None

@@ -180,8 +180,8 @@ def test_a_step_that_is_skipped_leaves_the_statistics_alone(statistics, monkeypa
     loss = Autoencode.loss
 
     def broken(*arguments: Any) -> Loss:
-        found = loss(*arguments)
-        return evolve(found, total=found.total * float("nan"))
+        losses = loss(*arguments)
+        return evolve(losses, total=losses.total * float("nan"))
 
     monkeypatch.setattr(Autoencode, "loss", broken)
     with pytest.raises(NumericalError):
@@ -209,8 +209,11 @@ def test_a_few_steps_make_the_reconstruction_better():
 
 def test_each_batch_is_one_step():
     m = method()
-    given = [batch(0), batch(1)]
-    assert [list(micro) for micro in m.steps(iter(given), m.trainable_modules(), rng())] == [[given[0]], [given[1]]]
+    batches = [batch(0), batch(1)]
+    assert [list(micro) for micro in m.steps(iter(batches), m.trainable_modules(), rng())] == [
+        [batches[0]],
+        [batches[1]],
+    ]
     assert m.update_order(0) == ("vae",) and m.trainable_modules() == {"vae": m.vae} and m.state_dict() == {}
 
 

@@ -53,13 +53,13 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def hooked(model: Any, ids: torch.Tensor, mask: torch.Tensor, layers: tuple[int, ...]) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    hooks = [model.layers[i].register_forward_hook(lambda _m, _i, out: found.append(out)) for i in layers]
+    outputs: list[torch.Tensor] = []
+    hooks = [model.layers[i].register_forward_hook(lambda _m, _i, out: outputs.append(out)) for i in layers]
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
     for hook in hooks:
         hook.remove()
-    return found
+    return outputs
 
 
 def test_features_equal_forward_hooks_on_transformers_own_model(encoder: GptOssEncoder, saved: Path) -> None:
@@ -348,15 +348,15 @@ def test_the_head_runs_once_until_a_weight_changes() -> None:
     encoder.model.layers[0].register_forward_hook(lambda _m, inputs, _o: lengths.append(inputs[0].shape[1]))
     before = encoder.encode(PROMPTS[:1]).features
     assert torch.equal(encoder.encode(PROMPTS[:1]).features, before)
-    own = before.shape[2]
-    assert lengths == [encoder.head_length, own, own]
+    head_length = before.shape[2]
+    assert lengths == [encoder.head_length, head_length, head_length]
     with torch.no_grad():
         encoder.model.layers[0].self_attn.k_proj.weight.mul_(2)
     assert not torch.allclose(encoder.encode(PROMPTS[:1]).features, before, atol=1e-3)
-    assert lengths[3:] == [encoder.head_length, own]
+    assert lengths[3:] == [encoder.head_length, head_length]
     with torch.autocast("cpu", torch.bfloat16):  # other arithmetic, other keys
         encoder.encode(PROMPTS[:1])
-    assert lengths[5:] == [encoder.head_length, own]
+    assert lengths[5:] == [encoder.head_length, head_length]
 
 
 def test_the_head_runs_again_after_a_step_of_a_fused_optimizer() -> None:

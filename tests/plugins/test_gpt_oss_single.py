@@ -111,8 +111,8 @@ def error(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(v, expected[k]) for k, v in found.items())
+def same(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return tensors.keys() == expected.keys() and all(torch.equal(v, expected[k]) for k, v in tensors.items())
 
 
 # ---- experts in 4 bits ------------------------------------------------------------------------------------------
@@ -149,7 +149,9 @@ def test_nothing_after_the_last_selected_layer_is_held(encoder: GptOssEncoder, f
         kept(kept.tokens(PROMPTS)[0])
 
 
-def test_how_experts_are_held_is_told_with_what_it_saves(encoder: GptOssEncoder, folder: Path, tmp_path: Path) -> None:
+def test_how_experts_are_held_is_reported_with_what_it_saves(
+    encoder: GptOssEncoder, folder: Path, tmp_path: Path
+) -> None:
     path = write(tmp_path / "model.safetensors", as_mxfp4(encoder.state_dict())[0])
     kept, whole = read(path, TINY, torch.bfloat16, folder), read(path, EAGER, torch.bfloat16, folder)
     assert "experts stay in mxfp4, unpacked one at a time; 0.0 GB instead of 0.0" in kept.note and whole.note == ""
@@ -334,7 +336,9 @@ def test_what_is_wrong_with_a_file_is_one_line(
         assert words in (said := error(lambda: read(path, config, None, folder))) and str(path) in said  # noqa: B023
 
 
-def test_blocks_of_other_sizes_than_the_models_are_told(encoder: GptOssEncoder, folder: Path, tmp_path: Path) -> None:
+def test_blocks_of_other_sizes_than_the_models_are_reported(
+    encoder: GptOssEncoder, folder: Path, tmp_path: Path
+) -> None:
     stored, _ = as_mxfp4(encoder.state_dict())
     stored |= {
         f"{FIRST}_blocks": stored[f"{FIRST}_blocks"][:, :64],
@@ -350,7 +354,7 @@ def test_blocks_of_other_sizes_than_the_models_are_told(encoder: GptOssEncoder, 
 
 
 @pytest.mark.parametrize("words", [b"{", b"\xff", b'{"version": "9"}', b""])
-def test_a_tokenizer_that_cannot_be_read_is_told(words: bytes, encoder: GptOssEncoder, tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_read_is_reported(words: bytes, encoder: GptOssEncoder, tmp_path: Path) -> None:
     stored, _ = as_nvfp4(encoder.state_dict(), encoder.tokenizer, "", ".bias")
     stored["tokenizer_json"] = torch.tensor(list(words), dtype=torch.uint8)
     path = write(tmp_path / "a.safetensors", stored)
@@ -362,7 +366,7 @@ def test_a_file_without_a_tokenizer_needs_a_folder_that_has_one(encoder: GptOssE
     assert "tokenizer.json: missing" in error(lambda: read(path))
 
 
-def test_too_few_layers_for_the_taps_are_told(encoder: GptOssEncoder, folder: Path, tmp_path: Path) -> None:
+def test_too_few_layers_for_the_taps_are_reported(encoder: GptOssEncoder, folder: Path, tmp_path: Path) -> None:
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("model.layers.2.", "model.layers.3."))}
     path = write(tmp_path / "a.safetensors", state)
     assert "selected_layers is [0, 2]; give ascending layers from 0 to 1" in error(
@@ -371,7 +375,7 @@ def test_too_few_layers_for_the_taps_are_told(encoder: GptOssEncoder, folder: Pa
 
 
 def test_a_file_with_an_encoder_describes_itself(encoder: GptOssEncoder, tmp_path: Path) -> None:
-    told = lens_describe(write(tmp_path / "a.safetensors", encoder.state_dict()))
-    assert told is not None
-    assert told["components"] == {"text_encoder": {"use": "lens_gpt_oss:gpt_oss", "file": "a.safetensors"}}
+    description = lens_describe(write(tmp_path / "a.safetensors", encoder.state_dict()))
+    assert description is not None
+    assert description["components"] == {"text_encoder": {"use": "lens_gpt_oss:gpt_oss", "file": "a.safetensors"}}
     assert lens_describe(write(tmp_path / "b.safetensors", {"a": torch.ones(1)})) is None

@@ -83,11 +83,11 @@ def test_a_template_in_a_process_of_its_own_renders_what_it_does_here(known: str
 
 
 def test_only_the_templates_of_this_package_run_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(sandbox, "render", lambda text, *_: asked.append(text) or "")
+    rendered = []
+    monkeypatch.setattr(sandbox, "render", lambda text, *_: rendered.append(text) or "")
     for text in (CHAT_TEMPLATE, HARMONY, CHAT_TEMPLATE + " ", "{{ 1 }}"):
         render(text, conversation("x"), DAY)
-    assert asked == [CHAT_TEMPLATE + " ", "{{ 1 }}"]
+    assert rendered == [CHAT_TEMPLATE + " ", "{{ 1 }}"]
 
 
 # ---- tokenizers ---------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ plugin.lens_datasets = hookimpl(lambda: {"halves": Halves}, specname="lens_datas
 
 
 def test_a_step_in_parts_of_uneven_length_has_the_gradient_of_the_step_as_a_whole(tmp_path: Path) -> None:
-    found = []
+    results = []
     for parts in (1, 2, 3, 6):
         recipe = Recipe(
             method=ComponentSpec("language_model", {"tokenizer_batches": 1, "balance": 0.0}),
@@ -145,10 +145,10 @@ def test_a_step_in_parts_of_uneven_length_has_the_gradient_of_the_step_as_a_whol
         run.train()
         log = json.loads((tmp_path / str(parts) / "log.jsonl").read_text())
         grads = torch.cat([p.grad.flatten() for p in run.trainable_parameters["text_encoder"] if p.grad is not None])
-        found.append((grads, log["text_encoder/nll"]))
-    for grads, nll in found[1:]:
-        assert float((grads - found[0][0]).norm() / found[0][0].norm()) < 1e-5
-        assert nll == pytest.approx(found[0][1], abs=2e-6)
+        results.append((grads, log["text_encoder/nll"]))
+    for grads, nll in results[1:]:
+        assert float((grads - results[0][0]).norm() / results[0][0].norm()) < 1e-5
+        assert nll == pytest.approx(results[0][1], abs=2e-6)
 
 
 def test_the_loss_falls_when_a_few_captions_are_learned_by_heart() -> None:

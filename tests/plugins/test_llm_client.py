@@ -180,7 +180,7 @@ def test_a_slow_answer_is_not_waited_for(endpoint, client):
 
 
 @pytest.mark.parametrize("status", [400, 401, 403])
-def test_a_lasting_fault_is_told_in_one_line_and_not_retried(endpoint, client, status):
+def test_a_lasting_fault_is_reported_in_one_line_and_not_retried(endpoint, client, status):
     endpoint.script = [fault(status, f"no\nwith {KEY}")]
     llm = client()
     with pytest.raises(LLMError, match=rf"^m: HTTP {status}: .*no with \[key\]") as caught:
@@ -232,7 +232,7 @@ def test_a_wrong_object_is_repaired_once(endpoint, client):
 
 
 @pytest.mark.parametrize("wrong", [{"n": True}, {"n": 1.5}, {"n": "1"}, {}, [], {"n": 1, "m": 2}])
-def test_what_does_not_fit_a_schema_is_told(wrong):
+def test_what_does_not_fit_a_schema_is_reported(wrong):
     assert unfit({"n": 1}, SCHEMA) is None
     assert unfit(wrong, SCHEMA) is not None
 
@@ -281,19 +281,19 @@ def test_map_keeps_the_order_and_the_bound_and_an_error_its_place(endpoint, clie
         return text
 
     llm = client(concurrency=3)
-    found = llm.map(ask, range(6))
-    assert [str(f) for f in found] == ["0", "1", "two", "3", "4", "5"]
-    assert isinstance(found[2], LensError)
+    results = llm.map(ask, range(6))
+    assert [str(f) for f in results] == ["0", "1", "two", "3", "4", "5"]
+    assert isinstance(results[2], LensError)
     assert 2 <= endpoint.most <= 3
 
 
 def test_the_ceiling_of_calls_counts_retries_and_holds_under_threads(endpoint, client):
     endpoint.script = [fault(500)]
     llm = client(max_calls=4)
-    found = llm.map(lambda n: llm.chat([Message("user", str(n))]), range(8))
+    results = llm.map(lambda n: llm.chat([Message("user", str(n))]), range(8))
     assert len(endpoint.bodies) == llm.spend.calls == 4
-    assert sum(f == "ok" for f in found) == 3
-    assert sum(isinstance(f, BudgetError) for f in found) == 5
+    assert sum(f == "ok" for f in results) == 3
+    assert sum(isinstance(f, BudgetError) for f in results) == 5
 
 
 def test_the_ceiling_of_dollars_stops_before_the_call_that_could_cross_it(endpoint, client):
@@ -319,9 +319,9 @@ def test_a_lost_answer_counts_at_its_highest_price_and_a_refused_request_at_none
 
 def test_an_estimate_sends_nothing(endpoint, client):
     llm = client(price_in=0.4, price_out=1.6, max_tokens=250, image_tokens=1500)
-    found = llm.estimate([Message("user", "x" * 300, (b"a", b"b"))], calls=1000)
-    assert (found.calls, found.tokens_in, found.tokens_out) == (1000, 3_110_000, 250_000)
-    assert found.usd == pytest.approx(3.11 * 0.4 + 0.25 * 1.6)
+    estimate = llm.estimate([Message("user", "x" * 300, (b"a", b"b"))], calls=1000)
+    assert (estimate.calls, estimate.tokens_in, estimate.tokens_out) == (1000, 3_110_000, 250_000)
+    assert estimate.usd == pytest.approx(3.11 * 0.4 + 0.25 * 1.6)
     assert endpoint.bodies == []
 
 
@@ -330,17 +330,17 @@ def test_the_key_is_nowhere_but_in_the_request(endpoint, client, tmp_path, caplo
     llm = client(cache=str(tmp_path), retries=1)
     endpoint.script = ["fine", fault(401, f"Incorrect API key provided: {KEY}"), reset, reset]
     llm.chat(ASK)
-    told = []
+    messages = []
     for n in range(2):
         with pytest.raises(LLMError) as caught:
             llm.chat([Message("user", str(n))])
         error: BaseException | None = caught.value
         while error is not None:
-            told += [str(error), repr(vars(error))]
+            messages += [str(error), repr(vars(error))]
             error = error.__cause__ or error.__context__
     files = [p.read_text(encoding="utf-8") for p in tmp_path.rglob("*") if p.is_file()]
-    assert len(files) == 1 and told and caplog.text
-    assert all(KEY not in text for text in [*told, *files, caplog.text, repr(llm.config), repr(llm.spend)])
+    assert len(files) == 1 and messages and caplog.text
+    assert all(KEY not in text for text in [*messages, *files, caplog.text, repr(llm.config), repr(llm.spend)])
     assert all(KEY in h["authorization"] for h in endpoint.headers)  # the search would have found it
 
 

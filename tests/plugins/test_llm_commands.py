@@ -32,11 +32,11 @@ def test_a_set_about_shapes_needs_no_language_model_and_is_the_same_each_time(tm
     out = tmp_path / "set.jsonl"
     assert main(["rl", "prompts", "--shapes", "40", "--output", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}: 40 prompts\n"
-    found = read(out, rubrics=None, alike=None)
-    assert [p.data["split"] for p in found].count("eval") == 4
-    texts = {p.text for p in found}
-    assert len(texts) == 40 and len({p.id for p in found}) == 40
-    assert all(r["check"]["op"] for p in found for r in (*p.data["rubrics"], p.data["global"]))
+    prompts = read(out, rubrics=None, alike=None)
+    assert [p.data["split"] for p in prompts].count("eval") == 4
+    texts = {p.text for p in prompts}
+    assert len(texts) == 40 and len({p.id for p in prompts}) == 40
+    assert all(r["check"]["op"] for p in prompts for r in (*p.data["rubrics"], p.data["global"]))
     again = tmp_path / "again.jsonl"
     assert main(["rl", "prompts", "--shapes", "40", "--output", str(again)]) == 0
     assert again.read_bytes() == out.read_bytes()
@@ -44,12 +44,12 @@ def test_a_set_about_shapes_needs_no_language_model_and_is_the_same_each_time(tm
 
 def test_a_set_is_written_through_an_endpoint(tmp_path: Path, capsys, endpoint: Endpoint):  # noqa: F811
     def reply(body: dict[str, Any]) -> str:
-        asked = json.loads(body["messages"][-1]["content"] if isinstance(body["messages"][-1]["content"], str)
+        question = json.loads(body["messages"][-1]["content"] if isinstance(body["messages"][-1]["content"], str)
                            else body["messages"][-1]["content"][0]["text"])  # fmt: skip
-        if "item" in asked:
-            return json.dumps({"prompt": f"a {asked['item']} in the rain"})
+        if "item" in question:
+            return json.dumps({"prompt": f"a {question['item']} in the rain"})
         return json.dumps(
-            {"rubrics": [{"kind": "counting", "q": f"Is fact {i} there?"} for i in range(asked["how_many"])]}
+            {"rubrics": [{"kind": "counting", "q": f"Is fact {i} there?"} for i in range(question["how_many"])]}
         )
 
     endpoint.reply = reply
@@ -65,7 +65,7 @@ def test_a_set_is_written_through_an_endpoint(tmp_path: Path, capsys, endpoint: 
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["prompts", "--output", "x.jsonl"], "give a taxonomy file, or --shapes N"),
         (["prompts", "t.yaml", "--shapes", "9", "--output", "x.jsonl"], "and not both"),
@@ -76,12 +76,12 @@ def test_a_set_is_written_through_an_endpoint(tmp_path: Path, capsys, endpoint: 
         (["audit", "fit.yaml", "--num-images", "1"], "--num-images must be at least 2"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(words, told, tmp_path: Path, capsys, monkeypatch):
+def test_a_mistake_is_one_line_and_exit_code_2(words, message, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("fit.yaml").write_text("method: flow_matching\ndataset: shapes\ntrain: {steps: 1}\n")
     assert main(["rl", *words]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.count("\n") == 0 and told in error
+    assert error.count("\n") == 0 and message in error
     assert [p.name for p in tmp_path.iterdir()] == ["fit.yaml"]
 
 
@@ -89,10 +89,10 @@ def test_an_audit_tells_that_an_exact_judge_never_flips_and_agrees_with_itself(t
     recipe = tmp_path / "audit.yaml"
     recipe.write_text(AUDIT.format(reward="{use: shapes_rubrics, fallback: {use: shapes_rubrics}}"))
     assert main(["rl", "audit", str(recipe), "--num-images", "6"]) == 0
-    (found,) = json.loads(capsys.readouterr().out).values()
-    assert found["pictures"] == 6 and found["noise"] == 0
-    assert set(found["flips"].values()) == {0.0} and set(found["agreement"].values()) == {1.0}
-    assert found["probes"].keys() == {"blank", "noise", "swapped"} and found["probes"]["blank"] < 0.9
+    (report,) = json.loads(capsys.readouterr().out).values()
+    assert report["pictures"] == 6 and report["noise"] == 0
+    assert set(report["flips"].values()) == {0.0} and set(report["agreement"].values()) == {1.0}
+    assert report["probes"].keys() == {"blank", "noise", "swapped"} and report["probes"]["blank"] < 0.9
 
 
 def test_an_audit_samples_the_prompts_of_the_recipes_tasks_by_its_seed():
@@ -152,9 +152,9 @@ def test_no_output_of_the_command_line_shows_the_key(
     plan = tmp_path / "taxonomy.yaml"
     plan.write_text(f"llm: {llm}\nlicense: CC0\nclasses: {{animal: {{bird: [parrot, heron]}}}}\n")
     assert main(["rl", "prompts", str(plan), "--output", str(tmp_path / "set.jsonl")]) == 2
-    told = "".join(capfd.readouterr()) + "".join(p.read_text() for p in tmp_path.rglob("*") if p.is_file())
-    assert "could not be written" in told and "sk-secret" not in told and "0123456789" not in told
+    output = "".join(capfd.readouterr()) + "".join(p.read_text() for p in tmp_path.rglob("*") if p.is_file())
+    assert "could not be written" in output and "sk-secret" not in output and "0123456789" not in output
     plan.write_text(plan.read_text().replace("LENS_TEST_KEY", "sk_secret_0123456789"))
     assert main(["rl", "prompts", str(plan), "--output", str(tmp_path / "set.jsonl")]) == 2
-    told = "".join(capfd.readouterr())
-    assert "key_env must be the name" in told and "sk_secret" not in told
+    output = "".join(capfd.readouterr())
+    assert "key_env must be the name" in output and "sk_secret" not in output

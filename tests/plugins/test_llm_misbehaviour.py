@@ -313,12 +313,12 @@ def test_nobody_at_home_costs_nothing(client):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    ("told", "seconds"),
+    ("header", "seconds"),
     [(None, 0), ("", 0), ("x", 0), ("nan", 0), ("-3", 0), ("2.5", 2.5), ("9" * 400, float("inf")), (formatdate(0), 0),
      ("Mon, 01 Jan 0001 00:00:00 -9999", 0), ("1 2 3 4 5 6 7", 0), ("\u0663", 3)],
 )  # fmt: skip
-def test_a_header_that_asks_to_wait_is_a_number_of_seconds_or_nothing(told, seconds):
-    assert retry_after_seconds(told) == seconds
+def test_a_header_that_asks_to_wait_is_a_number_of_seconds_or_nothing(header, seconds):
+    assert retry_after_seconds(header) == seconds
 
 
 def test_a_budget_cannot_be_talked_away(endpoint, client):  # noqa: F811
@@ -559,18 +559,18 @@ def test_the_key_stands_in_no_evidence_cache_log_or_traceback(endpoint, client, 
     llm = client(cache=str(tmp_path), retries=0)
     for n in range(2):
         assert llm.chat([Message("user", str(n))], schema)["e"] == "[key]"
-    told = [repr(llm), repr(vars(llm)), repr(llm.config)]
+    texts = [repr(llm), repr(vars(llm)), repr(llm.config)]
     wrong = json.dumps({KEY: 1})
     strict = {**SCHEMA, "properties": {}}
     for script in ([fault(500, KEY)], [reset], [raw(f"HTTP/1.1 {KEY}\r\n\r\n".encode())], [wrong, wrong]):
         endpoint.script = list(script)
         with pytest.raises(LLMError) as caught:
             llm.chat([Message("user", "x")], {**strict, "required": []})
-        told.append("".join(traceback.format_exception(caught.value)))
+        texts.append("".join(traceback.format_exception(caught.value)))
     files = [p.read_text(encoding="utf-8") for p in tmp_path.rglob("*") if p.is_file()]
     assert len(files) == 2 and caplog.text
     out = capfd.readouterr()
-    assert not any(KEY in text or hidden in text for text in [*files, *told, caplog.text, out.out, out.err])
+    assert not any(KEY in text or hidden in text for text in [*files, *texts, caplog.text, out.out, out.err])
     assert all(KEY not in json.dumps(body) for body in endpoint.bodies)  # a repair does not say it either
 
 

@@ -64,13 +64,13 @@ def test_what_was_written_is_read_back(tmp_path: Path):
         ({"global": {"id": "g", "q": ""}}, "global.q must be a question"),
     ],
 )
-def test_each_flaw_is_told_with_its_line(changes, words):
+def test_each_flaw_is_reported_with_its_line(changes, words):
     assert lint(lines(entry(1), entry(0))) == []
     (problem,) = lint(lines(entry(1), entry(0, **changes)))
     assert problem.startswith("line 2: ") and words in problem
 
 
-def test_every_problem_is_told_at_once_in_the_order_of_lines(tmp_path: Path):
+def test_every_problem_is_reported_at_once_in_the_order_of_lines(tmp_path: Path):
     bad = [*lines(entry(0, split="x", prompt="")), "", "{", *lines(entry(1), entry(1, TEXTS[2]), [])]
     problems = lint(bad)
     assert [p.partition(":")[0] for p in problems] == ["line 1", "line 1", "line 3", "line 5", "line 6"]
@@ -103,13 +103,13 @@ def test_overlap_of_train_and_eval_is_found_whatever_the_order(swapped):
 
 def by_hand(texts: list[str], alike: float) -> list[tuple[int, int]]:
     """Each text with the first earlier one that it nearly repeats, all of those that stay compared."""
-    found, kept = [], dict[int, set[str]]()
-    for later, own in enumerate(set(words(t)) for t in texts):
-        twins = [i for i, other in kept.items() if len(own & other) >= alike * len(own | other)]
-        found += [(twins[0], later)] if twins else []
+    pairs, kept = [], dict[int, set[str]]()
+    for later, words_here in enumerate(set(words(t)) for t in texts):
+        twins = [i for i, other in kept.items() if len(words_here & other) >= alike * len(words_here | other)]
+        pairs += [(twins[0], later)] if twins else []
         if not twins:
-            kept[later] = own
-    return found
+            kept[later] = words_here
+    return pairs
 
 
 def drawn(count: int, vocabulary: int, least: int, most: int, seed: int = 0) -> list[str]:
@@ -124,18 +124,18 @@ def drawn(count: int, vocabulary: int, least: int, most: int, seed: int = 0) -> 
 def test_the_texts_that_repeat_an_earlier_one_are_those_that_every_comparison_finds(alike, shape):
     texts = drawn(*shape)
     want = by_hand(texts, alike)
-    found = near_duplicates(texts, alike)
-    assert [later for _, later in found] == [later for _, later in want]
+    pairs = near_duplicates(texts, alike)
+    assert [later for _, later in pairs] == [later for _, later in want]
     sets = [set(words(t)) for t in texts]
-    assert all(len(sets[i] & sets[j]) >= alike * len(sets[i] | sets[j]) for i, j in found)
+    assert all(len(sets[i] & sets[j]) >= alike * len(sets[i] | sets[j]) for i, j in pairs)
     assert want or shape[1] == 200
 
 
 def test_among_texts_that_are_nearly_alike_hardly_one_repeated_text_is_missed():
     # Half of 20 to 30 words each: a text has hundreds of neighbours near the threshold, and 64 of them are compared.
     texts = drawn(600, 30, 15, 25)
-    want, found = by_hand(texts, 0.8), near_duplicates(texts, 0.8)
-    assert len(want) > 50 and len({j for _, j in want} - {j for _, j in found}) <= 0.03 * len(want)
+    want, pairs = by_hand(texts, 0.8), near_duplicates(texts, 0.8)
+    assert len(want) > 50 and len({j for _, j in want} - {j for _, j in pairs}) <= 0.03 * len(want)
 
 
 def test_what_is_left_without_near_duplicates_has_none():
@@ -191,7 +191,7 @@ def test_other_prompts_in_scripts_without_spaces_stay_other(one, two):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"prompt": "a \ud800 cat"}, "half a character"),
         ({"prompt": "a \x00 cat"}, "control character"),
@@ -219,10 +219,10 @@ def test_other_prompts_in_scripts_without_spaces_stay_other(one, two):
     ],
     ids=str,
 )  # fmt: skip
-def test_what_would_break_later_is_refused_by_lint(changes, told):
+def test_what_would_break_later_is_refused_by_lint(changes, message):
     for ascii_alone in (True, False):
         (problem,) = lint([json.dumps(entry(1)), json.dumps(entry(0, **changes), ensure_ascii=ascii_alone)])
-        assert problem.startswith("line 2: ") and told in problem and len(problem) < 300
+        assert problem.startswith("line 2: ") and message in problem and len(problem) < 300
         problem.encode("utf-8")
 
 

@@ -34,7 +34,7 @@ def images(*greys: int) -> torch.Tensor:
     return torch.tensor(greys, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
 
 
-def asked(body: dict[str, Any]) -> dict[str, Any]:
+def request_of(body: dict[str, Any]) -> dict[str, Any]:
     return json.loads(body["messages"][1]["content"][0]["text"])
 
 
@@ -44,12 +44,12 @@ def grey(body: dict[str, Any]) -> int:
     return int(np.asarray(Image.open(io.BytesIO(file)))[2, 2, 0])
 
 
-def judge(say: Callable[[str, dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+def judge(answer: Callable[[str, dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
     """A model that says `say(id, body)` of each question it was asked."""
 
     def reply(body: dict[str, Any]) -> str:
-        ids = [q["id"] for q in asked(body)["questions"]]
-        return json.dumps({"verdicts": [{"id": i, "evidence": f"seen {i}", "v": say(i, body)} for i in ids]})
+        ids = [q["id"] for q in request_of(body)["questions"]]
+        return json.dumps({"verdicts": [{"id": i, "evidence": f"seen {i}", "v": answer(i, body)} for i in ids]})
 
     return reply
 
@@ -104,7 +104,7 @@ def test_questions_come_in_an_order_that_the_seed_and_the_prompt_decide(endpoint
 
     def order(seed: int, number: int) -> list[str]:
         reward(seed=seed).score(images(0), [prompt(number, weights=(1.0,) * 10)])
-        return [q["id"] for q in asked(endpoint.bodies[-1])["questions"]]
+        return [q["id"] for q in request_of(endpoint.bodies[-1])["questions"]]
 
     first = order(0, 0)
     assert order(0, 0) == first
@@ -123,8 +123,8 @@ def test_a_strangers_order_is_quoted_as_data_in_the_users_turn(endpoint, reward,
     system, user = endpoint.bodies[0]["messages"]
     assert system == {"role": "system", "content": SYSTEM} and trick not in SYSTEM
     assert user["role"] == "user" and len(endpoint.bodies[0]["messages"]) == 2
-    told = asked(endpoint.bodies[0])  # the quotation marks in it close nothing
-    assert trick in ([told["request"]] if where == "prompt" else [q["question"] for q in told["questions"]])
+    request = request_of(endpoint.bodies[0])  # the quotation marks in it close nothing
+    assert trick in ([request["request"]] if where == "prompt" else [q["question"] for q in request["questions"]])
     assert score.value == 0.0
 
 
@@ -251,25 +251,25 @@ class Moody:
         return Moody(1)
 
     def score(self, pictures: torch.Tensor, prompts: Any) -> list[Score]:
-        found = []
+        scores = []
         for i, (picture, question) in enumerate(zip(pictures, prompts, strict=True)):
             if question.text == "fail":
-                found.append(Score("failed"))
+                scores.append(Score("failed"))
                 continue
             value = round(float(picture.float().mean()) / 255, 6) + 0.1 * self.mood
-            found.append(Score("ok", value, {"r0": 1.0, "r1": float(self.mood if i == 0 else 0)}))
-        return found
+            scores.append(Score("ok", value, {"r0": 1.0, "r1": float(self.mood if i == 0 else 0)}))
+        return scores
 
 
 def test_an_audit_finds_flips_noise_and_what_is_given_for_nothing():
-    found = audit(Moody(), images(0, 255, 51, 51), [Prompt("a"), Prompt("b"), Prompt("b"), Prompt("fail")])
-    assert found["flips"] == {"r0": 0.0, "r1": pytest.approx(1 / 3)}
-    assert found["noise"] == pytest.approx(0.1 / 2**0.5)
-    assert found["mean"] == pytest.approx((0 + 1 + 0.2) / 3)
-    assert found["probes"]["blank"] == pytest.approx(128 / 255, abs=1e-6)
+    result = audit(Moody(), images(0, 255, 51, 51), [Prompt("a"), Prompt("b"), Prompt("b"), Prompt("fail")])
+    assert result["flips"] == {"r0": 0.0, "r1": pytest.approx(1 / 3)}
+    assert result["noise"] == pytest.approx(0.1 / 2**0.5)
+    assert result["mean"] == pytest.approx((0 + 1 + 0.2) / 3)
+    assert result["probes"]["blank"] == pytest.approx(128 / 255, abs=1e-6)
     # Picture 0 goes with b, pictures 1 and 2 with fail (the next other prompt), picture 3 with a.
-    assert found["probes"]["swapped"] == pytest.approx((0 + 0.2) / 2)
-    assert found["missing"] == {"first": 1, "second": 1, "blank": 1, "noise": 1, "swapped": 2}
+    assert result["probes"]["swapped"] == pytest.approx((0 + 0.2) / 2)
+    assert result["missing"] == {"first": 1, "second": 1, "blank": 1, "noise": 1, "swapped": 2}
 
 
 def test_a_verdict_that_is_there_once_is_a_flip_and_one_that_failed_is_none():
@@ -284,20 +284,20 @@ def test_a_verdict_that_is_there_once_is_a_flip_and_one_that_failed_is_none():
             first = [{"a": 1.0, "b": 1.0}, {"a": 1.0}, {"a": 0.0, "b": 1.0}, {}]
             second = [{"a": 1.0}, {"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}, {"a": 1.0}]
             kinds = [["ok"] * 3 + ["failed"], ["ok"] * 2 + ["abstain", "ok"]][self.mood]
-            own = (first, second)[self.mood]
-            return [Score(k, 1.0 if k == "ok" else None, c) for k, c in zip(kinds, own, strict=True)]
+            checks = (first, second)[self.mood]
+            return [Score(k, 1.0 if k == "ok" else None, c) for k, c in zip(kinds, checks, strict=True)]
 
-    found = audit(Twice(), images(0, 1, 2, 3), [Prompt(t) for t in "wxyz"])
-    assert found["flips"] == {"a": 0.0, "b": pytest.approx(2 / 3)}  # yes then na, na then no, yes then yes
+    result = audit(Twice(), images(0, 1, 2, 3), [Prompt(t) for t in "wxyz"])
+    assert result["flips"] == {"a": 0.0, "b": pytest.approx(2 / 3)}  # yes then na, na then no, yes then yes
 
 
 def test_an_audit_of_the_rubric_judge_is_not_answered_by_its_cache(endpoint, reward, tmp_path):  # noqa: F811
     endpoint.reply = judge(lambda i, body: "yes" if grey(body) >= 200 else "no")
     questions = [prompt(n, f"prompt {n}", (1.0,) * 10) for n in range(2)]
-    found = audit(reward({"cache": str(tmp_path)}), images(200, 201), questions)
+    result = audit(reward({"cache": str(tmp_path)}), images(200, 201), questions)
     assert len(endpoint.bodies) == 2 * 5  # twice, and three probes
-    assert set(found["flips"].values()) == {0.0} and found["noise"] == 0.0
-    assert (found["mean"], found["probes"]["blank"], found["probes"]["swapped"]) == (1.0, 0.0, 1.0)
+    assert set(result["flips"].values()) == {0.0} and result["noise"] == 0.0
+    assert (result["mean"], result["probes"]["blank"], result["probes"]["swapped"]) == (1.0, 0.0, 1.0)
 
 
 def test_a_run_on_prompts_without_rubrics_names_the_reward_that_needs_them(tmp_path: Path) -> None:

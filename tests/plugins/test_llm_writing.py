@@ -31,13 +31,13 @@ class Writer:
 
     def __init__(self, fails: Sequence[str] = (), twins: bool = False) -> None:
         self.fails, self.twins = fails, twins
-        self.asked: list[dict[str, Any]] = []
+        self.questions: list[dict[str, Any]] = []
         self.lock = threading.Lock()
 
     def chat(self, messages: Any, schema: Any = None, check: Callable[[Any], str | None] | None = None) -> Any:
         question = json.loads(messages[-1].text)
         with self.lock:
-            self.asked.append(question)
+            self.questions.append(question)
         if "item" in question:
             if question["item"] in self.fails:
                 raise LensError("the endpoint is away")
@@ -50,25 +50,25 @@ class Writer:
         return answer
 
     def map(self, task: Callable[[Any], Any], things: Sequence[Any]) -> list[Any]:
-        found = []
+        results = []
         for thing in things:
             try:
-                found.append(task(thing))
+                results.append(task(thing))
             except LensError as error:
-                found.append(error)
-        return found
+                results.append(error)
+        return results
 
 
 def test_a_set_has_a_prompt_and_its_rubrics_for_every_item(tmp_path: Path):
     out = tmp_path / "set.jsonl"
     llm = Writer()
     assert compose(llm, taxonomy(sizes=[[64, 96]]), out) == 6
-    found = read(out, rubrics=3)
-    assert sorted(p.data["taxonomy"]["item"] for p in found) == ["carp", "heron", "parrot", "road", "shop", "wren"]
-    assert all(len(p.data["rubrics"]) == 3 and p.data["global"] == GLOBAL for p in found)
-    assert all(p.data["sizes"] == [[64, 96]] and p.data["provenance"]["license"] == "CC0" for p in found)
-    assert all(1 <= len(p.data["taxonomy"]["aspects"]) <= 4 and p.text == p.text.strip() for p in found)
-    assert len(llm.asked) == 2 * 6
+    prompts = read(out, rubrics=3)
+    assert sorted(p.data["taxonomy"]["item"] for p in prompts) == ["carp", "heron", "parrot", "road", "shop", "wren"]
+    assert all(len(p.data["rubrics"]) == 3 and p.data["global"] == GLOBAL for p in prompts)
+    assert all(p.data["sizes"] == [[64, 96]] and p.data["provenance"]["license"] == "CC0" for p in prompts)
+    assert all(1 <= len(p.data["taxonomy"]["aspects"]) <= 4 and p.text == p.text.strip() for p in prompts)
+    assert len(llm.questions) == 2 * 6
     assert [p.name for p in tmp_path.iterdir()] == ["set.jsonl"]
 
 
@@ -87,9 +87,9 @@ def test_requests_do_not_change_when_a_taxonomy_grows():
 
 def test_every_prompt_of_an_item_is_of_its_split_and_the_share_is_about_right():
     many = {"a": {"b": [f"item {i}" for i in range(400)]}}
-    found = list(prompt_requests(taxonomy(classes=many, prompts_per_item=2, eval=0.25)))
+    requests = list(prompt_requests(taxonomy(classes=many, prompts_per_item=2, eval=0.25)))
     split = {}
-    for order in found:
+    for order in requests:
         assert split.setdefault(order.taxonomy["item"], order.split) == order.split
     assert 70 < Counter(split.values())["eval"] < 130  # 100, plus or minus three and a half standard deviations
 
@@ -106,7 +106,7 @@ def test_a_stopped_set_goes_on_without_asking_again_even_after_half_a_line(tmp_p
     second = Writer()
     assert compose(second, taxonomy(), out, log=said.append) == 6
     assert said[0] == "3 of 6 prompts were written before"
-    assert {q["item"] for q in second.asked if "item" in q} == {"carp", "shop", "road"}
+    assert {q["item"] for q in second.questions if "item" in q} == {"carp", "shop", "road"}
     assert not partial.exists()
     whole = tmp_path / "whole.jsonl"
     compose(Writer(), taxonomy(), whole)
@@ -131,7 +131,7 @@ def test_a_set_begun_with_another_taxonomy_is_refused_before_anything_is_paid_fo
     before, llm = partial.read_bytes(), Writer()
     with pytest.raises(ConfigError, match="begun with another taxonomy"):
         compose(llm, taxonomy(**changes), out)
-    assert llm.asked == [] and partial.read_bytes() == before
+    assert llm.questions == [] and partial.read_bytes() == before
     cheaper = taxonomy(llm={"use": "openai", "model": "other", "max_usd": 5})  # who writes may change on the way
     assert compose(Writer(), cheaper, out) == 6
 
@@ -147,7 +147,7 @@ def test_two_who_write_one_set_do_not_pay_twice(tmp_path: Path):
             return super().map(task, things)
 
     assert compose(First(), taxonomy(), out) == 6
-    assert second.asked == [] and sorted(p.name for p in tmp_path.iterdir()) == ["other.jsonl", "set.jsonl"]
+    assert second.questions == [] and sorted(p.name for p in tmp_path.iterdir()) == ["other.jsonl", "set.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_an_entry_that_the_set_could_not_take_is_refused_before_anything_is_paid
     llm = Writer()
     with pytest.raises(ConfigError, match="line 3 is not an entry"):
         compose(llm, taxonomy(), out)
-    assert llm.asked == []
+    assert llm.questions == []
 
 
 def test_a_prompt_that_holds_a_line_separator_is_gone_on_with(tmp_path: Path):
@@ -225,8 +225,8 @@ def test_near_duplicates_are_left_out_and_cost_eval_its_prompt(tmp_path: Path):
     ],
 )
 def test_questions_are_checked_before_they_are_taken(questions, words):
-    found = flaw(questions, 2)
-    assert found is None if words is None else words in found
+    problem = flaw(questions, 2)
+    assert problem is None if words is None else words in problem
 
 
 def test_a_taxonomy_tells_all_its_problems_with_their_paths(tmp_path: Path):
@@ -234,14 +234,14 @@ def test_a_taxonomy_tells_all_its_problems_with_their_paths(tmp_path: Path):
     path.write_text("llm: openai\nlicense: ''\nclasses: {a: {b: 3}}\nrubrics: 0\neval: 1\n")
     with pytest.raises(ConfigError) as caught:
         read_taxonomy(path)
-    told = "\n".join(caught.value.problems)
+    problems = "\n".join(caught.value.problems)
     for words in (
         "classes",
         "license: must be text",
         "rubrics: must be at least 1",
         "eval: must be at least 0 and below 1",
     ):
-        assert words in told
+        assert words in problems
     assert all(p.startswith(str(path)) for p in caught.value.problems)
     path.write_text("llm: openai\nlicense: CC0\nclasses: {a: {b: []}}\n")
     with pytest.raises(ConfigError, match="classes holds no item"):

@@ -266,9 +266,9 @@ def test_only_a_new_model_draws_random_numbers_and_it_repeats() -> None:
     torch.manual_seed(5)
     second = LensTransformer2DModel(TINY).state_dict()
     assert all(torch.equal(first[k], second[k]) for k in first)
-    net, given = model(), inputs()
+    net, arguments = model(), inputs()
     before = torch.get_rng_state()
-    net(*given)
+    net(*arguments)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -277,7 +277,7 @@ def test_it_keeps_the_contract_of_a_backbone() -> None:
 
 
 def test_diffusers_reads_its_files(tmp_path: Path) -> None:
-    net, given = model(), inputs()
+    net, arguments = model(), inputs()
     net.save(tmp_path)
     assert sorted(p.name for p in (tmp_path / "transformer").iterdir()) == [
         "config.json",
@@ -285,7 +285,7 @@ def test_diffusers_reads_its_files(tmp_path: Path) -> None:
     ]
     theirs = LensTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
     with torch.no_grad():
-        assert torch.equal(theirs(*given), net(*given))
+        assert torch.equal(theirs(*arguments), net(*arguments))
     with pytest.raises(NumericalError, match="float16"):
         LensTransformer2DModel.load(tmp_path, TINY, torch.float16)
     with pytest.raises(CheckpointError):

@@ -32,7 +32,7 @@ class Count:
     """How often each layer's weights are asked for; in between they are NaN."""
 
     def __init__(self, net: LensTransformer2DModel) -> None:
-        self.asked: list[nn.Module] = []
+        self.visited: list[nn.Module] = []
         self.kept = {id(layer): [p.detach().clone() for p in layer.parameters()] for layer in net.modulations()}
         self.net = net
 
@@ -44,7 +44,7 @@ class Count:
 
     @contextmanager
     def __call__(self, layer: nn.Module) -> Iterator[None]:
-        self.asked.append(layer)
+        self.visited.append(layer)
         before = [p.data for p in layer.parameters()]
         for p, kept in zip(layer.parameters(), self.kept[id(layer)], strict=True):
             p.data = kept
@@ -57,8 +57,8 @@ def trajectory(net: nn.Module, plain: bool, sampler: Any = None, steps: int = 20
     """The latents after `steps` guided steps; `plain`: each step works its modulation out."""
 
     class Plain(nn.Module):
-        def forward(self, *given: Any) -> Any:
-            return net(*given)
+        def forward(self, *arguments: Any) -> Any:
+            return net(*arguments)
 
     inner = Plain()
     inner.inner = net
@@ -81,13 +81,13 @@ def test_all_times_of_a_layer_are_one_product_and_no_step_asks_again() -> None:
     calls: list[Tensor] = []
     layers = net.modulations()
     assert len(layers) == 2 * TINY.num_layers + 1
-    hooks = [m.register_forward_pre_hook(lambda _, given: calls.append(given[0])) for m in layers]
+    hooks = [m.register_forward_pre_hook(lambda _, x: calls.append(x[0])) for m in layers]
     trajectory(net, plain=False)
     trajectory(net, plain=False)
     for hook in hooks:
         hook.remove()
-    products = [given for given in calls if given.is_floating_point()]
-    assert [given.shape for given in products] == [(20, 32)] * len(layers), "the second run reads the first one's table"
+    products = [x for x in calls if x.is_floating_point()]
+    assert [x.shape for x in products] == [(20, 32)] * len(layers), "the second run reads the first one's table"
     assert len(calls) > 20 * len(layers)
 
 
@@ -99,10 +99,10 @@ def test_weights_that_are_gone_are_asked_for_once_each_and_change_nothing() -> N
     visit.drop()
     x, _, text = inputs()
     with fresh.precomputed(TIMES, visit), torch.no_grad():
-        assert visit.asked == fresh.modulations() == fresh.unused_modules()
+        assert visit.visited == fresh.modulations() == fresh.unused_modules()
         for t in TIMES:
             assert fresh(x, t.expand(2), text).isfinite().all()
-        assert len(visit.asked) == len(fresh.modulations())
+        assert len(visit.visited) == len(fresh.modulations())
     with torch.no_grad():
         assert not fresh(x, TIMES[:1].expand(2), text).isfinite().all(), "the plain path reads the weights"
     assert want.isfinite().all()
@@ -115,12 +115,12 @@ def test_rows_of_a_batch_may_be_at_different_times_and_new_times_join() -> None:
         visit = Count(net)
         with net.precomputed(TIMES, visit):
             assert distance(net(x, t, text), want) < 1e-6
-            assert len(visit.asked) == 2 * len(net.modulations())
+            assert len(visit.visited) == 2 * len(net.modulations())
             assert distance(net(x, t.flip(0), text), net(x, t, text)) > 1e-3
-            assert len(visit.asked) == 2 * len(net.modulations())
+            assert len(visit.visited) == 2 * len(net.modulations())
         with net.precomputed(TIMES, visit):
             pass
-        assert len(visit.asked) == 2 * len(net.modulations()), "the table of the last run still holds"
+        assert len(visit.visited) == 2 * len(net.modulations()), "the table of the last run still holds"
         with net.precomputed(TIMES[:5] / 2, visit):
             pass
         assert net.norm_out.linear.table.shape == (5, 64), "and does not grow from run to run"
@@ -243,9 +243,9 @@ def test_a_failure_half_way_leaves_no_half_table() -> None:
 
 
 def test_a_backbone_with_a_table_keeps_its_contract_and_its_file(tmp_path: Path) -> None:
-    net, given = model(), inputs()
-    with torch.no_grad(), net.precomputed(given[1]):
-        net(*given)
+    net, arguments = model(), inputs()
+    with torch.no_grad(), net.precomputed(arguments[1]):
+        net(*arguments)
         net.save(tmp_path)
     again = LensTransformer2DModel.load(tmp_path, TINY)
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in again.state_dict().items())

@@ -42,8 +42,8 @@ def gradients(net: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_a_packed_pass_is_the_samples_one_by_one(dtype: torch.dtype, near: float) -> None:
-    net, given = model(dtype), samples(dtype)
-    for got, want in zip(net.packed(*given), alone(net, *given), strict=True):
+    net, batch = model(dtype), samples(dtype)
+    for got, want in zip(net.packed(*batch), alone(net, *batch), strict=True):
         assert got.shape == want.shape and got.dtype == want.dtype
         assert distance(got, want) < near
 
@@ -108,17 +108,17 @@ def test_the_gradient_of_one_sample_reaches_no_other() -> None:
 
 
 def test_checkpointing_and_autocast_are_as_in_a_plain_pass() -> None:
-    net, given = model(), samples()
+    net, batch = model(), samples()
 
     def loss() -> Tensor:
-        return torch.stack([v.square().mean() for v in net.packed(*given)]).mean()
+        return torch.stack([v.square().mean() for v in net.packed(*batch)]).mean()
 
     want = gradients(net, loss())
     net.enable_gradient_checkpointing()
     got = gradients(net, loss())
     assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in got)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for half, full in zip(net.packed(*given), alone(net, *given), strict=True):
+        for half, full in zip(net.packed(*batch), alone(net, *batch), strict=True):
             assert half.dtype == torch.float32 and 0 < distance(half, full) < 0.03
 
 
@@ -148,10 +148,10 @@ def kernel(calls: list[tuple[int, int]]) -> Callable[..., Tensor]:
 
 
 def test_one_call_of_a_fused_kernel_is_attention_shape_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, given, calls = model(torch.float64), samples(torch.float64), list[tuple[int, int]]()
-    want = gradients(net, torch.stack([v.square().mean() for v in net.packed(*given)]).mean())
+    net, batch, calls = model(torch.float64), samples(torch.float64), list[tuple[int, int]]()
+    want = gradients(net, torch.stack([v.square().mean() for v in net.packed(*batch)]).mean())
     monkeypatch.setattr(segments, "varlen_kernel", lambda q: kernel(calls))
-    got = gradients(net, torch.stack([v.square().mean() for v in net.packed(*given)]).mean())
+    got = gradients(net, torch.stack([v.square().mean() for v in net.packed(*batch)]).mean())
     tokens = sum(h * w for h, w in SIZES)
     assert calls == [(tokens + 20, tokens + 20)] * 2 + [(tokens, tokens + 20)]  # nobody reads the last text
     assert all(distance(got[k], want[k]) < 1e-12 for k in want)

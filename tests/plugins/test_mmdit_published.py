@@ -73,7 +73,7 @@ def test_buckets_keep_their_area_and_their_shape() -> None:
         ("checkpoint-300", "", "Lens", "nothing tells"),
     ],
 )
-def test_the_variant_is_told_by_its_repository_or_a_word_of_its_name(
+def test_the_variant_follows_from_its_repository_or_a_word_of_its_name(
     tmp_path: Path, path: str, named: str, variant: str, sign: str
 ) -> None:
     index = json.dumps({"_class_name": "LensPipeline", "_name_or_path": named})
@@ -125,7 +125,7 @@ def test_a_withdrawn_original_is_answered_with_its_mirrors(variant: str, hub: Hu
         fetch(f"microsoft/{variant}")
     mirrors = " or ".join(REPOSITORIES[variant])
     assert str(caught.value) == f"microsoft/{variant}: was withdrawn; the same files are in {mirrors}"
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 def test_a_withdrawn_original_that_is_still_in_the_cache_is_read(hub: Hub, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_withdrawn_original_that_is_still_in_the_cache_is_read(hub: Hub, tmp_p
     (cached / "refs" / "main").write_text(commit)
     make(cached / "snapshots" / commit)
     assert fetch("microsoft/Lens") == fetch(f"microsoft/Lens@{commit}") == cached / "snapshots" / commit
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 def test_offline_the_message_names_what_is_missing_and_another_mirror(
@@ -162,4 +162,4 @@ def test_other_names_and_folders_are_left_to_others(hub: Hub, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "microsoft" / "Lens")
     assert [fetch(uri) for uri in ("toys/Lens", "microsoft/Lens", "tiny:", "./Lens")] == [None] * 4
-    assert hub.asked == []
+    assert hub.requests == []

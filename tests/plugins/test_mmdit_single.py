@@ -1,4 +1,4 @@
-"""A backbone in one file: every prefix, every dtype, mxfp8 however it is told, and what a file may get wrong."""
+"""A backbone in one file: every prefix, every dtype, mxfp8 however it is declared, and what a file may get wrong."""
 
 from __future__ import annotations
 
@@ -87,16 +87,16 @@ def test_the_file_draws_what_the_model_draws(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("told", ["by layer", "by header", "by header, without the prefix"])
-def test_mxfp8_is_read_as_comfy_reads_it(prefix: str, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["by layer", "by header", "by header, without the prefix"])
+def test_mxfp8_is_read_as_comfy_reads_it(prefix: str, source: str, tmp_path: Path) -> None:
     stored, expected = quantised(build().state_dict())
     layers = [n.removesuffix(".weight_scale") for n in stored if n.endswith("_scale")]
     texts: dict[str, str] = {}
-    if told == "by layer":
+    if source == "by layer":
         note = torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8)
         stored |= {f"{layer}.comfy_quant": note.clone() for layer in layers}
     else:
-        before = "" if "without" in told else prefix
+        before = "" if "without" in source else prefix
         notes = {before + layer: {"format": "mxfp8"} for layer in layers}
         texts["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": notes})
     model, _ = read(write(tmp_path / "lens_mxfp8.safetensors", stored, prefix, texts))
@@ -185,12 +185,12 @@ def test_what_is_wrong_with_a_file_is_one_line(
     assert words in (said := error(lambda: read(path))) and str(path) in said
 
 
-def test_another_model_is_told_by_what_it_holds(tmp_path: Path) -> None:
+def test_another_model_is_recognised_by_what_it_holds(tmp_path: Path) -> None:
     path = write(tmp_path / "flux.safetensors", {"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)})
     assert "holds double_blocks.0.img_attn.qkv.weight …, not a Lens backbone" in error(lambda: read(path))
 
 
-def test_latents_of_another_vae_are_told() -> None:
+def test_latents_of_another_vae_are_reported() -> None:
     text = TextFeatures(torch.zeros(1, 2, 1, 8), torch.ones(1, 1, dtype=torch.bool))
     with pytest.raises(ConfigError, match="the latents have 8 channels, but it reads 16; pair it with the VAE"):
         build()(torch.zeros(1, 8, 2, 2), torch.tensor([0.5]), text)
@@ -208,10 +208,10 @@ def test_float16_is_refused_before_anything_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "steps"), [("lens_bf16", 20), ("lens_turbo_mxfp8", 4), ("Lens-Base", 50)])
 def test_a_file_is_a_model_with_the_presets_that_its_name_tells(name: str, steps: int, tmp_path: Path) -> None:
     path = write(tmp_path / f"{name}.safetensors", build().state_dict(), "model.diffusion_model.")
-    told = describe(path)
-    assert told is not None and told["presets"]["steps"] == steps
-    assert told["components"]["backbone"] == {"use": "lens_mmdit:mmdit", "file": f"{name}.safetensors"}
-    assert set(told["components"]) == {"backbone", "sampler"}
+    description = describe(path)
+    assert description is not None and description["presets"]["steps"] == steps
+    assert description["components"]["backbone"] == {"use": "lens_mmdit:mmdit", "file": f"{name}.safetensors"}
+    assert set(description["components"]) == {"backbone", "sampler"}
     assert describe(write(tmp_path / "vae.safetensors", {"bn.running_mean": torch.ones(1)})) is None
 
 
@@ -222,9 +222,9 @@ def test_comfys_folder_is_a_model_of_one_file_a_part(tmp_path: Path) -> None:
             "holds no .safetensors file" in error(lambda: describe(tmp_path)) if place == "diffusion_models" else True
         )
         write(tmp_path / place / f"{place}_turbo.safetensors", {"a": torch.ones(1)})
-    told = describe(tmp_path)
-    assert told is not None and told["presets"]["steps"] == 4
-    files = {part: about.get("file") for part, about in told["components"].items()}
+    description = describe(tmp_path)
+    assert description is not None and description["presets"]["steps"] == 4
+    files = {part: about.get("file") for part, about in description["components"].items()}
     assert files == {
         "backbone": "diffusion_models/diffusion_models_turbo.safetensors",
         "text_encoder": "text_encoders/text_encoders_turbo.safetensors",

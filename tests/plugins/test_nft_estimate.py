@@ -20,7 +20,7 @@ def catalog() -> Catalog:
     return Catalog.installed()
 
 
-def told(recipe: Recipe, catalog: Catalog):
+def estimate_of(recipe: Recipe, catalog: Catalog):
     _, cls, config = build(catalog, "method", recipe.method, "$.method")
     return cls.estimate(config, recipe, catalog)
 
@@ -31,27 +31,27 @@ def published(catalog: Catalog) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def found(published: Recipe, catalog: Catalog):
-    return told(published, catalog)
+def figures(published: Recipe, catalog: Catalog):
+    return estimate_of(published, catalog)
 
 
-def test_the_published_run_judges_as_many_pictures_as_the_paper_says(found):
-    assert (found.rollouts, found.pictures) == (180, 180 * 48 * 24) == (180, 207_360)
-    (calls,) = found.calls.values()
+def test_the_published_run_judges_as_many_pictures_as_the_paper_says(figures):
+    assert (figures.rollouts, figures.pictures) == (180, 180 * 48 * 24) == (180, 207_360)
+    (calls,) = figures.calls.values()
     assert calls == 207_360
 
 
-def test_dollars_are_tokens_times_prices(found, published, catalog):
-    (usd,) = found.usd.values()
+def test_dollars_are_tokens_times_prices(figures, published, catalog):
+    (usd,) = figures.usd.values()
     llm = dict(published.method.options["rewards"][0]["llm"])
     double = {**published.method.options["rewards"][0], "llm": {**llm, "price_in": 0.8, "price_out": 3.2}}
     twice = evolve(published, method=ComponentSpec("diffusion_nft", {**published.method.options, "rewards": [double]}))
-    assert told(twice, catalog).usd.popitem()[1] == pytest.approx(2 * usd)
+    assert estimate_of(twice, catalog).usd.popitem()[1] == pytest.approx(2 * usd)
     assert 100 < usd < 1000  # 0.1 to 0.5 cents a picture: a thousand tokens or two in, a few hundred out
 
 
-def test_memory_is_that_of_the_tensors_of_the_published_model(found, published, catalog):
-    memory = found.memory
+def test_memory_is_that_of_the_tensors_of_the_published_model(figures, published, catalog):
+    memory = figures.memory
     assert round(memory["backbone: weights"] / 2e9, 3) == 4.104
     # LoRA of rank 32 on every linear layer: rank x (in + out) each, here counted from the published sizes
     d, mlp, blocks = 1536, 4096, 48
@@ -63,19 +63,19 @@ def test_memory_is_that_of_the_tensors_of_the_published_model(found, published, 
     assert memory["backbone: AdamW's moments"] == 8 * learned
     assert memory["backbone: old policy"] == memory["backbone: reference, for kl"] == 4 * learned, "one frozen backbone"
     freed = evolve(published, method=ComponentSpec("diffusion_nft", {**published.method.options, "kl": 0.0}))
-    assert "backbone: reference, for kl" not in told(freed, catalog).memory
+    assert "backbone: reference, for kl" not in estimate_of(freed, catalog).memory
 
 
-def test_what_was_assumed_is_said(found):
-    notes = " ".join(found.notes)
+def test_what_was_assumed_is_said(figures):
+    notes = " ".join(figures.notes)
     assert "YuCollection/Lens-Base-Diffusers is not on this disk" in notes
     assert "the prompts cannot be read" in notes
-    assert str(found).splitlines()[0] == "180 rollouts, 207,360 scored pictures"
+    assert str(figures).splitlines()[0] == "180 rollouts, 207,360 scored pictures"
 
 
 def test_a_checkpoint_on_this_disk_tells_its_own_sizes(catalog):
     recipe = read_recipe(RECIPES / "tiny" / "4_rl_nft.yaml", catalog)
-    small = told(recipe, catalog)
+    small = estimate_of(recipe, catalog)
     folder = catalog.first("lens_fetch", "tiny:")
     stored = (folder / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert small.memory["backbone: weights"] == pytest.approx(2 * stored, rel=0.01)  # stored as bfloat16
@@ -84,4 +84,4 @@ def test_a_checkpoint_on_this_disk_tells_its_own_sizes(catalog):
 
 def test_without_a_start_a_missing_part_is_named(catalog, published):
     with pytest.raises(ConfigError, match=r"\$\.pipeline\.vae: missing"):
-        told(evolve(published, pipeline=evolve(published.pipeline, start=None)), catalog)
+        estimate_of(evolve(published, pipeline=evolve(published.pipeline, start=None)), catalog)

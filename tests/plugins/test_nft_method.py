@@ -201,13 +201,13 @@ class Turn(Trainer):
         self.ranks = Ranks(self.accelerator, len(parts))
         weights = self.trainable_parameters["backbone"]
         before = [p.detach().clone() for p in weights]
-        told = {
+        metrics = {
             name: float(total) / weight for name, (total, weight) in optimizer_step(self, "backbone", 0, parts).items()
         }
         with torch.no_grad():  # the gradient is wanted, and not the step
             for weight, value in zip(weights, before, strict=True):
                 weight.copy_(value)
-        return [p.grad.clone() for p in weights], told
+        return [p.grad.clone() for p in weights], metrics
 
 
 def learned(m: DiffusionNFT, *parts: Sequence[MicroBatch]) -> tuple[list[Tensor], dict[str, float]]:
@@ -237,8 +237,8 @@ def test_an_epoch_is_a_permutation_of_which_only_the_rest_is_left_out():
 
 def test_seeds_are_stable_numbers_that_differ():
     assert seed_of(1, 2, 3, 4) == 7597657864365363701
-    found = {seed_of(1, 2, key, k) for key in (5, 6, 2**40, 2**40 + 1) for k in range(50)}
-    assert len(found) == 200 and all(0 <= s < 2**63 for s in found)
+    seeds = {seed_of(1, 2, key, k) for key in (5, 6, 2**40, 2**40 + 1) for k in range(50)}
+    assert len(seeds) == 200 and all(0 <= s < 2**63 for s in seeds)
 
 
 def test_prompts_can_be_those_of_some_tasks(pipeline):
@@ -280,8 +280,8 @@ def test_a_group_has_one_size_and_a_rollout_several(pipeline):
     for images, prompts in Glow.calls:
         for image, prompt in zip(images, prompts, strict=True):
             sizes[prompt.id].add(tuple(image.shape[1:]))
-    assert len(Glow.calls) == len({s for found in sizes.values() for s in found}) > 1, "one call a size"
-    assert all(len(found) == 1 for found in sizes.values())
+    assert len(Glow.calls) == len({s for group_sizes in sizes.values() for s in group_sizes}) > 1, "one call a size"
+    assert all(len(group_sizes) == 1 for group_sizes in sizes.values())
 
 
 def test_a_judge_sees_uint8_pictures_and_the_facts_of_their_prompts(pipeline):
@@ -336,7 +336,7 @@ def test_each_picture_is_learned_once_in_every_part_of_the_schedule(pipeline):
 def test_the_step_is_the_mean_loss_of_its_samples_at_their_own_times_and_noise(loss_space, guidance, pipeline):
     m = behind(nudged(method(pipeline, loss_space=loss_space, train_guidance=guidance, beta=0.3)))
     micro_batches = step(m)
-    found, parts = learned(m, micro_batches)
+    gradient, parts = learned(m, micro_batches)
     rewards = {p.seed: 0.0 for micro_batch in micro_batches for p in (s.picture for s in micro_batch.samples)}
     losses, distances = [], []
     net = pipeline.backbone.requires_grad_(True)
@@ -369,18 +369,18 @@ def test_the_step_is_the_mean_loss_of_its_samples_at_their_own_times_and_noise(l
                 distances.append((v - reference).square().mean().detach())
     (sum(losses) / len(losses)).backward()
     assert len(losses) == 16
-    assert close(found, [p.grad for p in net.parameters()])
+    assert close(gradient, [p.grad for p in net.parameters()])
     assert parts["to_reference"] == pytest.approx(float(sum(distances)) / 16, rel=1e-5)
 
 
 def test_pictures_of_a_prompt_can_share_times_and_noises(pipeline):
     def met(m: DiffusionNFT) -> dict[int, set[tuple[float, ...]]]:
-        found: dict[int, set[tuple[float, ...]]] = {}
+        draws: dict[int, set[tuple[float, ...]]] = {}
         for micro_batch in step(m):
             t, noise = m._times_and_noise(micro_batch)
             for sample, when, what in zip(micro_batch.samples, t, noise, strict=True):
-                found.setdefault(sample.picture.prompt.id, set()).add((float(when), *what.flatten().tolist()))
-        return found
+                draws.setdefault(sample.picture.prompt.id, set()).add((float(when), *what.flatten().tolist()))
+        return draws
 
     assert [len(kinds) for kinds in met(method(pipeline)).values()] == [8, 8], "four pictures at two times each"
     one, two = met(method(pipeline, common_noise=True)).values()
@@ -448,8 +448,8 @@ def test_a_group_that_scored_alike_teaches_nothing_but_counts_in_the_mean(pipeli
     micro_batches = step(method(pipeline, rewards=glow(dull=dull.data["wish"])))
     seeds = {s.picture.seed for micro_batch in plain for s in micro_batch.samples if s.picture.prompt != dull}
     assert len(seeds) == 4 and pictures(micro_batches).keys() == seeds
-    for found, part in ((plain, 1.0), (micro_batches, 0.5)):  # the weights of all samples at all times
-        assert sum(x.share * len(x.samples) for x in found) / len(found) == pytest.approx(part)
+    for batches, part in ((plain, 1.0), (micro_batches, 0.5)):  # the weights of all samples at all times
+        assert sum(x.share * len(x.samples) for x in batches) / len(batches) == pytest.approx(part)
     assert float(micro_batches[0].metrics["zero_variance"]) == 0.5
 
 
@@ -500,22 +500,24 @@ def test_a_rollout_with_too_many_failures_is_thrown_away_and_counted(pipeline):
     assert (m.rollout, m.aborted) == (0, 2)
     assert float(micro_batches[0].metrics["aborted"]) == 2 and float(micro_batches[0].metrics["failed"]) == 0
     sound = step(method(pipeline))
-    asked, others = ({s.picture.prompt.id for x in found for s in x.samples} for found in (micro_batches, sound))
-    assert asked == others, "the same prompts"
+    prompt_ids, others = (
+        {s.picture.prompt.id for x in batches for s in x.samples} for batches in (micro_batches, sound)
+    )
+    assert prompt_ids == others, "the same prompts"
     assert pictures(micro_batches).keys().isdisjoint(pictures(sound)), "but new pictures"
 
 
 def test_a_step_in_parts_is_the_step_as_a_whole(pipeline):
     options = {"prompts_per_rollout": 4, "kl": 0.5}
     whole = behind(nudged(method(pipeline, **options)))
-    found, told = learned(whole, step(whole))
+    expected, metrics = learned(whole, step(whole))
     parts = [next(whole.steps(iter([Shard(n, 2)]), whole.trainable_modules(), rng())) for n in range(2)]
     seen = [{s.picture.prompt.id for x in part for s in x.samples} for part in parts]
     assert len(seen[0]) == len(seen[1]) == 2 and not seen[0] & seen[1]
     gradient, both = learned(whole, *parts)
-    assert close(gradient, found)
+    assert close(gradient, expected)
     for name in ("policy", "to_old", "to_reference", "reward/glow", "pictures"):
-        assert both[name] == pytest.approx(told[name], rel=1e-5)
+        assert both[name] == pytest.approx(metrics[name], rel=1e-5)
 
 
 @pytest.mark.parametrize("combine", ["normalise_then_sum", "sum_then_normalise"])
@@ -568,7 +570,7 @@ def test_how_many_failures_are_too_many_is_a_setting(allowed, aborted, pipeline)
         assert (float(facts["failed"]), float(facts["masked"]), m.aborted) == (0.25, 0.25, 0)
 
 
-def test_a_judge_that_only_abstains_is_told(pipeline):
+def test_a_judge_that_only_abstains_is_reported(pipeline):
     with pytest.raises(LensError, match="the reward glow says abstain"):
         step(method(pipeline, rewards=glow(abstains=[0, 1, 2, 3])))
 
@@ -829,7 +831,7 @@ def test_a_run_whose_judge_is_away_learns_from_its_fallback(pipeline):
         and float(micro_batches[0].metrics["failed"]) == 0
     )
     alone = step(method(pipeline, rewards=["dark"]))
-    mine, theirs = ({s.picture.seed: s.r for x in found for s in x.samples} for found in (micro_batches, alone))
+    mine, theirs = ({s.picture.seed: s.r for x in batches for s in x.samples} for batches in (micro_batches, alone))
     assert mine == theirs
     assert len(set(mine.values())) > 2  # and it does tell pictures apart
 
@@ -838,9 +840,9 @@ def test_a_run_whose_judge_is_away_learns_from_its_fallback(pipeline):
 def test_the_way_to_combine_rewards_is_a_setting(combine, pipeline):
     rewards = [{"use": "glow", "weight": 9}, "dark"]
     micro_batches = step(method(pipeline, rewards=rewards, combine=combine))
-    found = {s.picture.seed: s for x in micro_batches for s in x.samples}
+    samples = {s.picture.seed: s for x in micro_batches for s in x.samples}
     groups: dict[int, list[Any]] = {}
-    for s in found.values():
+    for s in samples.values():
         groups.setdefault(s.picture.prompt.id, []).append(s)
     for group in groups.values():
         red = torch.tensor([float(s.picture.image[0].float().mean()) / 255 for s in group], dtype=torch.float64)

@@ -52,14 +52,14 @@ def test_at_the_old_policy_the_loss_does_not_know_the_reward(normalise):
 def test_at_the_old_policy_the_gradient_is_the_advantage_times_that_of_flow_matching(normalise, beta, clip):
     _, old, target, t = drawn()
     a = torch.tensor([-2.4, -0.5, 0.0, 2.0], dtype=torch.float64)
-    found = gradient(old, old, target, t, optimality(a, clip), beta=beta, clip=clip, normalise=normalise)
+    grad = gradient(old, old, target, t, optimality(a, clip), beta=beta, clip=clip, normalise=normalise)
     # By hand: mean squared error of x_t - t v - data in each row, over its mean absolute value; or of v - target.
     v = old.clone().requires_grad_(True)
     over = t.view(-1, 1, 1, 1)
     error = over * (v - target)
     plain = (error**2).sum((1, 2, 3)) / error.detach().abs().sum((1, 2, 3)) if normalise else (v - target) ** 2 / 12
     (a.view(-1, *[1] * (plain.ndim - 1)) * plain).sum().backward()
-    torch.testing.assert_close(found, v.grad, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(grad, v.grad, rtol=1e-11, atol=1e-13)
 
 
 @FORMS
@@ -70,8 +70,8 @@ def test_no_advantage_no_gradient_at_the_old_policy(normalise):
 
 def test_off_the_old_policy_half_an_optimality_pulls_back_to_it():
     v, old, target, t = drawn()
-    found = gradient(v, old, target, t, torch.full((4,), 0.5), normalise=False)
-    cosines = torch.cosine_similarity(found.flatten(1), (v - old).flatten(1))
+    grad = gradient(v, old, target, t, torch.full((4,), 0.5), normalise=False)
+    cosines = torch.cosine_similarity(grad.flatten(1), (v - old).flatten(1))
     torch.testing.assert_close(cosines, torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
@@ -79,8 +79,8 @@ def test_self_normalised_it_still_pulls_back_though_not_straight():
     old, target, d = (torch.randn(8, 16, 8, 8, generator=rng(n), dtype=torch.float64) for n in range(3))
     for length in (0.01, 0.3, 3.0):
         half = torch.full((8,), 0.5)
-        found = gradient(old + length * d, old, target, half, half, normalise=True)
-        cosines = torch.cosine_similarity(found.flatten(1), d.flatten(1))
+        grad = gradient(old + length * d, old, target, half, half, normalise=True)
+        cosines = torch.cosine_similarity(grad.flatten(1), d.flatten(1))
         assert 0.96 < cosines.min() < cosines.max() < 1 - 1e-9
 
 
@@ -99,21 +99,21 @@ def test_in_velocities_the_loss_is_a_quadratic():
     r, beta = torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=torch.float64), 0.3
     e, d = old - target, v - old
     by_hand = (e * e / beta + (2 * (2 * r - 1)).view(-1, 1, 1, 1) * e * d + beta * d * d).sum((1, 2, 3)) / 12
-    found = reflected_loss(v, old, target, t, r, beta=beta, clip=4.0, normalise=False)
-    torch.testing.assert_close(found / 4.0, by_hand, rtol=1e-13, atol=0)
+    loss = reflected_loss(v, old, target, t, r, beta=beta, clip=4.0, normalise=False)
+    torch.testing.assert_close(loss / 4.0, by_hand, rtol=1e-13, atol=0)
 
 
 def test_self_normalised_the_good_branch_is_t_times_squared_over_absolute_error():
     v, old, target, t = drawn()
-    found = reflected_loss(v, old, target, t, torch.ones(4), beta=0.3, clip=1.0, normalise=True) * 0.3
+    loss = reflected_loss(v, old, target, t, torch.ones(4), beta=0.3, clip=1.0, normalise=True) * 0.3
     error = old + 0.3 * (v - old) - target
     by_hand = t * (error**2).mean((1, 2, 3)) / error.abs().mean((1, 2, 3))
-    torch.testing.assert_close(found, by_hand, rtol=1e-13, atol=0)
+    torch.testing.assert_close(loss, by_hand, rtol=1e-13, atol=0)
     # and in data space, as the paper's code writes it: x_t - t v+ - x0
     data = torch.randn(v.shape, generator=rng(9), dtype=torch.float64)
     over = t.view(-1, 1, 1, 1)
     miss = (data + over * target) - over * (old + 0.3 * (v - old)) - data
-    torch.testing.assert_close(found, (miss**2).mean((1, 2, 3)) / miss.abs().mean((1, 2, 3)), rtol=1e-10, atol=0)
+    torch.testing.assert_close(loss, (miss**2).mean((1, 2, 3)) / miss.abs().mean((1, 2, 3)), rtol=1e-10, atol=0)
 
 
 def test_a_perfect_prediction_divides_by_no_zero():
@@ -136,9 +136,9 @@ def test_advantages_sum_to_zero_and_do_not_know_the_scale_of_the_reward():
 
 
 def test_the_largest_advantage_in_a_group_of_24_is_the_root_of_23():
-    found = group([1.0] + [0.0] * 23)
-    assert float(found.value.max()) == pytest.approx(math.sqrt(23))
-    assert float(found.value[1:].unique()) == pytest.approx(-1 / math.sqrt(23))
+    result = group([1.0] + [0.0] * 23)
+    assert float(result.value.max()) == pytest.approx(math.sqrt(23))
+    assert float(result.value[1:].unique()) == pytest.approx(-1 / math.sqrt(23))
 
 
 def test_a_judges_noise_below_the_floor_stays_small():
@@ -171,9 +171,9 @@ def test_the_order_of_pictures_does_not_matter():
 
 def test_group_ids_beyond_float_precision_stay_apart():
     values, none = torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0, 1.0]]), torch.zeros(6, dtype=torch.bool)
-    found = advantages(values, none, [2**60, 2**60, 2**60 + 1, 2**60 + 1, 2**60 + 2, 2**60 + 2], [1.0], 1e-4)
-    assert found.value.tolist() == pytest.approx([-1, 1, -1, 1, 0, 0])
-    assert found.zero_variance.tolist() == [False] * 4 + [True] * 2
+    result = advantages(values, none, [2**60, 2**60, 2**60 + 1, 2**60 + 1, 2**60 + 2, 2**60 + 2], [1.0], 1e-4)
+    assert result.value.tolist() == pytest.approx([-1, 1, -1, 1, 0, 0])
+    assert result.zero_variance.tolist() == [False] * 4 + [True] * 2
 
 
 def test_a_failed_picture_is_as_if_it_had_never_been():
@@ -191,21 +191,21 @@ def test_a_failed_picture_is_as_if_it_had_never_been():
 @pytest.mark.parametrize(("failures", "kept"), [(2, 2), (3, 0)])
 def test_a_group_of_which_fewer_than_half_are_judged_is_masked(failures, kept):
     failed = torch.tensor([False] * (4 - failures) + [True] * failures)
-    found = advantages(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), failed, [1] * 4, [1.0], 1e-4)
-    assert int(found.valid.sum()) == kept and bool(found.value.any()) == (kept > 0)
+    result = advantages(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), failed, [1] * 4, [1.0], 1e-4)
+    assert int(result.valid.sum()) == kept and bool(result.value.any()) == (kept > 0)
 
 
 def test_rewards_are_normalised_before_they_are_weighed():
     large, small = [0.0, 100.0, 0.0, 100.0], [0.0, 0.0, 0.1, 0.1]
     none = torch.zeros(4, dtype=torch.bool)
-    found = advantages(torch.tensor([large, small]), none, [1] * 4, [3.0, 1.0], 1e-4)
-    assert found.value.tolist() == pytest.approx([-1, 0.5, -0.5, 1])
+    result = advantages(torch.tensor([large, small]), none, [1] * 4, [3.0, 1.0], 1e-4)
+    assert result.value.tolist() == pytest.approx([-1, 0.5, -0.5, 1])
 
 
 def test_a_reward_that_abstains_on_a_group_leaves_it_to_the_others():
     nan, none = math.nan, torch.zeros(4, dtype=torch.bool)
-    found = advantages(torch.tensor([[nan] * 4, [0.0, 1.0, 0.0, 1.0]]), none, [1] * 4, [3.0, 1.0], 1e-4)
-    assert found.value.tolist() == pytest.approx([-1, 1, -1, 1]) and bool(found.valid.all())
+    result = advantages(torch.tensor([[nan] * 4, [0.0, 1.0, 0.0, 1.0]]), none, [1] * 4, [3.0, 1.0], 1e-4)
+    assert result.value.tolist() == pytest.approx([-1, 1, -1, 1]) and bool(result.valid.all())
     once = advantages(torch.tensor([[nan, 0.0, 2.0, 1.0]]), none, [1] * 4, [1.0], 1e-4)
     assert once.valid.tolist() == [False, True, True, True]
     assert once.value[1:].tolist() == pytest.approx([-math.sqrt(1.5), math.sqrt(1.5), 0])
@@ -214,8 +214,8 @@ def test_a_reward_that_abstains_on_a_group_leaves_it_to_the_others():
 
 
 def test_a_group_that_scored_alike_is_flat():
-    found = group([0.3] * 6)
-    assert bool(found.zero_variance.all()) and bool(found.valid.all()) and not found.value.any()
+    result = group([0.3] * 6)
+    assert bool(result.zero_variance.all()) and bool(result.valid.all()) and not result.value.any()
     assert not group([0.3] * 5 + [0.4]).zero_variance.any()
 
 
@@ -271,10 +271,10 @@ def test_the_minimum_is_the_old_velocity_moved_towards_the_good_ones():
 
 @pytest.mark.parametrize(("beta", "share"), [(10.0, 0.552), (4.0, 0.626), (2.0, 0.726), (1.0, 0.858)])
 def test_the_minimum_moves_mass_to_the_good_mode_as_the_theory_says(beta, share):
-    found = right_share(beta)
-    assert found == pytest.approx(share, abs=0.005)
+    learned_share = right_share(beta)
+    assert learned_share == pytest.approx(share, abs=0.005)
     if beta >= 2:  # p_old exp(2 r / beta), which holds to first order in 1 / beta
-        assert found == pytest.approx(1 / (1 + math.exp(-2 / beta)), abs=0.02)
+        assert learned_share == pytest.approx(1 / (1 + math.exp(-2 / beta)), abs=0.02)
 
 
 def test_when_left_is_good_the_mass_moves_left():

@@ -184,28 +184,28 @@ def train(catalog: Catalog, start: Path, tmp_path: Path, monkeypatch: pytest.Mon
     return go
 
 
-def right(found: Tensor) -> float:
-    return float((found[..., 0] > 0).float().mean())
+def right(x: Tensor) -> float:
+    return float((x[..., 0] > 0).float().mean())
 
 
 def test_the_start_draws_both_sides_under_every_prompt(start, catalog):
-    found = points(start, catalog)
-    shares = (found[..., 0] > 0).float().mean(1)
+    drawn = points(start, catalog)
+    shares = (drawn[..., 0] > 0).float().mean(1)
     assert 0.35 < shares.min() < shares.max() < 0.65
-    torch.testing.assert_close(found[..., 1].mean(1), torch.tensor(list(HEIGHTS.values())), atol=0.1, rtol=0)
+    torch.testing.assert_close(drawn[..., 1].mean(1), torch.tensor(list(HEIGHTS.values())), atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize(("good", "loss_space"), [("right", "x0"), ("left", "velocity")])
 def test_the_rewarded_side_wins_and_prompts_stay_apart(good, loss_space, train):
-    found, log = train(good, loss_space=loss_space)
-    share = right(found) if good == "right" else 1 - right(found)
+    drawn, log = train(good, loss_space=loss_space)
+    share = right(drawn) if good == "right" else 1 - right(drawn)
     assert share > 0.9
-    assert (found[..., 1].mean(1).diff() > 0.5).all()
+    assert (drawn[..., 1].mean(1).diff() > 0.5).all()
     rewards = [row["backbone/reward/side"] for row in log]
     assert rewards[0] < 0.6 and rewards[-1] > 0.85
 
 
 def test_equal_rewards_change_nothing(train, start, catalog):
-    found, log = train("any", steps=4)
+    drawn, log = train("any", steps=4)
     assert [row["backbone/grad_norm"] for row in log] == [0]
-    assert torch.equal(found, points(start, catalog))
+    assert torch.equal(drawn, points(start, catalog))

@@ -32,13 +32,13 @@ class Told:
     """Gives picture i (its grey) the score that a table says: a number, "fail", "abstain" or "raise"."""
 
     def __init__(self, *table: Any, spend: dict[str, float] | None = None) -> None:
-        self.table, self.asked = table, list[int]()
+        self.table, self.scored = table, list[int]()
         if spend is not None:
             self.spend = spend
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
         numbers = [int(image[0, 0, 0]) for image in images]
-        self.asked += numbers
+        self.scored += numbers
         said = [self.table[n] for n in numbers]
         if "raise" in said:
             raise LensError("the endpoint is away")
@@ -49,18 +49,18 @@ class Told:
 
 
 def gains(rewards: Sequence[WeightedReward], **how: Any) -> tuple[Tensor, Tensor]:
-    found = score_pictures(rewards, pictures())
-    got = advantages(found.values(), found.failed(), list(GROUPS), found.weights, 1e-4, **how)
+    scored = score_pictures(rewards, pictures())
+    got = advantages(scored.values(), scored.failed(), list(GROUPS), scored.weights, 1e-4, **how)
     return got.value, got.valid
 
 
 def test_a_fallback_judges_the_whole_group_and_no_other():
     first, second = Told(0, 1, "fail", 1, 0, 0, 1, 1), Told(*[0.5, 0.1, 0.9, 0.3] * 2)
-    found = score_pictures([WeightedReward("vlm", first, 1.0, second)], pictures())
-    assert second.asked == [0, 1, 2, 3]
-    assert [s is None for s in found.scores["vlm"]] == [True] * 4 + [False] * 4
-    assert [s and s.value for s in found.scores["vlm.fallback"]] == [0.5, 0.1, 0.9, 0.3, None, None, None, None]
-    assert found.replaced == 4 and not found.failed().any()
+    scored = score_pictures([WeightedReward("vlm", first, 1.0, second)], pictures())
+    assert second.scored == [0, 1, 2, 3]
+    assert [s is None for s in scored.scores["vlm"]] == [True] * 4 + [False] * 4
+    assert [s and s.value for s in scored.scores["vlm.fallback"]] == [0.5, 0.1, 0.9, 0.3, None, None, None, None]
+    assert scored.replaced == 4 and not scored.failed().any()
     value, valid = gains([WeightedReward("vlm", first, 1.0, second)])
     by_hand = torch.tensor([0.5, 0.1, 0.9, 0.3]).double()
     assert valid.all()
@@ -84,18 +84,18 @@ def test_more_than_half_a_group_away_and_the_group_is_absent():
 
 def test_a_fallback_that_knows_less_does_not_decide():
     worse = Told("fail", "fail", "fail", 0, *[0] * 4)
-    found = score_pictures([WeightedReward("vlm", Told(0, 1, "fail", 1, 0, 0, 1, 1), 1.0, worse)], pictures())
-    assert found.replaced == 0 and [s.value for s in found.scores["vlm"]] == [0, 1, None, 1, 0, 0, 1, 1]
-    assert all(s is None for s in found.scores["vlm.fallback"])
-    assert found.failed().tolist() == [False, False, True] + [False] * 5
+    scored = score_pictures([WeightedReward("vlm", Told(0, 1, "fail", 1, 0, 0, 1, 1), 1.0, worse)], pictures())
+    assert scored.replaced == 0 and [s.value for s in scored.scores["vlm"]] == [0, 1, None, 1, 0, 0, 1, 1]
+    assert all(s is None for s in scored.scores["vlm.fallback"])
+    assert scored.failed().tolist() == [False, False, True] + [False] * 5
 
 
 def test_a_fallback_may_abstain_where_the_judge_was_silent_anyway():
-    found = score_pictures(
+    scored = score_pictures(
         [WeightedReward("vlm", Told(*["fail"] * 8), 1.0, Told(*["abstain"] * 4, 0, 1, 0, 1))], pictures()
     )
-    assert found.failed().tolist() == [True] * 4 + [False] * 4
-    assert found.replaced == 4
+    assert scored.failed().tolist() == [True] * 4 + [False] * 4
+    assert scored.replaced == 4
 
 
 def test_what_a_reward_raises_is_a_failure_of_all_it_was_asked_and_the_fallback_answers():
@@ -113,8 +113,8 @@ def test_a_mistake_in_the_recipe_is_not_passed_off_as_a_failing_judge():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_a_failure_and_goes_to_the_fallback(bad):
-    found = score_pictures([WeightedReward("a", Told(bad, 1, 1, 0, 0, 1, 0, 1), 1.0, Told(*[0.25] * 8))], pictures())
-    assert found.replaced == 4 and bool(torch.isfinite(found.values()[1, :4]).all())
+    scored = score_pictures([WeightedReward("a", Told(bad, 1, 1, 0, 0, 1, 0, 1), 1.0, Told(*[0.25] * 8))], pictures())
+    assert scored.replaced == 4 and bool(torch.isfinite(scored.values()[1, :4]).all())
 
 
 def test_the_scales_of_judge_and_fallback_never_meet_in_one_statistic():
@@ -134,18 +134,18 @@ def test_summed_first_a_reward_counts_by_its_scale_and_normalised_first_it_does_
 
 
 def test_what_happened_is_counted():
-    told = score_pictures(
+    scored = score_pictures(
         [
             WeightedReward("vlm", Told("fail", 1, 1, 0, "abstain", 0, 1, 1), 1.0, Told(*[0.5, 0.5, 1, 1] * 2)),
             WeightedReward("exact", Told(*[1] * 8, spend={"usd": 0.5}), 2.0),
         ],
         pictures(),
     )
-    facts = told.metrics()
+    facts = scored.metrics()
     assert facts["reward/vlm"] == pytest.approx(2 / 3) and facts["reward/vlm/half"] == pytest.approx(1 / 3)
     assert facts["reward/vlm.fallback"] == 0.75 and facts["reward/exact"] == 1
     assert (facts["abstained/vlm"], facts["abstained/exact"], facts["fallback"]) == (0.25, 0, 0.5)
-    assert told.weights == [1.0, 1.0, 2.0]
+    assert scored.weights == [1.0, 1.0, 2.0]
     rewards = [
         WeightedReward("a", Told(spend={"usd": 0.5, "calls": 3})),
         WeightedReward("b", Told(spend={"usd": 1.0})),
@@ -176,7 +176,7 @@ def test_whatever_a_reward_raises_goes_down_the_ladder_with_its_kind_quoted(erro
 
 
 @pytest.mark.parametrize("made", [1.0, None, "ok", (1.0,)])
-def test_what_is_no_score_is_told_with_the_name_of_the_reward(made):
+def test_what_is_no_score_is_reported_with_the_name_of_the_reward(made):
     with pytest.raises(LensError, match=r"Odd\.score returned .*(one Score an image|its status is ok)"):
         score_pictures([WeightedReward("vlm", Odd(lambda number: made))], pictures())
 
@@ -191,10 +191,10 @@ def test_a_score_that_cannot_be_made_is_a_failure_of_what_was_asked_with_it(valu
 
 @pytest.mark.parametrize("value", [10**400, math.nan, np.float32("inf")])
 def test_a_value_that_no_mean_can_take_is_a_failure_of_its_picture_alone(value):
-    found = score_pictures(
+    scored = score_pictures(
         [WeightedReward("vlm", Odd(lambda number: Score("ok", value if number == 0 else 1.0)))], pictures()
     )
-    assert found.failed().tolist() == [True] + [False] * 7 and "not finite" in found.scores["vlm"][0].evidence
+    assert scored.failed().tolist() == [True] + [False] * 7 and "not finite" in scored.scores["vlm"][0].evidence
 
 
 def test_components_that_are_no_numbers_are_left_out_of_the_means():
@@ -207,11 +207,11 @@ def test_components_that_are_no_numbers_are_left_out_of_the_means():
 
 @pytest.mark.parametrize("kind", [int, np.float32, np.float64, Fraction], ids=lambda k: k.__name__)
 def test_a_number_of_any_kind_counts_as_what_it_is(kind):
-    found = score_pictures(
+    scored = score_pictures(
         [WeightedReward("vlm", Odd(lambda number: Score("ok", kind(number), {"a": kind(number)})))], pictures()
     )
-    assert found.values().tolist() == [[float(n) for n in range(8)]] and not found.failed().any()
-    assert found.metrics()["reward/vlm"] == found.metrics()["reward/vlm/a"] == 3.5
+    assert scored.values().tolist() == [[float(n) for n in range(8)]] and not scored.failed().any()
+    assert scored.metrics()["reward/vlm"] == scored.metrics()["reward/vlm/a"] == 3.5
 
 
 def test_a_spend_that_is_no_number_is_left_out():

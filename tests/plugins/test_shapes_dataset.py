@@ -56,7 +56,7 @@ def test_a_pool_shows_every_scene_once_an_epoch_in_a_new_order_with_new_captions
             assert key not in seen or torch.equal(seen[key], image)
             seen[key] = image
             captions.setdefault(key, set()).add(caption)
-    assert max(len(told) for told in captions.values()) == 2
+    assert max(len(texts) for texts in captions.values()) == 2
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

@@ -1,4 +1,4 @@
-"""The shape that no training scene holds: drawn only when it is asked for, told, read back, its colours split."""
+"""The shape that no training scene holds: drawn only when it is asked for, described, read back, its colours split."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_it_is_read_back_through_blur_and_never_taken_for_another():
     assert taken == 0
 
 
-def test_it_is_told_in_words():
+def test_it_is_reported_in_words():
     scene = sample(np.random.default_rng(4), "train", "novel")
     colour = scene.things[0].colour
     assert prompt(scene).endswith(f"{colour} moon")

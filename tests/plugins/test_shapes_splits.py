@@ -29,41 +29,41 @@ ASKED = ("two", "counting", "colours", "position", "attribution", "words")
 
 def named_facts(question):
     """What a question names, written apart from `splits`: (kind, ...) of its groups, colours, counts and sides."""
-    found, groups = set(), question.groups
+    facts, groups = set(), question.groups
     for shape, colour, count in groups:
-        found |= {("is", shape, colour)} if colour else set()
-        found |= {("many", shape, count)} if count > 1 else set()
-        found |= {("many", shape, colour, count)} if count > 1 and colour else set()
+        facts |= {("is", shape, colour)} if colour else set()
+        facts |= {("many", shape, count)} if count > 1 else set()
+        facts |= {("many", shape, colour, count)} if count > 1 and colour else set()
     if len(groups) == 2:
-        found.add(("both", frozenset(g[0] for g in groups)))
+        facts.add(("both", frozenset(g[0] for g in groups)))
         if sum(g[2] for g in groups) > 2:
-            found.add(("both many", frozenset((g[0], g[2]) for g in groups)))
+            facts.add(("both many", frozenset((g[0], g[2]) for g in groups)))
         if all(g[1] for g in groups):
-            found.add(("both", frozenset(g[:2] for g in groups)))
+            facts.add(("both", frozenset(g[:2] for g in groups)))
         if question.relation:
-            found.add(("lies", groups[0][0], question.relation, groups[1][0]))
+            facts.add(("lies", groups[0][0], question.relation, groups[1][0]))
             if all(g[1] for g in groups):
-                found.add(("lies", groups[0][:2], question.relation, groups[1][:2]))
-    return found | ({("word", question.word)} if question.word else set())
+                facts.add(("lies", groups[0][:2], question.relation, groups[1][:2]))
+    return facts | ({("word", question.word)} if question.word else set())
 
 
 def seen_facts(scene):
     """What a picture shows, told or not, read from its things one pair at a time; for pictures from 1:2 to 2:1."""
     counts = Counter((t.shape, t.colour) for t in scene.things)
-    found = {("is", *look) for look in counts}
-    found |= {("many", s, n) for s, n in Counter(t.shape for t in scene.things).items() if n > 1}
-    found |= {("many", s, c, n) for (s, c), n in counts.items() if n > 1}
+    facts = {("is", *kind) for kind in counts}
+    facts |= {("many", s, n) for s, n in Counter(t.shape for t in scene.things).items() if n > 1}
+    facts |= {("many", s, c, n) for (s, c), n in counts.items() if n > 1}
     for (one, n), (other, m) in combinations(counts.items(), 2):
-        found |= {("both", frozenset((one[0], other[0]))), ("both", frozenset((one, other)))}
-        found |= {("both many", frozenset(((one[0], n), (other[0], m))))} if n + m > 2 else set()
+        facts |= {("both", frozenset((one[0], other[0]))), ("both", frozenset((one, other)))}
+        facts |= {("both many", frozenset(((one[0], n), (other[0], m))))} if n + m > 2 else set()
     for a, b in permutations(scene.things, 2):
         for wide in (0.5, 1.0, 2.0):
             across, down = (b.x - a.x) * wide, b.y - a.y
             side = ("left of" if across > 0 else "") if abs(across) > abs(down) else ("above" if down > 0 else "")
             if side and a.shape != b.shape:
-                found.add(("lies", a.shape, side, b.shape))
-                found.add(("lies", (a.shape, a.colour), side, (b.shape, b.colour)))
-    return found | ({("word", scene.word)} if scene.word else set())
+                facts.add(("lies", a.shape, side, b.shape))
+                facts.add(("lies", (a.shape, a.colour), side, (b.shape, b.colour)))
+    return facts | ({("word", scene.word)} if scene.word else set())
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +74,13 @@ def whole():
 
 def shown_by(whole, split, tasks=LISTED):
     """Every fact that the questions of a split name, in any colours that their scenes may have."""
-    found = set()
+    facts = set()
     for task in tasks:
         for question in whole[split][task]:
             for colours in colourings(question, split):
                 groups = tuple((s, c, n) for (s, _, n), c in zip(question.groups, colours, strict=True))
-                found |= named_facts(evolve(question, groups=groups))
-    return found
+                facts |= named_facts(evolve(question, groups=groups))
+    return facts
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +191,9 @@ def test_training_captions_of_either_length_never_ask_what_test_asks():
     held = {p.text for split in ("select", "test") for p in ShapesBenchmark(
         ShapesBenchmark.Config(prompts=480, tasks=ASKED, split=split, phrasings=5)).prompts()}  # fmt: skip
     config = ShapesDataset.Config(dense_caption_ratio=0.0, images=False)
-    told = {c for b in islice(ShapesDataset(config).batches(0, 1), 60)
+    captions = {c for b in islice(ShapesDataset(config).batches(0, 1), 60)
             for c in b.captions}  # fmt: skip
-    assert len(held) == 2 * 480 * 5 and len(told) > 1500 and not held & told
+    assert len(held) == 2 * 480 * 5 and len(captions) > 1500 and not held & captions
 
 
 def test_a_dense_caption_of_training_names_no_kept_side(whole):
@@ -205,9 +205,9 @@ def test_a_dense_caption_of_training_names_no_kept_side(whole):
         scene = sample(rng, "train", "attribution")
         text = dense(scene, rng)
         looks = [f"the {t.colour} {t.shape}" for t in scene.things]
-        for (side, turned), told in words.items():
+        for (side, turned), phrase in words.items():
             for a, b in ((0, 1), (1, 0)):
-                if f"{looks[a]} is {told} {looks[b]}." in text:
+                if f"{looks[a]} is {phrase} {looks[b]}." in text:
                     one, other = (b, a) if turned else (a, b)
                     assert ("relation", scene.things[one].shape, side, scene.things[other].shape) not in kept
 
@@ -266,9 +266,9 @@ def test_a_prompt_that_names_the_background_wants_it_and_its_halves():
 def test_a_training_caption_sometimes_names_the_background_and_often_is_the_plain_prompt():
     rng = np.random.default_rng(0)
     scene = sample(rng, "train", "colours")
-    told = [caption(scene, rng) for _ in range(400)]
-    assert 60 < sum("background" in words for words in told) < 140
-    assert told.count(prompt(scene)) > 120 and len(set(told)) == 10
+    captions = [caption(scene, rng) for _ in range(400)]
+    assert 60 < sum("background" in words for words in captions) < 140
+    assert captions.count(prompt(scene)) > 120 and len(set(captions)) == 10
 
 
 def test_the_new_shape_has_train_select_and_test_colours():

@@ -25,9 +25,9 @@ def test_each_prompt_of_the_benchmark_is_asked_several_times_in_a_row() -> None:
 def test_the_score_is_the_mean_rms_distance_to_the_other_pictures_of_the_prompt() -> None:
     benchmark = Variety(Variety.Config(prompts=2, pictures=3))
     images = pictures(6)
-    found = [score.value for score in benchmark.score(images, benchmark.prompts())]
+    scores = [score.value for score in benchmark.score(images, benchmark.prompts())]
     plain = images.numpy().astype(np.float64) / 255
-    for place, value in enumerate(found):
+    for place, value in enumerate(scores):
         mates = [other for other in range(6) if other // 3 == place // 3 and other != place]
         expected = np.mean([np.sqrt(np.mean((plain[place] - plain[other]) ** 2)) for other in mates])
         assert value == pytest.approx(expected, abs=1e-12)

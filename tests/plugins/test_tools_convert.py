@@ -124,8 +124,8 @@ def test_where_it_came_from_and_its_licence_stay(tiny: Path, installed: Catalog,
     (tmp_path / "in/lens.json").write_text(json.dumps(about | {"provenance": {"base_model": "org/model"}}))
     (tmp_path / "in/README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     convert(tmp_path / "in", tmp_path / "out", "diffusers", None, installed)
-    found = json.loads((tmp_path / "out/lens.json").read_text())["provenance"]
-    assert found == {"base_model": "org/model", "license": "mit"}
+    data = json.loads((tmp_path / "out/lens.json").read_text())["provenance"]
+    assert data == {"base_model": "org/model", "license": "mit"}
 
 
 def test_casting_halves_the_files_and_config_json_says_so(tiny: Path, installed: Catalog, tmp_path: Path) -> None:
@@ -136,8 +136,8 @@ def test_casting_halves_the_files_and_config_json_says_so(tiny: Path, installed:
         floats = {k for k, v in stored.items() if v.is_floating_point()}
         assert all(torch.equal(half[k], stored[k].bfloat16()) and half[k].dtype == torch.bfloat16 for k in floats)
         assert all(torch.equal(full[k], half[k].float()) for k in floats) and full.keys() == half.keys()
-    told = {d: json.loads((tmp_path / d / "text_encoder/config.json").read_text())["dtype"] for d in ("half", "full")}
-    assert told == {"half": "bfloat16", "full": "float32"}
+    dtypes = {d: json.loads((tmp_path / d / "text_encoder/config.json").read_text())["dtype"] for d in ("half", "full")}
+    assert dtypes == {"half": "bfloat16", "full": "float32"}
 
 
 def test_one_file_becomes_one_sub_folder(singles: Path, installed: Catalog, tmp_path: Path) -> None:
@@ -208,8 +208,8 @@ def test_experts_in_mxfp4_stay_so_in_every_layout(tiny: Path, installed: Catalog
     convert(tmp_path / "in", tmp_path / "single", "single", None, installed)
     convert(tmp_path / "in", tmp_path / "half", "diffusers", "bf16", installed)
     packed = {k: v for k, v in state.items() if k.endswith(("_blocks", "_scales"))}
-    for found in (tmp_path / "single" / SINGLE["text_encoder"], tmp_path / "half" / FOLDERS["text_encoder"]):
-        assert same({k: v for k, v in load_file(found).items() if k in packed}, packed)
+    for file in (tmp_path / "single" / SINGLE["text_encoder"], tmp_path / "half" / FOLDERS["text_encoder"]):
+        assert same({k: v for k, v in load_file(file).items() if k in packed}, packed)
     file = tmp_path / "single" / SINGLE["text_encoder"]
     assert torch.equal(draw(LensPipeline.from_pretrained(tmp_path / "in", text_encoder=file)), draw(expected))
     for part, place in SINGLE.items():
@@ -217,8 +217,8 @@ def test_experts_in_mxfp4_stay_so_in_every_layout(tiny: Path, installed: Catalog
     (tmp_path / "single/lens.json").write_text(json.dumps(about))
     convert(tmp_path / "single", tmp_path / "back", "diffusers", None, installed)
     assert same(load_file(tmp_path / "back" / FOLDERS["text_encoder"]), state)
-    told = json.loads((tmp_path / "back/text_encoder/config.json").read_text())
-    assert told["quantization_config"]["quant_method"] == "mxfp4" and told["num_hidden_layers"] == 4
+    config = json.loads((tmp_path / "back/text_encoder/config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "mxfp4" and config["num_hidden_layers"] == 4
 
 
 # ---- parts that another checkpoint shares -----------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_parts_that_are_anothers_are_named_and_draw_the_same(sharing: Path, inst
     assert {str(p.relative_to(tmp_path / "single")) for p in made} == set(SINGLE.values())
 
 
-def test_a_lent_encoder_shares_the_features_that_are_kept(
+def test_a_shared_encoder_shares_the_features_that_are_kept(
     sharing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw(LensPipeline.from_pretrained("tiny:", prompt_cache=tmp_path))
@@ -265,22 +265,24 @@ def test_a_lent_encoder_shares_the_features_that_are_kept(
     draw(pipeline)
 
 
-def test_a_lent_part_must_be_what_it_was(sharing: Path, installed: Catalog, tmp_path: Path) -> None:
+def test_a_shared_part_must_be_what_it_was(sharing: Path, installed: Catalog, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(sharing, folder)
     about = json.loads((folder / "lens.json").read_text())
 
-    def told(part: str, **changes: object) -> str:
+    def message_for(part: str, **changes: object) -> str:
         components = about["components"] | {part: {**about["components"][part], **changes}}
         (folder / "lens.json").write_text(json.dumps(about | {"components": components}))
         return error(lambda: LensPipeline.from_pretrained(folder))
 
     held = about["components"]["vae"]["hash"]
-    assert f"its vae is that of tiny: as it was at {'0' * 16}, and it is at {held} now" in told("vae", hash="0" * 16)
-    assert "its vae is that of tiny:none, which cannot be had: no embedded checkpoint" in told(
+    assert f"its vae is that of tiny: as it was at {'0' * 16}, and it is at {held} now" in message_for(
+        "vae", hash="0" * 16
+    )
+    assert "its vae is that of tiny:none, which cannot be had: no embedded checkpoint" in message_for(
         "vae", **{"from": "tiny:none"}
     )
-    assert "that of tiny:turbo, which has none of its own" in told("text_encoder", **{"from": "tiny:turbo"})
+    assert "that of tiny:turbo, which has none of its own" in message_for("text_encoder", **{"from": "tiny:turbo"})
     wrong = (
         "/etc",
         "../tiny",
@@ -295,10 +297,10 @@ def test_a_lent_part_must_be_what_it_was(sharing: Path, installed: Catalog, tmp_
         "tiny:\n",
     )
     for uri in wrong:
-        assert f"its 'vae' is to come from {uri!r} at" in told("vae", **{"from": uri})
+        assert f"its 'vae' is to come from {uri!r} at" in message_for("vae", **{"from": uri})
     for hash_ in (None, "", "0" * 15, "x\n" + "0" * 14):
-        assert f"its 'vae' is to come from 'tiny:' at {hash_!r}; a vae, " in told("vae", hash=hash_)
-    assert "its 'sampler' is to come from" in told("sampler", hash="0" * 16, **{"from": "tiny:"})
+        assert f"its 'vae' is to come from 'tiny:' at {hash_!r}; a vae, " in message_for("vae", hash=hash_)
+    assert "its 'sampler' is to come from" in message_for("sampler", hash="0" * 16, **{"from": "tiny:"})
 
 
 def test_a_single_file_takes_the_place_of_a_part_whose_lender_is_gone(
@@ -339,7 +341,7 @@ def test_a_loan_is_passed_on_and_kept(sharing: Path, installed: Catalog, tmp_pat
     assert json.loads((tmp_path / "two/lens.json").read_text())["components"] == components
 
 
-def test_what_cannot_be_shared_is_told(tiny: Path, sharing: Path, installed: Catalog, tmp_path: Path) -> None:
+def test_what_cannot_be_shared_is_reported(tiny: Path, sharing: Path, installed: Catalog, tmp_path: Path) -> None:
     whole = sharing.with_name("whole")
     shutil.copytree(whole, tmp_path / "other")
     for place in (FOLDERS["vae"], FOLDERS["text_encoder"]):
@@ -436,7 +438,7 @@ def test_a_process_grows_by_pieces_not_by_the_file(tmp_path: Path) -> None:
 # ---- bad input --------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_asked_for_is_told(tiny: Path, singles: Path, installed: Catalog, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_for_is_reported(tiny: Path, singles: Path, installed: Catalog, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("")
     for source, out, layout, dtype, words in [
@@ -450,7 +452,7 @@ def test_what_cannot_be_asked_for_is_told(tiny: Path, singles: Path, installed: 
     assert files(tmp_path) == {"full/thesis.tex"}
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(
     tiny: Path, installed: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))  # type: ignore[attr-defined]
@@ -482,13 +484,13 @@ def test_a_conversion_that_fails_leaves_nothing(
 
 
 @pytest.mark.parametrize("part", list(SINGLE))
-def test_a_file_in_the_place_of_another_part_is_told(part: str, singles: Path) -> None:
+def test_a_file_in_the_place_of_another_part_is_reported(part: str, singles: Path) -> None:
     wrong = singles / SINGLE["vae" if part == "backbone" else "backbone"]
     assert f"{wrong}: holds " in (said := error(lambda: LensPipeline.from_pretrained("tiny:", **{part: wrong})))
     assert "not a" in said
 
 
-def test_a_file_that_no_plugin_knows_is_told(installed: Catalog, tmp_path: Path) -> None:
+def test_a_file_that_no_plugin_knows_is_reported(installed: Catalog, tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
     assert "nor a layout that an installed plugin knows" in error(
         lambda: LensPipeline.from_pretrained(tmp_path / "a.safetensors")

@@ -106,8 +106,17 @@ def test_the_table_tells_means_and_the_spread_of_seeds(tmp_path: Path, capsys: p
     for name, scores in {"a": [0.0, 0.25], "b": [0.0, 0.75], "c": [0.5]}.items():
         write(tmp_path / name, [{"step": 1, "b/loss": 1}], [{"step": n, "shapes": s} for n, s in enumerate(scores)])
     joined = f"{tmp_path / 'a'},{tmp_path / 'b'}"
-    asked = ["curves", joined, str(tmp_path / "c"), "--show", "shapes", "--table", "--output", str(tmp_path / "c.png")]
-    assert main(asked) == 0
+    arguments = [
+        "curves",
+        joined,
+        str(tmp_path / "c"),
+        "--show",
+        "shapes",
+        "--table",
+        "--output",
+        str(tmp_path / "c.png"),
+    ]
+    assert main(arguments) == 0
     assert capsys.readouterr().out.splitlines()[:6] == [
         "shapes",
         "",
@@ -159,11 +168,11 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path: Path, capsys: pytest.Capture
         curves.read(tmp_path)
     with pytest.raises(ConfigError, match="no value is called kl; there is b/loss, seconds"):
         curves.draw({"a": [{"b/loss": [(1.0, 1.0)], "seconds": [(1.0, 1.0)]}]}, ("kl",))
-    for arguments, told in (
+    for arguments, message in (
         (["curves"], "give the folder of a run, or of several"),
         (["curves", str(tmp_path), "--output", "c.jpg"], "c.jpg: pictures are written as .png; use c.png"),
     ):
-        assert main(arguments) == 2 and capsys.readouterr().err == f"lens: {told}\n"
+        assert main(arguments) == 2 and capsys.readouterr().err == f"lens: {message}\n"
 
 
 def test_numbers_beyond_any_axis_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

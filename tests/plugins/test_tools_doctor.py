@@ -45,13 +45,13 @@ def test_the_published_sizes_are_the_known_ones(parts: Mapping[str, Any]) -> Non
     assert gb("text_encoder", "mxfp4") == pytest.approx(13.8, abs=0.05), "as the published files"
     assert gb("text_encoder", "bfloat16") == pytest.approx(2 * 20.91, abs=0.02), "20.9 B parameters"
     assert gb("vae", "bfloat16") == pytest.approx(0.336 / 2, abs=2e-3)
-    told = offload.estimate_memory("modulation", parts, Workload())
+    estimate = offload.estimate_memory("modulation", parts, Workload())
     modulation = 48 * 2 * (6 * 1536 * 1536 + 6 * 1536) + 2 * 1536 * 1536 + 2 * 1536
-    assert told.host["backbone"] == pytest.approx(2 * modulation, rel=1e-4)
-    assert 8.208 - told.host["backbone"] / 1e9 == pytest.approx(5.47, abs=0.02)
+    assert estimate.host["backbone"] == pytest.approx(2 * modulation, rel=1e-4)
+    assert 8.208 - estimate.host["backbone"] / 1e9 == pytest.approx(5.47, abs=0.02)
     head = 2 * 201088 * 2880
-    assert told.host["text_encoder"] == pytest.approx(head, rel=1e-3), "the head that predicts words stays away"
-    work = told.work["denoise"]
+    assert estimate.host["text_encoder"] == pytest.approx(head, rel=1e-3), "the head that predicts words stays away"
+    work = estimate.work["denoise"]
     more = offload.estimate_memory("modulation", parts, Workload(steps=40)).work["denoise"]
     assert (more - work) / 1e6 == pytest.approx(35.5, abs=0.1), "20 more steps are a table of 35 MB"
 
@@ -62,8 +62,8 @@ def test_a_larger_card_never_gets_a_slower_plan_and_what_is_chosen_fits(parts: M
         chosen = [order.index(each[card].plan) for card in doctor.CARDS]
         assert chosen == sorted(chosen, reverse=True), form
         assert chosen[0] == order.index("block") and chosen[-1] == order.index("none")
-        for card, told in each.items():
-            assert told.peak + offload.RESERVE <= doctor.room(card) < card << 30
+        for card, estimate in each.items():
+            assert estimate.peak + offload.RESERVE <= doctor.room(card) < card << 30
 
 
 def test_larger_pictures_and_batches_take_more(parts: Mapping[str, Any]) -> None:
@@ -78,13 +78,13 @@ def test_larger_pictures_and_batches_take_more(parts: Mapping[str, Any]) -> None
 
 def test_it_tells_this_machine_in_text_and_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert list(told) == list(doctor.SECTIONS) and not any("error" in facts for facts in told.values())
-    assert told["software"]["torch"] == torch.__version__ or told["software"]["torch"] in torch.__version__
-    assert told["device"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert told["dtypes"]["bfloat16"] == "yes" and "overflow float16" in told["dtypes"]["float16"]
-    assert told["plugins"]["lens_mmdit"]
-    assert told["published model"]["backbone, bfloat16"] == "8.21 GB"
+    report = json.loads(capsys.readouterr().out)
+    assert list(report) == list(doctor.SECTIONS) and not any("error" in facts for facts in report.values())
+    assert report["software"]["torch"] == torch.__version__ or report["software"]["torch"] in torch.__version__
+    assert report["device"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert report["dtypes"]["bfloat16"] == "yes" and "overflow float16" in report["dtypes"]["float16"]
+    assert report["plugins"]["lens_mmdit"]
+    assert report["published model"]["backbone, bfloat16"] == "8.21 GB"
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert all(f"\n{name}\n" in f"\n{text}" for name in doctor.SECTIONS)
@@ -100,10 +100,10 @@ def test_a_broken_section_does_not_hide_the_others(
     monkeypatch.setitem(doctor.SECTIONS, "device", broken)
     monkeypatch.setenv("LENS_PLUGINS", "shapes,tools")
     assert main(["doctor", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["device"] == {"error": "RuntimeError: the driver is gone"}
-    assert "no plugin here describes the published model" in told["published model"]["error"]
-    assert told["software"]["python"] and told["attention"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["device"] == {"error": "RuntimeError: the driver is gone"}
+    assert "no plugin here describes the published model" in report["published model"]["error"]
+    assert report["software"]["python"] and report["attention"]
     with pytest.raises(LensError, match="set LENS_PLUGINS"):
         doctor.published(Catalog.installed())
 

@@ -23,27 +23,27 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def bench(recipe: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, dict]:
-    asked = ["bench", "train", str(recipe), "--depth", "1", "--samples", "4", "--tokens", "6", "--no-compile"]
-    code = main([*asked, "--device", "cpu", "--json", *more])
+    arguments = ["bench", "train", str(recipe), "--depth", "1", "--samples", "4", "--tokens", "6", "--no-compile"]
+    code = main([*arguments, "--device", "cpu", "--json", *more])
     return code, json.loads(capsys.readouterr().out)
 
 
 def test_every_variant_is_timed_by_part_after_its_gradient_agreed(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, told = bench(recipe, capsys)
-    assert code == 0 and told["void"] == {}
-    assert set(told["variants"]) == set(told["agreement"]) == {"bucketed", "packed", "checkpointed"}
-    assert told["agreement"]["bucketed"] == 0 and 0 < told["agreement"]["packed"] < 1e-5
-    for variant in told["variants"].values():
+    code, report = bench(recipe, capsys)
+    assert code == 0 and report["void"] == {}
+    assert set(report["variants"]) == set(report["agreement"]) == {"bucketed", "packed", "checkpointed"}
+    assert report["agreement"]["bucketed"] == 0 and 0 < report["agreement"]["packed"] < 1e-5
+    for variant in report["variants"].values():
         assert (
             variant["least"] <= variant["step"] <= variant["most"] and variant["mfu"] is None
         )  # nobody knows a CPU's peak
         assert all(variant[part] > 0 for part in training_speed.PARTS)
         assert variant["images_per_second"] == pytest.approx(4 / variant["step"])
-    assert set(told["ratios"]) == {"bucketed / packed", "packed / checkpointed"}
-    assert all(0 < r["least"] <= r["median"] <= r["most"] for r in told["ratios"].values())
-    assert told["settings"]["depth"] == 1 and told["settings"]["latent sizes"] == [[8, 8], [8, 16], [16, 16]]
+    assert set(report["ratios"]) == {"bucketed / packed", "packed / checkpointed"}
+    assert all(0 < r["least"] <= r["median"] <= r["most"] for r in report["ratios"].values())
+    assert report["settings"]["depth"] == 1 and report["settings"]["latent sizes"] == [[8, 8], [8, 16], [16, 16]]
 
 
 def test_a_variant_with_a_wrong_gradient_has_no_figures(
@@ -51,10 +51,10 @@ def test_a_variant_with_a_wrong_gradient_has_no_figures(
 ) -> None:
     packed = LensTransformer2DModel.packed
     monkeypatch.setattr(LensTransformer2DModel, "packed", lambda *a: [v * 1.001 for v in packed(*a)])
-    code, told = bench(recipe, capsys)
-    assert code == 1 and set(told["void"]) == {"packed", "checkpointed"}
-    assert "from that of the reference" in told["void"]["packed"]
-    assert list(told["variants"]) == ["bucketed"] and told["ratios"] == {}
+    code, report = bench(recipe, capsys)
+    assert code == 1 and set(report["void"]) == {"packed", "checkpointed"}
+    assert "from that of the reference" in report["void"]["packed"]
+    assert list(report["variants"]) == ["bucketed"] and report["ratios"] == {}
 
 
 def test_what_cannot_be_timed_is_refused_in_one_line(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
