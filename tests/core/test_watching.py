@@ -37,7 +37,7 @@ from lens_core.types import ConfigError, LensError, Prompt, Score
 
 
 class Scripted:
-    """Benchmark: what `script` scores in evaluation 0, 1, 2 …, or what it raises. It draws from the global generator."""
+    """Benchmark: what `script` scores in evaluation 0, 1, 2 …, or raises. It draws from the global generator."""
 
     script: tuple[Any, ...] = ()
     evaluations = 0
