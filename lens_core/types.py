@@ -129,7 +129,7 @@ class SystemInfo:
 
 @frozen
 class PictureRequest:
-    """One picture to generate. `prompt_id` and `index` (from 0, of the pictures of one prompt) name it in its benchmark;
+    """One picture to generate. `prompt_id` and `index` (from 0, of the pictures of one prompt) name it in a benchmark;
     `size` is (height, width) in px, None for the generator's own."""
 
     prompt: str

@@ -147,7 +147,9 @@ def _decide_cvtg(line: Line) -> dict[str, Any]:
     ocr_lines = json_fields.field(line, "ocr_lines")
     failed = ocr_lines == "RAISE"
     return asdict(
-        cvtg.decide(_prompt(line), None if failed or ocr_lines is None else json_fields.texts(ocr_lines, "ocr_lines"), failed)
+        cvtg.decide(
+            _prompt(line), None if failed or ocr_lines is None else json_fields.texts(ocr_lines, "ocr_lines"), failed
+        )
     )
 
 

@@ -88,11 +88,11 @@ def list_components(catalog: Catalog, kind: str | None = None) -> list[Summary]:
         raise ConfigError(f"there is no kind {kind!r}.{did_you_mean(kind, KINDS)} Kinds: {', '.join(KINDS)}.")
     rows: list[Summary] = []
     for each in [kind] if kind else KINDS:
-        found = []
+        components = []
         for plugin in catalog.plugins:
             if plugin.error is None and hasattr(plugin.module, KINDS[each][0]):
-                found += _summaries(catalog, plugin, each)
-        rows += sorted(found, key=lambda row: row.name)
+                components += _summaries(catalog, plugin, each)
+        rows += sorted(components, key=lambda row: row.name)
     return rows
 
 
@@ -262,7 +262,7 @@ def _comments(config: type[Any]) -> dict[str, str]:
             comments[token.start[0]] = token.string.lstrip("# ").partition("  # ")[0]
             if not token.line[: token.start[1]].strip():
                 alone.add(token.start[0])
-    found: dict[str, str] = {}
+    by_field: dict[str, str] = {}
     for node in tree.body if isinstance(tree, ast.ClassDef) else ():
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
@@ -271,5 +271,5 @@ def _comments(config: type[Any]) -> dict[str, str]:
         while above in alone:
             lines.insert(0, above)
             above -= 1
-        found[node.target.id] = " ".join(comments[n] for n in lines)
-    return found
+        by_field[node.target.id] = " ".join(comments[n] for n in lines)
+    return by_field

@@ -65,11 +65,11 @@ def show(
 
     from lens_tools import reference, reference_pages
 
-    found = reference.describe(Catalog.installed(), name, kind)
+    components = reference.describe(Catalog.installed(), name, kind)
     if json_:
-        print(json.dumps([asdict(each) for each in found], indent=2))
+        print(json.dumps([asdict(each) for each in components], indent=2))
     else:
-        print("\n\n".join(reference_pages.as_text(each) for each in found))
+        print("\n\n".join(reference_pages.as_text(each) for each in components))
     return 0
 
 

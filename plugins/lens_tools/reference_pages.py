@@ -52,12 +52,12 @@ def write(catalog: Catalog, folder: Path) -> list[Path]:
 
 def pages(catalog: Catalog) -> dict[str, str]:
     """Kind -> its page of Markdown."""
-    found: dict[str, str] = {}
+    page_by_kind: dict[str, str] = {}
     for kind in KINDS:
         rows = list_components(catalog, kind)
         if rows:
-            found[kind] = _page(kind, [d for row in rows for d in describe(catalog, row.name, kind)])
-    return found
+            page_by_kind[kind] = _page(kind, [d for row in rows for d in describe(catalog, row.name, kind)])
+    return page_by_kind
 
 
 def _page(kind: str, components: Sequence[Description]) -> str:

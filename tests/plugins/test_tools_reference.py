@@ -44,9 +44,9 @@ def test_listing_components_imports_no_torch() -> None:
 def test_every_option_of_every_component_is_described(catalog: Catalog) -> None:
     for row in reference.list_components(catalog):
         cls = catalog.find(row.kind, row.name).cls
-        (found,) = reference.describe(catalog, row.name, row.kind)
-        assert [o.name for o in found.options] == [a.name for a in attrs.fields(cls.Config)]
-        for option, a in zip(found.options, attrs.fields(cls.Config), strict=True):
+        (description,) = reference.describe(catalog, row.name, row.kind)
+        assert [o.name for o in description.options] == [a.name for a in attrs.fields(cls.Config)]
+        for option, a in zip(description.options, attrs.fields(cls.Config), strict=True):
             assert (option.default is None) == (a.default is attrs.NOTHING), (row.name, option.name)
 
 
@@ -71,8 +71,8 @@ class Sample(Base):
 
 
 def test_options_have_the_comments_types_ranges_and_defaults_of_the_source() -> None:
-    found = {o.name: (o.type, o.default, o.range, o.comment) for o in reference.option_docs(Sample.Config)}
-    assert found == {
+    options = {o.name: (o.type, o.default, o.range, o.comment) for o in reference.option_docs(Sample.Config)}
+    assert options == {
         "size": ("int", "3", "", "px"),
         "first": ("text", "b", "b or c", "What comes first, on two lines."),
         "ratio": ("number", "0.5", "0 to 1", "share of the whole"),
