@@ -43,9 +43,9 @@ def check_benchmark(benchmark: Any, images: Tensor | None = None) -> None:
 def _judges(name: str, judge: Any, prompts: Sequence[Prompt], images: Tensor | None) -> list[Score]:
     if images is None:
         images = (random_tensor(0, len(prompts), 3, 64, 64) * 64 + 128).clamp(0, 255).to(torch.uint8)
-    given = images.clone()
+    original = images.clone()
     scores: list[Score] = twice(lambda: list(judge.score(images, prompts)), f"{name}.score")
-    hold(equal(given, images), f"{name} changes the pictures")
+    hold(equal(original, images), f"{name} changes the pictures")
     hold(len(scores) == len(prompts), f"{name}: {len(scores)} scores for {len(prompts)} pictures")
     for row, score in enumerate(scores):
         hold(isinstance(score, Score), f"{name}: a verdict is {score!r}, not a Score")

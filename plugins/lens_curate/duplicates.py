@@ -38,14 +38,14 @@ def near_pairs(hashes: Hashes, distance: int, mirrored: Hashes | None = None) ->
     """
     everything = hashes if mirrored is None else np.concatenate([hashes, mirrored])
     count = len(hashes)
-    found: list[NDArray[np.int64]] = []
+    pairs: list[NDArray[np.int64]] = []
     for keys in _band_keys(everything, band_bits(count)):
         order = np.lexsort((everything[:, 0], keys))
-        found.extend(_close(everything, order, keys[order], distance, count if mirrored is not None else None))
-    if not found:
+        pairs.extend(_close(everything, order, keys[order], distance, count if mirrored is not None else None))
+    if not pairs:
         empty = np.zeros(0, np.int64)
         return empty, empty, empty
-    rows = np.unique(np.concatenate(found), axis=0)
+    rows = np.unique(np.concatenate(pairs), axis=0)
     if mirrored is not None:
         # i and the mirror of j is the same pair as j and the mirror of i; the smaller distance counts.
         low, high = np.minimum(rows[:, 0], rows[:, 1]), np.maximum(rows[:, 0], rows[:, 1])

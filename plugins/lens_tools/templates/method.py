@@ -26,7 +26,7 @@ class Example(BaseMethod):
         return {"backbone": self.pipeline.backbone}
 
     def steps(
-        self, batches: Iterator[Batch], nets: Mapping[str, nn.Module], rng: torch.Generator
+        self, batches: Iterator[Batch], modules: Mapping[str, nn.Module], rng: torch.Generator
     ) -> Iterator[Sequence[Any]]:
         """One item an optimizer step: its micro-batches."""
         for batch in batches:
@@ -42,10 +42,10 @@ class Example(BaseMethod):
     def update_order(self, step: int) -> Sequence[str]:
         return ("backbone",)
 
-    def loss(self, role: str, nets: Mapping[str, nn.Module], batch: Any, rng: torch.Generator) -> Loss:
+    def loss(self, module_name: str, modules: Mapping[str, nn.Module], batch: Any, rng: torch.Generator) -> Loss:
         data, text = batch
         t = torch.rand(len(data), generator=rng)
         noise = torch.randn(data.shape, generator=rng)
         time = t.view(-1, 1, 1, 1)
-        velocity = nets[role]((1 - time) * data + time * noise, t, text)
+        velocity = modules[module_name]((1 - time) * data + time * noise, t, text)
         return Loss((velocity - (noise - data)).abs().mean())
