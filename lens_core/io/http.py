@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from attrs import field, frozen
 
@@ -65,6 +65,12 @@ def check_url(url: str) -> str | None:
     if not url.isascii() or not url.isprintable() or " " in url:
         return "holds a space or a character that no URL has"
     return None
+
+
+def join_url(base: str, path: str) -> str:
+    """`path` below the address of an endpoint, whose query stays."""
+    parts = urlsplit(base)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}{path}", fragment=""))
 
 
 def get(url: str, headers: Mapping[str, str], timeout: float, max_bytes: int) -> Answer:

@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 from attrs import field, frozen
 
 from lens_core.config import SECRET
 from lens_core.io.api_keys import A_NAME, is_variable_name, read_key, required_key
-from lens_core.io.http import NotSent, TooLarge, UntrustedHost, check_url, post
+from lens_core.io.http import NotSent, TooLarge, UntrustedHost, check_url, join_url, post
 from lens_core.io.redaction import redact_all, redacted_line
 from lens_core.io.retries import backoff_seconds
 from lens_core.types import ConfigError, LensError, Message
@@ -235,8 +234,7 @@ class OpenAI:
         flaw = check_url(url)
         if flaw:
             raise LLMError(f"{self.config.model}: {'base_url' if self.config.base_url else 'OPENAI_BASE_URL'} {flaw}")
-        parts = urlsplit(url)
-        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/chat/completions", fragment=""))
+        return join_url(url, "/chat/completions")
 
     def _body(self, turns: list[dict[str, Any]], schema: Mapping[str, Any] | None) -> dict[str, Any]:
         c = self.config
