@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from attrs import frozen
+from lens_remote.ark_images import ArkImages
+from lens_remote.gemini_images import GeminiImages
+from lens_remote.openai_images import OpenAIImages
 from PIL import Image
+
+from lens_core.types import PictureOutcome, PictureRequest, StopGeneration
 
 KEY = "sk-image-0123456789abcdef"
 Step = Callable[[Any], None]
@@ -61,10 +69,8 @@ class ImageAPI:
                 self.run(api.stored.get(self.path, lambda handler: send(handler, 404, "not here")))
 
             def run(self, step: Step) -> None:
-                try:
+                with contextlib.suppress(OSError):  # the client has gone
                     step(self)
-                except OSError:
-                    pass  # the client has gone
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -147,7 +153,8 @@ OPENAI = Dialect(
     "openai", "openai_images", "gpt-image-2", ("authorization", f"Bearer {KEY}"), "/v1/images/generations",
     lambda *codes: {
         "created": 1, "data": [{"b64_json": c} for c in codes], "size": "1024x1024", "quality": "high",
-        "usage": {"input_tokens": 9, "output_tokens": 4160, "total_tokens": 4169, "input_tokens_details": {"text_tokens": 9}},
+        "usage": {"input_tokens": 9, "output_tokens": 4160, "total_tokens": 4169,
+                  "input_tokens_details": {"text_tokens": 9}},
     },
     _openai_error,
     lambda: says({"error": {"message": "Your request was rejected by the safety system. safety_violations=[x]",
@@ -177,9 +184,59 @@ ARK = Dialect(
         "usage": {"generated_images": len(codes), "output_tokens": 4096, "total_tokens": 4096},
     },
     _ark_error,
-    lambda: says(_ark_error(400, "OutputImageSensitiveContentDetected", "The output may contain sensitive content."), 400),
+    lambda: says(_ark_error(400, "OutputImageSensitiveContentDetected", "The output may be sensitive."), 400),
     lambda: says(_ark_error(429, "QuotaExceeded", "Your free quota is used up."), 429),
     ("RateLimitExceeded.EndpointRPMExceeded", "InternalServiceError", "InvalidParameter"),
 )  # fmt: skip
 DIALECTS = (OPENAI, GEMINI, ARK)
 BASES = {"openai": "/v1", "gemini": "/v1beta", "ark": "/api/v3"}
+CLASSES: dict[str, Any] = {"openai": OpenAIImages, "gemini": GeminiImages, "ark": ArkImages}
+REQUEST = PictureRequest("a red circle", seed=7, prompt_id="000", index=0)
+PRICE = 0.04
+
+
+@pytest.fixture(name="api")
+def image_api(monkeypatch: pytest.MonkeyPatch) -> Iterator[ImageAPI]:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LENS_TEST_KEY", KEY)
+    made = ImageAPI()
+    yield made
+    made.close()
+
+
+class Clock:
+    """Time that passes by sleeping alone."""
+
+    def __init__(self) -> None:
+        self.slept: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+
+    def now(self) -> float:
+        return sum(self.slept)
+
+
+def generator(dialect: Dialect, api: ImageAPI, folder: Path, clock: Clock | None = None, **options: Any) -> Any:
+    """A generator that sleeps by a clock of its own."""
+    cls = CLASSES[dialect.name]
+    clock = clock or Clock()
+    config = {
+        "model": dialect.model, "base_url": api.url + BASES[dialect.name], "key_env": "LENS_TEST_KEY", "timeout": 5.0,
+        "retries": 2, "dollars_per_picture": PRICE, "ledger": str(folder), **options,
+    }  # fmt: skip
+    return cls(cls.Config(**config), clock.sleep, clock.now)
+
+
+def run(made: Any, requests: Sequence[PictureRequest] = (REQUEST,)) -> tuple[list[PictureOutcome], str | None]:
+    """(outcomes, why it stopped)."""
+    outcomes: list[PictureOutcome] = []
+    try:
+        for outcome in made.generate(requests):
+            outcomes.append(outcome)
+    except StopGeneration as error:
+        return outcomes, str(error)
+    finally:
+        made.close()
+    return outcomes, None
