@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lens_core.io.readers import shown
@@ -57,3 +58,15 @@ def texts(name: str, value: Any) -> list[str]:
         if not isinstance(text, str):
             raise ConfigError(f"{name} must be a text, or a list of texts, but {shown(text)} is among them")
     return list(several)
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """PATH or PATH:WEIGHT, of a file or folder that is there."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        place, factor = (Path(path), float(weight)) if colon else (Path(text), 1.0)
+    except ValueError:
+        place, factor = Path(text), 1.0
+    if not place.exists():
+        raise ConfigError(f"{place}: there is no such LoRA; give a .safetensors file or its folder, then :WEIGHT")
+    return place, factor

@@ -214,10 +214,12 @@ class Benchmark(Protocol):
     # Optional: `images_per_prompt: int`, 1 where absent, and `size: (height, width)` px that it asks generators for.
     # Optional, together, of a benchmark that perceives and decides by rules of its own; `lens_core.evaluation.stages`
     # calls them instead of `score`:
-    #   reference(prompt) -> Mapping: JSON fields of each line of its perceptions, known without a picture.
-    #   perceive(pictures: Sequence[Picture], folder: Path) -> one list of Mappings a picture: JSON fields of its lines,
-    #       beside those of `reference`. The pictures of one prompt come together; caches go below `folder`.
-    #   decide(perceptions: Path) -> Decision.
+    #   references(prompt) -> a Mapping for each line of a picture: what is known without it, as JSON fields. Several
+    #       have a "bench" each.
+    #   perceive(pictures: Sequence[Picture], folder: Path) -> one list of Mappings a picture: what was read in it, to
+    #       be joined with the reference of the same "bench". The pictures of one prompt come together; caches go below
+    #       `folder`.
+    #   decide(perceptions: Path) -> lens_core.evaluation.decision.Decision.
 
 
 @runtime_checkable
@@ -236,7 +238,8 @@ class Generator(Protocol):
         Raises StopGeneration, after what is finished has been yielded, where nothing more can be drawn.
         """
 
-    # Optional: `batch_size: int`, how many requests a call should get; 1 where absent.
+    # Optional: `batch_size: int`, how many requests a call should get; 1 where absent. `most_failures: int | None`, so
+    # many failures in a row stop a run, None: no number; 20 where absent.
     # Optional: estimate(count: int, size: (height, width) | None) -> GenerationEstimate of so many pictures. Sends
     # nothing.
     # Optional: close(), after the last call.

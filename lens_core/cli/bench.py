@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -12,34 +12,50 @@ from lens_core.types import ConfigError
 
 
 def bench(
-    benchmark: str,
-    *,
-    model: str = "tiny:",
+    *benchmarks: str,
+    model: str | None = None,
+    generator: Annotated[list[str] | None, Parameter(negative="")] = None,
     lora: Annotated[list[str] | None, Parameter(negative="")] = None,
     output: Path | None = None,
+    stages: str = "generate,perceive,decide",
+    prompts_file: Path | None = None,
     limit: int | None = None,
+    num_images: int | None = None,
     seed: int = 0,
     steps: int | None = None,
     guidance_scale: float | None = None,
     size: str | None = None,
-    batch_size: int = 50,
-    device: str = "auto",
-    dtype: str = "auto",
+    batch_size: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Measure a model: writes pictures/, table.md, result.json and sheet.png.
+    """Measure a model or another generator: writes images/, perceptions.jsonl, table.md, result.json and sheet.png.
+
+    Killed and started again, it goes on. Several processes (accelerate launch) share the prompts.
 
     Parameters
     ----------
-    benchmark
-        A benchmark's name, for example shapes, or as a recipe names one: '{use: shapes, split: train}'.
+    benchmarks
+        A benchmark's name, for example shapes, or as a recipe names one: '{use: shapes, split: train}'. Several with
+        --dry-run alone.
     model
-        A folder, a Hub id org/name[@revision], or tiny:
+        A folder, a Hub id org/name[@revision], or tiny:, which is the default. Not with --generator.
+    generator
+        Another system: a generator's name, '{use: diffusers, model: …}', or a YAML file with that. Several with
+        --dry-run alone.
     lora
         A LoRA, PATH or PATH:WEIGHT, folded into the backbone; may be given more than once.
     output
         The folder to write; runs/bench-NAME if not given.
+    stages
+        Which of generate, perceive and decide to run. Each goes on with what the one before it left in the folder.
+    prompts_file
+        The benchmark's prompts in their own format, for benchmarks that would fetch them.
     limit
         How many prompts; the benchmark's own number if not given.
+    num_images
+        How many pictures of each prompt; the benchmark's own number if not given.
     seed
         Picture i has the seed SEED * 1,000,000 + i, so that runs with other seeds share no noise.
     steps
@@ -47,29 +63,45 @@ def bench(
     guidance_scale
         The checkpoint's preset if not given.
     size
-        Height x width in px.
+        Height x width in px; the benchmark's, or else the generator's own if not given.
     batch_size
-        Pictures drawn at once.
+        Pictures drawn at once; 50 if not given.
     device
         auto, cpu, cuda, cuda:1 …
     dtype
         auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
+    dry_run
+        Draw nothing: print how many pictures and calls there would be, and what they would cost.
     """
-    from lens_core.evaluation.bench import BenchmarkRequest, run_benchmark
-    from lens_core.inference.requests import GenerateRequest, ModelRequest
+    from lens_core.evaluation import bench as running
+    from lens_core.evaluation import cost
 
     height, width = parse_size(size)
-    request = BenchmarkRequest(
-        benchmark,
-        ModelRequest(model, loras=parse_loras(lora), device=device, dtype=dtype, offload=None),
-        GenerateRequest(height=height, width=width, steps=check_steps(steps), guidance_scale=guidance_scale),
-        limit,
-        seed,
-        batch_size,
-    )
-    report = run_benchmark(request, output, log=progress)
-    files = "pictures, table.md, result.json, sheet.png"
-    print(f"{report.text}\n{report.folder}: {files}  ({report.seconds:.0f} s)")
+    common: dict[str, Any] = {
+        "limit": limit, "images": num_images, "seed": seed, "stages": running.parse_stages(stages),
+        "size": None if height is None or width is None else (height, width),
+        "options": {} if prompts_file is None else {"file": str(prompts_file)},
+    }  # fmt: skip
+    settings = {
+        "model": model, "steps": check_steps(steps), "guidance_scale": guidance_scale, "batch_size": batch_size,
+        "loras": [f"{path}:{weight:g}" for path, weight in parse_loras(lora)] or None, "device": device, "dtype": dtype,
+    }  # fmt: skip
+    systems = [running.generator_spec(text, settings) for text in generator or [""]]
+    if model is not None and generator:
+        raise ConfigError("give --model or --generator, not both")
+    requests = [running.BenchmarkRequest(name, system, **common) for name in benchmarks for system in systems]
+    if not requests:
+        raise ConfigError("name a benchmark, for example: lens bench shapes --model tiny:")
+    if dry_run:
+        print(cost.table(requests))
+        return 0
+    if len(requests) > 1:
+        raise ConfigError("measure one generator with one benchmark at a time; several are for --dry-run")
+    (request,) = requests
+    report = running.run_benchmark(request, output, log=progress)
+    if report is not None:
+        files = "images, perceptions.jsonl, table.md, result.json, sheet.png"
+        print(f"{report.text}\n{report.folder}: {files}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from lens_core.arguments import parse_lora
 from lens_core.io import readers
 from lens_core.types import ConfigError
 
@@ -21,18 +22,7 @@ def progress(line: str) -> None:
 
 def parse_loras(options: list[str] | None) -> tuple[tuple[Path, float], ...]:
     """PATH or PATH:WEIGHT, several times."""
-    return tuple(_lora(text) for text in options or ())
-
-
-def _lora(text: str) -> tuple[Path, float]:
-    path, colon, weight = text.rpartition(":")
-    try:
-        place, factor = (Path(path), float(weight)) if colon else (Path(text), 1.0)
-    except ValueError:
-        place, factor = Path(text), 1.0
-    if not place.exists():
-        raise ConfigError(f"{place}: there is no such LoRA; give a .safetensors file or its folder, then :WEIGHT")
-    return place, factor
+    return tuple(parse_lora(text) for text in options or ())
 
 
 def parse_size(size: str | None) -> tuple[int | None, int | None]:

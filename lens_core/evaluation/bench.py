@@ -1,62 +1,67 @@
-"""A benchmark run with a folder: `lens bench` as a function. Writes pictures/, table.md, result.json and sheet.png."""
+"""A benchmark run with a folder: `lens bench` as a function. Three stages, each of which goes on where it was stopped.
+
+Writes run.json, manifest.jsonl and images/ (generate); perceptions.jsonl and cache/ (perceive); verdicts.jsonl,
+table.md, result.json and sheet.png (decide).
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from functools import partial
+import contextlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from attrs import field, frozen
 
-from lens_core.attribution import building
+from lens_core.attribution import building, prompts_of
 from lens_core.catalog import Catalog
-from lens_core.evaluation import report, run
-from lens_core.evaluation.run import BenchmarkResult
+from lens_core.evaluation import decision, generation, perception, run_report, stages
+from lens_core.evaluation.decision import Decision
+from lens_core.evaluation.manifest import Manifest
+from lens_core.evaluation.pipeline_generator import PipelineGenerator
+from lens_core.evaluation.processes import Processes
+from lens_core.evaluation.run import PICTURES_PER_SEED, ceiling_of
+from lens_core.evaluation.stages import Plan
+from lens_core.evaluation.statistics import cluster_of
 from lens_core.inference import png_metadata
-from lens_core.inference.pipeline import LensPipeline
-from lens_core.inference.requests import GenerateRequest, ModelRequest
-from lens_core.io import atomic_files
-from lens_core.recipe import ComponentSpec, build, parse_use
-from lens_core.types import LensError
-from lens_core.validators import integer, optional
+from lens_core.io import atomic_files, readers
+from lens_core.io.locks import locked
+from lens_core.recipe import ComponentSpec, build, parse_use, unstructure
+from lens_core.types import ConfigError, LensError, StopGeneration, SystemInfo, did_you_mean
+from lens_core.validators import PIXELS, SEED, each, integer, one_of, optional
 
 MAX_PROMPTS = 1_000_000
-SHEET_IMAGES = 56  # on the contact sheet: seven rows of eight
+CEILING = "ceiling.json"
 
 
 @frozen
 class BenchmarkRequest:
-    """A benchmark, the model to measure, and how to draw. `images` may set steps, guidance scale and size."""
+    """A benchmark, the generator to measure, and the stages to run."""
 
     benchmark: str  # a name, or as a recipe names it: '{use: shapes, split: train}'
-    model: ModelRequest
-    images: GenerateRequest = field(factory=GenerateRequest)
+    generator: ComponentSpec = field(factory=lambda: ComponentSpec("pipeline"))
+    size: tuple[int, int] | None = field(default=None, validator=optional(each(PIXELS)))  # (height, width) px
     limit: int | None = field(default=None, validator=optional(integer(at_least=1, at_most=MAX_PROMPTS)))  # prompts
-    seed: int = 0
-    batch_size: int = field(default=50, validator=integer(at_least=1))
+    images: int | None = field(default=None, validator=optional(integer(at_least=1, at_most=1000)))  # of each prompt
+    seed: int = field(default=0, validator=SEED)
+    stages: tuple[str, ...] = field(default=stages.STAGES, validator=each(one_of(*stages.STAGES), at_least=1))
+    options: Mapping[str, Any] = field(factory=dict)  # of the benchmark, beside those in its name
 
     def spec(self) -> ComponentSpec:
         """The benchmark with its options."""
         named = parse_use(self.benchmark)
-        return ComponentSpec(named.use, named.options | ({} if self.limit is None else {"prompts": self.limit}))
+        limit = {} if self.limit is None else {"prompts": self.limit}
+        return ComponentSpec(named.use, {**named.options, **self.options, **limit})
 
 
 @frozen
 class BenchmarkReport:
-    """A finished run: its folder, the table in it, and what was measured under which settings."""
+    """A finished run: its folder, what was decided, and the settings under which it was measured."""
 
     folder: Path
-    result: BenchmarkResult
-    settings: dict[str, Any]
-    seconds: float
-
-    @property
-    def text(self) -> str:
-        """The table, and the settings in one line below it."""
-        settings = ", ".join(f"{k} {v}" for k, v in self.settings.items() if k != "versions")
-        return f"{report.table(self.result)}\n\n{settings}"
+    decision: Decision
+    settings: Mapping[str, Any]
+    text: str  # the table
 
 
 def run_benchmark(
@@ -65,59 +70,157 @@ def run_benchmark(
     *,
     catalog: Catalog | None = None,
     log: Callable[[str], None] = lambda line: None,
-) -> BenchmarkReport:
-    """Measure a model with a benchmark and write the results to `folder`, runs/bench-NAME if None.
+) -> BenchmarkReport | None:
+    """Measure a generator with a benchmark and write the results to `folder`, runs/bench-NAME if None; None where the
+    stage decide is not asked for, and in all processes but the first.
 
-    Raises LensError where drawing or scoring fails; the images that were drawn until then stay in the folder.
+    Raises LensError where a stage fails; what was finished until then stays, and is not done again. ConfigError where
+    the folder holds another run.
     """
     catalog = catalog or Catalog.installed()
     spec = request.spec()
     name, cls, config = build(catalog, "benchmark", spec, "$")
     folder = folder or Path("runs") / f"bench-{spec.use.replace(':', '-')}"
-    pipeline = request.model.load(catalog=catalog)
+    generator = make_generator(request.generator, catalog) if "generate" in request.stages else None
     with building(name):
         benchmark = cls(config)
-    start = time.perf_counter()
-    pictures = folder / "pictures"
+    plan = make_plan(request, name, benchmark, unstructure(config))
+    processes = Processes.from_environment()
+    with locked(folder, "benchmark run") if processes.rank == 0 else contextlib.nullcontext():
+        if generator is not None:
+            _generate(folder, plan, benchmark, generator, processes, log)
+        run = stages.read_run(folder)
+        _check_same(folder, plan, run)
+        manifest = Manifest(folder, run["system"], run["revision"], processes.rank)
+        if "perceive" in request.stages:
+            perception.perceive(folder, plan, benchmark, manifest, processes, log)
+        if "decide" not in request.stages or processes.rank != 0:
+            return None
+        return _decide(folder, plan, benchmark, manifest, {**run, "label": request.benchmark})
+
+
+def make_generator(spec: ComponentSpec, catalog: Catalog) -> Any:
+    """The generator that a spec names. `pipeline` is the core's own unless a plugin offers one of that name."""
+    if spec.use == "pipeline" and not any(entry.short == "pipeline" for entry in catalog.entries("generator")):
+        from lens_core.config import structure
+
+        return PipelineGenerator(structure(PipelineGenerator.Config, spec.options, "$.generator"), catalog)
+    name, cls, config = build(catalog, "generator", spec, "$.generator")
+    with building(name):
+        return cls(config, catalog) if cls is PipelineGenerator else cls(config)
+
+
+def make_plan(request: BenchmarkRequest, name: str, benchmark: Any, options: Mapping[str, Any]) -> Plan:
+    """Every picture that a request asks for. Raises ConfigError for none, or too many."""
+    prompts = prompts_of(benchmark)
+    generation.check_prompts(prompts)
+    images: int = request.images or int(getattr(benchmark, "images_per_prompt", 1))
+    if len(prompts) * images > PICTURES_PER_SEED:
+        raise ConfigError(
+            f"a run may have {PICTURES_PER_SEED:,} pictures at most, not {len(prompts) * images:,}; ask for fewer"
+        )
+    size = request.size or getattr(benchmark, "size", None)
+    return Plan(name, options, prompts, images, size, request.seed)
+
+
+# ---- stages -------------------------------------------------------------------------------------------------------
+
+
+def _generate(
+    folder: Path, plan: Plan, benchmark: Any, generator: Any, processes: Processes, log: Callable[[str], None]
+) -> None:
+    info = generation.describe(generator)
+    facts = plan.facts(info)
+    if processes.rank == 0:
+        more = {"options": dict(plan.options), "versions": png_metadata.versions()}
+        stages.begin(folder, facts, more)
+    processes.wait()
+    manifest = Manifest(folder, info.name, info.revision, processes.rank)
+    requests = plan.requests()
+    missing = manifest.missing(plan.texts, plan.images)
+    processes.wait()  # before anything is written that another process would read as done
     try:
-        result = run.evaluate(
-            pipeline, benchmark, seed=request.seed, batch_size=request.batch_size, log=log,
-            on_images=partial(report.save_pictures, pictures), ceiling=True, **request.images.arguments(),
-        )  # fmt: skip
+        share = processes.share(missing)
+        generation.generate(generator, requests, share, manifest, seeded=info.seeded, log=log)
     except LensError as error:
-        if not pictures.is_dir():
-            raise
-        raise type(error)(f"{error}; what was drawn is in {pictures}") from error
-    finished = BenchmarkReport(folder, result, _settings(request, pipeline, result), time.perf_counter() - start)
-    _write(finished, benchmark, request.seed)
-    return finished
+        kind = type(error) if isinstance(error, StopGeneration) else LensError
+        raise kind(f"{error}; what was drawn is kept in {folder}, start again to go on") from error
+    finally:
+        if hasattr(generator, "close"):
+            generator.close()
+    if processes.rank == 0 and isinstance(generator, PipelineGenerator):
+        _write_ceiling(folder, plan, benchmark, generator)
+    processes.wait()
 
 
-def _settings(request: BenchmarkRequest, pipeline: LensPipeline, result: BenchmarkResult) -> dict[str, Any]:
-    """What decides the figures, as result.json and the table name it."""
-    images, presets = request.images, pipeline.presets
-    return {
-        "benchmark": request.benchmark,
-        "model": request.model.name,
-        "model_hash": "+".join([pipeline.version, *pipeline.loras]),
-        "seed": request.seed,
-        "steps": images.steps or presets["steps"],
-        "guidance_scale": presets["guidance_scale"] if images.guidance_scale is None else images.guidance_scale,
-        "size": list(result.images.shape[-2:]),
-        "dtype": pipeline.dtype,
-        "device": pipeline.device.type,
-        "versions": png_metadata.versions(),
-    }
+def _write_ceiling(folder: Path, plan: Plan, benchmark: Any, generator: PipelineGenerator) -> None:
+    """What flawless pictures score after the checkpoint's VAE, where the benchmark can make them."""
+    if not hasattr(benchmark, "ceiling") or (folder / CEILING).exists():
+        return
+    height, width = generator.pipeline.size(*(plan.size or (None, None)))
+    scores = ceiling_of(generator.pipeline, benchmark, plan.prompts, (height, width))
+    atomic_files.write_json(folder / CEILING, scores)
 
 
-def _write(finished: BenchmarkReport, benchmark: Any, seed: int) -> None:
-    folder, result = finished.folder, finished.result
-    prompts = benchmark.prompts()
-    atomic_files.write_atomic(folder / "table.md", lambda p: p.write_text(f"{finished.text}\n", encoding="utf-8"))
-    measured = report.result_json(result, prompts, seed)
-    seconds = round(finished.seconds, 1)
-    atomic_files.write_json(folder / "result.json", {**finished.settings, "seconds": seconds, **measured})
-    shown = min(SHEET_IMAGES, len(prompts))
-    passed = [None if s.value is None else s.value >= 0.5 for s in result.scores[:shown]]
-    sheet = report.contact_sheet(result.images[:shown], [p.text for p in prompts[:shown]], passed)
-    atomic_files.write_atomic(folder / "sheet.png", lambda p: sheet.save(p, format="PNG"))
+def _check_same(folder: Path, plan: Plan, run: Mapping[str, Any]) -> None:
+    """A later stage alone: the run must be of this benchmark and these prompts."""
+    now = plan.facts(SystemInfo(""))
+    for name in ("benchmark", "prompts_sha256", "images_per_prompt", "seed"):
+        if run.get(name) != now[name]:
+            raise ConfigError(
+                f"{folder}: is a run with {name} {readers.shown(run.get(name))}, not {readers.shown(now[name])}; give "
+                "the options with which it was started"
+            )
+
+
+def _decide(folder: Path, plan: Plan, benchmark: Any, manifest: Manifest, run: dict[str, Any]) -> BenchmarkReport:
+    lines = perception.read_lines(folder, manifest)
+    if hasattr(benchmark, "decide"):
+        for _ in lines:  # are they of these pictures?
+            pass
+        decided: Decision = benchmark.decide(folder / stages.PERCEPTIONS)
+    else:
+        tasks = {name: prompt.task for name, prompt in plan.by_id.items()}
+        clusters = {name: cluster_of(prompt) for name, prompt in plan.by_id.items()}
+        decided = decision.decide_scores(lines, tasks, clusters, tuple(getattr(benchmark, "headline", ())))
+    if not sum(decided.statuses.values()):
+        raise LensError(f"{folder}: no picture was perceived; there is nothing to report")
+    ceiling = atomic_files.read_json(folder / CEILING) if (folder / CEILING).is_file() else {}
+    measured = run_report.Measured(plan, manifest, decided, run_report.settings(run, manifest), ceiling)
+    run_report.write(measured)
+    return BenchmarkReport(folder, decided, measured.settings, measured.text)
+
+
+def named_generator(text: str) -> ComponentSpec:
+    """A generator as a command line names it: its name, one line of YAML, or a YAML file."""
+    path = Path(text)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        data, problems = readers.read_yaml(path, missing="there is no such file")
+        if problems:
+            raise ConfigError([f"{path}: {problem}" for problem in problems])
+        if not isinstance(data, Mapping) or not isinstance(data.get("use"), str):
+            raise ConfigError(f"{path}: must be a mapping with `use`, the generator's name, and its options")
+        return ComponentSpec(data["use"], {k: v for k, v in data.items() if k != "use"})
+    return parse_use(text)
+
+
+def parse_stages(text: str) -> tuple[str, ...]:
+    """Stages separated by commas, in the order in which they run."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in stages.STAGES:
+            raise ConfigError(f"no stage is called {name!r}.{did_you_mean(name, stages.STAGES)}")
+    if not names:
+        raise ConfigError(f"name a stage: {', '.join(stages.STAGES)}")
+    return tuple(name for name in stages.STAGES if name in names)
+
+
+def generator_spec(text: str, settings: Mapping[str, Any]) -> ComponentSpec:
+    """The generator that a command line names, or `pipeline` with those `settings` that are not None where it is ""."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if not text:
+        return ComponentSpec("pipeline", given)
+    if given:
+        names = ", ".join(f"--{'lora' if name == 'loras' else name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{names}: for --model alone; with --generator put options into '{{use: NAME, …}}'")
+    return named_generator(text)

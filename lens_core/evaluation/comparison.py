@@ -15,7 +15,7 @@ from lens_core.io.readers import shown
 from lens_core.types import CheckpointError, ConfigError, LensError
 
 _MODEL = ("model", "model_hash")
-_SETTINGS = ("steps", "guidance_scale", "size")
+_SETTINGS = ("steps", "guidance_scale", "size", "settings")
 _MACHINE = ("dtype", "device")  # results of other arithmetic are other results; older files lack them
 
 
@@ -72,12 +72,18 @@ def _is_picture(entry: object) -> bool:
         and isinstance(entry.get("task"), str)
         and "value" in entry
         and (entry["value"] is None or _is_number(entry["value"]))
+        and _is_number(entry.get("weight", 1))
+        and entry.get("weight", 1) >= 0
     )
 
 
 def _is_number(value: object) -> bool:
     """Whether it is a score or a setting; sums and squares of what is beyond 1e100 are not finite."""
     return isinstance(value, int | float) and type(value) is not bool and abs(value) <= 1e100
+
+
+def _is_optional(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or holds(value)
 
 
 def _is_list(value: object, holds: Callable[[Any], bool]) -> bool:
@@ -98,8 +104,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model_hash": (_is_text, "a line of text"),
     "benchmark": (_is_text, "a line of text"),
     "seed": (_is_whole, "a whole number"),
-    "steps": (_is_whole, "a whole number"),
-    "guidance_scale": (_is_number, "a number"),
+    "steps": (_is_optional(_is_whole), "a whole number"),
+    "guidance_scale": (_is_optional(_is_number), "a number"),
     "size": (lambda v: _is_list(v, _is_whole) and len(v) == 2, "[height, width]"),
     "headline": (lambda v: _is_list(v, _is_text), "a list of tasks"),
     "pictures": (lambda v: _is_list(v, _is_picture), "a list of pictures, each with prompt, task and value"),
@@ -157,7 +163,10 @@ def _machine(result: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _name(result: Mapping[str, Any], *, machines: bool) -> str:
     """What a row is called; with dtype and device where the results have several."""
-    name = f"{result.get('group', result['model'])}, {result['steps']} steps, guidance {result['guidance_scale']:g}"
+    name = str(result.get("group", result["model"]))
+    name += "" if result["steps"] is None else f", {result['steps']} steps"
+    name += "" if result["guidance_scale"] is None else f", guidance {result['guidance_scale']:g}"
+    name += ", refined prompts" if result.get("prompts") == "refined" else ""
     return f"{name}, {' on '.join(map(str, _machine(result)))}" if machines else name
 
 
@@ -168,27 +177,30 @@ def _refuse_repeated_seed(members: Sequence[Mapping[str, Any]]) -> None:
         raise ConfigError(f"{members[0]['model']}: the seed {twice} stands twice; give it once")
 
 
-_Scored = tuple[str, str, float | None]  # task, cluster, score
+_Scored = tuple[str, str, float | None, float]  # task, cluster, score, weight
 
 
 def _scored(members: Sequence[Mapping[str, Any]]) -> Iterator[_Scored]:
     for member in members:
         for picture in member["pictures"]:
-            yield picture["task"], picture.get("cluster", picture["prompt"]), picture["value"]
+            yield _with(picture, picture["value"])
+
+
+def _with(picture: Mapping[str, Any], value: float | None) -> _Scored:
+    return picture["task"], picture.get("cluster", picture["prompt"]), value, float(picture.get("weight", 1))
 
 
 def _by_task(scored: Iterator[_Scored]) -> dict[str, ClusteredScores]:
-    tasks: dict[str, tuple[list[float], list[str], list[None]]] = {}
-    for task, cluster, value in scored:
-        values, clusters, missing = tasks.setdefault(task, ([], [], []))
-        if value is None:
-            missing.append(None)
-        else:
-            values.append(float(value))
-            clusters.append(cluster)
-    return {
-        task: ClusteredScores(values, clusters, len(missing)) for task, (values, clusters, missing) in tasks.items()
-    }
+    groups: dict[str, list[_Scored]] = {}
+    for one in scored:
+        groups.setdefault(one[0], []).append(one)
+    tasks = {}
+    for task, group in groups.items():
+        known = [(float(value), cluster, weight) for _, cluster, value, weight in group if value is not None and weight]
+        values, clusters, weights = (list(column) for column in zip(*known, strict=True)) if known else ([], [], [])
+        missing = sum(value is None for _, _, value, _ in group)
+        tasks[task] = ClusteredScores(values, clusters, missing, weights=weights)
+    return tasks
 
 
 def _difference(
@@ -207,8 +219,7 @@ def _difference(
             (picture, _minus(_mean_over_seeds(other, place), _mean_over_seeds(base, place)))
             for place, picture in enumerate(pictures)
         ]
-    scored = ((picture["task"], picture.get("cluster", picture["prompt"]), value) for picture, value in differences)
-    return paired_difference(_by_task(scored), headline)
+    return paired_difference(_by_task(_with(picture, value) for picture, value in differences), headline)
 
 
 def _minus(new: float | None, old: float | None) -> float | None:

@@ -97,7 +97,8 @@ def evaluate(
         on_images(done, images[-1])
         log(f"generated {done + len(part)} of {len(prompts)}")
     pictures = torch.cat(images)
-    return score(benchmark, pictures, prompts, ceiling_of(pipeline, benchmark, prompts, pictures) if ceiling else {})
+    size = (pictures.shape[-2], pictures.shape[-1])
+    return score(benchmark, pictures, prompts, ceiling_of(pipeline, benchmark, prompts, size) if ceiling else {})
 
 
 def score(
@@ -114,14 +115,16 @@ def score(
     return BenchmarkResult(estimates, overall, pooled(tasks), scores, images, headline, dict(ceiling or {}))
 
 
-def ceiling_of(pipeline: LensPipeline, benchmark: Any, prompts: Sequence[Prompt], images: Tensor) -> dict[str, float]:
-    """The scores that flawless images get after the pipeline's own VAE, in the size of `images`: no model that decodes
+def ceiling_of(
+    pipeline: LensPipeline, benchmark: Any, prompts: Sequence[Prompt], size: tuple[int, int]
+) -> dict[str, float]:
+    """The scores that flawless images of `size` (height, width) get after the pipeline's own VAE: no model that decodes
     with it can be expected to score higher. By task, and as "overall" and "pooled"; empty where the benchmark cannot
     make such images."""
     if not hasattr(benchmark, "ceiling"):
         return {}
     with calling(benchmark, "ceiling"):
-        scores = benchmark.ceiling(pipeline.vae, *images.shape[-2:])
+        scores = benchmark.ceiling(pipeline.vae, *size)
     tasks = by_task(prompts, checked_scores(benchmark, scores, len(prompts), "ceiling"))
     headline = tuple(getattr(benchmark, "headline", tasks))
     return {

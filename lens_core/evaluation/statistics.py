@@ -49,19 +49,33 @@ def wilson_interval(share: float, n: float) -> tuple[float, float]:
 
 
 class ClusteredScores:
-    """The scores of one task, as sums and numbers by cluster; `missing` pictures have none."""
+    """The scores of one task, as sums and numbers by cluster; `missing` pictures have none.
 
-    def __init__(self, values: Sequence[float], clusters: Sequence[Hashable], missing: int = 0) -> None:
+    `weights`: how much each score counts in every mean, 1 by default, at least 0. Where a score is the share of right
+    words and its weight the number of words, means are shares of all words.
+    """
+
+    def __init__(
+        self,
+        values: Sequence[float],
+        clusters: Sequence[Hashable],
+        missing: int = 0,
+        *,
+        weights: Sequence[float] | None = None,
+    ) -> None:
         places: dict[Hashable, int] = {}
         index = np.array([places.setdefault(cluster, len(places)) for cluster in clusters], dtype=np.intp)
         scores = np.asarray(values, dtype=np.float64)
         if len(scores) != len(index):
             raise ValueError(f"{len(scores)} scores cannot belong to {len(index)} clusters; pass one cluster a score")
-        self.sums: NDArray[np.float64] = np.bincount(index, scores, len(places)).astype(np.float64)
-        self.counts: NDArray[np.float64] = np.bincount(index, None, len(places)).astype(np.float64)
+        each = np.ones(len(scores)) if weights is None else np.asarray(weights, dtype=np.float64)
+        self.sums: NDArray[np.float64] = np.bincount(index, scores * each, len(places)).astype(np.float64)
+        self.counts: NDArray[np.float64] = np.bincount(index, each, len(places)).astype(np.float64)
         self.count, self.distinct, self.missing = len(scores), len(places), missing
-        self.mean = float(scores.mean()) if len(scores) else math.nan
-        self.binary = bool(np.isin(scores, (0.0, 1.0)).all())
+        total = float(each.sum())
+        plain = bool((each == 1).all())  # a mean of shares of unequal weight is no share of pictures
+        self.mean = (float(scores.mean()) if plain else float(scores @ each) / total) if total else math.nan
+        self.binary = plain and bool(np.isin(scores, (0.0, 1.0)).all())
 
     def effective_count(self) -> float:
         """How many independent pictures would give a share as certain as these (Kish 1965).
@@ -117,7 +131,8 @@ def pooled(tasks: Mapping[str, ClusteredScores]) -> Estimate:
     together.sums = np.concatenate([together.sums, *(part.sums for part in parts)])
     together.counts = np.concatenate([together.counts, *(part.counts for part in parts)])
     together.count, together.distinct = sum(part.count for part in parts), sum(part.distinct for part in parts)
-    together.mean = float(together.sums.sum()) / together.count if together.count else math.nan
+    total = float(together.counts.sum())
+    together.mean = float(together.sums.sum()) / total if total else math.nan
     together.binary = all(part.binary for part in parts)
     return together.estimate()
 

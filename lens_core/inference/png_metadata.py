@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lens_core import __version__
 from lens_core.io import images
@@ -30,11 +30,16 @@ def versions() -> dict[str, str]:
 
 def save(image: Image, path: Path, facts: dict[str, Any]) -> None:
     """Write a PIL picture whose text chunk `lens` holds the facts that drew it, as JSON."""
+    write_atomic(path, lambda p: save_to(image, p, facts))
+
+
+def save_to(image: Image, target: Path | BinaryIO, facts: dict[str, Any]) -> None:
+    """`save` without the care for a half-written file; also into a stream."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_itxt("lens", json.dumps(facts, ensure_ascii=False))
-    write_atomic(path, lambda p: image.save(p, format="PNG", pnginfo=info))
+    image.save(target, format="PNG", pnginfo=info)
 
 
 def facts(path: Path) -> tuple[Image, dict[str, Any]]:

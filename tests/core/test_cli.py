@@ -220,8 +220,12 @@ def test_a_recipe_is_trained_and_measured(capsys: pytest.CaptureFixture[str]) ->
     result = json.loads(Path("runs/bench-reds/result.json").read_text())
     assert result["tasks"]["other"]["missing"] == 2 and len(result["pictures"]) == 4
     assert sorted(p.name for p in Path("runs/bench-reds").iterdir()) == [
-        "pictures",
+        "cache",
+        "images",
+        "manifest.jsonl",
+        "perceptions.jsonl",
         "result.json",
+        "run.json",
         "sheet.png",
         "table.md",
     ]
@@ -245,6 +249,9 @@ def test_a_benchmark_takes_options_as_in_a_recipe(capsys: pytest.CaptureFixture[
     place = ["--model", "runs/r/model", "--size", "16x16", "--device", "cpu"]
     assert main(["bench", "{use: reds, prompts: 2}", *place]) == 0
     assert len(json.loads(Path("runs/bench-reds/result.json").read_text())["pictures"]) == 2
+    assert main(["bench", "{use: reds, prompts: 3}", *place]) == 2
+    words = "runs/bench-reds: holds another run, with prompts 2, not 3; choose another --output"
+    assert words in capsys.readouterr().err
     for wrong in ("{use: [", "[1, 2]", "{split: train}"):
         capsys.readouterr()
         assert main(["bench", wrong]) == 2

@@ -1,0 +1,102 @@
+"""What benchmark runs would cost, before anything is drawn or sent: pictures, calls, hours, dollars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attrs import frozen
+
+from lens_core.attribution import building, calling, prompts_of
+from lens_core.catalog import Catalog
+from lens_core.evaluation.bench import BenchmarkRequest, make_generator
+from lens_core.recipe import build
+from lens_core.types import ConfigError, GenerationEstimate
+
+
+@frozen
+class Cost:
+    """One run. `perceptions`: what is asked of each perceiver -> how often."""
+
+    benchmark: str
+    generator: str
+    prompts: int
+    pictures: int
+    generation: GenerationEstimate
+    perceptions: Mapping[str, int]
+
+
+def estimate(request: BenchmarkRequest, catalog: Catalog) -> Cost:
+    """The cost of a run. A benchmark that has `workload(images)` says how many prompts and questions it has, so that
+    no prompt file is needed."""
+    spec = request.spec()
+    name, cls, config = build(catalog, "benchmark", spec, "$")
+    with building(name):
+        benchmark = cls(config)
+    images = request.images or getattr(benchmark, "images_per_prompt", 1)
+    if hasattr(benchmark, "workload"):
+        with calling(benchmark, "workload"):
+            workload = dict(benchmark.workload(images))
+        prompts = workload.pop("prompts")
+    else:
+        prompts, workload = len(prompts_of(benchmark)), {}
+    generator = make_generator(request.generator, catalog)
+    size = request.size or getattr(benchmark, "size", None)
+    generation = GenerationEstimate(prompts * images)
+    if hasattr(generator, "estimate"):
+        with calling(generator, "estimate"):
+            generation = generator.estimate(prompts * images, size)
+    options = request.generator.options
+    label = str(options.get("model", options.get("folder", "")))
+    system = f"{request.generator.use} {label}".strip()
+    return Cost(spec.use, system, prompts, prompts * images, generation, workload)
+
+
+def table(requests: Sequence[BenchmarkRequest], catalog: Catalog | None = None) -> str:
+    """A Markdown table, a line a run, and a line with the sums."""
+    catalog = catalog or Catalog.installed()
+    costs, problems = [], []
+    for request in requests:
+        try:
+            costs.append(estimate(request, catalog))
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise ConfigError(problems)
+    rows = ["| benchmark | generator | prompts | pictures | calls | hours | USD | perceptions |", "|" + "---|" * 8]
+    rows += [_row(cost) for cost in costs]
+    if len(costs) > 1:
+        rows.append(_sums(costs))
+    note = "Hours and USD are of stage 1; – is not known: give seconds_per_picture, or usd_per_picture, in its options."
+    return "\n".join([*rows, "", note])
+
+
+def _row(cost: Cost) -> str:
+    e = cost.generation
+    asked = ", ".join(f"{count:,} {what}" for what, count in cost.perceptions.items()) or "–"
+    cells = [cost.benchmark, cost.generator, f"{cost.prompts:,}", f"{cost.pictures:,}", f"{e.calls:,}"]
+    return "| " + " | ".join([*cells, _hours(e.seconds), _usd(e.usd), asked]) + " |"
+
+
+def _sums(costs: Sequence[Cost]) -> str:
+    """A sum that lacks a part is a lower bound and says so."""
+
+    def total(values: Sequence[float | None], show: Any) -> str:
+        known = [v for v in values if v is not None]
+        bound = "≥ " if len(known) < len(values) and known else ""
+        return f"{bound}{show(sum(known) if known else None)}"
+
+    prompts, pictures = (f"{sum(getattr(c, n) for c in costs):,}" for n in ("prompts", "pictures"))
+    calls = f"{sum(c.generation.calls for c in costs):,}"
+    asked = f"{sum(sum(c.perceptions.values()) for c in costs):,}"
+    hours = total([c.generation.seconds for c in costs], _hours)
+    usd = total([c.generation.usd for c in costs], _usd)
+    return f"| **all** | | {prompts} | {pictures} | {calls} | {hours} | {usd} | {asked} |"
+
+
+def _hours(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds / 3600:.1f}"
+
+
+def _usd(usd: float | None) -> str:
+    return "–" if usd is None else f"{usd:,.2f}"

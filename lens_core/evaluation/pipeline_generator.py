@@ -1,0 +1,151 @@
+"""The generator `pipeline`: a Lens checkpoint as a system under test, with its LoRAs, its reasoner and its settings."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from attrs import field, frozen
+
+from lens_core.arguments import parse_lora
+from lens_core.attribution import calling, refuse
+from lens_core.catalog import Catalog
+from lens_core.config import ComponentSpec, unstructure
+from lens_core.inference import png_metadata
+from lens_core.inference.requests import GenerateRequest, ModelRequest
+from lens_core.recipe import build
+from lens_core.types import GenerationEstimate, PictureOutcome, PictureRequest, SystemInfo
+from lens_core.validators import GUIDANCE, STEPS, each, integer, one_of, optional, real, text
+
+if TYPE_CHECKING:
+    from lens_core.inference.pipeline import LensPipeline
+
+
+class PipelineGenerator:
+    """Draws with `LensPipeline`. A picture has the seed of its request, whatever it is batched with."""
+
+    @frozen
+    class Config:
+        model: str = field(default="tiny:", validator=text())  # a folder, a Hub id org/name[@revision], or tiny:
+        loras: tuple[str, ...] = field(default=(), validator=each(text()))  # PATH or PATH:WEIGHT
+        steps: int | None = field(default=None, validator=optional(STEPS))  # the checkpoint's preset if None
+        guidance_scale: float | None = field(default=None, validator=optional(GUIDANCE))
+        negative_prompt: str | None = None
+        sampler: ComponentSpec | None = None  # the checkpoint's if None
+        reasoner: ComponentSpec | None = None  # rewrites each prompt; None: prompts are sent as they are
+        batch_size: int = field(default=50, validator=integer(at_least=1, at_most=10_000))  # pictures drawn at once
+        device: str = field(default="auto", validator=text())
+        dtype: str = field(default="auto", validator=one_of("auto", "float32", "bfloat16", "float16"))
+        # For dry runs, which draw nothing; `lens bench latency` measures it.
+        seconds_per_picture: float | None = field(default=None, validator=optional(real(at_least=0)))
+
+        def uses(self) -> Iterator[tuple[str, str, ComponentSpec]]:
+            """What is checked with this config: (path, kind, use)."""
+            for kind in ("sampler", "reasoner"):
+                if getattr(self, kind) is not None:
+                    yield kind, kind, getattr(self, kind)
+
+    def __init__(self, config: Config, catalog: Catalog | None = None) -> None:
+        self.config, self.batch_size = config, config.batch_size
+        self._catalog = catalog
+        self._pipeline: LensPipeline | None = None
+        self._reasoner: Any = None
+
+    @property
+    def catalog(self) -> Catalog:
+        if self._catalog is None:
+            self._catalog = Catalog.installed()
+        return self._catalog
+
+    @property
+    def pipeline(self) -> LensPipeline:
+        """Loaded when it is first needed."""
+        if self._pipeline is None:
+            c = self.config
+            request = ModelRequest(
+                c.model, loras=tuple(map(parse_lora, c.loras)), sampler=c.sampler, device=_device(c.device),
+                dtype=c.dtype, offload=None,
+            )  # fmt: skip
+            self._pipeline = request.load(catalog=self.catalog)
+        return self._pipeline
+
+    def describe(self) -> SystemInfo:
+        """The checkpoint's name and hash; settings have `prompts`: raw, or refined by a reasoner."""
+        c, pipeline = self.config, self.pipeline
+        presets = pipeline.presets
+        sampler = pipeline.specs.get("sampler")
+        settings = {
+            "steps": int(presets["steps"]) if c.steps is None else c.steps,
+            "guidance_scale": presets["guidance_scale"] if c.guidance_scale is None else c.guidance_scale,
+            "negative_prompt": c.negative_prompt or "",
+            "sampler": None if sampler is None else unstructure(sampler),
+            "prompts": "raw" if c.reasoner is None else "refined",
+            "reasoner": None if c.reasoner is None else unstructure(c.reasoner),
+            "dtype": pipeline.dtype,
+            "device": pipeline.device.type,
+        }
+        name = " + ".join([c.model, *c.loras])
+        # As it comes back from JSON, so that a stored description equals a new one.
+        return SystemInfo(name, "+".join([pipeline.version, *pipeline.loras]), json.loads(json.dumps(settings)))
+
+    def generate(self, requests: Sequence[PictureRequest]) -> Iterator[PictureOutcome]:
+        """One call of the pipeline for each size among the requests; seconds are shares of the call's."""
+        sent = self._refined([request.prompt for request in requests])
+        sizes = dict.fromkeys(request.size for request in requests)
+        for size in sizes:
+            batch = [(r, words) for r, words in zip(requests, sent, strict=True) if r.size == size]
+            yield from self._drawn(batch, size)
+
+    def _drawn(
+        self, batch: Sequence[tuple[PictureRequest, str]], size: tuple[int, int] | None
+    ) -> Iterator[PictureOutcome]:
+        c = self.config
+        height, width = size or (None, None)
+        images = GenerateRequest(
+            negative_prompt=c.negative_prompt, height=height, width=width, steps=c.steps,
+            guidance_scale=c.guidance_scale,
+        )  # fmt: skip
+        start = time.perf_counter()
+        seeds = [request.seed for request, _ in batch]
+        result = self.pipeline([words for _, words in batch], seed=seeds, **images.arguments())
+        seconds = (time.perf_counter() - start) / len(batch)
+        for (request, words), image in zip(batch, result.images, strict=True):
+            facts = {"prompt": words, "seed": request.seed, **result.settings, "versions": png_metadata.versions()}
+            data = io.BytesIO()
+            png_metadata.save_to(image, data, facts)
+            yield PictureOutcome(request, "ok", data.getvalue(), seconds=seconds, sent_prompt=words)
+
+    def _refined(self, prompts: list[str]) -> list[str]:
+        """The prompts as the pipeline gets them."""
+        spec = self.config.reasoner
+        if spec is None:
+            return prompts
+        if self._reasoner is None:
+            _, cls, options = build(self.catalog, "reasoner", spec, "$.reasoner")
+            self._reasoner = cls(options)
+        with calling(self._reasoner, "refine"):
+            refined = self._reasoner.refine(prompts)
+        texts = isinstance(refined, list) and all(isinstance(text, str) for text in refined)
+        if not texts or len(refined) != len(prompts):
+            refuse(self._reasoner, "refine", refined, f"it must return {len(prompts)} texts")
+        return list(refined)
+
+    def estimate(self, count: int, size: tuple[int, int] | None = None) -> GenerationEstimate:
+        """Calls of the pipeline, and seconds where the config says how many a picture takes."""
+        seconds = self.config.seconds_per_picture
+        return GenerationEstimate(-(-count // self.batch_size), 0.0, None if seconds is None else seconds * count)
+
+
+def _device(name: str) -> str:
+    """`auto` is this process's own GPU where a launcher has started several processes."""
+    local = os.environ.get("LOCAL_RANK", "")
+    if name != "auto" or not local.isdecimal():
+        return name
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"cuda:{int(local) % count}" if count else name

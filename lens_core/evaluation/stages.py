@@ -1,0 +1,119 @@
+"""The three stages of a benchmark run, with files between them, so that a later one never repeats an earlier one.
+
+generate   a generator draws pictures: `manifest.jsonl` and `images/`
+perceive   pictures are read: `perceptions.jsonl`, one JSON object a line, several lines a picture where it counts for
+           several benchmarks; caches are in `cache/`
+decide     perceptions become scores: pure functions on plain data, without any model
+
+`run.json` says what decides the pictures. A folder takes the pictures of one such run alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from attrs import define
+
+from lens_core.evaluation.generation import prompt_ids
+from lens_core.evaluation.manifest import Key
+from lens_core.evaluation.run import picture_seed
+from lens_core.io import atomic_files, json_fields, readers
+from lens_core.types import ConfigError, PictureRequest, Prompt, SystemInfo
+
+STAGES = ("generate", "perceive", "decide")
+RUN, PERCEPTIONS, CACHE = "run.json", "perceptions.jsonl", "cache"
+LARGEST_RUN = 2**20  # bytes of run.json
+
+
+@define(frozen=True, slots=False)  # cached_property needs a __dict__
+class Plan:
+    """What a run measures: every prompt of a benchmark, `images` pictures each, of `size` (height, width) px."""
+
+    benchmark: str  # its qualified name
+    options: Mapping[str, Any]
+    prompts: Sequence[Prompt]
+    images: int
+    size: tuple[int, int] | None
+    seed: int
+
+    @cached_property
+    def by_id(self) -> dict[str, Prompt]:
+        """Prompt id -> prompt, in order."""
+        return dict(zip(prompt_ids(self.prompts), self.prompts, strict=True))
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Prompt id -> text, in order."""
+        return {name: prompt.text for name, prompt in self.by_id.items()}
+
+    def requests(self) -> dict[Key, PictureRequest]:
+        """Every picture of the run; number i, counted over all prompts, has the seed `picture_seed(seed, i)`."""
+        return {
+            (name, index): PictureRequest(
+                text, picture_seed(self.seed, place * self.images + index), self.size, name, index
+            )
+            for place, (name, text) in enumerate(self.texts.items())
+            for index in range(self.images)
+        }
+
+    def facts(self, system: SystemInfo) -> dict[str, Any]:
+        """What decides the pictures, as run.json has it."""
+        prompts = [[p.text, p.task, dict(p.data)] for p in self.prompts]
+        return {
+            "format": 1,
+            "benchmark": self.benchmark,
+            "prompts": len(self.prompts),
+            "prompts_sha256": hashlib.sha256(json.dumps(prompts, default=str, sort_keys=True).encode()).hexdigest(),
+            "images_per_prompt": self.images,
+            "size": None if self.size is None else list(self.size),
+            "seed": self.seed,
+            "system": system.name,
+            "revision": system.revision,
+            "seeded": system.seeded,
+            "settings": dict(system.settings),
+        }
+
+
+# ---- run.json -------------------------------------------------------------------------------------------------------
+
+
+def begin(folder: Path, facts: Mapping[str, Any], more: Mapping[str, Any]) -> None:
+    """Write run.json, with `more` that decides nothing; where there is one, check that it says the same `facts`."""
+    path = folder / RUN
+    if not path.exists():
+        atomic_files.write_json(path, {**facts, **more})
+        return
+    before = read_run(folder)
+    here = json.loads(json.dumps(facts))  # as it comes back from JSON
+    for name, value in here.items():
+        if before.get(name) != value:
+            what = _difference(name, before.get(name), value)
+            raise ConfigError(f"{folder}: holds another run, {what}; choose another --output")
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next((k for k in {**before, **now} if before.get(k) != now.get(k)), "")
+        return _difference(f"{name}.{key}", before.get(key), now.get(key))
+    return f"with {name} {readers.shown(before)}, not {readers.shown(now)}"
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What run.json says. Raises ConfigError where there is none, or it is damaged."""
+    path = folder / RUN
+    text = readers.read_text(path, LARGEST_RUN, missing="there is no run here; start with the stage generate")
+    try:
+        run = json_fields.mapping(readers.parse_json(text), "the file")
+        for name in ("benchmark", "system", "revision", "prompts_sha256"):
+            json_fields.text(json_fields.field(run, name), name)
+        for name in ("images_per_prompt", "seed"):
+            json_fields.whole(json_fields.field(run, name), name, low=0)
+        json_fields.mapping(json_fields.field(run, "settings"), "settings")
+    except ValueError as error:
+        raise ConfigError(f"{path}: {readers.one_line(error)}; put the file back, or start anew") from error
+    return run
