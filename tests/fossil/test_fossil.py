@@ -17,7 +17,7 @@ from lens_core.protocols import KINDS
 from lens_core.recipe import ComponentSpec, build
 from lens_core.types import ConfigError, Record
 
-FROZEN = "3624f6588ce6d970"
+FROZEN = "fef48ba71ddbd208"
 
 
 def test_the_fossil_has_not_been_edited() -> None:
