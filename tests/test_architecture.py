@@ -207,8 +207,9 @@ def test_every_entry_point_is_a_plugin_folder_and_every_folder_an_entry_point() 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     points = project["project"]["entry-points"][hookspecs.ENTRY_POINTS]
     assert points == {p.name: p.name for p in PLUGINS}
+    inner = [f"{p.parents[1].name}.{p.parent.name}" for p in (ROOT / "plugins").glob("*/*/__init__.py")]
     assert sorted(project["tool"]["setuptools"]["packages"]) == sorted(
-        [*("lens_core" if room == "." else f"lens_core.{room}" for room in ROOMS), *points]
+        [*("lens_core" if room == "." else f"lens_core.{room}" for room in ROOMS), *points, *inner]
     )
 
 

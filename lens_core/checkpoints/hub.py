@@ -48,9 +48,16 @@ def known_hash(path: Path) -> str | None:
     return file.name if file.parent.name == "blobs" and file.is_relative_to(cache) else None
 
 
-def snapshot(name: str, revision: str | None = None, *, local: bool = False, under: tuple[str, ...] = ()) -> Path:
+def snapshot(
+    name: str,
+    revision: str | None = None,
+    *,
+    local: bool = False,
+    under: tuple[str, ...] = (),
+    index: str = "model_index.json",
+) -> Path:
     """The folder of the repository `name` at a branch, tag or commit. `under`: without the weights whose paths do not
-    begin so.
+    begin so. `index`: the file without which a repository that is no Lens checkpoint is not whole.
 
     Offline (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE), or if `local`, it is what the Hub's cache holds, if that is whole.
     HF_ENDPOINT names another Hub. Raises CheckpointError, which names what is missing.
@@ -67,7 +74,7 @@ def snapshot(name: str, revision: str | None = None, *, local: bool = False, und
     cure = f"with a network, `hf download {name}{f' --revision {revision}' if revision else ''}` brings it"
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local))
-        lacking = _lacking(folder, [p for p in _sharded(folder) if p.startswith(under or "")]) if local else []
+        lacking = _lacking(folder, [p for p in _sharded(folder, index) if p.startswith(under or "")]) if local else []
     except IncompleteSnapshotError as error:
         from huggingface_hub import get_cached_repo_tree
 
@@ -77,7 +84,7 @@ def snapshot(name: str, revision: str | None = None, *, local: bool = False, und
     except Exception as error:  # the Hub's client raises its own, httpx's and plain OSErrors
         if not (local and isinstance(error, LocalEntryNotFoundError)):
             raise CheckpointError(f"{where}: cannot be fetched from the Hub: {_reason(error)}; {cure}") from error
-        lacking = ["model_index.json"]
+        lacking = [index]
     if lacking:
         more = f" and {len(lacking) - 1} more are" if len(lacking) > 1 else " is"
         raise CheckpointError(f"{where}: {lacking[0]}{more} not in the cache, and nothing is fetched offline; {cure}")
@@ -96,15 +103,15 @@ def _lacking(folder: Path, files: list[str]) -> list[str]:
     return [name for name in files if not is_file(folder / name)]
 
 
-def _sharded(folder: Path) -> list[str]:
+def _sharded(folder: Path, index: str = "model_index.json") -> list[str]:
     """What a snapshot whose listing is not known must hold, as far as its own files tell."""
-    files = [] if (folder / "lens.json").is_file() else ["model_index.json"]
-    for index in sorted(folder.rglob("*.safetensors.index.json")):
+    files = [] if (folder / "lens.json").is_file() else [index]
+    for table in sorted(folder.rglob("*.safetensors.index.json")):
         try:
-            shards = {str(name) for name in readers.parse_json(readers.read_bytes(index))["weight_map"].values()}
+            shards = {str(name) for name in readers.parse_json(readers.read_bytes(table))["weight_map"].values()}
         except (LensError, ValueError, LookupError, AttributeError, TypeError):
             continue  # whoever reads it says what is wrong with it
-        files += [str(index.relative_to(folder).with_name(n)) for n in sorted(shards) if Path(n).name == n != ""]
+        files += [str(table.relative_to(folder).with_name(n)) for n in sorted(shards) if Path(n).name == n != ""]
     return files
 
 

@@ -57,10 +57,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def append(path: Path, data: Mapping[str, Any]) -> None:
-    """Add a line of JSON to a log. A power failure or a full disk may leave the last line torn, never one before."""
+def append(path: Path, *data: Mapping[str, Any]) -> None:
+    """Add lines of JSON to a log. A power failure or a full disk may leave the last line torn, never one before."""
     with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(data, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in data)
         file.flush()
         os.fsync(file.fileno())
 

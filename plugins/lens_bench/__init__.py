@@ -9,6 +9,8 @@ benchmarks  how a line of each is checked, decided and summed up
 report      a file to verdicts and headlines, by the official and by the strict rule
 folder      generator `folder`: pictures that exist
 commands    `lens score`
+perception  stage 2 of each benchmark: pictures in, lines of perceptions out
+perceive/   the models that look at pictures, and the cache of their answers
 """
 
 from __future__ import annotations
@@ -24,6 +26,27 @@ def lens_generators() -> dict[str, type[Any]]:
     from lens_core.evaluation.pipeline_generator import PipelineGenerator
 
     return {"folder": Folder, "pipeline": PipelineGenerator}
+
+
+@hookimpl
+def lens_perceivers() -> dict[str, type[Any]]:
+    from lens_bench.perceive.clip import ClipColors, ClipSimilarity
+    from lens_bench.perceive.dreamsim import DreamSim
+    from lens_bench.perceive.mask2former import Mask2Former
+    from lens_bench.perceive.rapid_ocr import PaddleOcr, RapidOcr
+    from lens_bench.perceive.style import ClipStyle
+    from lens_bench.perceive.vlm import Vlm
+
+    return {
+        "clip_colors": ClipColors,
+        "clip_similarity": ClipSimilarity,
+        "clip_style": ClipStyle,
+        "dreamsim": DreamSim,
+        "mask2former": Mask2Former,
+        "paddle_ocr": PaddleOcr,
+        "rapidocr": RapidOcr,
+        "vlm": Vlm,
+    }
 
 
 @hookimpl

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from attrs import asdict, fields_dict, frozen
+from attrs import asdict, evolve, fields_dict, frozen
 
-from lens_bench import cvtg, geneval, longtext, oneig
+from lens_bench import cvtg, geneval, longtext, oneig, oneig_dimensions
 from lens_core.evaluation.statistics import ClusteredScores, Estimate, mean_of_tasks, middle
 from lens_core.io import json_fields, readers
 from lens_core.io.json_fields import FieldError
@@ -146,17 +146,25 @@ def _prompt(line: Line) -> str:
 def _decide_cvtg(line: Line) -> dict[str, Any]:
     ocr_lines = json_fields.field(line, "ocr_lines")
     failed = ocr_lines == "RAISE"
-    return asdict(
-        cvtg.decide(
-            _prompt(line), None if failed or ocr_lines is None else json_fields.texts(ocr_lines, "ocr_lines"), failed
-        )
-    )
+    lines = None if failed or ocr_lines is None else json_fields.texts(ocr_lines, "ocr_lines")
+    verdict = asdict(cvtg.decide(_prompt(line), lines, failed))
+    if "clip_cosine" in line:
+        verdict["clip_score"] = cvtg.clip_score(_cosine(line, "clip_cosine"))
+    return verdict
+
+
+def _cosine(line: Line, name: str) -> float:
+    return json_fields.number(json_fields.field(line, name), name, most=1.01)  # 1 and what rounding adds
 
 
 def _cvtg_metrics(rows: Sequence[Row]) -> Metrics:
     words = [(value, row.cluster) for row in rows for value in row.verdict["word_ned"]]
     accuracy = _pooled_words(rows, "correct_words", "total_words")
-    return {"word accuracy": accuracy, "NED": _scores(words, shares=False).estimate()}
+    found = {"word accuracy": accuracy, "NED": _scores(words, shares=False).estimate()}
+    if all("clip_score" in row.verdict for row in rows):  # else it is absent, and no mean of some pictures
+        pictures = [(row.verdict["clip_score"], row.cluster) for row in rows]
+        found["CLIPScore"] = _scores(pictures, shares=False).estimate()
+    return found
 
 
 def _references(line: Line) -> list[str]:
@@ -231,6 +239,93 @@ def _oneig_metrics(rows: Sequence[Row], worst: float) -> Metrics:
     }
 
 
+# ---- OneIG's other dimensions -------------------------------------------------------------------------------------
+
+
+def _alignment(line: Line) -> dict[str, Any]:
+    questions = list(_questions(line))
+    answers = json_fields.mapping(json_fields.field(line, "answers"), "answers")
+    for name in questions:
+        json_fields.text(json_fields.field(answers, name, "answers."), f"answers.{name[:40]}")
+    dependencies = json_fields.mapping(json_fields.field(line, "dependencies"), "dependencies")
+    for name, parents in dependencies.items():
+        for i, parent in enumerate(json_fields.items(parents, f"dependencies.{name[:40]}")):
+            if not isinstance(parent, str):
+                json_fields.whole(parent, f"dependencies.{name[:40]}[{i}]", low=0)
+    return asdict(oneig_dimensions.alignment(questions, dependencies, answers))
+
+
+def _questions(line: Line) -> dict[str, Any]:
+    questions = json_fields.mapping(json_fields.field(line, "questions"), "questions")
+    if not questions:
+        raise FieldError("questions", "must hold a question")
+    return questions
+
+
+def _diversity(line: Line) -> dict[str, Any]:
+    distances = json_fields.items(json_fields.field(line, "distances"), "distances")
+    for i, value in enumerate(distances):
+        json_fields.number(value, f"distances[{i}]", most=2.01)  # 1 - a cosine
+    return asdict(oneig_dimensions.diversity(distances))
+
+
+def _style(line: Line) -> dict[str, Any]:
+    both = [_cosine(line, name) for name in ("style_csd_similarity", "style_encoder_similarity")]
+    return asdict(oneig_dimensions.style(*both))
+
+
+def _prompt_means(rows: Sequence[Row]) -> Metrics:
+    """The mean over prompts of the mean over their pictures."""
+    clusters = sorted({row.cluster for row in rows})
+    values: dict[str, list[float]] = {cluster: [] for cluster in clusters}
+    for row in rows:
+        values[row.cluster].append(row.verdict["score"])
+    means = [(sum(some) / len(some), cluster) for cluster, some in values.items()]
+    return {"score": evolve(_scores(means, shares=False).estimate(), count=len(rows))}
+
+
+def _mean_distances(rows: Sequence[Row]) -> Metrics:
+    """The mean over prompts of the mean distance of all pairs of their pictures; a pair without a distance, which has a
+    picture of which nothing is right, counts as 0."""
+    sums: dict[str, tuple[int, float]] = {}
+    for row in rows:
+        pictures, distance = sums.get(row.cluster, (0, 0.0))
+        sums[row.cluster] = pictures + 1, distance + row.verdict["distance_sum"]
+    means = [(total / (n * (n - 1) / 2), cluster) for cluster, (n, total) in sorted(sums.items()) if n > 1]
+    return {"score": evolve(_scores(means, shares=False).estimate(), count=len(rows))} if means else {}
+
+
+def _dimension(
+    name: str,
+    language: str,
+    decide: Callable[[Line], dict[str, Any]],
+    nothing: Mapping[str, Any],
+    metrics: Callable[[Sequence[Row]], Metrics] = _prompt_means,
+) -> Benchmark:
+    return Benchmark(
+        title=f"OneIG ({language.upper()}), {name}",
+        decide=decide,
+        nothing=lambda line: dict(nothing),
+        prompt=lambda line: json.dumps([line.get("prompt"), line.get("questions"), line.get("style")], sort_keys=True),
+        group=_category,
+        metrics=metrics,
+    )
+
+
+def _dimensions(language: str) -> dict[str, Benchmark]:
+    def reasoning(line: Line) -> dict[str, Any]:
+        return {"score": _cosine(line, "answer_cosine")}
+
+    zero = {"score": 0.0}
+    found = {
+        "alignment": _dimension("alignment", language, _alignment, zero),
+        "diversity": _dimension("diversity", language, _diversity, {"distance_sum": 0.0, "pairs": 0}, _mean_distances),
+        "style": _dimension("style", language, _style, zero),
+        "reasoning": _dimension("reasoning", language, reasoning, zero),
+    }
+    return {f"oneig_{name}_{language}": benchmark for name, benchmark in found.items()}
+
+
 def _category(line: Line) -> str:
     return json_fields.text(line.get("category", ""), "category")
 
@@ -245,9 +340,9 @@ BENCHMARKS = {
         metrics=_geneval_metrics,
     ),
     "cvtg2k": Benchmark(
-        title="CVTG-2K, words",
+        title="CVTG-2K",
         decide=_decide_cvtg,
-        nothing=lambda line: asdict(cvtg.decide(_prompt(line), None, failed=True)),
+        nothing=lambda line: asdict(cvtg.decide(_prompt(line), None, failed=True)) | {"clip_score": 0.0},
         prompt=_prompt,
         group=_category,
         metrics=_cvtg_metrics,
@@ -256,4 +351,6 @@ BENCHMARKS = {
     "longtext_zh": _longtext(chinese=True),
     "oneig_text_en": _oneig("en"),
     "oneig_text_zh": _oneig("zh"),
+    **_dimensions("en"),
+    **_dimensions("zh"),
 }

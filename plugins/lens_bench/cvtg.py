@@ -58,3 +58,8 @@ def decide(prompt: str, ocr_lines: Sequence[str] | None, failed: bool = False) -
 
 def _closest(word: str, predictions: Sequence[str]) -> str:
     return difflib.get_close_matches(word, predictions, n=1, cutoff=0)[0]  # cutoff 0: there is always one
+
+
+def clip_score(cosine: float) -> float:
+    """CLIPScore (Hessel et al., 2021, arXiv:2104.08718) from the cosine of a picture and its prompt."""
+    return 2.5 * max(cosine, 0.0)

@@ -1,0 +1,158 @@
+"""Ask perceivers about pictures: one model in memory at a time, in batches, through the cache, after its canary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+
+from lens_bench.perceive import pictures as files
+from lens_bench.perceive.cache import PerceptionCache, key_of, other_versions
+from lens_core.attribution import building, calling, name_of
+from lens_core.catalog import Catalog
+from lens_core.recipe import ComponentSpec, build
+from lens_core.types import ConfigError, LensError, Picture, PluginError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+BATCH = 8  # questions at once, of a perceiver that does not say how many
+
+
+@frozen
+class Seen:
+    """One picture with what has been perceived of it."""
+
+    picture: Picture
+    _run: PerceptionRun
+
+    def answers(self, role: str) -> list[Any]:
+        """The answers to the questions of a role, in order."""
+        asked = self._run.asked[role]
+        return [asked.cache.answer(key_of(self.picture.sha256, question)) for question in asked.questions(self)]
+
+
+Questions = Callable[[Seen], Sequence[Any]]
+
+
+@frozen
+class _Asked:
+    cache: PerceptionCache
+    questions: Questions
+    described: Mapping[str, Any]
+
+
+class PerceptionRun:
+    """Pictures, and what each role's perceiver says of them. `folder` holds the caches.
+
+    `jpeg`: pictures go through JPEG before a model sees them. `catalog`: None for the installed one.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        folder: Path,
+        *,
+        jpeg: bool = False,
+        catalog: Catalog | None = None,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.seen = [Seen(picture, self) for picture in pictures]
+        self.asked: dict[str, _Asked] = {}
+        self._folder, self._jpeg, self._log = folder, jpeg, log
+        self._catalog = catalog or Catalog.installed()
+
+    def ask(self, role: str, spec: ComponentSpec, kinds: Mapping[str, Questions]) -> None:
+        """Have every question of a role answered and stored. `kinds`: what the perceiver may perceive, each with the
+        questions to ask it.
+
+        Raises ConfigError where `spec` names no such perceiver, LensError where it fails its canary, or where answers
+        could not be had: those that could are stored, and the next run asks for the others alone.
+        """
+        name, cls, config = build(self._catalog, "perceiver", spec, f"$.{role}")
+        with building(name):
+            perceiver = cls(config)
+        if perceiver.perceives not in kinds:
+            wanted = " or ".join(kinds)
+            raise ConfigError(f"$.{role}: {spec.use!r} perceives {perceiver.perceives}; this needs one of {wanted}")
+        with calling(perceiver, "describe"):
+            described = dict(perceiver.describe())
+        if self._jpeg:
+            described["pictures"] = files.JPEG_VERSION
+        cache = PerceptionCache(self._folder, perceiver.perceives, described)
+        if others := other_versions(self._folder, cache):
+            self._log(f"{role}: answers of another model, revision or version are not used: {', '.join(others)}")
+        self.asked[role] = _Asked(cache, kinds[perceiver.perceives], described)
+        try:
+            self._answer(role, perceiver)
+        finally:
+            if hasattr(perceiver, "close"):
+                perceiver.close()
+
+    def described(self, *roles: str) -> dict[str, Any]:
+        """What perceived, by role: the field `perceiver` of a line."""
+        return {role: dict(self.asked[role].described) for role in roles}
+
+    def _answer(self, role: str, perceiver: Any) -> None:
+        pending = self._pending(role)
+        size = getattr(perceiver, "batch_size", BATCH)
+        batch = list(islice(pending, size))
+        if not batch:
+            return
+        prove(perceiver)
+        cache, failures, done = self.asked[role].cache, [], 0
+        while batch:
+            answers = self._perceive(perceiver, batch)
+            pairs = zip(batch, answers, strict=True)
+            cache.add((key_of(seen.picture.sha256, question), answer) for (seen, question), answer in pairs
+                      if not isinstance(answer, LensError))  # fmt: skip
+            faults = [answer for answer in answers if isinstance(answer, LensError)]
+            failures += faults[: len(batch)]
+            if len(faults) == len(batch) > 1 and len(failures) == len(faults) + done:
+                break  # nothing has been answered yet: nothing will be
+            done += len(batch)
+            self._log(f"{role}: {done} questions about {len(self.seen)} pictures answered")
+            batch = list(islice(pending, size))
+        if failures:
+            raise LensError(
+                f"{name_of(perceiver)}: {len(failures)} questions about pictures have no answer (the first: "
+                f"{failures[0]}). What was answered is kept; start again to ask for the rest"
+            )
+
+    def _pending(self, role: str) -> Iterator[tuple[Seen, Any]]:
+        """The questions that are not answered yet, each about a picture once."""
+        asked, begun = self.asked[role], set()
+        for seen in self.seen:
+            for question in asked.questions(seen):
+                key = key_of(seen.picture.sha256, question)
+                if key not in asked.cache and key not in begun:
+                    begun.add(key)
+                    yield seen, question
+
+    def _perceive(self, perceiver: Any, batch: Sequence[tuple[Seen, Any]]) -> list[Any]:
+        """One answer a question; a LensError in its place says why there is none."""
+        read: dict[str, Image] = {}
+        for seen, _ in batch:
+            if seen.picture.sha256 not in read:
+                read[seen.picture.sha256] = files.read(seen.picture.path, seen.picture.sha256, self._jpeg)
+        with calling(perceiver, "perceive"):
+            images = [read[seen.picture.sha256] for seen, _ in batch]
+            answers = list(perceiver.perceive(images, [question for _, question in batch]))
+        if len(answers) != len(batch):
+            problem = f"returned {len(answers)} answers to {len(batch)} questions; it must return one each"
+            raise PluginError(f"{name_of(perceiver)}.perceive {problem}")
+        return answers
+
+
+def prove(perceiver: Any) -> None:
+    """Show a perceiver a picture of known content. Raises LensError where it does not see what is there."""
+    with calling(perceiver, "canary"):
+        problem = perceiver.canary()
+    if problem is not None:
+        raise LensError(
+            f"{name_of(perceiver)} does not see what is there: {problem}. Nothing is scored with it; check its "
+            "weights, its settings and the driver"
+        )

@@ -1,0 +1,213 @@
+"""Stage 2 of each public benchmark: pictures in, lines of perceptions out, by the perceivers that its Config names.
+
+Each function takes the Config, pictures, and the folder of the caches, and returns for each picture the lines that
+stage 3 decides: JSON fields beside those of the benchmark's reference. All pictures of a prompt come in one call. A
+picture of which something could not be perceived is never a zero: LensError, and the rest is kept for the next call.
+Further arguments, `catalog` and `log`, are those of PerceptionRun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lens_bench import geneval as rules
+from lens_bench.perceive import pictures as files
+from lens_bench.perceive.run import PerceptionRun, Questions, Seen
+from lens_bench.perceive.vlm import ASK, READ
+from lens_core.recipe import ComponentSpec
+from lens_core.types import ConfigError, Picture, Prompt
+
+Lines = list[list[dict[str, Any]]]
+
+
+def _once(seen: Seen) -> list[Any]:
+    return [None]
+
+
+# ---- GenEval ------------------------------------------------------------------------------------------------------
+
+
+def geneval(config: Any, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
+    """Objects by `config.detector`, then the colours of those that a prompt asks for by `config.classifier`."""
+    run = PerceptionRun(pictures, folder, **options)
+    run.ask("detector", config.detector, {"objects": _once})
+    run.ask("classifier", config.classifier, {"colors": _color_questions})
+    perceiver = run.described("detector", "classifier")
+    return [
+        [{"bench": "geneval", "perceiver": perceiver, "detections": _detections(seen), "colors": _colors(seen)}]
+        for seen in run.seen
+    ]
+
+
+def _detections(seen: Seen) -> dict[str, list[list[float]]]:
+    (objects,) = seen.answers("detector")
+    return {name: [[*thing["box"], thing["score"]] for thing in things] for name, things in objects.items()}
+
+
+def _colored(seen: Seen) -> list[tuple[str, list[int], list[dict[str, Any]]]]:
+    """(class, rows, objects) of each class whose colour the prompt names: the rows that the decision may ask about."""
+    (objects,) = seen.answers("detector")
+    include = seen.picture.prompt.data["metadata"].get("include", ())
+    options, asked = rules.Options(), []
+    for name in dict.fromkeys(clause["class"] for clause in include if "color" in clause):
+        things = objects.get(name, [])
+        rows = rules.kept_rows([[*t["box"], t["score"]] for t in things], options.threshold, options.max_objects)
+        if rows:
+            asked.append((name, rows, [things[row] for row in rows]))
+    return asked
+
+
+def _color_questions(seen: Seen) -> list[Any]:
+    return [
+        {"class": name, "objects": [{"box": thing["box"], "mask": thing.get("mask")} for thing in things]}
+        for name, _, things in _colored(seen)
+    ]
+
+
+def _colors(seen: Seen) -> dict[str, list[str | None]]:
+    colors: dict[str, list[str | None]] = {}
+    for (name, rows, _), answer in zip(_colored(seen), seen.answers("classifier"), strict=True):
+        by_row = dict(zip(rows, answer, strict=True))
+        colors[name] = [by_row.get(row) for row in range(max(rows) + 1)]
+    return colors
+
+
+# ---- text ---------------------------------------------------------------------------------------------------------
+
+
+def _reader(question: Questions) -> dict[str, Questions]:
+    """What may read text: an OCR engine, or a model that is asked."""
+    return {"lines": _once, "answer": question}
+
+
+def _read_question(seen: Seen) -> list[Any]:
+    return [READ]
+
+
+def _text(seen: Seen, role: str) -> str:
+    (answer,) = seen.answers(role)
+    return answer if isinstance(answer, str) else "\n".join(answer)
+
+
+def cvtg(config: Any, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
+    """Lines by `config.ocr`; the cosine of CLIPScore by `config.similarity`, where it is not None."""
+    run, roles = PerceptionRun(pictures, folder, **options), ["ocr"]
+    run.ask("ocr", config.ocr, _reader(_read_question))
+    if config.similarity is not None:
+        run.ask("similarity", config.similarity, {"similarity": lambda seen: [seen.picture.prompt.text]})
+        roles.append("similarity")
+    perceiver = run.described(*roles)
+
+    def line(seen: Seen) -> dict[str, Any]:
+        (lines,) = seen.answers("ocr")
+        found = {"bench": "cvtg2k", "perceiver": perceiver, "ocr_lines": [lines] if isinstance(lines, str) else lines}
+        return found | ({"clip_cosine": seen.answers("similarity")[0]} if "similarity" in roles else {})
+
+    return [[line(seen)] for seen in run.seen]
+
+
+def longtext(config: Any, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
+    """Text by `config.reader`."""
+    if config.reader is None:
+        raise ConfigError("$.reader: LongText-Bench needs something that reads: {use: vlm, llm: …}, or rapidocr")
+    run = PerceptionRun(pictures, folder, **options)
+    run.ask("reader", config.reader, _reader(_read_question))
+    perceiver, bench = run.described("reader"), f"longtext_{config.language}"
+    return [[{"bench": bench, "perceiver": perceiver, "ocr_raw": _text(seen, "reader")}] for seen in run.seen]
+
+
+# ---- OneIG --------------------------------------------------------------------------------------------------------
+
+NEEDS = {"text": "text_content", "alignment": "questions", "style": "style", "reasoning": "answer"}
+"""Dimension -> the key of `Prompt.data` that its prompts have. Every prompt counts for diversity."""
+
+
+def oneig_dimensions(config: Any, prompt: Prompt) -> list[str]:
+    """The dimensions that a prompt counts for and whose perceivers the config names."""
+    roles = {
+        "text": config.reader is not None,
+        "alignment": config.vlm is not None,
+        "style": config.style_csd is not None and config.style_encoder is not None,
+        "reasoning": config.reasoning is not None,
+    }
+    wanted = [name for name, key in NEEDS.items() if roles[name] and prompt.data.get(key)]
+    return wanted + (["diversity"] if config.diversity is not None else [])
+
+
+def oneig_benches(config: Any, prompt: Prompt) -> list[str]:
+    """The values of `bench` in the lines of a prompt's pictures."""
+    return [f"oneig_{name}_{config.language}" for name in oneig_dimensions(config, prompt)]
+
+
+def oneig(config: Any, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
+    """A line for each dimension that a picture counts for. A purely black picture stands for a refusal."""
+    refused = {i for i, p in enumerate(pictures) if files.is_black(p.path, p.sha256)}
+    run = PerceptionRun([p for i, p in enumerate(pictures) if i not in refused], folder, jpeg=True, **options)
+    for role, spec, kinds in _oneig_roles(config):
+        run.ask(role, spec, kinds)
+    seen = iter(run.seen)
+    earlier: dict[Any, list[Seen]] = {}
+    found: Lines = []
+    for i, picture in enumerate(pictures):
+        benches = oneig_benches(config, picture.prompt)
+        if i in refused:
+            reason = "black: every pixel is black, as where a system refuses"
+            found.append([{"bench": bench, "status": "refused", "reason": reason} for bench in benches])
+            continue
+        before = earlier.setdefault((picture.prompt.id, picture.prompt.text), [])
+        this = next(seen)
+        dimensions = oneig_dimensions(config, picture.prompt)
+        found.append([_oneig_line(run, name, f"oneig_{name}_{config.language}", this, before) for name in dimensions])
+        before.append(this)
+    return found
+
+
+def _oneig_roles(config: Any) -> list[tuple[str, ComponentSpec, dict[str, Questions]]]:
+    def of(dimension: str, questions: Questions) -> Questions:
+        return lambda seen: questions(seen) if dimension in oneig_dimensions(config, seen.picture.prompt) else []
+
+    def data(seen: Seen) -> Mapping[str, Any]:
+        return seen.picture.prompt.data
+
+    text = {"lines": of("text", _once), "answer": of("text", _read_question_by_length)}
+    alignment = of("alignment", lambda seen: [ASK.format(question=q) for q in data(seen)["questions"].values()])
+    style = of("style", lambda seen: [data(seen)["style"]])
+    both = config.style_csd is not None and config.style_encoder is not None
+    roles = [
+        ("reader", config.reader, text),
+        ("vlm", config.vlm, {"answer": alignment}),
+        ("diversity", config.diversity, {"embedding": _once}),
+        ("style_csd", config.style_csd if both else None, {"style similarity": style}),
+        ("style_encoder", config.style_encoder if both else None, {"style similarity": style}),
+        (
+            "reasoning",
+            config.reasoning,
+            {"answer similarity": of("reasoning", lambda seen: [data(seen)["answer"]])},
+        ),
+    ]
+    return [(role, spec, kinds) for role, spec, kinds in roles if spec is not None]
+
+
+def _read_question_by_length(seen: Seen) -> list[Any]:
+    """The model may write 256 tokens where the reference has more than 60 words, else 128."""
+    words = len(seen.picture.prompt.data["text_content"].split())
+    return [{"text": READ, "max_tokens": 256 if words > 60 else 128}]
+
+
+def _oneig_line(run: PerceptionRun, name: str, bench: str, seen: Seen, before: Sequence[Seen]) -> dict[str, Any]:
+    roles = {"text": ("reader",), "alignment": ("vlm",), "style": ("style_csd", "style_encoder")}.get(name, (name,))
+    line: dict[str, Any] = {"bench": bench, "perceiver": run.described(*roles)}
+    if name == "text":
+        return line | {"ocr_raw": _text(seen, "reader")}
+    if name == "alignment":
+        questions = seen.picture.prompt.data["questions"]
+        return line | {"answers": dict(zip(questions, seen.answers("vlm"), strict=True))}
+    if name == "style":
+        return line | {f"{role}_similarity": seen.answers(role)[0] for role in roles}
+    if name == "reasoning":
+        return line | {"answer_cosine": seen.answers("reasoning")[0]}
+    mine = seen.answers("diversity")[0]
+    others = [other.answers("diversity")[0] for other in before]
+    return line | {"distances": [1 - sum(a * b for a, b in zip(mine, other, strict=True)) for other in others]}
