@@ -175,7 +175,7 @@ def _oneig_roles(config: Any) -> list[tuple[str, ComponentSpec, dict[str, Questi
     alignment = of("alignment", lambda seen: [ASK.format(question=q) for q in data(seen)["questions"].values()])
     style = of("style", lambda seen: [data(seen)["style"]])
     both = config.style_csd is not None and config.style_encoder is not None
-    roles = [
+    roles: list[tuple[str, ComponentSpec | None, dict[str, Questions]]] = [
         ("reader", config.reader, text),
         ("vlm", config.vlm, {"answer": alignment}),
         ("diversity", config.diversity, {"embedding": _once}),

@@ -130,9 +130,10 @@ def test_oneig_gives_a_picture_a_line_for_each_dimension_that_it_counts_for(
     reasoned = Prompt("reasoned", 3, data={"answer": "42"})
     some = [picture(tmp_path, 1, styled), picture(tmp_path, 2, styled, 1), picture(tmp_path, 3, written),
             picture(tmp_path, 4, reasoned), picture(tmp_path, 5, styled, 2, black=True)]  # fmt: skip
+    other = use("style_cosine", revision="2", shift=2)
     config = SimpleNamespace(
         language="en", reader=use("answers"), vlm=use("answers"), diversity=use("embedding"),
-        style_csd=use("style_cosine"), style_encoder=use("style_cosine", revision="2", shift=2), reasoning=use("answer_cosine"),
+        style_csd=use("style_cosine"), style_encoder=other, reasoning=use("answer_cosine"),
     )  # fmt: skip
     lines = perception.oneig(config, some, tmp_path / "cache", catalog=CATALOG)
     by_bench = [{line["bench"]: line for line in one} for one in lines]

@@ -41,7 +41,9 @@ def preprocess(image: Image, size: int) -> NDArray[np.float32]:
     image = image.resize((width, height), Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / np.float32(255)
-    return ((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1)
+    mean, std = (np.array(values, np.float32) for values in (MEAN, STD))
+    normalised: NDArray[np.float32] = (pixels - mean) / std
+    return normalised.transpose(2, 0, 1)
 
 
 def version() -> str:
@@ -98,7 +100,8 @@ class Clip:
 def unit(vectors: Tensor) -> Tensor:
     if not bool(vectors.isfinite().all()) or not bool((vectors.norm(dim=-1) > 0).all()):
         raise LensError("CLIP's embeddings are not finite, or zero; check the weights and the driver")
-    return vectors.float() / vectors.float().norm(dim=-1, keepdim=True)
+    lengths: Tensor = vectors.float().norm(dim=-1, keepdim=True)
+    return vectors.float() / lengths
 
 
 # ---- colours ------------------------------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ class ClipColors:
         """The vectors of the ten colours for a class, [10, D]."""
         if name not in self._vectors:
             prompts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
-            means = self._clip.texts(prompts).unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1)
+            means = self._clip.texts(prompts).reshape(len(COLORS), len(TEMPLATES), -1).mean(1)
             self._vectors[name] = unit(means)
         return self._vectors[name]
 

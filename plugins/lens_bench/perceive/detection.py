@@ -62,7 +62,8 @@ def preprocess(image: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Size]:
     small = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     bottom, right = -height % MULTIPLE, -width % MULTIPLE
     padded = np.pad(small, ((0, bottom), (0, right), (0, 0)), constant_values=PADDING).astype(np.float32)
-    return ((padded - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1), (height, width)
+    mean, std = (np.array(values, np.float32) for values in (MEAN, STD))
+    return ((padded - mean) / std).transpose(2, 0, 1), (height, width)
 
 
 def best_pairs(class_logits: Tensor, top: int = 100) -> list[tuple[int, int, float]]:

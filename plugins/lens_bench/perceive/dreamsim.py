@@ -6,6 +6,7 @@ which the package itself loads. Both are installed by whoever wants OneIG's dive
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -76,11 +77,10 @@ class DreamSim:
         import torch
 
         if self._loaded is None:
-            import dreamsim
-
+            package = importlib.import_module("dreamsim")
             device = str(resolve_device(self.config.device))
             with _weights_only():
-                self._loaded = *dreamsim.dreamsim(pretrained=True, device=device, cache_dir=str(self._folder)), device
+                self._loaded = *package.dreamsim(pretrained=True, device=device, cache_dir=str(self._folder)), device
         model, preprocess, device = self._loaded
         with torch.inference_mode():
             batch = torch.cat([preprocess(image) for image in images]).to(device)

@@ -106,11 +106,12 @@ class Vlm:
     def _llm(self, max_tokens: int | None) -> Any:
         """The llm whose answers have at most so many tokens. All of them spend from one budget."""
         if None not in self._llms:
-            _, cls, options = build(Catalog.installed(), "llm", self.config.llm, "$.llm")
-            self._llms[None] = cls(options)
+            _, cls, config = build(Catalog.installed(), "llm", self.config.llm, "$.llm")
+            self._llms[None] = cls(config)
         first = self._llms[None]
-        options = getattr(first, "config", None)
-        if max_tokens is None or not has(type(options)) or "max_tokens" not in fields_dict(type(options)):
+        options: Any = getattr(first, "config", None)
+        kind: Any = type(options)
+        if max_tokens is None or not has(kind) or "max_tokens" not in fields_dict(kind):
             return first
         if max_tokens not in self._llms:
             shorter = type(first)(evolve(options, max_tokens=max_tokens))
