@@ -160,11 +160,11 @@ def _cosine(line: Line, name: str) -> float:
 def _cvtg_metrics(rows: Sequence[Row]) -> Metrics:
     words = [(value, row.cluster) for row in rows for value in row.verdict["word_ned"]]
     accuracy = _pooled_words(rows, "correct_words", "total_words")
-    found = {"word accuracy": accuracy, "NED": _scores(words, shares=False).estimate()}
+    metrics = {"word accuracy": accuracy, "NED": _scores(words, shares=False).estimate()}
     if all("clip_score" in row.verdict for row in rows):  # else it is absent, and no mean of some pictures
         pictures = [(row.verdict["clip_score"], row.cluster) for row in rows]
-        found["CLIPScore"] = _scores(pictures, shares=False).estimate()
-    return found
+        metrics["CLIPScore"] = _scores(pictures, shares=False).estimate()
+    return metrics
 
 
 def _references(line: Line) -> list[str]:
@@ -317,13 +317,13 @@ def _dimensions(language: str) -> dict[str, Benchmark]:
         return {"score": _cosine(line, "answer_cosine")}
 
     zero = {"score": 0.0}
-    found = {
+    benchmarks = {
         "alignment": _dimension("alignment", language, _alignment, zero),
         "diversity": _dimension("diversity", language, _diversity, {"distance_sum": 0.0, "pairs": 0}, _mean_distances),
         "style": _dimension("style", language, _style, zero),
         "reasoning": _dimension("reasoning", language, reasoning, zero),
     }
-    return {f"oneig_{name}_{language}": benchmark for name, benchmark in found.items()}
+    return {f"oneig_{name}_{language}": benchmark for name, benchmark in benchmarks.items()}
 
 
 def _category(line: Line) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lens_bench import geneval as rules
 from lens_bench.perceive import pictures as files
-from lens_bench.perceive.run import PerceptionRun, Questions, Seen
+from lens_bench.perceive.run import PerceivedPicture, PerceptionRun, Questions
 from lens_bench.perceive.vlm import ASK, READ
 from lens_core.recipe import ComponentSpec
 from lens_core.types import ConfigError, Picture, Prompt
@@ -22,7 +22,7 @@ from lens_core.types import ConfigError, Picture, Prompt
 Lines = list[list[dict[str, Any]]]
 
 
-def _once(seen: Seen) -> list[Any]:
+def _once(picture: PerceivedPicture) -> list[Any]:
     return [None]
 
 
@@ -36,39 +36,39 @@ def geneval(config: Any, pictures: Sequence[Picture], folder: Path, **options: A
     run.ask("classifier", config.classifier, {"colors": _color_questions})
     perceiver = run.described("detector", "classifier")
     return [
-        [{"bench": "geneval", "perceiver": perceiver, "detections": _detections(seen), "colors": _colors(seen)}]
-        for seen in run.seen
+        [{"bench": "geneval", "perceiver": perceiver, "detections": _detections(picture), "colors": _colors(picture)}]
+        for picture in run.pictures
     ]
 
 
-def _detections(seen: Seen) -> dict[str, list[list[float]]]:
-    (objects,) = seen.answers("detector")
+def _detections(picture: PerceivedPicture) -> dict[str, list[list[float]]]:
+    (objects,) = picture.answers("detector")
     return {name: [[*thing["box"], thing["score"]] for thing in things] for name, things in objects.items()}
 
 
-def _colored(seen: Seen) -> list[tuple[str, list[int], list[dict[str, Any]]]]:
+def _colored(picture: PerceivedPicture) -> list[tuple[str, list[int], list[dict[str, Any]]]]:
     """(class, rows, objects) of each class whose colour the prompt names: the rows that the decision may ask about."""
-    (objects,) = seen.answers("detector")
-    include = seen.picture.prompt.data["metadata"].get("include", ())
-    options, asked = rules.Options(), []
+    (objects,) = picture.answers("detector")
+    include = picture.prompt.data["metadata"].get("include", ())
+    options, colored = rules.Options(), []
     for name in dict.fromkeys(clause["class"] for clause in include if "color" in clause):
         things = objects.get(name, [])
         rows = rules.kept_rows([[*t["box"], t["score"]] for t in things], options.threshold, options.max_objects)
         if rows:
-            asked.append((name, rows, [things[row] for row in rows]))
-    return asked
+            colored.append((name, rows, [things[row] for row in rows]))
+    return colored
 
 
-def _color_questions(seen: Seen) -> list[Any]:
+def _color_questions(picture: PerceivedPicture) -> list[Any]:
     return [
         {"class": name, "objects": [{"box": thing["box"], "mask": thing.get("mask")} for thing in things]}
-        for name, _, things in _colored(seen)
+        for name, _, things in _colored(picture)
     ]
 
 
-def _colors(seen: Seen) -> dict[str, list[str | None]]:
+def _colors(picture: PerceivedPicture) -> dict[str, list[str | None]]:
     colors: dict[str, list[str | None]] = {}
-    for (name, rows, _), answer in zip(_colored(seen), seen.answers("classifier"), strict=True):
+    for (name, rows, _), answer in zip(_colored(picture), picture.answers("classifier"), strict=True):
         by_row = dict(zip(rows, answer, strict=True))
         colors[name] = [by_row.get(row) for row in range(max(rows) + 1)]
     return colors
@@ -82,12 +82,12 @@ def _reader(question: Questions) -> dict[str, Questions]:
     return {"lines": _once, "answer": question}
 
 
-def _read_question(seen: Seen) -> list[Any]:
+def _read_question(picture: PerceivedPicture) -> list[Any]:
     return [READ]
 
 
-def _text(seen: Seen, role: str) -> str:
-    (answer,) = seen.answers(role)
+def _text(picture: PerceivedPicture, role: str) -> str:
+    (answer,) = picture.answers(role)
     return answer if isinstance(answer, str) else "\n".join(answer)
 
 
@@ -96,16 +96,16 @@ def cvtg(config: Any, pictures: Sequence[Picture], folder: Path, **options: Any)
     run, roles = PerceptionRun(pictures, folder, **options), ["ocr"]
     run.ask("ocr", config.ocr, _reader(_read_question))
     if config.similarity is not None:
-        run.ask("similarity", config.similarity, {"similarity": lambda seen: [seen.picture.prompt.text]})
+        run.ask("similarity", config.similarity, {"similarity": lambda picture: [picture.prompt.text]})
         roles.append("similarity")
     perceiver = run.described(*roles)
 
-    def line(seen: Seen) -> dict[str, Any]:
-        (lines,) = seen.answers("ocr")
-        found = {"bench": "cvtg2k", "perceiver": perceiver, "ocr_lines": [lines] if isinstance(lines, str) else lines}
-        return found | ({"clip_cosine": seen.answers("similarity")[0]} if "similarity" in roles else {})
+    def line(picture: PerceivedPicture) -> dict[str, Any]:
+        (lines,) = picture.answers("ocr")
+        fields = {"bench": "cvtg2k", "perceiver": perceiver, "ocr_lines": [lines] if isinstance(lines, str) else lines}
+        return fields | ({"clip_cosine": picture.answers("similarity")[0]} if "similarity" in roles else {})
 
-    return [[line(seen)] for seen in run.seen]
+    return [[line(picture)] for picture in run.pictures]
 
 
 def longtext(config: Any, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
@@ -115,7 +115,7 @@ def longtext(config: Any, pictures: Sequence[Picture], folder: Path, **options: 
     run = PerceptionRun(pictures, folder, **options)
     run.ask("reader", config.reader, _reader(_read_question))
     perceiver, bench = run.described("reader"), f"longtext_{config.language}"
-    return [[{"bench": bench, "perceiver": perceiver, "ocr_raw": _text(seen, "reader")}] for seen in run.seen]
+    return [[{"bench": bench, "perceiver": perceiver, "ocr_raw": _text(picture, "reader")}] for picture in run.pictures]
 
 
 # ---- OneIG --------------------------------------------------------------------------------------------------------
@@ -132,8 +132,8 @@ def oneig_dimensions(config: Any, prompt: Prompt) -> list[str]:
         "style": config.style_csd is not None and config.style_encoder is not None,
         "reasoning": config.reasoning is not None,
     }
-    wanted = [name for name, key in NEEDS.items() if roles[name] and prompt.data.get(key)]
-    return wanted + (["diversity"] if config.diversity is not None else [])
+    dimensions = [name for name, key in NEEDS.items() if roles[name] and prompt.data.get(key)]
+    return dimensions + (["diversity"] if config.diversity is not None else [])
 
 
 def oneig_benches(config: Any, prompt: Prompt) -> list[str]:
@@ -143,37 +143,38 @@ def oneig_benches(config: Any, prompt: Prompt) -> list[str]:
 
 def oneig(config: Any, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
     """A line for each dimension that a picture counts for. A purely black picture stands for a refusal."""
-    refused = {i for i, p in enumerate(pictures) if files.is_black(p.path, p.sha256)}
-    run = PerceptionRun([p for i, p in enumerate(pictures) if i not in refused], folder, jpeg=True, **options)
+    black = [files.is_black(picture.path, picture.sha256) for picture in pictures]
+    shown = [picture for picture, is_black in zip(pictures, black, strict=True) if not is_black]
+    run = PerceptionRun(shown, folder, jpeg=True, **options)
     for role, spec, kinds in _oneig_roles(config):
         run.ask(role, spec, kinds)
-    seen = iter(run.seen)
-    earlier: dict[Any, list[Seen]] = {}
-    found: Lines = []
-    for i, picture in enumerate(pictures):
-        benches = oneig_benches(config, picture.prompt)
-        if i in refused:
+    perceived = iter(run.pictures)
+    earlier: dict[Any, list[PerceivedPicture]] = {}
+    lines: Lines = []
+    for source, is_black in zip(pictures, black, strict=True):
+        dimensions = oneig_dimensions(config, source.prompt)
+        benches = dict(zip(dimensions, oneig_benches(config, source.prompt), strict=True))
+        if is_black:
             reason = "black: every pixel is black, as where a system refuses"
-            found.append([{"bench": bench, "status": "refused", "reason": reason} for bench in benches])
+            lines.append([{"bench": bench, "status": "refused", "reason": reason} for bench in benches.values()])
             continue
-        before = earlier.setdefault((picture.prompt.id, picture.prompt.text), [])
-        this = next(seen)
-        dimensions = oneig_dimensions(config, picture.prompt)
-        found.append([_oneig_line(run, name, f"oneig_{name}_{config.language}", this, before) for name in dimensions])
-        before.append(this)
-    return found
+        before = earlier.setdefault((source.prompt.id, source.prompt.text), [])
+        picture = next(perceived)
+        lines.append([_oneig_line(run, name, bench, picture, before) for name, bench in benches.items()])
+        before.append(picture)
+    return lines
 
 
 def _oneig_roles(config: Any) -> list[tuple[str, ComponentSpec, dict[str, Questions]]]:
     def of(dimension: str, questions: Questions) -> Questions:
-        return lambda seen: questions(seen) if dimension in oneig_dimensions(config, seen.picture.prompt) else []
+        return lambda picture: questions(picture) if dimension in oneig_dimensions(config, picture.prompt) else []
 
-    def data(seen: Seen) -> Mapping[str, Any]:
-        return seen.picture.prompt.data
+    def data(picture: PerceivedPicture) -> Mapping[str, Any]:
+        return picture.prompt.data
 
     text = {"lines": of("text", _once), "answer": of("text", _read_question_by_length)}
-    alignment = of("alignment", lambda seen: [ASK.format(question=q) for q in data(seen)["questions"].values()])
-    style = of("style", lambda seen: [data(seen)["style"]])
+    alignment = of("alignment", lambda picture: [ASK.format(question=q) for q in data(picture)["questions"].values()])
+    style = of("style", lambda picture: [data(picture)["style"]])
     both = config.style_csd is not None and config.style_encoder is not None
     roles: list[tuple[str, ComponentSpec | None, dict[str, Questions]]] = [
         ("reader", config.reader, text),
@@ -184,30 +185,32 @@ def _oneig_roles(config: Any) -> list[tuple[str, ComponentSpec, dict[str, Questi
         (
             "reasoning",
             config.reasoning,
-            {"answer similarity": of("reasoning", lambda seen: [data(seen)["answer"]])},
+            {"answer similarity": of("reasoning", lambda picture: [data(picture)["answer"]])},
         ),
     ]
     return [(role, spec, kinds) for role, spec, kinds in roles if spec is not None]
 
 
-def _read_question_by_length(seen: Seen) -> list[Any]:
+def _read_question_by_length(picture: PerceivedPicture) -> list[Any]:
     """The model may write 256 tokens where the reference has more than 60 words, else 128."""
-    words = len(seen.picture.prompt.data["text_content"].split())
+    words = len(picture.prompt.data["text_content"].split())
     return [{"text": READ, "max_tokens": 256 if words > 60 else 128}]
 
 
-def _oneig_line(run: PerceptionRun, name: str, bench: str, seen: Seen, before: Sequence[Seen]) -> dict[str, Any]:
+def _oneig_line(
+    run: PerceptionRun, name: str, bench: str, picture: PerceivedPicture, before: Sequence[PerceivedPicture]
+) -> dict[str, Any]:
     roles = {"text": ("reader",), "alignment": ("vlm",), "style": ("style_csd", "style_encoder")}.get(name, (name,))
     line: dict[str, Any] = {"bench": bench, "perceiver": run.described(*roles)}
     if name == "text":
-        return line | {"ocr_raw": _text(seen, "reader")}
+        return line | {"ocr_raw": _text(picture, "reader")}
     if name == "alignment":
-        questions = seen.picture.prompt.data["questions"]
-        return line | {"answers": dict(zip(questions, seen.answers("vlm"), strict=True))}
+        questions = picture.prompt.data["questions"]
+        return line | {"answers": dict(zip(questions, picture.answers("vlm"), strict=True))}
     if name == "style":
-        return line | {f"{role}_similarity": seen.answers(role)[0] for role in roles}
+        return line | {f"{role}_similarity": picture.answers(role)[0] for role in roles}
     if name == "reasoning":
-        return line | {"answer_cosine": seen.answers("reasoning")[0]}
-    mine = seen.answers("diversity")[0]
+        return line | {"answer_cosine": picture.answers("reasoning")[0]}
+    mine = picture.answers("diversity")[0]
     others = [other.answers("diversity")[0] for other in before]
     return line | {"distances": [1 - sum(a * b for a, b in zip(mine, other, strict=True)) for other in others]}

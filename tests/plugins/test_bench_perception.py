@@ -304,12 +304,10 @@ def test_pictures_without_an_answer_stop_the_run_and_the_others_are_kept(
     assert [number for _, number, _ in log] == [2, 4]
 
 
-def test_where_nothing_is_answered_the_run_stops_at_the_first_batch(
-    tmp_path: Path, log: list[tuple[str, int, Any]]
-) -> None:
+def test_where_eight_in_a_row_have_no_answer_the_run_stops(tmp_path: Path, log: list[tuple[str, int, Any]]) -> None:
     with pytest.raises(LensError, match="have no answer"):
-        longtext(tmp_path / "cache", use("lines", fails=list(range(9))), pictures(tmp_path, 7, {}))
-    assert len(log) == 2
+        longtext(tmp_path / "cache", use("lines", fails=list(range(2, 20))), pictures(tmp_path, 14, {}))
+    assert len(log) == 10  # batches of two: 1 is answered, 2 to 9 are not, and 10 is in the batch of 9
 
 
 @pytest.mark.parametrize(

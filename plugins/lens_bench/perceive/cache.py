@@ -149,7 +149,7 @@ def _check(entry: Mapping[str, Any]) -> str:
 
 def other_versions(folder: Path, cache: PerceptionCache) -> list[str]:
     """Folders of answers of the same kind by other models, revisions or versions, which this run does not use."""
-    found = []
+    names = []
     for other in sorted(folder.glob("*")) if folder.is_dir() else ():
         first = next(iter(sorted(other.glob("*.jsonl"))), None) if other != cache.folder else None
         if first is None:
@@ -161,5 +161,5 @@ def other_versions(folder: Path, cache: PerceptionCache) -> list[str]:
         except ValueError:
             continue
         if isinstance(header, dict) and header.get("perceives") == cache.perceives:
-            found.append(other.name)
-    return found
+            names.append(other.name)
+    return names

@@ -93,7 +93,7 @@ def flat_colors_by_similarity(perceiver: Any) -> str | None:
                 return str(answer)
         best = list(FLAT)[max(range(len(texts)), key=lambda i: answers[i])]
         if best != color:
-            return f"flat {color} was found more similar to the text of {best}"
+            return f"flat {color} is more similar to the text of {best}"
     return None
 
 
@@ -104,12 +104,14 @@ def object_in_photo(perceiver: Any, photo: str, name: str) -> str | None:
     objects = _first(perceiver.perceive([images.read_rgb(path)], [None]))
     if isinstance(objects, LensError):
         return str(objects)
-    wanted = "person" if not photo else name
-    rows = [(*thing["box"], thing["score"]) for thing in objects.get(wanted, ())]
+    expected = name if photo else "person"
+    rows = [(*thing["box"], thing["score"]) for thing in objects.get(expected, ())]
     best = max(rows, key=lambda row: row[4], default=None)
     if best is None or best[4] <= LEAST_SCORE:
-        seen = "none" if best is None else f"the best with score {best[4]:.2f}"
-        return f"{path.name} shows a {wanted}, of which {seen} was detected; the score must be above {LEAST_SCORE}"
+        best_one = "none" if best is None else f"the best with score {best[4]:.2f}"
+        return (
+            f"{path.name} shows a {expected}, of which {best_one} was detected; the score must be above {LEAST_SCORE}"
+        )
     if not photo and iou(best, PORTRAIT_BOX) < LEAST_IOU:
         return f"{path.name} shows a person at {list(PORTRAIT_BOX)}, detected at {[round(v) for v in best[:4]]}"
     return None

@@ -87,7 +87,7 @@ def decode(
         raise LensError("the detector's output is not finite; compute in float32, and check the weights and the driver")
     pairs = best_pairs(class_logits, top)
     queries = sorted({query for query, _, _ in pairs})
-    seen: dict[int, tuple[float, tuple[int, int, int, int], NDArray[np.bool_]]] = {}
+    masks: dict[int, tuple[float, tuple[int, int, int, int], NDArray[np.bool_]]] = {}
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         some = queries[start : start + QUERIES_AT_ONCE]
         for query, logits in zip(some, _enlarged(mask_logits[some], padded, fitted, original), strict=True):
@@ -98,8 +98,8 @@ def decode(
             mean = float(((logits.sigmoid() * inside).sum() / (count + 1e-6)).item())
             rows, columns = (inside.any(axis).nonzero() for axis in (1, 0))
             box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-            seen[query] = mean, box, inside[box[1] : box[3], box[0] : box[2]].cpu().numpy()
-    return [Detection(label, p * seen[q][0], seen[q][1], seen[q][2]) for q, label, p in pairs if q in seen]
+            masks[query] = mean, box, inside[box[1] : box[3], box[0] : box[2]].cpu().numpy()
+    return [Detection(label, p * masks[q][0], masks[q][1], masks[q][2]) for q, label, p in pairs if q in masks]
 
 
 def _enlarged(logits: Tensor, padded: Size, fitted: Size, original: Size) -> Iterator[Any]:

@@ -66,19 +66,19 @@ class Mask2Former:
         same_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (pixels, _) in enumerate(inputs):
             same_size[pixels.shape].append(i)
-        found: dict[int, dict[str, Any]] = {}
+        by_picture: dict[int, dict[str, Any]] = {}
         for shape, places in same_size.items():
             batch = torch.from_numpy(np.stack([inputs[i][0] for i in places]))
             with torch.inference_mode():
                 model = self._loaded()
                 output = model(pixel_values=batch.to(model.device))
                 for row, i in enumerate(places):
-                    seen = detection.decode(
+                    detections = detection.decode(
                         output.class_queries_logits[row], output.masks_queries_logits[row],
                         padded=(shape[1], shape[2]), fitted=inputs[i][1], original=(images[i].height, images[i].width),
                     )  # fmt: skip
-                    found[i] = _by_class(d for d in seen if d.score >= self.config.min_score)
-        return [found[i] for i in range(len(images))]
+                    by_picture[i] = _by_class(d for d in detections if d.score >= self.config.min_score)
+        return [by_picture[i] for i in range(len(images))]
 
     def _loaded(self) -> Any:
         if self._model is None:
@@ -100,7 +100,7 @@ class Mask2Former:
 
 
 def _by_class(detections: Iterable[detection.Detection]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    objects: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for one in detections:
-        found[CLASSES[one.label]].append({"box": list(one.box), "score": one.score, "mask": masks.encode(one.mask)})
-    return dict(found)
+        objects[CLASSES[one.label]].append({"box": list(one.box), "score": one.score, "mask": masks.encode(one.mask)})
+    return dict(objects)

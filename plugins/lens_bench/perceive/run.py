@@ -10,36 +10,41 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from lens_bench.perceive import pictures as files
-from lens_bench.perceive.cache import PerceptionCache, key_of, other_versions
+from lens_bench.perceive.cache import Key, PerceptionCache, key_of, other_versions
 from lens_core.attribution import building, calling, name_of
 from lens_core.catalog import Catalog
 from lens_core.recipe import ComponentSpec, build
-from lens_core.types import ConfigError, LensError, Picture, PluginError
+from lens_core.types import ConfigError, LensError, Picture, PluginError, Prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 BATCH = 8  # questions at once, of a perceiver that does not say how many
+MOST_FAILURES = 8  # one after the other, at the end of a batch: then the budget is spent or the server is gone
 
 
 @frozen
-class Seen:
+class PerceivedPicture:
     """One picture with what has been perceived of it."""
 
-    picture: Picture
+    source: Picture
     _run: PerceptionRun
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.source.prompt
 
     def answers(self, role: str) -> list[Any]:
         """The answers to the questions of a role, in order."""
-        asked = self._run.asked[role]
-        return [asked.cache.answer(key_of(self.picture.sha256, question)) for question in asked.questions(self)]
+        stored = self._run.roles[role]
+        return [stored.cache.answer(key_of(self.source.sha256, question)) for question in stored.questions(self)]
 
 
-Questions = Callable[[Seen], Sequence[Any]]
+Questions = Callable[[PerceivedPicture], Sequence[Any]]
 
 
 @frozen
-class _Asked:
+class _Role:
     cache: PerceptionCache
     questions: Questions
     described: Mapping[str, Any]
@@ -60,8 +65,8 @@ class PerceptionRun:
         catalog: Catalog | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.seen = [Seen(picture, self) for picture in pictures]
-        self.asked: dict[str, _Asked] = {}
+        self.pictures = [PerceivedPicture(picture, self) for picture in pictures]
+        self.roles: dict[str, _Role] = {}
         self._folder, self._jpeg, self._log = folder, jpeg, log
         self._catalog = catalog or Catalog.installed()
 
@@ -76,8 +81,8 @@ class PerceptionRun:
         with building(name):
             perceiver = cls(config)
         if perceiver.perceives not in kinds:
-            wanted = " or ".join(kinds)
-            raise ConfigError(f"$.{role}: {spec.use!r} perceives {perceiver.perceives}; this needs one of {wanted}")
+            needed = " or ".join(kinds)
+            raise ConfigError(f"$.{role}: {spec.use!r} perceives {perceiver.perceives}; this needs one of {needed}")
         with calling(perceiver, "describe"):
             described = dict(perceiver.describe())
         if self._jpeg:
@@ -85,7 +90,7 @@ class PerceptionRun:
         cache = PerceptionCache(self._folder, perceiver.perceives, described)
         if others := other_versions(self._folder, cache):
             self._log(f"{role}: answers of another model, revision or version are not used: {', '.join(others)}")
-        self.asked[role] = _Asked(cache, kinds[perceiver.perceives], described)
+        self.roles[role] = _Role(cache, kinds[perceiver.perceives], described)
         try:
             self._answer(role, perceiver)
         finally:
@@ -94,7 +99,7 @@ class PerceptionRun:
 
     def described(self, *roles: str) -> dict[str, Any]:
         """What perceived, by role: the field `perceiver` of a line."""
-        return {role: dict(self.asked[role].described) for role in roles}
+        return {role: dict(self.roles[role].described) for role in roles}
 
     def _answer(self, role: str, perceiver: Any) -> None:
         pending = self._pending(role)
@@ -103,18 +108,21 @@ class PerceptionRun:
         if not batch:
             return
         prove(perceiver)
-        cache, failures, done = self.asked[role].cache, [], 0
+        cache, failures, done, in_a_row = self.roles[role].cache, [], 0, 0
         while batch:
-            answers = self._perceive(perceiver, batch)
-            pairs = zip(batch, answers, strict=True)
-            cache.add((key_of(seen.picture.sha256, question), answer) for (seen, question), answer in pairs
-                      if not isinstance(answer, LensError))  # fmt: skip
-            faults = [answer for answer in answers if isinstance(answer, LensError)]
-            failures += faults[: len(batch)]
-            if len(faults) == len(batch) > 1 and len(failures) == len(faults) + done:
-                break  # nothing has been answered yet: nothing will be
+            answers: list[tuple[Key, Any]] = []
+            for (picture, question), answer in zip(batch, self._perceive(perceiver, batch), strict=True):
+                if isinstance(answer, LensError):
+                    failures.append(answer)
+                    in_a_row += 1
+                else:
+                    answers.append((key_of(picture.source.sha256, question), answer))
+                    in_a_row = 0
+            cache.add(answers)
             done += len(batch)
-            self._log(f"{role}: {done} questions about {len(self.seen)} pictures answered")
+            self._log(f"{role}: {done} questions about {len(self.pictures)} pictures answered")
+            if in_a_row >= MOST_FAILURES:
+                break
             batch = list(islice(pending, size))
         if failures:
             raise LensError(
@@ -122,24 +130,24 @@ class PerceptionRun:
                 f"{failures[0]}). What was answered is kept; start again to ask for the rest"
             )
 
-    def _pending(self, role: str) -> Iterator[tuple[Seen, Any]]:
+    def _pending(self, role: str) -> Iterator[tuple[PerceivedPicture, Any]]:
         """The questions that are not answered yet, each about a picture once."""
-        asked, begun = self.asked[role], set()
-        for seen in self.seen:
-            for question in asked.questions(seen):
-                key = key_of(seen.picture.sha256, question)
-                if key not in asked.cache and key not in begun:
+        current, begun = self.roles[role], set()
+        for picture in self.pictures:
+            for question in current.questions(picture):
+                key = key_of(picture.source.sha256, question)
+                if key not in current.cache and key not in begun:
                     begun.add(key)
-                    yield seen, question
+                    yield picture, question
 
-    def _perceive(self, perceiver: Any, batch: Sequence[tuple[Seen, Any]]) -> list[Any]:
+    def _perceive(self, perceiver: Any, batch: Sequence[tuple[PerceivedPicture, Any]]) -> list[Any]:
         """One answer a question; a LensError in its place says why there is none."""
         read: dict[str, Image] = {}
-        for seen, _ in batch:
-            if seen.picture.sha256 not in read:
-                read[seen.picture.sha256] = files.read(seen.picture.path, seen.picture.sha256, self._jpeg)
+        for picture, _ in batch:
+            if picture.source.sha256 not in read:
+                read[picture.source.sha256] = files.read(picture.source.path, picture.source.sha256, self._jpeg)
         with calling(perceiver, "perceive"):
-            images = [read[seen.picture.sha256] for seen, _ in batch]
+            images = [read[picture.source.sha256] for picture, _ in batch]
             answers = list(perceiver.perceive(images, [question for _, question in batch]))
         if len(answers) != len(batch):
             problem = f"returned {len(answers)} answers to {len(batch)} questions; it must return one each"
