@@ -65,6 +65,8 @@ class Training:
 
     steps: int = field(validator=integer(at_least=1))  # optimizer steps in all
     lr: float = field(default=1e-4, validator=real(at_least=0))
+    # muon: Muon for the weight matrices of repeated blocks, AdamW for all other weights, at the same lr.
+    optimizer: str = field(default="adamw", validator=one_of("adamw", "muon"))
     # By trainable module: what multiplies its lr; 1 by default.
     lr_multipliers: dict[str, float] = field(factory=dict, validator=each(real(at_least=0)))
     warmup: int = field(default=0, validator=integer(at_least=0))  # steps of linear warm-up

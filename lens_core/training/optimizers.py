@@ -12,8 +12,29 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lens_core.training.muon import Muon, block_matrices
+from lens_core.types import ConfigError
+
 if TYPE_CHECKING:
     from lens_core.recipe import Training
+
+
+def build(
+    net: nn.Module, parameters: Sequence[nn.Parameter], train: Training, sharded: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer that `train` names, over the trainable `parameters` of `net`. Raises ConfigError for Muon where
+    weights are sharded."""
+    if train.optimizer == "adamw":
+        return adamw(parameters, train)
+    if sharded:
+        raise ConfigError(
+            "$.train.optimizer: muon needs whole matrices, and fsdp_shards divides them; use fsdp_shards: 1 or "
+            "optimizer: adamw"
+        )
+    matrices = block_matrices(net, parameters)
+    chosen = {id(p) for p in matrices}
+    others = [p for p in parameters if id(p) not in chosen]
+    return Muon(matrices, others, train.lr, train.betas, train.weight_decay)
 
 
 def adamw(parameters: Sequence[nn.Parameter], train: Training) -> torch.optim.Optimizer:

@@ -69,8 +69,10 @@ class TrainingState:
         }
         self.rng = torch.Generator().manual_seed(recipe.seed)
         self.optimizers = {
-            module_name: optimizers.adamw(self.trainable_parameters[module_name], recipe.train)
-            for module_name in self.modules
+            module_name: optimizers.build(
+                module, self.trainable_parameters[module_name], recipe.train, self.ranks.sharded
+            )
+            for module_name, module in self.modules.items()
         }
         self.ema: dict[str, dict[str, Tensor]] = {
             module_name: {k: v.detach().clone() for k, v in self.trainable_state(module_name).items()}

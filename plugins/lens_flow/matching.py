@@ -98,12 +98,16 @@ class FlowMatching(BaseMethod):
         if isinstance(batch.z, tuple):
             return self._packed_loss(modules[module_name], batch.z, batch, rng)
         z = batch.z.float()
-        normal = torch.randn(len(z), generator=rng)
-        noise = move(torch.randn(z.shape, generator=rng), z.device)
-        dropped = torch.rand(len(z), generator=rng) < self.config.caption_dropout
+        where = rng.device  # the host, unless the caller's generator draws on the device
+        normal = torch.randn(len(z), generator=rng, device=where)
+        noise = move(torch.randn(z.shape, generator=rng, device=where), z.device)
+        dropped = torch.rand(len(z), generator=rng, device=where) < self.config.caption_dropout
         mean = self.config.logit_mean(z.shape[2] * z.shape[3])
         t = move((self.config.std * normal + mean).sigmoid(), z.device)
-        v = modules[module_name](flow.mix(z, noise, t), t, _drop(batch.text.to(z.device), dropped))
+        text = batch.text.to(z.device)
+        if self.config.caption_dropout:
+            text = _drop(text, dropped.cpu())
+        v = modules[module_name](flow.mix(z, noise, t), t, text)
         # float32: squares of small errors vanish in bfloat16.
         total = (v.float() - flow.velocity(z, noise)).square().mean() * batch.weight
         return Loss(total, {"loss": total.detach()})

@@ -74,7 +74,8 @@ class Autoencode(BaseMethod):
         if images is None:
             raise LensError("autoencode: the dataset yields captions only; name one that yields pictures")
         size, cell = images.shape, self.vae.downscale // 2
-        noise = torch.randn(size[0], self.vae.config.latent_channels, size[2] // cell, size[3] // cell, generator=rng)
+        shape = (size[0], self.vae.config.latent_channels, size[2] // cell, size[3] // cell)
+        noise = torch.randn(shape, generator=rng, device=rng.device)
         pixels = to_pixels(move(images, next(self.vae.parameters()).device))
         guess, mean, logvar = modules[module_name](pixels, noise)
         moments = self.vae.moments(mean) if torch.is_grad_enabled() else {}

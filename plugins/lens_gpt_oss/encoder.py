@@ -122,20 +122,25 @@ class GptOssEncoder(nn.Module):
         mask = torch.arange(longest) < lengths[:, None]
         return ids, mask
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
         """Prompts -> features [B,L,T,D], the residual stream after each selected layer, 0 where padded; no gradient.
 
         T counts the prompt and what follows it; the head is dropped. Raises LensError without a tokenizer.
         """
-        device, head = self.model.embed_tokens.weight.device, self.head_length
-        host_ids, host = self.rendered(prompts)
-        host = host[:, head:]
+        ids, mask = self.rendered(prompts)
+        head = self.head_length
+        return self.encode_ids(ids[:, head:], mask[:, head:])
+
+    @torch.no_grad()
+    def encode_ids(self, host_ids: Tensor, host: Tensor) -> TextFeatures:
+        """`encode`, for prompts that are tokens already: ids [B,T] and their mask as `rendered` gives them, without the
+        head, on the host."""
+        device = self.model.embed_tokens.weight.device
         ids, mask = move(host_ids, device), move(host, device)
         # The conversation's beginning is the same for every prompt: its keys and values are computed once.
         prefix = self._prefix_cache(ids.device)
         cache = DynamicCache([tuple(t.expand(len(ids), -1, -1, -1) for t in pair) for pair in prefix])
-        features = torch.stack(self._run_layers(ids[:, head:], cache), dim=1)
+        features = torch.stack(self._run_layers(ids, cache), dim=1)
         # Zeros where padded, so that the features hold nothing that padding computed.
         return TextFeatures(features.masked_fill(~mask[:, None, :, None], 0), mask, host)
 
