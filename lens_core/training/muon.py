@@ -66,15 +66,16 @@ class Muon(torch.optim.Optimizer):
             by_shape.setdefault(parameter.shape, []).append(parameter)
         lr, decay = group["lr"], group["weight_decay"]
         for shape, alike in by_shape.items():
+            weights: list[Any] = list(alike)
             buffers = [self.state[p]["momentum_buffer"] for p in alike]
             grads: list[Any] = [p.grad for p in alike]
             torch._foreach_lerp_(buffers, grads, 1 - MOMENTUM)
             # Nesterov's: the gradient, moved towards the momentum.
             steps = orthogonalise(torch.stack(torch._foreach_lerp(grads, buffers, MOMENTUM)))
-            if isinstance(lr, Tensor) or decay:
-                torch._foreach_mul_(alike, 1 - lr * decay)
+            if decay:
+                torch._foreach_mul_(weights, 1 - lr * decay)
             moves = steps.to(alike[0].dtype) * (-lr * RMS * math.sqrt(max(shape)))
-            torch._foreach_add_(alike, list(moves.unbind()))
+            torch._foreach_add_(weights, list(moves.unbind()))
 
     def _adamw(self, parameters: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
         for parameter in parameters:

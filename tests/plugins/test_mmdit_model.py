@@ -375,3 +375,22 @@ def test_short_sequences_attend_in_training_as_they_do_in_sampling() -> None:
         torch.testing.assert_close(learned, attention(q, *loud, mask))
     learned.square().sum().backward()
     assert not k.grad[~mask.expand(2, 3, 1, 6)[:, :, 0]].any() and k.grad.any()
+
+
+def test_what_is_compiled_rotates_like_what_is_not() -> None:
+    from lens_mmdit.norms import RotaryRMSNorm, norm_and_rotate
+    from lens_mmdit.rope import rotations
+
+    rng = torch.Generator().manual_seed(3)
+    norm = RotaryRMSNorm(12, 1e-6)
+    torch.nn.init.normal_(norm.weight, generator=rng)
+    rotation = rotations(2, 3, 4, (4, 4, 4), torch.device("cpu"), torch.complex64)
+    x = torch.randn(2, 10, 3, 12, generator=rng).requires_grad_()
+    weights = torch.randn(2, 10, 3, 12, generator=rng)
+    results = []
+    for out in (norm(x, rotation), norm_and_rotate(x, norm.weight, rotation, 1e-6)):
+        (out * weights).sum().backward()
+        results.append((out.detach(), x.grad, norm.weight.grad))
+        x.grad = norm.weight.grad = None
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
