@@ -207,6 +207,8 @@ class Targets:
             ("prompt set", 7, self.prompt_set),
             ("taxonomy", 4, self.taxonomy),
             ("judge's answer", 8, self.judge),
+            ("image API's answer", 8, self.image_answer),
+            ("ledger", 4, self.ledger),
             ("perceptions", 6, self.perceptions),
             ("manifest", 4, self.manifest),
             ("log", 5, self.log),
@@ -414,6 +416,53 @@ class Targets:
         data = {"rubrics": [{"id": "r", "q": "Is it?"}], "global": {"id": "g", "q": "Coherent?"}}
         (score,) = reward.score(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [Prompt("a cat", data=data)])
         assert isinstance(score, Score) and (score.value is None or 0 <= score.value <= 1)
+
+    def image_answer(self, rng: random.Random) -> None:
+        from lens_remote.answers import Drawn
+        from lens_remote.ark_images import ArkImages
+        from lens_remote.gemini_images import GeminiImages
+        from lens_remote.openai_images import OpenAIImages
+        from lens_remote.pictures import check, decode
+        from lens_remote.protocol import understand
+
+        from lens_core.io.http import Answer
+
+        coded = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+        part = {"inlineData": {"mimeType": "image/png", "data": coded}}
+        details = [{"retryDelay": "9s", "reason": "x"}, {"violations": [{"quotaId": "PerDay", "quotaValue": "0"}]}]
+        whole = rng.choice([
+            {"data": [{"b64_json": coded, "size": "1x1"}, {"error": {"code": "x"}}], "usage": {"output_tokens": 5}},
+            {"candidates": [{"content": {"parts": [part, {"thought": True}]}, "finishReason": "STOP"}],
+             "usageMetadata": {"candidatesTokenCount": 3}, "promptFeedback": {"blockReason": ""}},
+            {"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "m", "type": "t", "details": details}},
+        ])  # fmt: skip
+        body = mutate_json(rng, json.dumps(whole).encode())
+        kind = rng.choice(["application/json", "text/event-stream", "text/html", ""])
+        body = b"data: " + body + b"\n\n" if kind == "text/event-stream" else body
+        headers = {"retry-after-ms": rng.choice(["", "nan", "-1", "1e400", "5"]), "x-should-retry": "true"}
+        status = rng.choice([200, 200, 302, 400, 403, 429, 500, 999])
+        cls = rng.choice([OpenAIImages, GeminiImages, ArkImages])
+        config = cls.Config(model="m")  # type: ignore[attr-defined]  # each has its own
+        result = understand(Answer(status, kind, "5", None, body, headers), cls(config))
+        if isinstance(result, Drawn):
+            data = decode(result.base64)
+            result = check(data) if isinstance(data, bytes) else data
+        else:
+            assert result.kind in ("retry", "refusal", "fatal", "bad_request") and result.wait >= 0
+            json.dumps(dict(result.usage), allow_nan=False)
+
+    def ledger(self, rng: random.Random) -> None:
+        from lens_remote.ledger import FILE, Budget, Ledger, read_lines, table
+
+        place = self.folder / "case" / "ledger"
+        shutil.rmtree(place, ignore_errors=True)
+        book = Ledger(place)
+        for key in ("a", "b"):
+            line, _ = book.begin(key, "m", "a cat", 0.04, 60.0, Budget(), False)
+            book.settle(line, "drawn", pictures=1, seconds=1.0, place="pictures/x.png", facts={"usage": {"x": 1}})
+        book.close()
+        self.write(f"ledger/{FILE}", mutate_bytes(rng, (place / FILE).read_bytes()))
+        table(read_lines(place)).encode()
 
     def perceptions(self, rng: random.Random) -> None:
         from lens_bench import report
