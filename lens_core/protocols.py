@@ -242,8 +242,8 @@ class Generator(Protocol):
     # many failures in a row stop a run, None: no number; 20 where absent.
     # Optional: estimate(count: int, size: (height, width) | None) -> GenerationEstimate of so many pictures. Sends
     # nothing.
-    # Optional: open(folder: Path), once before the first call: the folder of the run, where it may keep files of its own
-    # (an account of what was paid for). Several processes open the same folder.
+    # Optional: open(folder: Path), once before the first call: the folder of the run, where it may keep files of its
+    # own (an account of what was paid for). Several processes open the same folder.
     # Optional: close(), after the last call.
 
 
