@@ -140,6 +140,8 @@ def _generate(
     missing = manifest.missing(plan.texts, plan.images)
     processes.wait()  # before anything is written that another process would read as done
     try:
+        if hasattr(generator, "open"):
+            generator.open(folder)
         share = processes.share(missing)
         generation.generate(generator, requests, share, manifest, seeded=info.seeded, log=log)
     except LensError as error:

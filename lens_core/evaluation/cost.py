@@ -67,7 +67,7 @@ def table(requests: Sequence[BenchmarkRequest], catalog: Catalog | None = None) 
     rows += [_row(cost) for cost in costs]
     if len(costs) > 1:
         rows.append(_sums(costs))
-    note = "Hours and USD are of stage 1; – is not known: give seconds_per_picture, or usd_per_picture, in its options."
+    note = "Hours and USD are of stage 1; – is not known: give seconds_per_picture or dollars_per_picture as an option."
     return "\n".join([*rows, "", note])
 
 

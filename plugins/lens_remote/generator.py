@@ -35,6 +35,7 @@ class RemoteGenerator:
     base_url: str
     seeded: bool
     codes: Codes
+    most_failures = None  # in a row: `stop_after` counts them, and only those that were sent
 
     def __init__(
         self,

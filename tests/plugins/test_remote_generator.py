@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx2
 import lens_remote
+import lens_shapes
 import openai
 import pytest
 from image_apis import (
@@ -46,8 +47,11 @@ from lens_remote.ledger import BudgetReached, Ledger, LedgerError, read_lines
 
 from lens_core.catalog import Catalog
 from lens_core.config import flaw_of, structure
+from lens_core.evaluation.bench import BenchmarkRequest, run_benchmark
+from lens_core.evaluation.manifest import Manifest
 from lens_core.io.http import Answer
-from lens_core.types import ConfigError, LensError, PictureRequest
+from lens_core.recipe import ComponentSpec
+from lens_core.types import ConfigError, LensError, PictureRequest, StopGeneration
 
 
 def requests(count: int) -> list[PictureRequest]:
@@ -596,6 +600,37 @@ def test_a_run_that_is_killed_never_pays_for_a_picture_twice(
     assert len(api.posts) == sent
     (outcome,), _ = run(generator(ARK, api, tmp_path, resend_lost=True))
     assert outcome.image == PICTURE and len(api.posts) == sent + 1 and counted(tmp_path) == 2
+
+
+def test_a_benchmark_run_takes_up_what_was_paid_for(api: ImageAPI, tmp_path: Path) -> None:
+    catalog = Catalog.of(lens_remote, lens_shapes)
+    options = {
+        "model": "gpt-image-2", "base_url": f"{api.url}/v1", "key_env": "LENS_TEST_KEY", "concurrency": 1,
+        "dollars_per_picture": PRICE, "budget_pictures": 2,
+    }  # fmt: skip
+    data = picture(64, 64)
+    api.script = [OPENAI.ok(data), OPENAI.refused()]
+    api.otherwise = OPENAI.ok(data)
+
+    def bench(**more: Any) -> Manifest:
+        spec = ComponentSpec("openai_images", {**options, **more})
+        request = BenchmarkRequest("shapes", spec, limit=4, size=(64, 64), stages=("generate",))
+        try:
+            run_benchmark(request, tmp_path, catalog=catalog)
+        finally:
+            manifest = Manifest(tmp_path, "gpt-image-2")
+        return manifest
+
+    with pytest.raises(StopGeneration, match=r"budget_pictures \(2\) is reached.*start again to go on"):
+        bench()
+    (tmp_path / "manifest.jsonl").unlink()  # as if it had been killed before it wrote a line
+    manifest = bench(budget_pictures=None)
+    assert [entry.status for entry in manifest.entries.values()].count("refused") == 1
+    assert len(manifest.entries) == 4 and len(api.posts) == 4
+    assert {entry.usd for entry in manifest.entries.values() if entry.status == "ok"} == {PRICE}
+    manifest.check_pictures()
+    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert KEY.encode() not in written and (tmp_path / "ledger" / ledger.FILE).is_file()
 
 
 # ---- the ledger ---------------------------------------------------------------------------------------------------
