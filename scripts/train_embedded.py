@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -281,21 +282,14 @@ def train(trial: Trial, caches: dict[str, Cache], options: argparse.Namespace, e
 # ---- the whole run --------------------------------------------------------------------------------------------------
 
 
-def fill(
-    factory: SceneFactory, pipeline: LensPipeline, stores: dict[int, TextStore], until: Any, log: Log
-) -> list[tuple[int, int, torch.Tensor]]:
-    """Encode captions as scenes are rendered, until `until()` says stop; (group, chunk, rows of the store) of each."""
-    chunks: list[tuple[int, int, torch.Tensor]] = []
-    while not until():
-        for place, number, captions in factory.finished(0.2):
-            store = stores[factory.groups[place].tokens]
-            chunks.append((place, number, torch.tensor(store.add(pipeline.text_encoder, captions))))
-            if until():
-                break
-        if not factory.left:
-            time.sleep(0.1)
-    log("rendered", chunks=len(chunks), left=factory.left, captions={t: s.used - 1 for t, s in stores.items()})
-    return chunks
+Chunk = tuple[int, int, torch.Tensor]  # the place of its group, its number, the rows of its captions in the store
+
+
+def take(factory: SceneFactory, pipeline: LensPipeline, stores: dict[int, TextStore], wait: float) -> Iterator[Chunk]:
+    """The chunks that are rendered, their captions encoded, until there is none for `wait` seconds."""
+    for place, number, captions in factory.finished(wait):
+        store = stores[factory.groups[place].tokens]
+        yield place, number, torch.tensor(store.add(pipeline.text_encoder, captions))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -350,7 +344,14 @@ def _run(
         done = not factory.left and all(child.poll() is not None for child in children.values())
         return done or log.seconds() > options.prepare_seconds
 
-    chunks = fill(factory, pipeline, stores, prepared, log)
+    chunks: list[Chunk] = []
+    while not prepared():
+        for chunk in take(factory, pipeline, stores, 0.2):
+            chunks.append(chunk)
+            if prepared():
+                break
+        time.sleep(0 if factory.left else 0.1)
+    log("rendered", chunks=len(chunks), left=factory.left, captions={t: s.used - 1 for t, s in stores.items()})
     for child in children.values():
         child.kill()
     folders = {"given": Path(options.vae)} if options.vae else {}
@@ -362,12 +363,13 @@ def _run(
     probed = json.loads((out / "probe.json").read_text()) if (out / "probe.json").is_file() else {}
     mode = choose_mode(options, probed, log)
     caches = {g.name: Cache(g, vae.channels, vae.downscale, stores[g.tokens], device) for g in factory.groups}
-    for more in (chunks, None):
-        # What was rendered meanwhile comes second.
-        for place, number, rows in more if more is not None else fill_rest(factory, pipeline, stores, options, log):
+    for part in (chunks, take(factory, pipeline, stores, 0.02)):  # what was rendered meanwhile comes second
+        for place, number, rows in part:
             group = factory.groups[place]
             images = factory.scenes.images[place][number * group.chunk : (number + 1) * group.chunk]
             caches[group.name].add(vae, torch.from_numpy(images), rows)
+            if log.seconds() > options.render_seconds:
+                break
     log("encoded", scenes={name: cache.used for name, cache in caches.items()})
     log.keep(scenes={name: cache.used for name, cache in caches.items()})
     torch.manual_seed(options.seed)
@@ -383,13 +385,6 @@ def _run(
     trial.collect(wait=True)
     log.keep(seconds=round(log.seconds(), 1))
     log("finished")
-
-
-def fill_rest(
-    factory: SceneFactory, pipeline: LensPipeline, stores: dict[int, TextStore], options: Any, log: Log
-) -> Any:
-    """The rest of the scenes, as long as `--render-seconds` of the log's clock allow."""
-    return fill(factory, pipeline, stores, lambda: not factory.left or log.seconds() > options.render_seconds, log)
 
 
 def assemble(options: argparse.Namespace) -> None:
@@ -424,7 +419,7 @@ def main() -> None:
     add("--vae-lr", type=float, default=7e-4)
     add("--probe-seconds", type=float, default=70.0, help="0: do not measure modes")
     add("--prepare-seconds", type=float, default=80.0, help="of the run, until VAE and measurement must be done")
-    add("--render-seconds", type=float, default=100.0, help="of the run, until the last scenes are rendered")
+    add("--render-seconds", type=float, default=125.0, help="of the run, until the last scenes are encoded")
     add("--mode", default="auto", choices=["auto", *MODES])
     add("--tokens", type=int, default=61440, help="of a batch, text included")
     add("--lr", type=float, default=3e-3)
@@ -445,6 +440,7 @@ def main() -> None:
     add("--guidance", type=float, default=5.0)
     add("--resolution", type=int, default=128)
     options = parser.parse_args()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its attention under a mask is not needed; fewer things to go wrong
     if options.small:
         options.tokens = min(options.tokens, 2048)
     if options.probe:
