@@ -221,9 +221,13 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
         segments: Segments | None = None,
     ) -> Iterator[Tensor]:
         """The image stream after each of the first `depth` blocks."""
+        if rotation.device.type != "cpu":
+            # Compilers have no complex numbers. On a CPU torch's own complex product is faster than what they make.
+            rotation = torch.view_as_real(rotation)
         for n, block in enumerate(self.transformer_blocks[:depth]):
             # Nobody reads the text stream after the last block, so it ends there: exact, and a little cheaper.
-            arguments = (img, txt, time, rotation, mask, n + 1 < depth, segments)
+            # Without text there is one way through a block, so that it compiles once.
+            arguments = (img, txt, time, rotation, mask, txt is not None and n + 1 < depth, segments)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 img, txt = self._gradient_checkpointing_func(block, *arguments)
             else:

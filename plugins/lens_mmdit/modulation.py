@@ -6,6 +6,7 @@ take 2.73 GB. The values are those of the plain path, from one matrix product a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -32,6 +33,13 @@ class Modulation(nn.Linear):
         if self.table is None or time.dtype != torch.int64:
             return super().forward(time)
         return self.table[time]
+
+
+@functools.lru_cache(maxsize=1024)
+def row_numbers(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Rows of a table as int64 [B] on `device`. Kept, so that a step copies nothing there, and can be recorded."""
+    with torch.inference_mode(False):
+        return move(torch.tensor(rows), device)
 
 
 class PrecomputedModulation:
@@ -79,7 +87,7 @@ class PrecomputedModulation:
         times = flow.known(t)
         self._extend_tables(times)
         row_of = {time: row for row, time in enumerate(self._times)}
-        return move(torch.tensor([row_of[time] for time in times]), t.device)
+        return row_numbers(tuple(row_of[time] for time in times), t.device)
 
     @torch.no_grad()
     def _extend_tables(self, times: Iterable[float]) -> None:

@@ -79,11 +79,14 @@ class _NormAndRotate(torch.autograd.Function):
 
 
 class RotaryRMSNorm(RMSNorm):
-    """RMSNorm of x [B,S,H,E] over E, then rotation of its channel pairs by unit complex numbers [S,1,E/2]."""
+    """RMSNorm of x [B,S,H,E] over E, then rotation of its channel pairs by unit complex numbers [S,1,E/2], or by their
+    real and imaginary parts [S,1,E/2,2]."""
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:  # type: ignore[override]  # it needs positions
         if torch.compiler.is_compiling() and x.dtype != torch.float64:
             return norm_and_rotate(x, self.weight, rotation, self.eps)
+        if not rotation.is_complex():
+            rotation = torch.view_as_complex(rotation)
         out: Tensor = _NormAndRotate.apply(x, self.weight, rotation, self.eps)  # type: ignore[no-untyped-call]  # torch's
         return out
 
@@ -94,7 +97,7 @@ def norm_and_rotate(x: Tensor, weight: Tensor, rotation: Tensor, eps: float) -> 
     precise = x.float()
     normed = precise * (precise.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
     even, odd = normed.unflatten(-1, (-1, 2)).unbind(-1)
-    turn = torch.view_as_real(rotation)
+    turn = torch.view_as_real(rotation) if rotation.is_complex() else rotation
     cosine, sine = turn[..., 0], turn[..., 1]
     out = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
     return out.flatten(-2).to(x.dtype)

@@ -4,6 +4,11 @@ commands        the commands, which parse, call one function of the modules belo
 convert         `lens convert`: a checkpoint from one layout to another, or to another dtype, a piece at a time
 curves          `lens curves`: what runs have logged, drawn over their steps
 doctor          `lens doctor`: this machine, and what would fit on it
+gpu_check       `lens doctor --check`: stages in processes of their own, with time limits and results on disk
+gpu_latency     its second stage: seconds a picture, against the published arithmetic; gpu_training: its third
+gpu_report      its results as a page
+plain_port      the published transformer, plain and padded, on the weights of ours
+records         results on disk after every item; timing: rounds in turn, medians, kernels
 reference       what every component is and takes, read from the code
 reference_pages     the same as text and as Markdown
 reference_commands  `lens components`, `lens show`, `lens new-plugin`

@@ -134,6 +134,13 @@ def doctor(
     *,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
     table: Annotated[bool, Parameter(negative="")] = False,
+    check: Annotated[bool, Parameter(negative="")] = False,
+    minutes: float = 8.0,
+    output: Path = Path("gpu-check"),
+    stages: str = "correctness,latency,training",
+    device: str = "cuda",
+    small: Annotated[bool, Parameter(negative="")] = False,
+    tests: str = "",
 ) -> int:
     """What this machine has, what would be used, and which offload plan the published model would take.
 
@@ -143,7 +150,28 @@ def doctor(
         Print JSON.
     table
         Print the tables of docs/memory.md instead: the published model's memory by plan and by card.
+    check
+        Check instead that Lens is right and fast on this GPU, as docs/gpu.md describes. The options below are for this.
+    minutes
+        How long the check may take in all.
+    output
+        The folder for its results.
+    stages
+        Which stages, in this order: correctness, latency, training, embedded.
+    device
+        cuda, cuda:1 …, or cpu to rehearse.
+    small
+        Take sizes for a CPU, to rehearse.
+    tests
+        Of the stage correctness, only this file of tests/gpu, or what this pytest expression chooses.
     """
+    if check:
+        from lens_tools import gpu_check
+
+        names = tuple(name.strip() for name in stages.split(",") if name.strip())
+        summary = gpu_check.check(gpu_check.CheckRequest(output, minutes, names, device, small, tests))
+        print((output / "report.md").read_text(encoding="utf-8"))
+        return 0 if all(stage["state"] == "finished" for stage in summary["stages"].values()) else 1
     from lens_tools import doctor as practice
 
     catalog = Catalog.installed()

@@ -1,0 +1,402 @@
+"""The second stage of the GPU check: how long one picture takes at full size, with random weights made on the device.
+
+Three ways side by side in one process: `port` (the published arithmetic, eager, padded and masked), `lens`, and
+`compiled`; where there is CUDA also `graphed`, the compiled way recorded once and replayed. A way is only timed after
+its guided velocity agreed with float32 about as well as the port's does.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens_core import flow
+from lens_core.catalog import Catalog
+from lens_core.inference.guidance import guided_velocity
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import ComponentSpec, build
+from lens_core.training.memory_estimate import published
+from lens_core.types import LensError, TextFeatures
+from lens_tools import timing
+from lens_tools.plain_port import PlainPort, guided_batch
+from lens_tools.records import Records, free_memory, peak_gb, reset_peak
+
+GUIDANCE = 5.0
+TOKENS = 200  # of the prompt, as in the goals
+MODES = {"turbo": (4, 1.0), "base": (20, GUIDANCE)}
+"""Name -> (steps, guidance scale)."""
+SMALL_MODES = {"turbo": (2, 1.0), "base": (3, GUIDANCE)}
+MAX_DISTANCE = 0.1
+"""How far a bfloat16 velocity may be from float32, relative."""
+MAX_DISTANCE_32 = 1e-3
+"""How far float32 may be from the port's; TF32 would be about 3e-4, a wrong formula far more."""
+MAX_EXCESS = 1.25
+"""How many times farther from float32 a way may be than the port in bfloat16."""
+SMALL: dict[str, dict[str, Any]] = {
+    "backbone": {"num_layers": 2, "num_attention_heads": 2, "enc_hidden_dim": 32},
+    "vae": {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4},
+    "text_encoder": {
+        "vocab_size": 768, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "selected_layers": (0, 1, 2, 3),
+    },
+}  # fmt: skip
+"""Kind -> what is smaller on a CPU; together they fit each other."""
+
+Loop = Callable[[Tensor, int, float], Tensor]
+"""(noise, steps, guidance scale) -> latents."""
+
+
+class Subject:
+    """A backbone of the published size with random weights, prompts for it, and the ways to sample with it."""
+
+    def __init__(self, catalog: Catalog, device: torch.device, small: bool) -> None:
+        self.catalog, self.device, self.small = catalog, device, small
+        self.modes, self.repeats = (SMALL_MODES, 1) if small else (MODES, 5)
+        self.rng = torch.Generator(device).manual_seed(0)
+        self.net: Any = random_backbone(catalog, device, small, self.rng).to(torch.bfloat16).eval()
+        self.net.requires_grad_(False)
+        self.sampler = component(catalog, "sampler", small, {})[0]
+        takes: Any = self.net.takes  # of a class that is not known here
+        self.channels, layers, width = takes()
+        self.text = random_text(1, layers, 20 if small else TOKENS, width, device, self.rng)
+        self.compiled: Any = shared_copy(self.net)
+        # A CPU's compiler takes minutes; tracing, without its code, shows what can break just as well.
+        self.backend = "eager" if device.type == "cpu" else "inductor"
+        compile_blocks(self.compiled, self.backend)
+        self.port = PlainPort(self.net)
+        self.ways: dict[str, Loop] = {
+            "port": self.by_port, "lens": partial(self.by_pipeline, self.net),
+            "compiled": partial(self.by_pipeline, self.compiled),
+        }  # fmt: skip
+
+    def noise(self, size: tuple[int, int]) -> Tensor:
+        """Noise for one picture of `size` px."""
+        return torch.randn(1, self.channels, size[0] // 16, size[1] // 16, device=self.device, generator=self.rng)
+
+    @torch.no_grad()
+    def by_port(self, noise: Tensor, steps: int, scale: float) -> Tensor:
+        return self.euler(self.port_velocity(self.port, scale), noise, steps)
+
+    def port_velocity(self, port: PlainPort, scale: float) -> flow.Velocity:
+        """(x, t) -> v as the published pipeline has it: both branches in one padded batch."""
+        dtype = port.weights["img_in.weight"].dtype
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            if scale == 1.0:
+                return port(x.to(dtype), t, self.text).float()
+            uncond, cond = port(*guided_batch(x.to(dtype), t, self.text)).float().chunk(2)
+            return flow.guide(cond, uncond, scale)
+
+        return velocity
+
+    @torch.no_grad()
+    def euler(self, velocity: flow.Velocity, noise: Tensor, steps: int) -> Tensor:
+        *_, (_, x) = self.sampler.sample(velocity, noise, steps)
+        return x  # type: ignore[no-any-return]  # the sampler's class is not known here
+
+    @torch.no_grad()
+    def by_pipeline(self, net: Any, noise: Tensor, steps: int, scale: float) -> Tensor:
+        pipeline = LensPipeline(None, None, net, self.sampler)
+        pipeline.device = self.device
+        *_, (_, x) = pipeline.sample(self.text, noise, steps, scale)
+        return x
+
+    @torch.no_grad()
+    def by_loop(self, net: Any, noise: Tensor, steps: int, scale: float) -> Tensor:
+        """As `by_pipeline`, without its look at the result, which cannot be recorded."""
+        times = self.sampler.times((noise.shape[-2], noise.shape[-1]), steps)[:-1]
+        with net.precomputed(times):
+            return self.euler(guided_velocity(net, self.text, None, scale), noise, steps)
+
+
+def measure(records: Records, device: torch.device, small: bool) -> None:
+    """Run the stage; every item is in `records` as soon as it is known."""
+    catalog = Catalog.installed()
+    records.facts |= {"dtype": "bfloat16", "text_tokens": 20 if small else TOKENS, "weights": "random", "small": small}
+    sizes = ((64, 64), (32, 48)) if small else ((1024, 1024), (512, 512))
+    subjects: list[Subject] = []
+
+    def make(found: dict[str, Any]) -> None:
+        subjects.append(Subject(catalog, device, small))
+        found["parameters"] = sum(p.numel() for p in subjects[0].net.parameters())
+        found["memory_gb"] = peak_gb(device)
+
+    records.run("ceilings", lambda found: found.update(ceilings(device, small)))
+    if not records.run("build", make):
+        return
+    subject = subjects[0]
+    for size in sizes:
+        compare(records, subject, size)
+    for size in reversed(sizes) if device.type == "cuda" else ():
+        for mode in subject.modes:
+            name = f"graphed {mode} {size[0]}x{size[1]}"
+            records.run(name, partial(graphed, subject, size, mode, records.left), need=8)
+    records.run("kernels", lambda found: step_kernels(found, subject, sizes[0]), need=3)
+    records.run("vae", lambda found: vae_decode(found, subject, sizes, False), need=3)
+    pipeline_items(records, subject, sizes)
+    records.run("vae, compiled", lambda found: vae_decode(found, subject, sizes, True), need=40 * (not small))
+
+
+def compare(records: Records, subject: Subject, size: tuple[int, int]) -> None:
+    """Check and time the three ways at one size."""
+    where = f"{size[0]}x{size[1]}"
+    sound: dict[str, Loop] = {}
+    if not records.run(f"agreement {where}", lambda found: sound.update(agreement(found, subject, size)), need=5):
+        return
+    noise = subject.noise(size)
+
+    def race(mode: str, found: dict[str, Any]) -> None:
+        steps, scale = subject.modes[mode]
+        reset_peak(subject.device)
+        runs = {name: partial(loop, noise, steps, scale) for name, loop in sound.items()}
+        warm_up = 1 if mode == "turbo" else 0  # what the long one runs was run by the check and by the short one
+        rounds = timing.in_turn(runs, subject.device, subject.repeats, warm_up, records.left)
+        found |= {"steps": steps, "guidance_scale": scale, "memory_gb": peak_gb(subject.device)}
+        tell(found, rounds)
+
+    for mode in subject.modes:
+        records.run(f"{mode} {where}", partial(race, mode), need=5)
+
+
+def tell(found: dict[str, Any], rounds: Mapping[str, list[float]]) -> None:
+    """Put the figures of each way, and their ratios to the port, into `found`."""
+    found["ways"] = {name: timing.figures(values) for name, values in rounds.items()}
+    for base in ("port", "lens"):
+        others = [name for name in rounds if base in rounds and name not in ("port", base)]
+        found |= {f"{base} / {name}": timing.ratio(rounds[base], rounds[name]) for name in others}
+
+
+@torch.no_grad()
+def agreement(found: dict[str, Any], subject: Subject, size: tuple[int, int]) -> dict[str, Loop]:
+    """Compare one guided velocity of each way with the port's in float32 -> the ways that agree."""
+    x = subject.noise(size)
+    t = flow.at(0.7, x)
+    wide = copy.deepcopy(subject.net).float()
+    want = subject.port_velocity(PlainPort(wide), GUIDANCE)(x, t)
+    found["lens, float32"] = timing.distance(guided_velocity(wide, subject.text, None, GUIDANCE)(x, t), want)
+    del wide
+    free_memory()
+    far: dict[str, float] = {"port": timing.distance(subject.port_velocity(subject.port, GUIDANCE)(x, t), want)}
+    for name, net in (("lens", subject.net), ("compiled", subject.compiled)):
+        try:
+            with net.precomputed(torch.tensor([0.7])):
+                got = guided_velocity(net, subject.text, None, GUIDANCE)(x, t)
+            far[name] = timing.distance(got, want)
+        except Exception as error:  # no compiler here: the other ways can still be timed
+            found[f"{name}, error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    found |= {f"{name}, bfloat16": value for name, value in far.items()}
+    most = min(MAX_DISTANCE, MAX_EXCESS * far["port"])
+    found["largest allowed"] = most
+    sound = [name for name, value in far.items() if value <= most or (name == "port" and value <= MAX_DISTANCE)]
+    found["void"] = [name for name in far if name not in sound]
+    if not found["lens, float32"] <= MAX_DISTANCE_32:
+        raise LensError(f"in float32 Lens is {found['lens, float32']:.2g} from the port: nothing is timed")
+    return {name: subject.ways[name] for name in sound}
+
+
+@torch.no_grad()
+def graphed(
+    subject: Subject, size: tuple[int, int], mode: str, left: Callable[[], float], found: dict[str, Any]
+) -> None:
+    """The whole loop as one CUDA graph: no host work is left in it."""
+    run = partial(subject.by_loop, subject.compiled, subject.noise(size), *subject.modes[mode])
+    want = run()
+    graph, out = record_graph(run)
+    graph.replay()
+    found["distance"] = timing.distance(out, want)
+    if not found["distance"] <= 1e-2:
+        raise LensError(f"the replay is {found['distance']:.2g} from the plain run")
+    rounds = timing.in_turn({"compiled": run, "graphed": graph.replay}, subject.device, subject.repeats, 1, left)
+    tell(found, rounds)
+    found["compiled / graphed"] = timing.ratio(rounds["compiled"], rounds["graphed"])
+
+
+def record_graph(run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+    """A CUDA graph of `run`, and its output, which every replay overwrites."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    return graph, out
+
+
+@torch.no_grad()
+def step_kernels(found: dict[str, Any], subject: Subject, size: tuple[int, int]) -> None:
+    """The kernels of one guided step, by way."""
+    x = subject.noise(size)
+    t = flow.at(0.7, x)
+    velocities: dict[str, flow.Velocity] = {"port": subject.port_velocity(subject.port, GUIDANCE)}
+    for name, net in (("lens", subject.net), ("compiled", subject.compiled)):
+        velocities[name] = guided_velocity(net, subject.text, None, GUIDANCE)
+    with subject.net.precomputed(torch.tensor([0.7])), subject.compiled.precomputed(torch.tensor([0.7])):
+        for name, velocity in velocities.items():
+            found[name] = timing.kernels(partial(velocity, x, t), subject.device)
+
+
+@torch.no_grad()
+def vae_decode(found: dict[str, Any], subject: Subject, sizes: tuple[tuple[int, int], ...], compiled: bool) -> None:
+    """Decoding in bfloat16, and how far it is from float32, at random weights."""
+    with subject.device:
+        wide = component(subject.catalog, "vae", subject.small, SMALL["vae"])[0].eval()
+    half = copy.deepcopy(wide).to(torch.bfloat16)
+    if compiled:
+        half.net.decoder.compile(backend=subject.backend, dynamic=False)
+    for size in sizes:
+        z = torch.randn(1, half.channels, size[0] // 16, size[1] // 16, device=subject.device, generator=subject.rng)
+        pixels, want = half.decode(z), wide.decode(z)
+        rounds = timing.in_turn({"decode": partial(half.decode, z)}, subject.device, subject.repeats, 1)
+        about = timing.figures(rounds["decode"]) | {"distance": timing.distance(pixels, want)}
+        found[f"{size[0]}x{size[1]}"] = about
+
+
+def pipeline_items(records: Records, subject: Subject, sizes: tuple[tuple[int, int], ...]) -> None:
+    """The text encoder alone, by how its experts are computed, and whole pictures from prompt to pixels."""
+    # Each prompt is another: the pipeline keeps the features of those it has seen.
+    rest = "and a blue square left of a small green star " * (1 if subject.small else 14)
+    prompts = (f"a picture of {n} red circles {rest}" for n in range(10**6))
+    pipelines: list[LensPipeline] = []
+
+    def make(found: dict[str, Any]) -> None:
+        encoder = random_encoder(subject)
+        found["tokens"] = encoder.encode([next(prompts)]).mask.shape[1]
+        found["memory_gb"] = peak_gb(subject.device)
+        found |= expert_ways(encoder, prompts, subject)
+        vae = component(subject.catalog, "vae", subject.small, SMALL["vae"])[0].to(subject.device, torch.bfloat16)
+        pipelines.append(LensPipeline(vae.eval(), encoder, subject.compiled, subject.sampler))
+        pipelines[0].device = subject.device
+
+    def draw(size: tuple[int, int], steps: int, scale: float) -> None:
+        options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale, "seed": 0}
+        pipelines[0](next(prompts), height=size[0], width=size[1], output_type="pt", **options)
+
+    def race(size: tuple[int, int], steps: int, scale: float, found: dict[str, Any]) -> None:
+        runs = {"compiled": partial(draw, size, steps, scale)}
+        tell(found, timing.in_turn(runs, subject.device, subject.repeats, 1, records.left))
+
+    if not records.run("text encoder", make, need=15):
+        return
+    for size in sizes:
+        for steps, scale in subject.modes.values():
+            name = f"prompt to pixels {size[0]}x{size[1]}, {steps} steps"
+            records.run(name, partial(race, size, steps, scale), need=4)
+
+
+def expert_ways(encoder: Any, prompts: Iterator[str], subject: Subject) -> dict[str, Any]:
+    """Seconds of encoding one prompt with each of transformers' ways to compute experts that runs here."""
+    found: dict[str, Any] = {}
+    prompt = next(prompts)
+    first: Tensor | None = None
+    for way in ("eager", "grouped_mm"):
+        try:
+            encoder.model.set_experts_implementation(way)
+            features = encoder.encode([prompt]).features
+            first = features if first is None else first
+            rounds = timing.in_turn({way: lambda: encoder.encode([next(prompts)])}, subject.device, subject.repeats)
+            found[way] = timing.figures(rounds[way]) | {"distance": timing.distance(features, first)}
+        except Exception as error:  # a way that this version or this device lacks
+            found[way] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    return found
+
+
+def ceilings(device: torch.device, small: bool) -> dict[str, float]:
+    """bfloat16 FLOP/s of a large matrix product, and bytes/s of a copy, read and written; medians of 5."""
+    side, count = (64, 1 << 12) if small else (8192, 1 << 30)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(count, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+
+    def median(run: timing.Run) -> float:
+        for _ in range(3):
+            run()
+        return sorted(timing.seconds(run, device) for _ in range(5))[2]
+
+    return {
+        "matmul_flops_per_s": 2 * side**3 / median(lambda: a @ b),
+        "copy_bytes_per_s": 2 * source.numel() * 2 / median(lambda: target.copy_(source)),
+    }
+
+
+# ---- what is measured ---------------------------------------------------------------------------------------
+
+
+def component(catalog: Catalog, kind: str, small: bool, less: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(the published component of a kind, new; its config), with `less` of it where `small`."""
+    spec = published(catalog)["components"][kind]
+    options = {**spec.get("config", {}), **(less if small else {})}
+    _, cls, config = build(catalog, kind, ComponentSpec(spec["use"], options), f"the published {kind}")
+    return cls(config), config
+
+
+def random_backbone(
+    catalog: Catalog, device: torch.device, small: bool, rng: torch.Generator, **less: Any
+) -> nn.Module:
+    """A backbone with random weights, float32: a new one predicts 0, and zeros are multiplied faster than numbers."""
+    with device:
+        net, _ = component(catalog, "backbone", small or bool(less), SMALL["backbone"] | less if small else less)
+    randomise(net, rng)
+    return net  # type: ignore[no-any-return]  # its class is not known here
+
+
+@torch.no_grad()
+def randomise(net: nn.Module, rng: torch.Generator) -> None:
+    """Weights of variance 1 / inputs, norms about 1, biases small; drawn on the device of the generator."""
+    for name, p in net.named_parameters():
+        if p.ndim > 1:
+            p.normal_(0, 1 / math.sqrt(p[0].numel()), generator=rng)
+        elif name.endswith("bias"):
+            p.normal_(0, 0.02, generator=rng)
+        else:
+            p.normal_(1, 0.1, generator=rng)
+
+
+def random_text(
+    batch: int, layers: int, tokens: int, width: int, device: torch.device, rng: torch.Generator
+) -> TextFeatures:
+    """Text without padding, whose mask the host knows."""
+    features = torch.randn(batch, layers, tokens, width, device=device, generator=rng).to(torch.bfloat16)
+    host = torch.ones(batch, tokens, dtype=torch.bool)
+    return TextFeatures(features, host.to(device), host)
+
+
+def random_encoder(subject: Subject) -> Any:
+    """The published text encoder with random weights in bfloat16, and the embedded checkpoint's tokenizer."""
+    with subject.device, default_dtype(torch.bfloat16):
+        encoder, _ = component(subject.catalog, "text_encoder", subject.small, SMALL["text_encoder"])
+    encoder.lm_head = None
+    encoder.tokenizer = LensPipeline.from_pretrained(
+        "tiny:", catalog=subject.catalog, device="cpu"
+    ).text_encoder.tokenizer
+    return encoder.eval().requires_grad_(False).to(subject.device, torch.bfloat16)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def shared_copy(net: nn.Module) -> nn.Module:
+    """A copy with the same weights in memory."""
+    return copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
+
+
+def compile_blocks(net: Any, backend: str = "inductor") -> None:
+    """Compile the block of `net` once for all; a size of its own is compiled for each shape."""
+    torch._dynamo.config.recompile_limit = 64  # three graphs a size: beyond the limit blocks would silently run eager
+    getattr(net, "compile_repeated_blocks", net.compile)(dynamic=False, backend=backend)
