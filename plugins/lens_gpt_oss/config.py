@@ -24,6 +24,8 @@ YARN: dict[str, Any] = {
     "truncate": False,
 }
 """GPT-OSS's positions. Not configurable: published config files that leave the rope block out mean this one."""
+FIXED_IN_CODE = {"swiglu_limit": 7.0}
+"""What older versions of transformers have in the code of the model, and not in its config."""
 OURS = ("selected_layers", "date", "max_length", "experts")  # Config fields that are not the language model's
 
 
@@ -103,7 +105,7 @@ def read_config(path: Path, config: GptOssEncoderConfig) -> GptOssEncoderConfig:
         raise CheckpointError(f"{path}: its rope block is {shown(block, 60)}, which is no object; fetch it again")
     rope |= block
     fixed = {"model_type", "layer_types", "hidden_act", "attention_bias", "rms_norm_eps", "swiglu_limit"}
-    differ = {k for k in fixed if k in disk and disk[k] != getattr(plain, k)}
+    differ = {k for k in fixed if k in disk and disk[k] != getattr(plain, k, FIXED_IN_CODE.get(k))}
     differ |= {k for k in YARN if k in rope and rope[k] != YARN[k]}
     if differ:
         raise CheckpointError(f"{path}: {', '.join(sorted(differ))} differ from GPT-OSS's; use another encoder")
