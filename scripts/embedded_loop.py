@@ -83,7 +83,8 @@ class Step:
         self.method, self.net, self.graphed = method, net, mode.endswith("graph")
         self.device = next(net.parameters()).device
         net.requires_grad_(True).train()
-        if mode.startswith("compile"):
+        self.compiled = mode.startswith("compile")
+        if self.compiled:
             for block in net.transformer_blocks:  # type: ignore[union-attr]  # a module list
                 block.compile(dynamic=True)
         self.parameters = list(net.parameters())
@@ -102,15 +103,32 @@ class Step:
         """Learn from a batch of the group `name`, whose batches all have one shape."""
         self.losses.setdefault(name, torch.zeros(2, device=self.device))
         if not self.graphed:
-            self._run(name, z, _text(features, mask))
+            try:
+                self._run(name, z, _text(features, mask))
+            except RuntimeError as error:
+                if not self.compiled:
+                    raise
+                print(f"{name}: {type(error).__name__}: {str(error)[:300]}; goes on uncompiled", flush=True)
+                self.plain()
             return
         if name not in self._graphs:
-            self._graphs[name] = self._record(name, z, features, mask)
+            try:
+                self._graphs[name] = self._record(name, z, features, mask)
+            except RuntimeError as error:  # no graph, or nothing compiled, is slower and no reason to stop
+                print(f"{name}: {type(error).__name__}: {str(error)[:300]}; goes on without graphs", flush=True)
+                self.plain()
             return
         graph, held = self._graphs[name]
         for to, value in zip(held, (z, features, mask), strict=True):
             to.copy_(value)
         graph.replay()
+
+    def plain(self) -> None:
+        """From now on, no graphs and nothing compiled."""
+        self.graphed = self.compiled = False
+        self._graphs.clear()
+        for block in self.net.transformer_blocks:  # type: ignore[union-attr]  # a module list
+            block._compiled_call_impl = None
 
     def _record(self, name: str, z: Tensor, features: Tensor, mask: Tensor) -> Any:
         """Three real steps, so that every kernel is chosen and every state exists, then the recording of one."""
