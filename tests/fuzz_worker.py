@@ -452,13 +452,13 @@ class Targets:
             json.dumps(dict(result.usage), allow_nan=False)
 
     def ledger(self, rng: random.Random) -> None:
-        from lens_remote.ledger import FILE, Budget, Ledger, read_lines, table
+        from lens_remote.ledger import FILE, Ledger, Limits, read_lines, table
 
         place = self.folder / "case" / "ledger"
         shutil.rmtree(place, ignore_errors=True)
         book = Ledger(place)
         for key in ("a", "b"):
-            line, _ = book.begin(key, "m", "a cat", 0.04, 60.0, Budget(), False)
+            line, _ = book.begin(key, "m", "a cat", 0.04, 60.0, Limits(), False)
             book.settle(line, "drawn", pictures=1, seconds=1.0, place="pictures/x.png", facts={"usage": {"x": 1}})
         book.close()
         self.write(f"ledger/{FILE}", mutate_bytes(rng, (place / FILE).read_bytes()))

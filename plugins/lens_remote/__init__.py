@@ -6,7 +6,8 @@ ark_images     generator `ark_images`: Seedream
 config         the options that all three share
 protocol       what a protocol says for itself: its request, its answers, its error codes
 answers        what an HTTP answer is: pictures, or one of four kinds of failure
-generator      requests at a time, retries, the rate, and when to stop
+generator      describe, estimate, and generate: so many requests at a time
+drawing        one picture from request to outcome: retries, the rate, and when to stop
 ledger         what was sent, what it cost and what came back, on disk: no picture is paid for twice
 pictures       a picture in an answer, or at the address that it names
 commands       `lens ledger`

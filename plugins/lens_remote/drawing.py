@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,8 +18,7 @@ from lens_core.types import LensError, PictureOutcome, PictureRequest
 from lens_remote import pictures
 from lens_remote.answers import Drawn, Failure, lost
 from lens_remote.config import RemoteConfig
-from lens_remote.gate import Gate
-from lens_remote.ledger import Budget, Ledger, Line
+from lens_remote.ledger import Ledger, Limits, Line, TooSoon
 from lens_remote.protocol import Call, ImageProtocol, understand
 
 LOG = logging.getLogger(__name__)
@@ -34,14 +34,17 @@ class Drawing:
     `reason` says why. `sleep` replaces the waits, for tests."""
 
     def __init__(
-        self, protocol: ImageProtocol, config: RemoteConfig, ledger: Ledger, gate: Gate, key: str, base_url: str,
+        self, protocol: ImageProtocol, config: RemoteConfig, ledger: Ledger, key: str, base_url: str,
         sleep: Callable[[float], object] | None = None,
     ) -> None:  # fmt: skip
         self.protocol, self.config, self.ledger = protocol, config, ledger
         self.stopped = threading.Event()
         self.reason: str | None = None
-        self._gate, self._key, self._base_url = gate, key, base_url
+        spacing = 60 / config.pictures_per_minute if config.pictures_per_minute else 0.0
+        self._limits = Limits(config.budget_dollars, config.budget_pictures, spacing)
+        self._key, self._base_url = key, base_url
         self._sleep = sleep or self.stopped.wait
+        self._held_until = -math.inf  # by the ledger's clock: an API has asked to wait
         self._failures = 0  # in a row
         self._lock = threading.Lock()
 
@@ -68,13 +71,10 @@ class Drawing:
             return self._known(request, line)
         failure, seconds = Failure("retry", "not_sent", "nothing was sent"), 0.0
         for attempt in range(c.retries + 1):
-            if not self._enter():
+            begun_line = self._begin(key, request, again=c.resend_lost or attempt > 0)
+            if begun_line is None:
                 return None
-            budget = Budget(c.budget_dollars, c.budget_pictures)
-            again = c.resend_lost or attempt > 0
-            line, is_new = self.ledger.begin(
-                key, c.model, request.prompt, c.dollars_per_picture, c.timeout, budget, again
-            )
+            line, is_new = begun_line
             if not is_new:
                 return self._known(request, line)
             begun = time.monotonic()
@@ -86,7 +86,8 @@ class Drawing:
             failure = taken
             if not self._is_worth_another(failure) or attempt == c.retries:
                 break
-            self._gate.hold(failure.wait)
+            with self._lock:
+                self._held_until = max(self._held_until, self.ledger.now() + failure.wait)
             self._sleep(failure.wait + backoff_seconds(attempt, key))
         return self._unsuccessful(request, failure, seconds)
 
@@ -95,14 +96,20 @@ class Drawing:
         parts = [self._base_url, call.path, call.body, request.seed, request.prompt_id, request.index]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _enter(self) -> bool:
-        """Wait until a request may begin; False where none may any more."""
+    def _begin(self, key: str, request: PictureRequest, again: bool) -> tuple[Line, bool] | None:
+        """`Ledger.begin` as soon as a request may begin; None where none may any more."""
+        c = self.config
         while not self.stopped.is_set():
-            wait = self._gate.enter()
-            if not wait:
-                return True
+            wait = self._held_until - self.ledger.now()
+            if wait <= 0:
+                try:
+                    return self.ledger.begin(
+                        key, c.model, request.prompt, c.dollars_per_picture, c.timeout, self._limits, again
+                    )
+                except TooSoon as soon:
+                    wait = soon.seconds
             self._sleep(wait)
-        return False
+        return None
 
     def _is_worth_another(self, failure: Failure) -> bool:
         """Whether to send a request again. What was drawn and cannot be fetched waits for the next run."""
@@ -235,7 +242,7 @@ class Drawing:
         if line.state == "refused":
             return PictureOutcome(request, "refused", reason=line.reason, seconds=line.seconds)
         if line.state == "sent":
-            left = line.deadline - time.time()
+            left = line.deadline - self.ledger.now()
             reason = (
                 f"under_way: it was sent before, and may be answered yet; try again in {left:.0f} s" if left > 0 else
                 f"no_answer: it was sent before and never answered, and may have been billed; {RESEND}"

@@ -20,7 +20,6 @@ from lens_core.types import (
 from lens_remote.answers import Codes, Drawn, Failure
 from lens_remote.config import RemoteConfig
 from lens_remote.drawing import Drawing
-from lens_remote.gate import Gate
 from lens_remote.ledger import Ledger
 from lens_remote.protocol import Call
 
@@ -41,14 +40,13 @@ class RemoteGenerator:
         self,
         config: Any,
         sleep: Callable[[float], object] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.config: RemoteConfig = config
         self.batch_size = 16 * config.concurrency  # a call's last requests leave few of its threads idle
         self._folder = Path(config.ledger).expanduser() if config.ledger else None
         self._ledger: Ledger | None = None
-        self._gate = Gate(config.pictures_per_minute, clock)
-        self._sleep = sleep
+        self._sleep, self._clock = sleep, clock
 
     # ---- what a protocol says for itself ------------------------------------------------------------------------
 
@@ -99,8 +97,8 @@ class RemoteGenerator:
         if self._ledger is None:
             if self._folder is None:
                 raise LensError(f"{self.config.model}: set ledger, the folder that keeps account of what is paid for")
-            self._ledger = Ledger(self._folder)
-        drawing = Drawing(self, self.config, self._ledger, self._gate, self._key(), self._url(), self._sleep)
+            self._ledger = Ledger(self._folder, self._clock)
+        drawing = Drawing(self, self.config, self._ledger, self._key(), self._url(), self._sleep)
         waiting = iter(requests)
         running: set[Future[PictureOutcome | None]] = set()
         with ThreadPoolExecutor(self.config.concurrency) as pool:

@@ -15,7 +15,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,14 @@ class BudgetReached(LensError):
     """The next request could cross a ceiling, so it was not sent."""
 
 
+class TooSoon(Exception):
+    """By the rate of requests, the next may begin in so many `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"wait {seconds:.1f} s")
+        self.seconds = seconds
+
+
 @frozen
 class Line:
     """One request. `microdollars` and `pictures` are what it counts for in the budget; `place` is the picture's file
@@ -82,11 +90,12 @@ class Line:
 
 
 @frozen
-class Budget:
-    """Ceilings on what a ledger may count; None is none."""
+class Limits:
+    """Ceilings on what a ledger may count, None is none; and the seconds between the beginnings of two requests."""
 
     dollars: float | None = None
     pictures: int | None = None
+    spacing: float = 0.0
 
 
 class Ledger:
@@ -95,8 +104,9 @@ class Ledger:
     Raises LedgerError where the file is damaged, is no ledger, or is one of a later version.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self.folder = folder
+        self.now = clock
         self.path = folder / FILE
         self._lock = threading.Lock()
         with self._errors():
@@ -159,14 +169,14 @@ class Ledger:
             return _deciding(run, key)
 
     def begin(
-        self, key: str, model: str, prompt: str, price: float, timeout: float, budget: Budget, again: bool
+        self, key: str, model: str, prompt: str, price: float, timeout: float, limits: Limits, again: bool
     ) -> tuple[Line, bool]:
         """Write that a request is about to be sent: (its line, True), or (the line that stands against it, False).
 
         Lost requests do not stand against it where `again` is true; one that may still be under way does. Raises
-        BudgetReached.
+        BudgetReached and TooSoon; both count what other processes have sent.
         """
-        now = time.time()
+        now = self.now()
         with self._transaction() as run:
             before = _deciding(run, key)
             if before is not None and not (again and _is_over(before, now)):
@@ -176,7 +186,10 @@ class Ledger:
             micro = round(price * MICRO)
             sums = "SELECT COALESCE(SUM(microdollars), 0), COALESCE(SUM(pictures), 0) FROM requests"
             dollars, pictures = run(sums).fetchone()
-            self._check_budget(budget, dollars, pictures, micro)
+            self._check_budget(limits, dollars, pictures, micro)
+            last = run("SELECT MAX(sent_at) FROM requests WHERE sent_at <= ?", (now,)).fetchone()[0]
+            if last is not None and now < last + limits.spacing:
+                raise TooSoon(last + limits.spacing - now)
             run(
                 "INSERT INTO requests (key, model, prompt, sent_at, deadline, state, microdollars, pictures) "
                 "VALUES (?, ?, ?, ?, ?, 'sent', ?, 1)",
@@ -185,14 +198,14 @@ class Ledger:
             row = run("SELECT * FROM requests WHERE id = last_insert_rowid()").fetchone()
         return _line(row), True
 
-    def _check_budget(self, budget: Budget, micro: int, pictures: int, next_micro: int) -> None:
-        if budget.pictures is not None and pictures + 1 > budget.pictures:
+    def _check_budget(self, limits: Limits, micro: int, pictures: int, next_micro: int) -> None:
+        if limits.pictures is not None and pictures + 1 > limits.pictures:
             raise BudgetReached(
-                f"budget_pictures ({budget.pictures}) is reached: {self.path} counts {pictures}; raise it to go on"
+                f"budget_pictures ({limits.pictures}) is reached: {self.path} counts {pictures}; raise it to go on"
             )
-        if budget.dollars is not None and micro + next_micro > round(budget.dollars * MICRO):
+        if limits.dollars is not None and micro + next_micro > round(limits.dollars * MICRO):
             raise BudgetReached(
-                f"budget_dollars (${budget.dollars:.2f}) is reached: {self.path} counts ${micro / MICRO:.2f}, and the "
+                f"budget_dollars (${limits.dollars:.2f}) is reached: {self.path} counts ${micro / MICRO:.2f}, and the "
                 f"next picture costs ${next_micro / MICRO:.3f}; raise it to go on"
             )
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,20 @@ def test_requests_begin_evenly_spaced_retries_included(api: ImageAPI, tmp_path: 
     assert 6 + 30 + 0.5 + 12 <= clock.now() <= 6 + 30 + 1 + 12
 
 
+def test_several_runs_at_once_share_a_rate(api: ImageAPI, tmp_path: Path) -> None:
+    clock = Clock()
+    api.otherwise = OPENAI.ok()
+    shares = [requests(6)[:3], requests(6)[3:]]
+    runs = [generator(OPENAI, api, tmp_path, clock, concurrency=2, pictures_per_minute=10.0) for _ in shares]
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(runs, shares, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sent = sorted(line.sent_at for line in read_lines(tmp_path))
+    assert len(sent) == 6 and all(b - a > 5.999 for a, b in pairwise(sent))
+
+
 def test_backoff_grows_and_stays_below_a_minute(api: ImageAPI, tmp_path: Path) -> None:
     clock = Clock()
     api.otherwise = OPENAI.fails(503)
@@ -593,7 +608,7 @@ def test_a_run_that_is_killed_never_pays_for_a_picture_twice(
         return
     assert outcome.status == "failed" and outcome.reason.startswith("under_way: ")
     with sqlite3.connect(tmp_path / ledger.FILE) as connection:
-        connection.execute("UPDATE requests SET deadline = 0")
+        connection.execute("UPDATE requests SET deadline = -1")
     connection.close()
     (outcome,), _ = run(generator(ARK, api, tmp_path))
     assert outcome.reason.startswith("no_answer: ") and "may have been billed" in outcome.reason
@@ -638,7 +653,7 @@ def test_a_benchmark_run_takes_up_what_was_paid_for(api: ImageAPI, tmp_path: Pat
 
 def test_a_ledger_is_exact_about_money(tmp_path: Path) -> None:
     book = Ledger(tmp_path)
-    budget = ledger.Budget(dollars=0.3)
+    budget = ledger.Limits(dollars=0.3)
     for i in range(3):  # 0.1 + 0.1 + 0.1 is above 0.3 in floats
         book.begin(str(i), "m", "p", 0.1, 1.0, budget, False)
     with pytest.raises(BudgetReached, match=r"\$0\.30"):
