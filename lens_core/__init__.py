@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         PluginError,
         Prompt,
         Record,
+        Refinement,
         Score,
         TextFeatures,
     )
@@ -50,6 +51,7 @@ _MODULES = {
     "LensPipeline": "inference.pipeline",
     "Loss": "types",
     "Message": "types",
+    "Refinement": "types",
     "PluginError": "types",
     "Prompt": "types",
     "Recipe": "recipe",
@@ -79,6 +81,7 @@ __all__ = [
     "Prompt",
     "Recipe",
     "Record",
+    "Refinement",
     "Result",
     "Score",
     "TextFeatures",

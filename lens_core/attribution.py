@@ -181,6 +181,8 @@ def checked_batch(component: Any, batch: Any) -> Batch:
             fail(value, must)
     if len(batch.keys) not in (0, count):
         fail(batch.keys, f"{len(batch.keys)} keys are for {count} captions; give as many, or none")
+    if len(batch.chats) not in (0, count):
+        fail(batch.chats, f"{len(batch.chats)} chats are for {count} captions; give as many, or none")
     if batch.text is not None and not (isinstance(batch.text, TextFeatures) and len(batch.text) == count):
         fail(batch.text, f"text must be a TextFeatures of {count} captions")
     return batch

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkab
 
 from lens_core.types import (
     Batch,
+    Completion,
     Loss,
     Message,
     PictureOutcome,
     PictureRequest,
     Prompt,
     Record,
+    Refinement,
     Score,
     SystemInfo,
     TextFeatures,
@@ -86,6 +88,16 @@ class TextEncoder(HasWeights, Protocol):
     width: int
 
     def encode(self, prompts: Sequence[str]) -> TextFeatures: ...
+
+    # Optional: excess_tokens(prompt) -> int, how many of its tokens do not fit and are cut.
+
+
+@runtime_checkable
+class ChatModel(Protocol):
+    """A text encoder that is a language model, and can write, may have this."""
+
+    def complete(self, chats: Sequence[Sequence[Message]], max_new_tokens: int) -> list[Completion]:
+        """What the model says next in each conversation, the likeliest token at each place, with little reasoning."""
 
 
 @runtime_checkable
@@ -160,7 +172,12 @@ class Reward(Protocol):
 
 @runtime_checkable
 class Reasoner(Protocol):
-    def refine(self, prompts: Sequence[str]) -> list[str]: ...
+    """Rewrites requests as detailed prompts. `provenance() -> Mapping[str, str]`, optional, is what a picture must
+    record of it: its model, say. `attach(pipeline)`, optional, is called once, by the pipeline that it belongs to."""
+
+    def refine(self, prompts: Sequence[str]) -> Sequence[str | Refinement]:
+        """One for each request, in their order; a Refinement where an answer is of no use, with the request and the
+        reason. Raises LensError where a request must not be drawn, or nobody answers."""
 
 
 @runtime_checkable

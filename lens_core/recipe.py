@@ -43,6 +43,7 @@ class PipelineSpec:
     text_encoder: ComponentSpec | None = None
     backbone: ComponentSpec | None = None
     sampler: ComponentSpec | None = None
+    reasoner: ComponentSpec | None = None  # rewrites the prompts of evaluations; no checkpoint holds it
     # Presets that the checkpoint will carry; None: those of `start`.
     guidance_scale: float | None = field(default=None, validator=optional(GUIDANCE))
     steps: int | None = field(default=None, validator=optional(STEPS))
@@ -229,7 +230,7 @@ def _named(data: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
     components = [(k, data[k], f"$.{k}") for k in ("method", "dataset") if k in data]
     components += [
         (k, inner[k], f"$.pipeline.{k}")
-        for k in ("vae", "text_encoder", "backbone", "sampler")
+        for k in ("vae", "text_encoder", "backbone", "sampler", "reasoner")
         if inner.get(k) is not None
     ]
     benchmarks = evaluation.get("benchmarks")

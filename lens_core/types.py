@@ -98,6 +98,29 @@ class Message:
 
 
 @frozen
+class Completion:
+    """What a language model wrote after a conversation, in the order in which it wrote it.
+
+    `pieces` are (is a control token, its name or text): a token that opens a turn or a channel differs from text that
+    spells it. `finished`: the model ended its turn, and was not stopped at a limit. `tokens` counts what it wrote.
+    """
+
+    pieces: tuple[tuple[bool, str], ...]
+    finished: bool
+    tokens: int
+
+
+@frozen
+class Refinement:
+    """What a reasoner made of a request: `text` is drawn. Where that is the request as it was `asked`, and the
+    reasoner's answer was not used, `reason` says why."""
+
+    asked: str
+    text: str
+    reason: str = ""
+
+
+@frozen
 class Score:
     """A reward's verdict on one picture. A failure is never a zero: `value` is None unless `status` is "ok"."""
 
@@ -245,6 +268,8 @@ class Batch:
     `keys` name the samples for caches: equal keys mean equal images. An empty tuple forbids caching. A dataset that
     has them encoded gives `latents` [B,C,h,w] and `text` instead, and methods encode nothing. In a packed batch, of
     mixed sizes, `images` or `latents` is a tuple with one [3,H,W] or [C,h,w] for each sample.
+    `chats`, where a dataset has them, are conversations; a language model learns the last turn of each, which is the
+    caption.
     """
 
     images: Tensor | tuple[Tensor, ...] | None
@@ -253,6 +278,7 @@ class Batch:
     latents: Tensor | tuple[Tensor, ...] | None = None
     text: TextFeatures | None = None
     weight: float = 1.0  # of its mean loss, where ranks have unequal numbers of samples: this number over the mean one
+    chats: tuple[tuple[Message, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)

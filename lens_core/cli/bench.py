@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from lens_core.cli.options import check_steps, parse_loras, parse_size, progress
+from lens_core.cli.options import check_steps, parse_loras, parse_reasoner, parse_size, progress
 from lens_core.types import ConfigError
 
 
@@ -28,6 +28,7 @@ def bench(
     batch_size: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    reasoner: str | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Measure a model or another generator: writes images/, perceptions.jsonl, table.md, result.json and sheet.png.
@@ -70,11 +71,14 @@ def bench(
         auto, cpu, cuda, cuda:1 …
     dtype
         auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
+    reasoner
+        Rewrites prompts before they are drawn, as for lens generate; the manifest holds what was drawn.
     dry_run
         Draw nothing: print how many pictures and calls there would be, and what they would cost.
     """
     from lens_core.evaluation import bench as running
     from lens_core.evaluation import cost
+    from lens_core.recipe import unstructure
 
     height, width = parse_size(size)
     common: dict[str, Any] = {
@@ -85,6 +89,7 @@ def bench(
     settings = {
         "model": model, "steps": check_steps(steps), "guidance_scale": guidance_scale, "batch_size": batch_size,
         "loras": [f"{path}:{weight:g}" for path, weight in parse_loras(lora)] or None, "device": device, "dtype": dtype,
+        "reasoner": None if (named := parse_reasoner(reasoner)) is None else unstructure(named),
     }  # fmt: skip
     systems = [running.generator_spec(text, settings) for text in generator or [""]]
     if model is not None and generator:

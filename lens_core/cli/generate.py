@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lens_core.cli.options import check_steps, parse_interval, parse_loras, parse_size, progress, read_prompts
+from lens_core.cli.options import (
+    check_steps,
+    parse_interval,
+    parse_loras,
+    parse_reasoner,
+    parse_size,
+    progress,
+    read_prompts,
+)
 from lens_core.types import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +61,8 @@ def generate(
     dtype: str = "auto",
     offload: str = "auto",
     prompt_cache: Path | None = None,
+    reasoner: str | None = None,
+    show_prompt: Annotated[bool, Parameter(negative="")] = False,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Draw pictures from a prompt.
@@ -115,6 +125,11 @@ def generate(
         Offload plan: none, modulation, model, encoder-cpu, block; auto takes the fastest that fits.
     prompt_cache
         A folder that keeps text features; for a prompt that is there the text encoder is not even read.
+    reasoner
+        Rewrites prompts before they are drawn: a name, a line of YAML, a YAML file, or a text file with its system
+        prompt. None if not given.
+    show_prompt
+        Print the prompt that was drawn, if a reasoner rewrote it.
     json_
         Print one JSON object a picture.
     """
@@ -127,11 +142,13 @@ def generate(
     mask_image = read_raw(mask) if mask is not None else None  # not read_rgb: its transparency counts
     model_request = ModelRequest(
         model or "tiny:", backbone, text_encoder, vae, parse_loras(lora), ComponentSpec(sampler) if sampler else None,
-        device, dtype, offload, prompt_cache,
+        device, dtype, offload, prompt_cache, parse_reasoner(reasoner),
     )  # fmt: skip
     if reproduce is not None:
         if prompt is not None or prompts_file is not None:
             raise ConfigError("--reproduce draws what the picture says; leave the prompt out")
+        if reasoner is not None:
+            raise ConfigError("--reproduce draws the prompt that is recorded and asks nobody; leave --reasoner out")
         return _reproduce(reproduce, model_request, init_image, mask_image, output)
     if num_images < 1 or batch_size < 1:
         raise ConfigError(f"--num-images and --batch-size must be at least 1, not {num_images} and {batch_size}")
@@ -155,7 +172,7 @@ def generate(
             print(f"lens: {len(tasks) - len(todo)} of {len(tasks)} pictures are there already", file=sys.stderr)
     on_step = partial(_on_step, _preset_note(pipeline, steps, guidance_scale))
     for image_file in generate_files(pipeline, request, todo, batch_size=batch_size, on_step=on_step):
-        _print_file(image_file, loading, as_json=json_)
+        _print_file(image_file, loading, as_json=json_, show_prompt=show_prompt)
     return 0
 
 
@@ -166,13 +183,14 @@ def _on_step(note: str, first: int, step: int, t: float) -> None:
     progress(f"pictures {first}+: step {step + 1}, t = {t:.3f}")
 
 
-def _print_file(image_file: GeneratedFile, loading: float, *, as_json: bool) -> None:
+def _print_file(image_file: GeneratedFile, loading: float, *, as_json: bool, show_prompt: bool) -> None:
     task, seconds = image_file.task, image_file.seconds
     if as_json:
         line = {"file": str(task.path), "seconds": round(seconds, 3), **image_file.facts}
         print(json.dumps(line, ensure_ascii=False))
     else:
-        print(f"{task.prompt}\n  {task.path}  seed {task.seed}  {seconds:.2f} s (and {loading:.1f} s to load)")
+        drawn = f"\n  drawn as: {image_file.facts['prompt']}" if show_prompt else ""
+        print(f"{task.prompt}{drawn}\n  {task.path}  seed {task.seed}  {seconds:.2f} s (and {loading:.1f} s to load)")
 
 
 def _preset_note(pipeline: LensPipeline, steps: int | None, scale: float | None) -> str:

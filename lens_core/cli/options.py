@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lens_core.arguments import parse_lora
 from lens_core.io import readers
 from lens_core.types import ConfigError
+
+if TYPE_CHECKING:
+    from lens_core.recipe import ComponentSpec
 
 CORE_COMMANDS = ("generate", "train", "bench", "compare", "check", "push", "lora", "plugins")
 """Names that no plugin's command may take."""
@@ -53,6 +57,16 @@ def check_steps(steps: int | None) -> int | None:
     if steps is not None and steps > MAX_STEPS:
         raise ConfigError(f"steps must be at most {MAX_STEPS}, not {steps}")
     return steps
+
+
+def parse_reasoner(text: str | None) -> ComponentSpec | None:
+    """A reasoner by name, in a line of YAML, in a YAML file, or as a text file with its system prompt."""
+    from lens_core.inference.reasoner_files import FILES, read_reasoner
+    from lens_core.recipe import parse_use
+
+    if text is None:
+        return None
+    return read_reasoner(Path(text)) if text.lower().endswith(FILES) else parse_use(text)
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str]:

@@ -7,17 +7,15 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
 from lens_core.arguments import parse_lora
-from lens_core.attribution import calling, refuse
 from lens_core.catalog import Catalog
 from lens_core.config import ComponentSpec, unstructure
-from lens_core.inference import png_metadata
+from lens_core.inference import png_metadata, refinement
 from lens_core.inference.requests import GenerateRequest, ModelRequest
-from lens_core.recipe import build
 from lens_core.types import GenerationEstimate, PictureOutcome, PictureRequest, SystemInfo
 from lens_core.validators import GUIDANCE, STEPS, each, integer, one_of, optional, real, text
 
@@ -53,7 +51,6 @@ class PipelineGenerator:
         self.config, self.batch_size = config, config.batch_size
         self._catalog = catalog
         self._pipeline: LensPipeline | None = None
-        self._reasoner: Any = None
 
     @property
     def catalog(self) -> Catalog:
@@ -68,7 +65,7 @@ class PipelineGenerator:
             c = self.config
             request = ModelRequest(
                 c.model, loras=tuple(map(parse_lora, c.loras)), sampler=c.sampler, device=_device(c.device),
-                dtype=c.dtype, offload=None,
+                dtype=c.dtype, offload=None, reasoner=c.reasoner,
             )  # fmt: skip
             self._pipeline = request.load(catalog=self.catalog)
         return self._pipeline
@@ -76,7 +73,7 @@ class PipelineGenerator:
     def describe(self) -> SystemInfo:
         """The checkpoint's name and hash; settings have `prompts`: raw, or refined by a reasoner."""
         c, pipeline = self.config, self.pipeline
-        presets = pipeline.presets
+        presets, reasoner = pipeline.presets, pipeline.reasoner
         sampler = pipeline.specs.get("sampler")
         settings = {
             "steps": int(presets["steps"]) if c.steps is None else c.steps,
@@ -84,7 +81,8 @@ class PipelineGenerator:
             "negative_prompt": c.negative_prompt or "",
             "sampler": None if sampler is None else unstructure(sampler),
             "prompts": "raw" if c.reasoner is None else "refined",
-            "reasoner": None if c.reasoner is None else unstructure(c.reasoner),
+            # With the hash of its system prompt, which a file may hold: another text is another system.
+            "reasoner": None if c.reasoner is None else {**unstructure(c.reasoner), **refinement.provenance(reasoner)},
             "dtype": pipeline.dtype,
             "device": pipeline.device.type,
         }
@@ -94,15 +92,12 @@ class PipelineGenerator:
 
     def generate(self, requests: Sequence[PictureRequest]) -> Iterator[PictureOutcome]:
         """One call of the pipeline for each size among the requests; seconds are shares of the call's."""
-        sent = self._refined([request.prompt for request in requests])
-        sizes = dict.fromkeys(request.size for request in requests)
-        for size in sizes:
-            batch = [(r, words) for r, words in zip(requests, sent, strict=True) if r.size == size]
-            yield from self._drawn(batch, size)
+        # All at once, so that a reasoner is asked about the whole batch; the calls below find its answers.
+        self.pipeline.refine(list(dict.fromkeys(request.prompt for request in requests)))
+        for size in dict.fromkeys(request.size for request in requests):
+            yield from self._drawn([request for request in requests if request.size == size], size)
 
-    def _drawn(
-        self, batch: Sequence[tuple[PictureRequest, str]], size: tuple[int, int] | None
-    ) -> Iterator[PictureOutcome]:
+    def _drawn(self, batch: Sequence[PictureRequest], size: tuple[int, int] | None) -> Iterator[PictureOutcome]:
         c = self.config
         height, width = size or (None, None)
         images = GenerateRequest(
@@ -110,29 +105,14 @@ class PipelineGenerator:
             guidance_scale=c.guidance_scale,
         )  # fmt: skip
         start = time.perf_counter()
-        seeds = [request.seed for request, _ in batch]
-        result = self.pipeline([words for _, words in batch], seed=seeds, **images.arguments())
+        seeds = [request.seed for request in batch]
+        result = self.pipeline([request.prompt for request in batch], seed=seeds, **images.arguments())
         seconds = (time.perf_counter() - start) / len(batch)
-        for (request, words), image in zip(batch, result.images, strict=True):
-            facts = {"prompt": words, "seed": request.seed, **result.settings, "versions": png_metadata.versions()}
+        for request, image, prompt in zip(batch, result.images, result.prompts, strict=True):
             data = io.BytesIO()
-            png_metadata.save_to(image, data, facts)
-            yield PictureOutcome(request, "ok", data.getvalue(), seconds=seconds, sent_prompt=words)
-
-    def _refined(self, prompts: list[str]) -> list[str]:
-        """The prompts as the pipeline gets them."""
-        spec = self.config.reasoner
-        if spec is None:
-            return prompts
-        if self._reasoner is None:
-            _, cls, options = build(self.catalog, "reasoner", spec, "$.reasoner")
-            self._reasoner = cls(options)
-        with calling(self._reasoner, "refine"):
-            refined = self._reasoner.refine(prompts)
-        texts = isinstance(refined, list) and all(isinstance(text, str) for text in refined)
-        if not texts or len(refined) != len(prompts):
-            refuse(self._reasoner, "refine", refined, f"it must return {len(prompts)} texts")
-        return list(refined)
+            png_metadata.save_to(image, data, png_metadata.facts_of(prompt, request.seed, result.settings))
+            unused = {"reasoner_unused": prompt.reason} if prompt.reason else {}
+            yield PictureOutcome(request, "ok", data.getvalue(), seconds=seconds, sent_prompt=prompt.text, facts=unused)
 
     def estimate(self, count: int, size: tuple[int, int] | None = None) -> GenerationEstimate:
         """Calls of the pipeline, and seconds where the config says how many a picture takes."""

@@ -109,8 +109,8 @@ def generate_files(
             **request.arguments(),
         )
         seconds = time.perf_counter() - start
-        for task, image in zip(batch, result.images, strict=True):
-            facts = {"prompt": task.prompt, "seed": task.seed, **result.settings, "versions": png_metadata.versions()}
+        for task, image, prompt in zip(batch, result.images, result.prompts, strict=True):
+            facts = png_metadata.facts_of(prompt, task.seed, result.settings)
             fingerprint = request.fingerprint(pipeline, task.prompt, task.seed)
             png_metadata.save(image, task.path, facts | {"request": fingerprint})
             yield GeneratedFile(task, facts, seconds)

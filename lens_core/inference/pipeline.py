@@ -13,7 +13,7 @@ from torch import Tensor
 from lens_core.attribution import building, check_fit, latents_of, pixels_of, text_of, times_of, trajectory_of
 from lens_core.catalog import Catalog
 from lens_core.flow import Velocity
-from lens_core.inference import saving
+from lens_core.inference import refinement, saving
 from lens_core.inference.call_arguments import CallArguments, GenerationSettings, make_generators
 from lens_core.inference.guidance import check_finite, guided_velocity
 from lens_core.inference.image_to_image import InitImage, read_init_image
@@ -30,7 +30,7 @@ from lens_core.inference.pixels import to_images, to_pil, to_pixels
 from lens_core.inference.prompt_cache import CacheEntry, EncoderKey, PromptCache, weights_state
 from lens_core.protocols import dtype_of
 from lens_core.recipe import ComponentSpec, PipelineSpec, build, unstructure
-from lens_core.types import ConfigError, TextFeatures
+from lens_core.types import ConfigError, Refinement, TextFeatures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,11 +38,13 @@ if TYPE_CHECKING:
 
 @frozen
 class Result:
-    """What a pipeline returns: `.images` (PIL pictures, or what `output_type` asked for), seeds and settings."""
+    """What a pipeline returns: `.images` (PIL pictures, or what `output_type` asked for), seeds, settings, and the
+    prompts as they were asked and as they were drawn."""
 
     images: Any
     seeds: tuple[int | None, ...]
     settings: Mapping[str, Any] = field(factory=dict)
+    prompts: tuple[Refinement, ...] = ()
 
 
 class LensPipeline(PipelineParts):
@@ -59,11 +61,13 @@ class LensPipeline(PipelineParts):
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         offload: str | None = None,
+        reasoner: Any = None,
         **options: Any,
     ) -> Self:
         """Read a checkpoint: a folder, a Hub id `org/name[@revision]`, a plugin's name such as `tiny:`, or one file.
 
         `dtype` defaults to float32 on CPUs and bfloat16 elsewhere. `offload` is a plan of `LensPipeline.offload`.
+        `reasoner`: a component, a ComponentSpec or a name, which rewrites prompts before they are drawn.
         `options` are the fields of `lens_core.inference.loading.LoadOptions`: `parts`, `backbone`, `text_encoder`,
         `vae`, `torch_dtype`, `prompt_cache`, `verify`, `deferred`, `workload`.
 
@@ -80,6 +84,7 @@ class LensPipeline(PipelineParts):
         pipeline.store, pipeline.prompt_cache = read.parts, cache
         pipeline._encoder_origin = read.encoder_origin
         pipeline._encoder_state = weights_state(read.parts.loaded["text_encoder"])
+        pipeline.use_reasoner(reasoner)
         if offload is None:
             return pipeline.to(where)
         pipeline.offload(offload, where, workload=chosen.workload(pipeline) if chosen.workload is not None else None)
@@ -104,6 +109,7 @@ class LensPipeline(PipelineParts):
                 with building(name):
                     setattr(pipeline, kind, component(config))
                 pipeline.specs[kind] = ComponentSpec(name, unstructure(config))
+        pipeline.use_reasoner(parts.reasoner)
         check_fit(pipeline.store.loaded["vae"], pipeline.store.loaded["text_encoder"], pipeline.backbone)
         wanted = {k: getattr(parts, k) for k in ("steps", "guidance_scale", "base_resolution")}
         pipeline.presets |= {k: v for k, v in wanted.items() if v is not None}
@@ -140,6 +146,17 @@ class LensPipeline(PipelineParts):
         with self._at_work("text_encoder"):
             text = text_of(encoder, prompts)
         return text.to(self.device, dtype_of(self.backbone))
+
+    def refine(self, prompts: Sequence[str]) -> list[Refinement]:
+        """What the pipeline's reasoner makes of prompts; without one, each stays as it is. Warns of answers that are
+        not used."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._refined]
+        if new:
+            # An encoder that has not been read, because features are cached, is not read to check a length alone.
+            answers = refinement.refine(self.reasoner, new, self.store.loaded["text_encoder"])
+            kept = list(self._refined.items())[-refinement.MAX_IN_MEMORY :]
+            self._refined = dict(kept) | {one.asked: one for one in answers}
+        return [self._refined[prompt] for prompt in prompts]
 
     def encode_once(self, prompts: Sequence[str]) -> tuple[TextFeatures, dict[str, Any]]:
         """Encode each prompt by itself, unless the cache holds it: (TextFeatures, what a picture must record).
@@ -290,7 +307,8 @@ class LensPipeline(PipelineParts):
         init = self._init_image(image, mask_image, strength, settings.size)
         arguments.warn_of_no_effect(settings.guidance_scale)
         generators, seeds = make_generators(generator, seed, len(settings.prompts))
-        text, provenance = self.encode_once(settings.prompts)
+        prompts = self.refine(settings.prompts)
+        text, provenance = self.encode_once([prompt.text for prompt in prompts])
         negative = self._encode_negative(settings.negative_prompts)
         x = self._initial_noise(latents, generators, settings.latent_size)
         steps = self.sample(
@@ -303,7 +321,7 @@ class LensPipeline(PipelineParts):
                 callback_on_step_end(self, step, t, {"latents": x})
         seeds = seeds if latents is None else (None,) * len(seeds)  # which decide nothing then
         recorded = self._metadata(arguments, settings, init) | provenance
-        return Result(self._output(x, init, output_type), seeds, recorded)
+        return Result(self._output(x, init, output_type), seeds, recorded, tuple(prompts))
 
     def _init_image(
         self, image: Image | None, mask: Image | None, strength: float | None, size: tuple[int, int]
@@ -351,4 +369,5 @@ class LensPipeline(PipelineParts):
             **({"guidance_interval": list(interval)} if interval != (0, 1) else {}),
             **(init.metadata() if init is not None else {}),
             **({"loras": list(self.loras)} if self.loras else {}),
+            **({"reasoner": refinement.provenance(self.reasoner)} if self.reasoner is not None else {}),
         }  # fmt: skip

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from attrs import field, frozen
 from torch import Tensor, nn
 
+from lens_core.attribution import building, calling
 from lens_core.catalog import Catalog
 from lens_core.inference.call_arguments import picture_size
 from lens_core.inference.loading import CheckpointInfo
@@ -19,6 +21,15 @@ from lens_core.inference.parts import DEFAULT_PRESETS, PartStore, check_dtype, r
 from lens_core.inference.prompt_cache import PromptCache, weights_state
 from lens_core.protocols import PrecomputesModulation, dtype_of
 from lens_core.recipe import ComponentSpec, build, unstructure
+from lens_core.types import Completion, ConfigError, Message, Refinement
+
+
+@frozen
+class Origin:
+    """Where the parts of a pipeline come from: their checkpoint, and the catalog that their classes were found in."""
+
+    info: CheckpointInfo = field(factory=CheckpointInfo)
+    catalog: Catalog | None = None
 
 
 def _part(kind: str) -> Any:
@@ -49,18 +60,20 @@ class PipelineParts:
         backbone: Any = None,
         sampler: Any = None,
         *,
+        reasoner: Any = None,
         presets: Mapping[str, Any] | None = None,
         specs: Mapping[str, ComponentSpec] | None = None,
-        info: CheckpointInfo | None = None,
-        catalog: Catalog | None = None,
+        **origin: Any,
     ) -> None:
-        info = info or CheckpointInfo()
+        """`origin` are the fields of `Origin`."""
+        found = Origin(**origin)
+        info = found.info
         self.store = PartStore({"vae": vae, "text_encoder": text_encoder, "backbone": backbone, "sampler": sampler})
         self.presets = DEFAULT_PRESETS | dict(presets or {})
         self.specs = dict(specs or {})
         self.source, self.version, self.note = info.uri, info.version, info.note
         self.plugins, self.provenance = dict(info.plugins), dict(info.provenance)
-        self.catalog = catalog  # where its parts came from: methods find rewards and benchmarks there
+        self.catalog = found.catalog  # where its parts came from: methods find rewards and benchmarks there
         self.device = torch.device("cpu")
         self._dtype: torch.dtype | None = None  # the last that `to` cast to, for parts that are read later
         self.prompt_cache = PromptCache()
@@ -68,6 +81,9 @@ class PipelineParts:
         self._encoder_state: Any = None  # of its weights as they were read
         self._loras = LoRAStack()
         self.offload_manager: OffloadManager | None = None  # None: every part stays on the device
+        self.reasoner: Any = None  # rewrites prompts before they are encoded; None: they are sent as they are
+        self._refined: dict[str, Refinement] = {}  # what the reasoner made of the last prompts
+        self.use_reasoner(reasoner)
 
     # ---- parts --------------------------------------------------------------------------------------------------
 
@@ -100,6 +116,27 @@ class PipelineParts:
         catalog = self.catalog or Catalog.installed()
         name, cls, config = build(catalog, "sampler", ComponentSpec(use, options), "sampler")
         self.put("sampler", cls(config), ComponentSpec(name, unstructure(config)))
+
+    def use_reasoner(self, reasoner: Any) -> None:
+        """Rewrite prompts from now on with a reasoner: a component, a ComponentSpec or a name such as "chat"; None:
+        with none. It is no part of the checkpoint, and is not saved. Raises ConfigError."""
+        if isinstance(reasoner, str | ComponentSpec):
+            spec = ComponentSpec(reasoner) if isinstance(reasoner, str) else reasoner
+            name, cls, config = build(self.catalog or Catalog.installed(), "reasoner", spec, "reasoner")
+            with building(name):
+                reasoner = cls(config)
+        if hasattr(reasoner, "attach"):
+            with calling(reasoner, "attach"):
+                reasoner.attach(self)
+        self.reasoner, self._refined = reasoner, {}
+
+    def complete(self, chats: Sequence[Sequence[Message]], max_new_tokens: int) -> list[Completion]:
+        """What the text encoder, where it is a language model that can write, says next in each conversation."""
+        encoder = self.text_encoder
+        if not hasattr(encoder, "complete"):
+            raise ConfigError("the text encoder of this model cannot write; use another reasoner, such as chat")
+        with self._at_work("text_encoder"), calling(encoder, "complete"):
+            return list(encoder.complete(chats, max_new_tokens))
 
     def defer(self, kinds: Iterable[str]) -> None:
         """Let go of parts with weights of the checkpoint; they are read again when they are next used."""

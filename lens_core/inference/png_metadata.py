@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -13,7 +13,7 @@ from lens_core import __version__
 from lens_core.io import images
 from lens_core.io.atomic_files import write_atomic
 from lens_core.io.readers import parse_json
-from lens_core.types import ConfigError
+from lens_core.types import ConfigError, Refinement
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +26,16 @@ LARGEST = 1 << 20
 def versions() -> dict[str, str]:
     """The versions of what draws: Lens, torch, diffusers."""
     return {"lens": __version__, "torch": version("torch"), "diffusers": version("diffusers")}
+
+
+def facts_of(prompt: Refinement, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a picture records. `prompt` is what was drawn; where a reasoner was asked, `asked_prompt` is the request,
+    and `reasoner` names it and says why its answer was not used, if it was not."""
+    facts = {"prompt": prompt.text, "seed": seed, **settings, "versions": versions()}
+    if "reasoner" in settings:
+        unused = {"unused": prompt.reason} if prompt.reason else {}
+        facts |= {"asked_prompt": prompt.asked, "reasoner": {**settings["reasoner"], **unused}}
+    return facts
 
 
 def save(image: Image, path: Path, facts: dict[str, Any]) -> None:
@@ -70,8 +80,10 @@ def facts(path: Path) -> tuple[Image, dict[str, Any]]:
         "strength": _finite,
         "sampler": lambda v: isinstance(v, dict) and isinstance(v.get("use"), str),
         "loras": lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
+        "asked_prompt": lambda v: isinstance(v, str),
+        "reasoner": lambda v: isinstance(v, dict) and all(isinstance(x, str) for x in v.values()),
     }
-    optional = ("guidance_interval", "strength", "sampler", "loras")
+    optional = ("guidance_interval", "strength", "sampler", "loras", "asked_prompt", "reasoner")
     for name, holds in rules.items():
         if name not in facts and name in optional:
             continue

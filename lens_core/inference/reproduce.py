@@ -44,7 +44,7 @@ def reproduce(path: Path, model: ModelRequest, image: Image | None = None, mask:
             raise ConfigError(f"{path}: {need}, --{name}")
     options = dict(stored.get("sampler", {}))
     use = options.pop("use", None)
-    pipeline = attrs.evolve(model, sampler=ComponentSpec(use, options) if use else None).load()
+    pipeline = attrs.evolve(model, sampler=ComponentSpec(use, options) if use else None, reasoner=None).load()
     if (pipeline.version, pipeline.loras) != (stored["model_hash"], stored.get("loras", [])):
         raise ConfigError(
             f"{path}: was drawn by {stored['model']} of hash {stored['model_hash']} with the LoRAs "
@@ -64,7 +64,9 @@ def reproduce(path: Path, model: ModelRequest, image: Image | None = None, mask:
     )
     result = pipeline(stored["prompt"], seed=stored["seed"], **request.arguments())
     (again,) = result.images
-    facts = {"prompt": stored["prompt"], "seed": stored["seed"], **result.settings, "versions": png_metadata.versions()}
+    facts = png_metadata.facts_of(result.prompts[0], stored["seed"], result.settings)
+    # The prompt that was drawn is drawn again; its reasoner is not asked, and what it was stays recorded.
+    facts |= {name: stored[name] for name in ("asked_prompt", "reasoner") if name in stored}
     facts = json.loads(json.dumps(facts))  # tuples become lists, as in the stored facts
     names = sorted((stored.keys() | facts.keys()) - {"request"})
     changes = {name: (stored.get(name), facts.get(name)) for name in names if stored.get(name) != facts.get(name)}

@@ -13,6 +13,7 @@ import attrs
 from attrs import field, frozen
 
 from lens_core.arguments import whole
+from lens_core.inference import refinement
 from lens_core.inference.call_arguments import MAX_COUNT
 from lens_core.inference.offload import Workload, describe_plan
 from lens_core.inference.pipeline import LensPipeline
@@ -45,11 +46,13 @@ class ModelRequest:
     dtype: str = "auto"
     offload: str | None = "auto"  # None: every part on the device, always
     prompt_cache: Path | None = None  # a folder of text features
+    reasoner: ComponentSpec | None = None  # rewrites prompts before they are drawn
 
     @property
     def name(self) -> str:
-        """The model and its LoRAs in one line."""
-        return " + ".join([self.model, *(f"{path}:{weight:g}" for path, weight in self.loras)])
+        """The model and its LoRAs in one line, and its reasoner: scores with and without one are of two systems."""
+        reasoner = [] if self.reasoner is None else [f"reasoner {self.reasoner.use}"]
+        return " + ".join([self.model, *(f"{path}:{weight:g}" for path, weight in self.loras), *reasoner])
 
     def load(
         self,
@@ -71,6 +74,7 @@ class ModelRequest:
             backbone=self.backbone,
             text_encoder=self.text_encoder,
             vae=self.vae,
+            reasoner=self.reasoner,
         )
         manager = pipeline.offload_manager
         if manager is not None and manager.estimate.plan != "none":
@@ -122,6 +126,8 @@ class GenerateRequest:
         fields = {a.name: getattr(self, a.name) for a in attrs.fields(GenerateRequest)}
         fields |= {name: _digest(fields[name]) for name in ("image", "mask")}
         decisive = [pipeline.version, pipeline.loras, sampler and [sampler.use, dict(sampler.options)], fields]
+        if pipeline.reasoner is not None:
+            decisive.append(refinement.provenance(pipeline.reasoner))
         return hashlib.sha256(json.dumps([*decisive, prompt, seed], default=str).encode()).hexdigest()[:16]
 
 

@@ -23,8 +23,10 @@ from lens_core.checkpoints.tensor_files import build_on_meta, files, load_module
 from lens_core.inference.offload import Workload
 from lens_core.io.atomic_files import write_json
 from lens_core.types import CheckpointError, ConfigError, LensError, TextFeatures, move
+from lens_gpt_oss.chat import ChatRenderer
 from lens_gpt_oss.config import GptOssEncoderConfig, read_config, transformers_config
 from lens_gpt_oss.experts import pack, packed
+from lens_gpt_oss.generation import WritesText
 from lens_gpt_oss.single import PACKED, check_mxfp4, convert_single_file
 from lens_gpt_oss.template import LARGEST, Wrapper, open_tokenizer, read_tokenizer
 
@@ -34,7 +36,7 @@ KEPT_PLAIN = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.em
 """The modules that are not in MXFP4, as a published config.json lists them for transformers."""
 
 
-class GptOssEncoder(nn.Module):
+class GptOssEncoder(WritesText, nn.Module):
     """Prompts, wrapped in the published conversation, to residual streams. A new one has no tokenizer: the method
     `language_model` makes it. Draws its first weights from torch's default generator: seed it first."""
 
@@ -61,6 +63,9 @@ class GptOssEncoder(nn.Module):
         nn.init.normal_(self.model.embed_tokens.weight)
         self._wrapper: Wrapper | None = None
         self._cached_prefix: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
+        self._chat: ChatRenderer | None = None
+        # Weights that encoding does not need, left in their file: tensors, the file, and the dtype of the others.
+        self._unread: tuple[dict[str, LazyTensor], Path, torch.dtype | None] | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
@@ -80,7 +85,7 @@ class GptOssEncoder(nn.Module):
             raise ConfigError(
                 f"gpt_oss: max_length is {self.config.max_length}; the conversation alone takes {least}: raise it"
             )
-        self._wrapper, self._cached_prefix = wrapper, None
+        self._wrapper, self._cached_prefix, self._chat = wrapper, None, None
 
     def _wrap(self) -> Wrapper:
         if self._wrapper is None:
@@ -188,16 +193,27 @@ class GptOssEncoder(nn.Module):
             self._cached_prefix = state, [(layer.keys, layer.values) for layer in cache.layers]
         return self._cached_prefix[1]
 
-    def forward(self, ids: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-        """ids [B,S] -> what comes next: logits [B,S-first,V] from position `first` on, and router logits [N,B,S,E]."""
+    def forward(self, ids: Tensor, first: int = 0, shared: int = 0) -> tuple[Tensor, Tensor]:
+        """ids [B,S] -> what comes next: logits [B,S-first,V] from position `first` on, and router logits [N,B,S,E].
+
+        The first `shared` tokens, which must be the same in all rows and no more than `first`, are computed once; then
+        the router logits are those of the tokens after them, [N,B,S-shared,E].
+        """
         if self.lm_head is None:
             raise LensError(
                 "gpt_oss: it was loaded without an lm_head, so it can encode but not predict; load a checkpoint that "
                 "has one, with experts: eager if its experts are in 4 bits"
             )
-        out = self.model(input_ids=ids, use_cache=False, output_router_logits=True)
-        routes = torch.stack(out.router_logits).view(self.config.num_hidden_layers, *ids.shape, -1)
-        return self.lm_head(out.last_hidden_state[:, first:]), routes
+        cache = None
+        if shared:
+            cache = DynamicCache()
+            self.model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+            pairs = [(layer.keys, layer.values) for layer in cache.layers]
+            cache = DynamicCache([tuple(t.expand(len(ids), -1, -1, -1) for t in pair) for pair in pairs])
+        rest = ids[:, shared:]
+        out = self.model(input_ids=rest, past_key_values=cache, use_cache=cache is not None, output_router_logits=True)
+        routes = torch.stack(out.router_logits).view(self.config.num_hidden_layers, *rest.shape, -1)
+        return self.lm_head(out.last_hidden_state[:, first - shared :]), routes
 
     def blocks(self) -> list[nn.Module]:
         """What can be streamed: `encode` runs these layers once a pass, in this order."""
@@ -343,7 +359,9 @@ class GptOssEncoder(nn.Module):
         if places and not whole:
             used = self.config.selected_layers[-1] + 1
             unused = (*(f"model.layers.{i}." for i in range(used, len(self.model.layers))), "lm_head.")
-            weights = {n: t for n, t in weights.items() if not n.startswith(unused)}
+            rest = {n: t for n, t in weights.items() if n.startswith(unused)}
+            self._unread = (rest, file, None) if "lm_head.weight" in rest else None
+            weights = {n: t for n, t in weights.items() if n not in rest}
             places = [n for n in places if not n.startswith(unused)]
             self.model.layers = self.model.layers[:used]
         if "lm_head.weight" not in weights:
@@ -356,6 +374,7 @@ class GptOssEncoder(nn.Module):
     def load_weights(self, tensors: Mapping[str, LazyTensor], file: Path, dtype: torch.dtype | None = None) -> None:
         """Read the tensors of `from_header`, floats as `dtype`."""
         load_module(self, file.parent, file.stem, dtype=dtype, tensors=dict(tensors))
+        self._unread = self._unread and (*self._unread[:2], dtype)
         self.model.rotary_emb = GptOssRotaryEmbedding(self.model.config)  # no file holds it
 
     @classmethod

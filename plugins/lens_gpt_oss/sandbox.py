@@ -4,7 +4,8 @@ A template is a program: two nested loops run for hours, `{{ 'a' * 3000000000 }}
 or between two bytecodes, where a sandbox within the process cannot stop it. So it runs in a child that the operating
 system ends. The parent never does more than read the child's answer, which has a bound too.
 
-Run as a script, it reads {template, messages, date} as JSON from stdin and writes {text} or {error} to stdout.
+Run as a script, it reads {template, messages, date, variables} as JSON from stdin and writes {text} or {error} to
+stdout.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ LONGEST = 100_000  # characters of a rendering
 SECONDS = 2  # of processor time
 PATIENCE = 30  # seconds of waiting, on a machine that is busy with something else
 MEMORY = 2**29  # bytes of address space
+PLAIN = {"add_generation_prompt": False}  # the variables of a template beside messages
 
 
 def environment(date: str) -> Any:
@@ -37,22 +39,28 @@ def environment(date: str) -> Any:
     return jinja
 
 
-def render_here(template: str, messages: Sequence[dict[str, str]], date: str) -> str:
+def render_here(
+    template: str, messages: Sequence[dict[str, str]], date: str, variables: Mapping[str, Any] | None = None
+) -> str:
     """The text of `messages` by a template that is trusted. Raises ValueError where it refuses a message."""
     from jinja2 import TemplateError
 
     try:
-        text = environment(date).from_string(template).render(messages=messages, add_generation_prompt=False)
+        text = environment(date).from_string(template).render(**PLAIN | dict(variables or {}), messages=messages)
     except (TemplateError, TypeError) as error:
         raise ValueError(" ".join(str(error).split())) from error
     return str(text)
 
 
-def render(template: str, messages: Sequence[dict[str, str]], date: str) -> str:
+def render(
+    template: str, messages: Sequence[dict[str, str]], date: str, variables: Mapping[str, Any] | None = None
+) -> str:
     """The text of `messages` by a template that is not trusted. Raises ValueError with the reason, in one line."""
     if len(template) > LARGEST:
         raise ValueError(f"it has {len(template)} characters; at most {LARGEST} are run")
-    task = json.dumps({"template": template, "messages": list(messages), "date": date})
+    task = json.dumps(
+        {"template": template, "messages": list(messages), "date": date, "variables": dict(variables or {})}
+    )
     try:
         # -P: the folder of this file holds modules whose names others may use.
         child = subprocess.run(
@@ -74,7 +82,7 @@ def _answer(task: dict[str, Any]) -> dict[str, str]:
     jinja = environment(task["date"])
     _limit()
     try:
-        text = jinja.from_string(task["template"]).render(messages=task["messages"], add_generation_prompt=False)
+        text = jinja.from_string(task["template"]).render(**PLAIN | task["variables"], messages=task["messages"])
         if len(text) > LONGEST:
             return {"error": f"it renders {len(text)} characters; at most {LONGEST} are taken"}
         text.encode()

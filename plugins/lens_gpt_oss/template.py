@@ -6,11 +6,11 @@ The published format (three turns, two fixed strings) is part of the weights: it
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lens_core.io import readers
@@ -82,14 +82,17 @@ def conversation(prompt: str) -> list[dict[str, str]]:
     ]
 
 
-def render(chat_template: str, messages: Sequence[dict[str, str]], date: str) -> str:
-    """The text of `messages`, written on the day `date` (YYYY-MM-DD) whatever today is.
+def render(
+    chat_template: str, messages: Sequence[dict[str, str]], date: str, variables: Mapping[str, Any] | None = None
+) -> str:
+    """The text of `messages`, written on the day `date` (YYYY-MM-DD) whatever today is; `variables` are more that the
+    template reads, such as reasoning_effort.
 
     The two templates of this module are run here. Any other is untrusted code, and is run in a process of its
     own with little time and memory (`sandbox`). Raises CheckpointError."""
     try:
         known = chat_template in (CHAT_TEMPLATE, HARMONY)
-        return (sandbox.render_here if known else sandbox.render)(chat_template, messages, date)
+        return (sandbox.render_here if known else sandbox.render)(chat_template, messages, date, variables)
     except ValueError as error:
         raise CheckpointError(f"the chat template cannot be rendered ({error}); fetch the tokenizer again") from error
 
@@ -127,10 +130,13 @@ class Wrapper:
         return rows, [max(0, len(text) - room) for text in texts]
 
 
-def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    captions: Iterable[str], vocab_size: int, *, lone_capitals: bool = False
+) -> PreTrainedTokenizerFast:
     """A lossless byte-level BPE of at most `vocab_size` tokens, made from captions wrapped as they will be encoded.
 
-    Digits stand alone, so every date gives the head the same length. The same captions give the same tokenizer.
+    Digits stand alone, so every date gives the head the same length; so does each of A to Z with `lone_capitals`, for a
+    model that has to copy words of capitals or spell them. The same captions give the same tokenizer.
     """
     head, tail = render(CHAT_TEMPLATE, conversation(_MARK), "0001-01-01").split(_MARK)
     for control in CONTROLS:
@@ -142,7 +148,11 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            *([pre_tokenizers.Split(Regex("[A-Z]"), "isolated")] if lone_capitals else []),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class LanguageModel(BaseMethod):
     """loss = cross entropy of the tokens after the head, in nats a token, + balance * the experts' imbalance.
 
+    Of a dataset of conversations (`Batch.chats`) the tokens of the last turns count, and no others.
+
     A step that is divided weighs its parts by their tokens: its cross entropy is that of all tokens alike. The
     imbalance is measured in each part by itself.
     """
@@ -35,6 +37,8 @@ class LanguageModel(BaseMethod):
         tokenizer_batches: int = field(default=50, validator=integer(at_least=1))
         # Weighs the imbalance, which is 1 when every expert gets an equal share.
         balance: float = field(default=0.01, validator=WEIGHT)
+        # Capitals are tokens of their own in the tokenizer that is made: words of capitals can then be copied.
+        lone_capitals: bool = False
 
     def __init__(self, config: Config, pipeline: LensPipeline) -> None:
         encoder: Any = pipeline.text_encoder
@@ -54,8 +58,9 @@ class LanguageModel(BaseMethod):
         """One batch a step. The first batches make the tokenizer if there is none, and are not learned from, so that
         a run resumed after any step goes on with the batch it would have had."""
         if self.encoder.tokenizer is None:
-            captions = [c for batch in islice(batches, self.config.tokenizer_batches) for c in batch.captions]
-            tokenizer = train_tokenizer(captions, self.encoder.config.vocab_size)
+            texts = [t for batch in islice(batches, self.config.tokenizer_batches) for t in _texts(batch)]
+            size, alone = self.encoder.config.vocab_size, self.config.lone_capitals
+            tokenizer = train_tokenizer(texts, size, lone_capitals=alone)
             self.load_state_dict(_first_rank(_state(tokenizer)))
         for batch in batches:
             yield (batch,)
@@ -64,14 +69,27 @@ class LanguageModel(BaseMethod):
         return ("text_encoder",)
 
     def loss(self, module_name: str, modules: Mapping[str, nn.Module], batch: Batch, rng: torch.Generator) -> Loss:
-        ids, mask = self.encoder.tokens(batch.captions)
-        head = self.encoder.head_length
-        logits, routes = modules[module_name](ids[:, :-1], head - 1)
-        counts = mask[:, head:]
-        nll = cross_entropy(logits[counts].float(), ids[:, head:][counts])
-        uneven = imbalance(routes.flatten(1, 2)[:, mask[:, :-1].flatten()], self.encoder.config.num_experts_per_tok)
+        ids, mask, learned = self._tokens(batch)
+        first = int(learned.any(0).int().argmax())  # the first token that any row learns
+        # What all conversations begin with, the system prompt most of all, is computed once.
+        alike = int((ids == ids[:1]).all(0).int().cumprod(0).sum())
+        shared = min(alike, first - 1) if batch.chats and len(ids) > 1 else 0
+        logits, routes = modules[module_name](ids[:, :-1], first - 1, shared)
+        counts = learned[:, first:]
+        nll = cross_entropy(logits[counts].float(), ids[:, first:][counts])
+        used = mask[:, shared:-1].flatten()
+        uneven = imbalance(routes.flatten(1, 2)[:, used], self.encoder.config.num_experts_per_tok)
         parts = {"nll": nll.detach(), "imbalance": uneven.detach()}
         return Loss(nll + self.config.balance * uneven, parts, weight=float(counts.sum()))
+
+    def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids, mask, learned), [B,S] each, of the captions in the conversation that encodes them, or of the batch's
+        own conversations, of which the last turn alone is learned."""
+        if not batch.chats:
+            ids, mask = self.encoder.tokens(batch.captions)
+            after = torch.arange(ids.shape[1], device=ids.device) >= self.encoder.head_length
+            return ids, mask, mask & after
+        return self.encoder.chat_tokens(batch.chats)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.encoder.tokenizer is None else _state(self.encoder.tokenizer)
@@ -90,6 +108,11 @@ def imbalance(routes: Tensor, top: int) -> Tensor:
     probability = routes.float().softmax(-1).mean(1)
     share = one_hot(routes.topk(top).indices, experts).float().mean((1, 2))
     return experts * (share * probability).sum(-1).mean()
+
+
+def _texts(batch: Batch) -> Sequence[str]:
+    """What the tokenizer is made of: the captions, or the turns of the conversations."""
+    return [turn.text for turns in batch.chats for turn in turns] or batch.captions
 
 
 def _state(tokenizer: Any) -> dict[str, Any]:

@@ -1,1 +1,36 @@
-"""Reasoners: rewrite a request into a detailed prompt before it is drawn, and search for the best system prompt."""
+"""Reasoners: rewrite a request into a detailed prompt before it is drawn, and search for the best system prompt.
+
+policy     the system prompt: the published rules, or a user's own
+harmony    GPT-OSS's turns and channels, parsed
+cleaning   an answer without what models put around it
+checks     whether an answer may be drawn: its language, its quoted words, refusals
+rewriting  a batch of requests to answers that may be drawn; what all reasoners share
+cache      answers in files
+chat       reasoner `chat`: any llm by name
+local      reasoners `gpt_oss`, the model's own text encoder, and `tiny`, the embedded one
+search     the search for a system prompt, by reflection on scores
+state      what a search has paid for, in files, so that it goes on after a kill
+judging    a candidate's scores: prompts refined, drawn, judged
+report     what a search found: candidates, plot, and the comparison on held-out prompts
+recipe     a search as a YAML file
+commands   lens reason
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lens_core import hookimpl
+
+
+@hookimpl
+def lens_reasoners() -> dict[str, type[Any]]:
+    from lens_reason.chat import ChatReasoner
+    from lens_reason.local import GptOssReasoner, TinyReasoner
+
+    return {"chat": ChatReasoner, "gpt_oss": GptOssReasoner, "tiny": TinyReasoner}
+
+
+@hookimpl
+def lens_commands() -> dict[str, str]:
+    return {"reason": "lens_reason.commands:app"}

@@ -7,6 +7,9 @@ splits     the questions and scenes of train, select and test
 captions   a scene in words: brief (what a benchmark would ask) and dense (about 109 words)
 reader     pixels back to facts with classical vision, and the strict judge of a prompt
 dataset    dataset `shapes`: endless or pooled training batches
+languages  the requests in French, German and Spanish
+styles     ways to describe a scene, and the system prompts that ask for them
+chats      dataset `shapes_chat`: requests rewritten as descriptions, in conversations
 weights    the embedded checkpoints, `tiny:`
 benchmark  benchmark and reward `shapes`: the six tasks of GenEval, and words; reward `shapes`
 rubrics    reward `shapes_rubrics`: the facts of a prompt as yes-or-no questions
@@ -24,9 +27,10 @@ from lens_core import hookimpl
 
 @hookimpl
 def lens_datasets() -> dict[str, type[Any]]:
+    from lens_shapes.chats import ShapesChats
     from lens_shapes.dataset import ShapesDataset
 
-    return {"shapes": ShapesDataset}
+    return {"shapes": ShapesDataset, "shapes_chat": ShapesChats}
 
 
 @hookimpl

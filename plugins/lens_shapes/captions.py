@@ -15,7 +15,7 @@ from lens_shapes.scenes import OPPOSITE, Scene, Thing, prompt_facts, relation
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
-_FORM = {
+FORM = {
     "circle": "round, with no corners at all",
     "square": "made of four equal sides and four right corners",
     "triangle": "made of three sides, with one corner pointing up",
@@ -31,7 +31,7 @@ _EXTENT = {
     "medium": "takes up a fair part of the picture",
     "large": "takes up much of the picture",
 }
-_COMMON = (
+COMMON = (
     "every edge is sharp and clean.",
     "the colours are flat and even, without any shading.",
     "nothing has an outline or a shadow.",
@@ -45,7 +45,7 @@ _COMMON = (
 )
 
 
-def _with_article(words: str) -> str:
+def with_article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
@@ -55,10 +55,10 @@ def plural(shape: str) -> str:
 
 def group_words(shape: str, count: int, colour: str | None) -> str:
     words = f"{colour} " if colour else ""
-    return _with_article(words + shape) if count == 1 else f"{NUMBERS[count]} {words}{plural(shape)}"
+    return with_article(words + shape) if count == 1 else f"{NUMBERS[count]} {words}{plural(shape)}"
 
 
-def _enumeration(parts: list[str]) -> str:
+def enumeration(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
@@ -76,14 +76,14 @@ def _plain(scene: Scene) -> str:
     parts = _group_phrases(scene)
     if scene.relation:
         return f"{parts[0]} {scene.relation} {parts[1]}"
-    return _enumeration(parts + ([f'the word "{scene.word}"'] if scene.word else []))
+    return enumeration(parts + ([f'the word "{scene.word}"'] if scene.word else []))
 
 
 def _background_phrase(scene: Scene) -> str:
     if len(scene.background) == 1:
-        return f" on {_with_article(scene.background[0])} background"
+        return f" on {with_article(scene.background[0])} background"
     one, two = ("top", "bottom") if scene.split == "across" else ("left", "right")
-    first, second = (_with_article(colour) for colour in scene.background)
+    first, second = (with_article(colour) for colour in scene.background)
     return f" on a background with {first} {one} half and {second} {two} half"
 
 
@@ -122,14 +122,14 @@ def phrasings(scene: Scene) -> list[str]:
     return [words for stem in _stems(scene) for words in _wrapped(stem + behind, parts)]
 
 
-def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+def pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """One short phrase as `phrasings` words it: half of the time the plain one; one in four names the background."""
     shown = evolve(scene, named=scene.named or bool(rng.random() < 0.25))
-    return prompt(shown) if rng.random() < 0.5 else _pick(rng, tuple(phrasings(shown)))
+    return prompt(shown) if rng.random() < 0.5 else pick(rng, tuple(phrasings(shown)))
 
 
 def brief(scene: Scene, rng: np.random.Generator) -> str:
@@ -146,12 +146,12 @@ def brief(scene: Scene, rng: np.random.Generator) -> str:
             side = f"to the {side}"
         words = f"{parts[0]} {side} {parts[1]}"
     elif len(parts) == 2:
-        words = f"{parts[0]} {_pick(rng, ('and', 'with', 'together with'))} {parts[1]}"
+        words = f"{parts[0]} {pick(rng, ('and', 'with', 'together with'))} {parts[1]}"
     elif scene.word and not parts:
-        words = f'{_pick(rng, ("the word", "the text", "the letters"))} "{scene.word}"'
+        words = f'{pick(rng, ("the word", "the text", "the letters"))} "{scene.word}"'
     if len(scene.background) == 1 and rng.random() < 0.25:
-        return f"{words} on {_with_article(scene.background[0])} background"
-    return _pick(rng, _wrapped(words, parts))
+        return f"{words} on {with_article(scene.background[0])} background"
+    return pick(rng, _wrapped(words, parts))
 
 
 def _third(value: float) -> int:
@@ -169,26 +169,26 @@ def dense(scene: Scene, rng: np.random.Generator) -> str:
     things = list(scene.things)
     if rng.random() < 0.5:  # described from left to right
         things.sort(key=lambda thing: thing.x)
-    must = [_opening(scene, rng)]
+    must = [opening(scene, rng)]
     descriptions = [_thing(thing, number, len(things), rng) for number, thing in enumerate(things)]
-    backdrop = _backdrop(scene, rng)
-    must += [backdrop, *descriptions] if rng.random() < 0.4 else [*descriptions, backdrop]
+    behind = backdrop(scene, rng)
+    must += [behind, *descriptions] if rng.random() < 0.4 else [*descriptions, behind]
     if scene.word:
-        must.insert(1 if rng.random() < 0.5 else len(must), _word(scene, rng))
-    links = _relations(scene, things, rng)
+        must.insert(1 if rng.random() < 0.5 else len(must), spelled_word(scene, rng))
+    links = relation_sentences(scene, things, rng)
     must += links[:1] if len(things) > 4 else links[:2]
     spare = [*links[2:3]] if len(things) <= 4 else []
     if len(things) > 1:
         spare.append("no two objects touch or overlap.")
     for shape in dict.fromkeys(thing.shape for thing in things):
         lead = f"the {shape} is" if sum(t.shape == shape for t in things) == 1 else f"each {shape} is"
-        spare.append(f"{lead} {_FORM[shape]}.")
+        spare.append(f"{lead} {FORM[shape]}.")
     if len(things) == 1:
         spare.append(f"the {things[0].shape} {_EXTENT[things[0].size]}.")
         spare.append(f"it is {things[0].colour} all over.")
     if not scene.word:
-        spare.append(_pick(rng, ("there is no text anywhere.", "no words or letters are written in the picture.")))
-    common = list(_COMMON)
+        spare.append(pick(rng, ("there is no text anywhere.", "no words or letters are written in the picture.")))
+    common = list(COMMON)
     rng.shuffle(common)
     target = float(np.clip(rng.normal(106, 8), 92, 122))
     length = sum(len(line.split()) for line in must)
@@ -200,9 +200,9 @@ def dense(scene: Scene, rng: np.random.Generator) -> str:
     return " ".join(must)
 
 
-def _opening(scene: Scene, rng: np.random.Generator) -> str:
+def opening(scene: Scene, rng: np.random.Generator) -> str:
     groups = [group_words(thing.shape, count, thing.colour) for thing, count in scene.groups()]
-    lead = _pick(
+    lead = pick(
         rng, ("the picture shows", "this image shows", "in this picture there is seen", "a simple picture with")
     )
     if not groups:
@@ -210,53 +210,53 @@ def _opening(scene: Scene, rng: np.random.Generator) -> str:
     also = f' and the word "{scene.word}"' if scene.word else ""
     total = len(scene.things)
     count = f"{NUMBERS[total]} objects in all" if total > 1 else "a single object"
-    return f"{lead} {count}: {_enumeration(groups)}{also}."
+    return f"{lead} {count}: {enumeration(groups)}{also}."
 
 
 def _thing(thing: Thing, number: int, total: int, rng: np.random.Generator) -> str:
     looks, where = f"{thing.size} {thing.colour} {thing.shape}", place(thing)
-    spot = "in the centre" if where == "centre" else _pick(rng, (f"at the {where}", f"in the {where} part"))
+    spot = "in the centre" if where == "centre" else pick(rng, (f"at the {where}", f"in the {where} part"))
     if total == 1:
-        return _pick(rng, (
-            f"the object is {_with_article(looks)}, and it lies {spot} of the picture.",
-            f"{_with_article(looks)} stands alone {spot} of the picture.",
-            f"{spot} of the picture there is {_with_article(looks)}.",
+        return pick(rng, (
+            f"the object is {with_article(looks)}, and it lies {spot} of the picture.",
+            f"{with_article(looks)} stands alone {spot} of the picture.",
+            f"{spot} of the picture there is {with_article(looks)}.",
         ))  # fmt: skip
     name = ORDINALS[number]
-    return _pick(rng, (
-        f"the {name} object is {_with_article(looks)} {spot}.",
-        f"the {name} one, {_with_article(looks)}, lies {spot}.",
-        f"{spot} there is the {name} object, {_with_article(looks)}.",
+    return pick(rng, (
+        f"the {name} object is {with_article(looks)} {spot}.",
+        f"the {name} one, {with_article(looks)}, lies {spot}.",
+        f"{spot} there is the {name} object, {with_article(looks)}.",
     ))  # fmt: skip
 
 
-def _backdrop(scene: Scene, rng: np.random.Generator) -> str:
+def backdrop(scene: Scene, rng: np.random.Generator) -> str:
     if len(scene.background) == 1:
         colour = scene.background[0]
-        return _pick(rng, (
+        return pick(rng, (
             f"the background is plain {colour}.",
             f"behind everything lies an even {colour} background.",
             f"one flat {colour} colour fills the whole background.",
         ))  # fmt: skip
     one, two = ("top", "bottom") if scene.split == "across" else ("left", "right")
     first, second = scene.background
-    return _pick(rng, (
+    return pick(rng, (
         f"the background has two colours: the {one} half is {first} and the {two} half is {second}.",
-        f"the background is split into {_with_article(first)} {one} half and {_with_article(second)} {two} half.",
+        f"the background is split into {with_article(first)} {one} half and {with_article(second)} {two} half.",
     ))  # fmt: skip
 
 
-def _word(scene: Scene, rng: np.random.Generator) -> str:
+def spelled_word(scene: Scene, rng: np.random.Generator) -> str:
     where = "across the middle" if scene.word_at == "middle" else f"along the {scene.word_at}"
-    letters = _enumeration([f'"{letter}"' for letter in scene.word])
+    letters = enumeration([f'"{letter}"' for letter in scene.word])
     size = f"{NUMBERS[len(scene.word)]} letter{'s' if len(scene.word) > 1 else ''}"
-    return _pick(rng, (
+    return pick(rng, (
         f'the word "{scene.word}" is written {where} in bold black capitals. it has {size}: {letters}.',
         f'bold black capitals {where} of the picture spell the word "{scene.word}", {size} in order: {letters}.',
     ))  # fmt: skip
 
 
-def _relations(scene: Scene, things: list[Thing], rng: np.random.Generator) -> list[str]:
+def relation_sentences(scene: Scene, things: list[Thing], rng: np.random.Generator) -> list[str]:
     """The clear relations between things, the scene's own first, named by looks where these are unique."""
     looks = [(thing.shape, thing.colour) for thing in things]
     pairs = [(a, b) for a in range(len(things)) for b in range(len(things)) if a != b]

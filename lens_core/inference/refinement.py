@@ -1,0 +1,72 @@
+"""Requests on their way to the text encoder: what a reasoner makes of them, and what a picture records of that."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from lens_core.attribution import calling, name_of, refuse
+from lens_core.types import PluginError, Refinement
+
+MAX_IN_MEMORY = 1 << 16
+"""Answers that a pipeline keeps of earlier calls."""
+
+
+def refine(reasoner: Any, prompts: Sequence[str], encoder: Any = None) -> list[Refinement]:
+    """What `reasoner` makes of each of several different prompts. Without a reasoner they stay as they are.
+
+    A text that `encoder` would have to cut is not used. Warns of every answer that is not used, with the reason.
+    """
+    if reasoner is None:
+        return [Refinement(prompt, prompt) for prompt in prompts]
+    with calling(reasoner, "refine"):
+        answers = reasoner.refine(prompts)
+    answers = [_fitting(one, encoder) for one in _checked(reasoner, answers, prompts)]
+    unused = [one for one in answers if one.reason]
+    if unused:
+        others = f", and {len(unused) - 1} more" if len(unused) > 1 else ""
+        warnings.warn(
+            f"the reasoner's answer is not used, and the request drawn as it is: {unused[0].reason} "
+            f"({unused[0].asked[:60]!r}{others})",
+            stacklevel=5,
+        )
+    return answers
+
+
+def _checked(reasoner: Any, answers: Any, prompts: Sequence[str]) -> list[Refinement]:
+    must = "it must return one text or Refinement a prompt"
+    if isinstance(answers, str) or not isinstance(answers, Sequence):
+        refuse(reasoner, "refine", answers, must)
+    if len(answers) != len(prompts):
+        raise PluginError(
+            f"{name_of(reasoner)}.refine returned {len(answers)} answers to {len(prompts)} prompts; {must}"
+        )
+    checked = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        one = Refinement(prompt, answer) if isinstance(answer, str) else answer
+        if not isinstance(one, Refinement) or not all(isinstance(t, str) for t in (one.asked, one.text, one.reason)):
+            refuse(reasoner, "refine", answer, must)
+        if one.asked != prompt:
+            raise PluginError(f"{name_of(reasoner)}.refine answered other prompts; {must}, in their order")
+        checked.append(one)
+    return checked
+
+
+def _fitting(one: Refinement, encoder: Any) -> Refinement:
+    if encoder is None or one.text == one.asked or not hasattr(encoder, "excess_tokens"):
+        return one
+    with calling(encoder, "excess_tokens"):
+        excess = encoder.excess_tokens(one.text)
+    if not excess:
+        return one
+    return Refinement(one.asked, one.asked, f"it has {excess} tokens more than the text encoder takes")
+
+
+def provenance(reasoner: Any) -> dict[str, str]:
+    """What a picture records of the reasoner: its name and, where it says so, its model and more."""
+    if reasoner is None:
+        return {}
+    with calling(reasoner, "provenance"):
+        more = dict(reasoner.provenance()) if hasattr(reasoner, "provenance") else {}
+    return {"name": name_of(reasoner), **{str(key): str(value) for key, value in more.items()}}
