@@ -29,6 +29,7 @@ from lens_tools.plain_port import PlainPort, guided_batch
 from lens_tools.records import Records, free_memory, peak_gb, reset_peak
 
 GUIDANCE = 5.0
+TIME = torch.tensor([0.7])  # at which velocities are compared
 TOKENS = 200  # of the prompt, as in the goals
 MODES = {"turbo": (4, 1.0), "base": (20, GUIDANCE)}
 """Name -> (steps, guidance scale)."""
@@ -76,6 +77,14 @@ class Subject:
             "port": self.by_port, "lens": partial(self.by_pipeline, self.net),
             "compiled": partial(self.by_pipeline, self.compiled),
         }  # fmt: skip
+
+    def prepare_tables(self, size: tuple[int, int]) -> None:
+        """Compute modulation for every time that is used at `size`: a table of another length is compiled anew."""
+        grid = size[0] // 16, size[1] // 16
+        times = torch.cat([*(self.sampler.times(grid, steps)[:-1] for steps, _ in self.modes.values()), TIME])
+        for net in (self.net, self.compiled):
+            with torch.no_grad(), net.precomputed(times.unique()):
+                pass
 
     def noise(self, size: tuple[int, int]) -> Tensor:
         """Noise for one picture of `size` px."""
@@ -149,6 +158,7 @@ def compare(records: Records, subject: Subject, size: tuple[int, int]) -> None:
     """Check and time the three ways at one size."""
     where = f"{size[0]}x{size[1]}"
     sound: dict[str, Loop] = {}
+    subject.prepare_tables(size)
     if not records.run(f"agreement {where}", lambda found: sound.update(agreement(found, subject, size)), need=5):
         return
     noise = subject.noise(size)
@@ -178,7 +188,7 @@ def tell(found: dict[str, Any], rounds: Mapping[str, list[float]]) -> None:
 def agreement(found: dict[str, Any], subject: Subject, size: tuple[int, int]) -> dict[str, Loop]:
     """Compare one guided velocity of each way with the port's in float32 -> the ways that agree."""
     x = subject.noise(size)
-    t = flow.at(0.7, x)
+    t = flow.at(float(TIME), x)
     wide = copy.deepcopy(subject.net).float()
     want = subject.port_velocity(PlainPort(wide), GUIDANCE)(x, t)
     found["lens, float32"] = timing.distance(guided_velocity(wide, subject.text, None, GUIDANCE)(x, t), want)
@@ -187,7 +197,7 @@ def agreement(found: dict[str, Any], subject: Subject, size: tuple[int, int]) ->
     far: dict[str, float] = {"port": timing.distance(subject.port_velocity(subject.port, GUIDANCE)(x, t), want)}
     for name, net in (("lens", subject.net), ("compiled", subject.compiled)):
         try:
-            with net.precomputed(torch.tensor([0.7])):
+            with net.precomputed(TIME):
                 got = guided_velocity(net, subject.text, None, GUIDANCE)(x, t)
             far[name] = timing.distance(got, want)
         except Exception as error:  # no compiler here: the other ways can still be timed
@@ -208,6 +218,7 @@ def graphed(
 ) -> None:
     """The whole loop as one CUDA graph: no host work is left in it."""
     run = partial(subject.by_loop, subject.compiled, subject.noise(size), *subject.modes[mode])
+    subject.prepare_tables(size)
     want = run()
     graph, out = record_graph(run)
     graph.replay()
@@ -236,11 +247,11 @@ def record_graph(run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
 def step_kernels(found: dict[str, Any], subject: Subject, size: tuple[int, int]) -> None:
     """The kernels of one guided step, by way."""
     x = subject.noise(size)
-    t = flow.at(0.7, x)
+    t = flow.at(float(TIME), x)
     velocities: dict[str, flow.Velocity] = {"port": subject.port_velocity(subject.port, GUIDANCE)}
     for name, net in (("lens", subject.net), ("compiled", subject.compiled)):
         velocities[name] = guided_velocity(net, subject.text, None, GUIDANCE)
-    with subject.net.precomputed(torch.tensor([0.7])), subject.compiled.precomputed(torch.tensor([0.7])):
+    with subject.net.precomputed(TIME), subject.compiled.precomputed(TIME):
         for name, velocity in velocities.items():
             found[name] = timing.kernels(partial(velocity, x, t), subject.device)
 
