@@ -96,6 +96,11 @@ class StoreDataset:
             return f"dataset: each rank draws a bucket of its own; a rank's batch\n{costs}"
         return f"dataset: all ranks share one bucket; a batch of all ranks together\n{costs}"
 
+    @staticmethod
+    def open_store(path: str, create: bool = False) -> Store:
+        """The store itself, for plugins that read or fill one: they reach it through the catalog."""
+        return Store(path, create)
+
     def __init__(self, config: Any) -> None:
         self.config = config
         self.corrupt: dict[str, str] = {}

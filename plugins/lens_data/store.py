@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -108,6 +108,32 @@ class Store:
     def side_table(self, name: str, columns: Mapping[str, str], made_by: str) -> Any:
         """Another table of this store; made where `made_by`, which its metadata keeps, is given. None if missing."""
         return self._open(name, _schema(columns, "lens.made_by", made_by) if made_by else None)
+
+    def append(self, table: Any, rows: Any) -> None:
+        """Add an Arrow table to a side table; all of its rows appear, or none. Raises WriteError."""
+        with _writing(self.path):
+            table.add(rows)
+
+    def rewrite(
+        self, name: str, columns: Mapping[str, str], made_by: str, batches: Iterable[Sequence[Mapping[str, Any]]]
+    ) -> Any:
+        """Make a side table of these rows in the place of one that is there; readers see the old one until all of them
+        are written. Returns the table. Raises WriteError."""
+        import pyarrow as pa
+
+        schema = _schema(columns, "lens.made_by", made_by)
+        made = (pa.RecordBatch.from_pylist(list(rows), schema=schema) for rows in batches)
+        reader = pa.RecordBatchReader.from_batches(schema, made)
+        mode = "overwrite" if name in _names(self._database) else "create"
+        with _writing(self.path):
+            return self._database.create_table(name, reader, mode=mode)
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Remove the pictures with these ids. Versions that a training run has open keep them. Raises WriteError."""
+        with _writing(self.path):
+            for start in range(0, len(ids), 1000):
+                listed = ", ".join(f"'{key}'" for key in ids[start : start + 1000] if key.isalnum())
+                self.table.delete(f"id IN ({listed})")
 
     def __len__(self) -> int:
         return int(self.table.count_rows())

@@ -1,0 +1,328 @@
+"""One curation: sources -> records and scores -> verdicts -> captions -> the training store, with a report.
+
+Everything that is known is in the tables of the store (`tables`), written in small steps, so a run may be killed
+anywhere and the next one goes on: parts that were read are not read again, scores that are there are not computed
+again, captions that are there are not asked for again. Verdicts are computed anew in every run, from the tables alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import evolve
+from numpy.typing import NDArray
+
+from lens_core.catalog import Catalog
+from lens_core.io.atomic_files import WriteError
+from lens_core.io.digests import position
+from lens_core.io.locks import locked
+from lens_core.types import ConfigError
+from lens_curate import decide as deciding
+from lens_curate import tables as t
+from lens_curate.captioner import Captioner
+from lens_curate.decide import Scores, Verdicts
+from lens_curate.engine import engine
+from lens_curate.filling import Filler
+from lens_curate.parts import Part
+from lens_curate.progress import Progress
+from lens_curate.recipe import CurationSpec, Filter, build_filters
+from lens_curate.report import Report, summarize
+from lens_curate.sources import NamedSource, StoreSource, build_sources
+from lens_curate.worker import Answer, PartTask, dump_task
+
+TASK = 64  # pictures of a task, where a part has fewer
+FLUSH_ROWS = 8192
+FLUSH_SECONDS = 5.0
+_MADE_BY = "lens_curate"
+
+
+def curate(
+    spec: CurationSpec,
+    store: str | Path,
+    *,
+    runner: str = "native",
+    workers: int | None = None,
+    preview: int | None = None,
+    catalog: Catalog | None = None,
+) -> Report:
+    """Fill the training store at `store` by a recipe, or go on with it; the report of what was kept and dropped.
+
+    With `preview`, a sample of so many pictures is curated into a store that is thrown away, and `store` is not
+    touched. Raises ConfigError for a recipe that cannot run, before a picture is read; LockedError where another
+    process writes to the store; WriteError where the disk is full, after which the same call goes on.
+    """
+    catalog = catalog or Catalog.installed()
+    if preview is not None:
+        with tempfile.TemporaryDirectory(prefix="lens-preview-") as folder:
+            # Captions of a preview are kept where a later run finds them.
+            return _Curation(spec, str(Path(folder) / "store"), runner, workers, catalog, str(store)).run(preview)
+    local = "://" not in str(store)
+    with locked(Path(store), "store") if local else nullcontext():
+        return _Curation(spec, str(store), runner, workers, catalog, str(store)).run()
+
+
+class _Curation:
+    """One run. Everything that a recipe names is checked when it is built, before the store is made."""
+
+    def __init__(
+        self, spec: CurationSpec, store: str, runner: str, workers: int | None, catalog: Catalog, caption_store: str
+    ) -> None:
+        self.spec, self.store, self.catalog = spec, store, catalog
+        self.filters: list[Filter] = build_filters(spec, catalog)
+        self.sources: list[NamedSource] = build_sources(spec.sources, catalog)
+        self.captioner = None if spec.captions is None else Captioner(spec.captions, catalog, caption_store)
+        for source in self.sources:
+            _check_source(source, store, caption_store)
+        for made in self.filters:
+            if hasattr(made.curator, "prepare"):
+                made.curator.prepare()
+        self.engine = engine(runner, spec, store, workers)
+        self.begun = time.monotonic()
+        self.tables = t.Tables(store, catalog, create=True)
+        self.cheap = tuple(n for n, made in enumerate(self.filters) if not made.costly)
+
+    def run(self, preview: int | None = None) -> Report:
+        self._hash_own()
+        read = self._read(preview)
+        records = self.tables.records()
+        verdicts = self._decided(records, costly=False)
+        if len(self.cheap) < len(self.filters):
+            verdicts = self._decided(records, costly=True)
+        filler = Filler(self.tables, self.spec, self.captioner, records, verdicts)
+        if self.captioner is not None:
+            filler.caption(self._images, limit=None if preview is None else 20)
+        filler.judge_captions(preview=preview is not None)
+        if preview is None:
+            filler.remove()
+        filler.write_verdicts(self.spec)
+        if preview is None:
+            filler.fill(self._images)
+        if filler.gone:
+            filler.write_verdicts(self.spec)
+        return summarize(self.tables, self.spec, filler, read, time.monotonic() - self.begun)
+
+    # ---- reading and scoring -------------------------------------------------------------------------------------
+
+    def _listed(self) -> Iterator[tuple[int, NamedSource, Part, bytes]]:
+        for number, source in enumerate(self.sources):
+            for part in source.source.parts():
+                yield number, source, part, bytes.fromhex(source.digest(part))
+
+    def _read(self, preview: int | None) -> int:
+        """Read what has not been read, and score it by all filters that are not costly; then score what a new filter
+        has not seen. How many records were read."""
+        read = self.tables.parts()
+        pending = [0, 0]  # pictures of parts that know how many they have, parts that do not
+
+        def tasks(count: bool) -> Iterator[PartTask]:
+            for number, source, part, digest in self._listed():
+                if not read.has(digest, f"{source.identity} {part.stamp}"):
+                    if count:
+                        pending[0 if part.count else 1] += part.count or 1
+                    yield PartTask(number, part, True, self.cheap)
+
+        if preview is not None:
+            sample = list(_sample(tasks(False), preview))
+            wanted: Callable[[], Iterator[PartTask]] = lambda: iter(sample)  # noqa: E731
+            pending = [preview, 0]
+        else:
+            for _ in tasks(True):
+                pass
+            wanted = lambda: tasks(False)  # noqa: E731
+        progress = Progress("read", pending[0])
+        self._commit(self.engine(_grouped(wanted())), progress, pending[1])
+        progress.end()
+        records = self.tables.records()
+        self._score(records, [self.filters[n] for n in self.cheap], np.ones(len(records), bool))
+        return progress.done
+
+    def _hash_own(self) -> None:
+        """Hash the pictures of the store that no record is about: those that were imported."""
+        if not len(self.tables.store):
+            return
+        known = np.sort(self.tables.records().id)
+        own = t.own_source(self.store, self.catalog)
+
+        def tasks() -> Iterator[PartTask]:
+            for batch in self.tables.store.batches("id"):
+                ids = t.hex_array(batch["id"].to_pylist(), 32)
+                new = ~np.isin(ids, known)
+                rows = np.array(batch["_rowid"].to_pylist(), np.int64)[new].tolist()
+                for start in range(0, len(rows), TASK):
+                    some = rows[start : start + TASK]
+                    yield PartTask(-1, Part(str(some[0]), own.identity, len(some), {"rows": some}))
+
+        progress = Progress("read from the store")
+        self._commit(self.engine(_grouped(tasks())), progress, 0)
+        progress.end()
+
+    def _score(self, records: t.RecordArrays, filters: Sequence[Filter], target: NDArray[np.bool_]) -> None:
+        """Score the targets that a filter has not scored, in one reading of their parts."""
+        lacking: dict[int, NDArray[np.bool_]] = {}
+        ours = target & (records.fault == 0) & ~records.own
+        for made in filters:
+            state = self.tables.scores(made, records.id)[1]
+            if (without := ours & (state == deciding.UNSCORED)).any():
+                lacking[self.filters.index(made)] = without
+        if not lacking:
+            return
+        any_of = np.logical_or.reduce(list(lacking.values()))
+
+        def task(number: int, part: Part, places: NDArray[np.int64]) -> PartTask:
+            which = tuple(n for n, without in lacking.items() if without[places].any())
+            return PartTask(number, part, False, which, tuple(t.hex_texts(records.id[places])))
+
+        progress = Progress("scored", int(any_of.sum()))
+        self._commit(self.engine(_grouped(self._tasks(records, np.flatnonzero(any_of), task))), progress, 0)
+        progress.end()
+
+    def _tasks(
+        self,
+        records: t.RecordArrays,
+        places: NDArray[np.int64],
+        task: Callable[[int, Part, NDArray[np.int64]], PartTask],
+    ) -> Iterator[PartTask]:
+        """A task for each part that holds some of these records, with the places of those."""
+        order = places[np.argsort(records.part[places], kind="stable")]
+        parts, starts = np.unique(records.part[order], return_index=True)
+        ends = [*starts[1:].tolist(), len(order)]
+        for number, _, part, digest in self._listed():
+            at = position(parts, digest)
+            if at is not None:
+                yield task(number, part, order[starts[at] : ends[at]])
+
+    def _images(self, records: t.RecordArrays, places: NDArray[np.int64]) -> Iterator[Any]:
+        """Arrow tables (id, image) of the files of these records, read from their sources again."""
+
+        def task(number: int, part: Part, some: NDArray[np.int64]) -> PartTask:
+            return PartTask(number, part, False, (), None, tuple(t.hex_texts(records.id[some])))
+
+        for answer in self.engine(_grouped(self._tasks(records, places, task))):
+            if answer.kind == "images":
+                yield t.load(answer.body)
+
+    def _decided(self, records: t.RecordArrays, costly: bool) -> Verdicts:
+        """Verdicts from the scores that there are; with those of costly filters, which score what the others keep."""
+        order = [source.name for source in self.sources]
+        earlier = self._kept_earlier(records, order)
+
+        def verdicts(filters: Sequence[Filter]) -> Verdicts:
+            scores = []
+            for made in filters:
+                values, state = self.tables.scores(made, records.id)
+                scores.append(Scores(made, values, state))
+            return deciding.decide(records, scores, self.spec.duplicates, order, earlier)
+
+        known = [made for made in self.filters if not made.costly]
+        if costly:
+            for made in (each for each in self.filters if each.costly):
+                self._score(records, [made], verdicts(known).kept)
+                known.append(made)
+        return verdicts(known)
+
+    def _kept_earlier(self, records: t.RecordArrays, order: Sequence[str]) -> NDArray[np.bool_]:
+        """Records of sources that this recipe does not name and that an earlier curation has kept."""
+        kept = np.zeros(len(records), bool)
+        if set(records.sources) <= {*order, t.OWN}:
+            return kept
+        places = np.argsort(records.key)
+        for batch in self.tables.batches(t.VERDICTS, "key", "kept"):
+            keys = t.hex_array(batch["key"].to_pylist(), 16)
+            at = np.clip(np.searchsorted(records.key[places], keys), 0, len(places) - 1)
+            same = records.key[places][at] == keys
+            kept[places[at[same]]] = np.array(batch["kept"].to_pylist(), bool)[same]
+        return kept
+
+    def _commit(self, answers: Iterable[Answer], progress: Progress, unknown: int) -> None:
+        """Write what workers answer: records and scores before the parts that they complete."""
+        held: dict[str, list[Any]] = {}
+        rows, since, finished = 0, time.monotonic(), [0, 0]
+        known = progress.total
+
+        def flush() -> None:
+            for kind in sorted(held, key=lambda k: (k == "parts", k)):
+                self._append(kind, held[kind])
+            held.clear()
+
+        try:
+            for answer in answers:
+                table = t.load(answer.body)
+                held.setdefault(answer.kind, []).append(table)
+                rows += table.num_rows
+                if answer.kind == "parts" and unknown:
+                    # How many pictures a tar has is known at its end: the others are taken to have as many.
+                    finished = [finished[0] + table.num_rows, finished[1] + sum(table["count"].to_pylist())]
+                    progress.total = known + unknown * finished[1] // max(1, finished[0])
+                if answer.kind == "records" or (answer.kind.startswith("scores") and progress.what == "scored"):
+                    progress.add(table.num_rows)
+                if rows >= FLUSH_ROWS or time.monotonic() - since > FLUSH_SECONDS:
+                    flush()
+                    rows, since = 0, time.monotonic()
+            flush()
+        except WriteError as error:
+            raise WriteError(f"{error}. What was written before is kept; the same command goes on") from error
+
+    def _append(self, kind: str, some: Sequence[Any]) -> None:
+        import pyarrow as pa
+
+        table = pa.concat_tables(some)
+        if kind.startswith("scores"):
+            made = self.filters[int(kind.split()[1])]
+            columns = t.score_columns(made.curator.columns)
+            self.tables.append(t.score_table(made), table, columns, made.identity)
+        else:
+            name = {"records": t.RECORDS, "parts": t.PARTS}[kind]
+            self.tables.append(name, table, t.COLUMNS[name], _MADE_BY)
+
+
+def _check_source(source: NamedSource, *stores: str) -> None:
+    source.source.check()
+    if source.name == t.OWN:
+        raise ConfigError(f"a source is called {t.OWN!r}, which names the store's own pictures; give it another `name`")
+    path = getattr(source.source.config, "path", "")
+    if isinstance(source.source, StoreSource) and any(_same(path, store) for store in stores):
+        raise ConfigError(f"{path}: is both a source and the output; curate it into another store")
+
+
+def _same(first: str, second: str) -> bool:
+    return first == second or ("://" not in first + second and Path(first).resolve() == Path(second).resolve())
+
+
+def _grouped(tasks: Iterable[PartTask]) -> Iterator[str]:
+    """Tasks of about TASK pictures, as text. A part whose pictures are not counted is one alone."""
+    held: list[PartTask] = []
+    pictures = 0
+    for task in tasks:
+        count = task.part.count or TASK
+        if held and pictures + count > TASK:
+            yield dump_task(held)
+            held, pictures = [], 0
+        held.append(task)
+        pictures += count
+    if held:
+        yield dump_task(held)
+
+
+def _sample(tasks: Iterable[PartTask], count: int, seed: int = 0) -> Iterator[PartTask]:
+    """Parts with about `count` pictures, every part as likely; of parts with many pictures the first few are read."""
+    rng = np.random.default_rng(seed)
+    chosen: list[PartTask] = []
+    for number, task in enumerate(tasks):  # a reservoir: what is listed is not held
+        if len(chosen) < count:
+            chosen.append(task)
+        elif (place := int(rng.integers(number + 1))) < count:
+            chosen[place] = task
+    left = count
+    for place, task in enumerate(chosen):
+        share = max(1, left // (len(chosen) - place))
+        limit = min(share, task.part.count) if task.part.count else share
+        left -= limit
+        yield evolve(task, limit=limit)
+        if left <= 0:
+            return

@@ -1,0 +1,97 @@
+"""Runs the tasks of a curation in parallel, as a Daft dataflow: on this machine, or on a Ray cluster.
+
+This module alone knows Daft. Tasks and answers are those of `worker`, so another engine would be another function here;
+`serial` is one, without Daft: everything in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from lens_core.config import structure, unstructure
+from lens_core.types import ConfigError, LensError
+from lens_curate.recipe import CurationSpec
+from lens_curate.worker import Answer, Worker, load_task
+
+RUNNERS = ("native", "ray", "serial")
+WAVE = 4096  # tasks of one dataflow: what is planned at once does not grow with the number of pictures
+
+Run = Callable[[Iterable[str]], Iterator[Answer]]
+
+
+def engine(runner: str, spec: CurationSpec, store: str, workers: int | None = None) -> Run:
+    """The function that runs tasks. Raises ConfigError for a runner that is not known, LensError for one that is not
+    installed."""
+    if runner not in RUNNERS:
+        raise ConfigError(f"no runner is called {runner[:80]!r}; use {', '.join(RUNNERS[:-1])} or {RUNNERS[-1]}")
+    if runner == "serial":
+        worker = Worker(spec, store)
+        return lambda tasks: (answer for task in tasks for answer in worker.run(load_task(task)))
+    _daft(runner)
+    return lambda tasks: _dataflow(tasks, json.dumps(unstructure(spec)), store, workers, runner)
+
+
+def default_runner() -> str:
+    """What Daft's own variable asks for, else this machine."""
+    return "ray" if os.environ.get("DAFT_RUNNER", "").lower() == "ray" else "native"
+
+
+def _daft(runner: str) -> Any:
+    """Daft, with its runner chosen, and without its telemetry, which is on unless this is set before the import."""
+    os.environ["DO_NOT_TRACK"] = "1"
+    os.environ.setdefault("DAFT_PROGRESS_BAR", "0")
+    try:
+        import daft
+
+        if runner == "ray":
+            import ray  # noqa: F401  # so that its absence is told in one line
+    except ImportError as error:
+        extra = "curate,ray" if runner == "ray" else "curate"
+        raise LensError(
+            f"the runner {runner} needs {error.name}, which is missing; pip install 'lens-t2i[{extra}]', or use "
+            "--runner serial"
+        ) from error
+    try:
+        (daft.set_runner_ray if runner == "ray" else daft.set_runner_native)()
+    except Exception as error:  # Daft keeps the runner that the process has used first
+        raise LensError(f"Daft runs on another runner in this process ({error}); start a new one") from error
+    return daft
+
+
+class _Runner:
+    """A worker in a process of Daft's, built when its first task arrives."""
+
+    def __init__(self, spec: str, store: str) -> None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes are the parallelism
+        self.worker = Worker(structure(CurationSpec, json.loads(spec)), store)
+
+    def __call__(self, task: str) -> Iterator[dict[str, Any]]:
+        for answer in self.worker.run(load_task(task)):
+            yield {"kind": answer.kind, "body": answer.body}
+
+
+def _dataflow(tasks: Iterable[str], spec: str, store: str, workers: int | None, runner: str) -> Iterator[Answer]:
+    """tasks -> (in every process) read, decode, hash, score -> tables, in the order in which they are done."""
+    daft = _daft(runner)
+    count = workers or (os.cpu_count() if runner == "native" else None) or 1
+    fields = {"kind": daft.DataType.string(), "body": daft.DataType.binary()}
+    call = daft.method(_Runner.__call__, return_dtype=daft.DataType.struct(fields), unnest=True)
+    pool = type("CurationWorker", (_Runner,), {"__call__": call})
+    parallel = {"use_process": True, "max_concurrency": count}
+    run = daft.cls(pool, **parallel)(spec, store)
+    rest = iter(tasks)
+    used = False
+    while wave := list(islice(rest, WAVE)):
+        used = True
+        frame = daft.from_pydict({"task": wave}).into_batches(1)
+        for batch in frame.select(run(daft.col("task"))).to_arrow_iter(results_buffer_size=2 * count):
+            kinds, bodies = batch.column("kind"), batch.column("body")
+            for at in range(batch.num_rows):
+                yield Answer(kinds[at].as_py(), bodies[at].as_py())
+    if used:
+        time.sleep(0.5)  # its processes are still ending; a Python that ends meanwhile dies with them (Daft 0.7.26)

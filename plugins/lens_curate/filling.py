@@ -1,0 +1,311 @@
+"""From verdicts to the store: captions for what is kept, rows of the training store, and the table of verdicts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from attrs import field, mutable
+from numpy.typing import NDArray
+
+from lens_core.config import unstructure
+from lens_core.io.digests import position
+from lens_curate import tables as t
+from lens_curate.captioner import Caption, Captioner, spend_of
+from lens_curate.decide import CAPTION, DECODE, EXACT, KEPT, Verdicts, filter_reason
+from lens_curate.progress import Progress
+from lens_curate.recipe import CurationSpec
+
+ROWS = 2048  # records whose texts are held at once
+_MADE_BY = "lens_curate"
+Images = Callable[[t.RecordArrays, NDArray[np.int64]], Iterator[Any]]
+
+
+@mutable
+class _Captions:
+    """The captions of one style that there are: ids, their rows, and whether each is flawed."""
+
+    ids: NDArray[np.bytes_]
+    rows: NDArray[np.int64]
+    flawed: NDArray[np.bool_]
+
+    def places(self, ids: NDArray[np.bytes_]) -> NDArray[np.int64]:
+        """Where each of these ids stands, or -1."""
+        if not len(self.ids):
+            return np.full(len(ids), -1, np.int64)
+        at = np.clip(np.searchsorted(self.ids, ids), 0, len(self.ids) - 1)
+        return np.where(self.ids[at] == ids, at, -1)
+
+
+@mutable
+class Filler:
+    """What is done with the verdicts of one run. `verdicts.stage` changes with captions that fail."""
+
+    tables: t.Tables
+    spec: CurationSpec
+    captioner: Captioner | None
+    records: t.RecordArrays
+    verdicts: Verdicts
+    added: int = 0
+    removed: int = 0
+    changed: int = 0
+    waiting: int = 0  # captions that were not made: the budget is spent, or the endpoint is down
+    trouble: str = ""  # why
+    gone: set[int] = field(factory=set)  # places of records whose file was not found again
+    captions: dict[str, _Captions] = field(factory=dict)
+
+    # ---- captions ------------------------------------------------------------------------------------------------
+
+    def caption(self, images: Images, limit: int | None) -> None:
+        """Ask for the captions that are lacking, of `limit` pictures at most; each batch is written at once."""
+        captioner = self.captioner
+        assert captioner is not None
+        lacking: dict[bytes, list[str]] = {}
+        wanted = np.zeros(len(self.records), bool)
+        for style in captioner.styles:
+            self._load(style)
+            places = np.flatnonzero(self._asks(style))
+            places = places[self.captions[style].places(self.records.id[places]) < 0][:limit]
+            wanted[places] = True
+            for key in t.hex_texts(self.records.id[places]):
+                lacking.setdefault(bytes.fromhex(key), []).append(style)
+        progress = Progress("captioned", sum(map(len, lacking.values())))
+        held: list[tuple[str, bytes, str]] = []
+        for table in images(self.records, np.flatnonzero(wanted)) if wanted.any() else ():
+            for key, image in zip(table["id"].to_pylist(), table["image"].to_pylist(), strict=True):
+                held += [(key, image, style) for style in lacking.pop(bytes.fromhex(key), ())]
+            while len(held) >= 2 * captioner.concurrency:
+                self._ask(captioner, held[: 2 * captioner.concurrency], progress)
+                del held[: 2 * captioner.concurrency]
+        self._ask(captioner, held, progress)
+        progress.end()
+        for style in captioner.styles:
+            self._load(style)
+
+    def _asks(self, style: str) -> NDArray[np.bool_]:
+        """Records that get a caption of this style."""
+        kept = self.verdicts.kept & self.verdicts.ours
+        if self.spec.captions is not None and self.spec.captions.only_missing:
+            kept &= ~(self.records.brief if style == "brief" else self.records.dense)
+        return kept
+
+    def _load(self, style: str) -> None:
+        assert self.captioner is not None
+        self.captions[style] = _Captions(*self.tables.captions(self.captioner.identity(style)))
+
+    def _ask(self, captioner: Captioner, pictures: list[tuple[str, bytes, str]], progress: Progress) -> None:
+        import pyarrow as pa
+
+        rows = []
+        for answer in captioner.caption(pictures):
+            progress.add(1)
+            if isinstance(answer, Caption):
+                rows.append({
+                    "id": answer.id, "prompt": captioner.identity(answer.style), "style": answer.style,
+                    "text": answer.text, "flaw": answer.flaw, "attempts": answer.attempts,
+                })  # fmt: skip
+            else:
+                self.waiting, self.trouble = self.waiting + 1, str(answer)
+        columns = t.COLUMNS[t.CAPTIONS]
+        schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
+        self.tables.append(t.CAPTIONS, pa.Table.from_pylist(rows, schema=schema), columns, _MADE_BY)
+
+    def judge_captions(self, preview: bool) -> None:
+        """Drop what has no caption, or one that failed its checks. In a preview, which makes few, only the latter."""
+        stage, number = self.verdicts.stage, self.verdicts.stages.index(CAPTION)
+        kept = self.verdicts.kept & self.verdicts.ours
+        if self.captioner is None:
+            stage[kept & ~self.records.brief & ~self.records.dense] = number
+            return
+        for style in self.captioner.styles:
+            asked = self._asks(style)
+            places = self.captions[style].places(self.records.id)
+            failed = asked & (places < 0) & (not preview)
+            there = asked & (places >= 0)
+            failed[there] = self.captions[style].flawed[places[there]]
+            stage[failed] = number
+
+    # ---- the store -----------------------------------------------------------------------------------------------
+
+    def remove(self) -> None:
+        """Remove from the store what an earlier run has put there and this one does not keep. Comes before the new
+        verdicts are written, for the old ones say what was put there."""
+        records = self.records
+        put = [np.zeros(0, "S32")]
+        for batch in self.tables.batches(t.VERDICTS, "id", "kept"):
+            ids = t.hex_array(batch["id"].to_pylist(), 32)
+            put.append(ids[np.array(batch["kept"].to_pylist(), bool)])
+        dropped = np.isin(records.id, np.concatenate(put)) & self._stored() & self.verdicts.ours
+        drop = np.unique(records.id[dropped & ~np.isin(records.id, records.id[self.verdicts.kept])])
+        if len(drop):
+            self.tables.store.delete(t.hex_texts(drop))
+            self.removed = len(drop)
+
+    def _stored(self) -> NDArray[np.bool_]:
+        """Records whose file is in the store."""
+        batches = self.tables.store.batches("id")
+        ids = [np.zeros(0, "S32"), *(t.hex_array(batch["id"].to_pylist(), 32) for batch in batches)]
+        return np.isin(self.records.id, np.concatenate(ids))
+
+    def fill(self, images: Images) -> None:
+        """Add what is kept to the store, and replace captions there. Other pictures in it stay as they are."""
+        records, store = self.records, self.tables.store
+        there = self._stored()
+        self._replace(there & self.verdicts.kept & self.verdicts.ours)
+        places = np.flatnonzero(self.verdicts.kept & self.verdicts.ours & ~there)
+        order = places[np.argsort(records.id[places], kind="stable")]
+        ids = records.id[order]
+        lacking = np.ones(len(order), bool)
+        progress = Progress("stored", len(order))
+        for table in images(records, places) if len(places) else ():
+            files = dict(zip(table["id"].to_pylist(), table["image"].to_pylist(), strict=True))
+            at = {key: position(ids, bytes.fromhex(key)) for key in files}
+            new = {key: place for key, place in at.items() if place is not None and lacking[place]}
+            texts = self.texts([int(order[place]) for place in new.values()])
+            rows = [{**texts[int(order[place])], "id": key, "image": files[key]} for key, place in new.items()]
+            if rows:
+                self.added += store.insert(rows)
+                lacking[list(new.values())] = False
+            progress.add(len(rows))
+        progress.end()
+        self.gone = set(order[lacking].tolist())
+
+    def texts(self, places: list[int]) -> dict[int, dict[str, Any]]:
+        """The columns of the store, but the file, of records at these places: with the captions that shall be there."""
+        numbers = self.records.row[places].tolist()
+        found = self.tables.rows(t.RECORDS, numbers, "height", "width", "brief", "dense", "source")
+        made: dict[str, dict[int, str]] = {}
+        for style, captions in self.captions.items():
+            at = captions.places(self.records.id[places])
+            rows = self.tables.rows(t.CAPTIONS, captions.rows[at[at >= 0]].tolist(), "text", "flaw")
+            made[style] = {
+                place: rows[int(captions.rows[where])]["text"]
+                for place, where in zip(places, at.tolist(), strict=True)
+                if where >= 0 and not rows[int(captions.rows[where])]["flaw"]
+            }
+        asks = {style: self._asks(style) for style in self.captions}
+        texts = {}
+        for place, number in zip(places, numbers, strict=True):
+            row = {name: value for name, value in found[number].items() if name != "_rowid"}
+            new = {style: made[style][place] for style in made if place in made[style] and asks[style][place]}
+            texts[place] = {**row, **new}
+        return texts
+
+    def _replace(self, target: NDArray[np.bool_]) -> None:
+        """Replace captions of stored pictures where they shall be others now."""
+        records, store = self.records, self.tables.store
+        places = np.flatnonzero(target)
+        order = places[np.argsort(records.id[places], kind="stable")]
+        ids = records.id[order]
+        changed: dict[int, dict[str, Any]] = {}
+        for batch in store.batches("id", "brief", "dense"):
+            rows = batch.to_pylist()
+            at = [position(ids, bytes.fromhex(row["id"])) if len(row["id"]) == 64 else None for row in rows]
+            texts = self.texts([int(order[place]) for place in at if place is not None])
+            for row, place in zip(rows, at, strict=True):
+                if place is not None:
+                    wanted = texts[int(order[place])]
+                    if (row["brief"], row["dense"]) != (wanted["brief"], wanted["dense"]):
+                        changed[row["_rowid"]] = {"brief": wanted["brief"], "dense": wanted["dense"]}
+        numbers = list(changed)
+        for start in range(0, len(numbers), 64):
+            some = numbers[start : start + 64]
+            whole = store.rows(some, "id", "image", "height", "width", "brief", "dense", "source")
+            rows = [{k: v for k, v in whole[n].items() if k != "_rowid"} | changed[n] for n in some]
+            store.replace(rows)
+        self.changed = len(changed)
+
+    # ---- verdicts ------------------------------------------------------------------------------------------------
+
+    def write_verdicts(self, spec: CurationSpec) -> None:
+        made_by = json.dumps(unstructure(spec))
+        earlier = {row["key"]: row for row in self._earlier()}
+        self.tables.rewrite(t.VERDICTS, made_by, self.rows(earlier))
+
+    def _earlier(self) -> Iterator[dict[str, Any]]:
+        """Verdicts of earlier curations on records that this recipe is not about."""
+        others = np.sort(self.records.key[~self.verdicts.ours & ~self.records.own])
+        if not len(others):
+            return
+        for batch in self.tables.batches(t.VERDICTS, *t.COLUMNS[t.VERDICTS]):
+            keys = t.hex_array(batch["key"].to_pylist(), 16)
+            for row, is_other in zip(batch.to_pylist(), np.isin(keys, others).tolist(), strict=True):
+                if is_other:
+                    yield {name: row[name] for name in t.COLUMNS[t.VERDICTS]}
+
+    def rows(self, earlier: dict[str, dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+        """Rows of the table of verdicts, some thousand at a time."""
+        for start in range(0, len(self.records), ROWS):
+            places = np.arange(start, min(start + ROWS, len(self.records)))
+            yield self.described(places, earlier)
+
+    def described(self, places: NDArray[np.int64], earlier: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        """The verdicts on records at these places, in words."""
+        records, verdicts = self.records, self.verdicts
+        names = self.tables.rows(t.RECORDS, records.row[places].tolist(), "name", "source")
+        of = verdicts.of[places]
+        others = dict(zip(of.tolist(), t.hex_texts(records.id[np.maximum(of, 0)]), strict=True))
+        keys, ids = t.hex_texts(records.key[places]), t.hex_texts(records.id[places])
+        rows = []
+        for key, digest, place in zip(keys, ids, places.tolist(), strict=True):
+            if key in earlier:
+                rows.append(earlier[key])
+                continue
+            number = int(verdicts.stage[place])
+            stage = verdicts.stages[number] if number >= 0 else "other recipe"
+            reason = self._reason(place, stage)
+            if place in self.gone:
+                stage, reason = DECODE, "its file has changed or gone since it was read; run again"
+            found = names[int(records.row[place])]
+            instead = int(verdicts.of[place])
+            rows.append({
+                "key": key, "id": digest, "source": found["source"], "name": found["name"], "kept": stage == KEPT,
+                "stage": stage, "reason": reason, "of": others[instead] if instead >= 0 else "",
+                "distance": int(verdicts.distance[place]),
+            })  # fmt: skip
+        return rows
+
+    def _reason(self, place: int, stage: str) -> str:
+        verdicts = self.verdicts
+        if stage == KEPT:
+            return ""
+        if stage == DECODE:
+            return self.records.faults[int(self.records.fault[place])]
+        if stage == EXACT:
+            return "the same pixels as a picture that is kept"
+        if stage == CAPTION:
+            return self._caption_reason(place)
+        for scores in verdicts.scores:
+            if scores.made.name == stage:
+                column = int(verdicts.column[place])
+                value = float(scores.values[list(scores.made.keep)[column]][place]) if column >= 0 else float("nan")
+                return filter_reason(scores.made, column, value)
+        if int(verdicts.of[place]) < 0:
+            return "of a source that this recipe does not name"
+        mirrored = "the mirror image of " if stage == "mirrored" else ""
+        return f"near {mirrored}a picture that is kept: {int(verdicts.distance[place])} of 256 bits differ"
+
+    def _caption_reason(self, place: int) -> str:
+        for style, captions in self.captions.items():
+            if self.captioner is not None:
+                at = int(captions.places(self.records.id[[place]])[0])
+                if at >= 0 and captions.flawed[at]:
+                    row = self.tables.rows(t.CAPTIONS, [int(captions.rows[at])], "flaw", "attempts")
+                    found = row[int(captions.rows[at])]
+                    return f"{style} caption: {found['flaw']}, after {found['attempts']} attempts"
+                if at < 0:
+                    return f"no {style} caption yet"
+        return "came without a caption, and the recipe makes none"
+
+    @property
+    def spend(self) -> dict[str, float]:
+        return spend_of(self.captioner.llm) if self.captioner is not None else {}
+
+
+def trouble_line(filler: Filler) -> str:
+    """What to do about captions that were not made, or ""."""
+    if not filler.waiting:
+        return ""
+    return f"{filler.waiting} captions were not made: {filler.trouble}; the same command goes on"

@@ -1,0 +1,26 @@
+"""Parts of sources: the units that are listed without opening a picture, and read one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import field, frozen
+
+
+@frozen
+class Part:
+    """What is read at once. `payload` is what JSON can hold; `count` is its pictures, 0 where that is not known."""
+
+    key: str
+    stamp: str = ""
+    count: int = 1
+    payload: Mapping[str, Any] = field(factory=dict)
+    fault: str = ""  # why it cannot be read
+
+
+def text_digest(*words: str) -> str:
+    """32 hexadecimal digits for some texts; they may hold half characters, as names of files do."""
+    data = "\0".join(words).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,226 @@
+"""What runs in each process of a curation: reads parts of sources, decodes, hashes and scores their pictures.
+
+A task and an answer are plain: JSON text in, Arrow tables out. Whatever engine carries them, the same task gives the
+same answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from attrs import field, frozen, mutable
+from PIL import Image
+
+from lens_core.catalog import Catalog
+from lens_core.config import structure, unstructure
+from lens_core.io.captions import printable, read_captions
+from lens_core.io.images import ImageError, read_raw, to_rgb
+from lens_core.io.readers import one_line
+from lens_core.io.sources import SourceItem
+from lens_core.types import LensError, Record
+from lens_curate import tables
+from lens_curate.hashes import perceptual_hash, pixel_digest
+from lens_curate.measures import sharpness
+from lens_curate.parts import Part, text_digest
+from lens_curate.recipe import CurationSpec, Filter, build_filters
+from lens_curate.sources import NamedSource, build_sources
+
+BATCH = 32  # pictures that are scored together
+PIXELS = 24 << 20  # of the pictures that are held decoded, beyond one
+BODY = 16 << 20  # bytes of pictures in an answer, beyond one
+NOT_COUNTED = ("another picture of a sample", "a link in an archive")
+
+
+@frozen
+class PartTask:
+    """A part to read: whether its records are wanted, which filters' scores, which pictures' files."""
+
+    source: int  # number in the recipe; -1: the store that is filled
+    part: Part
+    records: bool = True
+    filters: tuple[int, ...] = ()
+    only: tuple[str, ...] | None = None  # ids of pictures to score; None: all
+    images: tuple[str, ...] = ()  # ids of pictures whose files are wanted
+    limit: int | None = None  # pictures that are read at most, for a preview
+
+
+@frozen
+class Answer:
+    """A table of `kind`: "records", "parts", "images", or "scores N" of filter N."""
+
+    kind: str
+    body: bytes  # an Arrow table, as IPC
+
+
+def dump_task(parts: Sequence[PartTask]) -> str:
+    return json.dumps([unstructure(part) for part in parts])
+
+
+def load_task(text: str) -> list[PartTask]:
+    return [structure(PartTask, {**each, "part": {**each["part"]}}) for each in json.loads(text)]
+
+
+@mutable
+class _Held:
+    """What one task has made and not handed on."""
+
+    records: list[tuple[dict[str, Any], Record | None]] = field(factory=list)
+    rows: dict[str, list[dict[str, Any]]] = field(factory=dict)
+    pixels: int = 0
+    bytes: int = 0
+
+    def add(self, kind: str, row: dict[str, Any]) -> None:
+        self.rows.setdefault(kind, []).append(row)
+
+    def answers(self) -> Iterator[Answer]:
+        # Parts come last: a part counts as read once its records have been written.
+        for kind in sorted(self.rows, key=lambda k: (k == "parts", k)):
+            yield Answer(kind, tables.dump(kind, self.rows[kind]))
+        self.rows.clear()
+        self.bytes = 0
+
+
+class Worker:
+    """Runs tasks of one recipe. Weights are loaded when the first picture is scored."""
+
+    def __init__(self, spec: CurationSpec, store: str, catalog: Catalog | None = None) -> None:
+        catalog = catalog or Catalog.installed()
+        self.spec = spec
+        self.sources: list[NamedSource] = build_sources(spec.sources, catalog)
+        self.filters: list[Filter] = build_filters(spec, catalog)
+        self.own = tables.own_source(store, catalog)
+
+    def source(self, number: int) -> NamedSource:
+        return self.own if number < 0 else self.sources[number]
+
+    def run(self, tasks: Sequence[PartTask]) -> Iterator[Answer]:
+        held = _Held()
+        for task in tasks:
+            yield from self._read(task, held)
+        yield from held.answers()
+
+    def _read(self, task: PartTask, held: _Held) -> Iterator[Answer]:
+        source = self.source(task.source)
+        digest = source.digest(task.part)
+        seen: dict[str, int] = {}
+        wanted, count = set(task.images), 0
+        for item in self._items(source, task.part):
+            if item.fault in NOT_COUNTED:
+                continue
+            again = seen[item.name] = seen.get(item.name, 0) + 1
+            name = item.name if again == 1 else f"{item.name} ({again})"
+            count += 1
+            if wanted and item.image is not None and (key := hashlib.sha256(item.image).hexdigest()) in wanted:
+                wanted.discard(key)
+                held.add("images", {"id": key, "image": item.image})
+                held.bytes += len(item.image)
+            if task.records or task.filters:
+                row, record = self._record(source, digest, name, item)
+                held.records.append((row, record))
+                held.pixels += record.pixels.size // 3 if record is not None else 0
+            if count == task.limit:
+                break
+            if len(held.records) >= BATCH or held.pixels >= PIXELS or held.bytes >= BODY:
+                self._score(task, held)
+                yield from held.answers()
+        self._score(task, held)
+        if task.records:
+            held.add("parts", {"part": digest, "stamp": f"{source.identity} {task.part.stamp}", "count": count})
+
+    def _items(self, source: NamedSource, part: Part) -> Iterator[SourceItem]:
+        if part.fault:
+            yield SourceItem(part.key, fault=part.fault)
+            return
+        try:
+            yield from source.source.read(part)
+        except LensError as error:
+            yield SourceItem(part.key, fault=one_line(error, 120))
+        except Exception as error:  # a source of files that strangers wrote may stumble over anything
+            yield SourceItem(part.key, fault=f"cannot be read ({type(error).__name__})")
+
+    def _record(
+        self, source: NamedSource, part: str, name: str, item: SourceItem
+    ) -> tuple[dict[str, Any], Record | None]:
+        """The row of a picture, and the picture if it can be decoded."""
+        brief, dense, _ = read_captions(item.captions, source.caption)
+        row = tables.record_row(text_digest(source.name, name), part, source, printable(name), brief, dense)
+        if item.image is None:
+            return {**row, "fault": item.fault or "no picture"}, None
+        row["id"] = hashlib.sha256(item.image).hexdigest()
+        row["size"] = len(item.image)
+        try:
+            raw = read_raw(item.image)
+            row["format"] = raw.format or ""
+            image = to_rgb(raw)
+        except ImageError as error:
+            return {**row, "fault": error.reason}, None
+        data = {"name": name, "source": source.name, "license": source.license, "format": row["format"]}
+        record = Record(item.image, np.asarray(image), brief, dense, data)
+        phash, mirrored = perceptual_hash(record.pixels)
+        row |= {
+            "pixels": pixel_digest(record.pixels).hex(),
+            "phash": phash,
+            "mirrored": mirrored,
+            "height": image.height,
+            "width": image.width,
+            "sharpness": sharpness(record),
+            "thumbnail": thumbnail(image, self.spec.thumbnail),
+        }
+        return row, record
+
+    def _score(self, task: PartTask, held: _Held) -> None:
+        """Move what is held decoded to the rows that are handed on."""
+        if task.records:
+            for row, _ in held.records:
+                held.add("records", row)
+        only = None if task.only is None else set(task.only)
+        pictures = [(row["id"], r) for row, r in held.records if r is not None and (only is None or row["id"] in only)]
+        for number in task.filters:
+            for start in range(0, len(pictures), BATCH):
+                some = pictures[start : start + BATCH]
+                for row in score_batch(self.filters[number], [r for _, r in some], [key for key, _ in some]):
+                    held.add(f"scores {number}", row)
+        held.records.clear()
+        held.pixels = 0
+
+
+def thumbnail(image: Image.Image, side: int) -> bytes:
+    """A small JPEG of a picture, for the report."""
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    small = image.resize(size, Image.Resampling.BOX, reducing_gap=2.0) if scale < 1 else image
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=80)
+    return file.getvalue()
+
+
+def score_batch(made: Filter, records: Sequence[Record], ids: Sequence[str]) -> list[dict[str, Any]]:
+    """A row of scores for each picture. Where a batch raises, each picture is tried alone; one that raises again, or
+    has no finite number, gets its fault."""
+    if not records:
+        return []
+    try:
+        columns = _checked(made, made.curator.score(records), len(records))
+    except Exception as error:  # a third party's scorer may raise anything; the others go on
+        if len(records) == 1:
+            fault = f"{type(error).__name__}: {one_line(error, 120)}"
+            return [{"id": ids[0], "fault": fault, **dict.fromkeys(made.curator.columns, float("nan"))}]
+        return [row for record, key in zip(records, ids, strict=True) for row in score_batch(made, [record], [key])]
+    rows = []
+    for place, key in enumerate(ids):
+        values = {name: float(column[place]) for name, column in columns.items()}
+        lost = [name for name, value in values.items() if not np.isfinite(value)]
+        rows.append({"id": key, "fault": f"{lost[0]} is not a number" if lost else "", **values})
+    return rows
+
+
+def _checked(made: Filter, columns: Mapping[str, Sequence[float]], count: int) -> Mapping[str, Sequence[float]]:
+    for name in made.curator.columns:
+        if name not in columns or len(columns[name]) != count:
+            raise ValueError(f"{made.component} gave {len(columns.get(name, ()))} numbers {name} for {count} pictures")
+    return {name: columns[name] for name in made.curator.columns}
