@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from inspect import isfunction
 
@@ -26,16 +28,24 @@ for _command in (generate, train, bench, compare, check, push, lora, plugins):
     app.command(_command)
 
 
-def mount(catalog: Catalog) -> dict[str, str]:
-    """Add the plugins' commands to `app` and return them: name -> module:function, imported when the command runs."""
+def mount(catalog: Catalog, called: str | None = None) -> dict[str, str]:
+    """Add the plugins' commands to `app` and return them: name -> module:function, imported when the command runs.
+
+    With `called`, the first word of the command line, commands that a plugin adds to another plugin's group are added
+    to the group of that name alone, for to add them imports the group."""
     commands = catalog.commands(taken=CORE_COMMANDS)
-    for name, place in commands.items():
+    for name, place in sorted(commands.items(), key=lambda item: " " in item[0]):  # groups before what stands in them
         if not _module_exists(place.partition(":")[0]):
             continue  # cyclopts would raise, even for another command; `main` reports what is missing
         group, _, last = name.rpartition(" ")  # "bench train" stands under a command that is here already
-        parent = app[group] if group in CORE_COMMANDS else app
+        if group and group not in CORE_COMMANDS and (group not in commands or called not in (None, group)):
+            continue
+        parent = app[group] if group else app
         if last not in parent:
             module, _, attribute = place.partition(":")
+            if group and group == called:
+                with suppress(ImportError):  # its group has been imported as well, so help may tell what it does
+                    import_module(module)
             ready = getattr(sys.modules.get(module), attribute, None)  # if imported already, help can tell what it does
             parent.command(ready if isfunction(ready) else place, name=last)
     return commands
@@ -61,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         if (
             not words or words[0] not in CORE_COMMANDS or words[0] == "bench"
         ):  # a plugin's command, or help, which lists them
-            commands = mount(Catalog.installed())
+            commands = mount(Catalog.installed(), words[0] if words else "")
             place = commands.get(" ".join(words[:2])) or commands.get(words[0] if words else "")
             if place is not None:
                 resolve(place)  # before cyclopts does, whose error would not name the plugin

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,9 @@ class _Curation:
             for made in filters:
                 values, state = self.tables.scores(made, records.id)
                 scores.append(Scores(made, values, state))
-            return deciding.decide(records, scores, self.spec.duplicates, order, earlier)
+            return deciding.decide(
+                records, scores, self.spec.duplicates, order, earlier, partial(self.tables.colours, records)
+            )
 
         known = [made for made in self.filters if not made.costly]
         if costly:

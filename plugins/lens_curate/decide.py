@@ -12,7 +12,7 @@ import numpy as np
 from attrs import field, frozen
 from numpy.typing import NDArray
 
-from lens_curate.duplicates import equal_groups, near_duplicates
+from lens_curate.duplicates import Colours, equal_groups, near_duplicates
 from lens_curate.recipe import Duplicates, Filter, Limits
 from lens_curate.tables import RecordArrays
 
@@ -44,7 +44,7 @@ class Verdicts:
 
     @property
     def kept(self) -> NDArray[np.bool_]:
-        return self.stage == 0
+        return np.asarray(self.stage == 0)
 
 
 def decide(
@@ -53,9 +53,11 @@ def decide(
     duplicates: Duplicates,
     order: Sequence[str],
     earlier: NDArray[np.bool_],
+    colours: Colours | None = None,
 ) -> Verdicts:
     """Verdicts on all records, without captions. `order`: the recipe's sources. `earlier`: records of other sources
-    that another curation of this store has kept; they stay, as do the store's own pictures, and new ones compare."""
+    that another curation of this store has kept; they stay, as do the store's own pictures, and new ones are compared
+    with them. `colours`: the grids of records at these places."""
     ours = np.isin(records.source, [n for n, name in enumerate(records.sources) if name in order]) & ~records.own
     incumbent = records.own | (earlier & ~ours)
     stages = (KEPT, DECODE, EXACT, *(s.made.name for s in scores), NEAR, MIRRORED, CAPTION)
@@ -75,7 +77,10 @@ def decide(
         mirrored = records.mirrored[places] if duplicates.mirrored == "drop" else None
         ranked = np.empty(len(places), np.int64)
         ranked[np.argsort(rank[places])] = np.arange(len(places))
-        instead, bits, flipped = near_duplicates(records.hashes[places], mirrored, ranked, duplicates.distance)
+        grids = None if colours is None else lambda some: colours(places[some])
+        instead, bits, flipped = near_duplicates(
+            records.hashes[places], mirrored, ranked, duplicates.distance, grids, duplicates.colour_distance
+        )
         drop = (instead >= 0) & ours[places]
         stage[places[drop]] = np.where(flipped[drop], stages.index(MIRRORED), stages.index(NEAR))
         of[places[drop]], distance[places[drop]] = places[instead[drop]], bits[drop]

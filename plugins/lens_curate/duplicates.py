@@ -8,21 +8,26 @@ band has so many bits that few pictures share it by chance, however many there a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lens_curate.hashes import BITS, distances
+from lens_curate.hashes import BITS, colour_distances, distances
 
 BANDS = 32
 NEIGHBOURS = 32
 """Comparisons of a picture in a band at most. More share it only where many pictures are alike, and then these find
 enough of each other."""
-_STABLE = (*range(52), *range(168, 194), *range(212, 238))  # bits of the lowest frequencies, see `hashes`
+# Bits of the lowest frequencies, see `hashes`: both signs of 24 of brightness and of 14 of each colour.
+_STABLE = tuple(start + n for start, count in ((0, 24), (76, 24), (152, 14), (178, 14), (204, 14), (230, 14))
+                for n in range(count))  # fmt: skip
 _SEED = 20_261_126
 
+_AT_ONCE = 8192  # pairs whose colours are compared at once
+
 Hashes = NDArray[np.uint64]
+Colours = Callable[[NDArray[np.int64]], NDArray[np.uint8]]
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -119,46 +124,76 @@ def equal_groups(keys: NDArray[np.generic], rank: NDArray[np.int64]) -> NDArray[
 
 
 def near_duplicates(
-    hashes: Hashes, mirrored: Hashes | None, rank: NDArray[np.int64], distance: int
+    hashes: Hashes,
+    mirrored: Hashes | None,
+    rank: NDArray[np.int64],
+    distance: int,
+    colours: Colours | None = None,
+    colour_distance: int = 255,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
     """For each picture the kept one that it nearly duplicates, or -1; the bits between them; whether it is mirrored.
 
-    Without `mirrored`, mirror images count as different pictures.
+    Without `mirrored`, mirror images count as different pictures. `colours` gives the grids of pictures by their places
+    and is asked for candidates alone; near ones differ in no cell by more than `colour_distance`.
     """
-    unique, first = _unique(hashes, rank)
-    members = unique[first]  # of each picture, the best one with the same hash
-    alone = np.flatnonzero(members == np.arange(len(hashes)))
+    check = _Check(colours, colour_distance)
+    members = _representatives(hashes, rank)  # of each picture, the best one with the same hash
+    places = np.flatnonzero(members != np.arange(len(members)))
+    apart = places[~check.near(members[places], places, np.zeros(len(places), bool))]
+    members[apart] = apart  # equal hashes, other colours
+    alone = np.flatnonzero(members == np.arange(len(members)))
     i, j, bits = near_pairs(hashes[alone], distance)
     flipped = np.zeros(len(i), bool)
     if mirrored is not None:
         mi, mj, mbits = near_pairs(hashes[alone], distance, mirrored[alone])
         i, j, bits = np.r_[i, mi], np.r_[j, mj], np.r_[bits, mbits]
         flipped = np.r_[flipped, np.ones(len(mi), bool)]
-        # One entry a pair: straight where it is at least as near that way.
-        order = np.lexsort((flipped, bits, j, i))
-        i, j, bits, flipped = i[order], j[order], bits[order], flipped[order]
-        one = np.r_[True, (i[1:] != i[:-1]) | (j[1:] != j[:-1])] if len(i) else np.zeros(0, bool)
-        i, j, bits, flipped = i[one], j[one], bits[one], flipped[one]
-    ranks = rank[alone]
-    instead, apart = leaders(ranks, (i, j, bits))
-    by_pair = {(min(a, b), max(a, b)): f for a, b, f in zip(i.tolist(), j.tolist(), flipped.tolist(), strict=True) if f}
-    kept_instead, between = np.full(len(hashes), -1, np.int64), np.zeros(len(hashes), np.int64)
+    close = check.near(alone[i], alone[j], flipped)
+    i, j, bits, flipped = i[close], j[close], bits[close], flipped[close]
+    # One entry a pair: straight where it is at least as near that way.
+    order = np.lexsort((flipped, bits, j, i))
+    i, j, bits, flipped = i[order], j[order], bits[order], flipped[order]
+    one = np.r_[True, (i[1:] != i[:-1]) | (j[1:] != j[:-1])] if len(i) else np.zeros(0, bool)
+    i, j, bits, flipped = i[one], j[one], bits[one], flipped[one]
+    instead, between = leaders(rank[alone], (i, j, bits))
+    turned = set(zip(i[flipped].tolist(), j[flipped].tolist(), strict=True))
+    kept_instead, apart_by = np.full(len(hashes), -1, np.int64), np.zeros(len(hashes), np.int64)
     is_mirrored = np.zeros(len(hashes), bool)
     for place in np.flatnonzero(instead >= 0).tolist():
         leader = int(instead[place])
-        kept_instead[alone[place]], between[alone[place]] = alone[leader], apart[place]
-        is_mirrored[alone[place]] = (min(place, leader), max(place, leader)) in by_pair
+        kept_instead[alone[place]], apart_by[alone[place]] = alone[leader], between[place]
+        is_mirrored[alone[place]] = (min(place, leader), max(place, leader)) in turned
     others = np.flatnonzero(members != np.arange(len(hashes)))
     led = kept_instead[members[others]]
     kept_instead[others] = np.where(led >= 0, led, members[others])
-    between[others], is_mirrored[others] = between[members[others]], is_mirrored[members[others]]
-    return kept_instead, between, is_mirrored
+    apart_by[others], is_mirrored[others] = apart_by[members[others]], is_mirrored[members[others]]
+    return kept_instead, apart_by, is_mirrored
 
 
-def _unique(hashes: Hashes, rank: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The best picture of each different hash, and for each picture the number of its hash among these."""
+class _Check:
+    """Whether the colours of candidates are near, some thousand at a time."""
+
+    def __init__(self, colours: Colours | None, most: int) -> None:
+        self.colours, self.most = colours, most
+
+    def near(
+        self, first: NDArray[np.int64], second: NDArray[np.int64], flipped: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        close = np.ones(len(first), bool)
+        for start in range(0, len(first) if self.colours is not None else 0, _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            places, inverse = np.unique(np.r_[first[part], second[part]], return_inverse=True)
+            grids = self.colours(places)[inverse]  # type: ignore[misc]  # it is there
+            one, other = np.split(grids, 2)
+            other = np.where(flipped[part, None, None, None], other[:, :, ::-1], other)
+            close[part] = colour_distances(one, other) <= self.most
+        return close
+
+
+def _representatives(hashes: Hashes, rank: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each picture the best one of equal hash, perhaps itself."""
     order = np.lexsort((rank, *hashes.T))
     starts = np.r_[True, (hashes[order][1:] != hashes[order][:-1]).any(axis=1)] if len(order) else np.zeros(0, bool)
-    number = np.empty(len(order), np.int64)
-    number[order] = np.cumsum(starts) - 1
-    return order[starts], number
+    best = np.empty(len(order), np.int64)
+    best[order] = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))]
+    return best

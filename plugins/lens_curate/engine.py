@@ -56,10 +56,14 @@ def _daft(runner: str) -> Any:
             f"the runner {runner} needs {error.name}, which is missing; pip install 'lens-t2i[{extra}]', or use "
             "--runner serial"
         ) from error
+    from daft import runners
+
     try:
+        # Daft keeps the runner that a process has used first, and refuses even the same one again.
         (daft.set_runner_ray if runner == "ray" else daft.set_runner_native)()
-    except Exception as error:  # Daft keeps the runner that the process has used first
-        raise LensError(f"Daft runs on another runner in this process ({error}); start a new one") from error
+    except Exception as error:
+        if runners.get_or_create_runner().name != runner:
+            raise LensError(f"this process has run Daft on another runner than {runner}; start a new one") from error
     return daft
 
 

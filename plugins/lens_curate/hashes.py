@@ -1,10 +1,10 @@
 """Hashes by which duplicates are known: of pixels, for equal pictures, and perceptual, for similar ones.
 
 The perceptual hash has 256 bits, which stay the same when a picture is scaled, compressed again or cropped a little.
-The picture is scaled to 64 x 64, and a bit says whether a low frequency (DCT-II) of its brightness or of its colours
-lies above a threshold: 168 bits are brightness, 44 each of the two differences of colour. The threshold is a fixed
-share of a picture's contrast, not zero: noise then changes few bits of even pictures, which have no contrast in most
-frequencies.
+The picture is scaled to 64 x 64, and two bits say of each of 128 low frequencies (DCT-II) whether it lies above a
+threshold or below its negative: 76 frequencies of brightness, 26 of each of the two differences of colour. So a
+frequency that is absent is told from both signs, and in even pictures noise changes few bits. A grid of mean colours
+goes with the hash: two pictures are near if few bits differ and no cell of the grid does much.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 BITS = 256
+GRID = 8
 VERSION = "1"
 """Changes whenever `perceptual_hash` or `pixel_digest` of some picture does: hashes of other versions are made anew."""
 
 _SIDE = 64  # px
-_LUMA, _CHROMA = 168, 44  # bits
-_FREQUENCIES = 20  # the highest that any bit needs, and one
+_LUMA, _CHROMA = 76, 26  # frequencies
+_FREQUENCIES = 12  # the highest that any bit needs, and one
 _THRESHOLD = 0.1  # share of the standard deviation of the coefficients of a channel
 _FLOOR = 1.0  # least threshold, in levels of 0 to 255 of the scaled picture
 
@@ -39,18 +40,35 @@ def pixel_digest(pixels: NDArray[np.uint8]) -> bytes:
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> tuple[bytes, bytes]:
     """Picture [H,W,3] -> 32 bytes for it, and 32 for its mirror image (left and right exchanged)."""
-    small = Image.fromarray(pixels).resize((_SIDE, _SIDE), Image.Resampling.BOX, reducing_gap=3.0)
+    small = Image.fromarray(pixels).resize((_SIDE, _SIDE), Image.Resampling.BOX)
     channels = np.asarray(small, np.float32) @ _YCBCR.T
     basis = _basis()
     straight, mirrored = [], []
     for channel, order in enumerate(_orders()):
         coefficients = (basis @ channels[..., channel] @ basis.T).ravel()[order]
         threshold = max(_FLOOR, _THRESHOLD * float(coefficients.std()))
+        above, below = coefficients > threshold, coefficients < -threshold
         # Mirroring a picture turns the sign of each frequency that is odd from left to right, exactly.
-        sign = np.where(order % _FREQUENCIES % 2, -1, 1)
-        straight.append(coefficients > threshold)
-        mirrored.append(coefficients * sign > threshold)
+        odd = order % _FREQUENCIES % 2 == 1
+        straight += [above, below]
+        mirrored += [np.where(odd, below, above), np.where(odd, above, below)]
     return np.packbits(np.concatenate(straight)).tobytes(), np.packbits(np.concatenate(mirrored)).tobytes()
+
+
+def colour_grid(pixels: NDArray[np.uint8]) -> bytes:
+    """Picture [H,W,3] -> the mean colours of 8 x 8 cells, 192 bytes: what tells apart pictures of equal hash."""
+    small = Image.fromarray(pixels).resize((GRID, GRID), Image.Resampling.BOX)
+    return np.asarray(small).tobytes()
+
+
+def grid_array(grids: Sequence[bytes]) -> NDArray[np.uint8]:
+    """Grids of colours as uint8 [N,8,8,3]."""
+    return np.frombuffer(b"".join(grids), np.uint8).reshape(len(grids), GRID, GRID, 3)
+
+
+def colour_distances(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """The largest difference of any cell of grids [N,8,8,3], in levels of 0 to 255, row by row."""
+    return np.asarray(np.abs(a.astype(np.int16) - b).max(axis=(1, 2, 3), initial=0), np.int64)
 
 
 def hash_array(hashes: Sequence[bytes]) -> NDArray[np.uint64]:
@@ -60,14 +78,14 @@ def hash_array(hashes: Sequence[bytes]) -> NDArray[np.uint64]:
 
 def distances(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Bits in which hashes [N,4] differ, row by row."""
-    return np.bitwise_count(a ^ b).sum(axis=-1, dtype=np.int64)
+    return np.asarray(np.bitwise_count(a ^ b).sum(axis=-1), np.int64)
 
 
 @lru_cache(1)
 def _basis() -> NDArray[np.float32]:
     """The lowest frequencies of a DCT-II of _SIDE samples, [_FREQUENCIES, _SIDE]; coefficients are in levels."""
     angles = np.pi * np.outer(np.arange(_FREQUENCIES), 2 * np.arange(_SIDE) + 1) / (2 * _SIDE)
-    return (np.cos(angles) / np.sqrt(_SIDE)).astype(np.float32)
+    return np.asarray(np.cos(angles) / np.sqrt(_SIDE), np.float32)
 
 
 @lru_cache(1)

@@ -46,6 +46,8 @@ class Duplicates:
     exact: bool = True  # equal pixels
     # Bits of 256 in which perceptual hashes of near duplicates differ at most; null: near duplicates are kept.
     distance: int | None = field(default=32, validator=optional(integer(at_least=0, at_most=BITS // 4)))
+    # Levels of 255 by which the mean colour of some of 8 x 8 cells of near duplicates differs at most.
+    colour_distance: int = field(default=56, validator=integer(at_least=0, at_most=255))
     mirrored: str = field(default="drop", validator=one_of("drop", "keep"))  # near duplicates of a mirror image
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lens_core.catalog import Catalog
 from lens_core.io.digests import position
 from lens_core.types import LensError
-from lens_curate.hashes import BITS
+from lens_curate.hashes import BITS, grid_array
 from lens_curate.hashes import VERSION as HASHES
 from lens_curate.recipe import Filter
 from lens_curate.sources import NamedSource, StoreSource, open_store
@@ -31,15 +31,15 @@ RECORDS = "curate_records"
 PARTS = "curate_parts"
 CAPTIONS = "curate_captions"
 VERDICTS = "curate_verdicts"
-OWN = "store"
+OWN = "(store)"
 """The `part` of pictures that were in the store before, by `lens data import` or another curation."""
 
 COLUMNS: Mapping[str, Mapping[str, str]] = {
     RECORDS: {
         "key": "string", "part": "string", "source": "string", "license": "string", "name": "string", "id": "string",
-        "pixels": "string", "phash": "binary", "mirrored": "binary", "height": "int32", "width": "int32",
-        "format": "string", "size": "int64", "sharpness": "float32", "brief": "string", "dense": "string",
-        "fault": "string", "thumbnail": "binary",
+        "pixels": "string", "phash": "binary", "mirrored": "binary", "colours": "binary", "height": "int32",
+        "width": "int32", "format": "string", "size": "int64", "sharpness": "float32", "brief": "string",
+        "dense": "string", "fault": "string", "thumbnail": "binary",
     },
     PARTS: {"part": "string", "stamp": "string", "count": "int32"},
     CAPTIONS: {
@@ -238,6 +238,12 @@ class Tables:
                 for name, column in zip(names, numbers, strict=True):
                     values[name][places] = column[hit]
         return values, state
+
+    def colours(self, records: RecordArrays, places: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Grids of colours of records at these places, uint8 [n,8,8,3]."""
+        numbers = records.row[places].tolist()
+        found = self.rows(RECORDS, numbers, "colours")
+        return grid_array([found[number]["colours"] for number in numbers])
 
     def rewrite(self, name: str, made_by: str, batches: Iterable[Sequence[Mapping[str, Any]]]) -> None:
         """Replace a side table by these rows: all of them appear, or the table stays as it was. Raises WriteError."""

@@ -24,7 +24,7 @@ from lens_core.io.readers import one_line
 from lens_core.io.sources import SourceItem
 from lens_core.types import LensError, Record
 from lens_curate import tables
-from lens_curate.hashes import perceptual_hash, pixel_digest
+from lens_curate.hashes import colour_grid, perceptual_hash, pixel_digest
 from lens_curate.measures import sharpness
 from lens_curate.parts import Part, text_digest
 from lens_curate.recipe import CurationSpec, Filter, build_filters
@@ -166,6 +166,7 @@ class Worker:
             "pixels": pixel_digest(record.pixels).hex(),
             "phash": phash,
             "mirrored": mirrored,
+            "colours": colour_grid(record.pixels),
             "height": image.height,
             "width": image.width,
             "sharpness": sharpness(record),
