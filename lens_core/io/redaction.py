@@ -52,6 +52,11 @@ def redact_all(value: Any, secret: str | None) -> Any:
     return value
 
 
+def holds(text: str, secret: str) -> bool:
+    """Whether a part of a key of 8 characters or more stands in `text`, in any spelling that `redact` knows."""
+    return len(secret) >= LEAST and redact(text, secret) != text
+
+
 def replace_surrogates(text: str) -> str:
     """Text in which half characters (lone surrogates), which no file can hold, are replaced."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

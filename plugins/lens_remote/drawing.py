@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lens_core.io import http
-from lens_core.io.redaction import redact_all, redacted_line
+from lens_core.io.redaction import LEAST, redact_all, redacted_line, replace_surrogates
 from lens_core.io.retries import backoff_seconds
 from lens_core.types import LensError, PictureOutcome, PictureRequest
 from lens_remote import pictures
@@ -103,8 +103,9 @@ class Drawing:
             wait = self._held_until - self.ledger.now()
             if wait <= 0:
                 try:
+                    prompt = replace_surrogates(request.prompt)
                     return self.ledger.begin(
-                        key, c.model, request.prompt, c.dollars_per_picture, c.timeout, self._limits, again
+                        key, c.model, prompt, c.dollars_per_picture, c.timeout, self._limits, again
                     )
                 except TooSoon as soon:
                     wait = soon.seconds
@@ -183,23 +184,30 @@ class Drawing:
     def _bytes(self, drawn: Drawn, line: Line, count: int, begun: float, facts: Mapping[str, Any]) -> bytes | Failure:
         if drawn.base64:
             return pictures.decode(drawn.base64)
-        if self._key in drawn.url:
-            return lost("bad_address", "the picture's address holds the key")
+        flaw = pictures.flaw_of_address(drawn.url, self._is_plain, self._key)
+        if flaw is not None:
+            return flaw
         seconds = time.monotonic() - begun
-        self.ledger.settle(line, "address", pictures=count, seconds=seconds, place=drawn.url, facts=facts)
+        try:
+            self.ledger.settle(line, "address", pictures=count, seconds=seconds, place=drawn.url, facts=facts)
+        except LensError as error:
+            self.stop(str(error))
         return self._fetch(drawn.url)
 
+    @property
+    def _is_plain(self) -> bool:
+        return self._base_url.startswith("http://")
+
     def _fetch(self, url: str) -> bytes | Failure:
-        plain = self._base_url.startswith("http://")
         for attempt in range(self.config.retries + 1):
-            data = pictures.fetch(url, self.config.timeout, plain, self._key)
+            data = pictures.fetch(url, self.config.timeout, self._is_plain, self._key)
             if not isinstance(data, Failure) or data.kind != "retry" or data.lost or attempt == self.config.retries:
                 break
             self._sleep(backoff_seconds(attempt, url))
         return data
 
     def _check(self, data: bytes) -> pictures.Checked | Failure:
-        if len(self._key) >= 8 and self._key.encode() in data:
+        if len(self._key) >= LEAST and self._key.encode() in data:
             return lost("bad_picture", "the picture's file holds the key")
         return pictures.check(data)
 
@@ -234,7 +242,7 @@ class Drawing:
         return self._failed(request, failure, reason, seconds)
 
     def _failed(self, request: PictureRequest, failure: Failure, reason: str, seconds: float) -> PictureOutcome:
-        hint = f"; {RESEND}" if failure.lost else ""
+        hint = f"; {RESEND}" if failure.lost or failure.billed else ""
         return PictureOutcome(request, "failed", reason=f"{reason}{hint}", seconds=seconds)
 
     def _known(self, request: PictureRequest, line: Line) -> PictureOutcome:

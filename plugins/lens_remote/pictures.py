@@ -11,6 +11,7 @@ from attrs import frozen
 
 from lens_core.io import http, images
 from lens_core.io.images import ImageError
+from lens_core.io.redaction import holds
 from lens_remote.answers import Failure, lost
 
 LARGEST = 64 << 20  # bytes of a picture's file
@@ -54,17 +55,27 @@ def check(data: bytes) -> Checked | Failure:
     return Checked(data, suffix, image.height, image.width)
 
 
+def flaw_of_address(url: str, plain: bool, key: str) -> Failure | None:
+    """Why nothing is fetched from an address, or None. `plain`: http will do, as the API itself is reached by http."""
+    flaw = http.check_url(url)
+    if flaw is None and holds(url, key):
+        flaw = "holds the key"
+    if flaw is None and urlsplit(url).scheme != "https" and not plain:
+        flaw = "is not https"
+    return None if flaw is None else lost("bad_address", f"the picture's address {flaw}")
+
+
 def fetch(url: str, timeout: float, plain: bool, key: str) -> bytes | Failure:
-    """The file at the address of a picture. `plain`: http will do, as the API itself is reached by http.
+    """The file at the address of a picture; `plain` as above.
 
     The `key` is sent nowhere: the request carries no header of ours, and an address with the key in it is not fetched.
     Redirects are followed, each checked like the first.
     """
     ends = time.monotonic() + timeout
     for _ in range(HOPS + 1):
-        flaw = http.check_url(url)
-        if flaw or key in url or (urlsplit(url).scheme != "https" and not plain):
-            return lost("bad_address", f"the picture's address {flaw or 'cannot be used'}")
+        flaw = flaw_of_address(url, plain, key)
+        if flaw is not None:
+            return flaw
         try:
             answer = http.get(url, {}, max(0.001, ends - time.monotonic()), LARGEST)
         except http.TooLarge:

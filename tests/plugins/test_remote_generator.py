@@ -274,7 +274,9 @@ def test_a_picture_is_fetched_from_its_address_without_the_key(api: ImageAPI, st
         ("{store}/out", "bad_address: .*must begin with http", 1),
         ("{store}/large", "bad_picture: .*larger than 64 MiB", 1),
         ("{store}/p?key=" + KEY, "bad_address: .*holds the key", 0),
-        ("{store}/leak", "bad_address", 1),
+        ("{store}/p?key=" + "".join(f"%{b:02X}" for b in KEY.encode()), "bad_address: .*holds the key", 0),
+        ("{store}/leak", "bad_address: .*holds the key", 1),
+        ("{store}/\u00e9", "bad_address", 0),
         ("file:///etc/passwd", "bad_address", 0),
         ("//host/x", "bad_address", 0),
         ("http://user:pass@127.0.0.1/x", "bad_address", 0),
@@ -314,6 +316,25 @@ def test_a_store_that_is_down_is_asked_again_by_the_next_run_and_the_picture_pai
     store.stored["/p"] = says(PICTURE)
     (outcome,), _ = run(generator(ARK, api, tmp_path))
     assert outcome.image == PICTURE and len(api.posts) == 1 and counted(tmp_path) == 1
+
+
+def test_a_key_that_is_a_placeholder_may_stand_in_an_address(
+    api: ImageAPI, store: ImageAPI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LENS_TEST_KEY", "none")
+    store.stored["/none"] = says(PICTURE)
+    api.script = [at(f"{store.url}/none")]
+    (outcome,), _ = run(generator(ARK, api, tmp_path))
+    assert outcome.image == PICTURE
+
+
+@pytest.mark.parametrize("prompt", ["", "\0", "half \ud800 a character", "\u202e猫\n\n", "x" * 40_000])
+def test_any_prompt_is_sent_as_it_is(prompt: str, api: ImageAPI, tmp_path: Path) -> None:
+    api.otherwise = GEMINI.ok()
+    for _ in range(2):
+        (outcome,), _ = run(generator(GEMINI, api, tmp_path), [PictureRequest(prompt, prompt_id="0")])
+        assert outcome.status == "ok"
+    assert [body["contents"][0]["parts"][0]["text"] for _, _, body in api.posts] == [prompt]
 
 
 def test_an_api_by_https_is_not_answered_by_http() -> None:
