@@ -81,9 +81,10 @@ class Subject:
     def prepare_tables(self, size: tuple[int, int]) -> None:
         """Compute modulation for every time that is used at `size`: a table of another length is compiled anew."""
         grid = size[0] // 16, size[1] // 16
-        times = torch.cat([*(self.sampler.times(grid, steps)[:-1] for steps, _ in self.modes.values()), TIME])
+        found = [*(self.sampler.times(grid, steps)[:-1].tolist() for steps, _ in self.modes.values()), TIME.tolist()]
+        times = torch.tensor(sorted({t for each in found for t in each}))
         for net in (self.net, self.compiled):
-            with torch.no_grad(), net.precomputed(times.unique()):
+            with torch.no_grad(), net.precomputed(times):
                 pass
 
     def noise(self, size: tuple[int, int]) -> Tensor:

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 from torch import Tensor, nn
 
 from lens_core.catalog import Catalog
-from lens_core.recipe import ComponentSpec, Parts, Recipe, Training
+from lens_core.recipe import ComponentSpec, PipelineSpec, Recipe, Training
 from lens_core.training import memory_estimate
 from lens_core.training.throughput import peak
 from lens_core.types import LensError, TextFeatures
@@ -94,7 +94,7 @@ def recipe(small: bool) -> Recipe:
         parts[kind] = ComponentSpec(use["use"], {**use.get("config", {}), **(gpu_latency.SMALL[kind] if small else {})})
     sizes = [[64, 64], [64, 128], [128, 128]] if small else [[512, 512], [384, 672], [768, 768]]
     dataset = ComponentSpec("packed", {"store": "nowhere", "buckets": [sizes]})
-    return Recipe(ComponentSpec("flow_matching"), Training(1, precision="bf16"), dataset, Parts(**parts))
+    return Recipe(ComponentSpec("flow_matching"), Training(1, precision="bf16"), dataset, PipelineSpec(**parts))
 
 
 def by_part(catalog: Catalog, device: torch.device, small: bool, found: dict[str, Any]) -> None:
@@ -158,9 +158,8 @@ class Bench:
         plain = recipe(self.small)
         assert plain.pipeline.backbone is not None
         options = {**plain.pipeline.backbone.options, "num_layers": self.setup.depth}
-        parts = Parts(plain.pipeline.start, plain.pipeline.vae, plain.pipeline.text_encoder)
         backbone = ComponentSpec(plain.pipeline.backbone.use, options)
-        return Recipe(plain.method, plain.train, plain.dataset, Parts(None, parts.vae, parts.text_encoder, backbone))
+        return evolve(plain, pipeline=evolve(plain.pipeline, backbone=backbone))
 
     def samples(self, sizes: list[tuple[int, int]]) -> Samples:
         """Random samples of sizes in px, with texts of half to one and a half of the mean length."""
