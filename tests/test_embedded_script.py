@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def test_where_a_gpu_is_missing_graphs_give_way(script: Any, capsys: pytest.Capt
 def test_the_rate_follows_the_clock_down_to_zero(script: Any) -> None:
     rates = [script.rate(share / 1000, 1.0) for share in range(1001)]
     assert rates[0] < 0.02 and max(rates) == 1.0 and rates[300] == 1.0 and rates[1000] == 0.0
-    assert all(0 <= later <= earlier for earlier, later in zip(rates[600:], rates[601:], strict=False))
+    assert all(0 <= later <= earlier for earlier, later in pairwise(rates[600:]))
 
 
 @pytest.mark.parametrize(
