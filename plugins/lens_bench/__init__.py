@@ -53,4 +53,4 @@ def lens_perceivers() -> dict[str, type[Any]]:
 def lens_commands() -> dict[str, str]:
     from lens_bench import commands  # light; so `lens --help` can describe it
 
-    return {"score": f"{commands.__name__}:score"}
+    return {"bench ocr": f"{commands.__name__}:ocr", "score": f"{commands.__name__}:score"}

@@ -1,4 +1,4 @@
-"""`lens score`, as a plain function; what it needs is imported when it runs."""
+"""`lens score` and `lens bench ocr`, as plain functions; what they need is imported when they run."""
 
 from __future__ import annotations
 
@@ -39,4 +39,40 @@ def score(
     if output is not None:
         scoring.write(output, report.verdicts)
     print(json.dumps(scoring.as_json(report), indent=2) if json_ else scoring.table(report))
+    return 0
+
+
+def ocr(*, perceiver: str = "rapidocr", output: Path | None = None) -> int:
+    """Measure how many words an OCR engine reads of sentences drawn with four fonts, at several sizes and angles.
+
+    Parameters
+    ----------
+    perceiver
+        One that perceives lines: rapidocr, or '{use: paddle_ocr, folder: …}'.
+    output
+        A Markdown file for the table, which is printed too.
+    """
+    from lens_bench.perceive import recall
+    from lens_bench.perceive.run import prove
+    from lens_core.attribution import building
+    from lens_core.catalog import Catalog
+    from lens_core.cli.options import progress
+    from lens_core.io import atomic_files
+    from lens_core.recipe import build, parse_use
+
+    name, cls, config = build(Catalog.installed(), "perceiver", parse_use(perceiver), "perceiver")
+    with building(name):
+        engine = cls(config)
+    if engine.perceives != "lines":
+        raise ConfigError(f"perceiver: {perceiver} perceives {engine.perceives}; this table needs one of lines")
+    described = dict(engine.describe())
+    prove(engine)
+    results = []
+    for result in recall.measure(engine, drawn := recall.drawings()):
+        results.append(result)
+        progress(f"{len(results)} of {len(drawn)} pictures")
+    text = f"{recall.table(results)}\n{', '.join(f'{key} {value}' for key, value in described.items())}"
+    if output is not None:
+        atomic_files.write_atomic(output, lambda p: p.write_text(f"{text}\n", encoding="utf-8"))
+    print(text)
     return 0

@@ -49,7 +49,10 @@ def write(tmp_path: Path) -> Write:
 
 def test_the_plugin_brings_the_command_and_nothing_is_wrong_with_it() -> None:
     catalog = Catalog.of(lens_bench)
-    assert catalog.commands(taken=CORE_COMMANDS) == {"score": "lens_bench.commands:score"}
+    assert catalog.commands(taken=CORE_COMMANDS) == {
+        "bench ocr": "lens_bench.commands:ocr",
+        "score": "lens_bench.commands:score",
+    }
     assert catalog.check(CORE_COMMANDS) == {"lens_bench": []}
 
 

@@ -63,7 +63,7 @@ class Vlm:
     def describe(self) -> dict[str, str]:
         options = getattr(self._llm(None), "config", None)
         plain = unstructure(options) if options is not None and has(type(options)) else dict(self.config.llm.options)
-        # Hashed, because an address may hold a password.
+        # Hashed: the address of a server is nobody's business.
         deciding = {name: value for name, value in plain.items() if name not in OPERATIONAL}
         digest = hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:12]
         return {
