@@ -210,6 +210,32 @@ MUTANTS = [
         ("far = np.abs(np.log(wide * height / (tall * width)))", "far = np.abs(wide * height / (tall * width))"),
     ),
     # the public benchmarks
+    # money and keys of remote systems
+    *_of(
+        "plugins/lens_remote/ledger.py",
+        "tests/plugins/test_remote_generator.py -k budget+twice+lost+exact+rate+stands",
+        ("pictures + 1 > limits.pictures", "pictures > limits.pictures"),
+        ("micro + next_micro > round", "micro > round"),
+        ("now < last + limits.spacing", "now < last"),
+        ("if before is not None and not (again and _is_over(before, now)):", "if before is not None and not again:"),
+        ('_DECISIVE = ("drawn", "address", "refused", "sent", "lost")', '_DECISIVE = ("drawn", "address", "refused")'),
+    ),
+    *_of(
+        "plugins/lens_remote/drawing.py",
+        "tests/plugins/test_remote_generator.py tests/plugins/test_remote_misbehaviour.py",
+        ("return self.config.resend_lost or not failure.lost", "return True"),
+        ("pictures=count if billed else 0", "pictures=0"),
+    ),
+    *_of(
+        "plugins/lens_remote/pictures.py",
+        "tests/plugins/test_remote_generator.py -k address",
+        ("http.get(url, {}, max", 'http.get(url, {"authorization": key}, max'),
+        ("if flaw is None and holds(url, key):", "if False:"),
+        (
+            "        flaw = flaw_of_address(url, plain, key)\n        if flaw is not None:\n            return flaw\n",
+            "",
+        ),
+    ),
     *_of(
         "plugins/lens_bench/geneval.py",
         "tests/plugins/test_bench_geneval.py",

@@ -682,6 +682,24 @@ def test_a_ledger_is_exact_about_money(tmp_path: Path) -> None:
     book.close()
 
 
+def test_what_is_under_way_or_drawn_stands_against_a_second_request_even_of_what_was_lost(tmp_path: Path) -> None:
+    clock = Clock()
+    book = Ledger(tmp_path, clock.now)
+
+    def begin() -> tuple[ledger.Line, bool]:
+        return book.begin("k", "m", "p", 0.1, 60.0, ledger.Limits(), True)
+
+    first, is_new = begin()
+    assert is_new and begin() == (first, False), "it may be answered yet"
+    clock.sleep(61)
+    second, is_new = begin()
+    assert is_new and [line.state for line in book.lines()] == ["lost", "sent"]
+    book.settle(second, "drawn", pictures=1, seconds=1.0, place="pictures/x.png")
+    clock.sleep(61)
+    assert begin()[0].state == "drawn" and len(book.lines()) == 2
+    book.close()
+
+
 def damaged(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[4096:] = os.urandom(len(data) - 4096)
