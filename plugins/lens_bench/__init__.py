@@ -7,6 +7,9 @@ oneig       OneIG: the text dimension
 text        what the text benchmarks share: characters that count, edit distance
 benchmarks  how a line of each is checked, decided and summed up
 report      a file to verdicts and headlines, by the official and by the strict rule
+prompt_files  the benchmarks' prompts, from files or fetched at a pinned revision
+components  the benchmarks, with the perceivers that they name
+decisions   a run's perceptions to the scores of its report
 folder      generator `folder`: pictures that exist
 commands    `lens score`
 perception  stage 2 of each benchmark: pictures in, lines of perceptions out
@@ -18,6 +21,13 @@ from __future__ import annotations
 from typing import Any
 
 from lens_core import hookimpl
+
+
+@hookimpl
+def lens_benchmarks() -> dict[str, type[Any]]:
+    from lens_bench.components import CVTG, GenEval, LongText, OneIG
+
+    return {"cvtg": CVTG, "geneval": GenEval, "longtext": LongText, "oneig": OneIG}
 
 
 @hookimpl

@@ -1,0 +1,287 @@
+"""The public benchmarks as components of kind `benchmark`: their prompts, who perceives, and how lines are decided.
+
+A config names the perceivers, so that another detector or another OCR engine can be measured with. `prompts` takes so
+many prompts, spread evenly over the file; None: all.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import field, frozen
+
+from lens_bench import decisions, prompt_files
+from lens_bench.benchmarks import BENCHMARKS
+from lens_core.config import ComponentSpec
+from lens_core.evaluation.decision import Decision
+from lens_core.types import ConfigError, Picture, Prompt, Score
+from lens_core.validators import integer, matching, one_of, optional, text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE = optional(text())
+COUNT = optional(integer(at_least=1))
+SHA256 = optional(matching("[0-9a-fA-F]{64}", "64 hexadecimal digits"))
+Lines = list[list[dict[str, Any]]]
+
+
+class PublicBenchmark:
+    """What the four have in common. Perceiving is `lens_bench.perception`'s, deciding `lens_bench.benchmarks`'."""
+
+    images_per_prompt = 4
+    size = (1024, 1024)
+    roles: tuple[str, ...] = ()  # fields of the config that name a perceiver
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._prompts: list[Prompt] | None = None
+
+    def prompts(self) -> list[Prompt]:
+        """Read once. Raises ConfigError, which names the file that is missing or wrong."""
+        if self._prompts is None:
+            self._prompts = prompt_files.evenly(self._read(), self.config.prompts)
+        return self._prompts
+
+    def _read(self) -> list[Prompt]:
+        raise NotImplementedError
+
+    def references(self, prompt: Prompt) -> list[dict[str, Any]]:
+        """The fields of each line of a picture that are known without it."""
+        raise NotImplementedError
+
+    def perceive(self, pictures: Sequence[Picture], folder: Path) -> Lines:
+        """What the config's perceivers read, for each picture the fields of its lines."""
+        raise NotImplementedError
+
+    def decide(self, perceptions: Path) -> Decision:
+        return decisions.decide(type(self).__name__, perceptions)
+
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
+        """Images uint8 [B,3,H,W] -> one Score each: perceived, decided, and the share of the verdict that is right.
+        Means of these are not always the benchmark's official score, which `decide` gives."""
+        from PIL import Image
+
+        with tempfile.TemporaryDirectory() as name:
+            pictures = []
+            for place, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+                path = Path(name) / f"{place}.png"
+                Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path)
+                digest = decisions.sha256_of(path)
+                pictures.append(Picture(path, digest, prompt, place))
+            perceived = self.perceive(pictures, Path(name) / "cache")
+        return [self._score(prompt, lines) for prompt, lines in zip(prompts, perceived, strict=True)]
+
+    def _score(self, prompt: Prompt, lines: Sequence[Mapping[str, Any]]) -> Score:
+        """The score of the first line that decides about one picture alone."""
+        references = {reference["bench"]: reference for reference in self.references(prompt)}
+        for line in lines:
+            bench = line["bench"]
+            verdict = BENCHMARKS[bench].decide({**references[bench], **line})
+            one = decisions.picture_score(bench, verdict, "", 0, prompt.task)
+            if one is not None and one.value is not None:
+                return Score("ok", one.value, evidence=str(verdict.get("reason", "")))
+        return Score("abstain", evidence="nothing in the config perceives what this prompt is judged by")
+
+    def workload(self, images: int) -> dict[str, int]:
+        """How many prompts there are, and how often each perceiver is asked, for a dry run without the prompt file."""
+        raise NotImplementedError
+
+    def _counts(self, total: int, images: int, asked: Mapping[str, float]) -> dict[str, int]:
+        """`asked`: for each perceiver, how many questions there are for one picture of each of all prompts."""
+        count = total if self.config.prompts is None else min(self.config.prompts, total)
+        named = {role: n for role, n in asked.items() if getattr(self.config, role) is not None}
+        questions = {_label(role): round(n * images * count / total) for role, n in named.items()}
+        return {"prompts": count, **questions}
+
+
+def _label(role: str) -> str:
+    return f"{role.replace('_', ' ')} readings"
+
+
+def _uses(config: Any, roles: Sequence[str]) -> Iterator[tuple[str, str, ComponentSpec]]:
+    for role in roles:
+        if getattr(config, role) is not None:
+            yield role, "perceiver", getattr(config, role)
+
+
+class GenEval(PublicBenchmark):
+    """Does a picture show the objects, numbers, colours and positions asked for? 553 prompts, four pictures each."""
+
+    total = 553
+
+    @frozen
+    class Config:
+        file: str | None = field(default=None, validator=FILE)  # evaluation_metadata.jsonl; None: fetched
+        sha256: str | None = field(default=None, validator=SHA256)  # what that file must have
+        prompts: int | None = field(default=None, validator=COUNT)
+        detector: ComponentSpec = field(default=ComponentSpec("mask2former"))
+        classifier: ComponentSpec = field(default=ComponentSpec("clip_colors"))
+
+        def uses(self) -> Iterator[tuple[str, str, ComponentSpec]]:
+            """What is checked with this config: (path, kind, use)."""
+            yield from _uses(self, ("detector", "classifier"))
+
+    def _read(self) -> list[Prompt]:
+        (path,) = prompt_files.locate(prompt_files.GENEVAL, self.config.file, self.config.sha256).values()
+        prompts = prompt_files.geneval(path, BENCHMARKS["geneval"].nothing)
+        return prompts if self.config.file else prompt_files.check_count("geneval", prompts, self.total)
+
+    def references(self, prompt: Prompt) -> list[dict[str, Any]]:
+        return [{"bench": "geneval", "metadata": dict(prompt.data["metadata"])}]
+
+    def perceive(self, pictures: Sequence[Picture], folder: Path) -> Lines:
+        from lens_bench import perception
+
+        return perception.geneval(self.config, pictures, folder)
+
+    def workload(self, images: int) -> dict[str, int]:
+        return self._counts(self.total, images, {"detector": 553, "classifier": 194})  # colors and color_attr
+
+
+class CVTG(PublicBenchmark):
+    """Which words of a prompt does an OCR engine read? 2,000 prompts, one picture each."""
+
+    total = 2000
+    images_per_prompt = 1
+
+    @frozen
+    class Config:
+        file: str | None = field(default=None, validator=FILE)  # CVTG-2K.zip or its folder
+        sha256: str | None = field(default=None, validator=SHA256)  # of the zip
+        # A commit of the authors' dataset on the Hub, from which it is fetched where `file` is not given.
+        revision: str | None = field(default=None, validator=optional(matching("[0-9a-f]{40}", "a commit's 40 digits")))
+        prompts: int | None = field(default=None, validator=COUNT)
+        ocr: ComponentSpec = field(default=ComponentSpec("rapidocr"))
+        similarity: ComponentSpec | None = field(default=ComponentSpec("clip_similarity"))  # None: no CLIPScore
+
+        def uses(self) -> Iterator[tuple[str, str, ComponentSpec]]:
+            """What is checked with this config: (path, kind, use)."""
+            yield from _uses(self, ("ocr", "similarity"))
+
+    def _read(self) -> list[Prompt]:
+        config = self.config
+        path = Path(config.file).expanduser() if config.file else _cvtg_archive(config.revision)
+        if config.sha256 is not None:
+            prompt_files.check_sha256(path, config.sha256)
+        prompts = prompt_files.cvtg(path)
+        return prompts if config.file else prompt_files.check_count("cvtg", prompts, self.total)
+
+    def references(self, prompt: Prompt) -> list[dict[str, Any]]:
+        return [{"bench": "cvtg2k", "prompt": prompt.text, "category": prompt.data["category"]}]
+
+    def perceive(self, pictures: Sequence[Picture], folder: Path) -> Lines:
+        from lens_bench import perception
+
+        return perception.cvtg(self.config, pictures, folder)
+
+    def workload(self, images: int) -> dict[str, int]:
+        return self._counts(self.total, images, {"ocr": 2000, "similarity": 2000})
+
+
+def _cvtg_archive(revision: str | None) -> Path:
+    """The authors' zip in the Hub's cache, fetched if need be."""
+    name, repository = prompt_files.CVTG_ARCHIVE, prompt_files.CVTG_REPOSITORY
+    advice = f"download {name} from the dataset {repository} of the Hub and give it with --prompts-file"
+    if revision is None:
+        raise ConfigError(f"cvtg: {name} is not given, and no revision to fetch it at; {advice}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ConfigError(f"cvtg: {name} cannot be fetched ({type(error).__name__}); {advice}") from error
+
+
+class LongText(PublicBenchmark):
+    """How much of a long text can be read back from a picture? 160 prompts, four pictures each."""
+
+    total = 160
+
+    @frozen
+    class Config:
+        file: str | None = field(default=None, validator=FILE)  # text_prompts.jsonl; None: fetched
+        sha256: str | None = field(default=None, validator=SHA256)  # what that file must have
+        prompts: int | None = field(default=None, validator=COUNT)
+        language: str = field(default="en", validator=one_of("en", "zh"))
+        # A model that answers, as the authors use one, or an OCR engine. Needed for the stage perceive.
+        reader: ComponentSpec | None = None
+
+        def uses(self) -> Iterator[tuple[str, str, ComponentSpec]]:
+            """What is checked with this config: (path, kind, use)."""
+            yield from _uses(self, ("reader",))
+
+    def _read(self) -> list[Prompt]:
+        source = prompt_files.LONGTEXT[self.config.language]
+        (path,) = prompt_files.locate(source, self.config.file, self.config.sha256).values()
+        prompts = prompt_files.longtext(path)
+        return prompts if self.config.file else prompt_files.check_count("longtext", prompts, self.total)
+
+    def references(self, prompt: Prompt) -> list[dict[str, Any]]:
+        bench = f"longtext_{self.config.language}"
+        return [{"bench": bench, "text": list(prompt.data["text"]), "category": prompt.data["category"]}]
+
+    def perceive(self, pictures: Sequence[Picture], folder: Path) -> Lines:
+        from lens_bench import perception
+
+        return perception.longtext(self.config, pictures, folder)
+
+    def workload(self, images: int) -> dict[str, int]:
+        return self._counts(self.total, images, {"reader": 160})
+
+
+ONEIG_ROLES = ("reader", "vlm", "style_csd", "style_encoder", "diversity", "reasoning")
+
+
+class OneIG(PublicBenchmark):
+    """Five dimensions: alignment, text, diversity, style, reasoning. 1,120 prompts, four pictures each. A dimension for
+    which no perceiver is named is absent."""
+
+    total = 1120
+
+    @frozen
+    class Config:
+        file: str | None = field(default=None, validator=FILE)  # a folder with the authors' files; None: fetched
+        prompts: int | None = field(default=None, validator=COUNT)
+        language: str = field(default="en", validator=one_of("en", "zh"))
+        reader: ComponentSpec | None = None  # text
+        vlm: ComponentSpec | None = None  # alignment
+        style_csd: ComponentSpec | None = None  # style needs both
+        style_encoder: ComponentSpec | None = None
+        diversity: ComponentSpec | None = None
+        reasoning: ComponentSpec | None = None
+
+        def uses(self) -> Iterator[tuple[str, str, ComponentSpec]]:
+            """What is checked with this config: (path, kind, use)."""
+            yield from _uses(self, ONEIG_ROLES)
+
+    def _read(self) -> list[Prompt]:
+        language = self.config.language
+        prompts = prompt_files.oneig(prompt_files.locate(prompt_files.ONEIG[language], self.config.file), language)
+        counted = self.config.file or language != "en"  # the Chinese file has more
+        return prompts if counted else prompt_files.check_count("oneig", prompts, self.total)
+
+    def references(self, prompt: Prompt) -> list[dict[str, Any]]:
+        from lens_bench import perception
+
+        known = ("text_content", "questions", "dependencies", "style", "answer")
+        fields = {name: prompt.data[name] for name in known if name in prompt.data}
+        benches = perception.oneig_benches(self.config, prompt)
+        return [{"bench": bench, "category": prompt.data["category"], **fields} for bench in benches]
+
+    def perceive(self, pictures: Sequence[Picture], folder: Path) -> Lines:
+        from lens_bench import perception
+
+        if all(getattr(self.config, role) is None for role in ONEIG_ROLES):
+            raise ConfigError(f"oneig: no perceiver is named; name one of {', '.join(ONEIG_ROLES)}")
+        return perception.oneig(self.config, pictures, folder)
+
+    def workload(self, images: int) -> dict[str, int]:
+        asked = {
+            "reader": 200, "vlm": 11_231, "style_csd": 114, "style_encoder": 114, "diversity": 1120, "reasoning": 225
+        }  # fmt: skip
+        return self._counts(self.total, images, asked)
