@@ -10,6 +10,7 @@ report      a file to verdicts and headlines, by the official and by the strict 
 prompt_files  the benchmarks' prompts, from files or fetched at a pinned revision
 components  the benchmarks, with the perceivers that they name
 decisions   a run's perceptions to the scores of its report
+diffusers_pipeline  generator `diffusers`: any pipeline of that library
 folder      generator `folder`: pictures that exist
 commands    `lens score`
 perception  stage 2 of each benchmark: pictures in, lines of perceptions out
@@ -32,10 +33,11 @@ def lens_benchmarks() -> dict[str, type[Any]]:
 
 @hookimpl
 def lens_generators() -> dict[str, type[Any]]:
+    from lens_bench.diffusers_pipeline import Diffusers
     from lens_bench.folder import Folder
     from lens_core.evaluation.pipeline_generator import PipelineGenerator
 
-    return {"folder": Folder, "pipeline": PipelineGenerator}
+    return {"diffusers": Diffusers, "folder": Folder, "pipeline": PipelineGenerator}
 
 
 @hookimpl
