@@ -194,5 +194,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "kill":
         stage_worker.kill(Path(sys.argv[2]))
     else:
-        found = stage_worker.run(Path(sys.argv[2]), words=tuple("abcdefg"), log=f"{sys.argv[2]}.drawn-{os.environ['RANK']}")
+        log = f"{sys.argv[2]}.drawn-{os.environ['RANK']}"
+        found = stage_worker.run(Path(sys.argv[2]), words=tuple("abcdefg"), log=log)
         print(json.dumps({"reported": found is not None}))
