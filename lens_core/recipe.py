@@ -85,7 +85,9 @@ class Training:
     fsdp_shards: int = field(default=1, validator=integer(at_least=0, at_most=2**16))
     precision: str = field(default="fp32", validator=one_of("fp32", "bf16"))  # bf16: autocast over fp32 master weights
     compile: bool = False  # torch.compile each trainable module; needs a C++ compiler on CPUs
-    activation_checkpointing: bool = False  # compute activations again on the way back: less memory, a third more time
+    activation_checkpointing: bool = (
+        False  # compute activations again in the backward pass: less memory, a third more time
+    )
     save_every: int = field(default=500, validator=integer(at_least=1))  # steps between checkpoints
     keep_checkpoints: int = field(default=2, validator=integer(at_least=1))  # checkpoints kept
     log_every: int = field(default=20, validator=integer(at_least=1))  # steps between log lines

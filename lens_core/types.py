@@ -303,7 +303,7 @@ class Batch:
 
 @frozen
 class Shard:
-    """Which micro-batch of a training step to make, of how many: 0 of 1 where the step is not divided."""
+    """Which micro-batch of a training step to make, of how many: 0 of 1 where there is only one."""
 
     index: int = 0
     count: int = 1

@@ -216,12 +216,12 @@ class _Bench:
                     module_name in self.modules,
                     f"{self.name}.update_order names {module_name!r}; the trainable modules are {known}",
                 )
-                losses += [self._turn(module_name, batch) for batch in micro]
+                losses += [self._update(module_name, batch) for batch in micro]
             self.method.after_step(self.step, self.modules)
             self.step += 1
         return losses
 
-    def _turn(self, module_name: str, batch: Any) -> float:
+    def _update(self, module_name: str, batch: Any) -> float:
         net = self.modules[module_name].requires_grad_(True).train()
         loss = self.method.loss(module_name, self.modules, batch, self.rng)
         hold(isinstance(loss, Loss), f"{self.name}.loss gives a {type(loss).__name__}, not a Loss")

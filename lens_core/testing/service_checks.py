@@ -19,7 +19,7 @@ def check_reward(reward: Any, prompts: Sequence[Prompt], images: Tensor | None =
 
     `images` uint8 [B,3,H,W] go with the prompts; None: noise of 64 px.
     """
-    _judges(component_name(reward, "reward"), reward, prompts, images)
+    _check_scores(component_name(reward, "reward"), reward, prompts, images)
 
 
 def check_benchmark(benchmark: Any, images: Tensor | None = None) -> None:
@@ -35,25 +35,25 @@ def check_benchmark(benchmark: Any, images: Tensor | None = None) -> None:
         hold(bool(prompt.text.strip()), f"{name}: the prompt with the id {prompt.id} is blank")
     ids = [prompt.id for prompt in prompts]
     hold(len(set(ids)) == len(ids), f"{name}: two prompts have the same id, by which pictures get their seeds")
-    scores = _judges(name, benchmark, prompts[: 8 if images is None else len(images)], images)
+    scores = _check_scores(name, benchmark, prompts[: 8 if images is None else len(images)], images)
     for score in scores:
         hold(score.value is None or 0 <= score.value <= 1, f"{name}: a score is {score.value}; it must be in [0, 1]")
 
 
-def _judges(name: str, judge: Any, prompts: Sequence[Prompt], images: Tensor | None) -> list[Score]:
+def _check_scores(name: str, scorer: Any, prompts: Sequence[Prompt], images: Tensor | None) -> list[Score]:
     if images is None:
         images = (random_tensor(0, len(prompts), 3, 64, 64) * 64 + 128).clamp(0, 255).to(torch.uint8)
     original = images.clone()
-    scores: list[Score] = twice(lambda: list(judge.score(images, prompts)), f"{name}.score")
+    scores: list[Score] = twice(lambda: list(scorer.score(images, prompts)), f"{name}.score")
     hold(equal(original, images), f"{name} changes the pictures")
     hold(len(scores) == len(prompts), f"{name}: {len(scores)} scores for {len(prompts)} pictures")
     for row, score in enumerate(scores):
         hold(isinstance(score, Score), f"{name}: a verdict is {score!r}, not a Score")
         hold(math.isfinite(score.value or 0.0), f"{name}: a score is {score.value}; what broke is Score('failed')")
-        alone = judge.score(images[row : row + 1], prompts[row : row + 1])[0]
+        alone = scorer.score(images[row : row + 1], prompts[row : row + 1])[0]
         hold(alone == score, f"{name}: a picture's score depends on its batch")
     try:
-        judge.score(images[:1], [Prompt("a prompt without data")])
+        scorer.score(images[:1], [Prompt("a prompt without data")])
     except Exception as error:
         raise AssertionError(f"{name}: what cannot be judged is Score('abstain'), not {error!r}") from error
     return scores

@@ -33,7 +33,7 @@ SHARDS = "shards"
 BUCKET = 2**26
 """Bytes of gradients that one message sums over the processes."""
 ENTRIES = ("packed", "features", "encode", "decode")
-"""Ways into a network besides its forward, for which its divided weights must be gathered as well."""
+"""Ways into a network besides its forward, for which its sharded weights must be gathered as well."""
 
 
 def seed_of(*numbers: int) -> int:
@@ -93,7 +93,7 @@ def _sum(bucket: Sequence[Tensor]) -> None:
 class Ranks:
     """The processes of a run, and which parts of a batch are this one's. Alone, it adds nothing to anything.
 
-    `shards`: the processes among which weights are divided, 0 for all; never more than there are. With fewer than all,
+    `shards`: the processes among which weights are sharded, 0 for all; never more than there are. With fewer than all,
     every so many processes hold a copy (hybrid sharding).
     """
 
@@ -117,7 +117,7 @@ class Ranks:
 
     def all_reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum gradients over the processes, in messages of about BUCKET bytes, which is all that is copied of them.
-        Those of divided weights were summed on their way back.
+        Those of sharded weights were summed in the backward pass.
 
         A parameter that no sample used gets a gradient of 0, in one process as in many: whether its moments move must
         not depend on who else was in the batch."""
@@ -174,7 +174,7 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    # ---- divided weights ------------------------------------------------------------------------------------------
+    # ---- sharded weights ------------------------------------------------------------------------------------------
 
     def shard(self, modules: Mapping[str, nn.Module]) -> None:
         """Leave each process its share of the weights of `modules`, in place: block by block where a network names its
@@ -212,9 +212,9 @@ class Ranks:
                 # The outermost too goes back to shares after each pass: a pass without gradients may come before one
                 # with them, and only what is gathered anew learns that it is to have some.
                 # Inner blocks first: what `fully_shard` finds sharded already, the outer call leaves out.
-                divided = fully_shard(block, mesh=mesh, reshard_after_forward=True)
+                sharded_block = fully_shard(block, mesh=mesh, reshard_after_forward=True)
                 # A process whose captions were all dropped runs no text stream, while another's does.
-                divided.set_reduce_scatter_unused_params(True)
+                sharded_block.set_reduce_scatter_unused_params(True)
             for name in ENTRIES:
                 if hasattr(net, name):
                     register_fsdp_forward_method(net, name)
@@ -235,7 +235,7 @@ class Ranks:
             place.mkdir(parents=True)
         self.barrier()
         try:
-            # What is not divided, random states and buffers, is the first process's.
+            # What is not sharded, random states and buffers, is the first process's.
             planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
             writer = HuggingFaceStorageWriter(path=str(place), save_distributed=True)
             writer.fs = _hashing(written)
@@ -248,7 +248,7 @@ class Ranks:
         return {name: file_hash for each in self.all_gather(mine) for name, file_hash in each.items()}
 
     def read(self, folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a checkpoint, whoever wrote it, divided as those of the same name in `like` are."""
+        """The tensors of a checkpoint, whoever wrote it, sharded as those of the same name in `like` are."""
         if (folder / STATE).is_file():
             return {name: _as(t, like.get(name)) for name, t in tensor_files.read_tensors(folder / STATE).items()}
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -314,12 +314,12 @@ def _blocks(net: nn.Module) -> list[nn.Module]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """`tensor` with all of its elements. Of a divided one: all processes must ask."""
+    """`tensor` with all of its elements. Of a sharded one: all processes must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _as(tensor: Tensor, like: Tensor | None) -> Tensor:
-    """`tensor`, divided as `like` is."""
+    """`tensor`, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return tensor
     mesh = like.device_mesh

@@ -182,7 +182,9 @@ def cost(
     return {k: v for k, v in sizes.items() if v}, learns
 
 
-def divided(recipe: Recipe, catalog: Catalog, sizes: Mapping[str, int], learns: Mapping[str, int]) -> float | None:
+def bytes_per_process(
+    recipe: Recipe, catalog: Catalog, sizes: Mapping[str, int], learns: Mapping[str, int]
+) -> float | None:
     """Bytes of one process of `train.fsdp_shards`: trainable modules are sharded, and so are frozen networks of the
     method that share no weight with one. None where nothing is sharded."""
     if recipe.train.fsdp_shards <= 1:
@@ -212,7 +214,7 @@ def describe(recipe: Recipe, catalog: Catalog) -> str:
     ]
     lines += ["memory, GB (10^9 bytes)"] + [f"  {name:28}{size / 1e9:12,.3f}" for name, size in sizes.items()]
     lines += [f"  {'all of it':28}{sum(sizes.values()) / 1e9:12,.3f}"]
-    each = divided(recipe, catalog, sizes, learns)
+    each = bytes_per_process(recipe, catalog, sizes, learns)
     if each is not None:
         lines += [f"  {f'of a process of {recipe.train.fsdp_shards}':28}{each / 1e9:12,.3f}"]
     return "\n".join([text, *lines, *(f"note: {note}" for note in ("activations come on top", *notes))])

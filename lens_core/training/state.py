@@ -113,7 +113,7 @@ class TrainingState:
                 datasets[0].check_encoders(self.pipeline, recipe.train.precision)
                 self.pipeline.defer(unread)
         elif self.ranks.micro_batches > 1 and not shards_itself:
-            raise ConfigError(f"{recipe.method.use} reads no dataset, so it cannot be divided; run it as one process")
+            raise ConfigError(f"{recipe.method.use} reads no dataset, so it cannot be split; run it as one process")
         if self.ranks.sharded and shards_itself:
             raise ConfigError(
                 f"$.train.fsdp_shards: {recipe.method.use} shards its work unevenly, so processes cannot gather each "

@@ -1,6 +1,6 @@
 """The language model of Lens as a text encoder, and its training on captions.
 
-`gpt_oss` (encoder.py) taps the residual stream of a GPT-OSS; template.py renders prompts and makes small tokenizers;
+`gpt_oss` (encoder.py) reads the residual stream of a GPT-OSS; template.py renders prompts and makes small tokenizers;
 chat.py, generation.py and rest.py make it write, for reasoners;
 `language_model` (training.py) trains one from scratch by predicting captions.
 """

@@ -67,10 +67,10 @@ class GptOssEncoderConfig:
                 f"gpt_oss: num_experts_per_tok is {self.num_experts_per_tok}; "
                 f"there are only {self.num_local_experts} experts (num_local_experts)"
             )
-        taps = self.selected_layers
-        if list(taps) != sorted(set(taps)) or taps[-1] >= self.num_hidden_layers:
+        layers = self.selected_layers
+        if list(layers) != sorted(set(layers)) or layers[-1] >= self.num_hidden_layers:
             raise ConfigError(
-                f"gpt_oss: selected_layers is {list(taps)}; "
+                f"gpt_oss: selected_layers is {list(layers)}; "
                 f"give ascending layers from 0 to {self.num_hidden_layers - 1}"
             )
         try:

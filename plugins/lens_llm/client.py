@@ -150,7 +150,7 @@ class OpenAI:
 
     def _question(self, messages: Sequence[Message], schema: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         """The turns. Where the request says otherwise in what form to answer, the schema is shown in words."""
-        turns = [_turn(m) for m in messages]
+        turns = [_as_message(m) for m in messages]
         if schema is not None and "response_format" in self.config.request:
             turns.append({"role": "user", "content": f"Answer with JSON alone, of this schema: {json.dumps(schema)}"})
         return turns
@@ -322,7 +322,7 @@ def _guess(text: str) -> int:
     return len(text.encode("utf-8", "replace")) // 3
 
 
-def _turn(message: Message) -> dict[str, Any]:
+def _as_message(message: Message) -> dict[str, Any]:
     """A message as the protocol has it; pictures become data URLs."""
     if not message.images:
         return {"role": message.role, "content": message.text}

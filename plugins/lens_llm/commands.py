@@ -174,7 +174,7 @@ def _of_shapes(catalog: Catalog, count: int, seed: int, out: Path) -> int:
                     },
                 )
             tried += wanted - len(entries)
-    write(out, list(entries.values()), rubrics=None, alike=None)
+    write(out, list(entries.values()), rubrics=None, similarity_threshold=None)
     return len(entries)
 
 

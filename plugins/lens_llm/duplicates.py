@@ -52,21 +52,23 @@ def words(text: str) -> list[str]:
 class Nearest:
     """Compare texts one by one with the earlier ones: which of them does each nearly repeat?
 
-    `alike` is the share of their words that two texts have in common (Jaccard) from which they are near-duplicates; 1:
-    equal sets of words; None: equal words in equal order. A text that repeats another is not kept, so whatever
+    `similarity_threshold`: near-duplicates have at least this share of their words in common (Jaccard); 1: equal sets
+    of words; None: equal words in equal order. A text that repeats another is not kept, so whatever
     comes later is compared with the texts that would stay. `comparisons` counts those of two sets of words: at most 64
     a text. Nothing is missed, but once in a million, unless a text has hundreds of neighbours near the threshold.
     """
 
-    def __init__(self, alike: float | None) -> None:
-        self.alike, self.comparisons = alike, 0
+    def __init__(self, similarity_threshold: float | None) -> None:
+        self.similarity_threshold, self.comparisons = similarity_threshold, 0
         self._equal: dict[object, int] = {}
         self._sets: dict[int, frozenset[str]] = {}
         self._count = 0
         self._buckets: dict[tuple[int, bytes], list[int]] = {}
-        if alike is not None and alike < 1:
-            self._rows = min(16, max(1, round(math.log(0.25) / math.log(alike))))
-            self._bands = min(256, math.ceil(math.log(MISS_PROBABILITY) / math.log1p(-(alike**self._rows))))
+        if similarity_threshold is not None and similarity_threshold < 1:
+            self._rows = min(16, max(1, round(math.log(0.25) / math.log(similarity_threshold))))
+            self._bands = min(
+                256, math.ceil(math.log(MISS_PROBABILITY) / math.log1p(-(similarity_threshold**self._rows)))
+            )
             rng = np.random.default_rng(0)
             self._factors = rng.integers(0, 2**63, self._rows * self._bands, dtype=np.uint64) * np.uint64(
                 2
@@ -79,18 +81,18 @@ class Nearest:
         number, self._count = self._count, self._count + 1
         ordered = words(text)
         vocabulary = frozenset(ordered)
-        key: object = tuple(ordered) if self.alike is None else vocabulary
+        key: object = tuple(ordered) if self.similarity_threshold is None else vocabulary
         same = self._equal.setdefault(key, number)
         if same != number:
             return same
-        if self.alike is None or self.alike >= 1 or not vocabulary:
+        if self.similarity_threshold is None or self.similarity_threshold >= 1 or not vocabulary:
             return None
         keys = self._keys(vocabulary)
         seen = Counter(i for key in keys for i in self._buckets.get(key, ()))
         for earlier, _ in seen.most_common(MAX_COMPARISONS):
             self.comparisons += 1
             both = len(vocabulary & self._sets[earlier])
-            if both >= self.alike * (len(vocabulary) + len(self._sets[earlier]) - both) - 1e-9:
+            if both >= self.similarity_threshold * (len(vocabulary) + len(self._sets[earlier]) - both) - 1e-9:
                 self._equal[vocabulary] = earlier  # copies of this text repeat the same one
                 return earlier
         self._sets[number] = vocabulary
@@ -101,7 +103,8 @@ class Nearest:
         return None
 
     def _keys(self, vocabulary: Iterable[str]) -> list[tuple[int, bytes]]:
-        """The buckets of a set of words: one a band, which another set shares with probability alike ** rows."""
+        """The buckets of a set of words: one a band, which a set of Jaccard similarity s shares with probability
+        s ** rows."""
         lowest = np.minimum.reduce([self._hashes(word) for word in vocabulary]).reshape(self._bands, self._rows)
         return [(band, row.tobytes()) for band, row in enumerate(lowest)]
 
@@ -114,8 +117,8 @@ class Nearest:
         return self._numbers[word]
 
 
-def near_duplicates(texts: Sequence[str], alike: float | None) -> list[tuple[int, int]]:
+def near_duplicates(texts: Sequence[str], similarity_threshold: float | None) -> list[tuple[int, int]]:
     """(earlier, later) for each text that nearly repeats an earlier one, which itself repeats none."""
-    nearest = Nearest(alike)
+    nearest = Nearest(similarity_threshold)
     pairs = ((nearest.add(text), later) for later, text in enumerate(texts))
     return [(earlier, later) for earlier, later in pairs if earlier is not None]

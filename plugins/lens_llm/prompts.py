@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SCHEMA = "lens-rl/1"
 SPLITS = ("train", "eval")
 LARGEST = 2**28  # bytes of a prompt set, which is read line by line
-ALIKE = 0.8  # share of common words (Jaccard) from which two prompts count as near-duplicates
+SIMILARITY_THRESHOLD = 0.8  # share of common words (Jaccard) from which two prompts count as near-duplicates
 
 # What a set may hold. A file is written by strangers; whatever reads it later relies on these.
 LINE = 1 << 20  # characters
@@ -43,17 +43,22 @@ WEIGHTS = (1e-6, 1e6)
 PROMPT_ID = 2**63  # ids are below: they are kept in 64 bits
 
 
-def lint(lines: Iterable[str], rubrics: int | None = 10, alike: float | None = ALIKE) -> list[str]:
+def lint(
+    lines: Iterable[str], rubrics: int | None = 10, similarity_threshold: float | None = SIMILARITY_THRESHOLD
+) -> list[str]:
     """Every problem of a prompt set, each with its line; an empty list is a sound set.
 
     `rubrics` is how many each prompt must have beside the global one; None: any number up to 100. Words are compared
     without their order, so that 'a dog and a cat' in train and 'a cat and a dog' in eval are duplicates too, reported
-    as overlap. `alike` None: only equal prompts are duplicates, for sets in which word order alone tells two apart.
+    as overlap. `similarity_threshold` None: only equal prompts are duplicates, for sets in which prompts differ in
+    word order alone.
     """
-    return _lint(lines, rubrics, alike)[1]
+    return _lint(lines, rubrics, similarity_threshold)[1]
 
 
-def read(path: Path, rubrics: int | None = 10, alike: float | None = ALIKE) -> list[Prompt]:
+def read(
+    path: Path, rubrics: int | None = 10, similarity_threshold: float | None = SIMILARITY_THRESHOLD
+) -> list[Prompt]:
     """The prompts of a file; `task` is the taxonomy's class, `data` the whole line. ConfigError with all problems.
 
     A file that is no JSON, with one prompt a line, has prompts without a task and without data, whose ids are the
@@ -69,7 +74,7 @@ def read(path: Path, rubrics: int | None = 10, alike: float | None = ALIKE) -> l
         if problems:
             raise ConfigError([f"{path}: {p}" for p in problems])
         return prompts
-    entries, problems = _lint(lines, rubrics, alike)
+    entries, problems = _lint(lines, rubrics, similarity_threshold)
     if problems:
         raise ConfigError([f"{path}: {p}" for p in problems])
     return [Prompt(e["prompt"], e["prompt_id"], e["taxonomy"]["class"], e) for e in entries]
@@ -96,12 +101,15 @@ def _plain(lines: Sequence[str]) -> tuple[list[Prompt], list[str]]:
 
 
 def write(
-    path: Path, entries: Sequence[Mapping[str, Any]], rubrics: int | None = 10, alike: float | None = ALIKE
+    path: Path,
+    entries: Sequence[Mapping[str, Any]],
+    rubrics: int | None = 10,
+    similarity_threshold: float | None = SIMILARITY_THRESHOLD,
 ) -> None:
     """One line an entry, whole or not at all. ConfigError, and no file, where the set has problems; LensError where the
     file cannot be written."""
     lines = [json.dumps({"schema": SCHEMA, **e}, ensure_ascii=False) for e in entries]
-    problems = lint(lines, rubrics, alike)
+    problems = lint(lines, rubrics, similarity_threshold)
     if problems:
         raise ConfigError([f"{path}: {p}" for p in problems])
     part = path.with_name(f"{path.name}.part")
@@ -123,7 +131,9 @@ class PromptFile:
         # Beside the global one; null: any number.
         rubrics: int | None = field(default=10, validator=optional(integer(at_least=0)))
         # Share of common words from which two prompts are one too many; null: equal ones.
-        alike: float | None = field(default=ALIKE, validator=optional(real(above=0, at_most=1)))
+        similarity_threshold: float | None = field(
+            default=SIMILARITY_THRESHOLD, validator=optional(real(above=0, at_most=1))
+        )
         reward: ComponentSpec | None = None
 
         def uses(self) -> Iterator[tuple[str, str, ComponentSpec]]:
@@ -142,7 +152,7 @@ class PromptFile:
     def prompts(self) -> list[Prompt]:
         """In the order of the file. ConfigError where the split is empty."""
         path = Path(self.config.path).expanduser()
-        prompts = read(path, self.config.rubrics, self.config.alike)
+        prompts = read(path, self.config.rubrics, self.config.similarity_threshold)
         if self.config.split is not None and not all("split" in p.data for p in prompts):
             raise ConfigError(f"{path}: has one prompt a line, and no splits; leave split out")
         mine = [p for p in prompts if self.config.split in (None, p.data.get("split"))]
@@ -157,7 +167,9 @@ class PromptFile:
         return list(self.reward.score(images, prompts))
 
 
-def _lint(lines: Iterable[str], rubrics: int | None, alike: float | None) -> tuple[list[dict[str, Any]], list[str]]:
+def _lint(
+    lines: Iterable[str], rubrics: int | None, similarity_threshold: float | None
+) -> tuple[list[dict[str, Any]], list[str]]:
     entries: list[tuple[int, dict[str, Any]]] = []
     problems: list[tuple[int, str]] = []
     for number, line in enumerate(lines, 1):
@@ -179,7 +191,7 @@ def _lint(lines: Iterable[str], rubrics: int | None, alike: float | None) -> tup
     for number, entry in entries:
         if first.setdefault(entry["prompt_id"], number) != number:
             problems.append((number, f"prompt_id {entry['prompt_id']} stands in line {first[entry['prompt_id']]} too"))
-    for earlier, later in near_duplicates([e["prompt"] for _, e in entries], alike):
+    for earlier, later in near_duplicates([e["prompt"] for _, e in entries], similarity_threshold):
         (place, one), (number, two) = entries[earlier], entries[later]
         same = one["split"] == two["split"]
         word = "is a near-duplicate of" if same else "overlaps, across train and eval,"

@@ -20,8 +20,8 @@ from lens_core.io.locks import locked
 from lens_core.recipe import unstructure
 from lens_core.types import ConfigError, LensError, Message
 from lens_llm.duplicates import near_duplicates
-from lens_llm.prompts import ALIKE, QUESTION, SCHEMA, flaws_of, text_flaws, write
 from lens_llm.prompts import PROMPT as MAX_PROMPT
+from lens_llm.prompts import QUESTION, SCHEMA, SIMILARITY_THRESHOLD, flaws_of, text_flaws, write
 from lens_llm.taxonomy import MAX_ASPECTS, Taxonomy
 
 GLOBAL = {
@@ -74,7 +74,11 @@ def prompt_requests(taxonomy: Taxonomy) -> Iterator[PromptRequest]:
 
 
 def compose(
-    llm: Any, taxonomy: Taxonomy, out: Path, alike: float = ALIKE, log: Callable[[str], None] = lambda line: None
+    llm: Any,
+    taxonomy: Taxonomy,
+    out: Path,
+    similarity_threshold: float = SIMILARITY_THRESHOLD,
+    log: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Write the set to `out`, and return how many prompts it has. Near-duplicates are left out: in eval those of
     train, and else the later ones. `llm` has `chat(messages, schema, check)` and `map`.
@@ -86,13 +90,13 @@ def compose(
     lock = out.with_name(f"{out.name}.lock")  # a folder, for others may write other sets beside this one
     try:
         with locked(lock, "prompt set"):
-            return _compose(llm, taxonomy, out, alike, log)
+            return _compose(llm, taxonomy, out, similarity_threshold, log)
     finally:
         with contextlib.suppress(OSError):  # another has it
             lock.rmdir()
 
 
-def _compose(llm: Any, taxonomy: Taxonomy, out: Path, alike: float, log: Callable[[str], None]) -> int:
+def _compose(llm: Any, taxonomy: Taxonomy, out: Path, similarity_threshold: float, log: Callable[[str], None]) -> int:
     partial = out.with_name(f"{out.name}.partial")
     wanted = list(prompt_requests(taxonomy))
     if len({o.id for o in wanted}) < len(wanted):
@@ -133,11 +137,11 @@ def _compose(llm: Any, taxonomy: Taxonomy, out: Path, alike: float, log: Callabl
         )
     # Those of train stand first, so that an overlap costs eval its prompt, never train and eval one each.
     entries = sorted((done[o.id] for o in wanted), key=lambda e: e["split"] != "train")
-    repeated = {later for _, later in near_duplicates([e["prompt"] for e in entries], alike)}
+    repeated = {later for _, later in near_duplicates([e["prompt"] for e in entries], similarity_threshold)}
     kept = [e for i, e in enumerate(entries) if i not in repeated]
     if repeated:
         log(f"{len(repeated)} near-duplicates left out")
-    write(out, kept, taxonomy.rubrics, alike)
+    write(out, kept, taxonomy.rubrics, similarity_threshold)
     partial.unlink()
     return len(kept)
 
@@ -191,8 +195,8 @@ def flaw(questions: Sequence[str], count: int) -> str | None:
             return (
                 f"{q[:200]!r} must be one question of at most {MAX_WORDS} words that ends with its only question mark"
             )
-    alike = near_duplicates(questions, 1.0)
-    return f"two rubrics ask the same: {questions[alike[0][1]][:200]!r}" if alike else None
+    repeated = near_duplicates(questions, 1.0)
+    return f"two rubrics ask the same: {questions[repeated[0][1]][:200]!r}" if repeated else None
 
 
 def _object(**properties: Any) -> dict[str, Any]:

@@ -139,8 +139,8 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
         if not blocks or min(blocks) < 0 or max(blocks) >= depth:
             raise ConfigError(f"backbone: cannot tap blocks {list(blocks)}; name some of 0 ... {depth - 1}")
         states = self._image_states(x, self._modulation_input(x, t), text, max(blocks) + 1)
-        taps = {n: _to_grid(img, x) for n, img in enumerate(states) if n in blocks}
-        return [taps[n] for n in blocks]
+        selected = {n: _to_grid(img, x) for n, img in enumerate(states) if n in blocks}
+        return [selected[n] for n in blocks]
 
     def takes(self) -> tuple[int, int, int]:
         """(C, L, D): latent channels, layers of text features and their width, as it reads them."""

@@ -17,7 +17,7 @@ from lens_core.validators import SEED, each, integer, one_of
 from lens_shapes import captions, splits
 from lens_shapes.captions import dense, prompt
 from lens_shapes.reader import read
-from lens_shapes.reading import judge
+from lens_shapes.reading import check_facts
 from lens_shapes.render import render
 from lens_shapes.rubrics import rubrics
 from lens_shapes.scenes import GENEVAL, TASKS, Scene, prompt_facts, sample
@@ -39,7 +39,7 @@ def score_images(images: Tensor, prompts: Sequence[Prompt], partial: bool = Fals
             scores.append(Score("abstain", evidence="the prompt carries no facts about shapes"))
             continue
         reading = read(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
-        facts = judge(reading, question.data)
+        facts = check_facts(reading, question.data)
         value = sum(facts.values()) / len(facts) if partial else float(all(facts.values()))
         scores.append(Score("ok", value, facts, str(reading)))
     return scores

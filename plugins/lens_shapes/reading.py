@@ -44,7 +44,7 @@ class Reading:
         return f"read {things}" + (f' and the word "{self.word}"' if self.word else "")
 
 
-def judge(reading: Reading, data: Mapping[str, Any]) -> dict[str, float]:
+def check_facts(reading: Reading, data: Mapping[str, Any]) -> dict[str, float]:
     """Each fact that a prompt asked, 1.0 if the picture has it, else 0.0. `data` is that of `scenes.asked`.
 
     things: every kind asked for is there; counts: as many of each as asked, and nothing else in the picture;
@@ -77,7 +77,7 @@ def judge(reading: Reading, data: Mapping[str, Any]) -> dict[str, float]:
 
 def satisfies(reading: Reading, data: Mapping[str, Any]) -> bool:
     """Whether the picture has every fact asked, and no other thing: GenEval mostly lets extra things pass."""
-    return all(judge(reading, data).values())
+    return all(check_facts(reading, data).values())
 
 
 def lies_behind(reading: Reading, names: Sequence[str], halves: str) -> bool:

@@ -16,14 +16,14 @@ from lens_core.types import Prompt, Score
 from lens_core.validators import within
 from lens_shapes.captions import NUMBERS, group_words, plural
 from lens_shapes.reader import read
-from lens_shapes.reading import NAMES, Reading, judge, lies_behind
+from lens_shapes.reading import NAMES, Reading, check_facts, lies_behind
 from lens_shapes.scenes import BACKGROUNDS, COLOURS, RELATIONS
 
 
 def rubrics(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of `scenes.prompt_facts` as `rubrics`, one each, and the `global` one: plain data, as in `lens-rl/1`.
 
-    A picture has a yes to every rubric exactly where it has every fact, in the sense of `reader.judge`.
+    A picture has a yes to every rubric exactly where it has every fact, in the sense of `reading.check_facts`.
     """
     questions: list[dict[str, Any]] = []
 
@@ -79,7 +79,7 @@ def _lies(reading: Reading, subject: Mapping[str, Any], relation: str, other: Ma
     groups = [{"count": 1, "colour": None, **group} for group in (subject, other)]
     if relation not in RELATIONS or any(_count(reading, g["shape"], g["colour"]) is None for g in groups):
         return None
-    return bool(judge(reading, {"groups": groups, "relation": relation, "word": ""})["relation"])
+    return bool(check_facts(reading, {"groups": groups, "relation": relation, "word": ""})["relation"])
 
 
 def _equal(count: int | None, n: int) -> bool | None:

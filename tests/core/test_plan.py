@@ -105,9 +105,9 @@ def test_an_adapter_costs_what_it_learns(everything: Catalog) -> None:
 def test_what_is_divided_is_reported_by_the_process(everything: Catalog) -> None:
     recipe = read_recipe(RECIPES / "distill_turbo.yaml", everything)
     sizes, learns, _ = memory(recipe, everything)
-    divided = sum(size for name, size in sizes.items() if name.partition(":")[0] in {*learns, "teacher"})
+    bytes_per_process = sum(size for name, size in sizes.items() if name.partition(":")[0] in {*learns, "teacher"})
     assert {"teacher: weights", "text_encoder: weights", "vae: weights"} < sizes.keys()
-    each = (sum(sizes.values()) - divided + divided / 8) / 1e9
+    each = (sum(sizes.values()) - bytes_per_process + bytes_per_process / 8) / 1e9
     lines = [line for line in describe(recipe, everything).splitlines() if "of a process of 8" in line]
     assert len(lines) == 1 and float(lines[0].split()[-1]) == pytest.approx(each, abs=1e-3)
 

@@ -32,7 +32,7 @@ def test_a_set_about_shapes_needs_no_language_model_and_is_the_same_each_time(tm
     out = tmp_path / "set.jsonl"
     assert main(["rl", "prompts", "--shapes", "40", "--output", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}: 40 prompts\n"
-    prompts = read(out, rubrics=None, alike=None)
+    prompts = read(out, rubrics=None, similarity_threshold=None)
     assert [p.data["split"] for p in prompts].count("eval") == 4
     texts = {p.text for p in prompts}
     assert len(texts) == 40 and len({p.id for p in prompts}) == 40

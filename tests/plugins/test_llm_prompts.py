@@ -101,13 +101,15 @@ def test_overlap_of_train_and_eval_is_found_whatever_the_order(swapped):
     assert lint(lines(pair[0], entry(1, "a cow and a hen", split="eval"))) == []
 
 
-def by_hand(texts: list[str], alike: float) -> list[tuple[int, int]]:
+def by_hand(texts: list[str], similarity_threshold: float) -> list[tuple[int, int]]:
     """Each text with the first earlier one that it nearly repeats, all of those that stay compared."""
     pairs, kept = [], dict[int, set[str]]()
     for later, words_here in enumerate(set(words(t)) for t in texts):
-        twins = [i for i, other in kept.items() if len(words_here & other) >= alike * len(words_here | other)]
-        pairs += [(twins[0], later)] if twins else []
-        if not twins:
+        earlier_near = [
+            i for i, other in kept.items() if len(words_here & other) >= similarity_threshold * len(words_here | other)
+        ]
+        pairs += [(earlier_near[0], later)] if earlier_near else []
+        if not earlier_near:
             kept[later] = words_here
     return pairs
 
@@ -119,15 +121,15 @@ def drawn(count: int, vocabulary: int, least: int, most: int, seed: int = 0) -> 
     return [" ".join(f"w{int(w)}" for w in torch.randperm(vocabulary, generator=rng)[: int(n)]) for n in sizes]
 
 
-@pytest.mark.parametrize("alike", [0.5, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("similarity_threshold", [0.5, 0.8, 0.95, 1.0])
 @pytest.mark.parametrize("shape", [(60, 7, 1, 6), (300, 12, 3, 10), (400, 200, 10, 60)])
-def test_the_texts_that_repeat_an_earlier_one_are_those_that_every_comparison_finds(alike, shape):
+def test_the_texts_that_repeat_an_earlier_one_are_those_that_every_comparison_finds(similarity_threshold, shape):
     texts = drawn(*shape)
-    want = by_hand(texts, alike)
-    pairs = near_duplicates(texts, alike)
+    want = by_hand(texts, similarity_threshold)
+    pairs = near_duplicates(texts, similarity_threshold)
     assert [later for _, later in pairs] == [later for _, later in want]
     sets = [set(words(t)) for t in texts]
-    assert all(len(sets[i] & sets[j]) >= alike * len(sets[i] | sets[j]) for i, j in pairs)
+    assert all(len(sets[i] & sets[j]) >= similarity_threshold * len(sets[i] | sets[j]) for i, j in pairs)
     assert want or shape[1] == 200
 
 

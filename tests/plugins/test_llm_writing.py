@@ -29,8 +29,8 @@ def taxonomy(**changes: Any) -> Taxonomy:
 class Writer:
     """Answers like a language model would; `fails` are items that it cannot write about, `most` calls that it takes."""
 
-    def __init__(self, fails: Sequence[str] = (), twins: bool = False) -> None:
-        self.fails, self.twins = fails, twins
+    def __init__(self, fails: Sequence[str] = (), repeats: bool = False) -> None:
+        self.fails, self.repeats = fails, repeats
         self.questions: list[dict[str, Any]] = []
         self.lock = threading.Lock()
 
@@ -41,7 +41,7 @@ class Writer:
         if "item" in question:
             if question["item"] in self.fails:
                 raise LensError("the endpoint is away")
-            words = "one and the same" if self.twins else f"{question['item']} {' '.join(question['aspects'])}"
+            words = "one and the same" if self.repeats else f"{question['item']} {' '.join(question['aspects'])}"
             answer: dict[str, Any] = {"prompt": f" a {words} {question['number']} "}
         else:
             several = [{"kind": "counting", "q": f"Is fact {i} there?"} for i in range(question["how_many"])]
@@ -209,8 +209,8 @@ def test_a_taxonomy_whose_set_would_be_refused_is_refused_first(changes, words):
 
 def test_near_duplicates_are_left_out_and_cost_eval_its_prompt(tmp_path: Path):
     out = tmp_path / "set.jsonl"
-    count = compose(Writer(twins=True), taxonomy(), out, alike=0.5)
-    assert count == 1 and read(out, rubrics=3, alike=0.5)[0].data["split"] == "train"
+    count = compose(Writer(repeats=True), taxonomy(), out, similarity_threshold=0.5)
+    assert count == 1 and read(out, rubrics=3, similarity_threshold=0.5)[0].data["split"] == "train"
 
 
 @pytest.mark.parametrize(

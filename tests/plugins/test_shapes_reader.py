@@ -13,7 +13,7 @@ from lens_shapes import splits
 from lens_shapes.benchmark import ShapesBenchmark, ShapesReward
 from lens_shapes.hostile import HONEST, HOSTILE, blurred, hazed
 from lens_shapes.reader import OFF, STRANGE, read
-from lens_shapes.reading import judge, satisfies
+from lens_shapes.reading import check_facts, satisfies
 from lens_shapes.render import coverage, render
 from lens_shapes.scenes import (
     BACKGROUNDS,
@@ -256,7 +256,7 @@ def test_a_thing_that_only_shines_through_has_no_name(share):
 def test_an_extra_thing_fails_the_count_and_nothing_else():
     circle, star = Thing("circle", "red", "medium", 0.25, 0.3), Thing("star", "blue", "medium", 0.7, 0.7)
     asking = prompt_facts(Scene("colours", (circle,), ("white",)))
-    facts = judge(read(render(Scene("two", (circle, star), ("white",)), 128, 128)), asking)
+    facts = check_facts(read(render(Scene("two", (circle, star), ("white",)), 128, 128)), asking)
     assert facts == {"things": 1.0, "counts": 0.0, "colours": 1.0, "word": 1.0}
 
 

@@ -15,7 +15,7 @@ from lens_shapes.dataset import ShapesDataset
 from lens_shapes.facts import label, shown_facts, sub_facts
 from lens_shapes.novel import Novel
 from lens_shapes.reader import read
-from lens_shapes.reading import judge
+from lens_shapes.reading import check_facts
 from lens_shapes.render import render
 from lens_shapes.scenes import COLOURS, NOVEL, SHAPES, TASKS, Scene, Thing, prompt_facts
 from lens_shapes.splits import SPLITS, capacity, colourings, distinct_questions, questions, sample
@@ -241,7 +241,7 @@ def test_every_benchmark_scene_is_true_of_its_prompt():
     prompts, scenes = benchmark.prompts(), benchmark.scenes()
     for question, scene in zip(prompts, scenes, strict=True):
         assert question.text == prompt(scene) and question.task == scene.task
-        facts_read = judge(read(render(scene, 96, 96)), question.data)
+        facts_read = check_facts(read(render(scene, 96, 96)), question.data)
         assert set(facts_read.values()) == {1.0}, (question.text, facts_read)
         assert ("background" in facts_read) == ("background" in question.text)
     assert len({p.data["question"] for p in prompts}) == 132
@@ -257,7 +257,7 @@ def test_a_prompt_that_names_the_background_wants_it_and_its_halves():
         evolve(scene, background=("white",), split=""),
         evolve(scene, background=("white", "grey")),
     ):
-        facts_read = judge(read(render(wrong, 64, 64)), prompt_facts(scene))
+        facts_read = check_facts(read(render(wrong, 64, 64)), prompt_facts(scene))
         assert {name for name, value in facts_read.items() if not value} == {"background"}
     plain = evolve(scene, background=("mint",), split="")
     assert prompt(plain) == "a red star on a mint background"

@@ -303,7 +303,7 @@ def test_a_shared_part_must_be_what_it_was(sharing: Path, installed: Catalog, tm
     assert "its 'sampler' is to come from" in message_for("sampler", hash="0" * 16, **{"from": "tiny:"})
 
 
-def test_a_single_file_takes_the_place_of_a_part_whose_lender_is_gone(
+def test_a_single_file_takes_the_place_of_a_part_whose_source_is_gone(
     sharing: Path, singles: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(sharing, tmp_path / "model")
