@@ -94,22 +94,24 @@ def choose_vae(factory: SceneFactory, pipeline: LensPipeline, folders: dict[str,
             vaes[name] = Flux2VAE.load(folder, Flux2VAE.Config(), torch.bfloat16).to(pipeline.device)
     if len(vaes) == 1:
         return "start", {}, vaes["start"]
-    found = ceilings(factory, vaes)
+    ceilings_by_vae = ceilings(factory, vaes)
     score = {
-        name: sum(f["overall"] + 0.5 * f.get("words", 0) for key, f in found.items() if key.startswith(f"{name} "))
+        name: sum(
+            f["overall"] + 0.5 * f.get("words", 0) for key, f in ceilings_by_vae.items() if key.startswith(f"{name} ")
+        )
         for name in vaes
     }
     best = max(score, key=lambda name: score[name])
-    return best, found, vaes[best].eval().requires_grad_(False)
+    return best, ceilings_by_vae, vaes[best].eval().requires_grad_(False)
 
 
 def main() -> None:
     """What `train_embedded.py` starts: one argument, the arguments of `train_vae` as JSON."""
-    asked = json.loads(sys.argv[1])
-    groups = [Group(**{**g, "size": tuple(g["size"])}) for g in asked.pop("groups")]
-    scenes = SharedScenes(groups, asked.pop("files"))
+    arguments = json.loads(sys.argv[1])
+    groups = [Group(**{**g, "size": tuple(g["size"])}) for g in arguments.pop("groups")]
+    scenes = SharedScenes(groups, arguments.pop("files"))
     torch.set_num_threads(1)
-    train_vae(scenes=scenes, out=Path(asked.pop("out")), **asked)
+    train_vae(scenes=scenes, out=Path(arguments.pop("out")), **arguments)
 
 
 if __name__ == "__main__":

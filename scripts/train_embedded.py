@@ -136,19 +136,19 @@ def probe_mode(options: argparse.Namespace, mode: str, name: str) -> dict[str, f
             "pictures": round(count / ms * 1e3)}  # fmt: skip
 
 
-def choose_mode(options: argparse.Namespace, found: dict[str, Any], log: Log) -> str:
+def choose_mode(options: argparse.Namespace, results: dict[str, Any], log: Log) -> str:
     """The fastest mode whose loss fell as it did in eager mode; "eager" where nothing is known."""
     mode: str = options.mode
     if mode == "auto":
-        eager = found.get("eager")
+        eager = results.get("eager")
         good = {
             name: result["64"]["ms"] + result["128"]["ms"]
-            for name, result in found.items()
+            for name, result in results.items()
             if eager and all(abs(result[g]["last"] - eager[g]["last"]) < 0.1 for g in ("64", "128"))
         }
         mode = min(good, key=lambda name: good[name], default="eager")
-    log("mode", mode=mode, probe=found)
-    log.keep(mode=mode, probe=found)
+    log("mode", mode=mode, probe=results)
+    log.keep(mode=mode, probe=results)
     return mode
 
 
@@ -317,13 +317,13 @@ def run(options: argparse.Namespace) -> None:
     scratch = Path(options.scratch or out)
     scratch.mkdir(parents=True, exist_ok=True)
     if options.vae_seconds:
-        asked = {"groups": [asdict(g) for g in groups], "files": factory.scenes.files, "start": options.start,
+        arguments = {"groups": [asdict(g) for g in groups], "files": factory.scenes.files, "start": options.start,
                  "device_name": options.device, "out": str(scratch / "vae_trained"), "seconds": options.vae_seconds,
                  "until": time.time() + options.prepare_seconds - 4, "lr": options.vae_lr,
                  "most": 8 if options.small else 1024}  # fmt: skip
         script = Path(__file__).with_name("embedded_vae.py")
         children["vae"] = subprocess.Popen(
-            [sys.executable, str(script), json.dumps(asked)], pass_fds=factory.scenes.files
+            [sys.executable, str(script), json.dumps(arguments)], pass_fds=factory.scenes.files
         )
     if options.probe_seconds and options.mode == "auto":
         command = [sys.executable, *sys.argv, "--probe", str(out / "probe.json")]
@@ -367,9 +367,9 @@ def _run(
     for child in children.values():
         child.kill()
     folders = {"given": Path(options.vae)} if options.vae else {}
-    name, found, vae = choose_vae(factory, pipeline, folders | {"trained": scratch / "vae_trained"})
-    log("vae", chosen=name, ceilings=found)
-    log.keep(vae=name, ceilings=found)
+    name, ceilings, vae = choose_vae(factory, pipeline, folders | {"trained": scratch / "vae_trained"})
+    log("vae", chosen=name, ceilings=ceilings)
+    log.keep(vae=name, ceilings=ceilings)
     pipeline.vae = vae
     save_file({name: t.cpu().contiguous() for name, t in vae.net.state_dict().items()}, out / "vae.safetensors")
     probed = json.loads((out / "probe.json").read_text()) if (out / "probe.json").is_file() else {}

@@ -178,6 +178,21 @@ def test_a_plugins_init_is_its_table_of_contents(plugin: Path) -> None:
         assert hasattr(hookspecs, function.name)
 
 
+PRIVATE_WORDS = {"found", "told", "given", "asked", "lent", "own", "say", "look", "nets", "twins"}
+
+
+@pytest.mark.parametrize("folder", ["lens_core", "plugins", "scripts", "examples"])
+def test_names_are_nouns_of_the_field(folder: str) -> None:
+    """A name says what a thing is: `entries`, not `found`; `message`, not `told`."""
+    offences = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node, "id", None) or getattr(node, "arg", None) or getattr(node, "name", None)
+            if name in PRIVATE_WORDS:
+                offences.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    assert offences == []
+
+
 @pytest.mark.parametrize("path", sorted([*MODULES, *(ROOT / "plugins").rglob("*.py")]), ids=str)
 def test_every_module_says_what_it_is(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))

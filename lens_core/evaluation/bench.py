@@ -219,10 +219,10 @@ def parse_stages(text: str) -> tuple[str, ...]:
 
 def generator_spec(text: str, settings: Mapping[str, Any]) -> ComponentSpec:
     """The generator that a command line names, or `pipeline` with those `settings` that are not None where it is ""."""
-    given = {name: value for name, value in settings.items() if value is not None}
+    options = {name: value for name, value in settings.items() if value is not None}
     if not text:
-        return ComponentSpec("pipeline", given)
-    if given:
-        names = ", ".join(f"--{'lora' if name == 'loras' else name.replace('_', '-')}" for name in given)
+        return ComponentSpec("pipeline", options)
+    if options:
+        names = ", ".join(f"--{'lora' if name == 'loras' else name.replace('_', '-')}" for name in options)
         raise ConfigError(f"{names}: for --model alone; with --generator put options into '{{use: NAME, …}}'")
     return named_generator(text)

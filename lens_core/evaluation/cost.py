@@ -73,9 +73,9 @@ def table(requests: Sequence[BenchmarkRequest], catalog: Catalog | None = None) 
 
 def _row(cost: Cost) -> str:
     e = cost.generation
-    asked = ", ".join(f"{count:,} {what}" for what, count in cost.perceptions.items()) or "–"
+    perceptions = ", ".join(f"{count:,} {what}" for what, count in cost.perceptions.items()) or "–"
     cells = [cost.benchmark, cost.generator, f"{cost.prompts:,}", f"{cost.pictures:,}", f"{e.calls:,}"]
-    return "| " + " | ".join([*cells, _hours(e.seconds), _usd(e.usd), asked]) + " |"
+    return "| " + " | ".join([*cells, _hours(e.seconds), _usd(e.usd), perceptions]) + " |"
 
 
 def _sums(costs: Sequence[Cost]) -> str:
@@ -88,10 +88,10 @@ def _sums(costs: Sequence[Cost]) -> str:
 
     prompts, pictures = (f"{sum(getattr(c, n) for c in costs):,}" for n in ("prompts", "pictures"))
     calls = f"{sum(c.generation.calls for c in costs):,}"
-    asked = f"{sum(sum(c.perceptions.values()) for c in costs):,}"
+    perceptions = f"{sum(sum(c.perceptions.values()) for c in costs):,}"
     hours = total([c.generation.seconds for c in costs], _hours)
     usd = total([c.generation.usd for c in costs], _usd)
-    return f"| **all** | | {prompts} | {pictures} | {calls} | {hours} | {usd} | {asked} |"
+    return f"| **all** | | {prompts} | {pictures} | {calls} | {hours} | {usd} | {perceptions} |"
 
 
 def _hours(seconds: float | None) -> str:

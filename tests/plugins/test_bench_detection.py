@@ -45,7 +45,7 @@ def oracle(
     powers = np.exp(classes - classes.max(1, keepdims=True))
     probabilities = (powers / powers.sum(1, keepdims=True))[:, :-1]
     flat = probabilities.ravel()
-    found = []
+    detections = []
     for place in sorted(range(len(flat)), key=lambda i: -flat[i])[:top]:
         query, label = divmod(place, probabilities.shape[1])
         logits = enlarged(maps[query], padded, fitted, original)
@@ -55,8 +55,8 @@ def oracle(
         quality = (1 / (1 + np.exp(-logits[mask]))).sum() / (mask.sum() + 1e-6)
         ys, xs = np.nonzero(mask)
         box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
-        found.append((label, float(flat[place] * quality), box, mask))
-    return found
+        detections.append((label, float(flat[place] * quality), box, mask))
+    return detections
 
 
 @pytest.mark.parametrize(("seed", "original"), [(0, (50, 70)), (1, (120, 33)), (2, (64, 64))])
@@ -82,22 +82,22 @@ def test_decoding_is_that_of_an_independent_transcription_in_float64(seed: int, 
 def test_one_query_may_be_detected_as_several_classes() -> None:
     classes = torch.zeros(1, 81)
     classes[0, [3, 7]] = 9.0
-    found = detection.decode(classes, torch.ones(1, 4, 4), (16, 16), (16, 16), (16, 16), top=2)
-    assert {d.label for d in found} == {3, 7}
-    assert found[0].box == (0, 0, 16, 16)
+    detections = detection.decode(classes, torch.ones(1, 4, 4), (16, 16), (16, 16), (16, 16), top=2)
+    assert {d.label for d in detections} == {3, 7}
+    assert detections[0].box == (0, 0, 16, 16)
     probability, sigmoid = np.exp(9) / (2 * np.exp(9) + 79), 1 / (1 + np.exp(-1))
-    assert found[0].score == pytest.approx(probability * sigmoid, rel=1e-5)
+    assert detections[0].score == pytest.approx(probability * sigmoid, rel=1e-5)
 
 
 def test_how_many_masks_are_enlarged_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     classes, maps = torch.randn(20, 81, generator=generator), torch.randn(20, 8, 8, generator=generator)
 
-    def found(at_once: int) -> list[tuple[int, float, tuple[int, ...]]]:
+    def detections(at_once: int) -> list[tuple[int, float, tuple[int, ...]]]:
         monkeypatch.setattr(detection, "QUERIES_AT_ONCE", at_once)
         return [(d.label, d.score, d.box) for d in detection.decode(classes, maps, (32, 32), (32, 30), (40, 37))]
 
-    assert found(1) == found(7) == found(100)
+    assert detections(1) == detections(7) == detections(100)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -192,7 +192,7 @@ def test_pictures_become_detections_of_the_model_with_mmdets_recipe(
     detector = Mask2Former(Mask2Former.Config(model=str(model), min_score=0.02, device="cpu"))
     got = detector.perceive(pictures, [None] * 3)
     raw = weights.load(Mask2FormerForUniversalSegmentation, str(model), "mask2former").double()
-    for picture, found in zip(pictures, got, strict=True):
+    for picture, detections in zip(pictures, got, strict=True):
         pixels, fitted = detection.preprocess(np.asarray(picture))
         with torch.no_grad():
             out = raw(pixel_values=torch.from_numpy(pixels).double()[None])
@@ -205,10 +205,10 @@ def test_pictures_become_detections_of_the_model_with_mmdets_recipe(
         by_class: dict[str, list[float]] = {}
         for label, score, *_ in want:
             by_class.setdefault(CLASSES[label], []).append(score)
-        assert {name: len(things) for name, things in found.items()} == {n: len(s) for n, s in by_class.items()}
+        assert {name: len(things) for name, things in detections.items()} == {n: len(s) for n, s in by_class.items()}
         for name, scores in by_class.items():
-            np.testing.assert_allclose([thing["score"] for thing in found[name]], scores, rtol=1e-3)
-            for thing in found[name]:
+            np.testing.assert_allclose([thing["score"] for thing in detections[name]], scores, rtol=1e-3)
+            for thing in detections[name]:
                 x1, y1, x2, y2 = thing["box"]
                 mask = masks.decode(thing["mask"], y2 - y1, x2 - x1)
                 assert mask[0].any() and mask[-1].any() and mask[:, 0].any() and mask[:, -1].any()  # a tight box
