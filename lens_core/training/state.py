@@ -56,36 +56,10 @@ class TrainingState:
         self.datasets = self._build_datasets(unread)
         self.modules = trainable_modules_of(self.method)
         self._prepare_modules()
-        self.trainable_parameters = {
-            module_name: [
-                p for name, p in net.named_parameters() if module_name not in recipe.train.lora or lora.owned(name)
-            ]
-            for module_name, net in self.modules.items()
-        }
-        self.trainable_fraction = {
-            module_name: sum(p.numel() for p in self.trainable_parameters[module_name])
-            / sum(p.numel() for p in net.parameters())
-            for module_name, net in self.modules.items()
-        }
+        self._prepare_optimization()
         self.rng = torch.Generator().manual_seed(recipe.seed)
-        self.optimizers = {
-            module_name: optimizers.build(
-                module, self.trainable_parameters[module_name], recipe.train, self.ranks.sharded
-            )
-            for module_name, module in self.modules.items()
-        }
-        self.ema: dict[str, dict[str, Tensor]] = {
-            module_name: {k: v.detach().clone() for k, v in self.trainable_state(module_name).items()}
-            for module_name in self.modules
-            if recipe.train.ema_decay and self.in_pipeline(module_name)  # what is exported
-        }
         if recipe.train.activation_checkpointing:
             self._checkpoint_activations()
-        self.exported_modules = [
-            module_name
-            for module_name in self.modules
-            if module_name in recipe.train.lora or self.in_pipeline(module_name)
-        ]
         self.evaluator: Evaluator | None = None
         if recipe.evaluation is not None:
             with self.isolated_rng():
@@ -152,6 +126,31 @@ class TrainingState:
                 # A stack of equal blocks compiles once, as one block; diffusers' models say which those are.
                 getattr(net, "compile_repeated_blocks", net.compile)()
         self.ranks.shard(self.modules | frozen_weights.apart(self.frozen_modules, self.modules))
+
+    def _prepare_optimization(self) -> None:
+        """What of each trainable module is trained, by what, and averaged into what."""
+        config = self.train_config
+        self.trainable_parameters = {
+            module_name: [p for name, p in net.named_parameters() if module_name not in config.lora or lora.owned(name)]
+            for module_name, net in self.modules.items()
+        }
+        self.trainable_fraction = {
+            module_name: sum(p.numel() for p in self.trainable_parameters[module_name])
+            / sum(p.numel() for p in net.parameters())
+            for module_name, net in self.modules.items()
+        }
+        self.optimizers = {
+            module_name: optimizers.build(module, self.trainable_parameters[module_name], config, self.ranks.sharded)
+            for module_name, module in self.modules.items()
+        }
+        self.ema: dict[str, dict[str, Tensor]] = {
+            module_name: {k: v.detach().clone() for k, v in self.trainable_state(module_name).items()}
+            for module_name in self.modules
+            if config.ema_decay and self.in_pipeline(module_name)  # what is exported
+        }
+        self.exported_modules = [
+            module_name for module_name in self.modules if module_name in config.lora or self.in_pipeline(module_name)
+        ]
 
     def _checkpoint_activations(self) -> None:
         for module_name, net in self.modules.items():
