@@ -37,13 +37,13 @@ MUTANTS = [
     # the loop
     *_of(
         "lens_core/training/step.py",
-        "tests/core/test_loop.py -k is_the_mean_over_its_parts",
+        "tests/core/test_trainer.py -k is_the_mean_over_its_parts",
         ("share = 1 / (len(micro) * state.ranks.micro_batches) if", "share = 1 / state.ranks.micro_batches if"),
         ("share = 1 / (len(micro) * state.ranks.micro_batches) if", "share = 1 / len(micro) if"),
     ),
     *_of(
         "lens_core/training/step.py",
-        "tests/core/test_loop.py -k dropout+different_noise",
+        "tests/core/test_trainer.py -k dropout+different_noise",
         ("        torch.manual_seed(seed)  # dropout draws there\n", ""),
         (
             "seed = seed_of(state.recipe.seed, state.step, turn, part)",
@@ -56,13 +56,13 @@ MUTANTS = [
     ),
     *_of(
         "lens_core/training/step.py",
-        "tests/core/test_loop.py -k gradients_of_the_one_before+bring_a_weight",
+        "tests/core/test_trainer.py -k gradients_of_the_one_before+bring_a_weight",
         ("    optimizer.zero_grad(set_to_none=True)\n", ""),
         ("                held /= weight\n", "                held *= 1.0\n"),
     ),
     *_of(
         "lens_core/training/step.py",
-        "tests/core/test_loop.py -k closed_form+the_rate+rate_of_its_own",
+        "tests/core/test_trainer.py -k closed_form+the_rate+its_own_learning_rate",
         ("min(1.0, (step + 1) / train.warmup)", "min(1.0, step / train.warmup)"),
         ("start = train.steps * (1 - train.lr_decay_fraction)", "start = train.steps * train.lr_decay_fraction"),
         ("(1 - math.cos(math.pi * left)) / 2)", "(1 + math.cos(math.pi * left)) / 2)"),
@@ -70,7 +70,7 @@ MUTANTS = [
     ),
     *_of(
         "lens_core/training/ema.py",
-        "tests/core/test_loop.py -k closed_form",
+        "tests/core/test_trainer.py -k closed_form",
         ("return min(limit, (1 + step) / (10 + step))", "return limit"),
         (
             "value.detach().to(average[name].dtype), 1 - decay)",
@@ -79,7 +79,7 @@ MUTANTS = [
     ),
     *_of(
         "lens_core/training/trainer.py",
-        "tests/core/test_loop.py -k not_finite+without_a_finite_loss",
+        "tests/core/test_trainer.py -k not_finite+without_a_finite_loss",
         (
             "            refuse_non_finite(self)\n            if self.ranks.rank == 0 or",
             "            if self.ranks.rank == 0 or",
@@ -89,7 +89,7 @@ MUTANTS = [
     ),
     *_of(
         "lens_core/training/optimizers.py",
-        "tests/core/test_watching.py -k last_look",
+        "tests/core/test_evaluator.py -k last_evaluation",
         ("    torch.autograd.graph.increment_version(", "    list("),
     ),
     # DiffusionNFT
@@ -173,7 +173,7 @@ MUTANTS = [
     # LoRA, the VAE, the language model
     *_of(
         "lens_core/inference/lora.py",
-        "tests/core/test_adapters.py",
+        "tests/core/test_lora.py",
         ("lora_alpha=adapter.scale * adapter.rank", "lora_alpha=adapter.scale"),
         ("pair.alpha / pair.rank", "pair.alpha"),
     ),

@@ -1,4 +1,4 @@
-"""One process of a run of several: `python rank_worker.py FOLDER` under a launcher's environment. See test_ranks.py."""
+"""One process of a run of several: `python rank_worker.py FOLDER` under a launcher's environment (test_distributed)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from attrs import evolve
 from lens_mmdit.model import LensTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
-from test_loop import RECIPE, Runner, runner, same
+from test_trainer import RECIPE, Runner, runner, same
 from torch import Tensor, nn
 
 from lens_core.catalog import Catalog
