@@ -66,14 +66,14 @@ class PipelineParts:
         **origin: Any,
     ) -> None:
         """`origin` are the fields of `Origin`."""
-        found = Origin(**origin)
-        info = found.info
+        checkpoint = Origin(**origin)
+        info = checkpoint.info
         self.store = PartStore({"vae": vae, "text_encoder": text_encoder, "backbone": backbone, "sampler": sampler})
         self.presets = DEFAULT_PRESETS | dict(presets or {})
         self.specs = dict(specs or {})
         self.source, self.version, self.note = info.uri, info.version, info.note
         self.plugins, self.provenance = dict(info.plugins), dict(info.provenance)
-        self.catalog = found.catalog  # where its parts came from: methods find rewards and benchmarks there
+        self.catalog = checkpoint.catalog  # where its parts came from: methods find rewards and benchmarks there
         self.device = torch.device("cpu")
         self._dtype: torch.dtype | None = None  # the last that `to` cast to, for parts that are read later
         self.prompt_cache = PromptCache()
