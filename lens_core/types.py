@@ -112,10 +112,10 @@ class Completion:
 
 @frozen
 class Refinement:
-    """What a reasoner made of a request: `text` is drawn. Where that is the request as it was `asked`, and the
+    """What a reasoner made of a request: `text` is drawn. Where that is the `request` itself, and the
     reasoner's answer was not used, `reason` says why."""
 
-    asked: str
+    request: str
     text: str
     reason: str = ""
 

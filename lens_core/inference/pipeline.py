@@ -155,7 +155,7 @@ class LensPipeline(PipelineParts):
             # An encoder that has not been read, because features are cached, is not read to check a length alone.
             answers = refinement.refine(self.reasoner, new, self.store.loaded["text_encoder"])
             kept = list(self._refined.items())[-refinement.MAX_IN_MEMORY :]
-            self._refined = dict(kept) | {one.asked: one for one in answers}
+            self._refined = dict(kept) | {one.request: one for one in answers}
         return [self._refined[prompt] for prompt in prompts]
 
     def encode_once(self, prompts: Sequence[str]) -> tuple[TextFeatures, dict[str, Any]]:

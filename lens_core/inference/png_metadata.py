@@ -29,12 +29,12 @@ def versions() -> dict[str, str]:
 
 
 def facts_of(prompt: Refinement, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a picture records. `prompt` is what was drawn; where a reasoner was asked, `asked_prompt` is the request,
+    """A picture's record. `prompt` is what was drawn; where a reasoner was asked, `requested_prompt` is the request,
     and `reasoner` names it and says why its answer was not used, if it was not."""
     facts = {"prompt": prompt.text, "seed": seed, **settings, "versions": versions()}
     if "reasoner" in settings:
         unused = {"unused": prompt.reason} if prompt.reason else {}
-        facts |= {"asked_prompt": prompt.asked, "reasoner": {**settings["reasoner"], **unused}}
+        facts |= {"requested_prompt": prompt.request, "reasoner": {**settings["reasoner"], **unused}}
     return facts
 
 
@@ -80,10 +80,10 @@ def facts(path: Path) -> tuple[Image, dict[str, Any]]:
         "strength": _finite,
         "sampler": lambda v: isinstance(v, dict) and isinstance(v.get("use"), str),
         "loras": lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
-        "asked_prompt": lambda v: isinstance(v, str),
+        "requested_prompt": lambda v: isinstance(v, str),
         "reasoner": lambda v: isinstance(v, dict) and all(isinstance(x, str) for x in v.values()),
     }
-    optional = ("guidance_interval", "strength", "sampler", "loras", "asked_prompt", "reasoner")
+    optional = ("guidance_interval", "strength", "sampler", "loras", "requested_prompt", "reasoner")
     for name, holds in rules.items():
         if name not in facts and name in optional:
             continue

@@ -28,7 +28,7 @@ def refine(reasoner: Any, prompts: Sequence[str], encoder: Any = None) -> list[R
         others = f", and {len(unused) - 1} more" if len(unused) > 1 else ""
         warnings.warn(
             f"the reasoner's answer is not used, and the request drawn as it is: {unused[0].reason} "
-            f"({unused[0].asked[:60]!r}{others})",
+            f"({unused[0].request[:60]!r}{others})",
             stacklevel=5,
         )
     return answers
@@ -45,22 +45,22 @@ def _checked(reasoner: Any, answers: Any, prompts: Sequence[str]) -> list[Refine
     checked = []
     for prompt, answer in zip(prompts, answers, strict=True):
         one = Refinement(prompt, answer) if isinstance(answer, str) else answer
-        if not isinstance(one, Refinement) or not all(isinstance(t, str) for t in (one.asked, one.text, one.reason)):
+        if not isinstance(one, Refinement) or not all(isinstance(t, str) for t in (one.request, one.text, one.reason)):
             refuse(reasoner, "refine", answer, must)
-        if one.asked != prompt:
+        if one.request != prompt:
             raise PluginError(f"{name_of(reasoner)}.refine answered other prompts; {must}, in their order")
         checked.append(one)
     return checked
 
 
 def _fitting(one: Refinement, encoder: Any) -> Refinement:
-    if encoder is None or one.text == one.asked or not hasattr(encoder, "excess_tokens"):
+    if encoder is None or one.text == one.request or not hasattr(encoder, "excess_tokens"):
         return one
     with calling(encoder, "excess_tokens"):
         excess = encoder.excess_tokens(one.text)
     if not excess:
         return one
-    return Refinement(one.asked, one.asked, f"it has {excess} tokens more than the text encoder takes")
+    return Refinement(one.request, one.request, f"it has {excess} tokens more than the text encoder takes")
 
 
 def provenance(reasoner: Any) -> dict[str, str]:

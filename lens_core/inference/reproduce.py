@@ -66,7 +66,7 @@ def reproduce(path: Path, model: ModelRequest, image: Image | None = None, mask:
     (again,) = result.images
     facts = png_metadata.facts_of(result.prompts[0], stored["seed"], result.settings)
     # The prompt that was drawn is drawn again; its reasoner is not asked, and what it was stays recorded.
-    facts |= {name: stored[name] for name in ("asked_prompt", "reasoner") if name in stored}
+    facts |= {name: stored[name] for name in ("requested_prompt", "reasoner") if name in stored}
     facts = json.loads(json.dumps(facts))  # tuples become lists, as in the stored facts
     names = sorted((stored.keys() | facts.keys()) - {"request"})
     changes = {name: (stored.get(name), facts.get(name)) for name in names if stored.get(name) != facts.get(name)}

@@ -45,7 +45,7 @@ class Reading:
 
 
 def check_facts(reading: Reading, data: Mapping[str, Any]) -> dict[str, float]:
-    """Each fact that a prompt asked, 1.0 if the picture has it, else 0.0. `data` is that of `scenes.asked`.
+    """Each fact that a prompt asked, 1.0 if the picture has it, else 0.0. `data` is that of `scenes.prompt_facts`.
 
     things: every kind asked for is there; counts: as many of each as asked, and nothing else in the picture;
     colours: every thing asked to have a colour has it; relation: every subject lies on that side of every other, and

@@ -111,7 +111,7 @@ def test_a_picture_records_both_prompts_and_is_reproduced_without_asking(pipelin
     request = GenerateRequest(height=32, width=32)
     (done,) = batch.generate_files(pipeline, request, batch.image_tasks(["a cat"], tmp_path / "x.png", seed=3))
     _, facts = png_metadata.facts(tmp_path / "x.png")
-    assert facts["prompt"] == "A CAT!" and facts["asked_prompt"] == "a cat"
+    assert facts["prompt"] == "A CAT!" and facts["requested_prompt"] == "a cat"
     assert facts["reasoner"] == {"name": f"{__name__}:Shout", "model": "capitals", "system_hash": "0123"}
     # The recorded prompt alone gives the picture again.
     pipeline.use_reasoner(None)
@@ -129,18 +129,21 @@ def test_reproduce_asks_nobody(tmp_path, monkeypatch, capsys):
     small = ["--size", "64x64", "--steps", "1", "--offload", "none"]
     assert main(["generate", "a red circle", "-o", str(tmp_path / "a.png"), "--seed", "1", *small]) == 0
     _, facts = png_metadata.facts(tmp_path / "a.png")
-    facts |= {"asked_prompt": "a circle", "reasoner": {"name": "lens_reason:chat", "model": "m", "system_hash": "1"}}
+    facts |= {
+        "requested_prompt": "a circle",
+        "reasoner": {"name": "lens_reason:chat", "model": "m", "system_hash": "1"},
+    }
     png_metadata.save(png_metadata.facts(tmp_path / "a.png")[0], tmp_path / "b.png", facts)
     capsys.readouterr()
     assert main(["generate", "--reproduce", str(tmp_path / "b.png"), "-o", str(tmp_path / "c.png")]) == 0
     assert capsys.readouterr().out == "identical\n"
     _, copied = png_metadata.facts(tmp_path / "c.png")
-    assert copied["asked_prompt"] == "a circle" and copied["reasoner"]["model"] == "m"
+    assert copied["requested_prompt"] == "a circle" and copied["reasoner"]["model"] == "m"
     assert main(["generate", "--reproduce", str(tmp_path / "b.png"), "--reasoner", "chat"]) == 2
     assert "leave --reasoner out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [{"asked_prompt": 3}, {"reasoner": "chat"}, {"reasoner": {"name": 1}}])
+@pytest.mark.parametrize("wrong", [{"requested_prompt": 3}, {"reasoner": "chat"}, {"reasoner": {"name": 1}}])
 def test_unsound_facts_about_a_reasoner_are_refused(pipeline, tmp_path, wrong):
     list(
         batch.generate_files(

@@ -226,7 +226,7 @@ def test_a_hostile_request_is_material(request_):
         assert [m.role for m in sent] == ["system", "user"] and sent[0].text == default_policy()
         assert sent[1].text.count("<request>") == sent[1].text.count("</request>") == 1
         assert not re.search(r"<\|\w+\|>", sent[1].text)
-        assert one.asked == request_
+        assert one.request == request_
         if one.text != request_:
             assert one.reason == "" and not re.search(r"<\|\w+\|>|</?request>", one.text)
 
@@ -241,8 +241,8 @@ def small() -> LensPipeline:
 
 def test_hostile_requests_end_well_with_a_local_model_too(small):
     answers = small.reasoner.refine(HOSTILE)
-    assert [one.asked for one in answers] == list(HOSTILE)
-    assert all(one.text == one.asked and one.reason for one in answers)  # it is cut off: nothing is used
+    assert [one.request for one in answers] == list(HOSTILE)
+    assert all(one.text == one.request and one.reason for one in answers)  # it is cut off: nothing is used
 
 
 def test_a_request_that_is_too_long_costs_the_others_nothing(small):
