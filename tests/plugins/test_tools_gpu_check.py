@@ -1,0 +1,135 @@
+"""`lens doctor --check`: on a CPU, in small, all of it runs; what overruns is cut off, and what breaks is reported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lens_tools import gpu_check, gpu_report
+from lens_tools.gpu_check import CheckRequest
+from lens_tools.gpu_latency import Subject, random_text
+from lens_tools.gpu_training import Setup
+from lens_tools.records import Records
+from lens_tools.timing import distance, in_turn, ratio
+
+from lens_core import Catalog
+from lens_core.types import ConfigError
+
+SMALL: dict[str, Any] = {"device": "cpu", "small": True}
+
+
+def test_the_whole_check_runs_on_a_cpu_and_keeps_what_it_measured(tmp_path: Path) -> None:
+    """Each stage in its own process, as on a GPU; the tests for a GPU are represented by those of one name."""
+    request = CheckRequest(tmp_path, 3.0, tests="packed_attention", **SMALL)
+    summary = gpu_check.check(request)
+    assert {name: stage["state"] for name, stage in summary["stages"].items()} == {
+        "correctness": "finished", "latency": "finished", "training": "finished"
+    }, (tmp_path / "log.txt").read_text()  # fmt: skip
+    read = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in summary["stages"]}
+    assert [test["outcome"] for test in read["correctness"]["tests"].values()] == ["passed", "passed"]
+    items = read["latency"]["items"]
+    assert items["agreement 32x48"]["void"] == [] and items["agreement 32x48"]["lens, float32"] < 1e-4
+    assert set(items["base 32x48"]["ways"]) == {"port", "lens", "compiled"}
+    (setup,) = (item for item in read["training"]["items"].values() if "ways" in item)
+    assert len(setup["ways"]) == 5 and all(way["images_per_s"] > 0 for way in setup["ways"].values())
+    page = (tmp_path / "report.md").read_text()
+    assert "2 passed" in page and "| base 32x48 |" in page and "bucketed, compiled" in page
+
+
+def test_a_stage_that_hangs_is_cut_off_and_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
+
+    def command(request: CheckRequest, stage: str, soft: float) -> list[str]:
+        return [sys.executable, "-c", child if stage == "latency" else "raise SystemExit(3)"]
+
+    monkeypatch.setattr(gpu_check, "stage_command", command)
+    begun = time.monotonic()
+    summary = gpu_check.check(CheckRequest(tmp_path, 0.15, ("latency", "training"), **SMALL))
+    assert time.monotonic() - begun < 10
+    states = {name: (stage["state"], stage["exit_code"]) for name, stage in summary["stages"].items()}
+    assert states == {"latency": ("cut off", None), "training": ("failed", 3)}
+    assert json.loads((tmp_path / "summary.json").read_text())["stages"].keys() == states.keys()
+
+
+def test_an_item_that_breaks_costs_no_other_and_is_told_with_its_place(tmp_path: Path) -> None:
+    records = Records(tmp_path / "r.json", time.time() + 100)
+
+    def broken(found: dict[str, Any]) -> None:
+        found["before"] = 1.0
+        raise ValueError("no\nroom")
+
+    assert not records.run("a", broken)
+    assert records.run("b", lambda found: found.update(x=float("nan")))
+    assert not records.run("c", lambda found: found.update(x=1), need=1000)
+    items = json.loads((tmp_path / "r.json").read_text())["items"]
+    assert (
+        items["a"]["before"] == 1
+        and items["a"]["error"] == "ValueError: no room"
+        and "broken" in items["a"]["where"][-1]
+    )
+    assert items["b"]["x"] is None and "1000 s needed" in items["c"]["skipped"]
+
+
+def test_a_way_that_is_wrong_is_not_timed() -> None:
+    from lens_tools import gpu_latency
+
+    subject = Subject(Catalog.installed(), torch.device("cpu"), True)
+    net = subject.compiled
+    forward = net.forward
+    net.forward = lambda x, t, text: 1.5 * forward(x, t, text)  # as a kernel that is off would
+    found: dict[str, Any] = {}
+    sound = gpu_latency.agreement(found, subject, (32, 48))
+    assert set(sound) == {"port", "lens"} and found["void"] == ["compiled"]
+
+
+@pytest.mark.parametrize(("change", "says"), [({"stages": ("speed",)}, "no stage is called 'speed'"), ({}, "no CUDA")])
+def test_what_cannot_be_checked_is_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    if not change and torch.cuda.is_available():
+        pytest.skip("there is one here")
+    with pytest.raises(ConfigError, match=says):
+        gpu_check.check(CheckRequest(tmp_path, **change))
+
+
+def test_rounds_take_turns_and_end_in_time() -> None:
+    calls: list[str] = []
+    runs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    rounds = in_turn(runs, torch.device("cpu"), 4, 1)
+    assert "".join(calls) == "ab" + "ba" + "ab" + "ba" + "ab" and len(rounds["a"]) == len(rounds["b"]) == 4
+    slow = {"a": lambda: time.sleep(0.05)}
+    assert len(in_turn(slow, torch.device("cpu"), 50, 0, lambda: 0.01)["a"]) == 1
+
+
+def test_distances_and_ratios() -> None:
+    assert distance(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 4.0])) == pytest.approx(0.75)
+    assert distance(torch.tensor([float("nan")]), torch.ones(1)) != 0
+    assert ratio([2.0, 6.0, 4.0], [1.0, 2.0, 4.0]) == {"median": 2.0, "least": 1.0, "most": 3.0}
+
+
+def test_the_forecast_of_training_counts_what_adamw_holds() -> None:
+    assert Setup(48, True, 16).bytes(10**9, 0, 1536) == 16 * 10**9
+    kept, again = (Setup(48, c, 16).bytes(0, 1189, 1536) for c in (False, True))
+    assert kept > 5 * again
+
+
+def test_a_report_of_what_a_killed_check_left_says_what_there_is(tmp_path: Path) -> None:
+    (tmp_path / "latency.json").write_text('{"items": {"build": {"error": "OutOfMemoryError: no room"}}}')
+    page = gpu_report.report(tmp_path)
+    assert "OutOfMemoryError" in page and "Training" not in page
+
+
+def test_the_script_says_how_it_is_used() -> None:
+    script = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check.py"
+    out = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--minutes" in out and "--stages" in out
+
+
+def test_random_text_knows_its_mask_on_the_host() -> None:
+    rng = torch.Generator().manual_seed(0)
+    text = random_text(2, 3, 5, 8, torch.device("cpu"), rng)
+    assert text.host is not None and text.features.shape == (2, 3, 5, 8) and bool(text.host.all())
