@@ -19,7 +19,7 @@ from lens_core.checkpoints import manifest, tensor_files
 from lens_core.io import atomic_files, readers
 from lens_core.io.readers import shown
 from lens_core.protocols import HasWeights
-from lens_core.types import CheckpointError
+from lens_core.types import CheckpointError, ConfigError
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
@@ -135,22 +135,20 @@ def write_lazy(
 ) -> None:
     """Write a safetensors file, atomically, floats as `dtype` (None: as they are). Holds one block at a time."""
     order = sorted(tensors, key=lambda n: (list(NAMES).index(tensors[n].kind(dtype)), n))
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **(texts or {})}}
-    end = 0
+    layout = {}
     for name in order:
         kind, shape = tensors[name].kind(dtype), tensors[name].shape
-        begin, end = end, end + math.prod(shape) * kind.itemsize
-        header[name] = {"dtype": NAMES[kind], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+        layout[name] = (NAMES[kind], shape, math.prod(shape) * kind.itemsize)
+    header = tensor_files.file_header(layout, {"format": "pt", **(texts or {})})
+    size = len(header) + sum(size for _, _, size in layout.values())
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(header)
             for name in order:
                 for block in tensors[name].rows(tensors[name].kind(dtype)):
                     file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            if file.tell() != 8 + len(text) + end:
+            if file.tell() != size:
                 raise CheckpointError(f"{path}: a tensor yielded other rows than its shape tells; report it")
 
     atomic_files.write_atomic(path, write)
@@ -158,16 +156,27 @@ def write_lazy(
 
 def fit(config: Any, published: Any, seen: Mapping[str, Any], telling: Iterable[str], where: str) -> Any:
     """The config of a file whose shapes tell the fields `seen`, and no others: those are taken from `config`, that of
-    the model the file is for, or from `published`, whichever first agrees with the file in the fields `telling`."""
+    the model the file is for, or from `published`, whichever first agrees with the file in the fields `telling`.
+
+    Raises CheckpointError where neither agrees, or the fields together are no config."""
     for known in (config, published):
         if all(getattr(known, name) == seen[name] for name in telling if name in seen):
-            return evolve(known, **seen)
+            try:
+                return evolve(known, **seen)
+            except ConfigError as error:
+                raise CheckpointError(f"{where}: {error.problems[0]}") from error
     name = next(n for n in telling if n in seen and getattr(config, n) != seen[n])
     raise CheckpointError(
         f"{where}: its {name} is {shown(seen[name])}, but that of the model it is for is "
         f"{shown(getattr(config, name))}; "
         "give --model a folder that it fits"
     )
+
+
+def another_model(tensors: Iterable[str], where: str, expected: str) -> CheckpointError:
+    """The error for a file that is no `expected`; it names a few of the file's tensors."""
+    some = ", ".join(sorted(tensors)[:3]) or "nothing"
+    return CheckpointError(f"{where}: holds {some} …, not a {expected}")
 
 
 def numbered(names: Iterable[str], before: str) -> int:

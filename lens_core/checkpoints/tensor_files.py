@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +30,21 @@ _DTYPES = {
 """safetensors' names of dtypes -> torch's, in the order in which its files hold them: wide elements first."""
 
 
+def file_header(layout: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the values in a safetensors file: its length, and name -> dtype, shape and place as JSON.
+
+    `layout`: name -> (safetensors' dtype, shape, bytes), in the order of the values.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape, size) in layout.items():
+        begin, end = end, end + size
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that values begin at a multiple of the widest element
+    return len(text).to_bytes(8, "little") + text
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write tensors to one safetensors file, atomically; the SHA-256 of the file, taken while it is written.
 
@@ -45,21 +60,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             )
     rank = {dtype: place for place, dtype in enumerate(names)}
     order = sorted(tensors, key=lambda n: (rank[tensors[n].dtype], n))
-    header: dict[str, object] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    layout = {
+        name: (names[tensors[name].dtype], tensors[name].shape, tensors[name].numel() * tensors[name].element_size())
+        for name in order
+    }
+    header = file_header(layout, dict(sorted({"format": "pt", **(metadata or {})}.items())))
+    digest = hashlib.sha256(header)
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            for piece in (len(text).to_bytes(8, "little"), text):
-                digest.update(piece)
-                file.write(piece)
+            file.write(header)
             for name in order:
                 host = tensors[name].detach().cpu().contiguous().reshape(-1)
                 values = host.view(torch.uint8).numpy().data

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from lens_core.io import sources
+from lens_core.io import readers, sources
 from lens_core.io.digests import Ids
 from lens_core.io.sources import CAPTION_KEYS, SourceItem, is_picture, parse_json
 from lens_core.io.system_files import is_system_file
@@ -146,11 +146,5 @@ def _facts(file: IO[bytes], csv_: bool) -> Iterator[tuple[int, Mapping[str, Any]
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """Lines by number, from 1; of a line that is too long, a piece that is no JSON."""
-    number = 0
-    while line := file.readline(sources.LARGEST_TEXT):
-        number += 1
-        if len(line) == sources.LARGEST_TEXT and not line.endswith(b"\n"):
-            while (rest := file.readline(sources.LARGEST_TEXT)) and not rest.endswith(b"\n"):
-                pass
-            line = b"\0"
-        yield number, line
+    for number, line in readers.bounded_lines(file, sources.LARGEST_TEXT):
+        yield number, b"\0" if line is None else line

@@ -31,12 +31,8 @@ def numbered(path: Path, whole: bool = False) -> Iterator[tuple[int, dict[str, A
     """
     try:
         with path.open("rb") as file:
-            number = 0
-            while line := file.readline(readers.LARGEST_LINE):
-                number += 1
-                if len(line) == readers.LARGEST_LINE and not line.endswith(b"\n"):
-                    while (rest := file.readline(readers.LARGEST_LINE)) and not rest.endswith(b"\n"):
-                        pass
+            for number, line in readers.bounded_lines(file):
+                if line is None:
                     yield number, FieldError("line", f"is longer than {readers.LARGEST_LINE >> 20} MiB")
                 elif line.strip() and (line.endswith(b"\n") or not whole):
                     yield number, _parsed(line)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lens_core.types import ConfigError, LensError
 
@@ -209,6 +209,23 @@ def _words(data: Any) -> Iterator[str]:
             rest += value
 
 
+def bounded_lines(file: IO[bytes], largest: int | None = None) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, line with its end) of a binary file; None for a line of `largest` bytes (LARGEST_LINE) or more.
+
+    A long line is read piece by piece and dropped, so no file costs more memory than one line may have.
+    """
+    largest = largest or LARGEST_LINE
+    number = 0
+    while line := file.readline(largest):
+        number += 1
+        if len(line) == largest and not line.endswith(b"\n"):
+            while (rest := file.readline(largest)) and not rest.endswith(b"\n"):
+                pass
+            yield number, None
+        else:
+            yield number, line
+
+
 def json_lines(path: Path, error: type[LensError] = ConfigError) -> Iterator[Any]:
     """The value of each line of a log that holds JSON, in order. Lines that are torn, too long or no JSON are left out.
 
@@ -216,15 +233,14 @@ def json_lines(path: Path, error: type[LensError] = ConfigError) -> Iterator[Any
     """
     try:
         with path.open("rb") as file:
-            while line := file.readline(LARGEST_LINE):
-                if len(line) == LARGEST_LINE and not line.endswith(b"\n"):
-                    while (rest := file.readline(LARGEST_LINE)) and not rest.endswith(b"\n"):
-                        pass
+            for _, line in bounded_lines(file):
+                if line is None:
                     continue
                 try:
-                    yield parse_json(line, finite=False, allow_duplicate_keys=True)
+                    value = parse_json(line, finite=False, allow_duplicate_keys=True)
                 except ValueError:
                     continue
+                yield value
     except OSError as fault:
         raise error(f"{path}: cannot be read ({fault.strerror or one_line(fault)}); check the path") from fault
 

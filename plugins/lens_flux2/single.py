@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lens_core.checkpoints.lazy_tensors import LazyTensor, fit, numbered, shape_of
+from lens_core.checkpoints.lazy_tensors import LazyTensor, another_model, fit, numbered, shape_of
 from lens_core.checkpoints.quantization import plain
-from lens_core.types import CheckpointError
 from lens_flux2.config import Flux2VAEConfig
 
 MARKS = ("bn.running_mean", "encoder.conv_in.weight", "decoder.conv_in.weight")
@@ -63,8 +62,7 @@ def convert_single_file(
     CheckpointError.
     """
     if not holds(tensors):
-        some = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise CheckpointError(f"{where}: holds {some} …, not a FLUX.2 VAE, which has a bn.running_mean")
+        raise another_model(tensors, where, "FLUX.2 VAE, which has a bn.running_mean")
     weights = _diffusers_names(plain(tensors, texts, where))
     levels = range(numbered(weights, "encoder.down_blocks."))
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
-from lens_core.checkpoints.lazy_tensors import LazyTensor, describe_file, fit, numbered, shape_of
+from lens_core.checkpoints.lazy_tensors import LazyTensor, another_model, describe_file, fit, numbered, shape_of
 from lens_core.checkpoints.manifest import FORMAT
 from lens_core.checkpoints.quantization import from_mxfp4, lazy_mxfp4, plain
 from lens_core.io.atomic_files import read_json
-from lens_core.types import CheckpointError, ConfigError
+from lens_core.types import CheckpointError
 from lens_gpt_oss.config import GptOssEncoderConfig
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ def convert_single_file(
     window show in no shape: `fit` takes them from `config` or the published model.
     """
     if not holds(tensors):
-        some = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise CheckpointError(f"{where}: holds {some} …, not a GPT-OSS; its names begin with model.layers. or layers.")
+        raise another_model(tensors, where, "GPT-OSS; its names begin with model.layers. or layers.")
     rest = {name: tensor for name, tensor in tensors.items() if name != "tokenizer_json"}
     weights = {}
     for name, tensor in plain(rest, texts, where, keep=EXPERTS if packed else ()).items():
@@ -82,10 +81,7 @@ def convert_single_file(
         "vocab_size": vocabulary,
     }
     published = evolve(type(config)(), date=config.date, max_length=config.max_length, experts=config.experts)
-    try:
-        return fit(config, published, inferred, list(inferred)[:5], where), weights
-    except ConfigError as error:
-        raise CheckpointError(f"{where}: {error.problems[0]}") from error
+    return fit(config, published, inferred, list(inferred)[:5], where), weights
 
 
 def _transposed(tensor: LazyTensor) -> LazyTensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lens_core.checkpoints.lazy_tensors import LazyTensor, fit, numbered, shape_of
+from lens_core.checkpoints.lazy_tensors import LazyTensor, another_model, fit, numbered, shape_of
 from lens_core.checkpoints.quantization import plain
-from lens_core.types import CheckpointError, ConfigError
+from lens_core.types import CheckpointError
 from lens_mmdit.config import MMDiTConfig
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
@@ -28,8 +28,7 @@ def convert_single_file(
     """
     name_prefix = find_prefix(tensors)
     if name_prefix is None:
-        some = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise CheckpointError(f"{where}: holds {some} …, not a Lens backbone; its names begin with transformer_blocks.")
+        raise another_model(tensors, where, "Lens backbone; its names begin with transformer_blocks.")
     named = {name.removeprefix(name_prefix): tensor for name, tensor in tensors.items() if name.startswith(name_prefix)}
     weights = plain(named, texts, where, prefix=name_prefix)
     width, channels = shape_of(weights, "img_in.weight", 2, where)
@@ -54,7 +53,4 @@ def convert_single_file(
             f"{where}: reads {layers} layers of a text encoder, and the model it is for "
             f"{len(config.selected_layer_index)}; give --model a folder that it fits"
         )
-    try:
-        return fit(config, published, inferred, ("attention_head_dim", "in_channels"), where), weights
-    except ConfigError as error:
-        raise CheckpointError(f"{where}: {error.problems[0]}") from error
+    return fit(config, published, inferred, ("attention_head_dim", "in_channels"), where), weights
