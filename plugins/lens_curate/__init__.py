@@ -2,6 +2,8 @@
 
 recipe       a curation recipe: sources, filters with thresholds, duplicates, captions
 measures     curators that need no weights: resolution, luminance, entropy, clarity, blockiness, borders, captions
+models       curators with weights: classifiers, aesthetics, text in pictures, captions that mismatch
+weights      models of the transformers library, at pinned revisions
 grey         grey copies of a fixed size, made once for all measures
 hashes       hashes of pixels and perceptual hashes, of a picture and of its mirror image
 duplicates   equal keys and near hashes among many pictures, in linear time
@@ -32,8 +34,9 @@ from lens_core import hookimpl
 @hookimpl
 def lens_curators() -> dict[str, type[Any]]:
     from lens_curate.measures import CURATORS
+    from lens_curate.models import CURATORS as WITH_WEIGHTS
 
-    return dict(CURATORS)
+    return {**CURATORS, **WITH_WEIGHTS}
 
 
 @hookimpl

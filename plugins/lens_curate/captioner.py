@@ -38,6 +38,7 @@ _REFUSALS = re.compile(
     r"unable to (?:assist|help|describe)|can(?:'|’)?t (?:assist|help) with)\b",
     re.I,
 )
+_QUOTED = re.compile(r'"[^"]*"|“[^”]*”')
 _OPENINGS = re.compile(
     r"^\W*(?:(?:the|this|an?) (?:image|picture|photo|photograph|illustration) (?:shows|depicts|features|is|displays|"
     r"presents|captures|contains)|in (?:the|this) (?:image|picture|photo)|here is|sure[,!]|certainly[,!])",
@@ -150,7 +151,8 @@ def checked(answer: object, words: tuple[int, int]) -> tuple[str, str]:
 
 def flaw_of(text: str, words: tuple[int, int]) -> str:
     """What is wrong with a caption, or "": a refusal, an opening about the picture, its length, or repetition."""
-    if _REFUSALS.search(text[:200]):
+    # What is written in the picture may say anything.
+    if _REFUSALS.search(_QUOTED.sub("", text)[:200]):
         return "it is a refusal"
     if _OPENINGS.search(text):
         return 'it begins with words about the picture ("the image shows"), not with what is in it'

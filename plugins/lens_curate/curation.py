@@ -180,7 +180,10 @@ class _Curation:
             return PartTask(number, part, False, which, tuple(t.hex_texts(records.id[places])))
 
         progress = Progress("scored", int(any_of.sum()))
-        self._commit(self.engine(_grouped(self._tasks(records, np.flatnonzero(any_of), task))), progress, 0)
+        # A judge has one budget, so it is asked in this process.
+        costly = all(made.costly for made in filters)
+        run = engine("serial", self.spec, self.store) if costly else self.engine
+        self._commit(run(_grouped(self._tasks(records, np.flatnonzero(any_of), task))), progress, 0)
         progress.end()
 
     def _tasks(

@@ -6,6 +6,7 @@ What the columns mean is in docs/curate.md. Each is a pure function of the pixel
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -158,6 +159,23 @@ class Borders(_Measure):
         return 1 - inside / (height * width), bars
 
 
+class FileFacts(_Measure):
+    """What the file tells: 1 if its name's ending is that of another format, and its bytes for each pixel."""
+
+    columns = ("wrong_extension", "bytes_per_pixel")
+
+    @frozen
+    class Config:
+        pass
+
+    def measure(self, record: Record) -> tuple[float, ...]:
+        ending = os.path.splitext(str(record.data.get("name", "")))[1].lower()
+        known = ENDINGS.get(str(record.data.get("format", "")), ())
+        wrong = bool(ending in _ALL_ENDINGS and known and ending not in known)
+        height, width = record.pixels.shape[:2]
+        return float(wrong), len(record.image) / (height * width)
+
+
 class Captions(_Measure):
     """Words and characters of the longer of the captions that came with a picture, and how often its words repeat.
 
@@ -220,12 +238,22 @@ def _even(lines: NDArray[np.float32], tolerance: float) -> int:
     return int(other.argmax()) if other.any() else len(lines)
 
 
+ENDINGS: Mapping[str, tuple[str, ...]] = {
+    "AVIF": (".avif", ".avifs"), "BMP": (".bmp", ".dib"), "DIB": (".bmp", ".dib"), "GIF": (".gif",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG2000": (".jp2", ".j2k"), "MPO": (".jpg", ".jpeg", ".mpo"),
+    "PNG": (".png", ".apng"), "PPM": (".ppm", ".pgm", ".pnm"), "QOI": (".qoi",), "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}  # fmt: skip
+"""Endings of the names of files by Pillow's name of their format."""
+_ALL_ENDINGS = frozenset(ending for endings in ENDINGS.values() for ending in endings)
+
 CURATORS: Mapping[str, type[Any]] = {
     "blockiness": Blockiness,
     "borders": Borders,
     "captions": Captions,
     "clarity": Clarity,
     "entropy": Entropy,
+    "file": FileFacts,
     "luminance": Luminance,
     "resolution": Resolution,
 }

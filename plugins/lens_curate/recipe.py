@@ -98,8 +98,10 @@ class Filter:
 
     @property
     def identity(self) -> str:
-        """What decides its scores, as text: scores are kept under it."""
-        return f"{self.component} {self.curator.version} {unstructure(self.config)}"
+        """What decides its scores, as text: scores are kept under it. A curator whose Config does not pin its weights
+        has `weights_id() -> str`."""
+        weights = self.curator.weights_id() if hasattr(self.curator, "weights_id") else ""
+        return f"{self.component} {self.curator.version} {weights} {unstructure(self.config)}"
 
 
 def read_spec(path: Path) -> CurationSpec:

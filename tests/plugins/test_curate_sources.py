@@ -1,0 +1,263 @@
+"""Sources: the same pictures from every kind, addresses within limits, pictures with text, and strange files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lens_curate.sources import build_sources
+from lens_curate.text_pictures import COLOURS, TextPictures, contrast
+from lens_curate.urls import Urls, forbids
+from lens_curate.verdicts import verdicts
+from test_curate_run import add, picture, run, stages, stored
+
+from lens_core.catalog import Catalog
+from lens_core.config import ComponentSpec, structure
+from lens_core.io.images import read_rgb
+from lens_core.types import ConfigError
+
+
+def spec(*sources: dict[str, Any], **changes: Any) -> Any:
+    from lens_curate.recipe import CurationSpec
+
+    return structure(CurationSpec, {"sources": list(sources), **changes})
+
+
+def png(seed: int) -> bytes:
+    file = io.BytesIO()
+    picture(seed).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_folder(path: Path, seeds: range) -> Path:
+    path.mkdir(parents=True)
+    for seed in seeds:
+        add(path, f"{seed}.png", picture(seed))
+    return path
+
+
+def make_tar(path: Path, seeds: range) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for seed in seeds:
+            for name, data in ((f"{seed}.png", png(seed)), (f"{seed}.txt", f"A texture called {seed}.".encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def make_parquet(path: Path, seeds: range) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"image": {"bytes": png(s), "path": f"{s}.png"}, "text": f"A texture called {s}."} for s in seeds]
+    path.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), path / "train.parquet", row_group_size=2)
+    return path
+
+
+def test_the_same_pictures_come_from_every_kind_of_source(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "folder", range(5))
+    run(spec({"use": "folder", "path": str(folder)}), tmp_path / "first")
+    expected = {key: row["dense"] for key, row in stored(tmp_path / "first").items()}
+    assert len(expected) == 5
+    uses = {
+        "tars": str(make_tar(tmp_path / "a.tar", range(5)).parent),
+        "parquet": str(make_parquet(tmp_path / "parquet", range(5))),
+        "store": str(tmp_path / "first"),
+    }
+    for use, path in uses.items():
+        run(spec({"use": use, "path": path}), tmp_path / f"of-{use}")
+        assert {key: row["dense"] for key, row in stored(tmp_path / f"of-{use}").items()} == expected, use
+        again = run(spec({"use": use, "path": path}), tmp_path / f"of-{use}")
+        assert again.data["read"] == 0, use
+
+
+def test_pictures_of_several_sources_are_compared_and_the_first_source_wins(tmp_path: Path) -> None:
+    one, two = make_folder(tmp_path / "one", range(3)), make_folder(tmp_path / "two", range(2, 5))
+    report = run(spec({"use": "folder", "path": str(two)}, {"use": "folder", "path": str(one)}), tmp_path / "store")
+    assert {r["source"] for r in verdicts(str(tmp_path / "store")) if r["stage"] == "exact"} == {"one"}
+    assert report.data["funnel"][0]["by_source"] == {"one": 0, "two": 0}
+
+
+def test_a_damaged_tar_is_told_and_the_rest_of_the_sources_are_read(tmp_path: Path) -> None:
+    good = make_tar(tmp_path / "a.tar", range(3))
+    data = make_tar(tmp_path / "b.tar", range(3, 9)).read_bytes()
+    (tmp_path / "b.tar").write_bytes(data[: len(data) // 2])
+    run(spec({"use": "tars", "path": str(tmp_path)}), tmp_path / "store")
+    rows = list(verdicts(str(tmp_path / "store")))
+    assert any("damaged archive" in row["reason"] for row in rows) and sum(row["kept"] for row in rows) >= 4
+    assert good.is_file()
+
+
+def test_two_members_with_one_name_are_two_records(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for seed in (1, 2):
+            for name, data in (("x.png", png(seed)), ("x.txt", b"A texture.")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    run(spec({"use": "tars", "path": str(tmp_path / "a.tar")}), tmp_path / "store")
+    assert stages(tmp_path / "store") == {"a.tar:x": "", "a.tar:x (2)": ""}
+
+
+def test_what_strangers_put_into_a_folder_stops_nothing(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "raw", range(2))
+    (folder / "text.png").write_text("no picture")
+    (folder / "empty.png").touch()
+    (folder / "._0.png").write_bytes(b"\0" * 99)
+    (folder / "bomb.png").write_bytes(png_header(100_000, 100_000))
+    os.mkfifo(folder / "pipe.png")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with (folder / "captions.jsonl").open("wb") as file:
+        file.write(b"[" * 100_000 + b"\n\xff\xfe\n" + b'{"file": "../../etc/passwd.png"}\n')
+        file.write(json.dumps({"file": "1.png", "dense": "\ud800"}).encode() + b"\n")
+    weird = os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.png")
+    picture(3).save(weird)
+    (folder / "tab\tname\n.png").write_bytes(png(4))
+    run(spec({"use": "folder", "path": str(folder)}), tmp_path / "store")
+    found = stages(tmp_path / "store")
+    assert found["0.png"] == found["1.png"] == ""
+    assert found["text.png"] == found["empty.png"] == found["pipe.png"] == found["bomb.png"] == "decode"
+    assert "._0.png" not in found and "\\udcff\\udcfe.png" in found and "tab\\tname\\n.png" in found
+
+
+def png_header(width: int, height: int) -> bytes:
+    import struct
+    import zlib
+
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+
+
+# ---- addresses ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site() -> Iterator[Any]:
+    """A host with pictures; `site.asked` are the paths that were asked for."""
+    pages: dict[str, tuple[int, bytes, dict[str, str]]] = {
+        "/a.png": (200, png(1), {}),
+        "/b.png": (200, png(2), {}),
+        "/noai.png": (200, png(3), {"X-Robots-Tag": "noai, noimageai"}),
+        "/moved.png": (302, b"", {"Location": "/b.png"}),
+        "/circle.png": (302, b"", {"Location": "/circle.png"}),
+        "/file.png": (302, b"", {"Location": "file:///etc/passwd"}),
+        "/large.png": (200, bytes(200_000), {}),
+        "/page.png": (200, b"<html>hello</html>", {}),
+        "/down.png": (503, b"", {}),
+    }
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            server.asked.append(self.path)  # type: ignore[attr-defined]
+            status, body, headers = pages.get(self.path, (404, b"", {}))
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.asked = []  # type: ignore[attr-defined]
+    server.url = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_addresses_are_fetched_once_and_within_limits(site: Any, tmp_path: Path) -> None:
+    names = ("a", "noai", "moved", "circle", "file", "large", "page", "down", "none")
+    lines = [json.dumps({"url": f"{site.url}/{name}.png", "caption": f"Picture {name}."}) for name in names]
+    (tmp_path / "list.txt").write_text("\n".join([*lines, "", "not a url", '{"caption": "x"}', "[[[", "ftp://x/y.png"]))
+    use = {"use": "urls", "path": str(tmp_path / "list.txt"), "downloads": str(tmp_path / "kept"), "retries": 0,
+           "max_bytes": 100_000, "timeout": 20}  # fmt: skip
+    report = run(spec({**use, "private_hosts": True}), tmp_path / "store")
+    found = {row["name"].rpartition("/")[2]: row["reason"] for row in verdicts(str(tmp_path / "store"))}
+    assert found["a.png"] == found["moved.png"] == ""
+    assert "X-Robots-Tag" in found["noai.png"] and "more than 5 times" in found["circle.png"]
+    assert "http://" in found["file.png"] and "max_bytes" in found["large.png"] and "404" in found["none.png"]
+    assert found["page.png"] == "corrupt image" or "unsupported" in found["page.png"]
+    assert "503" in found["down.png"] and "line without a url" in found.values()
+    assert report.data["kept"] == 2 and {r["dense"] for r in stored(tmp_path / "store").values()} == {
+        "Picture a.", "Picture moved."
+    }  # fmt: skip
+    asked = len(site.asked)
+    run(spec({**use, "private_hosts": True}), tmp_path / "other")
+    assert set(site.asked[asked:]) == {"/down.png"}, "what may pass is tried again; nothing else is"
+    run(spec(use), tmp_path / "third")
+    again = {row["name"].rpartition("/")[2]: row["reason"] for row in verdicts(str(tmp_path / "third"))}
+    assert "private network" in again["down.png"] and set(site.asked[asked:]) == {"/down.png"}
+
+
+@pytest.mark.parametrize(
+    ("robots", "forbidden"),
+    [("", False), ("noai", True), ("all", False), ("googlebot: noindex", True), ("nofollow, noimageai", True),
+     ("noarchive", False), ("none", False)],
+)  # fmt: skip
+def test_a_robots_header_that_forbids_training_is_honoured(robots: str, forbidden: bool) -> None:
+    assert forbids(robots) is forbidden
+
+
+def test_a_list_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    use = {"path": str(tmp_path / "none"), "downloads": str(tmp_path)}
+    with pytest.raises(ConfigError, match="no such list"):
+        Urls(Urls.Config(**use), Catalog.installed()).check()
+    with pytest.raises(ConfigError, match=r"downloads: missing"):
+        build_sources([ComponentSpec("urls", {"path": "x"})], Catalog.installed())
+
+
+# ---- pictures with text -------------------------------------------------------------------------------------------
+
+
+def test_a_text_picture_depends_on_seed_and_number_alone_and_its_caption_quotes_it() -> None:
+    source = TextPictures(TextPictures.Config(200, sizes=((128, 128),)), Catalog.installed())
+    source.check()
+    parts = list(source.parts())
+    assert sum(part.count for part in parts) == 200
+    items = list(source.read(parts[1]))
+    assert items[3].image == source.draw(64 + 3).image != source.draw(0).image
+    for number in range(12):
+        item = source.draw(number)
+        words = source._style(np.random.default_rng([0, number])).words
+        captions = item.captions[0]
+        assert f'"{words}"' in captions["dense"] and f'"{words}"' in captions["brief"]
+        pixels = np.asarray(read_rgb(item.image or b"")).astype(int)
+        assert pixels.std(axis=(0, 1)).max() > 5, "something is written there"
+
+
+def test_text_is_legible_by_its_contrast_with_every_background() -> None:
+    source = TextPictures(TextPictures.Config(1), Catalog.installed())
+    for number in range(300):
+        style = source._style(np.random.default_rng([1, number]))
+        assert contrast(style.colour, style.background) >= 4.5
+        assert style.gradient is None or contrast(style.colour, style.gradient) >= 4.5
+    assert contrast("black", "white") == pytest.approx(21) and contrast("red", "red") == 1
+    assert all(any(contrast(a, b) >= 4.5 for b in COLOURS) for a in COLOURS)
+
+
+def test_a_script_that_no_font_has_is_refused_and_a_folder_of_backgrounds_is_used(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no font here has the letters of 'han'"):
+        TextPictures(TextPictures.Config(1, scripts=("han",)), Catalog.installed()).check()
+    with pytest.raises(ConfigError, match="is no font"):
+        TextPictures(TextPictures.Config(1, fonts=(__file__,)), Catalog.installed()).check()
+    folder = make_folder(tmp_path / "backgrounds", range(2))
+    source = TextPictures(TextPictures.Config(1, backgrounds=str(folder), sizes=((96, 96),)), Catalog.installed())
+    source.check()
+    assert "on a picture" in source.draw(0).captions[0]["brief"]
+    with pytest.raises(ConfigError, match="holds no picture to write on"):
+        TextPictures(TextPictures.Config(1, backgrounds=str(tmp_path / "no")), Catalog.installed()).check()
