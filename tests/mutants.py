@@ -209,7 +209,6 @@ MUTANTS = [
         ("scale = np.maximum(height / tall, width / wide)", "scale = np.minimum(height / tall, width / wide)"),
         ("far = np.abs(np.log(wide * height / (tall * width)))", "far = np.abs(wide * height / (tall * width))"),
     ),
-    # the public benchmarks
     # money and keys of remote systems
     *_of(
         "plugins/lens_remote/ledger.py",
@@ -236,6 +235,7 @@ MUTANTS = [
             "",
         ),
     ),
+    # the public benchmarks
     *_of(
         "plugins/lens_bench/geneval.py",
         "tests/plugins/test_bench_geneval.py",
