@@ -408,7 +408,7 @@ class Targets:
         answer = Answer(status, "application/json", wait, None, body)
 
         class Canned(OpenAI):
-            def _send(self, url: str, secret: str, body: bytes, tokens: int) -> Any:
+            def _send(self, url: str, secret: str, body: bytes, tokens: int, as_is: bool = False) -> Any:
                 return unpack(answer, secret, tokens, self._most())
 
         llm = Canned(OpenAI.Config(model="m", base_url="http://127.0.0.1:9/v1"), sleep=lambda _: None)

@@ -54,6 +54,8 @@ class OpenAI:
         patience: float = field(default=120.0, validator=SECONDS)
         concurrency: int = field(default=8, validator=integer(at_least=1, at_most=1000))  # requests at a time in `map`
         temperature: float = field(default=0.0, validator=real(at_least=0))
+        # Take a text that was cut off at max_tokens, or is blank, for an answer: as where a picture is to be read.
+        as_is: bool = False
         max_tokens: int = field(default=1024, validator=integer(at_least=1, at_most=10**7))  # of an answer
         image_tokens: int = field(default=1500, validator=integer(at_least=0))  # of one picture, for estimates
         price_in: float = field(default=0.0, validator=real(at_least=0))  # USD per million tokens
@@ -179,6 +181,8 @@ class OpenAI:
         }
         if self.config.rename or self.config.request:  # else the key is that of caches from before these options
             parts |= {"rename": self.config.rename, "request": self.config.request}
+        if self.config.as_is:
+            parts |= {"as_is": True}
         # The schema's order of properties is kept: a model writes them in that order.
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -207,7 +211,7 @@ class OpenAI:
             most = self.budget.reserve(tokens, self._most())
             outcome: Reply | Fault | None = None
             try:
-                outcome = sent = self._send(url, secret, body, tokens)
+                outcome = sent = self._send(url, secret, body, tokens, self.config.as_is and schema is None)
             finally:  # whatever happened, an interrupt included, the reservation must not stay
                 self._settle(most, outcome)
             if isinstance(sent, Reply):
@@ -250,7 +254,7 @@ class OpenAI:
         body |= c.request
         return {c.rename.get(name, name): value for name, value in body.items() if value is not None}
 
-    def _send(self, url: str, secret: str, body: bytes, tokens: int) -> Reply | Fault:
+    def _send(self, url: str, secret: str, body: bytes, tokens: int, as_is: bool = False) -> Reply | Fault:
         """One request of about so many `tokens`. Whatever an endpoint does, the worst is a fault of this request."""
         c = self.config
         headers = {
@@ -282,7 +286,7 @@ class OpenAI:
             return Fault(f"unreadable answer: {error}", again=True, billed=True)
         except ConnectionError as error:
             return Fault(f"the connection failed: {error}", again=True, billed=True)
-        return unpack(answer, secret, tokens, self._most())
+        return unpack(answer, secret, tokens, self._most(), as_is)
 
 
 # The names under which endpoints take the limit of an answer.

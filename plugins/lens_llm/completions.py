@@ -55,9 +55,9 @@ class Reply:
     tokens: tuple[int, int] | None  # in, out; None where the endpoint does not say, or nothing that can be true
 
 
-def unpack(answer: Answer, secret: str, tokens_in: int, tokens_out: int) -> Reply | Fault:
+def unpack(answer: Answer, secret: str, tokens_in: int, tokens_out: int, as_is: bool = False) -> Reply | Fault:
     """What an endpoint's answer is: a reply, without the key, or a fault. About `tokens_in` were sent and at most
-    `tokens_out` may come back."""
+    `tokens_out` may come back. `as_is`: a text that was cut off there, or is blank, is a reply too."""
     expected = (tokens_in, tokens_out)
     if 300 <= answer.status < 400:
         place = f" to {answer.location[:200]}" if answer.location else ""
@@ -91,13 +91,13 @@ def unpack(answer: Answer, secret: str, tokens_in: int, tokens_out: int) -> Repl
     if reason in WITHHELD or (isinstance(refusal, str) and refusal):
         why = refusal if isinstance(refusal, str) and refusal else "content filter"
         return Fault(f"refused: {why}", billed=True, tokens=tokens)
-    if reason in CUT:
+    if reason in CUT and not (as_is and text is not None):
         words = f"the answer was cut off at max_tokens ({tokens_out}); raise max_tokens"
         return Fault(words, billed=True, tokens=tokens)
-    if reason not in FINISHED:
+    if reason not in FINISHED | CUT:
         words = f"the answer was not finished: finish_reason is {reason[:40]!r}"
         return Fault(words, reason in PASSING, billed=True, tokens=tokens)
-    if text is None or not text.strip():
+    if text is None or not (as_is or text.strip()):
         return Fault("the answer has no text", billed=True, tokens=tokens)
     return Reply(redact(text, secret) if len(secret) >= LEAST else text, tokens)
 

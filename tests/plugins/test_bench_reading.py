@@ -170,6 +170,7 @@ def test_answers_with_fewer_tokens_come_from_the_same_budget(monkeypatch: pytest
     asked = Vlm(Vlm.Config(ComponentSpec("openai", options)))
     short, whole = asked._llm(128), asked._llm(None)
     assert isinstance(short, OpenAI) and (short.config.max_tokens, whole.config.max_tokens) == (128, 900)
+    assert short.config.as_is and whole.config.as_is, "a reading that is cut off counts as far as it goes"
     assert short.budget is whole.budget and asked._llm(128) is short
     described = asked.describe()
     assert described["model"] == "m" and "localhost" not in str(described)

@@ -274,6 +274,38 @@ def test_a_misbehaviour_is_a_fault_of_its_call(case, endpoint, client, tmp_path)
         assert again.chat(ASK, case.schema) == case.answer and again.spend.calls == 0
 
 
+@pytest.mark.parametrize(
+    ("content", "reason", "answer"),
+    [("half a", "length", "half a"), ("", "stop", ""), ("  \n", "stop", "  \n"), ("", "max_tokens", "")],
+)
+def test_a_text_that_is_cut_off_or_blank_is_an_answer_where_it_is_taken_as_it_is(
+    content,
+    reason,
+    answer,
+    endpoint,
+    client,
+    tmp_path,  # noqa: F811
+):
+    endpoint.reply = lambda body: ""
+    endpoint.script = [says(form(content, choice={"finish_reason": reason}))] * 2
+    assert client(as_is=True, cache=str(tmp_path), **PRICES).chat(ASK) == answer
+    assert client(as_is=True, cache=str(tmp_path), **PRICES).chat(ASK) == answer and len(endpoint.bodies) == 1
+    with pytest.raises(LLMError, match=r"cut off|has no text"):
+        client(cache=str(tmp_path), retries=0, **PRICES).chat(ASK)
+    assert len(endpoint.bodies) == 2, "its cache is another"
+
+
+def test_thoughts_alone_a_refusal_and_cut_json_are_no_answers_as_they_are(endpoint, client):  # noqa: F811
+    for content, choice, schema in [
+        (None, {"finish_reason": "length"}, None),
+        ("x", {"finish_reason": "content_filter"}, None),
+        ('{"n": ', {"finish_reason": "length"}, SCHEMA),
+    ]:
+        endpoint.script = [says(form(content, choice=choice))]
+        with pytest.raises(LLMError):
+            client(as_is=True, retries=0).chat(ASK, schema)
+
+
 def test_an_answer_without_end_costs_bounded_memory(endpoint, client):  # noqa: F811
     for step in (endless, endless_chunks, packed(BOMBS["gzip"], "gzip")):
         endpoint.script = [step]

@@ -39,7 +39,9 @@ OPERATIONAL = (
 class Vlm:
     """Question: a prompt, or {"text": prompt, "max_tokens": n} -> the model's answer, as it came.
 
-    `max_tokens` counts instead of the llm's own limit, where the llm has an option of that name.
+    `max_tokens` counts instead of the llm's own limit, where the llm has an option of that name. A text that was cut
+    off there is an answer, as it is to the benchmarks' authors, and so is a blank one, of a picture without text:
+    where the llm has the option `as_is`, it is set.
     """
 
     perceives: ClassVar[str] = "answer"
@@ -58,7 +60,8 @@ class Vlm:
         """`llm`: one already built; None: the one that the config names."""
         self.config = config
         self.batch_size = config.batch_size
-        self._llms: dict[int | None, Any] = {} if llm is None else {None: llm}
+        self._built = llm
+        self._llms: dict[int | None, Any] = {}
 
     def describe(self) -> dict[str, str]:
         options = getattr(self._llm(None), "config", None)
@@ -105,19 +108,19 @@ class Vlm:
 
     def _llm(self, max_tokens: int | None) -> Any:
         """The llm whose answers have at most so many tokens. All of them spend from one budget."""
-        if None not in self._llms:
+        if self._built is None:
             _, cls, config = build(Catalog.installed(), "llm", self.config.llm, "$.llm")
-            self._llms[None] = cls(config)
-        first = self._llms[None]
-        options: Any = getattr(first, "config", None)
-        kind: Any = type(options)
-        if max_tokens is None or not has(kind) or "max_tokens" not in fields_dict(kind):
-            return first
+            self._built = cls(config)
         if max_tokens not in self._llms:
-            shorter = type(first)(evolve(options, max_tokens=max_tokens))
-            if hasattr(first, "budget"):
-                shorter.budget = first.budget
-            self._llms[max_tokens] = shorter
+            options: Any = getattr(self._built, "config", None)
+            kind: Any = type(options)
+            known = fields_dict(kind) if has(kind) else {}
+            changes = {"as_is": True, **({} if max_tokens is None else {"max_tokens": max_tokens})}
+            changes = {name: value for name, value in changes.items() if name in known}
+            made = type(self._built)(evolve(options, **changes)) if changes else self._built
+            if hasattr(self._built, "budget"):
+                made.budget = self._built.budget
+            self._llms[max_tokens] = made
         return self._llms[max_tokens]
 
 
