@@ -278,14 +278,7 @@ def test_a_misbehaviour_is_a_fault_of_its_call(case, endpoint, client, tmp_path)
     ("content", "reason", "answer"),
     [("half a", "length", "half a"), ("", "stop", ""), ("  \n", "stop", "  \n"), ("", "max_tokens", "")],
 )
-def test_a_text_that_is_cut_off_or_blank_is_an_answer_where_it_is_taken_as_it_is(
-    content,
-    reason,
-    answer,
-    endpoint,
-    client,
-    tmp_path,  # noqa: F811
-):
+def test_a_text_that_is_cut_off_or_blank_is_an_answer_as_it_is(content, reason, answer, endpoint, client, tmp_path):  # noqa: F811
     endpoint.reply = lambda body: ""
     endpoint.script = [says(form(content, choice={"finish_reason": reason}))] * 2
     assert client(as_is=True, cache=str(tmp_path), **PRICES).chat(ASK) == answer
