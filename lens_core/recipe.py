@@ -185,7 +185,7 @@ def read_recipe(path: Path, catalog: Catalog, changes: Sequence[str] = ()) -> Re
     """
     data, problems = readers.read_yaml(path, missing="there is no such recipe")
     for change in changes:
-        problems += _change(data, change)
+        problems += change_data(data, change)
     recipe: Recipe | None = None
     try:
         recipe = structure(Recipe, data)
@@ -203,7 +203,7 @@ def read_recipe(path: Path, catalog: Catalog, changes: Sequence[str] = ()) -> Re
     return recipe
 
 
-def _change(data: Any, change: str) -> Iterator[str]:
+def change_data(data: Any, change: str) -> Iterator[str]:
     """Put PATH=VALUE into the data of a recipe, or raise with the reason."""
     path, sign, text = change.partition("=")
     *way, last = path.strip().split(".")

@@ -11,6 +11,7 @@ local      reasoners `gpt_oss`, the model's own text encoder, and `tiny`, the em
 search     the search for a system prompt, by reflection on scores
 state      what a search has paid for, in files, so that it goes on after a kill
 judging    a candidate's scores: prompts refined, drawn, judged
+results    the candidates of a search, and the best of them
 report     what a search found: candidates, plot, and the comparison on held-out prompts
 recipe     a search as a YAML file
 commands   lens reason

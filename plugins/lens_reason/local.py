@@ -34,6 +34,8 @@ class GptOssReasoner(Rewriter):
 
     def attach(self, pipeline: Any) -> None:
         """Write with the text encoder of `pipeline`, unless another checkpoint is named, which is read now."""
+        if self._pipeline is not None and self.config.model is not None:
+            return  # read before, for the same reasoner with another system prompt
         if self.config.model is None:
             self._pipeline = pipeline
             self.model = f"{pipeline.source or 'a model'} {pipeline.version}".strip()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from attrs import field, frozen
 
@@ -57,6 +58,12 @@ class Rewriter(ABC):
     @abstractmethod
     def ask(self, chats: Sequence[tuple[Message, ...]]) -> list[str | LensError]:
         """The final text of the answer to each conversation, or why there is none."""
+
+    def with_system(self, system: str) -> Self:
+        """The same reasoner, its model and all, with another system prompt."""
+        other = copy.copy(self)
+        other.system = system
+        return other
 
     def provenance(self) -> Mapping[str, str]:
         """What a picture records: the model and the hash of the system prompt."""

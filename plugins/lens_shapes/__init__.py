@@ -9,6 +9,7 @@ reader     pixels back to facts with classical vision, and the strict judge of a
 dataset    dataset `shapes`: endless or pooled training batches
 languages  the requests in French, German and Spanish
 styles     ways to describe a scene, and the system prompts that ask for them
+editor     llm `shapes_editor`: proposes system prompts in a search, from the sentences of `styles`
 chats      dataset `shapes_chat`: requests rewritten as descriptions, in conversations
 weights    the embedded checkpoints, `tiny:`
 benchmark  benchmark and reward `shapes`: the six tasks of GenEval, and words; reward `shapes`
@@ -48,6 +49,13 @@ def lens_rewards() -> dict[str, type[Any]]:
     from lens_shapes.rubrics import ShapesRubrics
 
     return {"shapes": ShapesReward, "shapes_rubrics": ShapesRubrics}
+
+
+@hookimpl
+def lens_llms() -> dict[str, type[Any]]:
+    from lens_shapes.editor import ShapesEditor
+
+    return {"shapes_editor": ShapesEditor}
 
 
 @hookimpl
