@@ -190,7 +190,7 @@ class Searching:
         wrong = [name for name, fact in one.score.components.items() if fact == 0 and self.search.control == "none"]
         note = {"unused": one.refinement.reason} if one.refinement.reason else {}
         return {
-            "request": one.refinement.asked, "drawn": one.refinement.text, **note,
+            "request": one.refinement.request, "drawn": one.refinement.text, **note,
             "score": "none" if value is None else round(value, 3), **({"wrong": wrong} if wrong else {}),
         }  # fmt: skip
 

@@ -114,7 +114,7 @@ class SearchFiles:
             if isinstance(line["key"], str) and isinstance(line["answer"], str):
                 self._answers.setdefault(line["key"], []).append(line["answer"])
             return
-        refinement = Refinement(*(str(line["refinement"][k]) for k in ("asked", "text", "reason")))
+        refinement = Refinement(*(str(line["refinement"][k]) for k in ("request", "text", "reason")))
         score = line["score"]
         one = Judgement(
             str(line["candidate"]), str(line["part"]), int(line["prompt"]), refinement,

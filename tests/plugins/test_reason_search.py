@@ -180,7 +180,7 @@ def test_a_killed_search_goes_on_and_draws_and_asks_nothing_twice(tmp_path, whol
 
 def _drawn(result: Any) -> list[tuple[str, str]]:
     systems = {c.name: c.system for c in result.candidates}
-    return [(systems[j.candidate], j.refinement.asked) for j in result.files.all_judged()]
+    return [(systems[j.candidate], j.refinement.request) for j in result.files.all_judged()]
 
 
 @pytest.mark.parametrize("pictures", [52, 60, 100])
