@@ -216,7 +216,8 @@ class Curator(Protocol):
 
     # Optional: prepare(), before the first picture is read. Loads weights, or raises LensError where there are none.
 
-    # Optional: weights_id() -> str, where its Config alone does not say which weights it has: a hash of a folder's files.
+    # Optional: weights_id() -> str, where its Config alone does not say which weights it has: a hash of a folder's
+    # files.
 
     # Optional: costly: bool. One that is runs last, on the pictures alone that all others and deduplication keep.
 

@@ -36,6 +36,7 @@ GUIDANCE_NAMES = {"QwenImagePipeline": "true_cfg_scale"}
 NEGATIVE = {"QwenImagePipeline": " "}
 """Pipelines that leave guidance out unless they get a negative prompt, and their authors' empty one."""
 REWRITE = "enable_prompt_rewrite"
+WITHHELD = "nsfw_content_detected: the pipeline's own checker withheld the picture"
 OURS = {"prompt", "generator", "num_images_per_prompt", "output_type", "return_dict", "height", "width", REWRITE}
 """Arguments of a call that are not for `call`."""
 HEAD = 2**20  # bytes of each file of weights that its fingerprint reads
@@ -129,14 +130,19 @@ class Diffusers:
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in batch]
         try:
             # A list of its own: some pipelines write their templates into the prompts that they get.
-            images = self.pipeline(prompt=list(sent), generator=generators, output_type="pil", **arguments).images
+            output = self.pipeline(prompt=list(sent), generator=generators, output_type="pil", **arguments)
         except (ValueError, TypeError, RuntimeError) as error:
             words = f"{type(self.pipeline).__name__} cannot draw: {readers.one_line(error)}"
             raise LensError(f"{words}; check its options and the size") from error
+        images = output.images
         if len(images) != len(batch):
             raise LensError(f"{type(self.pipeline).__name__} drew {len(images)} pictures for {len(batch)} prompts")
         seconds = (time.perf_counter() - start) / len(batch)
-        for request, words, image in zip(batch, sent, images, strict=True):
+        withheld = getattr(output, "nsfw_content_detected", None) or [False] * len(batch)
+        for request, words, image, is_withheld in zip(batch, sent, images, withheld, strict=True):
+            if is_withheld:  # the picture is black
+                yield PictureOutcome(request, "refused", reason=WITHHELD, seconds=seconds, sent_prompt=words)
+                continue
             data = io.BytesIO()
             image.save(data, format="PNG")
             yield PictureOutcome(request, "ok", data.getvalue(), seconds=seconds, sent_prompt=words)
