@@ -7,15 +7,14 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from lens_core.cli.options import check_steps, parse_loras, parse_reasoner, parse_size, progress
+from lens_core.cli.options import DEFAULT_MODEL, ModelGroup, check_steps, parse_size, progress
 from lens_core.types import ConfigError
 
 
 def bench(
     *benchmarks: str,
-    model: str | None = None,
+    model: ModelGroup = DEFAULT_MODEL,
     generator: Annotated[list[str] | None, Parameter(negative="")] = None,
-    lora: Annotated[list[str] | None, Parameter(negative="")] = None,
     output: Path | None = None,
     stages: str = "generate,perceive,decide",
     prompts_file: Path | None = None,
@@ -26,9 +25,6 @@ def bench(
     guidance_scale: float | None = None,
     size: str | None = None,
     batch_size: int | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    reasoner: str | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Measure a model or another generator: writes images/, perceptions.jsonl, table.md, result.json and sheet.png.
@@ -40,13 +36,9 @@ def bench(
     benchmarks
         A benchmark's name, for example shapes, or as a recipe names one: '{use: shapes, split: train}'. Several with
         --dry-run alone.
-    model
-        A folder, a Hub id org/name[@revision], or tiny:, which is the default. Not with --generator.
     generator
-        Another system: a generator's name, '{use: diffusers, model: …}', or a YAML file with that. Several with
-        --dry-run alone.
-    lora
-        A LoRA, PATH or PATH:WEIGHT, folded into the backbone; may be given more than once.
+        Another system than a model: a generator's name, '{use: diffusers, model: …}', or a YAML file with that.
+        Several with --dry-run alone.
     output
         The folder to write; runs/bench-NAME if not given.
     stages
@@ -67,18 +59,11 @@ def bench(
         Height x width in px; the benchmark's, or else the generator's own if not given.
     batch_size
         Pictures drawn at once; 50 if not given.
-    device
-        auto, cpu, cuda, cuda:1 …
-    dtype
-        auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
-    reasoner
-        Rewrites prompts before they are drawn, as for lens generate; the manifest holds what was drawn.
     dry_run
         Draw nothing: print how many pictures and calls there would be, and what they would cost.
     """
     from lens_core.evaluation import bench as running
     from lens_core.evaluation import cost
-    from lens_core.recipe import unstructure
 
     height, width = parse_size(size)
     common: dict[str, Any] = {
@@ -87,12 +72,11 @@ def bench(
         "options": {} if prompts_file is None else {"file": str(prompts_file)},
     }  # fmt: skip
     settings = {
-        "model": model, "steps": check_steps(steps), "guidance_scale": guidance_scale, "batch_size": batch_size,
-        "loras": [f"{path}:{weight:g}" for path, weight in parse_loras(lora)] or None, "device": device, "dtype": dtype,
-        "reasoner": None if (named := parse_reasoner(reasoner)) is None else unstructure(named),
+        **model.generator_options(),
+        "steps": check_steps(steps), "guidance_scale": guidance_scale, "batch_size": batch_size,
     }  # fmt: skip
     systems = [running.generator_spec(text, settings) for text in generator or [""]]
-    if model is not None and generator:
+    if model.model is not None and generator:
         raise ConfigError("give --model or --generator, not both")
     requests = [running.BenchmarkRequest(name, system, **common) for name in benchmarks for system in systems]
     if not requests:

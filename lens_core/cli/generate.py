@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lens_core.cli.options import (
+    DEFAULT_MODEL,
+    ModelGroup,
     check_steps,
     parse_interval,
-    parse_loras,
-    parse_reasoner,
     parse_size,
     progress,
     read_prompts,
@@ -38,17 +38,12 @@ def generate(
     output: Annotated[Path | None, Parameter(alias="-o")] = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     reproduce: Path | None = None,
-    model: str | None = None,
-    backbone: Path | None = None,
-    text_encoder: Path | None = None,
-    vae: Path | None = None,
-    lora: Annotated[list[str] | None, Parameter(negative="")] = None,
+    model: ModelGroup = DEFAULT_MODEL,
     seed: int | None = None,
     size: str | None = None,
     aspect_ratio: str | None = None,
     base_resolution: int | None = None,
     steps: int | None = None,
-    sampler: str | None = None,
     guidance_scale: float | None = None,
     guidance_interval: str | None = None,
     negative_prompt: str | None = None,
@@ -57,11 +52,6 @@ def generate(
     mask: Path | None = None,
     num_images: int = 1,
     batch_size: int = 8,
-    device: str = "auto",
-    dtype: str = "auto",
-    offload: str = "auto",
-    prompt_cache: Path | None = None,
-    reasoner: str | None = None,
     show_prompt: Annotated[bool, Parameter(negative="")] = False,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
@@ -79,16 +69,6 @@ def generate(
         Draw prompts from a file again, over the pictures that are there.
     reproduce
         A PNG that Lens drew: draw it again from the facts in it, and print how far the two are apart.
-    model
-        A folder, a Hub id org/name[@revision], a backbone in one file, or tiny:, which is used if none is given.
-    backbone
-        A single .safetensors file with the backbone, which replaces the model's own.
-    text_encoder
-        The same for the text encoder, or a folder with GPT-OSS.
-    vae
-        The same for the VAE.
-    lora
-        A LoRA file or folder, with an optional weight: PATH or PATH:0.8. May be given more than once.
     seed
         Picture i has the seed SEED + i. Random if not given, and printed.
     size
@@ -99,8 +79,6 @@ def generate(
         Side in px of the square with the same area.
     steps
         Sampler steps; the checkpoint's preset if not given.
-    sampler
-        Another sampler than the checkpoint's: euler, heun, dpmpp, euler_ancestral.
     guidance_scale
         Scale of classifier-free guidance; 1 runs no unconditional pass.
     guidance_interval
@@ -117,37 +95,22 @@ def generate(
         Pictures a prompt.
     batch_size
         Pictures drawn at once; the pictures do not depend on it.
-    device
-        auto, cpu, cuda, cuda:1 …
-    dtype
-        auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32.
-    offload
-        Offload plan: none, modulation, model, encoder-cpu, block; auto takes the fastest that fits.
-    prompt_cache
-        A folder that keeps text features; for a prompt that is there the text encoder is not even read.
-    reasoner
-        Rewrites prompts before they are drawn: a name, a line of YAML, a YAML file, or a text file with its system
-        prompt. None if not given.
     show_prompt
         Print the prompt that was drawn, if a reasoner rewrote it.
     json_
         Print one JSON object a picture.
     """
     from lens_core.inference.batch import generate_files, image_tasks, pending
-    from lens_core.inference.requests import GenerateRequest, ModelRequest
+    from lens_core.inference.requests import GenerateRequest
     from lens_core.io.images import read_raw, read_rgb
-    from lens_core.recipe import ComponentSpec
 
     init_image = read_rgb(image) if image is not None else None
     mask_image = read_raw(mask) if mask is not None else None  # not read_rgb: its transparency counts
-    model_request = ModelRequest(
-        model or "tiny:", backbone, text_encoder, vae, parse_loras(lora), ComponentSpec(sampler) if sampler else None,
-        device, dtype, offload, prompt_cache, parse_reasoner(reasoner),
-    )  # fmt: skip
+    model_request = model.request()
     if reproduce is not None:
         if prompt is not None or prompts_file is not None:
             raise ConfigError("--reproduce draws what the picture says; leave the prompt out")
-        if reasoner is not None:
+        if model.reasoner is not None:
             raise ConfigError("--reproduce draws the prompt that is recorded and asks nobody; leave --reasoner out")
         return _reproduce(reproduce, model_request, init_image, mask_image, output)
     if num_images < 1 or batch_size < 1:

@@ -4,18 +4,97 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+from attrs import frozen
+from cyclopts import Parameter
 
 from lens_core.arguments import parse_lora
 from lens_core.io import readers
 from lens_core.types import ConfigError
 
 if TYPE_CHECKING:
+    from lens_core.inference.requests import ModelRequest
     from lens_core.recipe import ComponentSpec
 
 CORE_COMMANDS = ("generate", "train", "bench", "compare", "check", "push", "lora", "plugins")
 """Names that no plugin's command may take."""
 MAX_STEPS = 10_000  # a typing error of a few digits would run for days
+
+
+@frozen
+class ModelOptions:
+    """The options of every command that draws: which model, and how it is loaded.
+
+    Parameters
+    ----------
+    model
+        A folder, a Hub id org/name[@revision], a backbone in one file, or tiny:, which is used if none is given.
+    backbone
+        A single .safetensors file with the backbone, which replaces the model's own.
+    text_encoder
+        The same for the text encoder, or a folder with GPT-OSS.
+    vae
+        The same for the VAE.
+    lora
+        A LoRA file or folder, with an optional weight: PATH or PATH:0.8. May be given more than once.
+    sampler
+        Another sampler than the checkpoint's: euler, heun, dpmpp, euler_ancestral.
+    device
+        auto, cpu, cuda, cuda:1 …; auto if not given.
+    dtype
+        auto (bfloat16 on GPUs, float32 on CPUs), bfloat16, float32; auto if not given.
+    offload
+        Offload plan: none, modulation, model, encoder-cpu, block; auto, which is used if none is given, takes the
+        fastest that fits.
+    prompt_cache
+        A folder that keeps text features; for a prompt that is there the text encoder is not even read.
+    reasoner
+        Rewrites prompts before they are drawn: a name, a line of YAML, a YAML file, or a text file with its system
+        prompt. None if not given.
+    """
+
+    model: str | None = None
+    backbone: Path | None = None
+    text_encoder: Path | None = None
+    vae: Path | None = None
+    lora: Annotated[list[str] | None, Parameter(negative="")] = None
+    sampler: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    offload: str | None = None
+    prompt_cache: Path | None = None
+    reasoner: str | None = None
+
+    def request(self) -> ModelRequest:
+        """What they ask for, as a script writes it."""
+        from lens_core.inference.requests import ModelRequest
+        from lens_core.recipe import ComponentSpec
+
+        return ModelRequest(
+            self.model or "tiny:", self.backbone, self.text_encoder, self.vae, parse_loras(self.lora),
+            ComponentSpec(self.sampler) if self.sampler else None, self.device or "auto", self.dtype or "auto",
+            self.offload or "auto", self.prompt_cache, parse_reasoner(self.reasoner),
+        )  # fmt: skip
+
+    def generator_options(self) -> dict[str, Any]:
+        """The same as options of the generator `pipeline`; None where an option is not given."""
+        from lens_core.recipe import unstructure
+
+        reasoner = parse_reasoner(self.reasoner)
+        paths = {name: getattr(self, name) for name in ("backbone", "text_encoder", "vae", "prompt_cache")}
+        return {
+            "model": self.model,
+            "loras": [f"{path}:{weight:g}" for path, weight in parse_loras(self.lora)] or None,
+            "reasoner": None if reasoner is None else unstructure(reasoner),
+            **{name: None if path is None else str(path) for name, path in paths.items()},
+            **{name: getattr(self, name) for name in ("sampler", "device", "dtype", "offload")},
+        }
+
+
+ModelGroup = Annotated[ModelOptions, Parameter(name="*")]
+"""The type of a command's parameter that stands for all of these options."""
+DEFAULT_MODEL = ModelOptions()
 
 
 def progress(line: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
@@ -15,6 +16,7 @@ from lens_core.arguments import parse_lora
 from lens_core.catalog import Catalog
 from lens_core.config import ComponentSpec, unstructure
 from lens_core.inference import png_metadata, refinement
+from lens_core.inference.offload import PLANS
 from lens_core.inference.requests import GenerateRequest, ModelRequest
 from lens_core.types import GenerationEstimate, PictureOutcome, PictureRequest, SystemInfo
 from lens_core.validators import GUIDANCE, STEPS, each, integer, one_of, optional, real, text
@@ -29,6 +31,10 @@ class PipelineGenerator:
     @frozen
     class Config:
         model: str = field(default="tiny:", validator=text())  # a folder, a Hub id org/name[@revision], or tiny:
+        # Single files that replace parts of the model.
+        backbone: str | None = field(default=None, validator=optional(text()))
+        text_encoder: str | None = field(default=None, validator=optional(text()))  # or a folder with GPT-OSS
+        vae: str | None = field(default=None, validator=optional(text()))
         loras: tuple[str, ...] = field(default=(), validator=each(text()))  # PATH or PATH:WEIGHT
         steps: int | None = field(default=None, validator=optional(STEPS))  # the checkpoint's preset if None
         guidance_scale: float | None = field(default=None, validator=optional(GUIDANCE))
@@ -38,6 +44,8 @@ class PipelineGenerator:
         batch_size: int = field(default=50, validator=integer(at_least=1, at_most=10_000))  # pictures drawn at once
         device: str = field(default="auto", validator=text())
         dtype: str = field(default="auto", validator=one_of("auto", "float32", "bfloat16", "float16"))
+        offload: str = field(default="auto", validator=one_of("auto", *PLANS))  # auto: the fastest plan that fits
+        prompt_cache: str | None = field(default=None, validator=optional(text()))  # a folder of text features
         # For dry runs, which draw nothing; `lens bench latency` measures it.
         seconds_per_picture: float | None = field(default=None, validator=optional(real(at_least=0)))
 
@@ -63,11 +71,26 @@ class PipelineGenerator:
         """Loaded when it is first needed."""
         if self._pipeline is None:
             c = self.config
+
+            def path(name: str | None) -> Path | None:
+                return None if name is None else Path(name)
+
             request = ModelRequest(
-                c.model, loras=tuple(map(parse_lora, c.loras)), sampler=c.sampler, device=_device(c.device),
-                dtype=c.dtype, offload=None, reasoner=c.reasoner,
-            )  # fmt: skip
-            self._pipeline = request.load(catalog=self.catalog)
+                c.model,
+                path(c.backbone),
+                path(c.text_encoder),
+                path(c.vae),
+                loras=tuple(map(parse_lora, c.loras)),
+                sampler=c.sampler,
+                device=_device(c.device),
+                dtype=c.dtype,
+                offload=c.offload,
+                prompt_cache=path(c.prompt_cache),
+                reasoner=c.reasoner,
+            )
+            # Sizes are those of the requests; the model's own stands for them in the choice of a plan.
+            images = GenerateRequest(steps=c.steps)
+            self._pipeline = request.load(lambda loaded: images.workload(loaded, c.batch_size), catalog=self.catalog)
         return self._pipeline
 
     def describe(self) -> SystemInfo:
@@ -86,7 +109,8 @@ class PipelineGenerator:
             "dtype": pipeline.dtype,
             "device": pipeline.device.type,
         }
-        name = " + ".join([c.model, *c.loras])
+        replaced = [path for path in (c.backbone, c.text_encoder, c.vae) if path is not None]
+        name = " + ".join([c.model, *replaced, *c.loras])
         # As it comes back from JSON, so that a stored description equals a new one.
         return SystemInfo(name, "+".join([pipeline.version, *pipeline.loras]), json.loads(json.dumps(settings)))
 
