@@ -40,6 +40,7 @@ USED_IN = {
     "curator": "the filters of a lens data curate recipe",
     "benchmark": "lens bench NAME, or evaluate.benchmark of a recipe",
     "generator": "lens bench --generator",
+    "perceiver": "the options of a benchmark that reads pictures with models, as lens bench runs it",
     "llm": "wherever an option is an llm: rewards, reasoners, captioners, lens rl prompts",
 }
 """Kind -> where its components are named."""
