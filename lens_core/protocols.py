@@ -236,9 +236,9 @@ class Benchmark(Protocol):
     # calls them instead of `score`:
     #   references(prompt) -> a Mapping for each line of a picture: what is known without it, as JSON fields. Several
     #       have a "bench" each.
-    #   perceive(pictures: Sequence[Picture], folder: Path) -> one list of Mappings a picture: what was read in it, to
-    #       be joined with the reference of the same "bench". The pictures of one prompt come together; caches go below
-    #       `folder`.
+    #   perceive(pictures: Sequence[Picture], folder: Path, log: (str) -> None) -> one list of Mappings a picture: what
+    #       was read in it, to be joined with the reference of the same "bench". All pictures of a process come at once,
+    #       those of one prompt together: read a few at a time. Caches go below `folder`; `log` takes lines of progress.
     #   decide(perceptions: Path) -> lens_core.evaluation.decision.Decision.
 
 

@@ -43,14 +43,14 @@ def perceive(
     their share into the caches, from which the first one then gathers all.
     """
     manifest.check_pictures()
-    reading = _Reading(folder, plan, benchmark, manifest, processes.rank)
-    chunks = list(reading.chunks())
+    reading = _Reading(folder, plan, benchmark, manifest, processes.rank, log)
+    chunks = list(reading.chunks(processes.world))
     if processes.world > 1:
         for names in processes.share(chunks):
             reading.lines(names)
         processes.wait()
     if processes.rank == 0:
-        reading = _Reading(folder, plan, benchmark, manifest, processes.rank)  # with what the others have read
+        reading = _Reading(folder, plan, benchmark, manifest, processes.rank, log)  # with what the others have read
         lines: list[Line] = []
         done = 0
         for names in chunks:
@@ -72,13 +72,21 @@ def _one_line(line: Line) -> str:
 class _Reading:
     """Reads the pictures of some prompts at a time."""
 
-    def __init__(self, folder: Path, plan: Plan, benchmark: Any, manifest: Manifest, process: int) -> None:
-        self.folder, self.plan, self.benchmark, self.manifest = folder, plan, benchmark, manifest
+    def __init__(
+        self, folder: Path, plan: Plan, benchmark: Any, manifest: Manifest, process: int, log: Callable[[str], None]
+    ) -> None:
+        self.folder, self.plan, self.benchmark, self.manifest, self.log = folder, plan, benchmark, manifest, log
         self.scores = None if hasattr(benchmark, "perceive") else _StoredScores(folder / CACHE, plan, process)
 
-    def chunks(self) -> Iterator[list[str]]:
+    def chunks(self, processes: int) -> Iterator[list[str]]:
         """Prompt ids, some at a time. Pictures of one prompt stay together, and so do prompts that follow each other
-        with an equal `data["group"]`."""
+        with an equal `data["group"]`. A benchmark with `perceive` gets as many as fall to a process, since it loads
+        models at each call; it reads a few pictures at a time itself."""
+        if self.scores is None:
+            names = list(self.plan.by_id)
+            share = -(-len(names) // processes)
+            yield from (names[start : start + share] for start in range(0, len(names), share or 1))
+            return
         first = next((e for e in self.manifest.entries.values() if e.status == "ok"), None)
         width, height = read_raw(self.folder / first.file).size if first is not None else (1024, 1024)
         most = max(1, min(MOST_PICTURES, MOST_PIXELS // (width * height)) // self.plan.images)
@@ -114,7 +122,7 @@ class _Reading:
             return [[{"score": asdict(score)}] for score in self.scores.of(self.benchmark, pictures)]
         must = "it must return a list of lines for each picture"
         with calling(self.benchmark, "perceive"):
-            lines = self.benchmark.perceive(pictures, self.folder / CACHE)
+            lines = self.benchmark.perceive(pictures, self.folder / CACHE, self.log)
         sound = isinstance(lines, list) and all(
             isinstance(some, list) and all(isinstance(line, Mapping) for line in some) for some in lines
         )

@@ -7,7 +7,7 @@ many prompts, spread evenly over the file; None: all.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,11 @@ FILE = optional(text())
 COUNT = optional(integer(at_least=1))
 SHA256 = optional(matching("[0-9a-fA-F]{64}", "64 hexadecimal digits"))
 Lines = list[list[dict[str, Any]]]
+Log = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """Write no progress."""
 
 
 class PublicBenchmark:
@@ -53,7 +58,7 @@ class PublicBenchmark:
         """The fields of each line of a picture that are known without it."""
         raise NotImplementedError
 
-    def perceive(self, pictures: Sequence[Picture], folder: Path) -> Lines:
+    def perceive(self, pictures: Sequence[Picture], folder: Path, log: Log = silent) -> Lines:
         """What the config's perceivers read, for each picture the fields of its lines."""
         raise NotImplementedError
 
@@ -80,6 +85,8 @@ class PublicBenchmark:
         references = {reference["bench"]: reference for reference in self.references(prompt)}
         for line in lines:
             bench = line["bench"]
+            if line.get("status", "ok") != "ok":
+                continue
             verdict = BENCHMARKS[bench].decide({**references[bench], **line})
             one = decisions.picture_score(bench, verdict, "", 0, prompt.task)
             if one is not None and one.value is not None:
@@ -133,10 +140,10 @@ class GenEval(PublicBenchmark):
     def references(self, prompt: Prompt) -> list[dict[str, Any]]:
         return [{"bench": "geneval", "metadata": dict(prompt.data["metadata"])}]
 
-    def perceive(self, pictures: Sequence[Picture], folder: Path) -> Lines:
+    def perceive(self, pictures: Sequence[Picture], folder: Path, log: Log = silent) -> Lines:
         from lens_bench import perception
 
-        return perception.geneval(self.config, pictures, folder)
+        return perception.geneval(self.config, pictures, folder, log=log)
 
     def workload(self, images: int) -> dict[str, int]:
         return self._counts(self.total, images, {"detector": 553, "classifier": 194})  # colors and color_attr
@@ -173,10 +180,10 @@ class CVTG(PublicBenchmark):
     def references(self, prompt: Prompt) -> list[dict[str, Any]]:
         return [{"bench": "cvtg2k", "prompt": prompt.text, "category": prompt.data["category"]}]
 
-    def perceive(self, pictures: Sequence[Picture], folder: Path) -> Lines:
+    def perceive(self, pictures: Sequence[Picture], folder: Path, log: Log = silent) -> Lines:
         from lens_bench import perception
 
-        return perception.cvtg(self.config, pictures, folder)
+        return perception.cvtg(self.config, pictures, folder, log=log)
 
     def workload(self, images: int) -> dict[str, int]:
         return self._counts(self.total, images, {"ocr": 2000, "similarity": 2000})
@@ -225,10 +232,10 @@ class LongText(PublicBenchmark):
         bench = f"longtext_{self.config.language}"
         return [{"bench": bench, "text": list(prompt.data["text"]), "category": prompt.data["category"]}]
 
-    def perceive(self, pictures: Sequence[Picture], folder: Path) -> Lines:
+    def perceive(self, pictures: Sequence[Picture], folder: Path, log: Log = silent) -> Lines:
         from lens_bench import perception
 
-        return perception.longtext(self.config, pictures, folder)
+        return perception.longtext(self.config, pictures, folder, log=log)
 
     def workload(self, images: int) -> dict[str, int]:
         return self._counts(self.total, images, {"reader": 160})
@@ -273,12 +280,12 @@ class OneIG(PublicBenchmark):
         benches = perception.oneig_benches(self.config, prompt)
         return [{"bench": bench, "category": prompt.data["category"], **fields} for bench in benches]
 
-    def perceive(self, pictures: Sequence[Picture], folder: Path) -> Lines:
+    def perceive(self, pictures: Sequence[Picture], folder: Path, log: Log = silent) -> Lines:
         from lens_bench import perception
 
         if all(getattr(self.config, role) is None for role in ONEIG_ROLES):
             raise ConfigError(f"oneig: no perceiver is named; name one of {', '.join(ONEIG_ROLES)}")
-        return perception.oneig(self.config, pictures, folder)
+        return perception.oneig(self.config, pictures, folder, log=log)
 
     def workload(self, images: int) -> dict[str, int]:
         asked = {
