@@ -29,7 +29,7 @@ from lens_tools.records import Records, plain
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests" / "gpu"
-EMBEDDED = ROOT / "scripts" / "train_embedded_gpu.py"
+EMBEDDED = ROOT / "scripts" / "train_embedded.py"
 SHARES = {"correctness": 0.25, "latency": 0.44, "training": 0.31, "embedded": 0.6}
 """Stage -> the most of the whole time that it may take; what a stage leaves goes to those after it."""
 GRACE = 8.0  # seconds between a stage's deadline, which it knows, and its end by force
@@ -120,7 +120,7 @@ def stage_command(request: CheckRequest, stage: str, soft: float) -> list[str]:
         if not EMBEDDED.is_file():
             return []
         small = ["--small"] if request.small else []
-        more = ["--seconds", f"{soft:.0f}", "--output", str(request.output / "embedded"), "--device", request.device]
+        more = ["--minutes", f"{soft / 60:.2f}", "--output", str(request.output / "embedded"), "--device", request.device]
         return [sys.executable, str(EMBEDDED), *more, *small]
     if stage == "correctness":
         return test_command(request) if TESTS.is_dir() else []
