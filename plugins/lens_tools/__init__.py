@@ -1,5 +1,6 @@
 """Commands beside drawing, training and measuring.
 
+block_cost      `lens bench block`: what a block launches, copies and moves, counted
 commands        the commands, which parse, call one function of the modules below, and print
 convert         `lens convert`: a checkpoint from one layout to another, or to another dtype, a piece at a time
 curves          `lens curves`: what runs have logged, drawn over their steps
@@ -25,7 +26,8 @@ from lens_core import hookimpl
 def lens_commands() -> dict[str, str]:
     from lens_tools import commands, reference_commands  # light; so `lens --help` can describe them
 
-    functions = {"bench train": "bench_train", "convert": "convert", "curves": "curves", "doctor": "doctor"}
+    functions = {"bench block": "bench_block", "bench train": "bench_train", "doctor": "doctor"}
+    functions |= {"convert": "convert", "curves": "curves"}
     places = {name: f"{commands.__name__}:{function}" for name, function in functions.items()}
     functions = {"components": "components", "show": "show", "new-plugin": "new_plugin"}
     return places | {name: f"{reference_commands.__name__}:{function}" for name, function in functions.items()}

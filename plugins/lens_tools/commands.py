@@ -1,4 +1,4 @@
-"""`lens bench train`, `lens convert`, `lens curves` and `lens doctor`, as plain functions.
+"""`lens bench block`, `lens bench train`, `lens convert`, `lens curves` and `lens doctor`, as plain functions.
 
 Whatever is heavy is imported when they run.
 """
@@ -60,6 +60,36 @@ def bench_train(
     report = training_speed.measure(read_recipe(recipe, catalog), catalog, request)
     print(json.dumps(asdict(report)) if json_ else training_speed.table(report))
     return 1 if report.void else 0
+
+
+def bench_block(
+    *,
+    size: tuple[int, int] = (512, 512),
+    tokens: int = 200,
+    compile: bool = True,
+    small: Annotated[bool, Parameter(negative="")] = False,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Count what one block of the published backbone launches, copies and moves in a guided step. Runs on a CPU.
+
+    Parameters
+    ----------
+    size
+        Height and width of the picture, px.
+    tokens
+        Text tokens of the prompt.
+    compile
+        Count what torch.compile makes of it too, which takes a minute.
+    small
+        Take a narrow block, as a trial.
+    json_
+        Print one JSON object instead of a table.
+    """
+    from lens_tools import block_cost
+
+    found = block_cost.measure(block_cost.BlockRequest(size, tokens, compile, small), Catalog.installed())
+    print(json.dumps(found) if json_ else block_cost.table(found))
+    return 0
 
 
 def convert(

@@ -120,7 +120,14 @@ def stage_command(request: CheckRequest, stage: str, soft: float) -> list[str]:
         if not EMBEDDED.is_file():
             return []
         small = ["--small"] if request.small else []
-        more = ["--minutes", f"{soft / 60:.2f}", "--output", str(request.output / "embedded"), "--device", request.device]
+        more = [
+            "--minutes",
+            f"{soft / 60:.2f}",
+            "--output",
+            str(request.output / "embedded"),
+            "--device",
+            request.device,
+        ]
         return [sys.executable, str(EMBEDDED), *more, *small]
     if stage == "correctness":
         return test_command(request) if TESTS.is_dir() else []
