@@ -18,7 +18,7 @@ from lens_core.validators import SEED, each, integer, one_of, optional, real, te
 from lens_shapes import languages, splits
 from lens_shapes.captions import phrasings, pick, prompt
 from lens_shapes.scenes import TASKS, Scene, prompt_facts
-from lens_shapes.styles import FULL, describe, random_style, system_prompt
+from lens_shapes.styles import FULL, KINDS, describe, random_style, system_prompt
 
 _KIND, _ROW, _SCENE = range(3)  # separate streams of randomness
 FRAMES = {
@@ -54,6 +54,10 @@ class ShapesChats:
         request: str = field(default="{}", validator=text())  # what stands around a request, {} in its place
         # System prompts that ask for the full description in other words than those of `styles`.
         policies: tuple[str, ...] = field(default=(), validator=each(text()))
+        # Weight of each kind of description; None: the usual mixture.
+        styles: dict[str, float] | None = field(
+            default=None, validator=optional(each(real(at_least=0), at_least=1, keys=one_of(*KINDS)))
+        )
         largest: bool = False  # as of `shapes`
         # Scenes that are drawn once and asked for again and again, in other words and styles; 0: every scene is new.
         pool_size: int = field(default=0, validator=integer(at_least=0))
@@ -64,8 +68,10 @@ class ShapesChats:
         def __attrs_post_init__(self) -> None:
             if self.request.count("{}") != 1:
                 raise ConfigError(f"request is {shown(self.request)}; it must hold {{}} once, where the request stands")
-            if self.tasks is not None and not sum(self.tasks.values()) > 0:
-                raise ConfigError("tasks has no positive weight; give one kind a weight above 0, or leave tasks out")
+            for name in ("tasks", "styles"):
+                weights = getattr(self, name)
+                if weights is not None and not sum(weights.values()) > 0:
+                    raise ConfigError(f"{name} has no positive weight; give one a weight above 0, or leave {name} out")
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -96,7 +102,7 @@ class ShapesChats:
         config = self.config
         # One system prompt a batch: it is computed once, and answers of one style have about one length.
         shared = np.random.default_rng([config.seed, _KIND, number])
-        style = random_style(shared)
+        style = random_style(shared, config.styles or KINDS)
         system = system_prompt(style, shared)
         if style == FULL and config.policies and shared.random() < 0.5:
             system = pick(shared, config.policies)

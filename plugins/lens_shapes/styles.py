@@ -6,7 +6,7 @@ writes a scene in that style. What a system prompt does not ask for is left out,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from attrs import evolve, fields, frozen
@@ -88,14 +88,19 @@ NEUTRAL = (
 """Sentences that change nothing."""
 
 
-def random_style(rng: np.random.Generator) -> Style:
-    """Everything in two of five; else a phrase, a sentence or some parts."""
-    kind = rng.random()
-    if kind < 0.14:
+KINDS = {"phrase": 0.14, "sentence": 0.12, "full": 0.44, "parts": 0.3}
+"""Kinds of style, and how often `random_style` draws each."""
+
+
+def random_style(rng: np.random.Generator, kinds: Mapping[str, float] = KINDS) -> Style:
+    """A phrase, a sentence, everything or some parts, with these weights, perhaps in an order of its own."""
+    names, sums = list(kinds), np.cumsum(list(kinds.values()))
+    kind = names[int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))]
+    if kind == "phrase":
         return Style(phrase=True)
-    if kind < 0.26:
+    if kind == "sentence":
         return Style(sentence=True)
-    chosen = FULL if kind < 0.7 else Style(**{name: bool(rng.random() < 0.6) for name in PARTS})
+    chosen = FULL if kind == "full" else Style(**{name: bool(rng.random() < 0.6) for name in PARTS})
     chosen = chosen if any(getattr(chosen, name) for name in PARTS) else evolve(chosen, objects=True)
     if rng.random() < 0.25:
         chosen = evolve(chosen, left_to_right=chosen.objects)
