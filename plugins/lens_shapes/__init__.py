@@ -8,6 +8,7 @@ captions   a scene in words: brief (what a benchmark would ask) and dense (about
 reader     pixels back to facts with classical vision, and the strict judge of a prompt
 dataset    dataset `shapes`: endless or pooled training batches
 languages  the requests in French, German and Spanish
+faithful   whether a description says what a request asked for
 styles     ways to describe a scene, and the system prompts that ask for them
 editor     llm `shapes_editor`: proposes system prompts in a search, from the sentences of `styles`
 chats      dataset `shapes_chat`: requests rewritten as descriptions, in conversations

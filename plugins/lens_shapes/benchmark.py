@@ -16,6 +16,7 @@ from lens_core.types import ConfigError, Prompt, Score, did_you_mean
 from lens_core.validators import SEED, each, integer, one_of
 from lens_shapes import captions, splits
 from lens_shapes.captions import dense, prompt
+from lens_shapes.languages import LANGUAGES, request
 from lens_shapes.reader import read
 from lens_shapes.reading import check_facts
 from lens_shapes.render import render
@@ -126,6 +127,8 @@ class ShapesBenchmark:
         largest: bool = False  # scenes whose things are as large as their number allows; long prompts name it
         # How often each question stands in the set, each time in other words.
         phrasings: int = field(default=1, validator=integer(at_least=1, at_most=5))
+        # Of the prompts: en, fr, de or es. The facts that are scored are the same, and pictures have the same seeds.
+        language: str = field(default="en", validator=one_of(*LANGUAGES))
         # 1: the splits by which the embedded checkpoints were trained; prompts may repeat there.
         rules: int = field(default=2, validator=RULES)
 
@@ -135,6 +138,11 @@ class ShapesBenchmark:
                 raise ConfigError(f"tasks names one of {list(self.tasks)} twice; name each once")
             if self.rules == 1 and self.phrasings != 1:
                 raise ConfigError(f"phrasings is {self.phrasings}; rules 1 have one wording of each prompt")
+            if self.language != "en" and (self.dense_prompts or self.phrasings != 1):
+                raise ConfigError(
+                    f"language is {self.language!r}; only brief prompts in one wording are translated: leave out "
+                    "dense_prompts and phrasings"
+                )
             if self.rules == 2:
                 for place, task in enumerate(self.tasks):
                     count = len(range(place, self.prompts, len(self.tasks)))
@@ -191,7 +199,9 @@ class ShapesBenchmark:
             facts = prompt_facts(one.scene)
             data = {**facts, **rubrics(facts), "question": one.question, "fact": one.fact}
             for turn, words in enumerate(one.texts):
-                if config.dense_prompts:
+                if config.language != "en":
+                    words = request(facts, config.language)
+                elif config.dense_prompts:
                     words = dense(one.scene, np.random.default_rng([config.seed, number, turn, 1]))
                 prompts.append(Prompt(words, len(prompts), one.scene.task, data))
         return prompts

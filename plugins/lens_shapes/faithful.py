@@ -17,9 +17,7 @@ from lens_shapes.scenes import COLOURS, NOVEL, OPPOSITE, SHAPES
 _SHAPE = {form: shape for shape in (*SHAPES, *NOVEL) for form in (shape, plural(shape))}
 _COUNT = {"a": 1, "an": 1, **{word: n for n, word in enumerate(NUMBERS)}}
 _GROUP = re.compile(rf"\b({'|'.join(_COUNT)}) (?:({'|'.join(COLOURS)}) )?({'|'.join(_SHAPE)})\b")
-_THING = re.compile(
-    rf"\b(?:small |medium |large )?({'|'.join(COLOURS)}) ({'|'.join((*SHAPES, *NOVEL))})\b(?! is (?:to the|above|below))"
-)
+_THING = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join((*SHAPES, *NOVEL))})\b(?! is (?:to the|above|below))")
 _RELATION = re.compile(
     rf"\bthe (?:({'|'.join(COLOURS)}) ({'|'.join((*SHAPES, *NOVEL))})|({'|'.join(ORDINALS)}) object) is "
     rf"(?:to the )?({'|'.join(OPPOSITE)}) the (?:({'|'.join(COLOURS)}) ({'|'.join((*SHAPES, *NOVEL))})|"
