@@ -129,9 +129,9 @@ def failure_of_status(answer: Answer, error: Mapping[str, Any], codes: Codes) ->
         page = answer.body[:300].decode("utf-8", "replace")
         words = "a page instead of JSON; check base_url" if _is_page(answer) else page or "an empty answer"
         failure = Failure(_kind_of_status(status), f"http_{status}", words)
-    said = answer.headers.get("x-should-retry")
-    if said in ("true", "false") and failure.kind in ("retry", "bad_request"):
-        failure = evolve(failure, kind="retry" if said == "true" else "bad_request")
+    should_retry = answer.headers.get("x-should-retry")
+    if should_retry in ("true", "false") and failure.kind in ("retry", "bad_request"):
+        failure = evolve(failure, kind="retry" if should_retry == "true" else "bad_request")
     unsure = status in UNSURE and failure.kind == "retry"
     return evolve(failure, billed=unsure, wait=max(failure.wait, wait_of(answer)))
 
@@ -185,7 +185,7 @@ def failure_of_error(error: Any, codes: Codes, status: int | None = None) -> Fai
 
 
 def whole_numbers(usage: Any) -> dict[str, int]:
-    """What an API counts, by its own names, nested or not: only whole numbers that can be true are believed."""
+    """What an API counts, by its own names: only whole numbers that can be true are believed."""
     counts: dict[str, int] = {}
     for name, value in usage.items() if isinstance(usage, dict) else ():
         if type(value) is int and 0 <= value <= MOST_TOKENS and len(counts) < 20:
@@ -214,7 +214,14 @@ def read_items(data: Any, codes: Codes, facts: Sequence[str] = ()) -> Drawn | Fa
     none_drawn = usage.get("generated_images") == 0 or usage.get("output_tokens") == 0
     if failure is None:
         return lost("no_picture", "the answer has no picture", usage)
-    return evolve(failure, billed=not none_drawn, lost=failure.kind == "retry" and not none_drawn, usage=usage)
+    return after_error(failure, none_drawn, usage)
+
+
+def after_error(failure: Failure, none_drawn: bool, usage: Mapping[str, int]) -> Failure:
+    """The failure of an error within an answer with status 200. What is refused may have been drawn first, and an error
+    that nothing classes may mean anything; the others mean, as a status does, that nothing was drawn."""
+    billed = failure.kind in ("refusal", "bad_request") and not none_drawn
+    return evolve(failure, billed=billed, usage=usage)
 
 
 def _text(item: Mapping[str, Any], name: str) -> str:

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from attrs import evolve, field, frozen
+from attrs import field, frozen
 
 from lens_core.config import SECRET
 from lens_core.io.api_keys import A_NAME
 from lens_core.types import PictureRequest
 from lens_core.validators import matching, one_of, optional
-from lens_remote.answers import Codes, Drawn, Failure, failure_of_error, lost, whole_numbers
+from lens_remote.answers import Codes, Drawn, Failure, after_error, failure_of_error, lost, whole_numbers
 from lens_remote.config import RemoteConfig
 from lens_remote.generator import RemoteGenerator
 from lens_remote.protocol import Call, error_object, with_request
@@ -93,11 +93,10 @@ class GeminiImages(RemoteGenerator):
             data = data[0]
         if not isinstance(data, dict):
             return lost("no_picture", "the answer is no JSON object; check base_url")
-        if data.get("error"):
-            failure = failure_of_error(self.error(data), self.codes)
-            if failure is not None:
-                return evolve(failure, billed=True, lost=failure.kind == "retry")
         usage = whole_numbers(data.get("usageMetadata"))
+        failure = failure_of_error(self.error(data), self.codes) if data.get("error") else None
+        if failure is not None:
+            return after_error(failure, False, usage)
         feedback = data["promptFeedback"] if isinstance(data.get("promptFeedback"), dict) else {}
         blocked = feedback.get("blockReason")
         if isinstance(blocked, str) and blocked not in ("", "BLOCK_REASON_UNSPECIFIED"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from lens_core.io.http import Answer
 from lens_core.types import PictureRequest
@@ -56,7 +56,10 @@ def understand(answer: Answer, protocol: ImageProtocol) -> Drawn | Failure:
         return answers.lost("unreadable", f"the answer is not JSON ({error})")
     if not good:
         return answers.failure_of_status(answer, protocol.error(data), protocol.codes)
-    return protocol.read(data)
+    result = protocol.read(data)
+    if isinstance(result, Failure) and result.kind == "retry":
+        return evolve(result, wait=max(result.wait, answers.wait_of(answer)))
+    return result
 
 
 def error_object(data: Any) -> Mapping[str, Any]:

@@ -170,6 +170,11 @@ CASES = [
         dialects=ONLY_GEMINI),
     retried("an error in a list of one", lambda d: says([d.error(503, "UNAVAILABLE", "overloaded")], 503),
             dialects=ONLY_GEMINI),
+    retried("429 in a 200", lambda d: says(d.error(429, d.busy[0], "slow down"))),
+    retried("a server's error in a 200", lambda d: says(d.error(500, d.busy[1], "oops"))),
+    fatal("a wrong key in a 200", lambda d: says(d.error(401, {
+        "openai": "invalid_api_key", "gemini": "UNAUTHENTICATED", "ark": "AuthenticationError"}[d.name], "no")), "no"),
+    Case("an error that nobody knows, in a 200", lambda d: [says({"error": {"message": "odd"}})], "failed", "error: o"),
     retried("the checker of contents fails", lambda d: d.fails(400, "ContentSecurityDetectionError"),
             dialects=ONLY_ARK),
     retried("server overloaded", lambda d: d.fails(429, "ServerOverloaded"), dialects=ONLY_ARK),
