@@ -17,6 +17,7 @@ benchmark  benchmark and reward `shapes`: the six tasks of GenEval, and words; r
 rubrics    reward `shapes_rubrics`: the facts of a prompt as yes-or-no questions
 novel      benchmark `novel`: the shape that no scene of training holds
 variety    benchmark `variety`: how far apart the pictures for one prompt are
+perceivers  perceivers `shapes_objects` and `shapes_colors`: the reader as GenEval's detector and classifier
 """
 
 from __future__ import annotations
@@ -57,6 +58,13 @@ def lens_llms() -> dict[str, type[Any]]:
     from lens_shapes.editor import ShapesEditor
 
     return {"shapes_editor": ShapesEditor}
+
+
+@hookimpl
+def lens_perceivers() -> dict[str, type[Any]]:
+    from lens_shapes.perceivers import ShapesColors, ShapesObjects
+
+    return {"shapes_colors": ShapesColors, "shapes_objects": ShapesObjects}
 
 
 @hookimpl

@@ -44,13 +44,17 @@ class Reading:
         return f"read {things}" + (f' and the word "{self.word}"' if self.word else "")
 
 
-def check_facts(reading: Reading, data: Mapping[str, Any]) -> dict[str, float]:
+def check_facts(
+    reading: Reading, data: Mapping[str, Any], extras: bool = False, exact: bool = True
+) -> dict[str, float]:
     """Each fact that a prompt asked, 1.0 if the picture has it, else 0.0. `data` is that of `scenes.prompt_facts`.
 
     things: every kind asked for is there; counts: as many of each as asked, and nothing else in the picture;
     colours: every thing asked to have a colour has it; relation: every subject lies on that side of every other, and
     the way between the groups' centres runs mainly along that axis; word: the writing is exactly the word, or none;
     background, where it is asked for: its colours lie where they should.
+    `extras`: things and words that were not asked for do no harm, as by GenEval's rules; then `exact` says whether
+    there must be as many of each kind as asked, or at least as many.
     """
     groups = data["groups"]
     facts = {"things": 1.0, "counts": 1.0}
@@ -61,15 +65,18 @@ def check_facts(reading: Reading, data: Mapping[str, Any]) -> dict[str, float]:
         picked.append(right)
         if not alike:
             facts["things"] = 0.0
-        if len(alike) != sum(other["count"] for other in groups if other["shape"] == group["shape"]):
+        wanted = sum(other["count"] for other in groups if other["shape"] == group["shape"])
+        if len(alike) < wanted or (exact and len(alike) > wanted):
             facts["counts"] = 0.0
         if group["colour"] is not None:
-            facts["colours"] = min(facts.get("colours", 1.0), float(len(right) == group["count"]))
-    if len(reading.things) != sum(group["count"] for group in groups):
+            enough = len(right) >= group["count"] if extras else len(right) == group["count"]
+            facts["colours"] = min(facts.get("colours", 1.0), float(enough))
+    if not extras and len(reading.things) != sum(group["count"] for group in groups):
         facts["counts"] = 0.0
     if data["relation"]:
         facts["relation"] = float(_lies(picked, data["relation"], reading))
-    facts["word"] = float(reading.word == data["word"])
+    if data["word"] or not extras:
+        facts["word"] = float(reading.word == data["word"])
     if data.get("background"):
         facts["background"] = float(lies_behind(reading, **data["background"]))
     return facts
