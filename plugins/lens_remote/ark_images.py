@@ -25,10 +25,10 @@ class ArkImages(RemoteGenerator):
     @frozen(kw_only=True)
     class Config(RemoteConfig):
         key_env: str = field(default="ARK_API_KEY", metadata={SECRET: A_NAME})  # the NAME of the key's variable
-        size: str = field(default="1024x1024", validator=SIZE)  # that of a picture's request wins
+        size: str = field(default="1024x1024", validator=SIZE)  # width x height; that of a picture's request wins
         # `url`: an address that lives a day; `b64_json` brings the picture with the answer.
         response_format: str = field(default="b64_json", validator=one_of("b64_json", "url"))
-        watermark: bool = False
+        watermark: bool = False  # Ark's own default is true
 
     base_url = "https://ark.cn-beijing.volces.com/api/v3"
     seeded = False  # of Seedream 4.0 no seed is documented

@@ -33,9 +33,11 @@ class RemoteConfig:
     concurrency: int = field(default=4, validator=integer(at_least=1, at_most=256))  # requests at a time
     # Requests a minute that are begun at most, evenly spaced; retries count. None: as many as `concurrency` allows.
     pictures_per_minute: float | None = field(default=None, validator=optional(real(above=0, at_most=1e6)))
+    # For estimates and budgets; 0: not known.
     dollars_per_picture: float = field(default=0.0, validator=real(at_least=MICRO, at_most=1000, zero=True))
-    # Of a ledger, with all runs that used it. What may have been billed counts in full.
+    # USD that a ledger may count, with all runs that used it. What may have been billed counts in full.
     budget_dollars: float | None = field(default=None, validator=optional(real(at_least=0, at_most=1e9)))
+    # The same for pictures.
     budget_pictures: int | None = field(default=None, validator=optional(integer(at_least=0)))
     # Folder of the ledger. None: `ledger` in the folder of the run.
     ledger: str | None = field(default=None, validator=optional(text()))

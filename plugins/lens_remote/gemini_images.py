@@ -39,10 +39,10 @@ class GeminiImages(RemoteGenerator):
     @frozen(kw_only=True)
     class Config(RemoteConfig):
         key_env: str = field(default="GEMINI_API_KEY", metadata={SECRET: A_NAME})  # the NAME of the key's variable
-        aspect_ratio: str = field(default="1:1", validator=ASPECT_RATIO)
-        # None for models that take none.
+        aspect_ratio: str = field(default="1:1", validator=ASPECT_RATIO)  # width:height
+        # The class of sizes; None for models that take none.
         image_size: str | None = field(default="1K", validator=optional(one_of("1K", "2K", "4K")))
-        send_seed: bool = True
+        send_seed: bool = True  # the seed of a picture's request, modulo 2^31
 
     base_url = "https://generativelanguage.googleapis.com/v1beta"
     seeded = True

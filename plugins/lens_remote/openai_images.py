@@ -38,9 +38,9 @@ class OpenAIImages(RemoteGenerator):
         size: str = field(default="1024x1024", validator=SIZE)  # width x height; that of a picture's request wins
         # `auto` lets the model choose, and the price with it.
         quality: str = field(default="high", validator=one_of("low", "medium", "high", "xhigh", "max", "auto"))
-        background: str = field(default="opaque", validator=one_of("opaque", "transparent", "auto"))
-        moderation: str = field(default="auto", validator=one_of("auto", "low"))
-        output_format: str = field(default="png", validator=one_of("png", "jpeg", "webp"))
+        background: str = field(default="opaque", validator=one_of("opaque", "transparent", "auto"))  # of the picture
+        moderation: str = field(default="auto", validator=one_of("auto", "low"))  # how strictly prompts are filtered
+        output_format: str = field(default="png", validator=one_of("png", "jpeg", "webp"))  # of the picture's file
 
     base_url = "https://api.openai.com/v1"
     seeded = False
