@@ -240,6 +240,12 @@ class GptOssEncoder(WritesText, nn.Module):
         weights = [w for e in experts for w in (e.gate_up_proj, e.down_proj)]
         return {id(w): w.numel() * 17 // 32 for w in weights}
 
+    def pack_experts(self) -> None:
+        """Hold all experts in MXFP4, as the published file has them; their bytes are still to be loaded."""
+        for layer in self.model.layers:
+            for name in ("gate_up_proj", "down_proj"):
+                pack(layer.mlp.experts, name, "mxfp4")
+
     @classmethod
     def diagnose(cls) -> dict[str, str]:
         """What `lens doctor` reports of it."""
