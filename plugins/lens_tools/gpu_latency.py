@@ -34,8 +34,9 @@ TOKENS = 200  # of the prompt, as in the goals
 MODES = {"turbo": (4, 1.0), "base": (20, GUIDANCE)}
 """Name -> (steps, guidance scale)."""
 SMALL_MODES = {"turbo": (2, 1.0), "base": (3, GUIDANCE)}
-MAX_DISTANCE = 0.1
-"""How far a bfloat16 velocity may be from float32, relative."""
+MAX_DISTANCE = 0.3
+"""How far a guided bfloat16 velocity may be from float32, relative, whatever the port's is. Guidance of 5 amplifies what
+48 blocks round; the port itself is at 0.1 at random weights (docs/gpu.md)."""
 MAX_DISTANCE_32 = 1e-3
 """How far float32 may be from the port's; TF32 would be about 3e-4, a wrong formula far more."""
 MAX_EXCESS = 1.25
@@ -145,11 +146,8 @@ def measure(records: Records, device: torch.device, small: bool) -> None:
     subject = subjects[0]
     for size in sizes:
         compare(records, subject, size)
-    for size in reversed(sizes) if device.type == "cuda" else ():
-        for mode in subject.modes:
-            name = f"graphed {mode} {size[0]}x{size[1]}"
-            records.run(name, partial(graphed, subject, size, mode, records.left), need=8)
-    records.run("kernels", lambda found: step_kernels(found, subject, sizes[0]), need=3)
+    for size in sizes:
+        records.run(f"kernels {size[0]}x{size[1]}", partial(step_kernels, subject, size), need=3)
     records.run("vae", lambda found: vae_decode(found, subject, sizes, False), need=3)
     pipeline_items(records, subject, sizes)
     if not small:
@@ -174,8 +172,11 @@ def compare(records: Records, subject: Subject, size: tuple[int, int]) -> None:
         found |= {"steps": steps, "guidance_scale": scale, "memory_gb": peak_gb(subject.device)}
         tell(found, rounds)
 
-    for mode in subject.modes:
-        records.run(f"{mode} {where}", partial(race, mode), need=5)
+    # The longest comes last: it is the first that is cut off.
+    records.run(f"turbo {where}", partial(race, "turbo"), need=5)
+    for mode in subject.modes if subject.device.type == "cuda" and "compiled" in sound else ():
+        records.run(f"graphed {mode} {where}", partial(graphed, subject, size, mode, records.left), need=8)
+    records.run(f"base {where}", partial(race, "base"), need=5)
 
 
 def tell(found: dict[str, Any], rounds: Mapping[str, list[float]]) -> None:
@@ -207,7 +208,7 @@ def agreement(found: dict[str, Any], subject: Subject, size: tuple[int, int]) ->
     found |= {f"{name}, bfloat16": value for name, value in far.items()}
     most = min(MAX_DISTANCE, MAX_EXCESS * far["port"])
     found["largest allowed"] = most
-    sound = [name for name, value in far.items() if value <= most or (name == "port" and value <= MAX_DISTANCE)]
+    sound = [name for name, value in far.items() if value <= most]
     found["void"] = [name for name in far if name not in sound]
     if not found["lens, float32"] <= MAX_DISTANCE_32:
         raise LensError(f"in float32 Lens is {found['lens, float32']:.2g} from the port: nothing is timed")
@@ -246,10 +247,11 @@ def record_graph(run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
 
 
 @torch.no_grad()
-def step_kernels(found: dict[str, Any], subject: Subject, size: tuple[int, int]) -> None:
+def step_kernels(subject: Subject, size: tuple[int, int], found: dict[str, Any]) -> None:
     """The kernels of one guided step, by way."""
     x = subject.noise(size)
     t = flow.at(float(TIME), x)
+    subject.prepare_tables(size)
     velocities: dict[str, flow.Velocity] = {"port": subject.port_velocity(subject.port, GUIDANCE)}
     for name, net in (("lens", subject.net), ("compiled", subject.compiled)):
         velocities[name] = guided_velocity(net, subject.text, None, GUIDANCE)

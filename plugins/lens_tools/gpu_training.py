@@ -66,7 +66,7 @@ def measure(records: Records, device: torch.device, small: bool) -> None:
     done: list[Setup] = []
 
     def attempt(setup: Setup, found: dict[str, Any]) -> None:
-        Bench(catalog, device, small, setup, records.left).run(found)
+        Bench(catalog, device, small, setup, records.left).run(found, records.write)
         done.append(setup)
 
     for setup in setups(device, small):
@@ -125,8 +125,8 @@ class Bench:
         # A rate of 0 costs as much as another and leaves the weights alone, so all rounds and ways are alike.
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
-    def run(self, found: dict[str, Any]) -> None:
-        """Check, then time, each way; what is found is kept even where a later way fails."""
+    def run(self, found: dict[str, Any], keep: Callable[[], None]) -> None:
+        """Check, then time, each way, and `keep` what is found before the next."""
         found["parameters"] = sum(p.numel() for p in self.net.parameters())
         forecast, _, _ = memory_estimate.memory(self._recipe(), self.catalog)
         found["dry_run_gb"] = sum(v for k, v in forecast.items() if k.startswith("backbone")) / 1e9
@@ -146,6 +146,7 @@ class Bench:
                 continue
             try:
                 found["ways"][name] = self.time(net, samples, packed, losses, name)
+                keep()
             except torch.OutOfMemoryError:
                 found["ways"][name] = {"error": "out of memory"}
                 self.optimizer.zero_grad()

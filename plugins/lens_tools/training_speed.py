@@ -121,7 +121,8 @@ def measure(recipe: Recipe, catalog: Catalog, request: SpeedRequest) -> SpeedRep
     spec = ComponentSpec(spec.use, {**spec.options, "num_layers": request.depth})
     _, cls, config = build(catalog, "backbone", spec, "$.backbone")
     with device:
-        net = randomised(cls(config), recipe.seed)
+        net = cls(config)
+    net = randomised(net, recipe.seed)  # outside, or random numbers of the host would be asked of the device
     sizes = _sizes(recipe, catalog, pipeline.vae.downscale * request.shrink)
     workload = _workload(recipe, request, pipeline, net, sizes, device)
     variants = _variants(net, workload, request.compiled)

@@ -394,3 +394,20 @@ def test_what_is_compiled_rotates_like_what_is_not() -> None:
         x.grad = norm.weight.grad = None
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+def test_a_gpus_way_to_norm_and_rotate_without_gradient_is_the_other(dtype: torch.dtype, near: float) -> None:
+    from lens_mmdit.norms import RotaryRMSNorm, norm_then_rotate
+
+    rng = torch.Generator().manual_seed(0)
+    norm = RotaryRMSNorm(64, 1e-6).to(dtype)
+    torch.nn.init.normal_(norm.weight, 1, 0.3, generator=rng)
+    x = torch.randn(2, 12, 3, 64, generator=rng, dtype=torch.float64).to(dtype)
+    precise = torch.complex128 if dtype == torch.float64 else torch.complex64
+    turn = rotations(2, 3, 6, (8, 28, 28), torch.device("cpu"), precise)
+    kept = x.clone()
+    with torch.no_grad():
+        got = norm_then_rotate(x, norm.weight, turn, 1e-6)
+        assert got.dtype == dtype and distance(got, norm(x, turn)) < near
+    assert torch.equal(x, kept)
