@@ -12,7 +12,10 @@ components  the benchmarks, with the perceivers that they name
 decisions   a run's perceptions to the scores of its report
 diffusers_pipeline  generator `diffusers`: any pipeline of that library
 folder      generator `folder`: pictures that exist
-commands    `lens score`
+published   the paper's table of systems, with published figures
+latency     seconds a picture by part
+figures     `lens figure speed-quality`
+commands    `lens score`; `lens bench latency`, `ocr` and `table`
 perception  stage 2 of each benchmark: pictures in, lines of perceptions out
 perceive/   the models that look at pictures, and the cache of their answers
 """
@@ -65,4 +68,6 @@ def lens_perceivers() -> dict[str, type[Any]]:
 def lens_commands() -> dict[str, str]:
     from lens_bench import commands  # light; so `lens --help` can describe it
 
-    return {"bench ocr": f"{commands.__name__}:ocr", "score": f"{commands.__name__}:score"}
+    names = ("bench latency", "bench ocr", "bench table", "score")
+    places = {name: f"{commands.__name__}:{name.rpartition(' ')[2]}" for name in names}
+    return {**places, "figure": "lens_bench.figures:app"}

@@ -1,4 +1,4 @@
-"""`lens score` and `lens bench ocr`, as plain functions; what they need is imported when they run."""
+"""`lens score` and `lens bench ocr`, `latency` and `table`, as functions; what they need is imported when they run."""
 
 from __future__ import annotations
 
@@ -72,6 +72,77 @@ def ocr(*, perceiver: str = "rapidocr", output: Path | None = None) -> int:
         results.append(result)
         progress(f"{len(results)} of {len(drawn)} pictures")
     text = f"{recall.table(results)}\n{', '.join(f'{key} {value}' for key, value in described.items())}"
+    if output is not None:
+        atomic_files.write_atomic(output, lambda p: p.write_text(f"{text}\n", encoding="utf-8"))
+    print(text)
+    return 0
+
+
+def latency(
+    *,
+    model: str | None = None,
+    generator: str | None = None,
+    steps: int | None = None,
+    size: str | None = None,
+    pictures: int = 5,
+    device: str | None = None,
+    dtype: str | None = None,
+    output: Path | None = None,
+) -> int:
+    """Time one picture at a time: encode, denoise, decode, save; the first, cold, and the following ones, warm.
+
+    Parameters
+    ----------
+    model
+        A folder, a Hub id org/name[@revision], or tiny:, which is the default.
+    generator
+        Another system: a generator's name, '{use: diffusers, model: …}', or a YAML file with that.
+    steps
+        Sampler steps; the checkpoint's preset if not given.
+    size
+        Height x width in px; the generator's own if not given.
+    pictures
+        How many are drawn after the first one.
+    device
+        auto, cpu, cuda, cuda:1 …
+    dtype
+        auto, bfloat16, float32.
+    output
+        A .json file for everything that was measured.
+    """
+    from lens_bench import latency as timing
+    from lens_core.catalog import Catalog
+    from lens_core.cli.options import check_steps, parse_size
+    from lens_core.evaluation.bench import generator_spec, make_generator
+    from lens_core.io import atomic_files
+
+    settings = {"model": model, "steps": check_steps(steps), "device": device, "dtype": dtype}
+    spec = generator_spec(generator or "", settings)
+    height, width = parse_size(size)
+    wanted = None if height is None or width is None else (height, width)
+    measured = timing.measure(make_generator(spec, Catalog.installed()), wanted, pictures)
+    machine = timing.machine()
+    if output is not None:
+        atomic_files.write_json(output, timing.as_json(measured, machine))
+    print(f"{timing.table(measured)}\n{measured.description['system']} on {machine}")
+    return 0
+
+
+def table(*results: Path, output: Path | None = None) -> int:
+    """Print the paper's table of systems with published figures, and below them what was measured here.
+
+    Parameters
+    ----------
+    results
+        Folders that `lens bench` wrote, of geneval, oneig, longtext and cvtg; those of one system become one row.
+    output
+        A Markdown file to write the table to, besides printing it.
+    """
+    from lens_bench import published
+    from lens_core.io import atomic_files
+
+    text = published.table([*published.PUBLISHED, *published.measured(results)])
+    text += "\n\nPublished figures are quoted, of other machines and protocols; compare raw prompts with raw."
     if output is not None:
         atomic_files.write_atomic(output, lambda p: p.write_text(f"{text}\n", encoding="utf-8"))
     print(text)

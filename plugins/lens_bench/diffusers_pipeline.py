@@ -199,7 +199,7 @@ class Diffusers:
             if not folder.is_dir():
                 folder = Path(cls.download(c.model, revision=c.revision, use_safetensors=True))
             pipeline = cls.from_pretrained(
-                str(folder), torch_dtype=resolve_dtype(c.dtype, device), use_safetensors=True, local_files_only=True
+                str(folder), dtype=resolve_dtype(c.dtype, device), use_safetensors=True, local_files_only=True
             )
         except (OSError, ValueError, AttributeError, TypeError, ImportError, KeyError) as error:
             raise LensError(
