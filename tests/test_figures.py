@@ -74,3 +74,28 @@ def test_the_readme_says_what_the_results_say() -> None:
     assert f"words included, {tiny['pooled']['value']:.2f} are right" in readme
     assert f"`tiny:turbo` scores {turbo['overall']['value']:.2f}." in readme
     assert f"scores {overall['value'] - turbo['overall']['value']:.2f} less than its teacher" in readme
+
+
+def test_the_times_on_a_gpu_are_those_of_the_results() -> None:
+    page = " ".join((ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").split())
+    data = json.loads((RESULTS / "gpu" / "h100-80gb.json").read_text(encoding="utf-8"))
+    items = data["latency"]["items"]
+
+    def cell(way: dict[str, float] | None) -> str:
+        if way is None:
+            return "not timed"
+        median, least, most = (way[k] for k in ("median_s", "least_s", "most_s"))
+        digits = 2 if median >= 1 else 3
+        return f"{median:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
+
+    for side in (1024, 512):
+        for mode, words in (("turbo", "4 steps without guidance"), ("base", "20 steps with guidance")):
+            ways = items[f"{mode} {side}x{side}"]["ways"]
+            cells = [cell(ways.get(name)) for name in ("port", "lens", "compiled")]
+            assert f"| {side}x{side}, {words} | {' | '.join(cells)} |" in page
+    for name in ("port", "lens", "compiled"):
+        told = items["kernels"][name]
+        attention = next(k["ms"] for k in told["top"] if "sdpa" in k["name"])
+        assert f"| `{name}` | {told['launches']} | {told['milliseconds']:.1f} | {attention:.1f} |" in page
+    outcomes = [test["outcome"] for test in data["correctness"]["tests"].values()]
+    assert outcomes == ["passed"] * 48 and "48 of 51 tests passed" in page
