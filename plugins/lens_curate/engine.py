@@ -42,8 +42,8 @@ def default_runner() -> str:
 
 
 def _daft(runner: str) -> Any:
-    """Daft, with its runner chosen, and without its telemetry, which is on unless this is set before the import."""
-    os.environ["DO_NOT_TRACK"] = "1"
+    """Daft, with its runner chosen, and without its and Ray's telemetry, which are on unless this is set before."""
+    os.environ["DO_NOT_TRACK"], os.environ["RAY_USAGE_STATS_ENABLED"] = "1", "0"
     os.environ.setdefault("DAFT_PROGRESS_BAR", "0")
     try:
         import daft
@@ -67,6 +67,16 @@ def _daft(runner: str) -> Any:
     return daft
 
 
+def _processors(runner: str) -> int:
+    """Cores of this machine, or of the Ray cluster."""
+    if runner == "ray":
+        import ray
+
+        if ray.is_initialized():
+            return max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return os.cpu_count() or 1
+
+
 class _Runner:
     """A worker in a process of Daft's, built when its first task arrives."""
 
@@ -82,7 +92,7 @@ class _Runner:
 def _dataflow(tasks: Iterable[str], spec: str, store: str, workers: int | None, runner: str) -> Iterator[Answer]:
     """tasks -> (in every process) read, decode, hash, score -> tables, in the order in which they are done."""
     daft = _daft(runner)
-    count = workers or (os.cpu_count() if runner == "native" else None) or 1
+    count = workers or _processors(runner)
     fields = {"kind": daft.DataType.string(), "body": daft.DataType.binary()}
     call = daft.method(_Runner.__call__, return_dtype=daft.DataType.struct(fields), unnest=True)
     pool = type("CurationWorker", (_Runner,), {"__call__": call})

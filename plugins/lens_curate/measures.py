@@ -91,11 +91,13 @@ class Clarity(_Measure):
 
     `clarity` is the standard deviation of the Laplacian over that of the brightness: the variance of the Laplacian, a
     usual measure of blur, without the contrast of the picture in it. `edge` is the steepest step between neighbours
-    (the 99.9th percentile), in levels: blur lowers it however few edges there are. `noise` is the deviation of
+    (the 99.9th percentile), in levels: blur lowers it however few edges there are. `acuity` is the mean share of an
+    edge's whole height that its steepest step takes, over the steepest edges: 1 for a step from one pixel to the next,
+    0.27 after Gaussian blur of 1.5 px, whatever the contrast. `noise` is the deviation of
     Gaussian noise in levels, estimated from the part of the picture without edges (Immerkaer 1996).
     """
 
-    columns = ("clarity", "edge", "noise")
+    columns = ("clarity", "edge", "acuity", "noise")
 
     @frozen
     class Config:
@@ -104,12 +106,12 @@ class Clarity(_Measure):
     def measure(self, record: Record) -> tuple[float, ...]:
         grey = grey_copy(record, self.config.size).astype(np.float32)
         if min(grey.shape) < 3:
-            return 0.0, 0.0, 0.0
+            return 0.0, 0.0, 0.0, 0.0
         spread = float(grey.std())
         clarity = float(laplacian(grey).std()) / spread if spread > 0 else 0.0
         steps = np.concatenate([np.abs(np.diff(grey, axis=0)).ravel(), np.abs(np.diff(grey, axis=1)).ravel()])
         edge = float(np.partition(steps, at := int(0.999 * (len(steps) - 1)))[at])
-        return clarity, edge, noise_level(grey)
+        return clarity, edge, acuity(grey), noise_level(grey)
 
 
 class Blockiness(_Measure):
@@ -198,6 +200,25 @@ def laplacian(grey: NDArray[np.float32]) -> NDArray[np.float32]:
     """The sum of the four neighbours less four times the pixel, inside the edges."""
     around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
     return np.asarray(around - 4 * grey[1:-1, 1:-1], np.float32)
+
+
+def acuity(grey: NDArray[np.float32], reach: int = 4) -> float:
+    """The steepest steps between neighbours, over the range of brightness within `reach` px of them along their
+    direction, in the mean; 0 for an even picture."""
+    ratios = []
+    for lines in (grey, grey.T):
+        steps = np.abs(np.diff(lines, axis=1))
+        count = max(16, steps.size // 1000)
+        best = np.argpartition(steps, max(0, steps.size - count), axis=None)[-count:]
+        row, column = np.unravel_index(best, steps.shape)
+        around = np.clip(column[:, None] + np.arange(1 - reach, reach + 1), 0, lines.shape[1] - 1)
+        near = lines[row[:, None], around]
+        height, step = near.max(axis=1) - near.min(axis=1), steps[row, column]
+        # A step of a level or two is rounding, or the noise of a compression.
+        clear = step >= max(3.0, 0.5 * float(step.max(initial=0)))
+        ratios.append(step[clear] / height[clear])
+    found = np.concatenate(ratios)
+    return float(found.mean()) if len(found) else 0.0
 
 
 def sharpness(record: Record) -> float:

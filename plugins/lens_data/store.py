@@ -101,9 +101,16 @@ class Store:
     def _open(self, name: str, schema: Any) -> Any:
         """The table, made with `schema` where there is none; None without a schema."""
         if name in _names(self._database):
-            return self._database.open_table(name)
-        # Another rank may be making it at this moment.
-        return None if schema is None else self._database.create_table(name, schema=schema, exist_ok=True)
+            try:
+                return self._database.open_table(name)
+            except ValueError as error:
+                # A disk that was full when the table was made: its folder is there, and nothing is in it.
+                if "was not found" not in str(error):
+                    raise
+        if schema is None:
+            return None
+        with _writing(self.path):  # another rank may be making it at this moment
+            return self._database.create_table(name, schema=schema, exist_ok=True)
 
     def side_table(self, name: str, columns: Mapping[str, str], made_by: str) -> Any:
         """Another table of this store; made where `made_by`, which its metadata keeps, is given. None if missing."""

@@ -76,6 +76,9 @@ def test_blur_lowers_clarity_and_edge_and_noise_is_measured_in_levels() -> None:
     made = score("clarity", record(sharp), record(soft))
     assert made["clarity"][0] > 5 * made["clarity"][1]
     assert made["edge"] == [130.0, pytest.approx(130 / (3 * (2 * np.pi) ** 0.5), rel=0.1)]  # a Gaussian's steepest step
+    assert made["acuity"] == [1.0, pytest.approx(0.16, abs=0.03)]
+    faint = (100 + 0.2 * (soft - soft.mean())).astype(np.uint8)
+    assert score("clarity", record(faint))["acuity"] == [pytest.approx(0.17, abs=0.05)]
     rng = np.random.default_rng(0)
     for deviation in (4.0, 12.0):
         noisy = np.clip(sharp + rng.normal(0, deviation, sharp.shape), 0, 255).astype(np.uint8)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -282,6 +284,30 @@ def test_a_file_that_is_gone_before_it_is_stored_is_told_and_not_kept(
     assert "gone since it was read" in next(
         v["reason"] for v in verdicts(str(tmp_path / "store")) if v["name"] == "5.png"
     )
+
+
+@pytest.mark.parametrize("room", [600, 1500, 3000, 9000, 20_000])
+def test_a_full_disk_stops_it_in_one_line_and_the_same_command_goes_on(
+    folder: Path, tmp_path: Path, capsys, room: int
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(unstructure(spec(folder))))
+    words = ["data", "curate", str(recipe), "--runner", "serial", "--output"]
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        code = main([*words, str(tmp_path / "store")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lens:")]
+    assert code == 2 and len(lines) == 1 and "cannot be written: File too large; make room" in lines[0]
+    assert main([*words, str(tmp_path / "store")]) == 0
+    assert stages(tmp_path / "store") == stages(tmp_path / "whole")
+    assert stored(tmp_path / "store") == stored(tmp_path / "whole")
 
 
 def test_two_curations_of_one_store_are_refused(folder: Path, tmp_path: Path) -> None:
