@@ -93,6 +93,8 @@ class Captioner:
                 return self._one(*picture)
             except LensError as error:
                 return error
+            except Exception as error:  # a third party's llm may raise anything; the other pictures go on
+                return LensError(f"{self.name} raised {type(error).__name__}: {readers.one_line(error, 120)}")
 
         with ThreadPoolExecutor(self.concurrency) as pool:
             yield from pool.map(one, pictures)

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 from lens_core.config import structure, unstructure
+from lens_core.io.readers import one_line
 from lens_core.types import ConfigError, LensError
 from lens_curate.recipe import CurationSpec
 from lens_curate.worker import Answer, Worker, load_task
@@ -89,6 +90,15 @@ class _Runner:
             yield {"kind": answer.kind, "body": answer.body}
 
 
+def _one_line_errors(answers: Iterator[Any]) -> Iterator[Any]:
+    """Answers; what Daft raises where a process died, or a recipe cannot be built there, is one line."""
+    try:
+        yield from answers
+    except Exception as error:
+        last = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise LensError(f"a process of the curation failed: {one_line(last[-1])}; the same command goes on") from error
+
+
 def _dataflow(tasks: Iterable[str], spec: str, store: str, workers: int | None, runner: str) -> Iterator[Answer]:
     """tasks -> (in every process) read, decode, hash, score -> tables, in the order in which they are done."""
     daft = _daft(runner)
@@ -103,7 +113,8 @@ def _dataflow(tasks: Iterable[str], spec: str, store: str, workers: int | None, 
     while wave := list(islice(rest, WAVE)):
         used = True
         frame = daft.from_pydict({"task": wave}).into_batches(1)
-        for batch in frame.select(run(daft.col("task"))).to_arrow_iter(results_buffer_size=2 * count):
+        answers = frame.select(run(daft.col("task"))).to_arrow_iter(results_buffer_size=2 * count)
+        for batch in _one_line_errors(answers):
             kinds, bodies = batch.column("kind"), batch.column("body")
             for at in range(batch.num_rows):
                 yield Answer(kinds[at].as_py(), bodies[at].as_py())

@@ -60,9 +60,9 @@ class Luminance(_Measure):
 
     @frozen
     class Config:
-        size: int = SIDE
+        size: int = SIDE  # longer side of the grey copy that is measured, px
         black: float = field(default=15, validator=real(at_least=0, at_most=255))  # brightness that is nearly black
-        white: float = field(default=250, validator=real(at_least=0, at_most=255))
+        white: float = field(default=250, validator=real(at_least=0, at_most=255))  # brightness that is nearly white
 
     def measure(self, record: Record) -> tuple[float, ...]:
         grey = grey_copy(record, self.config.size)
@@ -77,7 +77,7 @@ class Entropy(_Measure):
 
     @frozen
     class Config:
-        size: int = SIDE
+        size: int = SIDE  # longer side of the grey copy that is measured, px
 
     def measure(self, record: Record) -> tuple[float, ...]:
         grey = grey_copy(record, self.config.size)
@@ -101,7 +101,7 @@ class Clarity(_Measure):
 
     @frozen
     class Config:
-        size: int = SIDE
+        size: int = SIDE  # longer side of the grey copy that is measured, px
 
     def measure(self, record: Record) -> tuple[float, ...]:
         grey = grey_copy(record, self.config.size).astype(np.float32)
@@ -146,8 +146,8 @@ class Borders(_Measure):
 
     @frozen
     class Config:
-        size: int = SIDE
-        tolerance: float = field(default=8, validator=real(at_least=0, at_most=255))
+        size: int = SIDE  # longer side of the grey copy that is measured, px
+        tolerance: float = field(default=8, validator=real(at_least=0, at_most=255))  # levels from the corner's
 
     def measure(self, record: Record) -> tuple[float, ...]:
         grey = grey_copy(record, self.config.size).astype(np.float32)

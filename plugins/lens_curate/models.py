@@ -23,10 +23,9 @@ from lens_core.config import ComponentSpec
 from lens_core.io.readers import shown
 from lens_core.recipe import build
 from lens_core.types import CheckpointError, ConfigError, Prompt, Record, did_you_mean
-from lens_core.validators import integer, matching, one_of, text
+from lens_core.validators import integer, one_of, text
+from lens_curate.recipe import COLUMN
 from lens_curate.weights import ModelOptions, device_of, load_model, load_processor, model_config, weights_id
-
-COLUMN = matching(r"[a-z][a-z0-9_]{0,40}", "a name of lower-case letters, digits and _")
 
 
 class Classifier:
@@ -40,7 +39,7 @@ class Classifier:
     @frozen
     class Config(ModelOptions):
         label: str = field(kw_only=True, validator=text())  # one of the model's own labels
-        column: str = field(default="probability", validator=COLUMN)
+        column: str = field(default="probability", validator=COLUMN)  # what its number is called
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -240,8 +239,8 @@ class CaptionMatch:
 
     @frozen
     class Config:
-        reward: ComponentSpec
-        caption: str = field(default="dense", validator=one_of("dense", "brief"))
+        reward: ComponentSpec  # what judges, such as `rubric` with an llm
+        caption: str = field(default="dense", validator=one_of("dense", "brief"))  # the one that is judged
 
     def __init__(self, config: Config) -> None:
         self.config = config

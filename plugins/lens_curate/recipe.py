@@ -16,11 +16,12 @@ from lens_core.catalog import Catalog
 from lens_core.config import ComponentSpec, structure, unstructure
 from lens_core.io import readers
 from lens_core.recipe import build
-from lens_core.types import ConfigError, LensError, did_you_mean
+from lens_core.types import ConfigError, LensError, PluginError, did_you_mean
 from lens_core.validators import each, integer, matching, one_of, optional, real, text
 from lens_curate.hashes import BITS
 
 NAME = matching(r"[a-z0-9][a-z0-9_.-]{0,63}", "a name of at most 64 lower-case letters, digits, _ . and -")
+COLUMN = matching(r"(?!(id|fault)$)[a-z][a-z0-9_]{0,40}", "a name of lower-case letters, digits and _, not id or fault")
 RESERVED = ("captions", "decode", "exact", "mirrored", "near")
 """Stages that are not filters; verdicts name them."""
 
@@ -146,6 +147,11 @@ def _filter(use: ComponentSpec, catalog: Catalog, where: str) -> Filter:
     if not NAME.allows(name):
         raise ConfigError(list(NAME.problems(name, f"{where}.name")))
     curator = cls(config)
+    names, version = getattr(curator, "columns", None), getattr(curator, "version", None)
+    if not isinstance(names, tuple) or not names or not all(COLUMN.allows(name) for name in names):
+        raise PluginError(f"{component}: its columns must be a tuple of names, not {readers.shown(names)}")
+    if not isinstance(version, str) or not version:
+        raise PluginError(f"{component}: its version must be a text, not {readers.shown(version)}")
     if not isinstance(keep, Mapping):
         raise ConfigError(f"{where}.keep: must be a mapping of columns to limits, not {readers.shown(keep)}")
     limits: dict[str, Limits] = {}

@@ -161,8 +161,12 @@ class Worker:
             return {**row, "fault": error.reason}, None
         data = {"name": name, "source": source.name, "license": source.license, "format": row["format"]}
         record = Record(item.image, np.asarray(image), brief, dense, data)
+        return {**row, **self._facts(record, image)}, record
+
+    def _facts(self, record: Record, image: Image.Image) -> dict[str, Any]:
+        """What every decoded picture is known by."""
         phash, mirrored = perceptual_hash(record.pixels)
-        row |= {
+        return {
             "pixels": pixel_digest(record.pixels).hex(),
             "phash": phash,
             "mirrored": mirrored,
@@ -172,7 +176,6 @@ class Worker:
             "sharpness": sharpness(record),
             "thumbnail": thumbnail(image, self.spec.thumbnail),
         }
-        return row, record
 
     def _score(self, task: PartTask, held: _Held) -> None:
         """Move what is held decoded to the rows that are handed on."""
@@ -214,7 +217,7 @@ def score_batch(made: Filter, records: Sequence[Record], ids: Sequence[str]) -> 
         return [row for record, key in zip(records, ids, strict=True) for row in score_batch(made, [record], [key])]
     rows = []
     for place, key in enumerate(ids):
-        values = {name: float(column[place]) for name, column in columns.items()}
+        values = {name: column[place] for name, column in columns.items()}
         lost = [name for name, value in values.items() if not np.isfinite(value)]
         rows.append({"id": key, "fault": f"{lost[0]} is not a number" if lost else "", **values})
     return rows
@@ -224,4 +227,4 @@ def _checked(made: Filter, columns: Mapping[str, Sequence[float]], count: int) -
     for name in made.curator.columns:
         if name not in columns or len(columns[name]) != count:
             raise ValueError(f"{made.component} gave {len(columns.get(name, ()))} numbers {name} for {count} pictures")
-    return {name: columns[name] for name in made.curator.columns}
+    return {name: [float(value) for value in columns[name]] for name in made.curator.columns}

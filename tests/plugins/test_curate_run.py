@@ -257,6 +257,14 @@ def test_a_filter_that_raises_drops_that_picture_and_goes_on(folder: Path, tmp_p
     assert "RuntimeError: not today" in "\n".join(explain(str(tmp_path / "store"), "smaller.jpg", Catalog.installed()))
 
 
+def test_a_curator_without_columns_or_version_is_refused(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    for name, value in (("columns", ()), ("columns", ("id",)), ("columns", "clarity"), ("version", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Clarity, name, value)
+            with pytest.raises(LensError, match=f"its {name} must be"):
+                run(spec(folder), tmp_path / "store")
+
+
 def test_why_tells_every_stage_of_one_picture(folder: Path, tmp_path: Path, capsys) -> None:
     run(spec(folder), tmp_path / "store")
     assert main(["data", "why", str(tmp_path / "store"), "blurred.png"]) == 0
