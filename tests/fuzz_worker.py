@@ -210,6 +210,7 @@ class Targets:
             ("image API's answer", 8, self.image_answer),
             ("ledger", 4, self.ledger),
             ("perceptions", 6, self.perceptions),
+            ("perception cache", 4, self.perception_cache),
             ("manifest", 4, self.manifest),
             ("log", 5, self.log),
             ("evaluation log", 6, self.evaluations),
@@ -473,6 +474,25 @@ class Targets:
         report.write(path.with_name("verdicts.jsonl"), summary.verdicts)
         json.dumps(report.as_json(summary), allow_nan=False)
         report.table(summary).encode()
+
+    def perception_cache(self, rng: random.Random) -> None:
+        import numpy as np
+        from lens_bench.perceive import masks
+        from lens_bench.perceive.cache import PerceptionCache, key_of, other_versions
+
+        folder = self.folder / "cache"
+        shutil.rmtree(folder, ignore_errors=True)
+        made = PerceptionCache(folder, "objects", {"model": "m", "revision": "1"})
+        thing = {"box": [0, 0, 3, 2], "score": 0.5, "mask": masks.encode(np.ones((2, 3), bool))}
+        made.add((key_of(f"{i:064x}", None), {"dog": [thing] * i}) for i in range(3))
+        (path,) = made.folder.glob("*.jsonl")
+        change = rng.choice([mutate_lines, mutate_bytes])
+        path.write_bytes(change(rng, path.read_bytes()) + b"\n" * rng.randrange(2))
+        again = PerceptionCache(folder, "objects", {"model": "m", "revision": "1"})
+        other_versions(folder, PerceptionCache(folder, "objects", {"model": "m", "revision": "2"}))
+        for i in range(3):
+            if (key := key_of(f"{i:064x}", None)) in again:
+                assert again.answer(key) == {"dog": [thing] * i}
 
     def manifest(self, rng: random.Random) -> None:
         from lens_core.evaluation.manifest import Manifest

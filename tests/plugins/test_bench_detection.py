@@ -94,7 +94,7 @@ def test_how_many_masks_are_enlarged_at_once_changes_nothing(monkeypatch: pytest
     classes, maps = torch.randn(20, 81, generator=generator), torch.randn(20, 8, 8, generator=generator)
 
     def detections(at_once: int) -> list[tuple[int, float, tuple[int, ...]]]:
-        monkeypatch.setattr(detection, "QUERIES_AT_ONCE", at_once)
+        monkeypatch.setattr(detection, "PIXELS_AT_ONCE", at_once * 40 * 37)
         return [(d.label, d.score, d.box) for d in detection.decode(classes, maps, (32, 32), (32, 30), (40, 37))]
 
     assert detections(1) == detections(7) == detections(100)

@@ -154,11 +154,10 @@ def other_versions(folder: Path, cache: PerceptionCache) -> list[str]:
         first = next(iter(sorted(other.glob("*.jsonl"))), None) if other != cache.folder else None
         if first is None:
             continue
-        with first.open("rb") as file:
-            line = file.readline(2**16)
         try:
-            header = readers.parse_json(line)
-        except ValueError:
+            with first.open("rb") as file:
+                header = readers.parse_json(file.readline(2**16))
+        except (OSError, ValueError):
             continue
         if isinstance(header, dict) and header.get("perceives") == cache.perceives:
             names.append(other.name)

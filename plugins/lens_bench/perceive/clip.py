@@ -147,15 +147,12 @@ class ClipColors:
         return canary.flat_colors_by_name(self)
 
     def perceive(self, images: Sequence[Image], questions: Sequence[Any]) -> list[list[str]]:
-        crops = [
-            (i, cut_out(image, thing["box"], thing.get("mask")))
-            for i, (image, question) in enumerate(zip(images, questions, strict=True))
-            for thing in question["objects"]
-        ]
+        things = [(i, thing) for i, question in enumerate(questions) for thing in question["objects"]]
         answers: list[list[str]] = [[] for _ in images]
-        for start in range(0, len(crops), CROPS_AT_ONCE):
-            some = crops[start : start + CROPS_AT_ONCE]
-            embeddings = self._clip.images([crop for _, crop in some])
+        for start in range(0, len(things), CROPS_AT_ONCE):
+            some = things[start : start + CROPS_AT_ONCE]
+            crops = [cut_out(images[i], thing["box"], thing.get("mask")) for i, thing in some]
+            embeddings = self._clip.images(crops)
             for (i, _), embedding in zip(some, embeddings, strict=True):
                 best = int((self._of(questions[i]["class"]) @ embedding).argmax())
                 answers[i].append(COLORS[best])

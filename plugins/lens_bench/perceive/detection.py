@@ -33,7 +33,8 @@ MULTIPLE, PADDING = 32, 128
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, of ImageNet
 VERSION = "mmdet-2.27-1333x800-bilinear-pad128-top100"
 """Names this preprocessing and decoding; another one has another name, so that caches never mix them."""
-QUERIES_AT_ONCE = 8  # whose masks are enlarged together: 8 of 1024 x 1024 px are 32 MiB, and a few times that in use
+# Of the masks that are enlarged together: 8 of 1024 x 1024 px, which are 32 MiB and a few copies.
+PIXELS_AT_ONCE = 2**23
 
 Size = tuple[int, int]  # height, width
 
@@ -80,16 +81,17 @@ def decode(
     """The detections in one picture, in the order of their class probabilities.
 
     `class_logits` [Q, classes + 1], `mask_logits` [Q, h, w]; sizes are those of the input, of its part that is no
-    padding, and of the picture. Raises LensError for logits that are not finite. Memory is that of QUERIES_AT_ONCE
-    masks, and of the masks that are returned.
+    padding, and of the picture. Raises LensError for logits that are not finite. Memory is that of masks of
+    PIXELS_AT_ONCE, and of the masks that are returned.
     """
     if not (bool(class_logits.isfinite().all()) and bool(mask_logits.isfinite().all())):
         raise LensError("the detector's output is not finite; compute in float32, and check the weights and the driver")
     pairs = best_pairs(class_logits, top)
     queries = sorted({query for query, _, _ in pairs})
     masks: dict[int, tuple[float, tuple[int, int, int, int], NDArray[np.bool_]]] = {}
-    for start in range(0, len(queries), QUERIES_AT_ONCE):
-        some = queries[start : start + QUERIES_AT_ONCE]
+    at_once = max(1, PIXELS_AT_ONCE // max(original[0] * original[1], padded[0] * padded[1]))
+    for start in range(0, len(queries), at_once):
+        some = queries[start : start + at_once]
         for query, logits in zip(some, _enlarged(mask_logits[some], padded, fitted, original), strict=True):
             inside = logits > 0
             count = inside.sum()

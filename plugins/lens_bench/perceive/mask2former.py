@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -62,6 +63,7 @@ class Mask2Former:
     def perceive(self, images: Sequence[Image], questions: Sequence[Any]) -> list[dict[str, Any]]:
         import torch
 
+        model = self._loaded()
         inputs = [detection.preprocess(np.asarray(image)) for image in images]
         same_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (pixels, _) in enumerate(inputs):
@@ -70,7 +72,6 @@ class Mask2Former:
         for shape, places in same_size.items():
             batch = torch.from_numpy(np.stack([inputs[i][0] for i in places]))
             with torch.inference_mode():
-                model = self._loaded()
                 output = model(pixel_values=batch.to(model.device))
                 for row, i in enumerate(places):
                     detections = detection.decode(
@@ -82,10 +83,9 @@ class Mask2Former:
 
     def _loaded(self) -> Any:
         if self._model is None:
-            try:
-                import scipy  # noqa: F401  # transformers cannot build the model without it
-            except ImportError as error:
-                raise ConfigError("mask2former needs scipy; pip install scipy") from error
+            for package, needed in (("scipy", "scipy"), ("cv2", "opencv-python-headless")):
+                if importlib.util.find_spec(package) is None:  # transformers needs scipy to build the model
+                    raise ConfigError(f"mask2former needs {needed}; pip install 'lens-t2i[bench]'")
             from transformers import Mask2FormerForUniversalSegmentation
 
             model = weights.load(Mask2FormerForUniversalSegmentation, self.config.model, "mask2former")

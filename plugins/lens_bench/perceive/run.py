@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -84,9 +85,8 @@ class PerceptionRun:
             needed = " or ".join(kinds)
             raise ConfigError(f"$.{role}: {spec.use!r} perceives {perceiver.perceives}; this needs one of {needed}")
         with calling(perceiver, "describe"):
-            described = dict(perceiver.describe())
-        if self._jpeg:
-            described["pictures"] = files.JPEG_VERSION
+            described = dict(perceiver.describe()) | ({"pictures": files.JPEG_VERSION} if self._jpeg else {})
+            json.dumps(described)
         cache = PerceptionCache(self._folder, perceiver.perceives, described)
         if others := other_versions(self._folder, cache):
             self._log(f"{role}: answers of another model, revision or version are not used: {', '.join(others)}")

@@ -13,19 +13,22 @@ from lens_core.io.atomic_files import read_json
 from lens_core.types import CheckpointError
 
 
-@lru_cache(maxsize=16)
 def folder_of(model: str) -> Path:
-    """Where a model lies: a folder, or a Hub name org/name[@revision], which is fetched. Raises CheckpointError."""
+    """Where a model lies: a folder, or a Hub name org/name[@revision], fetched once. Raises CheckpointError."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     name, _, revision = model.partition("@")
     if not hub.is_name(name):
         raise CheckpointError(f"{model}: no such folder, and not a Hub name (org/name[@revision]); check the path")
-    return hub.snapshot(name, revision or None, index="config.json")
+    return _snapshot(name, revision or None)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # one commit for a process, though the branch may move
+def _snapshot(name: str, revision: str | None) -> Path:
+    return hub.snapshot(name, revision, index="config.json")
+
+
 def revision_of(model: str) -> str:
     """What identifies the weights: the Hub's commit, or for a folder the hash of its files."""
     folder = folder_of(model)
