@@ -233,3 +233,15 @@ def test_an_argument_that_the_class_does_not_take_is_named() -> None:
         Diffusers(Diffusers.Config(model="m", prompt_rewrite=True), pipeline).describe()
     with pytest.raises(LensError, match="ZImagePipeline cannot draw: "):
         list(Diffusers(Diffusers.Config(model="m", steps=1, device="cpu"), pipeline).generate(requests((33, 32))))
+
+
+def test_a_picture_that_the_pipelines_checker_withholds_is_refused() -> None:
+    from types import SimpleNamespace
+
+    class Checked:
+        def __call__(self, prompt: Any, generator: Any, output_type: str, num_inference_steps: int = 3) -> Any:
+            return SimpleNamespace(images=[Image.new("RGB", (2, 2))] * len(prompt), nsfw_content_detected=[False, True])
+
+    outcomes = list(Diffusers(Diffusers.Config(model="m"), Checked()).generate(requests(None)))
+    assert [outcome.status for outcome in outcomes] == ["ok", "refused"]
+    assert outcomes[1].reason.startswith("safety_checker: ")
