@@ -117,6 +117,7 @@ def _reader(
         step = max(1, PIECE // max(1, row))
         with path.open("rb") as file:
             file.seek(start)
+            # Opened for each pass and read in order, so that no file stays open and no page stays mapped.
             for first in range(0, count, step):
                 part = min(step, count - first)
                 block = torch.empty(part * row, dtype=torch.uint8)

@@ -76,6 +76,7 @@ def read(path: Path, layers: Collection[str] = ()) -> dict[str, Pair]:
     """
     file = _file(path)
     tensors, header = read_tensors(file), read_header(file)
+    # First: their keys would otherwise be reported one by one as tensors that fit no layer.
     for kind, pattern in _OTHERS.items():
         if any(re.search(pattern, key) for key in tensors):
             raise CheckpointError(f"{file}: is a {kind}; only plain LoRAs are read: extract one, or merge it elsewhere")
@@ -87,11 +88,13 @@ def read(path: Path, layers: Collection[str] = ()) -> dict[str, Pair]:
         match = _KEY.fullmatch(key)
         prefix = next((p for p in _PREFIXES if key.startswith(p)), "")
         written = match[1].removeprefix(prefix) if match else ""
+        # sd-scripts joins a layer's name by underscores, which only a list of layers can undo.
         layer = names.get(written) or ("" if layers or prefix == _FLAT else written)
         if match is None or not layer:
             strange.append(key)
             continue
         side = str({"A": "down", "B": "up", None: "alpha"}.get(match["side"], match["side"]))
+        # Merged files hold a layer in two formats: which one is meant cannot be known.
         if side in parts.setdefault(layer, {}):
             raise CheckpointError(f"{file}: holds {shown(layer)} twice, in two key formats; fetch the file again")
         parts[layer][side] = value
@@ -101,6 +104,7 @@ def read(path: Path, layers: Collection[str] = ()) -> dict[str, Pair]:
         raise CheckpointError(
             f"{file}: {len(strange)} of {len(tensors)} tensors fit no layer of this model ({listed}){hint}"
         )
+    # "Dynamic" and the like are harmless where every layer has an alpha; elsewhere the strength would be a guess.
     if (
         about.alpha is not None
         and math.isnan(about.alpha)
@@ -138,6 +142,7 @@ def _aliases(layers: Collection[str]) -> dict[str, str]:
         *((name.replace(".", "_"), name) for name in layers),
         *((f"transformer_{name}".replace(".", "_"), name) for name in layers),
     ]:
+        # a.b_c and a_b.c are one name with underscores.
         aliases[alias] = name if aliases.get(alias, name) == name else ""
     return {alias: name for alias, name in aliases.items() if name} | {name: name for name in layers}
 
@@ -151,6 +156,7 @@ def _about(file: Path, header: Mapping[str, str], tensors: Mapping[str, Tensor])
         return evolve(about, alpha=plain) if about.alpha is None else about
     config = file.with_name(peft_config.CONFIG)
     plain = _header_alpha(header)
+    # A config beside a file that states its alpha may be that of another LoRA in the same folder.
     if plain is None and not any(key.endswith(".alpha") for key in tensors) and config.is_file():
         return peft_config.strength(read_json(config), str(config), whole=True)
     return Strength(plain)
@@ -170,6 +176,7 @@ def _stored(file: Path, text: str) -> dict[str, object]:
     try:
         stored = parse_json(text, allow_duplicate_keys=True)
         owners = {key.rpartition(".")[0] for key in stored}
+        # diffusers stores adapters of several models in one header, each key after its model's name.
         owner = next((name for name in ("transformer", "") if name in owners), min(owners, default=""))
         return {key.rpartition(".")[2]: value for key, value in stored.items() if key.rpartition(".")[0] == owner}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
@@ -198,6 +205,7 @@ def _pair(file: Path, layer: str, sides: Mapping[str, Tensor], about: Strength) 
         alpha = float(sides["alpha"])
     if not (down.is_floating_point() and up.is_floating_point()):
         raise CheckpointError(f"{file}: {shown(layer)} is {up.dtype} x {down.dtype}, which are no plain weights")
+    # After the cast: a finite float64 may be infinite as float32, in which the product is computed.
     if not (abs(alpha) < float("inf") and bool(down.float().isfinite().all() & up.float().isfinite().all())):
         raise CheckpointError(f"{file}: {shown(layer)} holds numbers that are not finite; it was broken in training")
     return Pair(down, up, alpha)
@@ -214,6 +222,7 @@ def write(path: Path, pairs: Mapping[str, Pair], key_format: str = "diffusers", 
 
     if key_format not in KEY_FORMATS:
         raise ConfigError(f"no key format is called {shown(key_format)}.{did_you_mean(key_format, KEY_FORMATS)}")
+    # PEFT's config has one rank and one alpha; layers that differ from the most common are listed as patterns.
     rank = Counter(pair.rank for pair in pairs.values()).most_common(1)[0][0]
     alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0]
     about = {
@@ -233,8 +242,10 @@ def write(path: Path, pairs: Mapping[str, Pair], key_format: str = "diffusers", 
         }[key_format]
         tensors |= {f"{start}.{down}.weight": pair.down, f"{start}.{up}.weight": pair.up}
         if key_format != "diffusers":  # which reads the header alone
+            # Other tools write float32; float64 only where that would round, so that `read` gives it back exactly.
             exact = torch.tensor(pair.alpha, dtype=torch.float64)
             tensors[f"{start}.alpha"] = exact.float() if float(exact.float()) == pair.alpha else exact
+    # Underscores can make one name of two layers.
     if len(tensors) != len(pairs) * (2 if key_format == "diffusers" else 3):
         raise CheckpointError(f"{path}: two layers would have one name in the key format {key_format}; choose another")
     if key_format == "sd-scripts":

@@ -116,8 +116,10 @@ def read_checkpoint(uri: str | Path, catalog: Catalog, dtype: torch.dtype, optio
     }
     chosen = {kind: components[kind] for kind in PIPELINE_PARTS if kind in components and kind in options.parts}
     sources = {kind: _find_part(kind, about, folder, files, catalog) for kind, about in chosen.items()}
+    # Before any weight is read: loading 40 GB to refuse them would waste minutes.
     for kind in sources.keys() & set(MODEL_PARTS):
         check_dtype(sources[kind].component, dtype)
+    # With a prompt cache most runs never need the encoder, the largest part.
     deferred = {*options.deferred, *(["text_encoder"] if options.prompt_cache is not None else [])}
     specs = {kind: source.spec for kind, source in sources.items()}
     loaded: dict[str, Any] = {}
@@ -133,6 +135,8 @@ def read_checkpoint(uri: str | Path, catalog: Catalog, dtype: torch.dtype, optio
     file_hashes = {kind: manifest.combined(manifest.hashes(path)) for kind, path in sorted(files.items())}
     origin = ""
     if (encoder := sources.get("text_encoder")) is not None:
+        # A shared encoder is identified by the files where it is, so that both checkpoints use one cache.
+        # A file that replaces it counts as well.
         near = encoder.hashes if encoder.hashes is not None else hashes
         under = manifest.file_prefixes("text_encoder", components["text_encoder"])
         used = {name: digest for name, digest in near.items() if name.startswith(under)} or hashes
@@ -140,6 +144,7 @@ def read_checkpoint(uri: str | Path, catalog: Catalog, dtype: torch.dtype, optio
         origin = _encoder_origin(encoder, used, catalog, dtype)
     info = CheckpointInfo(
         uri=str(uri),
+        # Replaced parts are part of the identity: another backbone draws other pictures.
         version=manifest.combined(hashes | file_hashes),
         plugins=description.get("plugins", {}),
         provenance=description.get("provenance", {}) | model_card.licence(folder) | hub.origin(str(uri)),
@@ -166,6 +171,7 @@ def _find_part(
 def _encoder_origin(source: _PartSource, hashes: Mapping[str, str], catalog: Catalog, dtype: torch.dtype) -> str:
     """Identify a text encoder, across processes, by all that decides which features it gives."""
     version = catalog.version(source.spec.use.partition(":")[0])
+    # The plugin's version too: its code decides how a prompt is rendered and which layers are read.
     about = [source.spec.use, unstructure(source.config), version, str(dtype)]
     return json.dumps([manifest.combined(dict(hashes)), *about])
 

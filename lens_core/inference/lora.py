@@ -39,6 +39,7 @@ def attach(net: nn.Module, adapter: LoraSpec) -> None:
             raise ConfigError(f"adapter: no linear layer ends in {target!r}; layers end in {known}")
     if not chosen:
         raise ConfigError("adapter: the network has no linear layer to adapt; train it in full")
+    # Names in full: PEFT would match a bare suffix in other places of the network too.
     config = LoraConfig(r=adapter.rank, lora_alpha=adapter.scale * adapter.rank, target_modules=chosen)
     inject_adapter_in_model(config, net, adapter_name=NAME)
 
@@ -70,6 +71,7 @@ def merge(net: nn.Module) -> None:
 
     layers: list[tuple[str, nn.Module]] = [(n, m) for n, m in net.named_modules() if isinstance(m, BaseTunerLayer)]
     for name, layer in layers:
+        # safe_merge: weights that would not be finite raise, instead of being exported.
         layer.merge(safe_merge=True)  # type: ignore[operator]  # torch cannot know that it is PEFT's
         base: nn.Module = layer.get_base_layer()  # type: ignore[operator]
         torch.autograd.graph.increment_version(list(base.parameters()))  # PEFT writes `.data`, which does not raise it
@@ -92,6 +94,7 @@ class LoRALayer:
 
     def delta(self) -> Tensor:
         """The change [out,in], in float32 at least."""
+        # A product in bfloat16 would lose what a small rank learned.
         precise = torch.float64 if torch.float64 in (self.up.dtype, self.down.dtype) else torch.float32
         return self.scale * (self.up.to(precise) @ self.down.to(precise))
 
@@ -118,6 +121,7 @@ def fold(net: nn.Module, changes: Mapping[str, LoRALayer], weight: float, plain:
     for layer, change in changes.items():
         target: Tensor = net.get_submodule(layer).weight  # type: ignore[assignment]  # a linear layer's
         if layer not in plain:
+            # On the host, once for each layer: a second LoRA changes what the first one has changed already.
             plain[layer] = target.detach().to("cpu", copy=True)
         delta = weight * change.delta().to(target.device)
         target.copy_(target.to(delta.dtype) + delta)

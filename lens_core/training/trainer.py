@@ -71,6 +71,7 @@ class Trainer(TrainingState):
                 checkpointing.check_recipe(self, self.allow_changed)
             self.ranks.barrier()
             checkpointing.resume(self)
+            # After resuming: rates and time left count from the step that was resumed.
             self.throughput = Throughput(self.step, peak(self.accelerator.device))
             self.trackers = Trackers(self.accelerator, unstructure(self.recipe), self.out, self.log)
             try:
@@ -93,6 +94,7 @@ class Trainer(TrainingState):
         with self._signals():
             while not (finished := self._evaluate()) and not self._stop:
                 self._step(streams, metrics)
+                # A signal reaches one process; all must leave the loop at the same step, or the others wait forever.
                 self._stop = self.ranks.any(self._stop)
                 if self._logs_at(self.step):
                     means = metrics.means(self.ranks.all_gather)
@@ -123,6 +125,7 @@ class Trainer(TrainingState):
             metrics.add({f"{module_name}/{name}": value for name, value in reported.items()})
         with calling(self.method, "after_step"):
             self.method.after_step(self.step, self.modules)
+        # Only checkpoints before a step that is known to be sound may be removed.
         if not any(self.spike_detector.row.values()):
             self.last_good_step = self.step
             checkpointing.rotate(self)
@@ -140,6 +143,7 @@ class Trainer(TrainingState):
                 source = batches_of(self.datasets[number], index, self.ranks.micro_batches)
                 batches = (batch.to(self.accelerator.device) for batch in self.loader.through(source))
             rng = self.rng if number == 0 else torch.Generator().manual_seed(self.recipe.seed)
+            # The streams diverge from here on, each with its own batches.
             rng.set_state(self.rng.get_state())
             with calling(self.method, "steps"):
                 steps = self.method.steps(batches, self.modules, rng)
@@ -176,6 +180,7 @@ class Trainer(TrainingState):
         with contextlib.suppress(Interrupted), self.isolated_rng(), ema_weights(self):
             line = self.evaluator.evaluate(self.step, self.modules, self.export_weights, stopping, agreed)
             self.trackers.log({f"evaluation/{k}": v for k, v in line.items() if k != "step"}, self.step)
+        # Otherwise steps per second would fall whenever an evaluation is due.
         self.throughput.excluded += time.monotonic() - started
 
     def export_weights(self) -> dict[str, Tensor]:
