@@ -195,5 +195,5 @@ if __name__ == "__main__":
         stage_worker.kill(Path(sys.argv[2]))
     else:
         log = f"{sys.argv[2]}.drawn-{os.environ['RANK']}"
-        found = stage_worker.run(Path(sys.argv[2]), words=tuple("abcdefg"), log=log)
-        print(json.dumps({"reported": found is not None}))
+        report = stage_worker.run(Path(sys.argv[2]), words=tuple("abcdefg"), log=log)
+        print(json.dumps({"reported": report is not None}))

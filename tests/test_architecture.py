@@ -181,7 +181,7 @@ def test_a_plugins_init_is_its_table_of_contents(plugin: Path) -> None:
 PRIVATE_WORDS = {"found", "told", "given", "asked", "lent", "own", "say", "look", "nets", "twins"}
 
 
-@pytest.mark.parametrize("folder", ["lens_core", "examples"])
+@pytest.mark.parametrize("folder", ["lens_core", "plugins", "scripts", "examples"])
 def test_names_are_nouns_of_the_field(folder: str) -> None:
     """A name says what a thing is: `entries`, not `found`; `message`, not `told`."""
     offences = []

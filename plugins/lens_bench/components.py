@@ -97,10 +97,10 @@ class PublicBenchmark:
         """How many prompts there are, and how often each perceiver is asked, for a dry run without the prompt file."""
         raise NotImplementedError
 
-    def _counts(self, total: int, images: int, asked: Mapping[str, float]) -> dict[str, int]:
-        """`asked`: for each perceiver, how many questions there are for one picture of each of all prompts."""
+    def _counts(self, total: int, images: int, per_picture: Mapping[str, float]) -> dict[str, int]:
+        """`per_picture`: for each perceiver, how many questions there are for one picture of each of all prompts."""
         count = total if self.config.prompts is None else min(self.config.prompts, total)
-        named = {role: n for role, n in asked.items() if getattr(self.config, role) is not None}
+        named = {role: n for role, n in per_picture.items() if getattr(self.config, role) is not None}
         questions = {_label(role): round(n * images * count / total) for role, n in named.items()}
         return {"prompts": count, **questions}
 
@@ -288,7 +288,7 @@ class OneIG(PublicBenchmark):
         return perception.oneig(self.config, pictures, folder, log=log)
 
     def workload(self, images: int) -> dict[str, int]:
-        asked = {
+        questions = {
             "reader": 200, "vlm": 11_231, "style_csd": 114, "style_encoder": 114, "diversity": 1120, "reasoning": 225
         }  # fmt: skip
-        return self._counts(self.total, images, asked)
+        return self._counts(self.total, images, questions)

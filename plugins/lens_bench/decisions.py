@@ -80,18 +80,18 @@ def _dimension(bench: str) -> str:
 
 
 def _dimensions(reports: list[report.Report], rule: str) -> dict[str, Estimate]:
-    found = {}
+    estimates = {}
     for one in reports:
         metrics = getattr(one, rule)
         name = _dimension(one.benchmark)
         estimate = metrics.get("text score" if name == "text" else "score")
         if estimate is not None:
-            found[name] = estimate
-    return {name: found[name] for name in DIMENSIONS if name in found}
+            estimates[name] = estimate
+    return {name: estimates[name] for name in DIMENSIONS if name in estimates}
 
 
 def _scores(one: report.Report, tags: Mapping[str, str]) -> list[PictureScore]:
-    found = []
+    scores = []
     for verdict in one.verdicts:
         try:
             name, index = str(verdict["prompt_id"]), int(str(verdict["id"]).rpartition("_")[2])
@@ -99,8 +99,8 @@ def _scores(one: report.Report, tags: Mapping[str, str]) -> list[PictureScore]:
             raise LensError(f"a verdict names no picture ({readers.one_line(error)})") from error
         score = picture_score(one.benchmark, verdict, name, index, tags.get(name, ""))
         if score is not None:
-            found.append(score)
-    return found
+            scores.append(score)
+    return scores
 
 
 def picture_score(bench: str, verdict: Mapping[str, Any], name: str, index: int, tag: str) -> PictureScore | None:
@@ -121,5 +121,5 @@ def picture_score(bench: str, verdict: Mapping[str, Any], name: str, index: int,
 
 
 def _weighed(verdict: Mapping[str, Any], value: str, weight: str, name: str, index: int, task: str) -> PictureScore:
-    found = verdict.get(value)
-    return PictureScore(name, index, task, found, float(verdict[weight]) if found is not None else 1.0)
+    number = verdict.get(value)
+    return PictureScore(name, index, task, number, float(verdict[weight]) if number is not None else 1.0)

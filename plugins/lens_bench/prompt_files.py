@@ -67,16 +67,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lens" / "prompts"
 
 
-def locate(source: Source, given: str | None, sha256: str | None = None) -> dict[str, Path]:
+def locate(source: Source, folder: str | None, sha256: str | None = None) -> dict[str, Path]:
     """Each of a source's files on this disk. `given`: the one file, or a folder that holds all of them; None: the
     cache, into which is fetched what it lacks. `sha256`: what the one file must have.
 
     Raises ConfigError, which names the file that is missing or another.
     """
-    if given is None:
+    if folder is None:
         places = {name: _fetched(source, name) for name in source.files}
     else:
-        root = Path(given).expanduser()
+        root = Path(folder).expanduser()
         single = len(source.files) == 1 and not root.is_dir()
         places = {name: root if single else root / name for name in source.files}
         for name, path in places.items():
@@ -92,9 +92,9 @@ def locate(source: Source, given: str | None, sha256: str | None = None) -> dict
 
 def check_sha256(path: Path, wanted: str) -> None:
     """Raise ConfigError where a file has another SHA-256."""
-    found = hashlib.sha256(readers.read_bytes(path, LARGEST)).hexdigest()
-    if found != wanted.lower():
-        raise ConfigError(f"{path}: has the SHA-256 {found[:16]}…, not {wanted[:16]}…; fetch the file again")
+    digest = hashlib.sha256(readers.read_bytes(path, LARGEST)).hexdigest()
+    if digest != wanted.lower():
+        raise ConfigError(f"{path}: has the SHA-256 {digest[:16]}…, not {wanted[:16]}…; fetch the file again")
 
 
 def _fetched(source: Source, name: str) -> Path:
@@ -297,18 +297,18 @@ def oneig(files: Mapping[str, Path], language: str) -> list[Prompt]:
 
 def _column(path: Path, name: str) -> dict[str, str]:
     """Id -> the text in one column of a side file."""
-    found = {}
+    column = {}
     for number, row in csv_rows(path):
         if not isinstance(row.get("id"), str) or not isinstance(row.get(name), str):
             raise ConfigError(f"{path}, line {number}: lacks id or {name}; give the authors' file")
-        found[row["id"]] = row[name]
-    return found
+        column[row["id"]] = row[name]
+    return column
 
 
 def _questions(path: Path) -> dict[str, Row]:
     """Id -> {questions: {number: text}, dependencies: {number: [numbers]}}, numbers as texts. In the authors' files
     both may be JSON within JSON."""
-    found = {}
+    by_name = {}
     for name, entry in _json_object(path).items():
         try:
             entry = json_fields.mapping(entry, name)
@@ -317,16 +317,16 @@ def _questions(path: Path) -> dict[str, Row]:
                 value = json_fields.field(entry, key, f"{name}.")
                 value = readers.parse_json(value) if isinstance(value, str) else value
                 parts.append(json_fields.mapping(value, f"{name}.{key}"))
-            asked, parents = parts
-            for key, question in asked.items():
+            questions, parents = parts
+            for key, question in questions.items():
                 json_fields.text(question, f"{name}.question.{key}")
             dependencies = {
                 key: [str(p) for p in json_fields.items(v, f"{name}.dependency")] for key, v in parents.items()
             }
-            found[name] = {"questions": asked, "dependencies": dependencies}
+            by_name[name] = {"questions": questions, "dependencies": dependencies}
         except ValueError as error:
             raise ConfigError(f"{path}: {readers.one_line(error)}") from error
-    return found
+    return by_name
 
 
 def evenly(prompts: list[Prompt], count: int | None) -> list[Prompt]:

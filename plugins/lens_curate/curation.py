@@ -148,7 +148,7 @@ class _Curation:
         if not len(self.tables.store):
             return
         known = np.sort(self.tables.records().id)
-        own = t.own_source(self.store, self.catalog)
+        present = t.own_source(self.store, self.catalog)
 
         def tasks() -> Iterator[PartTask]:
             for batch in self.tables.store.batches("id"):
@@ -157,7 +157,7 @@ class _Curation:
                 rows = np.array(batch["_rowid"].to_pylist(), np.int64)[new].tolist()
                 for start in range(0, len(rows), TASK):
                     some = rows[start : start + TASK]
-                    yield PartTask(-1, Part(str(some[0]), own.identity, len(some), {"rows": some}))
+                    yield PartTask(-1, Part(str(some[0]), present.identity, len(some), {"rows": some}))
 
         progress = Progress("read from the store")
         self._commit(self.engine(_grouped(tasks())), progress, 0)
@@ -166,7 +166,7 @@ class _Curation:
     def _score(self, records: t.RecordArrays, filters: Sequence[Filter], target: NDArray[np.bool_]) -> None:
         """Score the targets that a filter has not scored, in one reading of their parts."""
         lacking: dict[int, NDArray[np.bool_]] = {}
-        ours = target & (records.fault == 0) & ~records.own
+        ours = target & (records.fault == 0) & ~records.in_store
         for made in filters:
             state = self.tables.scores(made, records.id)[1]
             if (without := ours & (state == deciding.UNSCORED)).any():

@@ -58,8 +58,8 @@ def decide(
     """Verdicts on all records, without captions. `order`: the recipe's sources. `earlier`: records of other sources
     that another curation of this store has kept; they stay, as do the store's own pictures, and new ones are compared
     with them. `colours`: the grids of records at these places."""
-    ours = np.isin(records.source, [n for n, name in enumerate(records.sources) if name in order]) & ~records.own
-    incumbent = records.own | (earlier & ~ours)
+    ours = np.isin(records.source, [n for n, name in enumerate(records.sources) if name in order]) & ~records.in_store
+    incumbent = records.in_store | (earlier & ~ours)
     stages = (KEPT, DECODE, EXACT, *(s.made.name for s in scores), NEAR, MIRRORED, CAPTION)
     count = len(records)
     stage, column = np.zeros(count, np.int16), np.zeros(count, np.int16)

@@ -120,10 +120,10 @@ class Filler:
             stage[kept & ~self.records.brief & ~self.records.dense] = number
             return
         for style in self.captioner.styles:
-            asked = self._asks(style)
+            wanted = self._asks(style)
             places = self.captions[style].places(self.records.id)
-            failed = asked & (places < 0) & (not preview)
-            there = asked & (places >= 0)
+            failed = wanted & (places < 0) & (not preview)
+            there = wanted & (places >= 0)
             failed[there] = self.captions[style].flawed[places[there]]
             stage[failed] = number
 
@@ -175,7 +175,7 @@ class Filler:
     def texts(self, places: list[int]) -> dict[int, dict[str, Any]]:
         """The columns of the store, but the file, of records at these places: with the captions that shall be there."""
         numbers = self.records.row[places].tolist()
-        found = self.tables.rows(t.RECORDS, numbers, "height", "width", "brief", "dense", "source")
+        records = self.tables.rows(t.RECORDS, numbers, "height", "width", "brief", "dense", "source")
         made: dict[str, dict[int, str]] = {}
         for style, captions in self.captions.items():
             at = captions.places(self.records.id[places])
@@ -188,7 +188,7 @@ class Filler:
         asks = {style: self._asks(style) for style in self.captions}
         texts = {}
         for place, number in zip(places, numbers, strict=True):
-            row = {name: value for name, value in found[number].items() if name != "_rowid"}
+            row = {name: value for name, value in records[number].items() if name != "_rowid"}
             new = {style: made[style][place] for style in made if place in made[style] and asks[style][place]}
             texts[place] = {**row, **new}
         return texts
@@ -226,7 +226,7 @@ class Filler:
 
     def _earlier(self) -> Iterator[dict[str, Any]]:
         """Verdicts of earlier curations on records that this recipe is not about."""
-        others = np.sort(self.records.key[~self.verdicts.ours & ~self.records.own])
+        others = np.sort(self.records.key[~self.verdicts.ours & ~self.records.in_store])
         if not len(others):
             return
         for batch in self.tables.batches(t.VERDICTS, *t.COLUMNS[t.VERDICTS]):
@@ -258,10 +258,10 @@ class Filler:
             reason = self._reason(place, stage)
             if place in self.gone:
                 stage, reason = DECODE, "its file has changed or gone since it was read; run again"
-            found = names[int(records.row[place])]
+            record = names[int(records.row[place])]
             instead = int(verdicts.of[place])
             rows.append({
-                "key": key, "id": digest, "source": found["source"], "name": found["name"], "kept": stage == KEPT,
+                "key": key, "id": digest, "source": record["source"], "name": record["name"], "kept": stage == KEPT,
                 "stage": stage, "reason": reason, "of": others[instead] if instead >= 0 else "",
                 "distance": int(verdicts.distance[place]),
             })  # fmt: skip
@@ -293,8 +293,8 @@ class Filler:
                 at = int(captions.places(self.records.id[[place]])[0])
                 if at >= 0 and captions.flawed[at]:
                     row = self.tables.rows(t.CAPTIONS, [int(captions.rows[at])], "flaw", "attempts")
-                    found = row[int(captions.rows[at])]
-                    return f"{style} caption: {found['flaw']}, after {found['attempts']} attempts"
+                    answer = row[int(captions.rows[at])]
+                    return f"{style} caption: {answer['flaw']}, after {answer['attempts']} attempts"
                 if at < 0:
                     return f"no {style} caption yet"
         return "came without a caption, and the recipe makes none"

@@ -152,9 +152,9 @@ def read_head(path: Path, width: int) -> Any:
     expected = {f"{name}.{part}": size for name, ins, outs in zip(names, sizes, sizes[1:], strict=False)
                 for part, size in (("weight", (outs, ins)), ("bias", (outs,)))}  # fmt: skip
     for name, size in expected.items():
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found != size:
-            raise CheckpointError(f"{path}: {name} must be of shape {size}, not {found}; convert the published head")
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if shape != size:
+            raise CheckpointError(f"{path}: {name} must be of shape {size}, not {shape}; convert the published head")
     head = torch.nn.Sequential(*(torch.nn.Linear(i, o) for i, o in pairwise(sizes)))
     for layer, name in zip(head, names, strict=True):
         layer.weight.data, layer.bias.data = tensors[f"{name}.weight"].float(), tensors[f"{name}.bias"].float()
@@ -204,10 +204,10 @@ class TextArea:
         image = Image.fromarray(pixels)
         if max(image.size) > self.config.side:
             image.thumbnail((self.config.side, self.config.side), Image.Resampling.BOX)
-        found = self._engine(
+        result = self._engine(
             np.ascontiguousarray(np.asarray(image)[..., ::-1]), use_det=True, use_cls=False, use_rec=False
         )
-        boxes = getattr(found, "boxes", None)
+        boxes = getattr(result, "boxes", None)
         if boxes is None or not len(boxes):
             return 0.0, 0.0
         covered = Image.new("1", image.size)

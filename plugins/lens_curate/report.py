@@ -192,11 +192,11 @@ def _cards(tables: t.Tables, filler: Filler, places: list[int]) -> list[dict[str
     records, verdicts = filler.records, filler.verdicts
     others = [int(place) for place in verdicts.of[places] if place >= 0]
     numbers = records.row[[*places, *others]].tolist()
-    found = tables.rows(t.RECORDS, numbers, "name", "source", "thumbnail", "height", "width")
+    rows = tables.rows(t.RECORDS, numbers, "name", "source", "thumbnail", "height", "width")
     described = filler.described(np.array(places, np.int64), {})
     cards = []
     for place, words in zip(places, described, strict=True):
-        row = found[int(records.row[place])]
+        row = rows[int(records.row[place])]
         other = int(verdicts.of[place])
         values = {
             f"{s.made.name}.{name}": float(s.values[name][place])
@@ -206,7 +206,7 @@ def _cards(tables: t.Tables, filler: Filler, places: list[int]) -> list[dict[str
         cards.append({
             "name": row["name"], "source": row["source"], "id": words["id"], "reason": words["reason"],
             "size": f"{row['width']}x{row['height']}", "thumbnail": _data_url(row["thumbnail"]),
-            "other": _data_url(found[int(records.row[other])]["thumbnail"]) if other >= 0 else "", "scores": values,
+            "other": _data_url(rows[int(records.row[other])]["thumbnail"]) if other >= 0 else "", "scores": values,
         })  # fmt: skip
     return cards
 

@@ -108,7 +108,7 @@ class RecordArrays:
     key: NDArray[np.bytes_]  # S16
     source: NDArray[np.int32]  # number in `sources`
     sources: tuple[str, ...]
-    own: NDArray[np.bool_]  # was in the store before
+    in_store: NDArray[np.bool_]  # was in the store before
     part: NDArray[np.bytes_]  # S16
     id: NDArray[np.bytes_]  # S32; zeros where there is no file
     fault: NDArray[np.int32]  # number in `faults`; 0 is none
@@ -149,10 +149,10 @@ class Tables:
     def table(self, name: str, columns: Mapping[str, str] | None = None, made_by: str = "") -> Any:
         """A side table; None where there is none, unless `made_by` says that it shall be made."""
         if name not in self._open:
-            found = self.store.side_table(name, columns or COLUMNS[name], made_by)
-            if found is None:
+            table = self.store.side_table(name, columns or COLUMNS[name], made_by)
+            if table is None:
                 return None
-            self._open[name] = found
+            self._open[name] = table
         return self._open[name]
 
     def append(
@@ -183,8 +183,8 @@ class Tables:
         """These columns of the rows with these `_rowid`, by row id."""
         if not len(numbers):
             return {}
-        found = self.table(name).take_row_ids(sorted(set(numbers))).select(list(columns)).with_row_id().to_arrow()
-        return {row["_rowid"]: row for row in found.to_pylist()}
+        table = self.table(name).take_row_ids(sorted(set(numbers))).select(list(columns)).with_row_id().to_arrow()
+        return {row["_rowid"]: row for row in table.to_pylist()}
 
     def captions(self, identity: str) -> tuple[NDArray[np.bytes_], NDArray[np.int64], NDArray[np.bool_]]:
         """Captions that were asked for in this way: ids (S32, sorted), their `_rowid`, and whether each is flawed."""
@@ -213,8 +213,8 @@ class Tables:
             pieces.append(_arrays(None, sources, faults))
         joined = [np.concatenate(column) for column in zip(*pieces, strict=True)]
         last = _last_of_each(joined[1])
-        row, key, source, own, part, ids, fault, *rest = (column[last] for column in joined)
-        return RecordArrays(row, key, source, tuple(sources), own, part, ids, fault, tuple(faults), *rest)
+        row, key, source, in_store, part, ids, fault, *rest = (column[last] for column in joined)
+        return RecordArrays(row, key, source, tuple(sources), in_store, part, ids, fault, tuple(faults), *rest)
 
     def scores(self, made: Filter, ids: NDArray[np.bytes_]) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.int8]]:
         """A filter's numbers for pictures with these ids, by column, NaN where there are none; and for each picture
@@ -242,8 +242,8 @@ class Tables:
     def colours(self, records: RecordArrays, places: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Grids of colours of records at these places, uint8 [n,8,8,3]."""
         numbers = records.row[places].tolist()
-        found = self.rows(RECORDS, numbers, "colours")
-        return grid_array([found[number]["colours"] for number in numbers])
+        rows = self.rows(RECORDS, numbers, "colours")
+        return grid_array([rows[number]["colours"] for number in numbers])
 
     def rewrite(self, name: str, made_by: str, batches: Iterable[Sequence[Mapping[str, Any]]]) -> None:
         """Replace a side table by these rows: all of them appear, or the table stays as it was. Raises WriteError."""

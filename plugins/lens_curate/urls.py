@@ -148,8 +148,8 @@ class Urls:
             return None
         parts = urlsplit(url)
         try:
-            found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
-            public = all(ipaddress.ip_address(str(place[4][0]).partition("%")[0]).is_global for place in found)
+            addresses = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
+            public = all(ipaddress.ip_address(str(place[4][0]).partition("%")[0]).is_global for place in addresses)
         except (OSError, UnicodeError, ValueError):
             return None  # the request will say what is wrong
         return None if public else "is of this machine or of a private network; private_hosts: true allows it"

@@ -34,11 +34,11 @@ def explain(store: str, which: str, catalog: Catalog) -> list[str]:
     else:
         quoted = which.replace("'", "''")
         condition = f"name = '{quoted}'"
-    found = table.search().where(condition).limit(64).to_list()
+    rows = table.search().where(condition).limit(64).to_list()
     spec = structure(CurationSpec, json.loads((table.schema.metadata or {})[b"lens.made_by"]))
     filters = build_filters(spec, catalog)
     lines: list[str] = []
-    for row in found:
+    for row in rows:
         lines += _of_record(tables, spec, filters, row)
     return lines
 

@@ -93,10 +93,10 @@ class Worker:
         self.spec = spec
         self.sources: list[NamedSource] = build_sources(spec.sources, catalog)
         self.filters: list[Filter] = build_filters(spec, catalog)
-        self.own = tables.own_source(store, catalog)
+        self.stored_source = tables.own_source(store, catalog)
 
     def source(self, number: int) -> NamedSource:
-        return self.own if number < 0 else self.sources[number]
+        return self.stored_source if number < 0 else self.sources[number]
 
     def run(self, tasks: Sequence[PartTask]) -> Iterator[Answer]:
         held = _Held()

@@ -61,7 +61,7 @@ def flaw(request: str, answer: str, language: str, longest: int) -> str | None:
 
 def quoted_words(text: str) -> list[str]:
     """What stands in quotation marks."""
-    return [next(filter(None, found), "").strip() for found in QUOTED.findall(text)]
+    return [next(filter(None, groups), "").strip() for groups in QUOTED.findall(text)]
 
 
 def missing_words(request: str, answer: str) -> Iterator[str]:
@@ -76,15 +76,15 @@ def language_flaw(request: str, answer: str, language: str) -> str | None:
     """Where it is plain that an answer is in another language than it should be."""
     want_script = script_of(request)
     if language != "keep":
-        found = language_of(answer)
+        answered = language_of(answer)
         if script_of(answer) not in ("", "LATIN"):
             return f"the answer is not in {NAMES[language]}"
-        return None if found in (language, "") else f"the answer is in {NAMES[found]}, not in {NAMES[language]}"
+        return None if answered in (language, "") else f"the answer is in {NAMES[answered]}, not in {NAMES[language]}"
     if script_of(answer) != want_script and want_script and script_of(answer):
         return f"the answer is written in {script_of(answer).lower()} script, the request in {want_script.lower()}"
-    asked, found = language_of(request), language_of(answer)
-    if asked and found and asked != found:
-        return f"the answer is in {NAMES[found]}, the request in {NAMES[asked]}"
+    requested, answered = language_of(request), language_of(answer)
+    if requested and answered and requested != answered:
+        return f"the answer is in {NAMES[answered]}, the request in {NAMES[requested]}"
     return None
 
 

@@ -79,8 +79,8 @@ def _of_json(text: str) -> str:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    found = [value[key] for key in _KEYS if isinstance(value, dict) and isinstance(value.get(key), str)]
-    return found[0] if len(found) == 1 else text
+    texts = [value[key] for key in _KEYS if isinstance(value, dict) and isinstance(value.get(key), str)]
+    return texts[0] if len(texts) == 1 else text
 
 
 def _unquoted(text: str) -> str:

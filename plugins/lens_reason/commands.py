@@ -35,9 +35,11 @@ def search(
     from lens_reason.search import run_search
 
     catalog = Catalog.installed()
-    found = read_search(recipe, catalog, set_ or [])
+    search_recipe = read_search(recipe, catalog, set_ or [])
     folder = output or Path("runs") / f"search-{recipe.stem}"
-    result = run_search(found, folder, catalog=catalog, log=lambda line: print(line, file=sys.stderr, flush=True))
+    result = run_search(
+        search_recipe, folder, catalog=catalog, log=lambda line: print(line, file=sys.stderr, flush=True)
+    )
     print(f"{report.summary(result)}\n{folder}: best.txt, candidates.json, report.md, progress.png")
     return 0
 

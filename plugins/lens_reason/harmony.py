@@ -37,11 +37,11 @@ class Turn:
 def pieces_of(text: str) -> Iterator[tuple[bool, str]]:
     """A text with control tokens spelled in it -> (is a control token, its name or text)."""
     place = 0
-    for found in CONTROL.finditer(text):
-        if found.start() > place:
-            yield False, text[place : found.start()]
-        yield True, found.group()
-        place = found.end()
+    for match in CONTROL.finditer(text):
+        if match.start() > place:
+            yield False, text[place : match.start()]
+        yield True, match.group()
+        place = match.end()
     if place < len(text):
         yield False, text[place:]
 

@@ -81,26 +81,26 @@ def read_search(path: Path, catalog: Catalog, changes: Sequence[str] = ()) -> Se
             "$.heldout: missing; name the options of the benchmark's held-out part, {split: test} say",
         ]
         data = {**data, "heldout": {}}
-    found: Search | None = None
+    search: Search | None = None
     try:
-        found = structure(Search, data)
+        search = structure(Search, data)
     except ConfigError as error:
         problems += error.problems
-    if found is not None:
-        problems += list(_flaws(found, catalog))
-    if problems or found is None:
+    if search is not None:
+        problems += list(_flaws(search, catalog))
+    if problems or search is None:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
-    return found
+    return search
 
 
 def _flaws(search: Search, catalog: Catalog) -> Iterator[str]:
-    found: list[str] = []
+    flaws: list[str] = []
     for place, kind, use in [*search.uses(), ("benchmark", "benchmark", search.part("heldout"))]:
         try:
             build(catalog, kind, use, f"$.{place}")
         except ConfigError as error:
-            found += error.problems
-    yield from dict.fromkeys(found)  # what is wrong with both parts of the benchmark is said once
+            flaws += error.problems
+    yield from dict.fromkeys(flaws)  # what is wrong with both parts of the benchmark is said once
     if search.start is not None and search.start_file is not None:
         yield "$: start and start_file are both given; keep one"
     if search.start is not None and len(search.start.encode("utf-8", "replace")) > MAX_PROMPT:

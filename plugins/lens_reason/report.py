@@ -25,8 +25,8 @@ from lens_reason.state import SearchFiles, name_of_prompt
 
 def scores_of(files: SearchFiles, system: str, part: Part) -> list[Score]:
     """A candidate's scores over a part; failed where nothing was drawn."""
-    found = [files.judged(name_of_prompt(system), part.name, i) for i in range(len(part.prompts))]
-    return [Score("failed", evidence="not drawn") if one is None else one.score for one in found]
+    judgements = [files.judged(name_of_prompt(system), part.name, i) for i in range(len(part.prompts))]
+    return [Score("failed", evidence="not drawn") if one is None else one.score for one in judgements]
 
 
 def estimate(files: SearchFiles, system: str, part: Part) -> Estimate:
@@ -43,7 +43,7 @@ def difference(files: SearchFiles, one: str, other: str, part: Part) -> Differen
             values, clusters = pairs.setdefault(prompt.task, ([], []))
             values.append(b.value - a.value)
             clusters.append(cluster_of(prompt))
-    tasks = {task: ClusteredScores(*found) for task, found in pairs.items()}
+    tasks = {task: ClusteredScores(*scores) for task, scores in pairs.items()}
     return paired_difference(tasks, _headline(part, tasks))
 
 

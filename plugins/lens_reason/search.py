@@ -208,8 +208,8 @@ class Searching:
     def reflect(self, system: str, examples: Sequence[Mapping[str, Any]]) -> str:
         """Ask for a change of `system`, or read the answer that was given before, and remember the candidate."""
         self._attempts, self._rounds = self._attempts + 1, 0
-        asked = {"attempt": self._attempts, "system_prompt": system, "examples": list(examples)}
-        material = json.dumps(asked, ensure_ascii=False, indent=1)
+        question = {"attempt": self._attempts, "system_prompt": system, "examples": list(examples)}
+        material = json.dumps(question, ensure_ascii=False, indent=1)
         files, purse = self.judge.files, self.judge.purse
         answer = files.answer(material)
         new = answer is None

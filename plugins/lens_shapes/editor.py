@@ -38,8 +38,8 @@ class ShapesEditor:
         """The answer to a system prompt with examples, as JSON in the last message."""
         question = messages[-1].text
         try:
-            asked = json.loads(question)
-            system, examples = str(asked["system_prompt"]), list(asked["examples"])
+            request = json.loads(question)
+            system, examples = str(request["system_prompt"]), list(request["examples"])
         except (ValueError, KeyError, TypeError) as error:
             raise LensError("shapes_editor: reads the questions of lens reason search alone") from error
         digest = hashlib.sha256(f"{self.config.seed} {question}".encode()).digest()

@@ -111,10 +111,10 @@ def random_style(rng: np.random.Generator, kinds: Mapping[str, float] = KINDS) -
 
 def system_prompt(style: Style, rng: np.random.Generator) -> str:
     """A system prompt that asks for `style`: a sentence for each of its fields in some order, among neutral ones."""
-    asked = [field.name for field in fields(Style) if getattr(style, field.name)]
+    wanted = [field.name for field in fields(Style) if getattr(style, field.name)]
     if style == SHORTEST and rng.random() < 0.5:
-        asked = []  # what nothing is said about is a phrase
-    lines = [pick(rng, WORDINGS[name]) for name in asked]
+        wanted = []  # what nothing is said about is a phrase
+    lines = [pick(rng, WORDINGS[name]) for name in wanted]
     if not style.phrase and not style.sentence:
         lines += [
             pick(rng, ways) for name, ways in LEAVE_OUT.items() if not getattr(style, name) and rng.random() < 0.4
@@ -128,13 +128,13 @@ def system_prompt(style: Style, rng: np.random.Generator) -> str:
 
 def style_of(text: str) -> Style:
     """The style that a system prompt asks for in the words of this module; a phrase where it asks for nothing."""
-    asked = {name for name, ways in WORDINGS.items() if any(way in text for way in ways)}
-    asked -= {name for name, ways in LEAVE_OUT.items() if any(way in text for way in ways)}
-    if "phrase" in asked or not asked & {"sentence", *PARTS}:
+    wanted = {name for name, ways in WORDINGS.items() if any(way in text for way in ways)}
+    wanted -= {name for name, ways in LEAVE_OUT.items() if any(way in text for way in ways)}
+    if "phrase" in wanted or not wanted & {"sentence", *PARTS}:
         return SHORTEST
-    if "sentence" in asked:
+    if "sentence" in wanted:
         return Style(sentence=True)
-    return Style(**dict.fromkeys(asked, True))
+    return Style(**dict.fromkeys(wanted, True))
 
 
 def describe(scene: Scene, style: Style, rng: np.random.Generator) -> str:

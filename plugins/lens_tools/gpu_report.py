@@ -38,8 +38,8 @@ def _environment(facts: Mapping[str, Any]) -> Iterator[str]:
     yield "- " + ", ".join(f"{name} {software.get(name)}" for name in ("torch", "python", "transformers"))
 
 
-def _correctness(found: Mapping[str, Any]) -> Iterator[str]:
-    tests = found.get("tests", {})
+def _correctness(results: Mapping[str, Any]) -> Iterator[str]:
+    tests = results.get("tests", {})
     counts: dict[str, int] = {}
     for test in tests.values():
         counts[test["outcome"]] = counts.get(test["outcome"], 0) + 1
@@ -49,17 +49,17 @@ def _correctness(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"- {name}: {test.get('error', '')}"
 
 
-def _latency(found: Mapping[str, Any]) -> Iterator[str]:
+def _latency(results: Mapping[str, Any]) -> Iterator[str]:
     yield "| item | " + " | ".join(f"{way}, s" for way in WAYS) + " | port / compiled | goal, s |"
     yield "|---" * 7 + "|"
-    for name, item in found.get("items", {}).items():
+    for name, item in results.get("items", {}).items():
         ways = item.get("ways", {})
         if not ways:
             continue
         cells = [f"{ways[way]['median_s']:.4f}" if way in ways else "" for way in WAYS]
         faster = item.get("port / compiled", {}).get("median")
         yield f"| {name} | {' | '.join(cells)} | {'' if faster is None else f'{faster:.2f}'} | {GOALS.get(name, '')} |"
-    for name, item in found.get("items", {}).items():
+    for name, item in results.get("items", {}).items():
         if "ways" not in item:
             about = {k: v for k, v in item.items() if k not in ("took_s", "where")}
             yield f"- {name}: {_short(about)}"
@@ -67,20 +67,20 @@ def _latency(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"- {name}: {item['error']}"
 
 
-def _training(found: Mapping[str, Any]) -> Iterator[str]:
+def _training(results: Mapping[str, Any]) -> Iterator[str]:
     yield "| setup | way | images/s | step, s | MFU | peak, GB | dry run, GB |"
     yield "|---" * 7 + "|"
-    for name, item in found.get("items", {}).items():
-        for way, told in (item.get("ways") or {}).items():
-            if "median_s" not in told:
-                yield f"| {name} | {way} | {told.get('error') or told.get('skipped')} | | | | |"
+    for name, item in results.get("items", {}).items():
+        for way, timing in (item.get("ways") or {}).items():
+            if "median_s" not in timing:
+                yield f"| {name} | {way} | {timing.get('error') or timing.get('skipped')} | | | | |"
                 continue
-            mfu = "" if told.get("mfu") is None else f"{told['mfu']:.1%}"
-            peak = "" if told.get("memory_gb") is None else f"{told['memory_gb']:.1f}"
+            mfu = "" if timing.get("mfu") is None else f"{timing['mfu']:.1%}"
+            peak = "" if timing.get("memory_gb") is None else f"{timing['memory_gb']:.1f}"
             forecast = f"{item.get('dry_run_gb') or 0:.1f}"
-            speed = f"{told['images_per_s']:.2f} | {told['median_s']:.3f}"
+            speed = f"{timing['images_per_s']:.2f} | {timing['median_s']:.3f}"
             yield f"| {name} | {way} | {speed} | {mfu} | {peak} | {forecast} |"
-    for name, item in found.get("items", {}).items():
+    for name, item in results.get("items", {}).items():
         if "variants" in item:
             steps = {k: round(v["step"], 4) for k, v in item["variants"].items()}
             yield f"- {name}: seconds a step {_short(steps)}; gradients' distance {_short(item['agreement'])}"

@@ -37,24 +37,24 @@ class Records:
 
         An error is kept in the item, and the stage goes on. With less than `need` seconds left, nothing is run.
         """
-        found: dict[str, Any] = {}
-        self.items[name] = found
+        record: dict[str, Any] = {}
+        self.items[name] = record
         if self.left() < need:
-            found["skipped"] = f"{max(self.left(), 0):.0f} s left, {need:.0f} s needed"
+            record["skipped"] = f"{max(self.left(), 0):.0f} s left, {need:.0f} s needed"
             self.write()
             return False
         begun = time.time()
         try:
-            measure(found)
+            measure(record)
         except Exception as error:  # one broken item must not cost the others
             lines = traceback.extract_tb(error.__traceback__)[-4:]
-            found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
-            found["where"] = [f"{Path(line.filename).name}:{line.lineno} {line.name}" for line in lines]
-        found["took_s"] = round(time.time() - begun, 2)
+            record["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+            record["where"] = [f"{Path(line.filename).name}:{line.lineno} {line.name}" for line in lines]
+        record["took_s"] = round(time.time() - begun, 2)
         free_memory()
         self.write()
-        print(f"{self.path.stem}: {name}: {found.get('error', 'ok')} ({found['took_s']} s)", flush=True)
-        return "error" not in found
+        print(f"{self.path.stem}: {name}: {record.get('error', 'ok')} ({record['took_s']} s)", flush=True)
+        return "error" not in record
 
 
 def free_memory() -> None:

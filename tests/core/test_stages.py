@@ -146,15 +146,15 @@ def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_result(tmp_path: Path
         [sys.executable, str(WORKER), "kill", str(tmp_path / "killed")],
         capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
-    found = json.loads(done.stdout)
-    whole = found["whole"]
-    assert found["code"] == 0 and whole["drawn"] == 9 and len(found["runs"]) >= 12
-    for name, one in found["runs"].items():
+    results = json.loads(done.stdout)
+    whole = results["whole"]
+    assert results["code"] == 0 and whole["drawn"] == 9 and len(results["runs"]) >= 12
+    for name, one in results["runs"].items():
         *killed, last = one["codes"]
         assert last == 0 and killed[0] == -9, name
         assert one["result"] == whole["result"] and one["perceptions"] == whole["perceptions"], name
         assert one["drawn"] <= 9 + len(killed), "a kill costs the picture at hand at most"
-    assert any(one["drawn"] == 9 for one in found["runs"].values()), "a kill between two pictures costs none"
+    assert any(one["drawn"] == 9 for one in results["runs"].values()), "a kill between two pictures costs none"
 
 
 def test_processes_share_the_pictures_and_report_what_one_alone_does(tmp_path: Path) -> None:
@@ -173,9 +173,9 @@ def test_processes_share_the_pictures_and_report_what_one_alone_does(tmp_path: P
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    told = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
-    assert [json.loads(out)["reported"] for out, _ in told] == [True, False]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [json.loads(out)["reported"] for out, _ in outputs] == [True, False]
     shares = [set(Path(f"{tmp_path / 'pair'}.drawn-{rank}").read_text().split()) for rank in (0, 1)]
     assert not shares[0] & shares[1] and {len(share) for share in shares} == {10, 11}
     pair = json.loads((tmp_path / "pair" / "result.json").read_text())

@@ -41,12 +41,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         or not (report.when == "call" or report.outcome != "passed")
     ):
         return
-    told: dict[str, Any] = {"outcome": report.outcome, "seconds": round(report.duration, 2)}
+    line: dict[str, Any] = {"outcome": report.outcome, "seconds": round(report.duration, 2)}
     if report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
-        told["error"] = " ".join(str(getattr(crash, "message", report.longrepr)).split())[:600]
-    told |= dict(report.user_properties)
-    OUTCOMES[report.nodeid.removeprefix("tests/gpu/")] = told
+        line["error"] = " ".join(str(getattr(crash, "message", report.longrepr)).split())[:600]
+    line |= dict(report.user_properties)
+    OUTCOMES[report.nodeid.removeprefix("tests/gpu/")] = line
     part = Path(f"{RESULTS}.part")
     part.write_text(json.dumps({"tests": OUTCOMES}, indent=1, sort_keys=True), encoding="utf-8")
     part.replace(RESULTS)

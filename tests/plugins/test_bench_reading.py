@@ -149,9 +149,9 @@ def model(**options: Any) -> tuple[Vlm, FakeLLM]:
 
 
 def test_a_model_is_asked_the_prompt_that_stands_in_the_question() -> None:
-    asked, llm = model()
+    perceiver, llm = model()
     picture = Image.new("RGB", (8, 8), "red")
-    answers = asked.perceive([picture] * 3, [ASK.format(question="Is it red?"), "refuse this", READ])
+    answers = perceiver.perceive([picture] * 3, [ASK.format(question="Is it red?"), "refuse this", READ])
     assert answers[0] == "Yes" and answers[2] == canary.SENTENCE
     assert isinstance(answers[1], LensError) and str(answers[1]) == "content_filter: refused"
     assert llm.messages[0].text == "Is it red?. Please answer 'Yes' or 'No' only."
@@ -167,14 +167,14 @@ def test_a_model_that_does_not_say_exactly_yes_fails_its_canary() -> None:
 def test_answers_with_fewer_tokens_come_from_the_same_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Catalog, "installed", classmethod(lambda cls: Catalog.of(lens_llm)))
     options = {"model": "m", "max_tokens": 900, "max_calls": 3, "base_url": "http://localhost:1/v1"}
-    asked = Vlm(Vlm.Config(ComponentSpec("openai", options)))
-    short, whole = asked._llm(128), asked._llm(None)
+    perceiver = Vlm(Vlm.Config(ComponentSpec("openai", options)))
+    short, whole = perceiver._llm(128), perceiver._llm(None)
     assert isinstance(short, OpenAI) and (short.config.max_tokens, whole.config.max_tokens) == (128, 900)
     assert short.config.as_is and whole.config.as_is, "a reading that is cut off counts as far as it goes"
-    assert short.budget is whole.budget and asked._llm(128) is short
-    described = asked.describe()
+    assert short.budget is whole.budget and perceiver._llm(128) is short
+    described = perceiver.describe()
     assert described["model"] == "m" and "localhost" not in str(described)
-    assert asked.estimate(10).calls == 10
+    assert perceiver.estimate(10).calls == 10
 
 
 def test_what_decides_an_answer_decides_its_identity_and_what_does_not_does_not() -> None:

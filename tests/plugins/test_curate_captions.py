@@ -37,8 +37,8 @@ RANGE = (10, 40)
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_caption(text: str, flaw: str) -> None:
-    found = flaw_of(text, RANGE)
-    assert (flaw in found) if flaw else found == ""
+    problem = flaw_of(text, RANGE)
+    assert (flaw in problem) if flaw else problem == ""
 
 
 def test_an_answer_is_cleaned_and_its_quoted_text_stays() -> None:
@@ -123,11 +123,11 @@ def test_a_kill_after_the_answers_and_before_they_are_written_pays_for_none_agai
     monkeypatch.setattr(filling.Filler, "_ask", killed)
     with pytest.raises(KeyboardInterrupt):
         run(spec(folder, endpoint), tmp_path / "store")
-    asked = len(endpoint.bodies)
-    assert asked == 4
+    calls = len(endpoint.bodies)
+    assert calls == 4
     monkeypatch.setattr(filling.Filler, "_ask", plain)
     report = run(spec(folder, endpoint), tmp_path / "store")
-    assert len(endpoint.bodies) == asked and report.data["cost"]["cached"] == 4
+    assert len(endpoint.bodies) == calls and report.data["cost"]["cached"] == 4
     assert len(stored(tmp_path / "store")) == 4
 
 

@@ -77,8 +77,8 @@ def test_the_colours_of_a_mirror_image_are_compared_mirrored() -> None:
     made = [perceptual_hash(p) for p in both]
     grids = grid_array([colour_grid(p) for p in both])
     straight, mirrored = (hash_array([h[n] for h in made]) for n in (0, 1))
-    found = near_duplicates(straight, mirrored, np.arange(2), 32, lambda places: grids[places], 10)
-    assert found[0].tolist() == [-1, 0] and found[2].tolist() == [False, True]
+    near = near_duplicates(straight, mirrored, np.arange(2), 32, lambda places: grids[places], 10)
+    assert near[0].tolist() == [-1, 0] and near[2].tolist() == [False, True]
 
 
 def test_a_digest_tells_pixels_and_shapes_apart() -> None:
@@ -110,9 +110,9 @@ def test_the_search_finds_what_comparing_every_pair_finds() -> None:
     i, j, bits = near_pairs(hashes, 32)
     apart = distances(hashes[:, None], hashes[None])
     true = {(a, b) for a, b in zip(*np.nonzero(apart <= 32), strict=True) if a < b}
-    found = set(zip(i.tolist(), j.tolist(), strict=True))
-    assert found <= true
-    assert len(found) >= 0.99 * len(true) > 200
+    pairs = set(zip(i.tolist(), j.tolist(), strict=True))
+    assert pairs <= true
+    assert len(pairs) >= 0.99 * len(true) > 200
     assert (apart[i, j] == bits).all()
 
 

@@ -125,10 +125,10 @@ def test_what_strangers_put_into_a_folder_stops_nothing(tmp_path: Path) -> None:
     picture(3).save(weird)
     (folder / "tab\tname\n.png").write_bytes(png(4))
     run(spec({"use": "folder", "path": str(folder)}), tmp_path / "store")
-    found = stages(tmp_path / "store")
-    assert found["0.png"] == found["1.png"] == ""
-    assert found["text.png"] == found["empty.png"] == found["pipe.png"] == found["bomb.png"] == "decode"
-    assert "._0.png" not in found and "\\udcff\\udcfe.png" in found and "tab\\tname\\n.png" in found
+    stage_of = stages(tmp_path / "store")
+    assert stage_of["0.png"] == stage_of["1.png"] == ""
+    assert stage_of["text.png"] == stage_of["empty.png"] == stage_of["pipe.png"] == stage_of["bomb.png"] == "decode"
+    assert "._0.png" not in stage_of and "\\udcff\\udcfe.png" in stage_of and "tab\\tname\\n.png" in stage_of
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -144,7 +144,7 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.fixture
 def site() -> Iterator[Any]:
-    """A host with pictures; `site.asked` are the paths that were asked for."""
+    """A host with pictures; `site.requests` are the paths that were asked for."""
     pages: dict[str, tuple[int, bytes, dict[str, str]]] = {
         "/a.png": (200, png(1), {}),
         "/b.png": (200, png(2), {}),
@@ -159,7 +159,7 @@ def site() -> Iterator[Any]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            server.asked.append(self.path)  # type: ignore[attr-defined]
+            server.requests.append(self.path)  # type: ignore[attr-defined]
             status, body, headers = pages.get(self.path, (404, b"", {}))
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
@@ -172,7 +172,7 @@ def site() -> Iterator[Any]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.asked = []  # type: ignore[attr-defined]
+    server.requests = []  # type: ignore[attr-defined]
     server.url = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
@@ -187,21 +187,23 @@ def test_addresses_are_fetched_once_and_within_limits(site: Any, tmp_path: Path)
     use = {"use": "urls", "path": str(tmp_path / "list.txt"), "downloads": str(tmp_path / "kept"), "retries": 0,
            "max_bytes": 100_000, "timeout": 20}  # fmt: skip
     report = run(spec({**use, "private_hosts": True}), tmp_path / "store")
-    found = {row["name"].rpartition("/")[2]: row["reason"] for row in verdicts(str(tmp_path / "store"))}
-    assert found["a.png"] == found["moved.png"] == ""
-    assert "X-Robots-Tag" in found["noai.png"] and "more than 5 times" in found["circle.png"]
-    assert "http://" in found["file.png"] and "max_bytes" in found["large.png"] and "404" in found["none.png"]
-    assert found["page.png"] == "corrupt image" or "unsupported" in found["page.png"]
-    assert "503" in found["down.png"] and "line without a url" in found.values()
+    reason_of = {row["name"].rpartition("/")[2]: row["reason"] for row in verdicts(str(tmp_path / "store"))}
+    assert reason_of["a.png"] == reason_of["moved.png"] == ""
+    assert "X-Robots-Tag" in reason_of["noai.png"] and "more than 5 times" in reason_of["circle.png"]
+    assert (
+        "http://" in reason_of["file.png"] and "max_bytes" in reason_of["large.png"] and "404" in reason_of["none.png"]
+    )
+    assert reason_of["page.png"] == "corrupt image" or "unsupported" in reason_of["page.png"]
+    assert "503" in reason_of["down.png"] and "line without a url" in reason_of.values()
     assert report.data["kept"] == 2 and {r["dense"] for r in stored(tmp_path / "store").values()} == {
         "Picture a.", "Picture moved."
     }  # fmt: skip
-    asked = len(site.asked)
+    requests_before = len(site.requests)
     run(spec({**use, "private_hosts": True}), tmp_path / "other")
-    assert set(site.asked[asked:]) == {"/down.png"}, "what may pass is tried again; nothing else is"
+    assert set(site.requests[requests_before:]) == {"/down.png"}, "what may pass is tried again; nothing else is"
     run(spec(use), tmp_path / "third")
     again = {row["name"].rpartition("/")[2]: row["reason"] for row in verdicts(str(tmp_path / "third"))}
-    assert "private network" in again["down.png"] and set(site.asked[asked:]) == {"/down.png"}
+    assert "private network" in again["down.png"] and set(site.requests[requests_before:]) == {"/down.png"}
 
 
 @pytest.mark.parametrize(

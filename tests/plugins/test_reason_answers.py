@@ -160,8 +160,8 @@ def test_what_belongs_to_a_prompt_stays(prompt):
     ],
 )  # fmt: skip
 def test_an_answer_that_may_not_be_drawn_says_why(request_, answer, words):
-    found = flaw(request_, answer, "keep", 4000)
-    assert found is not None and words in found and len(found.splitlines()) == 1
+    problem = flaw(request_, answer, "keep", 4000)
+    assert problem is not None and words in problem and len(problem.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -49,10 +49,10 @@ class Scripted:
 
     def chat(self, messages):
         self.seen.append(messages)
-        found = self.reply(messages[-1].text.removeprefix("<request>").removesuffix("</request>"))
-        if isinstance(found, Exception):
-            raise found
-        return found
+        reply = self.reply(messages[-1].text.removeprefix("<request>").removesuffix("</request>"))
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
 
 def chat(reply: Any, **options: Any) -> ChatReasoner:

@@ -42,8 +42,8 @@ class Writer:
 
     def chat(self, messages):
         style = style_of(messages[0].text)
-        asked = [name for name in sorted(PARTS) if getattr(style, name)]
-        return " ".join([messages[1].text.removeprefix("<request>").removesuffix("</request>"), *asked])
+        wanted = [name for name in sorted(PARTS) if getattr(style, name)]
+        return " ".join([messages[1].text.removeprefix("<request>").removesuffix("</request>"), *wanted])
 
 
 class Words:
@@ -150,9 +150,9 @@ def test_a_search_finds_the_prompt_that_asks_for_everything(tmp_path):
     assert spec == ComponentSpec("chat", {"llm": {"use": "writer"}, "system": result.best.system})
     report = (tmp_path / "report.md").read_text()
     assert "+1.000 from the start (+1.000 to +1.000)" in report and "within noise" not in report
-    found = json.loads((tmp_path / "candidates.json").read_text())
-    rows = {row["name"]: row for row in found["candidates"]}
-    best = rows[found["best"]]
+    data = json.loads((tmp_path / "candidates.json").read_text())
+    rows = {row["name"]: row for row in data["candidates"]}
+    best = rows[data["best"]]
     assert best["dev_score"] == 1.0 and best["whole"] and best["reason"] and best["parent"] in rows
     assert rows[result.start.name]["parent"] == "" and rows[result.start.name]["pictures"] == 12
     assert (tmp_path / "progress.png").read_bytes()[:4] == b"\x89PNG"
@@ -160,11 +160,11 @@ def test_a_search_finds_the_prompt_that_asks_for_everything(tmp_path):
 
 @pytest.mark.parametrize("killed_at", [0, 7, 60])
 def test_a_killed_search_goes_on_and_draws_and_asks_nothing_twice(tmp_path, whole, killed_at):
-    asked = []
+    questions = []
 
     class Counting(ShapesEditor):
         def chat(self, messages):
-            asked.append(messages[-1].text)
+            questions.append(messages[-1].text)
             return super().chat(messages)
 
     editor = Counting(ShapesEditor.Config())
@@ -173,7 +173,7 @@ def test_a_killed_search_goes_on_and_draws_and_asks_nothing_twice(tmp_path, whol
         search(tmp_path / "killed", pipeline=first, reflector=editor)
     resumed = search(tmp_path / "killed", pipeline=second, reflector=editor)
     assert not set(first.drawn) & set(second.drawn)
-    assert len(asked) == len(set(asked))
+    assert len(questions) == len(set(questions))
     assert resumed.candidates == whole.candidates and resumed.best == whole.best
     assert [*first.drawn, *second.drawn] == [f"{s} | {p}" for s, p in _drawn(whole)]
 
@@ -341,8 +341,8 @@ def write(path: Path, **changes: Any) -> Path:
 
 
 def test_a_recipe_is_read(tmp_path):
-    found = read_search(write(tmp_path / "s.yaml"), CATALOG, ["budget.calls=7"])
-    assert found.budget == Budget(100, 7) and found.part("heldout").options == {"split": "test"}
+    search = read_search(write(tmp_path / "s.yaml"), CATALOG, ["budget.calls=7"])
+    assert search.budget == Budget(100, 7) and search.part("heldout").options == {"split": "test"}
 
 
 @pytest.mark.parametrize(

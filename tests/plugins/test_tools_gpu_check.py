@@ -60,13 +60,13 @@ def test_a_stage_that_hangs_is_cut_off_and_the_next_one_runs(tmp_path: Path, mon
 def test_an_item_that_breaks_costs_no_other_and_is_told_with_its_place(tmp_path: Path) -> None:
     records = Records(tmp_path / "r.json", time.time() + 100)
 
-    def broken(found: dict[str, Any]) -> None:
-        found["before"] = 1.0
+    def broken(record: dict[str, Any]) -> None:
+        record["before"] = 1.0
         raise ValueError("no\nroom")
 
     assert not records.run("a", broken)
-    assert records.run("b", lambda found: found.update(x=float("nan")))
-    assert not records.run("c", lambda found: found.update(x=1), need=1000)
+    assert records.run("b", lambda record: record.update(x=float("nan")))
+    assert not records.run("c", lambda record: record.update(x=1), need=1000)
     items = json.loads((tmp_path / "r.json").read_text())["items"]
     assert (
         items["a"]["before"] == 1
@@ -83,9 +83,9 @@ def test_a_way_that_is_wrong_is_not_timed() -> None:
     net = subject.compiled
     forward = net.forward
     net.forward = lambda x, t, text: 1.5 * forward(x, t, text)  # as a kernel that is off would
-    found: dict[str, Any] = {}
-    sound = gpu_latency.agreement(found, subject, (32, 48))
-    assert set(sound) == {"port", "lens"} and found["void"] == ["compiled"]
+    record: dict[str, Any] = {}
+    sound = gpu_latency.agreement(record, subject, (32, 48))
+    assert set(sound) == {"port", "lens"} and record["void"] == ["compiled"]
 
 
 @pytest.mark.parametrize(("change", "says"), [({"stages": ("speed",)}, "no stage is called 'speed'"), ({}, "no CUDA")])
