@@ -35,10 +35,10 @@ def check(facts: Mapping[str, Any], text: str) -> dict[str, bool]:
     for count, colour, shape in _GROUP.findall(_after_colon(opening)):
         groups[_SHAPE[shape], colour] += _COUNT[count]
     wanted = {group["shape"]: group for group in facts["groups"]}
-    found = Counter[str]()
+    counts = Counter[str]()
     for (shape, _), count in groups.items():
-        found[shape] += count
-    kept = {"shapes": set(found) == set(wanted)} if wanted else {"shapes": not found}
+        counts[shape] += count
+    kept = {"shapes": set(counts) == set(wanted)} if wanted else {"shapes": not counts}
     if any(group["colour"] for group in wanted.values()):
         kept["colours"] = all(
             not group["colour"] or {c for (s, c) in groups if s == shape} == {group["colour"]}
@@ -46,8 +46,8 @@ def check(facts: Mapping[str, Any], text: str) -> dict[str, bool]:
         )
     if wanted:
         each = _each(sentences)
-        kept["counts"] = all(found[shape] == group["count"] for shape, group in wanted.items()) and (
-            not each or each == found
+        kept["counts"] = all(counts[shape] == group["count"] for shape, group in wanted.items()) and (
+            not each or each == counts
         )
     if facts["relation"]:
         kept["relations"] = _relation(facts, sentences) or f" {facts['relation']} " in _plain(text, facts)
@@ -65,8 +65,10 @@ def _after_colon(sentence: str) -> str:
 
 def _each(sentences: list[str]) -> Counter[str]:
     """The objects that have a sentence of their own, by shape."""
-    own = [s for s in sentences if re.search(rf"\b(?:the object|({'|'.join(ORDINALS)}) (?:object|one))\b", s)]
-    things = [_THING.search(s) for s in own if not _RELATION.search(s) and " in all" not in s]
+    object_sentences = [
+        s for s in sentences if re.search(rf"\b(?:the object|({'|'.join(ORDINALS)}) (?:object|one))\b", s)
+    ]
+    things = [_THING.search(s) for s in object_sentences if not _RELATION.search(s) and " in all" not in s]
     return Counter(thing[2] for thing in things if thing)
 
 

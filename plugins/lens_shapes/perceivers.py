@@ -88,18 +88,18 @@ class ShapesObjects(_Reader):
         answers = []
         for image in images:
             reading = _read(image)
-            found: dict[str, list[dict[str, Any]]] = {}
+            rows_by_class: dict[str, list[dict[str, Any]]] = {}
             for thing in reading.things:
                 if thing.shape in CLASSES:
                     row = {"box": _box(thing, reading), "score": SURE, "mask": None}
-                    found.setdefault(CLASSES[thing.shape], []).append(row)
-            answers.append(found)
+                    rows_by_class.setdefault(CLASSES[thing.shape], []).append(row)
+            answers.append(rows_by_class)
         return answers
 
     def canary(self) -> str | None:
-        found = {name: len(rows) for name, rows in self.perceive([_known()], [None])[0].items()}
+        counts = {name: len(rows) for name, rows in self.perceive([_known()], [None])[0].items()}
         expected = {CLASSES["circle"]: 1, CLASSES["star"]: 1}
-        return None if found == expected else f"a circle and a star were read as {found}"
+        return None if counts == expected else f"a circle and a star were read as {counts}"
 
 
 class ShapesColors(_Reader):
@@ -125,9 +125,9 @@ class ShapesColors(_Reader):
     def canary(self) -> str | None:
         known = _known()
         boxes = ShapesObjects(ShapesObjects.Config()).perceive([known], [None])[0]
-        asked = [{"class": name, "objects": boxes.get(CLASSES[name], [])} for name in ("circle", "star")]
-        found = self.perceive([known, known], asked)
-        return None if found == [["red"], ["blue"]] else f"a red circle and a blue star were read as {found}"
+        questions = [{"class": name, "objects": boxes.get(CLASSES[name], [])} for name in ("circle", "star")]
+        answers = self.perceive([known, known], questions)
+        return None if answers == [["red"], ["blue"]] else f"a red circle and a blue star were read as {answers}"
 
 
 def _known() -> Image:

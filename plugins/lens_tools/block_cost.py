@@ -97,16 +97,16 @@ def measure(request: BlockRequest, catalog: Catalog) -> dict[str, Any]:
     for length in request.size:
         if length < 16 or length % 16:
             raise ConfigError(f"size: {length} px is no multiple of 16")
-    found: dict[str, Any] = {"settings": asdict(request) | {"device": "cpu", "torch": torch.__version__}}
-    found["ways"], found["operators"] = {}, {}
+    figures: dict[str, Any] = {"settings": asdict(request) | {"device": "cpu", "torch": torch.__version__}}
+    figures["ways"], figures["operators"] = {}, {}
     for way in ("port", "lens"):
         one, two = (_counted(request, catalog, depth, way) for depth in (2, 3))
         calls, moved = two.calls - one.calls, two.bytes - one.bytes
-        found["ways"][way] = asdict(cost(calls, moved))
-        found["operators"][way] = dict(calls.most_common())
+        figures["ways"][way] = asdict(cost(calls, moved))
+        figures["operators"][way] = dict(calls.most_common())
     if request.compiled:
-        found["ways"]["compiled"] = asdict(_fused(request, catalog))
-    return found
+        figures["ways"]["compiled"] = asdict(_fused(request, catalog))
+    return figures
 
 
 def _step(
@@ -188,12 +188,12 @@ def _schedule(block: Any, arguments: tuple[Any, ...]) -> list[tuple[bool, int]]:
     return [(bool(node.is_extern()), 4 * count) for node, count in kernels]
 
 
-def table(found: dict[str, Any]) -> str:
+def table(figures: dict[str, Any]) -> str:
     """The costs as Markdown."""
     lines = ["| way | launches | matrix products and attention | copies | elementwise, MB |", "|---|---|---|---|---|"]
-    for way, a in found["ways"].items():
+    for way, a in figures["ways"].items():
         size = f"{a['elementwise_bytes'] / 1e6:.1f}"
         lines.append(f"| {way} | {a['launches']} | {a['matrix']} | {a['copies']} | {size} |")
-    for way, operators in found["operators"].items():
+    for way, operators in figures["operators"].items():
         lines.append(f"\n{way}: " + ", ".join(f"{name} {count}" for name, count in operators.items()))
     return "\n".join(lines)

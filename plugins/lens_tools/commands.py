@@ -87,8 +87,8 @@ def bench_block(
     """
     from lens_tools import block_cost
 
-    found = block_cost.measure(block_cost.BlockRequest(size, tokens, compile, small), Catalog.installed())
-    print(json.dumps(found) if json_ else block_cost.table(found))
+    figures = block_cost.measure(block_cost.BlockRequest(size, tokens, compile, small), Catalog.installed())
+    print(json.dumps(figures) if json_ else block_cost.table(figures))
     return 0
 
 

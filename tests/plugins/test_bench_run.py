@@ -274,9 +274,9 @@ def oneig_folder(root: Path) -> Path:
         "scripts/style/style.csv": "id,class\n000,Chinese Ink Painting\n001,\n",
         "scripts/reasoning/gt_answer.json": json.dumps({"000": "craters"}),
     }
-    asked = {"question": json.dumps({"1": "Is it?", "2": "Big?"}), "dependency": json.dumps({"1": [0], "2": [1]})}
+    questions = {"question": json.dumps({"1": "Is it?", "2": "Big?"}), "dependency": json.dumps({"1": [0], "2": [1]})}
     for name, key in (("anime", "000"), ("human", "000"), ("object", "001")):
-        files[f"scripts/alignment/Q_D/{name}.json"] = json.dumps({key: asked})
+        files[f"scripts/alignment/Q_D/{name}.json"] = json.dumps({key: questions})
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, encoding="utf-8")

@@ -90,12 +90,12 @@ EXPECTED = {
 
 def test_each_fault_is_found_by_its_stage(folder: Path, tmp_path: Path) -> None:
     report = run(spec(folder), tmp_path / "store")
-    found = stages(tmp_path / "store")
+    stage_of = stages(tmp_path / "store")
     # Which of two equal or mirrored pictures stays is decided by their keys.
     for one, other in (("0.png", "same.bmp"), ("2.png", "mirror.png")):
-        if found[other] == "":
-            found[one], found[other] = found[other], found[one]
-    assert found == EXPECTED
+        if stage_of[other] == "":
+            stage_of[one], stage_of[other] = stage_of[other], stage_of[one]
+    assert stage_of == EXPECTED
     rows = stored(tmp_path / "store")
     assert len(rows) == report.data["kept"] == 6 and {row["source"] for row in rows.values()} == {"raw"}
     assert {row["dense"] for row in rows.values()} <= {f"A texture called {Path(n).stem}." for n in EXPECTED}
@@ -161,8 +161,8 @@ def test_new_pictures_are_read_alone_and_compared_with_the_old_ones(folder: Path
     add(folder, "again.jpg", picture(3), quality=80)
     report = run(spec(folder), tmp_path / "store")
     assert report.data["read"] == 2
-    found = stages(tmp_path / "store")
-    assert found["new.png"] == "" and sorted([found["3.png"], found["again.jpg"]]) == ["", "near"]
+    stage_of = stages(tmp_path / "store")
+    assert stage_of["new.png"] == "" and sorted([stage_of["3.png"], stage_of["again.jpg"]]) == ["", "near"]
 
 
 def test_a_picture_that_changes_is_read_again(folder: Path, tmp_path: Path) -> None:
@@ -204,8 +204,8 @@ def test_pictures_that_were_imported_stay_and_new_ones_are_compared_with_them(fo
     import_folder(tmp_path / "store", old)
     before = stored(tmp_path / "store")
     run(spec(folder), tmp_path / "store")
-    found = stages(tmp_path / "store")
-    assert found["1.png"] == found["smaller.jpg"] == "near"
+    stage_of = stages(tmp_path / "store")
+    assert stage_of["1.png"] == stage_of["smaller.jpg"] == "near"
     assert stored(tmp_path / "store").items() >= before.items()
 
 
@@ -218,9 +218,9 @@ def test_a_second_recipe_keeps_what_the_first_has_kept(folder: Path, tmp_path: P
     first = stored(tmp_path / "store")
     run(spec(other), tmp_path / "store")
     assert stored(tmp_path / "store").items() > first.items()
-    found = stages(tmp_path / "store")
-    assert found["large.png"] == "near" and found["own.png"] == "" and found["5.png"] == ""
-    assert found["blurred.png"] == "clarity", "verdicts of the first recipe stay"
+    stage_of = stages(tmp_path / "store")
+    assert stage_of["large.png"] == "near" and stage_of["own.png"] == "" and stage_of["5.png"] == ""
+    assert stage_of["blurred.png"] == "clarity", "verdicts of the first recipe stay"
 
 
 def test_a_preview_touches_no_store(folder: Path, tmp_path: Path) -> None:
@@ -251,8 +251,8 @@ def test_a_filter_that_raises_drops_that_picture_and_goes_on(folder: Path, tmp_p
     monkeypatch.setattr(Clarity, "columns", ("mood",))
     monkeypatch.setattr(Clarity, "score", lambda self, records: _Moody(1.0).score(records))
     report = run(spec(folder, filters=[{"use": "clarity", "keep": {"mood": {"min": 0}}}]), tmp_path / "store")
-    found = stages(tmp_path / "store")
-    assert {name for name, stage in found.items() if stage == "clarity"} == {"smaller.jpg", "tiny.png"}
+    stage_of = stages(tmp_path / "store")
+    assert {name for name, stage in stage_of.items() if stage == "clarity"} == {"smaller.jpg", "tiny.png"}
     assert report.data["scores"]["clarity"]["failed"] == 2
     assert "RuntimeError: not today" in "\n".join(explain(str(tmp_path / "store"), "smaller.jpg", Catalog.installed()))
 

@@ -20,20 +20,20 @@ def test_what_computes_is_counted_and_what_only_looks_is_not() -> None:
         z = torch.cat([x @ w, x])  # a product and a copy
         z.mul_(2)
         y.unsqueeze(0)
-    found = cost(counting.calls, counting.bytes)
+    counted = cost(counting.calls, counting.bytes)
     assert counting.calls["mm"] == counting.calls["cat"] == counting.calls["mul_"] == 1
-    assert found.launches == 3 and found.matrix == 1 and found.copies == 1
-    assert found.elementwise_bytes == sum(size for name, size in counting.bytes.items() if name != "mm")
+    assert counted.launches == 3 and counted.matrix == 1 and counted.copies == 1
+    assert counted.elementwise_bytes == sum(size for name, size in counting.bytes.items() if name != "mm")
     assert counting.bytes["mul_"] == 2 * z.numel() * 4 and counting.bytes["cat"] == 2 * z.numel() * 4
 
 
 def test_a_block_in_small_is_counted_by_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "block", "--small", "--no-compile", "--size", "64", "64", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    port, lens = found["ways"]["port"], found["ways"]["lens"]
+    figures = json.loads(capsys.readouterr().out)
+    port, lens = figures["ways"]["port"], figures["ways"]["lens"]
     # Two calls instead of a padded batch: more launches, on less data.
     assert port["launches"] < lens["launches"] and lens["elementwise_bytes"] < port["elementwise_bytes"]
-    assert found["operators"]["lens"]["_scaled_dot_product_flash_attention_for_cpu"] == 2
+    assert figures["operators"]["lens"]["_scaled_dot_product_flash_attention_for_cpu"] == 2
 
 
 @pytest.mark.filterwarnings("default")  # what torch's compiler warns of is not ours
