@@ -239,7 +239,7 @@ def test_randomness_is_an_argument() -> None:
         assert draws == [], path
 
 
-SIGNATURES_ARE_OPTIONS = {"generate", "bench", "bench_train"}
+SIGNATURES_ARE_OPTIONS = {"generate", "bench", "bench_train", "doctor"}
 """Commands: cyclopts makes their parameters the options of the command line, so they have as many as there are."""
 
 

@@ -260,16 +260,7 @@ class GptOssEncoder(WritesText, nn.Module):
     @property
     def note(self) -> str:
         """How its experts are held and what it takes, for people to read; empty for plain weights."""
-        forms = {p.format for p in packed(self).values()}
-        held = sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
-        more = sum(math.prod(p.lazy().shape) * p.lazy().dtype.itemsize for p in packed(self).values())
-        more -= sum(t.nbytes for n, t in self.named_buffers() if ".experts." in n)
-        if not forms:
-            return ""
-        return (
-            f"text encoder: experts stay in {' and '.join(sorted(forms))}, unpacked one at a time; "
-            f"{held / 1e9:.1f} GB instead of {(held + more) / 1e9:.1f}"
-        )
+        return _experts_note(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A cast to bfloat16 would round the frequencies of the positions too; they are made anew in float32.
@@ -392,3 +383,16 @@ class GptOssEncoder(WritesText, nn.Module):
         )
         tensor = torch.frombuffer(bytearray(tokenizer.backend_tokenizer.to_str().encode()), dtype=torch.uint8)
         return {"tokenizer_json": LazyTensor.of(tensor)}, {"chat_template": str(tokenizer.chat_template)}
+
+
+def _experts_note(encoder: GptOssEncoder) -> str:
+    forms = {p.format for p in packed(encoder).values()}
+    held = sum(t.nbytes for t in (*encoder.parameters(), *encoder.buffers()))
+    more = sum(math.prod(p.lazy().shape) * p.lazy().dtype.itemsize for p in packed(encoder).values())
+    more -= sum(t.nbytes for n, t in encoder.named_buffers() if ".experts." in n)
+    if not forms:
+        return ""
+    return (
+        f"text encoder: experts stay in {' and '.join(sorted(forms))}, unpacked one at a time; "
+        f"{held / 1e9:.1f} GB instead of {(held + more) / 1e9:.1f}"
+    )

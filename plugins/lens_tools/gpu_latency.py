@@ -35,8 +35,8 @@ MODES = {"turbo": (4, 1.0), "base": (20, GUIDANCE)}
 """Name -> (steps, guidance scale)."""
 SMALL_MODES = {"turbo": (2, 1.0), "base": (3, GUIDANCE)}
 MAX_DISTANCE = 0.3
-"""How far a guided bfloat16 velocity may be from float32, relative, whatever the port's is. Guidance of 5 amplifies what
-48 blocks round; the port itself is at 0.1 at random weights (docs/gpu.md)."""
+"""How far a guided bfloat16 velocity may be from float32, relative, whatever the port's is. Guidance of 5 amplifies
+what 48 blocks round; the port itself is at 0.1 at random weights (docs/gpu.md)."""
 MAX_DISTANCE_32 = 1e-3
 """How far float32 may be from the port's; TF32 would be about 3e-4, a wrong formula far more."""
 MAX_EXCESS = 1.25
@@ -82,8 +82,8 @@ class Subject:
     def prepare_tables(self, size: tuple[int, int]) -> None:
         """Compute modulation for every time that is used at `size`: a table of another length is compiled anew."""
         grid = size[0] // 16, size[1] // 16
-        found = [*(self.sampler.times(grid, steps)[:-1].tolist() for steps, _ in self.modes.values()), TIME.tolist()]
-        times = torch.tensor(sorted({t for each in found for t in each}))
+        record = [*(self.sampler.times(grid, steps)[:-1].tolist() for steps, _ in self.modes.values()), TIME.tolist()]
+        times = torch.tensor(sorted({t for each in record for t in each}))
         for net in (self.net, self.compiled):
             with torch.no_grad(), net.precomputed(times):
                 pass
@@ -135,12 +135,12 @@ def measure(records: Records, device: torch.device, small: bool) -> None:
     sizes: tuple[tuple[int, int], ...] = ((32, 48),) if small else ((1024, 1024), (512, 512))
     subjects: list[Subject] = []
 
-    def make(found: dict[str, Any]) -> None:
+    def make(record: dict[str, Any]) -> None:
         subjects.append(Subject(catalog, device, small))
-        found["parameters"] = sum(p.numel() for p in subjects[0].net.parameters())
-        found["memory_gb"] = peak_gb(device)
+        record["parameters"] = sum(p.numel() for p in subjects[0].net.parameters())
+        record["memory_gb"] = peak_gb(device)
 
-    records.run("ceilings", lambda found: found.update(ceilings(device, small)))
+    records.run("ceilings", lambda record: record.update(ceilings(device, small)))
     if not records.run("build", make):
         return
     subject = subjects[0]
@@ -148,10 +148,10 @@ def measure(records: Records, device: torch.device, small: bool) -> None:
         compare(records, subject, size)
     for size in sizes:
         records.run(f"kernels {size[0]}x{size[1]}", partial(step_kernels, subject, size), need=3)
-    records.run("vae", lambda found: vae_decode(found, subject, sizes, False), need=3)
+    records.run("vae", lambda record: vae_decode(record, subject, sizes, False), need=3)
     pipeline_items(records, subject, sizes)
     if not small:
-        records.run("vae, compiled", lambda found: vae_decode(found, subject, sizes, True), need=40)
+        records.run("vae, compiled", lambda record: vae_decode(record, subject, sizes, True), need=40)
 
 
 def compare(records: Records, subject: Subject, size: tuple[int, int]) -> None:
@@ -159,18 +159,18 @@ def compare(records: Records, subject: Subject, size: tuple[int, int]) -> None:
     where = f"{size[0]}x{size[1]}"
     sound: dict[str, Loop] = {}
     subject.prepare_tables(size)
-    if not records.run(f"agreement {where}", lambda found: sound.update(agreement(found, subject, size)), need=5):
+    if not records.run(f"agreement {where}", lambda record: sound.update(agreement(record, subject, size)), need=5):
         return
     noise = subject.noise(size)
 
-    def race(mode: str, found: dict[str, Any]) -> None:
+    def race(mode: str, record: dict[str, Any]) -> None:
         steps, scale = subject.modes[mode]
         reset_peak(subject.device)
         runs = {name: partial(loop, noise, steps, scale) for name, loop in sound.items()}
         warm_up = 1 if mode == "turbo" else 0  # what the long one runs was run by the check and by the short one
         rounds = timing.in_turn(runs, subject.device, subject.repeats, warm_up, records.left)
-        found |= {"steps": steps, "guidance_scale": scale, "memory_gb": peak_gb(subject.device)}
-        tell(found, rounds)
+        record |= {"steps": steps, "guidance_scale": scale, "memory_gb": peak_gb(subject.device)}
+        tell(record, rounds)
 
     # The longest comes last: it is the first that is cut off.
     records.run(f"turbo {where}", partial(race, "turbo"), need=5)
@@ -179,22 +179,22 @@ def compare(records: Records, subject: Subject, size: tuple[int, int]) -> None:
     records.run(f"base {where}", partial(race, "base"), need=5)
 
 
-def tell(found: dict[str, Any], rounds: Mapping[str, list[float]]) -> None:
+def tell(record: dict[str, Any], rounds: Mapping[str, list[float]]) -> None:
     """Put the figures of each way, and their ratios to the port, into `found`."""
-    found["ways"] = {name: timing.figures(values) for name, values in rounds.items()}
+    record["ways"] = {name: timing.figures(values) for name, values in rounds.items()}
     for base in ("port", "lens"):
         others = [name for name in rounds if base in rounds and name not in ("port", base)]
-        found |= {f"{base} / {name}": timing.ratio(rounds[base], rounds[name]) for name in others}
+        record |= {f"{base} / {name}": timing.ratio(rounds[base], rounds[name]) for name in others}
 
 
 @torch.no_grad()
-def agreement(found: dict[str, Any], subject: Subject, size: tuple[int, int]) -> dict[str, Loop]:
+def agreement(record: dict[str, Any], subject: Subject, size: tuple[int, int]) -> dict[str, Loop]:
     """Compare one guided velocity of each way with the port's in float32 -> the ways that agree."""
     x = subject.noise(size)
     t = flow.at(float(TIME), x)
     wide = copy.deepcopy(subject.net).float()
     want = subject.port_velocity(PlainPort(wide), GUIDANCE)(x, t)
-    found["lens, float32"] = timing.distance(guided_velocity(wide, subject.text, None, GUIDANCE)(x, t), want)
+    record["lens, float32"] = timing.distance(guided_velocity(wide, subject.text, None, GUIDANCE)(x, t), want)
     del wide
     free_memory()
     far: dict[str, float] = {"port": timing.distance(subject.port_velocity(subject.port, GUIDANCE)(x, t), want)}
@@ -204,20 +204,20 @@ def agreement(found: dict[str, Any], subject: Subject, size: tuple[int, int]) ->
                 got = guided_velocity(net, subject.text, None, GUIDANCE)(x, t)
             far[name] = timing.distance(got, want)
         except Exception as error:  # no compiler here: the other ways can still be timed
-            found[f"{name}, error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-    found |= {f"{name}, bfloat16": value for name, value in far.items()}
+            record[f"{name}, error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    record |= {f"{name}, bfloat16": value for name, value in far.items()}
     most = min(MAX_DISTANCE, MAX_EXCESS * far["port"])
-    found["largest allowed"] = most
+    record["largest allowed"] = most
     sound = [name for name, value in far.items() if value <= most]
-    found["void"] = [name for name in far if name not in sound]
-    if not found["lens, float32"] <= MAX_DISTANCE_32:
-        raise LensError(f"in float32 Lens is {found['lens, float32']:.2g} from the port: nothing is timed")
+    record["void"] = [name for name in far if name not in sound]
+    if not record["lens, float32"] <= MAX_DISTANCE_32:
+        raise LensError(f"in float32 Lens is {record['lens, float32']:.2g} from the port: nothing is timed")
     return {name: subject.ways[name] for name in sound}
 
 
 @torch.no_grad()
 def graphed(
-    subject: Subject, size: tuple[int, int], mode: str, left: Callable[[], float], found: dict[str, Any]
+    subject: Subject, size: tuple[int, int], mode: str, left: Callable[[], float], record: dict[str, Any]
 ) -> None:
     """The whole loop as one CUDA graph: no host work is left in it."""
     run = partial(subject.by_loop, subject.compiled, subject.noise(size), *subject.modes[mode])
@@ -225,12 +225,12 @@ def graphed(
     want = run()
     graph, out = record_graph(run)
     graph.replay()
-    found["distance"] = timing.distance(out, want)
-    if not found["distance"] <= 1e-2:
-        raise LensError(f"the replay is {found['distance']:.2g} from the plain run")
+    record["distance"] = timing.distance(out, want)
+    if not record["distance"] <= 1e-2:
+        raise LensError(f"the replay is {record['distance']:.2g} from the plain run")
     rounds = timing.in_turn({"compiled": run, "graphed": graph.replay}, subject.device, subject.repeats, 1, left)
-    tell(found, rounds)
-    found["compiled / graphed"] = timing.ratio(rounds["compiled"], rounds["graphed"])
+    tell(record, rounds)
+    record["compiled / graphed"] = timing.ratio(rounds["compiled"], rounds["graphed"])
 
 
 def record_graph(run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
@@ -247,7 +247,7 @@ def record_graph(run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
 
 
 @torch.no_grad()
-def step_kernels(subject: Subject, size: tuple[int, int], found: dict[str, Any]) -> None:
+def step_kernels(subject: Subject, size: tuple[int, int], record: dict[str, Any]) -> None:
     """The kernels of one guided step, by way."""
     x = subject.noise(size)
     t = flow.at(float(TIME), x)
@@ -257,11 +257,11 @@ def step_kernels(subject: Subject, size: tuple[int, int], found: dict[str, Any])
         velocities[name] = guided_velocity(net, subject.text, None, GUIDANCE)
     with subject.net.precomputed(TIME), subject.compiled.precomputed(TIME):
         for name, velocity in velocities.items():
-            found[name] = timing.kernels(partial(velocity, x, t), subject.device)
+            record[name] = timing.kernels(partial(velocity, x, t), subject.device)
 
 
 @torch.no_grad()
-def vae_decode(found: dict[str, Any], subject: Subject, sizes: tuple[tuple[int, int], ...], compiled: bool) -> None:
+def vae_decode(record: dict[str, Any], subject: Subject, sizes: tuple[tuple[int, int], ...], compiled: bool) -> None:
     """Decoding in bfloat16, and how far it is from float32, at random weights."""
     with subject.device:
         wide = component(subject.catalog, "vae", subject.small, SMALL["vae"])[0].eval()
@@ -273,7 +273,7 @@ def vae_decode(found: dict[str, Any], subject: Subject, sizes: tuple[tuple[int, 
         pixels, want = half.decode(z), wide.decode(z)
         rounds = timing.in_turn({"decode": partial(half.decode, z)}, subject.device, subject.repeats, 1)
         about = timing.figures(rounds["decode"]) | {"distance": timing.distance(pixels, want)}
-        found[f"{size[0]}x{size[1]}"] = about
+        record[f"{size[0]}x{size[1]}"] = about
 
 
 def pipeline_items(records: Records, subject: Subject, sizes: tuple[tuple[int, int], ...]) -> None:
@@ -283,11 +283,11 @@ def pipeline_items(records: Records, subject: Subject, sizes: tuple[tuple[int, i
     prompts = (f"a picture of {n} red circles {rest}" for n in range(10**6))
     pipelines: list[LensPipeline] = []
 
-    def make(found: dict[str, Any]) -> None:
+    def make(record: dict[str, Any]) -> None:
         encoder = random_encoder(subject)
-        found["tokens"] = encoder.encode([next(prompts)]).mask.shape[1]
-        found["memory_gb"] = peak_gb(subject.device)
-        found |= expert_ways(encoder, prompts, subject)
+        record["tokens"] = encoder.encode([next(prompts)]).mask.shape[1]
+        record["memory_gb"] = peak_gb(subject.device)
+        record |= expert_ways(encoder, prompts, subject)
         vae = component(subject.catalog, "vae", subject.small, SMALL["vae"])[0].to(subject.device, torch.bfloat16)
         pipelines.append(LensPipeline(vae.eval(), encoder, subject.compiled, subject.sampler))
         pipelines[0].device = subject.device
@@ -296,17 +296,17 @@ def pipeline_items(records: Records, subject: Subject, sizes: tuple[tuple[int, i
         options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": scale, "seed": 0}
         pipelines[0](next(prompts), height=size[0], width=size[1], output_type="pt", **options)
 
-    def race(size: tuple[int, int], steps: int, scale: float, found: dict[str, Any]) -> None:
+    def race(size: tuple[int, int], steps: int, scale: float, record: dict[str, Any]) -> None:
         runs = {"compiled": partial(draw, size, steps, scale)}
-        tell(found, timing.in_turn(runs, subject.device, subject.repeats, 1, records.left))
+        tell(record, timing.in_turn(runs, subject.device, subject.repeats, 1, records.left))
 
-    def pack(found: dict[str, Any]) -> None:
+    def pack(record: dict[str, Any]) -> None:
         encoder = pipelines[0].text_encoder
         reset_peak(subject.device)
         pack_experts(encoder, subject.rng)
         encoder.model.set_experts_implementation("eager")
         rounds = timing.in_turn({"4 bits": lambda: encoder.encode([next(prompts)])}, subject.device, subject.repeats, 1)
-        found |= timing.figures(rounds["4 bits"]) | {"memory_gb": peak_gb(subject.device)}
+        record |= timing.figures(rounds["4 bits"]) | {"memory_gb": peak_gb(subject.device)}
 
     def all_sizes(experts: str) -> None:
         for size in sizes:
@@ -323,7 +323,7 @@ def pipeline_items(records: Records, subject: Subject, sizes: tuple[tuple[int, i
 
 def expert_ways(encoder: Any, prompts: Iterator[str], subject: Subject) -> dict[str, Any]:
     """Seconds of encoding one prompt with each of transformers' ways to compute experts that runs here."""
-    found: dict[str, Any] = {}
+    record: dict[str, Any] = {}
     prompt = next(prompts)
     first: Tensor | None = None
     for way in ("eager", "grouped_mm"):
@@ -332,17 +332,18 @@ def expert_ways(encoder: Any, prompts: Iterator[str], subject: Subject) -> dict[
             features = encoder.encode([prompt]).features
             first = features if first is None else first
             rounds = timing.in_turn({way: lambda: encoder.encode([next(prompts)])}, subject.device, subject.repeats)
-            found[way] = timing.figures(rounds[way]) | {"distance": timing.distance(features, first)}
+            record[way] = timing.figures(rounds[way]) | {"distance": timing.distance(features, first)}
         except Exception as error:  # a way that this version or this device lacks
-            found[way] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    return found
+            record[way] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    return record
 
 
 def ceilings(device: torch.device, small: bool) -> dict[str, float]:
     """bfloat16 FLOP/s of a large matrix product, and bytes/s of a copy, read and written; medians of 5."""
     side, count = (64, 1 << 12) if small else (8192, 1 << 30)
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    source = torch.randn(count, device=device, dtype=torch.bfloat16)
+    rng = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16, generator=rng) for _ in range(2))
+    source = torch.randn(count, device=device, dtype=torch.bfloat16, generator=rng)
     target = torch.empty_like(source)
 
     def median(run: timing.Run) -> float:

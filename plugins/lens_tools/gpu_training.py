@@ -65,8 +65,8 @@ def measure(records: Records, device: torch.device, small: bool) -> None:
     records.run("by part, 4 blocks", partial(by_part, catalog, device, small), need=15)
     done: list[Setup] = []
 
-    def attempt(setup: Setup, found: dict[str, Any]) -> None:
-        Bench(catalog, device, small, setup, records.left).run(found, records.write)
+    def attempt(setup: Setup, record: dict[str, Any]) -> None:
+        Bench(catalog, device, small, setup, records.left).run(record, records.write)
         done.append(setup)
 
     for setup in setups(device, small):
@@ -97,13 +97,13 @@ def recipe(small: bool) -> Recipe:
     return Recipe(ComponentSpec("flow_matching"), Training(1, precision="bf16"), dataset, PipelineSpec(**parts))
 
 
-def by_part(catalog: Catalog, device: torch.device, small: bool, found: dict[str, Any]) -> None:
+def by_part(catalog: Catalog, device: torch.device, small: bool, record: dict[str, Any]) -> None:
     """`lens bench train` with few blocks: every way's gradient against float32, then its time by part."""
     request = training_speed.SpeedRequest(
         depth=1 if small else 4, samples=3 if small else 12, tokens=6 if small else TOKENS, compiled=False,
         device=str(device),
     )  # fmt: skip
-    found |= asdict(training_speed.measure(recipe(small), catalog, request))
+    record |= asdict(training_speed.measure(recipe(small), catalog, request))
 
 
 class Bench:
@@ -125,11 +125,11 @@ class Bench:
         # A rate of 0 costs as much as another and leaves the weights alone, so all rounds and ways are alike.
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
-    def run(self, found: dict[str, Any], keep: Callable[[], None]) -> None:
+    def run(self, record: dict[str, Any], keep: Callable[[], None]) -> None:
         """Check, then time, each way, and `keep` what is found before the next."""
-        found["parameters"] = sum(p.numel() for p in self.net.parameters())
+        record["parameters"] = sum(p.numel() for p in self.net.parameters())
         forecast, _, _ = memory_estimate.memory(self._recipe(), self.catalog)
-        found["dry_run_gb"] = sum(v for k, v in forecast.items() if k.startswith("backbone")) / 1e9
+        record["dry_run_gb"] = sum(v for k, v in forecast.items() if k.startswith("backbone")) / 1e9
         count = self.setup.images
         same = self.samples([AREAS[0][0]] * count if not self.small else [(64, 64)] * count)
         mixed = self.samples(list(AREAS[1]) if not self.small else [(64, 64), (32, 64), (64, 32)])
@@ -139,21 +139,21 @@ class Bench:
             "packed, mixed sizes, compiled": (self.compiled, mixed, True),
         }  # fmt: skip
         losses: dict[str, float] = {}
-        found["ways"] = {}
+        record["ways"] = {}
         for name, (net, samples, packed) in ways.items():
             if self.device.type == "cuda" and self.left() < 12:
-                found["ways"][name] = {"skipped": f"{self.left():.0f} s left"}
+                record["ways"][name] = {"skipped": f"{self.left():.0f} s left"}
                 continue
             try:
-                found["ways"][name] = self.time(net, samples, packed, losses, name)
+                record["ways"][name] = self.time(net, samples, packed, losses, name)
                 keep()
             except torch.OutOfMemoryError:
-                found["ways"][name] = {"error": "out of memory"}
+                record["ways"][name] = {"error": "out of memory"}
                 self.optimizer.zero_grad()
                 free_memory()
                 if name == "bucketed":
                     raise
-        found["losses"] = losses
+        record["losses"] = losses
 
     def _recipe(self) -> Recipe:
         plain = recipe(self.small)
@@ -189,13 +189,13 @@ class Bench:
             raise LensError(f"the loss of {name} is {losses[name]:.5g}, of the first way {same[0]:.5g}")
         run = partial(self.step, net, samples, packed)
         rounds = timing.in_turn({name: run}, self.device, 1 if self.small else 6, 1, self.left)
-        told: dict[str, Any] = timing.figures(rounds[name])
-        most, seconds = peak(self.device), told["median_s"]
-        told |= {
+        figures: dict[str, Any] = timing.figures(rounds[name])
+        most, seconds = peak(self.device), figures["median_s"]
+        figures |= {
             "images_per_s": len(samples.latents) / seconds, "flops_per_s": 3 * samples.flops / seconds,
             "mfu": 3 * samples.flops / seconds / most if most else None, "memory_gb": peak_gb(self.device),
         }  # fmt: skip
-        return told
+        return figures
 
     def step(self, net: Any, samples: Samples, packed: bool) -> Tensor:
         """One step of flow matching and AdamW; its loss."""
