@@ -94,8 +94,8 @@ def test_the_times_on_a_gpu_are_those_of_the_results() -> None:
             cells = [cell(ways.get(name)) for name in ("port", "lens", "compiled")]
             assert f"| {side}x{side}, {words} | {' | '.join(cells)} |" in page
     for name in ("port", "lens", "compiled"):
-        told = items["kernels"][name]
-        attention = next(k["ms"] for k in told["top"] if "sdpa" in k["name"])
-        assert f"| `{name}` | {told['launches']} | {told['milliseconds']:.1f} | {attention:.1f} |" in page
+        kernel = items["kernels"][name]
+        attention = next(k["ms"] for k in kernel["top"] if "sdpa" in k["name"])
+        assert f"| `{name}` | {kernel['launches']} | {kernel['milliseconds']:.1f} | {attention:.1f} |" in page
     outcomes = [test["outcome"] for test in data["correctness"]["tests"].values()]
     assert outcomes == ["passed"] * 48 and "48 of 51 tests passed" in page

@@ -35,7 +35,7 @@ def points(folders: Sequence[Path]) -> tuple[list[Point], str]:
         raise ConfigError("give the folders that lens bench wrote")
     first = results[0][1]
     several = len({result.get("device") for _, result in results}) > 1
-    found = []
+    result_points = []
     for folder, result in results:
         if result["benchmark"] != first["benchmark"]:
             raise ConfigError(
@@ -44,10 +44,12 @@ def points(folders: Sequence[Path]) -> tuple[list[Point], str]:
         overall, seconds = result.get("overall"), result.get("seconds_per_picture")
         if not isinstance(overall, dict) or not _positive(seconds) or not isinstance(overall.get("value"), int | float):
             raise ConfigError(f"{folder}: has no score or no seconds a picture; run lens bench again with this version")
-        found.append(Point(_label(result, several), float(seconds), overall["value"], overall["low"], overall["high"]))
+        result_points.append(
+            Point(_label(result, several), float(seconds), overall["value"], overall["low"], overall["high"])
+        )
     name = str(first["benchmark"])
     short = name if len(name) < 40 else f"{name[:39]}…"
-    return found, f"{short}, {first.get('metric', 'overall')}"
+    return result_points, f"{short}, {first.get('metric', 'overall')}"
 
 
 def _positive(value: Any) -> bool:
@@ -61,7 +63,7 @@ def _label(result: Mapping[str, Any], several: bool) -> str:
     return f"{result['model']}{steps}{refined}{where}"
 
 
-def draw(found: Sequence[Point], title: str, output: Path) -> None:
+def draw(result_points: Sequence[Point], title: str, output: Path) -> None:
     """Write the figure. Points of one model and its steps are joined. Raises ConfigError without matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -73,7 +75,7 @@ def draw(found: Sequence[Point], title: str, output: Path) -> None:
     axes = figure.subplots()
     axes.set_xscale("log")
     families: dict[str, list[Point]] = {}
-    for point in found:
+    for point in result_points:
         families.setdefault(point.label.partition(",")[0], []).append(point)
     for name, family in families.items():
         family = sorted(family, key=lambda p: p.seconds)
@@ -106,9 +108,9 @@ def speed_quality(*results: Path, output: Path = Path("speed-quality.png")) -> i
     """
     if output.suffix.lower() not in ENDINGS:
         raise ConfigError(f"{output}: figures are written as .png, .svg or .pdf; name one of these")
-    found, title = points(results)
-    draw(found, title, output)
-    print(f"{output}: {len(found)} results")
+    result_points, title = points(results)
+    draw(result_points, title, output)
+    print(f"{output}: {len(result_points)} results")
     return 0
 
 

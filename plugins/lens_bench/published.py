@@ -71,8 +71,8 @@ def measured(folders: Sequence[Path]) -> list[Row]:
                 f"{folder}: is in {options['language']}; the table's columns are of the English benchmarks"
             )
         values = rows.setdefault((str(result["model"]), str(result["model_hash"]), str(result.get("prompts"))), {})
-        found = _oneig(result) if name == "oneig" else _figures(result, _METRICS[name])
-        for column, value in found.items():
+        figures = _oneig(result) if name == "oneig" else _figures(result, _METRICS[name])
+        for column, value in figures.items():
             if column in values:
                 raise ConfigError(f"{folder}: {result['model']} has two results for {column}; give one")
             values[column] = value + _part(result)
@@ -90,9 +90,13 @@ def _figures(result: Mapping[str, Any], metrics: Mapping[str, str]) -> dict[str,
 def _oneig(result: Mapping[str, Any]) -> dict[str, str]:
     """The plain mean of the five dimensions, as papers have it, where all five were measured; else which were."""
     official = result.get("official", {})
-    found = [name for name in DIMENSIONS if name in official]
-    if len(found) < len(DIMENSIONS):
-        return {"OneIG-EN": ", ".join(f"{name} {official[name]['value']:.3f}" for name in found)} if found else {}
+    dimensions = [name for name in DIMENSIONS if name in official]
+    if len(dimensions) < len(DIMENSIONS):
+        return (
+            {"OneIG-EN": ", ".join(f"{name} {official[name]['value']:.3f}" for name in dimensions)}
+            if dimensions
+            else {}
+        )
     return {"OneIG-EN": f"{sum(official[name]['value'] for name in DIMENSIONS) / len(DIMENSIONS):.3f}"}
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from attrs import evolve
@@ -91,7 +91,7 @@ class Searching:
         self._failure: LensError | None = None
         self._attempts = self._idle = self._rounds = 0  # questions; those that brought nothing new; rounds without one
         self._shuffled: dict[tuple[str, int], float | None] = {}
-        self._random = random.Random(search.seed)
+        self._random = Random(search.seed)
 
     def run(self, start: str) -> str:
         """Search until the budget is reached -> why it ended."""
@@ -133,7 +133,7 @@ class Searching:
             # Of those that were drawn before it, so that a value does not change while the search goes on.
             earlier = list(itertools.takewhile(lambda j: j is not one, self.judge.files.all_judged()))
             others = [j.score.value for j in earlier if j.part == "dev" and j.candidate != one.candidate]
-            draw = random.Random(f"{self.search.seed} {key}")
+            draw = Random(f"{self.search.seed} {key}")
             self._shuffled[key] = draw.choice(others) if others else one.score.value
         return self._shuffled[key]
 

@@ -169,20 +169,20 @@ def test_longcat_rewrites_only_where_it_is_asked_to_and_what_it_sent_is_recorded
 ) -> None:
     pipeline = longcat()
     pipeline.set_progress_bar_config(disable=True)
-    asked: list[Any] = []
+    questions: list[Any] = []
 
     def rewire(prompt: Any, device: Any) -> list[str]:
-        asked.append(prompt)
+        questions.append(prompt)
         return [f"{one} blue" for one in prompt]
 
     monkeypatch.setattr(pipeline, "rewire_prompt", rewire)
     config = Diffusers.Config(model="tiny", steps=1, device="cpu", prompt_rewrite=True)
     (outcome,) = Diffusers(config, pipeline).generate(requests()[:1])
-    assert outcome.sent_prompt == "red cat blue" and asked == [["red cat"]], "once, and not again within the call"
+    assert outcome.sent_prompt == "red cat blue" and questions == [["red cat"]], "once, and not again within the call"
     assert Diffusers(config, pipeline).describe().settings["prompts"] == "refined"
     off = Diffusers.Config(model="tiny", steps=1, device="cpu")
     (plain,) = Diffusers(off, pipeline).generate(requests()[:1])
-    assert len(asked) == 1 and plain.image != outcome.image
+    assert len(questions) == 1 and plain.image != outcome.image
 
 
 @pytest.mark.filterwarnings("ignore")

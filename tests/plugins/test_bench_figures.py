@@ -106,9 +106,9 @@ def test_the_figure_is_drawn_from_results_alone(ending: str, tmp_path: Path) -> 
     if ending == "svg":
         text = path.read_text()
         assert all(f"<!-- m, {i} steps -->" in text for i in (4, 8, 20)) and "<!-- n -->" in text
-    found, title = figures.points(folders)
-    assert [p.label for p in found] == ["m, 4 steps", "m, 8 steps", "m, 20 steps", "n"]
-    assert title == "geneval, overall" and found[0].seconds == pytest.approx(0.4)
+    points, title = figures.points(folders)
+    assert [p.label for p in points] == ["m, 4 steps", "m, 8 steps", "m, 20 steps", "n"]
+    assert title == "geneval, overall" and points[0].seconds == pytest.approx(0.4)
 
 
 def test_the_figure_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
