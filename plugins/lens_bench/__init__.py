@@ -68,6 +68,6 @@ def lens_perceivers() -> dict[str, type[Any]]:
 def lens_commands() -> dict[str, str]:
     from lens_bench import commands  # light; so `lens --help` can describe it
 
-    names = ("bench latency", "bench ocr", "bench table", "score")
+    names = ("bench csd", "bench latency", "bench ocr", "bench table", "score")
     places = {name: f"{commands.__name__}:{name.rpartition(' ')[2]}" for name in names}
     return {**places, "figure": "lens_bench.figures:app"}

@@ -1,4 +1,4 @@
-"""`lens score` and `lens bench ocr`, `latency` and `table`, as functions; what they need is imported when they run."""
+"""`lens score` and `lens bench csd`, `latency`, `ocr` and `table`, as functions; imports wait until they run."""
 
 from __future__ import annotations
 
@@ -146,4 +146,21 @@ def table(*results: Path, output: Path | None = None) -> int:
     if output is not None:
         atomic_files.write_atomic(output, lambda p: p.write_text(f"{text}\n", encoding="utf-8"))
     print(text)
+    return 0
+
+
+def csd(source: Path, *, output: Path) -> int:
+    """Convert CSD's weights, for OneIG's style dimension, to a folder that the perceiver clip_style reads.
+
+    Parameters
+    ----------
+    source
+        A safetensors file of the model_state_dict in CSD's checkpoint; docs/benchmarks.md says how to make it.
+    output
+        The folder to write.
+    """
+    from lens_bench.perceive import csd as conversion
+
+    conversion.convert(source, output)
+    print(f"{output}: CSD's style encoder, for style_csd: {{use: clip_style, model: {output}, references: …}}")
     return 0

@@ -50,6 +50,7 @@ def write(tmp_path: Path) -> Write:
 def test_the_plugin_brings_the_command_and_nothing_is_wrong_with_it() -> None:
     catalog = Catalog.of(lens_bench)
     assert catalog.commands(taken=CORE_COMMANDS) == {
+        "bench csd": "lens_bench.commands:csd",
         "bench latency": "lens_bench.commands:latency",
         "bench ocr": "lens_bench.commands:ocr",
         "bench table": "lens_bench.commands:table",

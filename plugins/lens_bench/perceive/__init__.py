@@ -12,6 +12,7 @@ clip         CLIP's preprocessing and embeddings; perceivers `clip_colors` and `
 rapid_ocr    perceivers `rapidocr` and `paddle_ocr`: lines of text
 vlm          perceiver `vlm`: any `llm` that takes pictures
 style        perceiver `clip_style`: similarity to the reference pictures of a style
+csd          CSD's weights, converted for `clip_style`
 dreamsim     perceiver `dreamsim`: embeddings whose cosine distance is DreamSim's
 recall       how much an OCR perceiver reads of sentences drawn with real fonts: a table
 
