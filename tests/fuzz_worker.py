@@ -212,6 +212,8 @@ class Targets:
             ("perceptions", 6, self.perceptions),
             ("perception cache", 4, self.perception_cache),
             ("manifest", 4, self.manifest),
+            ("prompt file", 6, self.prompt_file),
+            ("benchmark run", 4, self.benchmark_run),
             ("log", 5, self.log),
             ("evaluation log", 6, self.evaluations),
             ("results", 6, self.results),
@@ -505,6 +507,45 @@ class Targets:
         data = mutate_lines(rng, b"\n".join(json.dumps(r).encode() for r in (row, lost)))
         manifest = Manifest(self.write("run/manifest.jsonl", data + b"\n").parent, "m")
         assert {key[0] for key in manifest.missing({"0": "a dog"}, 3)} == {"0"}
+
+    def prompt_file(self, rng: random.Random) -> None:
+        from lens_bench import components
+
+        entry = {"tag": "colors", "include": [{"class": "car", "count": 1, "color": "red"}], "prompt": "a red car"}
+        text = {"prompt_id": 1, "category": "signs", "prompt": "a sign", "text": ["Hello"], "text_length": "short"}
+        listed = {"data_list": [{"index": 0, "prompt": "a sign 'x'"}]}
+        name, data = rng.choice([("geneval", entry), ("longtext", text), ("cvtg", listed)])
+        raw = mutate_lines(rng, json.dumps(data).encode())
+        if name == "cvtg":
+            for style, regions in ((s, r) for s in ("CVTG", "CVTG-Style") for r in (2, 3, 4, 5)):
+                self.write(f"cvtg/{style}/{regions}.json", raw)
+            prompts = components.CVTG(components.CVTG.Config(file=str(self.folder / "cvtg"))).prompts()
+        else:
+            cls = components.GenEval if name == "geneval" else components.LongText
+            prompts = cls(cls.Config(file=str(self.write("prompts.jsonl", raw)))).prompts()
+        assert prompts and all(prompt.text.strip() for prompt in prompts)
+
+    def benchmark_run(self, rng: random.Random) -> None:
+        import stage_worker
+
+        folder = self.folder / "bench-run"
+        shutil.rmtree(folder, ignore_errors=True)
+        if not hasattr(self, "finished_run"):
+            stage_worker.run(folder, images=1)
+            self.finished_run = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+            self.finished_images = {p.name: p.read_bytes() for p in (folder / "images").iterdir()}
+        for place, files in ((folder, self.finished_run), (folder / "images", self.finished_images)):
+            place.mkdir(parents=True, exist_ok=True)
+            for name, data in files.items():
+                (place / name).write_bytes(data)
+        name = rng.choice(["run.json", "manifest.jsonl", "perceptions.jsonl", "ceiling.json"])
+        data = self.finished_run.get(name, b'{"overall": 1.0}')
+        (folder / name).write_bytes(
+            mutate_lines(rng, data.strip()) + b"\n" if name.endswith("l") else mutate_json(rng, data)
+        )
+        report = stage_worker.run(folder, images=1, stages=("decide",))
+        json.loads((folder / "result.json").read_text())
+        assert 0 <= report.decision.coverage <= 1
 
     def log(self, rng: random.Random) -> None:
         from lens_tools import curves

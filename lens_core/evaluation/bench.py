@@ -27,7 +27,15 @@ from lens_core.inference import png_metadata
 from lens_core.io import atomic_files, readers
 from lens_core.io.locks import locked
 from lens_core.recipe import ComponentSpec, build, parse_use, unstructure
-from lens_core.types import ConfigError, LensError, StopGeneration, SystemInfo, did_you_mean
+from lens_core.types import (
+    ConfigError,
+    LensError,
+    NumericalError,
+    PluginError,
+    StopGeneration,
+    SystemInfo,
+    did_you_mean,
+)
 from lens_core.validators import PIXELS, SEED, each, integer, one_of, optional
 
 MAX_PROMPTS = 1_000_000
@@ -145,7 +153,7 @@ def _generate(
         share = processes.share(missing)
         generation.generate(generator, requests, share, manifest, seeded=info.seeded, log=log)
     except LensError as error:
-        kind = type(error) if isinstance(error, StopGeneration) else LensError
+        kind = next(k for k in (StopGeneration, PluginError, NumericalError, LensError) if isinstance(error, k))
         raise kind(f"{error}; what was drawn is kept in {folder}, start again to go on") from error
     finally:
         if hasattr(generator, "close"):
@@ -176,7 +184,7 @@ def _check_same(folder: Path, plan: Plan, run: Mapping[str, Any]) -> None:
 
 
 def _decide(folder: Path, plan: Plan, benchmark: Any, manifest: Manifest, run: dict[str, Any]) -> BenchmarkReport:
-    lines = perception.read_lines(folder, manifest)
+    lines = perception.read_lines(folder, plan, benchmark, manifest)
     if hasattr(benchmark, "decide"):
         for _ in lines:  # are they of these pictures?
             pass
@@ -187,7 +195,8 @@ def _decide(folder: Path, plan: Plan, benchmark: Any, manifest: Manifest, run: d
         decided = decision.decide_scores(lines, tasks, clusters, tuple(getattr(benchmark, "headline", ())))
     if not sum(decided.statuses.values()):
         raise LensError(f"{folder}: no picture was perceived; there is nothing to report")
-    ceiling = atomic_files.read_json(folder / CEILING) if (folder / CEILING).is_file() else {}
+    stored = atomic_files.read_json(folder / CEILING) if (folder / CEILING).is_file() else {}
+    ceiling = {name: value for name, value in stored.items() if isinstance(value, int | float)}
     measured = run_report.Measured(plan, manifest, decided, run_report.settings(run, manifest), ceiling)
     run_report.write(measured)
     return BenchmarkReport(folder, decided, measured.settings, measured.text)

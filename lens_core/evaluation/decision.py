@@ -63,11 +63,15 @@ def decide_scores(
     """
     scores: list[PictureScore] = []
     statuses: Counter[str] = Counter()
+    seen: set[tuple[str, int]] = set()
     unscored: set[tuple[str, int]] = set()  # a picture is there, and the judge had nothing to say
     for line in lines:
         name, index, status = line.get("prompt_id"), line.get("index"), line.get("status")
         if not isinstance(name, str) or name not in tasks or type(index) is not int or not isinstance(status, str):
             raise ConfigError("the perceptions are of other prompts; run the stage perceive again")
+        if (name, index) in seen:
+            raise ConfigError(f"picture {name}_{index} stands twice in the perceptions; run the stage perceive again")
+        seen.add((name, index))
         statuses[status] += 1
         score = _score_of(line) if status == "ok" else None
         if status == "ok" and (score is None or score.value is None):

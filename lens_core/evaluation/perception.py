@@ -23,7 +23,7 @@ from lens_core.evaluation.stages import CACHE, PERCEPTIONS, Plan
 from lens_core.io import atomic_files, json_fields, readers
 from lens_core.io.images import read_raw, read_rgb
 from lens_core.io.json_fields import FieldError
-from lens_core.types import ConfigError, Picture, Score
+from lens_core.types import ConfigError, Picture, Prompt, Score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,7 +146,7 @@ class _Reading:
             yield from ({**base, **reference} for reference in references)
         else:
             for line in fields:
-                yield {**base, **by_bench.get(line.get("bench"), references[0]), **line}
+                yield {**base, **by_bench.get(line.get("bench"), references[0] if references else {}), **line}
 
 
 # ---- benchmarks that score ------------------------------------------------------------------------------------------
@@ -231,16 +231,30 @@ def _pixels(path: Path) -> Tensor:
     return torch.from_numpy(np.array(read_rgb(path))).permute(2, 0, 1).contiguous()
 
 
-def read_lines(folder: Path, manifest: Manifest) -> Iterator[Line]:
-    """The lines of perceptions.jsonl. Raises ConfigError where it is of other pictures than the manifest's."""
+def read_lines(folder: Path, plan: Plan, benchmark: Any, manifest: Manifest) -> Iterator[Line]:
+    """The lines of perceptions.jsonl. Raises ConfigError where one is of another picture than the manifest's, and, at
+    the end, where a picture has none."""
     path = folder / PERCEPTIONS
+    again = "run the stage perceive again"
+    seen: set[Key] = set()
     for number, line in json_fields.numbered(path):
-        if isinstance(line, FieldError):
-            raise ConfigError(f"{path}, line {number}: {line}")
-        entry = manifest.entries.get((line.get("prompt_id", ""), line.get("index", -1)))
-        ok = entry is not None and entry.status == "ok"
-        if line.get("sha256") != (entry.sha256 if ok and entry is not None else None):
-            raise ConfigError(
-                f"{path}, line {number}: is not of the picture in the manifest; run the stage perceive again"
-            )
+        try:
+            if isinstance(line, FieldError):
+                raise line
+            name = json_fields.text(json_fields.field(line, "prompt_id"), "prompt_id")
+            key = name, json_fields.whole(json_fields.field(line, "index"), "index", low=0)
+        except FieldError as error:
+            raise ConfigError(f"{path}, line {number}: {error}; {again}") from error
+        entry = manifest.entries.get(key)
+        if line.get("sha256") != (entry.sha256 if entry is not None and entry.status == "ok" else None):
+            raise ConfigError(f"{path}, line {number}: is not of the picture in the manifest; {again}")
+        seen.add(key)
         yield line
+    lost = [key for key in plan.requests() if key not in seen and _counts(benchmark, plan.by_id[key[0]])]
+    if lost:
+        raise ConfigError(f"{path}: lacks {len(lost)} pictures, {lost[0][0]}_{lost[0][1]} for one; {again}")
+
+
+def _counts(benchmark: Any, prompt: Prompt) -> bool:
+    """Whether pictures of a prompt have lines: not where nothing that was named perceives them."""
+    return not hasattr(benchmark, "perceive") or bool(benchmark.references(prompt))

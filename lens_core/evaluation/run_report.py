@@ -127,7 +127,9 @@ def table(decided: Decision, ceiling: Mapping[str, float] | None = None) -> str:
     ceiling = ceiling or {}
     strict = decided.coverage < 1
     head = ["task", "score", "95 % interval", *(["strict", "95 % interval"] if strict else [])]
-    head += ["pictures", "distinct prompts", *(["ceiling"] if ceiling else [])]
+    shown = [*decided.official.values(), *(e for metrics in decided.categories.values() for e in metrics.values())]
+    words = any(estimate.count > sum(decided.statuses.values()) for estimate in shown)  # each is a yes or no
+    head += ["scores" if words else "pictures", "distinct prompts", *(["ceiling"] if ceiling else [])]
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, estimate in decided.official.items():
         label = f"**{name}**" if name == decided.headline else name

@@ -384,3 +384,22 @@ def test_a_mean_of_shares_weighs_their_words() -> None:
     rows = comparison.compare([{**base, "pictures": pictures}, {**base, "model": "n", "pictures": other}])
     assert rows[0].overall.value == pytest.approx(5.5 / 10) and rows[1].overall.value == pytest.approx(9 / 10)
     assert rows[1].difference is not None and rows[1].difference.value == pytest.approx(3.5 / 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: rows[:-1], "lacks 1 pictures, 000002_2 for one; run the stage perceive again"),
+        (lambda rows: [*rows, rows[0]], "picture 000000_0 stands twice"),
+        (lambda rows: [{**rows[0], "prompt_id": []}, *rows[1:]], "line 1: prompt_id: must be a text"),
+        (lambda rows: [{**rows[0], "index": True}, *rows[1:]], "line 1: index: must be a whole number"),
+        (lambda rows: [{**rows[0], "score": {"status": "ok", "value": None}}, *rows[1:]], "a line without a score"),
+        (lambda rows: [], "lacks 9 pictures"),
+    ],
+)
+def test_perceptions_that_are_not_whole_are_no_measurement(change: Any, words: str, tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    path = tmp_path / "run" / stages.PERCEPTIONS
+    path.write_text("".join(json.dumps(row) + "\n" for row in change(lines(path))))
+    with pytest.raises(ConfigError, match=words):
+        run(tmp_path / "run", stages=("decide",))
