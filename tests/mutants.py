@@ -318,6 +318,23 @@ MUTANTS = [
         ("for i in range(of)]", "for i in range(min(of, 1))]"),
     ),
     *_of(
+        "lens_core/evaluation/generation.py",
+        "tests/core/test_stages.py",
+        ('failures = failures + 1 if status == "failed" else 0', "failures = 0"),
+        ('"seed": request.seed if seeded else None', '"seed": None'),
+    ),
+    *_of(
+        "lens_core/evaluation/decision.py",
+        "tests/core/test_stages.py",
+        ("return PictureScore(score.prompt_id, score.index, score.task, 0.0, score.weight)", "return score"),
+        ("if score.value is not None or (score.prompt_id, score.index) in unscored", "if score.value is not None"),
+    ),
+    *_of(
+        "lens_core/evaluation/statistics.py",
+        "tests/core/test_stages.py",
+        ("np.bincount(index, scores * each, len(places))", "np.bincount(index, scores, len(places))"),
+    ),
+    *_of(
         "lens_core/evaluation/manifest.py",
         "tests/core/test_manifest.py",
         ('or self.entries[k].status == "failed"]', 'or self.entries[k].status != "ok"]'),
