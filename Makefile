@@ -1,4 +1,4 @@
-# make demo   sets up .venv and draws a picture with two of the embedded checkpoints, side by side
+# make demo   sets up .venv and draws three prompts with the embedded checkpoints, side by side
 # make test   the same set-up, then the whole test suite
 # make lint   ruff        make types   mypy --strict                    make clean   removes .venv
 
@@ -8,7 +8,7 @@ BIN := .venv/bin
 .PHONY: demo test lint types mutants clean
 
 demo: .venv/ready
-	$(BIN)/python examples/side_by_side.py "two red circles left of a blue star" demo.png
+	$(BIN)/python examples/side_by_side.py
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile

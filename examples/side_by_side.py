@@ -1,6 +1,7 @@
-"""Draw one prompt with the embedded checkpoint and with its four-step student: `side_by_side.py [prompt] [file.png]`.
+"""Draw prompts with each embedded checkpoint, side by side: `side_by_side.py [prompt …] [file.png]`.
 
-The picture on the left takes forty passes of the backbone, the one on the right four.
+A row is a prompt. From left to right: `tiny:`, 128 px, forty passes of its backbone; and of the first model, 64 px:
+`tiny:rl`, forty passes, and its student `tiny:turbo`, four.
 """
 
 import sys
@@ -10,27 +11,29 @@ from PIL import Image
 
 from lens_core import LensPipeline
 
-SCALE = 4  # pixels of the picture for each that was drawn
+SIDE, GAP = 256, 8  # px
+MODELS = ("tiny:", "tiny:rl", "tiny:turbo")
+PROMPTS = (
+    "two red circles left of a blue star",
+    "a green triangle and a pink ring",
+    'the word "LENS" on a mint background',
+)
 
-prompt = sys.argv[1] if len(sys.argv) > 1 else "two red circles left of a blue star"
-file = sys.argv[2] if len(sys.argv) > 2 else "demo.png"
+*prompts, file = sys.argv[1:] if sys.argv[1:] else (*PROMPTS, "demo.png")
+prompts = prompts or list(PROMPTS)
 
-print(prompt)
-drawn = []
-for model in ("tiny:", "tiny:turbo"):
+width = len(MODELS) * (SIDE + GAP) - GAP
+sheet = Image.new("RGB", (width, len(prompts) * (SIDE + GAP) - GAP), "white")
+for column, model in enumerate(MODELS):
     pipeline = LensPipeline.from_pretrained(model)
     pipeline("a warm-up", seed=0, num_inference_steps=1)
     begun = time.perf_counter()
-    result = pipeline(prompt, seed=7)
-    seconds = time.perf_counter() - begun
-    drawn.append(result.images[0])
+    result = pipeline(prompts, seed=7)
+    seconds = (time.perf_counter() - begun) / len(prompts)
     settings = f"{result.settings['steps']} steps at guidance {result.settings['guidance_scale']:g}"
-    print(f"  {model:11} {settings:26} {seconds:.2f} s")
-
-width, height = drawn[0].size
-sheet = Image.new("RGB", (2 * SCALE * width + 8, SCALE * height), "white")
-for place, picture in enumerate(drawn):
-    large = picture.resize((SCALE * width, SCALE * height), Image.Resampling.LANCZOS)
-    sheet.paste(large, (place * (large.width + 8), 0))
+    print(f"  {model:11} {result.images[0].width:4} px  {settings:24} {seconds:.2f} s a picture")
+    for row, picture in enumerate(result.images):
+        large = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        sheet.paste(large, (column * (SIDE + GAP), row * (SIDE + GAP)))
 sheet.save(file)
 print(f"  {file}")

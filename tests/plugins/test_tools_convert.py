@@ -325,20 +325,15 @@ def test_a_part_that_config_json_makes_another_is_not_shared(sharing: Path, inst
 
 
 def test_a_loan_is_passed_on_and_kept(sharing: Path, installed: Catalog, tmp_path: Path) -> None:
-    """`tiny:turbo` itself borrows from `tiny:`; and what is shared stays so where the new origin has no such part."""
+    """`tiny:turbo` itself borrows its encoder from `tiny:`, not the VAE; and what is shared stays so where the new origin
+    has no such part."""
     convert(sharing.with_name("whole"), tmp_path / "one", "diffusers", None, installed, share="tiny:turbo")
     about = json.loads((sharing / "lens.json").read_text())["components"]
-    assert json.loads((tmp_path / "one/lens.json").read_text())["components"] == about
-    shutil.copytree(sharing, tmp_path / "in")
-    components = {
-        **about,
-        "text_encoder": {**about["text_encoder"], "config": {**about["text_encoder"]["config"], "max_length": 500}},
-    }
-    (tmp_path / "in/lens.json").write_text(
-        json.dumps(json.loads((sharing / "lens.json").read_text()) | {"components": components})
-    )
-    convert(tmp_path / "in", tmp_path / "two", "diffusers", None, installed, share="tiny:turbo")
-    assert json.loads((tmp_path / "two/lens.json").read_text())["components"] == components
+    passed_on = json.loads((tmp_path / "one/lens.json").read_text())["components"]
+    assert passed_on["text_encoder"] == about["text_encoder"] and passed_on["text_encoder"]["from"] == "tiny:"
+    assert "from" in about["vae"] and "from" not in passed_on["vae"]
+    convert(sharing, tmp_path / "two", "diffusers", None, installed, share="tiny:turbo")
+    assert json.loads((tmp_path / "two/lens.json").read_text())["components"] == about
 
 
 def test_what_cannot_be_shared_is_reported(tiny: Path, sharing: Path, installed: Catalog, tmp_path: Path) -> None:
@@ -525,7 +520,7 @@ def test_the_commands_convert_and_draw(singles: Path, tmp_path: Path, capsys: py
     assert main(["generate", "x", "--backbone", str(tmp_path / "none.safetensors"), "-o", str(tmp_path / "c.png")]) == 2
     assert "none.safetensors: missing" in capsys.readouterr().err
     assert main(["convert", "tiny:turbo", str(tmp_path / "turbo"), "--share", "tiny:"]) == 0
-    assert not (tmp_path / "turbo/vae").exists() and "transformer" in capsys.readouterr().out
+    assert not (tmp_path / "turbo/text_encoder").exists() and "transformer" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "a.png"), str(tmp_path / "x")]) == 2
     assert "or one .safetensors" in capsys.readouterr().err
 
