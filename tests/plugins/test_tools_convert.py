@@ -325,7 +325,7 @@ def test_a_part_that_config_json_makes_another_is_not_shared(sharing: Path, inst
 
 
 def test_a_loan_is_passed_on_and_kept(sharing: Path, installed: Catalog, tmp_path: Path) -> None:
-    """`tiny:turbo` itself borrows its encoder from `tiny:`, not the VAE; and what is shared stays so where the new origin
+    """`tiny:turbo` itself borrows its encoder from `tiny:`, not the VAE; and what is shared stays so where the origin
     has no such part."""
     convert(sharing.with_name("whole"), tmp_path / "one", "diffusers", None, installed, share="tiny:turbo")
     about = json.loads((sharing / "lens.json").read_text())["components"]
