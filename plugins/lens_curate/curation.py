@@ -106,7 +106,9 @@ class _Curation:
             filler.fill(self._images)
         if filler.gone:
             filler.write_verdicts(self.spec)
-        return summarize(self.tables, self.spec, filler, read, time.monotonic() - self.begun)
+        report = summarize(self.tables, self.spec, filler, read, time.monotonic() - self.begun)
+        self.tables.compact()  # last, for it gives rows other numbers
+        return report
 
     # ---- reading and scoring -------------------------------------------------------------------------------------
 

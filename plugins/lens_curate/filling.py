@@ -199,7 +199,7 @@ class Filler:
         places = np.flatnonzero(target)
         order = places[np.argsort(records.id[places], kind="stable")]
         ids = records.id[order]
-        changed: dict[int, dict[str, Any]] = {}
+        changed: list[tuple[int, int]] = []  # rows of the store, and the records that they are of
         for batch in store.batches("id", "brief", "dense"):
             rows = batch.to_pylist()
             at = [position(ids, bytes.fromhex(row["id"])) if len(row["id"]) == 64 else None for row in rows]
@@ -208,38 +208,48 @@ class Filler:
                 if place is not None:
                     wanted = texts[int(order[place])]
                     if (row["brief"], row["dense"]) != (wanted["brief"], wanted["dense"]):
-                        changed[row["_rowid"]] = {"brief": wanted["brief"], "dense": wanted["dense"]}
-        numbers = list(changed)
-        for start in range(0, len(numbers), 64):
-            some = numbers[start : start + 64]
-            whole = store.rows(some, "id", "image", "height", "width", "brief", "dense", "source")
-            rows = [{k: v for k, v in whole[n].items() if k != "_rowid"} | changed[n] for n in some]
-            store.replace(rows)
+                        changed.append((row["_rowid"], int(order[place])))
+        for start in range(0, len(changed), 64):
+            some = dict(changed[start : start + 64])
+            whole = store.rows(list(some), "id", "image", "height", "width", "brief", "dense", "source")
+            texts = self.texts(list(some.values()))
+            store.replace([
+                {k: v for k, v in whole[number].items() if k != "_rowid"}
+                | {style: texts[place][style] for style in ("brief", "dense")}
+                for number, place in some.items()
+            ])  # fmt: skip
         self.changed = len(changed)
 
     # ---- verdicts ------------------------------------------------------------------------------------------------
 
     def write_verdicts(self, spec: CurationSpec) -> None:
-        made_by = json.dumps(unstructure(spec))
-        earlier = {row["key"]: row for row in self._earlier()}
-        self.tables.rewrite(t.VERDICTS, made_by, self.rows(earlier))
+        self.tables.rewrite(t.VERDICTS, json.dumps(unstructure(spec)), self._rows(self._earlier()))
 
-    def _earlier(self) -> Iterator[dict[str, Any]]:
-        """Verdicts of earlier curations on records that this recipe is not about."""
-        others = np.sort(self.records.key[~self.verdicts.ours & ~self.records.in_store])
-        if not len(others):
-            return
-        for batch in self.tables.batches(t.VERDICTS, *t.COLUMNS[t.VERDICTS]):
-            keys = t.hex_array(batch["key"].to_pylist(), 16)
-            for row, is_other in zip(batch.to_pylist(), np.isin(keys, others).tolist(), strict=True):
-                if is_other:
-                    yield {name: row[name] for name in t.COLUMNS[t.VERDICTS]}
+    def _earlier(self) -> tuple[NDArray[np.bytes_], NDArray[np.int64]]:
+        """Verdicts of earlier curations on records that this recipe is not about: keys, sorted, and rows."""
+        others = self.records.key[~self.verdicts.ours & ~self.records.in_store]
+        keys, rows = [np.zeros(0, "S16")], [np.zeros(0, np.int64)]
+        for batch in self.tables.batches(t.VERDICTS, "key") if len(others) else ():
+            found = t.hex_array(batch["key"].to_pylist(), 16)
+            mine = np.isin(found, others)
+            keys.append(found[mine])
+            rows.append(np.array(batch["_rowid"].to_pylist(), np.int64)[mine])
+        key, row = np.concatenate(keys), np.concatenate(rows)
+        order = np.argsort(key)
+        return key[order], row[order]
 
-    def rows(self, earlier: dict[str, dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-        """Rows of the table of verdicts, some thousand at a time."""
+    def _rows(self, earlier: tuple[NDArray[np.bytes_], NDArray[np.int64]]) -> Iterator[list[dict[str, Any]]]:
+        """Rows of the table of verdicts, some thousand at a time. The old one is read while they are written."""
+        keys, numbers = earlier
         for start in range(0, len(self.records), ROWS):
             places = np.arange(start, min(start + ROWS, len(self.records)))
-            yield self.described(places, earlier)
+            old: dict[str, dict[str, Any]] = {}
+            if len(keys):
+                wanted = self.records.key[places]
+                at = np.clip(np.searchsorted(keys, wanted), 0, len(keys) - 1)
+                found = self.tables.rows(t.VERDICTS, numbers[at[keys[at] == wanted]].tolist(), *t.COLUMNS[t.VERDICTS])
+                old = {row["key"]: {name: row[name] for name in t.COLUMNS[t.VERDICTS]} for row in found.values()}
+            yield self.described(places, old)
 
     def described(self, places: NDArray[np.int64], earlier: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         """The verdicts on records at these places, in words."""

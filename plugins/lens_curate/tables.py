@@ -50,6 +50,8 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
         "reason": "string", "of": "string", "distance": "int32",
     },
 }  # fmt: skip
+COMPACT_AFTER = 32
+"""Times that a run adds to a table before its pieces are joined at the end: reading many pieces is slow."""
 _IMAGES = {"id": "string", "image": "large_binary"}
 _EMPTY = {"string": "", "binary": b"", "int32": 0, "int64": 0, "float32": 0.0}
 
@@ -145,6 +147,7 @@ class Tables:
         self.path = path
         self.store = open_store(catalog, path, create)
         self._open: dict[str, Any] = {}
+        self._appends: dict[str, int] = {}
 
     def table(self, name: str, columns: Mapping[str, str] | None = None, made_by: str = "") -> Any:
         """A side table; None where there is none, unless `made_by` says that it shall be made."""
@@ -160,7 +163,15 @@ class Tables:
     ) -> None:
         """Add the rows of an Arrow table; all of them appear, or none. Raises WriteError."""
         if table.num_rows:
+            self._appends[name] = self._appends.get(name, 0) + 1
             self.store.append(self.table(name, columns, made_by), table)
+
+    def compact(self) -> None:
+        """Join the pieces of tables that this run has grown often."""
+        for name, count in self._appends.items():
+            if count >= COMPACT_AFTER:
+                self.store.compact(self.table(name))
+        self._appends.clear()
 
     def batches(self, name: str, *columns: str) -> Iterator[Any]:
         """These columns of a side table, and `_rowid`, a few thousand rows at a time; nothing where there is none."""

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -120,6 +121,11 @@ class Store:
         """Add an Arrow table to a side table; all of its rows appear, or none. Raises WriteError."""
         with _writing(self.path):
             table.add(rows)
+
+    def compact(self, table: Any) -> None:
+        """Join the small pieces of a side table, one for each `append`, into few. Raises WriteError."""
+        with _writing(self.path):
+            table.optimize(cleanup_older_than=timedelta(hours=1))  # whoever reads an older version may end
 
     def rewrite(
         self, name: str, columns: Mapping[str, str], made_by: str, batches: Iterable[Sequence[Mapping[str, Any]]]

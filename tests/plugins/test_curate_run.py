@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from lens_curate import curation, worker
 from lens_curate.curation import curate
+from lens_curate.engine import default_runner
 from lens_curate.measures import Clarity
+from lens_curate.progress import Progress, duration
 from lens_curate.recipe import CurationSpec, read_spec
 from lens_curate.verdicts import explain, verdicts
 from lens_data.imports import import_folder
@@ -178,6 +180,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_end(folder: Path, tmp_path: Pa
     run(spec(folder), tmp_path / "whole")
     monkeypatch.setattr(curation, "TASK", 2)
     monkeypatch.setattr(curation, "FLUSH_ROWS", 1)
+    monkeypatch.setattr(curation.t, "COMPACT_AFTER", 2)
     plain = curation.t.Tables.append
     count = 0
 
@@ -398,6 +401,21 @@ def test_the_native_runner_makes_the_same_store(folder: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert stored(tmp_path / "native") == stored(tmp_path / "serial")
     assert sorted(map(str, verdicts(str(tmp_path / "native")))) == sorted(map(str, verdicts(str(tmp_path / "serial"))))
+
+
+def test_the_runner_is_the_one_that_dafts_variable_names(monkeypatch) -> None:
+    monkeypatch.delenv("DAFT_RUNNER", raising=False)
+    assert default_runner() == "native"
+    monkeypatch.setenv("DAFT_RUNNER", "RAY")
+    assert default_runner() == "ray"
+
+
+def test_progress_tells_rate_and_time_left() -> None:
+    now = iter([0.0, 10.0, 10.0, 10.0, 10.0])
+    progress = Progress("read", 300, clock=lambda: next(now))
+    progress.done = 50
+    assert str(progress) == "read: 50 of 300, 5.0 a second, 50 s left"
+    assert [duration(s) for s in (0.4, 59.6, 3599, 7500)] == ["0 s", "1 min 0 s", "59 min 59 s", "2 h 5 min"]
 
 
 def test_a_recipe_in_a_file_is_read_with_every_problem(tmp_path: Path) -> None:
