@@ -1,0 +1,23 @@
+"""Change a picture: more of it goes the higher the strength. `python examples/image_to_image.py [file.png]`."""
+
+import sys
+
+from PIL import Image
+
+from lens_core import LensPipeline
+
+file = sys.argv[1] if len(sys.argv) > 1 else "image_to_image.png"
+
+pipeline = LensPipeline.from_pretrained("tiny:")
+first = pipeline("a red circle", seed=3).images[0]
+pictures = [first]
+for strength in (0.3, 0.6, 0.9):
+    result = pipeline("a blue star", image=first, strength=strength, seed=4)
+    pictures.append(result.images[0])
+
+width, height = first.size
+sheet = Image.new("RGB", (len(pictures) * width, height))
+for place, picture in enumerate(pictures):
+    sheet.paste(picture, (place * width, 0))
+sheet.save(file)
+print(f"{file}: the picture, then strength 0.3, 0.6, 0.9")
