@@ -1,4 +1,4 @@
-"""Distil the embedded checkpoint into a student of four steps without guidance: `python examples/distil.py [steps] [runs]`.
+"""Distil the embedded checkpoint into a student of four steps without guidance: `examples/distil.py [steps] [runs]`.
 
 A few steps show the calls; examples/recipes/tiny/5_distill_turbo.yaml is the recipe that gives a good student.
 """

@@ -1,4 +1,4 @@
-"""Repaint the left half of a picture; the right half stays, pixel for pixel. `python examples/inpaint.py [file.png]`."""
+"""Repaint the left half of a picture; the right half stays, pixel for pixel. `examples/inpaint.py [file.png]`."""
 
 import sys
 

@@ -221,7 +221,7 @@ class TextFeatures:
     def __len__(self) -> int:
         return int(self.features.shape[0])
 
-    def __getitem__(self, rows: slice) -> TextFeatures:
+    def __getitem__(self, rows: slice | list[int]) -> TextFeatures:
         return TextFeatures(self.features[rows], self.mask[rows], None if self.host is None else self.host[rows])
 
     @property

@@ -93,7 +93,8 @@ def test_the_table_of_components_is_what_the_package_offers() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=label)
 def test_internal_links_resolve(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    targets = [t for t in re.findall(r"\]\(([^)]+)\)", text) if "://" not in t]
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    targets = [t for t in re.findall(r"\]\(([^)]+)\)", prose) if "://" not in t]
     missing = [t for t in targets if not (page.parent / t.partition("#")[0]).exists()]
     named = re.findall(r"`((?:lens_core|plugins|tests|examples|docs)/[\w./-]+)`", text)
     missing += [n for n in named if not (ROOT / n).exists()]

@@ -18,7 +18,6 @@ from lens_core.cli.options import (
     check_steps,
     parse_interval,
     parse_size,
-    progress,
     read_prompts,
 )
 from lens_core.types import ConfigError
@@ -66,7 +65,7 @@ def generate(
     output
         The PNG to write, lens.png if not given; several pictures become NAME-0000.png, NAME-0001.png, …
     overwrite
-        Draw prompts from a file again, over the pictures that are there.
+        Draw over pictures that are there.
     reproduce
         A PNG that Lens drew: draw it again from the facts in it, and print how far the two are apart.
     seed
@@ -100,9 +99,10 @@ def generate(
     json_
         Print one JSON object a picture.
     """
-    from lens_core.inference.batch import generate_files, image_tasks, pending
+    from lens_core.inference.batch import generate_files, image_tasks, pending, refuse_existing, unused_path
     from lens_core.inference.requests import GenerateRequest
     from lens_core.io.images import read_raw, read_rgb
+    from lens_core.io.progress import progress_bar
 
     init_image = read_rgb(image) if image is not None else None
     mask_image = read_raw(mask) if mask is not None else None  # not read_rgb: its transparency counts
@@ -117,7 +117,10 @@ def generate(
         raise ConfigError(f"--num-images and --batch-size must be at least 1, not {num_images} and {batch_size}")
     prompts = read_prompts(prompt, prompts_file)
     first_seed = secrets.randbelow(2**32) if seed is None else seed
-    tasks = image_tasks(prompts, output or Path("lens.png"), num_images=num_images, seed=first_seed)
+    chosen = output or unused_path(Path("lens.png"))
+    tasks = image_tasks(prompts, chosen, num_images=num_images, seed=first_seed)
+    if prompts_file is None and not overwrite:
+        refuse_existing(tasks)
     height, width = parse_size(size)
     request = GenerateRequest(
         negative_prompt, height, width, aspect_ratio, base_resolution, check_steps(steps), guidance_scale,
@@ -134,8 +137,10 @@ def generate(
         if len(todo) < len(tasks):
             print(f"lens: {len(tasks) - len(todo)} of {len(tasks)} pictures are there already", file=sys.stderr)
     on_step = partial(_on_step, _preset_note(pipeline, steps, guidance_scale))
-    for image_file in generate_files(pipeline, request, todo, batch_size=batch_size, on_step=on_step):
-        _print_file(image_file, loading, as_json=json_, show_prompt=show_prompt)
+    with progress_bar(len(todo), "image", disable=None if len(todo) > batch_size else True) as bar:
+        for image_file in generate_files(pipeline, request, todo, batch_size=batch_size, on_step=on_step):
+            _print_file(image_file, loading, as_json=json_, show_prompt=show_prompt)
+            bar.update()
     return 0
 
 
@@ -143,7 +148,6 @@ def _on_step(note: str, first: int, step: int, t: float) -> None:
     # Only now has everything been checked: before, the note would stand above an error that should be one line.
     if note and first == step == 0:
         print(f"lens: {note}", file=sys.stderr)
-    progress(f"pictures {first}+: step {step + 1}, t = {t:.3f}")
 
 
 def _print_file(image_file: GeneratedFile, loading: float, *, as_json: bool, show_prompt: bool) -> None:

@@ -72,6 +72,22 @@ def image_tasks(prompts: Sequence[str], output: Path, *, num_images: int = 1, se
     return [ImageTask(text, seed + i, path) for i, (text, path) in enumerate(zip(texts, paths, strict=True))]
 
 
+def unused_path(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3 … that no file has."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
+
+
+def refuse_existing(tasks: Sequence[ImageTask]) -> None:
+    """Raise ConfigError for a task whose file is there already."""
+    for task in tasks:
+        if task.path.exists():
+            raise ConfigError(f"{task.path}: is there already; use --overwrite, or another --output")
+
+
 def pending(pipeline: LensPipeline, request: GenerateRequest, tasks: Sequence[ImageTask]) -> list[ImageTask]:
     """The tasks whose files are not there yet. Raises ConfigError where a file was drawn by another request."""
     return [task for task in tasks if not _is_done(task, request.fingerprint(pipeline, task.prompt, task.seed))]

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from attrs import field, frozen
+from torch import Tensor
 
 from lens_core.arguments import number, texts, whole
+from lens_core.inference.picture_arguments import as_picture
 from lens_core.io.images import to_rgb
 from lens_core.io.readers import shown
 from lens_core.types import ConfigError
@@ -56,9 +58,12 @@ def _count(value: Any) -> int:
     return whole("num_images_per_prompt", value, 1, MAX_COUNT)
 
 
-def _picture(arguments: Any, attribute: Any, value: Any) -> None:
-    if value is not None and not hasattr(value, "getbands"):
-        raise ConfigError(f"{attribute.name} must be a PIL picture, not {type(value).__name__}")
+def _image(value: Any) -> Any:
+    return as_picture("image", value)
+
+
+def _mask_image(value: Any) -> Any:
+    return as_picture("mask_image", value)
 
 
 def _steps(value: Any) -> int | None:
@@ -80,8 +85,8 @@ class CallArguments:
     num_inference_steps: int | None = field(default=None, converter=_steps)
     guidance_scale: float | None = field(default=None, converter=_scale)
     guidance_interval: tuple[float, float] = field(default=(0.0, 1.0), converter=_interval)
-    image: Any = field(default=None, validator=_picture)
-    mask_image: Any = field(default=None, validator=_picture)
+    image: Any = field(default=None, converter=_image)
+    mask_image: Any = field(default=None, converter=_mask_image)
     height: int | None = None
     width: int | None = None
     aspect_ratio: str | None = None
@@ -188,6 +193,27 @@ def picture_size(
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"aspect ratio {ratio!r} must be width:height between 1:10 and 10:1, such as 3:2") from error
     return max(grid, round(base / shape / grid) * grid), max(grid, round(base * shape / grid) * grid)
+
+
+def texts_of_embeds(prompt: Any, embeds: Any) -> list[str]:
+    """Empty texts in the place of prompts that were encoded already, one a row. Raises ConfigError beside a prompt."""
+    if prompt is not None:
+        raise ConfigError("give a prompt or prompt_embeds, not both")
+    return [""] * len(getattr(embeds, "mask", [""]))
+
+
+def replace_latents(x: Tensor, answer: Any) -> None:
+    """Write the latents that a callback returned, {"latents": tensor}, into those that sampling goes on with.
+
+    Raises ConfigError where they are no tensor of the same shape.
+    """
+    new = answer.get("latents") if isinstance(answer, Mapping) else None
+    if new is None or new is x:
+        return
+    if not isinstance(new, Tensor) or new.shape != x.shape:
+        what = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        raise ConfigError(f"callback_on_step_end returned latents {what}; they must be a tensor {list(x.shape)}")
+    x.copy_(new)
 
 
 def make_generators(

@@ -31,6 +31,8 @@ class LoadOptions:
     verify: first compare every file with its hash in `lens.json`.
     deferred: parts with weights that are read when they are first used.
     workload: the pipeline -> what will be drawn, for the offload plan.
+    sampler: the name or spec of a sampler to draw with instead of the checkpoint's.
+    variant: of diffusers; None alone, since files of a variant differ in dtype, which `dtype` chooses.
     """
 
     parts: Sequence[str] = PIPELINE_PARTS
@@ -42,6 +44,12 @@ class LoadOptions:
     verify: bool = False
     deferred: Collection[str] = ()
     workload: Callable[[Any], Workload] | None = None
+    sampler: str | ComponentSpec | None = None
+    variant: str | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.variant is not None:
+            raise ConfigError(f"variant={self.variant!r}: Lens reads one set of files; choose the precision by dtype")
 
     @property
     def files(self) -> dict[str, Path]:

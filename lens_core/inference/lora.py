@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from lens_core.checkpoints.lora_keys import FILE, Pair, write
@@ -136,24 +136,61 @@ def unfold(net: nn.Module, plain: dict[str, Tensor]) -> None:
     plain.clear()
 
 
+@frozen
+class Adapter:
+    """One LoRA of a stack: the name that the user calls it by, its file's name, its changes, and its weight."""
+
+    name: str
+    file: str
+    changes: Mapping[str, LoRALayer]
+    weight: float
+
+
 class LoRAStack:
     """The LoRAs that are folded into a backbone, and its weights from before, so that they can be taken out again."""
 
     def __init__(self) -> None:
-        self.names: list[str] = []  # NAME:WEIGHT, in the order in which they were added
+        self.adapters: list[Adapter] = []  # in the order in which they were added
         self._originals: dict[str, Tensor] = {}  # layer -> its weight without any LoRA, on the host
 
-    def add(self, backbone: nn.Module, path: str | Path, weight: float) -> None:
-        """Fold a LoRA, a file or its folder, into `backbone`. Raises ConfigError and CheckpointError."""
+    @property
+    def names(self) -> list[str]:
+        """FILE:WEIGHT of each LoRA whose weight is not 0."""
+        return [f"{adapter.file}:{adapter.weight:g}" for adapter in self.adapters if adapter.weight]
+
+    def add(self, backbone: nn.Module, path: str | Path, weight: float, name: str | None = None) -> None:
+        """Fold a LoRA, a file or its folder, into `backbone`. Raises ConfigError and CheckpointError.
+
+        `name`, for `reweight`, is default_0, default_1 … if None.
+        """
         if not math.isfinite(weight):
             raise ConfigError(f"{path}: its weight is {weight}; give a finite number")
-        fold(backbone, read(Path(path).expanduser(), backbone), weight, self._originals)
-        self.names.append(f"{Path(path).name}:{weight:g}")
+        name = f"default_{len(self.adapters)}" if name is None else name
+        if any(adapter.name == name for adapter in self.adapters):
+            raise ConfigError(f"an adapter called {name!r} is loaded already; give another name")
+        changes = read(Path(path).expanduser(), backbone)
+        fold(backbone, changes, weight, self._originals)
+        self.adapters.append(Adapter(name, Path(path).name, changes, weight))
+
+    def reweight(self, backbone: nn.Module, weights: Mapping[str, float]) -> None:
+        """Give each LoRA the weight of its name, 0 where it is not named. Raises ConfigError for an unknown name and
+        a weight that is not finite."""
+        known = [adapter.name for adapter in self.adapters]
+        for name, weight in weights.items():
+            if name not in known:
+                raise ConfigError(f"no adapter called {name!r} is loaded; loaded are {', '.join(known) or 'none'}")
+            if not math.isfinite(weight):
+                raise ConfigError(f"the weight of the adapter {name!r} is {weight}; give a finite number")
+        unfold(backbone, self._originals)
+        self.adapters = [evolve(adapter, weight=float(weights.get(adapter.name, 0))) for adapter in self.adapters]
+        for adapter in self.adapters:
+            if adapter.weight:
+                fold(backbone, adapter.changes, adapter.weight, self._originals)
 
     def remove(self, backbone: nn.Module) -> None:
         """Put the weights of `backbone` back, bit for bit. Subtracting would leave rounding errors."""
         unfold(backbone, self._originals)
-        self.names.clear()
+        self.adapters.clear()
 
     def provenance(self, earlier: Mapping[str, Any]) -> dict[str, list[str]]:
         """What a checkpoint records: the LoRAs that were fused before, by `earlier`, and those that are in now."""

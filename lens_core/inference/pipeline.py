@@ -14,7 +14,13 @@ from lens_core.attribution import building, check_fit, latents_of, pixels_of, te
 from lens_core.catalog import Catalog
 from lens_core.flow import Velocity
 from lens_core.inference import refinement, saving
-from lens_core.inference.call_arguments import CallArguments, GenerationSettings, make_generators
+from lens_core.inference.call_arguments import (
+    CallArguments,
+    GenerationSettings,
+    make_generators,
+    replace_latents,
+    texts_of_embeds,
+)
 from lens_core.inference.guidance import check_finite, guided_velocity
 from lens_core.inference.image_to_image import InitImage, read_init_image
 from lens_core.inference.loading import LoadOptions, read_checkpoint
@@ -28,6 +34,7 @@ from lens_core.inference.parts import (
 from lens_core.inference.pipeline_parts import PipelineParts
 from lens_core.inference.pixels import to_images, to_pil, to_pixels
 from lens_core.inference.prompt_cache import CacheEntry, EncoderKey, PromptCache, weights_state
+from lens_core.io.progress import progress_bar
 from lens_core.protocols import dtype_of
 from lens_core.recipe import ComponentSpec, PipelineSpec, build, unstructure
 from lens_core.types import ConfigError, Refinement, TextFeatures
@@ -85,6 +92,9 @@ class LensPipeline(PipelineParts):
         pipeline._encoder_origin = read.encoder_origin
         pipeline._encoder_state = weights_state(read.parts.loaded["text_encoder"])
         pipeline.use_reasoner(reasoner)
+        if chosen.sampler is not None:
+            spec = ComponentSpec(chosen.sampler) if isinstance(chosen.sampler, str) else chosen.sampler
+            pipeline.use_sampler(spec.use, **spec.options)
         if offload is None:
             return pipeline.to(where)
         pipeline.offload(offload, where, workload=chosen.workload(pipeline) if chosen.workload is not None else None)
@@ -264,9 +274,11 @@ class LensPipeline(PipelineParts):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         *,
+        prompt_embeds: TextFeatures | None = None,
+        negative_prompt_embeds: TextFeatures | None = None,
         height: int | None = None,
         width: int | None = None,
         aspect_ratio: str | None = None,
@@ -277,8 +289,8 @@ class LensPipeline(PipelineParts):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
-        image: Image | None = None,
-        mask_image: Image | None = None,
+        image: Image | Any = None,
+        mask_image: Image | Any = None,
         strength: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         output_type: str = "pil",
@@ -289,39 +301,60 @@ class LensPipeline(PipelineParts):
         `seeds` of the result says which seed alone draws image i; None where none does: from `latents`, or where a
         generator had been drawn from before, as for all but the first picture of a single one.
 
-        `image`: a PIL picture to start from, in the size of the result unless `height` and `width` ask for another;
+        `prompt_embeds`, `negative_prompt_embeds`: what `encode_prompt` returned, instead of the texts.
+        `image`: a picture (PIL, path, array or tensor) to start from, in the size of the result unless `height` and
+        `width` ask for another;
         `strength` in [0, 1]: how much of it goes (0.6 by default, 1 with a mask); `mask_image`: white is repainted,
         all else stays as it is. `guidance_interval` (low, high): guidance is at work where low < t <= high alone.
+        `callback_on_step_end(pipeline, step, t, {"latents": x})`: if it returns {"latents": …}, sampling goes on there.
         `output_type`: "pil", "pt" (uint8 [B,3,H,W]), "np" (uint8 [B,H,W,3]) or "latent" ([B,C,h,w]).
         Raises ConfigError for sizes, counts and types; NumericalError for non-finite latents; warns of what has no
         effect.
         """
         self.store.require_all()
         arguments = CallArguments(
-            prompt=prompt, negative_prompt=negative_prompt, num_images_per_prompt=num_images_per_prompt,
+            prompt=prompt if prompt_embeds is None else texts_of_embeds(prompt, prompt_embeds),
+            negative_prompt=negative_prompt, num_images_per_prompt=num_images_per_prompt,
             height=height, width=width, aspect_ratio=aspect_ratio, base_resolution=base_resolution,
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, image=image, mask_image=mask_image, output_type=output_type,
         )  # fmt: skip
         settings = arguments.settings(self.presets, self.vae.downscale)
-        init = self._init_image(image, mask_image, strength, settings.size)
+        init = self._init_image(arguments.image, arguments.mask_image, strength, settings.size)
         arguments.warn_of_no_effect(settings.guidance_scale)
         generators, seeds = make_generators(generator, seed, len(settings.prompts))
-        prompts = self.refine(settings.prompts)
-        text, provenance = self.encode_once([prompt.text for prompt in prompts])
+        if prompt_embeds is None:
+            prompts = self.refine(settings.prompts)
+            text, provenance = self.encode_once([prompt.text for prompt in prompts])
+        else:
+            prompts, provenance = [Refinement("", "")] * len(settings.prompts), {}
+            text = self._embeds("prompt_embeds", prompt_embeds, settings, num_images_per_prompt)
         negative = self._encode_negative(settings.negative_prompts)
+        if negative_prompt_embeds is not None and settings.guidance_scale != 1:
+            negative = self._embeds("negative_prompt_embeds", negative_prompt_embeds, settings, num_images_per_prompt)
         x = self._initial_noise(latents, generators, settings.latent_size)
         steps = self.sample(
             text, x, settings.steps, settings.guidance_scale, negative,
             interval=settings.guidance_interval, init=init,
             draw=lambda: self.noise(generators, settings.latent_size),
         )  # fmt: skip
-        for step, (t, x) in enumerate(steps):
-            if callback_on_step_end is not None:
-                callback_on_step_end(self, step, t, {"latents": x})
+        with progress_bar(settings.steps, "step", **self.progress_bar_config) as bar:
+            for step, (t, x) in enumerate(steps):
+                if callback_on_step_end is not None:
+                    replace_latents(x, callback_on_step_end(self, step, t, {"latents": x}))
+                bar.update()
         seeds = seeds if latents is None else (None,) * len(seeds)  # which decide nothing then
         recorded = self._metadata(arguments, settings, init) | provenance
         return Result(self._output(x, init, output_type), seeds, recorded, tuple(prompts))
+
+    def _embeds(self, name: str, embeds: Any, settings: GenerationSettings, each: int) -> TextFeatures:
+        """Features that a caller computed, one row for each picture, on the pipeline's device. Raises ConfigError."""
+        if not isinstance(embeds, TextFeatures):
+            raise ConfigError(f"{name} must be what encode_prompt returned, not {type(embeds).__name__}")
+        rows = [row for row in range(len(embeds.mask)) for _ in range(each)]
+        if len(rows) != len(settings.prompts):
+            raise ConfigError(f"{name} has {len(embeds.mask)} rows for {len(settings.prompts) // each} prompts")
+        return embeds[rows].to(self.device, dtype_of(self.backbone))
 
     def _init_image(
         self, image: Image | None, mask: Image | None, strength: float | None, size: tuple[int, int]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lens_core.attribution import building, calling
 from lens_core.catalog import Catalog
 from lens_core.inference.call_arguments import picture_size
+from lens_core.inference.diffusers_names import DiffusersNames, account, positional_target
 from lens_core.inference.loading import CheckpointInfo
 from lens_core.inference.lora import LoRAStack
 from lens_core.inference.offload import Accelerator, MemoryEstimate, OffloadManager, Workload, find_plan
@@ -43,7 +44,7 @@ def _part(kind: str) -> Any:
     return property(get, lambda pipeline, component: pipeline.put(kind, component))
 
 
-class PipelineParts:
+class PipelineParts(DiffusersNames):
     """The parts of a text-to-image model, put together. `specs` remembers by what name and config each was built.
 
     A part may be assigned, as in `pipeline.vae = mine`. What was known of the one before is forgotten then: settings no
@@ -82,8 +83,12 @@ class PipelineParts:
         self._loras = LoRAStack()
         self.offload_manager: OffloadManager | None = None  # None: every part stays on the device
         self.reasoner: Any = None  # rewrites prompts before they are encoded; None: they are sent as they are
+        self.progress_bar_config: dict[str, Any] = {}  # options of tqdm
         self._refined: dict[str, Refinement] = {}  # what the reasoner made of the last prompts
         self.use_reasoner(reasoner)
+
+    def __repr__(self) -> str:
+        return account(self)
 
     # ---- parts --------------------------------------------------------------------------------------------------
 
@@ -160,8 +165,16 @@ class PipelineParts:
         """The parts with weights that have been read."""
         return self.store.modules()
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move every part with weights. float16 is refused where the backbone refuses it."""
+    def to(
+        self,
+        target: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Move every part with weights to a device, a dtype, or both. float16 is refused where the backbone refuses it,
+        as is a device that is not there (ConfigError)."""
+        device, dtype = positional_target(target, device, dtype)
         if dtype is not None and self.backbone is not None:
             check_dtype(type(self.backbone), dtype)
         if self.offload_manager is not None:
@@ -246,11 +259,12 @@ class PipelineParts:
         """The LoRAs that are folded into the backbone, as NAME:WEIGHT."""
         return self._loras.names
 
-    def load_lora_weights(self, path: str | Path, weight: float = 1.0) -> None:
+    def load_lora_weights(self, path: str | Path, weight: float = 1.0, *, adapter_name: str | None = None) -> None:
         """Fold a LoRA, a file or its folder, into the backbone, beside those already there. Reads the names of
         diffusers, PEFT, Comfy and sd-scripts (`lora_keys`); it is as strong as in PEFT's own forward. Sampling
-        costs no more than before. Raises CheckpointError, also for what cannot be honoured, such as DoRA."""
-        self._loras.add(self.backbone, path, weight)
+        costs no more than before. `adapter_name`, for `set_adapters`, is default_0, default_1 … if None. Raises
+        CheckpointError, also for what cannot be honoured, such as DoRA."""
+        self._loras.add(self.backbone, path, weight, adapter_name)
 
     def unload_lora_weights(self) -> None:
         """Take every LoRA out again: the backbone's weights are bit for bit what they were."""

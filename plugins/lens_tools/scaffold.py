@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,6 +89,19 @@ def test_the_component_is_offered(kind: str) -> None:
 def available_kinds() -> list[str]:
     """Kinds that have a template."""
     return [kind for kind in KINDS if (TEMPLATES / f"{kind}.py").is_file()]
+
+
+def example(kind: str) -> str:
+    """A component of a kind and the check of its contract, as one script: what docs/kinds.md shows.
+
+    A check that needs helpers of its own, as a method's does, is left to the tests of the package.
+    """
+    component = read_text(TEMPLATES / f"{kind}.py").partition("from __future__ import annotations\n\n")[2].rstrip()
+    tests = read_text(TEMPLATES / f"{kind}_test.py")
+    if "def make(" in tests:
+        return component
+    body = tests.partition("def test_contract() -> None:\n")[2].partition("\n\n")[0]
+    return f"{component}\n\n\nfrom lens_core.testing import check_{kind}\n\n{textwrap.dedent(body).rstrip()}"
 
 
 def write_plugin(name: str, kinds: Sequence[str], parent: Path) -> list[Path]:

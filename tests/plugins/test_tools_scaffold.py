@@ -12,6 +12,7 @@ import pytest
 from lens_tools import scaffold
 
 from lens_core.cli.main import main
+from lens_core.protocols import KINDS
 from lens_core.types import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -61,3 +62,9 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_left(
     with pytest.raises(ConfigError, match=message):
         scaffold.write_plugin(name, [kind], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_of_examples_shows_every_template_as_it_is() -> None:
+    page = (ROOT / "docs" / "kinds.md").read_text(encoding="utf-8")
+    for kind in KINDS:
+        assert f"## {kind}\n" in page and f"```python\n{scaffold.example(kind)}\n```" in page, kind

@@ -44,8 +44,8 @@ class Example(BaseMethod):
 
     def loss(self, module_name: str, modules: Mapping[str, nn.Module], batch: Any, rng: torch.Generator) -> Loss:
         data, text = batch
-        t = torch.rand(len(data), generator=rng)
-        noise = torch.randn(data.shape, generator=rng)
+        t = torch.rand(len(data), generator=rng, device=rng.device).to(data.device)
+        noise = torch.randn(data.shape, generator=rng, device=rng.device).to(data.device)
         time = t.view(-1, 1, 1, 1)
         velocity = modules[module_name]((1 - time) * data + time * noise, t, text)
         return Loss((velocity - (noise - data)).abs().mean())
