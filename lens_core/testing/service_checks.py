@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lens_core.io.images import read_rgb
@@ -86,11 +85,11 @@ def check_llm(llm: Any, messages: Sequence[Message] = (Message("user", "Describe
 def check_reasoner(reasoner: Any, requests: Sequence[str] = ("a red barn", "two cats on a roof", "« été »")) -> None:
     """One text or Refinement for each request, in their order, none of them blank; requests that stay as they were."""
     name = component_name(reasoner, "reasoner")
-    given = list(requests)
-    answers = list(reasoner.refine(given))
-    hold(given == list(requests), f"{name} changes the requests")
-    hold(len(answers) == len(given), f"{name}: {len(answers)} answers to {len(given)} requests")
-    for request, answer in zip(given, answers, strict=True):
+    sent = list(requests)
+    answers = list(reasoner.refine(sent))
+    hold(sent == list(requests), f"{name} changes the requests")
+    hold(len(answers) == len(sent), f"{name}: {len(answers)} answers to {len(sent)} requests")
+    for request, answer in zip(sent, answers, strict=True):
         hold(isinstance(answer, str | Refinement), f"{name}: an answer is {answer!r}, not a text or a Refinement")
         text = answer if isinstance(answer, str) else answer.text
         hold(bool(text.strip()), f"{name}: the answer to {request!r} is blank")
@@ -169,6 +168,8 @@ def _outcomes(name: str, generator: Any, requests: Sequence[PictureRequest]) -> 
 def check_perceiver(perceiver: Any, questions: Sequence[Any] = (None, None)) -> None:
     """A description with model, revision and version, a canary that passes, and one answer in JSON for each picture."""
     name = component_name(perceiver, "perceiver")
+    from PIL import Image
+
     about = dict(perceiver.describe())
     lacks = sorted({"model", "revision", "version"} - about.keys())
     hold(not lacks, f"{name}.describe lacks {', '.join(lacks)}")
