@@ -155,8 +155,8 @@ class LoRAStack:
 
     @property
     def names(self) -> list[str]:
-        """FILE:WEIGHT of each LoRA whose weight is not 0."""
-        return [f"{adapter.file}:{adapter.weight:g}" for adapter in self.adapters if adapter.weight]
+        """FILE:WEIGHT of each LoRA."""
+        return [f"{adapter.file}:{adapter.weight:g}" for adapter in self.adapters]
 
     def add(self, backbone: nn.Module, path: str | Path, weight: float, name: str | None = None) -> None:
         """Fold a LoRA, a file or its folder, into `backbone`. Raises ConfigError and CheckpointError.

@@ -138,7 +138,7 @@ def test_a_call_that_makes_no_sense_is_refused(call: dict[str, Any], words: str,
         ({"seed": ["a"]}, "seed must be a whole number, not 'a'"),
         ({"generator": [3]}, "generator must be a torch.Generator"),
         ({"latents": np.zeros((1, 4, 2, 3))}, "latents must be a tensor, not ndarray"),
-        ({"image": np.zeros((32, 32, 3))}, "image must be a PIL picture, not ndarray"),
+        ({"image": 3}, r"image must be a picture \(PIL, path, array or tensor\), not int"),
     ],
     ids=str,
 )
