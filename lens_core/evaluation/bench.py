@@ -185,9 +185,10 @@ def _check_same(folder: Path, plan: Plan, run: Mapping[str, Any]) -> None:
 
 def _decide(folder: Path, plan: Plan, benchmark: Any, manifest: Manifest, run: dict[str, Any]) -> BenchmarkReport:
     lines = perception.read_lines(folder, plan, benchmark, manifest)
+    perceivers: Any = {}
     if hasattr(benchmark, "decide"):
-        for _ in lines:  # are they of these pictures?
-            pass
+        for line in lines:  # are they of these pictures?
+            perceivers = perceivers or line.get("perceiver", {})
         decided: Decision = benchmark.decide(folder / stages.PERCEPTIONS)
     else:
         tasks = {name: prompt.task for name, prompt in plan.by_id.items()}
@@ -197,7 +198,8 @@ def _decide(folder: Path, plan: Plan, benchmark: Any, manifest: Manifest, run: d
         raise LensError(f"{folder}: no picture was perceived; there is nothing to report")
     stored = atomic_files.read_json(folder / CEILING) if (folder / CEILING).is_file() else {}
     ceiling = {name: value for name, value in stored.items() if isinstance(value, int | float)}
-    measured = run_report.Measured(plan, manifest, decided, run_report.settings(run, manifest), ceiling)
+    settings = {**run_report.settings(run, plan, manifest), "perceivers": perceivers}
+    measured = run_report.Measured(plan, manifest, decided, settings, ceiling)
     run_report.write(measured)
     return BenchmarkReport(folder, decided, measured.settings, measured.text)
 

@@ -236,6 +236,7 @@ def read_lines(folder: Path, plan: Plan, benchmark: Any, manifest: Manifest) -> 
     the end, where a picture has none."""
     path = folder / PERCEPTIONS
     again = "run the stage perceive again"
+    wanted = plan.requests()
     seen: set[Key] = set()
     for number, line in json_fields.numbered(path):
         try:
@@ -245,12 +246,14 @@ def read_lines(folder: Path, plan: Plan, benchmark: Any, manifest: Manifest) -> 
             key = name, json_fields.whole(json_fields.field(line, "index"), "index", low=0)
         except FieldError as error:
             raise ConfigError(f"{path}, line {number}: {error}; {again}") from error
+        if key not in wanted:
+            raise ConfigError(f"{path}, line {number}: is of no picture of this run; {again}")
         entry = manifest.entries.get(key)
         if line.get("sha256") != (entry.sha256 if entry is not None and entry.status == "ok" else None):
             raise ConfigError(f"{path}, line {number}: is not of the picture in the manifest; {again}")
         seen.add(key)
         yield line
-    lost = [key for key in plan.requests() if key not in seen and _counts(benchmark, plan.by_id[key[0]])]
+    lost = [key for key in wanted if key not in seen and _counts(benchmark, plan.by_id[key[0]])]
     if lost:
         raise ConfigError(f"{path}: lacks {len(lost)} pictures, {lost[0][0]}_{lost[0][1]} for one; {again}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -14,12 +15,15 @@ from lens_core.evaluation.manifest import Entry, Manifest
 from lens_core.evaluation.report import contact_sheet
 from lens_core.evaluation.stages import Plan
 from lens_core.evaluation.statistics import Estimate, cluster_of, pooled
+from lens_core.inference import png_metadata
 from lens_core.io import atomic_files
 from lens_core.io.images import read_raw, read_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+INNER = ("versions", "report_versions", "settings", "run", "perceivers")
+"""Settings that are too long for the line below the table."""
 SHEET_IMAGES = 56  # on the contact sheet: seven rows of eight
 THUMBNAIL = 192  # px of the longer side, at most, of a picture there
 
@@ -37,14 +41,14 @@ class Measured:
     @property
     def text(self) -> str:
         """The table, the notes, and the settings in one line below it."""
-        shown = {k: v for k, v in self.settings.items() if k not in ("versions", "settings", "run")}
+        shown = {k: v for k, v in self.settings.items() if k not in INNER}
         parts = [table(self.decision, self.ceiling), *(f"note: {note}" for note in self.decision.notes)]
         counts = ", ".join(f"{count} {status}" for status, count in self.decision.statuses.items())
         parts.append(f"{counts}; coverage {self.decision.coverage:.1%}")
         return "\n\n".join([*parts, ", ".join(f"{k} {v}" for k, v in shown.items() if v not in (None, ""))])
 
 
-def settings(run: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
+def settings(run: Mapping[str, Any], plan: Plan, manifest: Manifest) -> dict[str, Any]:
     """What decides the figures, as result.json has it; `run` is run.json with the benchmark's `label`."""
     first = next((e for e in manifest.entries.values() if e.status == "ok"), None)
     size = list(reversed(read_raw(manifest.folder / first.file).size)) if first is not None else run.get("size")
@@ -60,7 +64,12 @@ def settings(run: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
         "prompts": of_system.get("prompts", "raw"),  # or refined, by a reasoner or a rewriter
         "settings": dict(of_system),
         "versions": run.get("versions", {}),
-        "run": {k: run.get(k) for k in ("benchmark", "options", "prompts_sha256", "images_per_prompt")},
+        "report_versions": {**png_metadata.versions(), **{n: version(n) for n in ("transformers", "pillow", "numpy")}},
+        "run": {
+            "benchmark": plan.benchmark,
+            "options": dict(plan.options),
+            **{name: run.get(name) for name in ("prompts_sha256", "images_per_prompt")},
+        },
     }
 
 
