@@ -11,6 +11,7 @@ languages  the requests in French, German and Spanish
 faithful   whether a description says what a request asked for
 styles     ways to describe a scene, and the system prompts that ask for them
 editor     llm `shapes_editor`: proposes system prompts in a search, from the sentences of `styles`
+writer     llm `shapes_writer`: rewrites requests by rules, in the style that a system prompt asks for
 chats      dataset `shapes_chat`: requests rewritten as descriptions, in conversations
 weights    the embedded checkpoints, `tiny:`
 benchmark  benchmark and reward `shapes`: the six tasks of GenEval, and words; reward `shapes`
@@ -56,8 +57,9 @@ def lens_rewards() -> dict[str, type[Any]]:
 @hookimpl
 def lens_llms() -> dict[str, type[Any]]:
     from lens_shapes.editor import ShapesEditor
+    from lens_shapes.writer import ShapesWriter
 
-    return {"shapes_editor": ShapesEditor}
+    return {"shapes_editor": ShapesEditor, "shapes_writer": ShapesWriter}
 
 
 @hookimpl

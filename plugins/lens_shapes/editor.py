@@ -1,8 +1,8 @@
 """The llm `shapes_editor`: stands in for the language model that proposes system prompts, in a search on the shapes.
 
 It knows the sentences of `styles` and nothing about the benchmark: it reads a system prompt with examples, and adds,
-removes or replaces a sentence. Where the examples show descriptions that are short and scores that are low, it takes
-out what asks for shortness and asks for one part more; without examples its edits are random.
+removes or replaces a sentence. Where the examples show short descriptions and low scores, it takes out what asks for
+shortness and asks for one part more; where they show long ones, it asks for less; without examples its edits are random.
 """
 
 from __future__ import annotations
@@ -56,6 +56,13 @@ class ShapesEditor:
             if missing:
                 name = pick(rng, tuple(missing))
                 return f"short descriptions score low: ask for {name}", f"{system} {pick(rng, WORDINGS[name])}"
+        present = [w for name in PARTS for w in WORDINGS[name] if w in system]
+        if examples and _low(examples) and not _short(examples):
+            if present and rng.random() < 0.5:
+                sentence = pick(rng, tuple(present))
+                return f"long descriptions score low: try without {sentence!r}", _without(system, sentence)
+            sentence = pick(rng, (*WORDINGS["phrase"], *WORDINGS["sentence"]))
+            return f"long descriptions score low: {sentence!r}", f"{system} {sentence}"
         return self._random(system, rng)
 
     def _random(self, system: str, rng: np.random.Generator) -> tuple[str, str]:
