@@ -2,7 +2,8 @@
 
 It knows the sentences of `styles` and nothing about the benchmark: it reads a system prompt with examples, and adds,
 removes or replaces a sentence. Where the examples show short descriptions and low scores, it takes out what asks for
-shortness and asks for one part more; where they show long ones, it asks for less; without examples its edits are random.
+shortness and asks for one part more; where they show long ones, it asks for less. Without examples its edits are
+random.
 """
 
 from __future__ import annotations

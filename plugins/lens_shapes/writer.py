@@ -1,7 +1,8 @@
 """The llm `shapes_writer`: rewrites requests about shapes by rules, in the style that a system prompt asks for.
 
-A stand-in for a language model where the proving ground needs one that makes no mistakes: it reads a request in English,
-French, German or Spanish, makes up a scene that the request is true of, and describes it in English (`styles`).
+A stand-in for a language model where the proving ground needs one that makes no mistakes: it reads a request in
+English, French, German or Spanish, makes up a scene that the request is true of, and describes it in English
+(`styles`).
 """
 
 from __future__ import annotations
