@@ -58,7 +58,7 @@ class ShapesWriter:
 
 def read_request(text: str) -> dict[str, Any] | None:
     """The facts that a request names, as `scenes.prompt_facts` has them; None where it names none."""
-    found = _WORD.search(text)
+    quoted = _WORD.search(text)
     rest = _WORD.sub(" ", text)
     behind = _BEHIND.search(rest)
     front, back = (rest[: behind.start()], rest[behind.start() :]) if behind else (rest, "")
@@ -66,10 +66,10 @@ def read_request(text: str) -> dict[str, Any] | None:
         groups = _groups(front, language)
         if groups:
             break
-    if not groups and not found:
+    if not groups and not quoted:
         return None
     relation = _relation(front, language) if len(groups) == 2 else ""
-    facts = {"groups": groups, "relation": relation, "word": found[1] if found else ""}
+    facts = {"groups": groups, "relation": relation, "word": quoted[1] if quoted else ""}
     return facts | ({"background": background} if (background := _background(back)) else {})
 
 
