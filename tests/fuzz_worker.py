@@ -219,6 +219,9 @@ class Targets:
             ("results", 6, self.results),
             ("tar", 6, self.tar),
             ("folder of pictures", 3, self.pictures),
+            ("curation recipe", 8, self.curation_recipe),
+            ("list of addresses", 4, self.addresses),
+            ("picture in a curation", 6, self.curated_picture),
             ("arguments", 8, self.arguments),
         ]  # fmt: skip
 
@@ -241,6 +244,49 @@ class Targets:
             data = mutate_bytes(rng, data)
         changes = [mutate_bytes(rng, b"train.lr=1e-4").decode("utf-8", "replace")] if rng.random() < 0.2 else []
         read_recipe(self.write("recipe.yaml", data), self.catalog, changes)
+
+    def curation_recipe(self, rng: random.Random) -> None:
+        import yaml
+        from lens_curate.recipe import build_filters, read_spec
+        from lens_curate.sources import build_sources
+
+        data = (ROOT / "examples" / "curation" / "holidays.yaml").read_bytes()
+        if rng.random() < 0.7:
+            data = json.dumps(mutate_value(rng, yaml.safe_load(data))).encode("utf-8", "surrogatepass")
+        else:
+            data = mutate_bytes(rng, data)
+        spec = read_spec(self.write("curation.yaml", data))
+        build_filters(spec, self.catalog)
+        build_sources(spec.sources, self.catalog)
+
+    def addresses(self, rng: random.Random) -> None:
+        from lens_curate.urls import Urls
+
+        lines = [json.dumps({"url": f"https://example.org/{n}.png", "caption": "A picture."}) for n in range(5)]
+        data = mutate_lines(rng, "\n".join(lines).encode()) + b"\nhttps://example.org/last.png\n"
+        data = mutate_bytes(rng, data) if rng.random() < 0.3 else data
+        config = Urls.Config(str(self.write("list.txt", data)), downloads=str(self.folder / "downloads"))
+        for part in Urls(config, self.catalog).parts():
+            assert part.fault or all(isinstance(entry["url"], str) for entry in part.payload["urls"])
+            json.dumps(part.payload)
+
+    def curated_picture(self, rng: random.Random) -> None:
+        from lens_curate.recipe import CurationSpec
+        from lens_curate.worker import PartTask, Worker
+
+        from lens_core.config import structure
+
+        folder = self.folder / "case" / "raw"
+        for name in ("a.png", "b.png"):
+            self.write(f"raw/{name}", mutate_bytes(rng, (self.folder / "a.png").read_bytes()))
+        self.write("raw/a.txt", mutate_bytes(rng, b"A picture of a cat."))
+        self.write("raw/metadata.csv", mutate_bytes(rng, b"file_name,text\na.png,A cat\nb.png,A dog"))
+        filters = ["luminance", "clarity", "blockiness", "borders", "file", "captions", "entropy"]
+        recipe = {"sources": [{"use": "folder", "path": str(folder)}], "filters": filters}
+        worker = Worker(structure(CurationSpec, recipe), str(self.folder / "no-store"), self.catalog)
+        parts = list(worker.sources[0].source.parts())
+        answers = list(worker.run([PartTask(0, part, True, tuple(range(len(filters)))) for part in parts]))
+        assert {answer.kind for answer in answers} >= {"records", "parts"}
 
     def swapped(self, path: Path, data: bytes, call: Callable[[], object]) -> None:
         """`call` while `path` holds `data`."""

@@ -124,7 +124,10 @@ def _facts(file: IO[bytes], csv_: bool) -> Iterator[tuple[int, Mapping[str, Any]
     head = next((line for _, line in _lines(file)), b"").decode("utf-8-sig", "replace")
     columns: list[str] = []
     for delimiter in ",;\t":
-        columns = [c.strip().lower() for c in next(csv.reader([head], delimiter=delimiter), [])]
+        try:
+            columns = [c.strip().lower() for c in next(csv.reader([head], delimiter=delimiter), [])]
+        except csv.Error:  # a carriage return in its middle, a field that has no end: no column is known
+            columns = []
         if any(name in columns for name in _NAME_KEYS):
             break
     number = 1

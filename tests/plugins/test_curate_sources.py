@@ -121,6 +121,7 @@ def test_what_strangers_put_into_a_folder_stops_nothing(tmp_path: Path) -> None:
     with (folder / "captions.jsonl").open("wb") as file:
         file.write(b"[" * 100_000 + b"\n\xff\xfe\n" + b'{"file": "../../etc/passwd.png"}\n')
         file.write(json.dumps({"file": "1.png", "dense": "\ud800"}).encode() + b"\n")
+    (folder / "metadata.csv").write_bytes(b"file_na\rme,text\n0.png,A texture.\n")
     weird = os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.png")
     picture(3).save(weird)
     (folder / "tab\tname\n.png").write_bytes(png(4))
