@@ -40,7 +40,7 @@ def bench(
         Another system than a model: a generator's name, '{use: diffusers, model: …}', or a YAML file with that.
         Several with --dry-run alone.
     output
-        The folder to write; runs/bench-NAME if not given.
+        The folder to write; runs/bench-NAME if not given, or runs/bench-NAME-2 … where that holds another run.
     stages
         Which of generate, perceive and decide to run. Each goes on with what the one before it left in the folder.
     prompts_file

@@ -79,8 +79,9 @@ def run_benchmark(
     catalog: Catalog | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> BenchmarkReport | None:
-    """Measure a generator with a benchmark and write the results to `folder`, runs/bench-NAME if None; None where the
-    stage decide is not asked for, and in all processes but the first.
+    """Measure a generator with a benchmark and write the results to `folder`; returns None where the stage decide is
+    not asked for, and in all processes but the first. Without a folder it is runs/bench-NAME, or where that holds
+    another run runs/bench-NAME-2 and so on.
 
     Raises LensError where a stage fails; what was finished until then stays, and is not done again. ConfigError where
     the folder holds another run.
@@ -88,15 +89,18 @@ def run_benchmark(
     catalog = catalog or Catalog.installed()
     spec = request.spec()
     name, cls, config = build(catalog, "benchmark", spec, "$")
-    folder = folder or Path("runs") / f"bench-{spec.use.replace(':', '-')}"
     generator = make_generator(request.generator, catalog) if "generate" in request.stages else None
     with building(name):
         benchmark = cls(config)
     plan = make_plan(request, name, benchmark, unstructure(config))
     processes = Processes.from_environment()
+    info = None if generator is None else generation.describe(generator)
+    base = Path("runs") / f"bench-{spec.use.replace(':', '-')}"
+    folder = folder or (base if info is None else stages.default_folder(base, plan.facts(info)))
+    processes.wait()  # until all have chosen the same folder
     with locked(folder, "benchmark run") if processes.rank == 0 else contextlib.nullcontext():
-        if generator is not None:
-            _generate(folder, plan, benchmark, generator, processes, log)
+        if generator is not None and info is not None:
+            _generate(folder, plan, benchmark, generator, info, processes, log)
         run = stages.read_run(folder)
         _check_same(folder, plan, run)
         manifest = Manifest(folder, run["system"], run["revision"], processes.rank)
@@ -135,13 +139,12 @@ def make_plan(request: BenchmarkRequest, name: str, benchmark: Any, options: Map
 
 
 def _generate(
-    folder: Path, plan: Plan, benchmark: Any, generator: Any, processes: Processes, log: Callable[[str], None]
-) -> None:
-    info = generation.describe(generator)
-    facts = plan.facts(info)
+    folder: Path, plan: Plan, benchmark: Any, generator: Any, info: SystemInfo, processes: Processes,
+    log: Callable[[str], None],
+) -> None:  # fmt: skip
     if processes.rank == 0:
         more = {"options": dict(plan.options), "versions": png_metadata.versions()}
-        stages.begin(folder, facts, more)
+        stages.begin(folder, plan.facts(info), more)
     processes.wait()
     manifest = Manifest(folder, info.name, info.revision, processes.rank)
     requests = plan.requests()

@@ -27,6 +27,7 @@ from lens_core.types import ConfigError, PictureRequest, Prompt, SystemInfo
 
 STAGES = ("generate", "perceive", "decide")
 RUN, PERCEPTIONS, CACHE = "run.json", "perceptions.jsonl", "cache"
+MOST_FOLDERS = 1000  # that are tried where no output is named
 LARGEST_RUN = 2**20  # bytes of run.json
 
 
@@ -88,12 +89,27 @@ def begin(folder: Path, facts: Mapping[str, Any], more: Mapping[str, Any]) -> No
     if not path.exists():
         atomic_files.write_json(path, {**facts, **more})
         return
+    what = _other_run(folder, facts)
+    if what is not None:
+        raise ConfigError(f"{folder}: holds another run, {what}; choose another --output")
+
+
+def _other_run(folder: Path, facts: Mapping[str, Any]) -> str | None:
+    """What the run in a folder has that these facts have not, or None where it is the same run."""
     before = read_run(folder)
-    here = json.loads(json.dumps(facts))  # as it comes back from JSON
-    for name, value in here.items():
+    for name, value in json.loads(json.dumps(facts)).items():  # as it comes back from JSON
         if before.get(name) != value:
-            what = _difference(name, before.get(name), value)
-            raise ConfigError(f"{folder}: holds another run, {what}; choose another --output")
+            return _difference(name, before.get(name), value)
+    return None
+
+
+def default_folder(base: Path, facts: Mapping[str, Any]) -> Path:
+    """`base`, or `base`-2 and so on: the first that holds this run, or none. Raises ConfigError where all are taken."""
+    for number in range(1, MOST_FOLDERS + 1):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        if not (folder / RUN).exists() or _other_run(folder, facts) is None:
+            return folder
+    raise ConfigError(f"{base}: there are {MOST_FOLDERS} runs beside it; name an --output")
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

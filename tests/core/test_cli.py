@@ -249,7 +249,10 @@ def test_a_benchmark_takes_options_as_in_a_recipe(capsys: pytest.CaptureFixture[
     place = ["--model", "runs/r/model", "--size", "16x16", "--device", "cpu"]
     assert main(["bench", "{use: reds, prompts: 2}", *place]) == 0
     assert len(json.loads(Path("runs/bench-reds/result.json").read_text())["pictures"]) == 2
-    assert main(["bench", "{use: reds, prompts: 3}", *place]) == 2
+    assert main(["bench", "{use: reds, prompts: 3}", *place]) == 0
+    assert len(json.loads(Path("runs/bench-reds-2/result.json").read_text())["pictures"]) == 3
+    assert len(json.loads(Path("runs/bench-reds/result.json").read_text())["pictures"]) == 2, "nothing is overwritten"
+    assert main(["bench", "{use: reds, prompts: 3}", *place, "--output", "runs/bench-reds"]) == 2
     words = "runs/bench-reds: holds another run, with prompts 2, not 3; choose another --output"
     assert words in capsys.readouterr().err
     for wrong in ("{use: [", "[1, 2]", "{split: train}"):
