@@ -37,10 +37,18 @@ class JointAttention(nn.Module):
         update_text: bool,
         segments: Segments | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """img [B,N,D], txt [B,T,D] or None -> the updates of both; that of the text is None without `update_text`."""
+        """img [B,N,D], txt [B,T,D] or None -> the updates of both; that of the text is None without `update_text`.
+
+        A txt of fewer rows than img belongs to its last rows; those before have no text.
+        """
         count = img.shape[1]
         q, k, v = self.img_qkv(img).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B,N,H,E] each
         q, k = self.norm_q(q, rotation[:count]), self.norm_k(k, rotation[:count])
+        before = None
+        if txt is not None and segments is None and len(txt) < len(img):
+            rows = (len(img) - len(txt), len(txt))
+            (q0, q), (k0, k), (v0, v) = q.split(rows), k.split(rows), v.split(rows)
+            before = attention(q0.transpose(1, 2), k0.transpose(1, 2), v0.transpose(1, 2), None).transpose(1, 2)
         if txt is not None:
             txt_q, txt_k, txt_v = self.txt_qkv(txt).unflatten(-1, (3, self.heads, -1)).unbind(2)
             k = torch.cat([k, self.norm_added_k(txt_k, rotation[count:])], dim=1)
@@ -53,7 +61,8 @@ class JointAttention(nn.Module):
         else:
             out = segmented_attention(q, k, v, segments, attention)
         out = out.flatten(2)
-        image = self.to_out[0](out[:, :count])
+        images = out[:, :count] if before is None else torch.cat([before.flatten(2), out[:, :count]])
+        image = self.to_out[0](images)
         return image, self.to_add_out(out[:, count:]) if update_text and txt is not None else None
 
 

@@ -88,7 +88,8 @@ class Block(nn.Module):
         update_text: bool,
         segments: Segments | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """img [B,N,D], txt [B,T,D] or None -> both after this block; txt is None without `update_text`.
+        """img [B,N,D], txt [B,T,D] or None -> both after this block; txt is None without `update_text`. A txt of fewer
+        rows belongs to the last rows of img.
 
         `time` is what `Modulation` takes: silu of the time embedding [B,D], or rows of its table. With `segments`, the
         streams are one row, [1,N,D] and [1,T,D], which holds the tokens of B samples.
@@ -101,7 +102,11 @@ class Block(nn.Module):
         image = self.img_norm1(img, shift1, scale1)
         text = None
         if txt is not None:
-            txt_shift1, txt_scale1, *txt_rest = expand_to_tokens(self.txt_mod[1](time), text_samples).chunk(6, dim=-1)
+            # Rows without text come first: those with it are the last ones.
+            of_text = time if segments is not None else time[len(time) - len(txt) :]
+            txt_shift1, txt_scale1, *txt_rest = expand_to_tokens(self.txt_mod[1](of_text), text_samples).chunk(
+                6, dim=-1
+            )
             text = self.txt_norm1(txt, txt_shift1, txt_scale1)
         image, text = self.attn(image, text, rotation, mask, update_text, segments)
         img = torch.addcmul(img, gate1, image)

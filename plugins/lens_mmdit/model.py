@@ -201,7 +201,10 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
         h, w = x.shape[-2:]
         self._check_latents(x.shape[1])
         img = self.img_in(x.to(self.dtype).flatten(2).transpose(1, 2))
-        txt, mask = self._text_stream(text)
+        # Rows without text that come first, as in a batch of both branches of guidance, have no text stream. Not in
+        # training, where their number changes from batch to batch, and compiled blocks with it.
+        alone = 0 if torch.is_grad_enabled() else _leading_rows_without_text(text)
+        txt, mask = self._text_stream(text[alone:] if alone else text)
         tokens = 0 if txt is None else txt.shape[1]
         precise = torch.complex128 if self.dtype == torch.float64 else torch.complex64
         rotation = rotations(h, w, tokens, self.config.axes_dims_rope, img.device, precise)
@@ -326,6 +329,13 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
         if dtype is not None and (reason := self.refuses(dtype)):
             raise NumericalError(reason)
         load_module(self, file.parent, file.stem, dtype=dtype, tensors=dict(tensors))
+
+
+def _leading_rows_without_text(text: TextFeatures) -> int:
+    """How many rows come before the first that has a token; 0 where no row has one."""
+    if not text.mask.shape[1]:
+        return 0
+    return int(text.known.any(1).to(torch.uint8).argmax())
 
 
 def _to_grid(tokens: Tensor, x: Tensor) -> Tensor:

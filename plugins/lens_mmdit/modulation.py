@@ -113,7 +113,8 @@ class PrecomputedModulation:
         """All that the tables depend on: device, autocast, and the version of each weight."""
         embedding = list(self.time_text_embed.parameters())
         device = embedding[0].device
-        casts = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        casts = torch.get_autocast_dtype(device.type) if autocast else None
         weights = [p for layer in layers for p in layer.parameters()]
         # torch counts the changes of a tensor in `_version`; inference tensors have no such count.
         versions = [(p.dtype, 0 if p.is_inference() else p._version) for p in (*embedding, *weights)]

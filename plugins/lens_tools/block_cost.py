@@ -1,32 +1,32 @@
 """`lens bench block`: what one guided step costs in one block, counted: launches, bytes of elementwise work, copies.
 
-Operators that compute count, each a launch at least; views are free. `port` is the published arithmetic, padded and
-masked, `lens` ours, and `compiled` ours after Inductor's fusion. A guided step is one padded batch of two for the port,
-and a pass with text and one without for ours.
+Counted on the meta device, which runs what a GPU would, without numbers: operators that compute are launches, views are
+free. `port` is the published arithmetic, padded and masked, `lens` ours, and `compiled` ours after Inductor's fusion.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from attrs import asdict, field, frozen
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lens_core import flow
 from lens_core.catalog import Catalog
-from lens_core.inference.guidance import guided_velocity
-from lens_core.types import ConfigError, LensError
+from lens_core.types import ConfigError, LensError, TextFeatures
 from lens_core.validators import integer
 from lens_tools import gpu_latency
 from lens_tools.plain_port import PlainPort, guided_batch
 
 MATRIX = ("mm", "bmm", "addmm", "linear", "_scaled_dot_product", "scaled_dot_product", "convolution", "matmul", "mkl")
+FUSED = ("linear", "rms_norm", "layer_norm", "scaled_dot_product_attention")
 COPIES = ("clone", "copy_", "_to_copy", "cat", "stack", "constant_pad_nd", "masked_fill", "_reshape_copy")
 """The parts of an operator's name by which it is a matrix product (or attention), or a copy."""
 
@@ -58,22 +58,50 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if self.paused:
+            return out
         name = func.overloadpacket.__name__
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if func.is_view or (outputs and all(_aliases(o, inputs) for o in outputs) and not name.endswith("_")):
             return out
+        self.count(name, inputs, outputs)
+        return out
+
+    def count(self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Count one launch."""
         if outputs:
             self.calls[name] += 1
             self.bytes[name] += sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+
+
+class OneKernel(TorchFunctionMode):
+    """Counts functions that are one kernel on a GPU as one, though on the meta device they are several operators."""
+
+    def __init__(self, counting: Counting) -> None:
+        super().__init__()
+        self.counting = counting
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name not in FUSED or self.counting.paused:
+            return func(*args, **(kwargs or {}))
+        self.counting.paused = True
+        try:
+            out = func(*args, **(kwargs or {}))
+        finally:
+            self.counting.paused = False
+        self.counting.count(name, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], [out])
         return out
 
 
 def _aliases(out: Tensor, inputs: Iterable[Tensor]) -> bool:
-    return any(out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in inputs)
+    # Not by address, which is 0 on the meta device.
+    return any(out.untyped_storage()._cdata == t.untyped_storage()._cdata for t in inputs)
 
 
 def cost(calls: Counter[str], moved: Counter[str]) -> Cost:
@@ -97,7 +125,7 @@ def measure(request: BlockRequest, catalog: Catalog) -> dict[str, Any]:
     for length in request.size:
         if length < 16 or length % 16:
             raise ConfigError(f"size: {length} px is no multiple of 16")
-    figures: dict[str, Any] = {"settings": asdict(request) | {"device": "cpu", "torch": torch.__version__}}
+    figures: dict[str, Any] = {"settings": asdict(request) | {"device": "meta", "torch": torch.__version__}}
     figures["ways"], figures["operators"] = {}, {}
     for way in ("port", "lens"):
         one, two = (_counted(request, catalog, depth, way) for depth in (2, 3))
@@ -110,42 +138,47 @@ def measure(request: BlockRequest, catalog: Catalog) -> dict[str, Any]:
 
 
 def _step(
-    request: BlockRequest, catalog: Catalog, depth: int
+    request: BlockRequest, catalog: Catalog, depth: int, device: torch.device
 ) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
     """A backbone of `depth` blocks in bfloat16, and guided steps of the port and of ours with it."""
-    device, rng = torch.device("cpu"), torch.Generator().manual_seed(0)
-    net: Any = gpu_latency.random_backbone(catalog, device, request.small, rng, num_layers=depth)
+    with device:
+        less = (gpu_latency.SMALL["backbone"] if request.small else {}) | {"num_layers": depth}
+        net: Any = gpu_latency.component(catalog, "backbone", True, less)[0]
     net = net.to(torch.bfloat16).eval().requires_grad_(False)
     channels, layers, width = net.takes()
-    tokens = 20 if request.small else request.tokens
-    text = gpu_latency.random_text(1, layers, tokens, width, device, rng)
-    x = torch.randn(1, channels, request.size[0] // 16, request.size[1] // 16, generator=rng)
+    host = torch.ones(1, 20 if request.small else request.tokens, dtype=torch.bool)
+    features = torch.zeros(1, layers, host.shape[1], width, dtype=torch.bfloat16, device=device)
+    text = TextFeatures(features, host.to(device), host)
+    both = TextFeatures.cat([TextFeatures.empty(1, layers, width, features), text])
+    size = request.size[0] // 16, request.size[1] // 16
+    x = torch.zeros(1, channels, *size, dtype=torch.bfloat16, device=device)
     t = flow.at(0.7, x)
 
     def port(model: Any) -> Any:
-        return PlainPort(model)(*guided_batch(x.to(torch.bfloat16), t, text))
+        return PlainPort(model)(*guided_batch(x, t, text))
 
     def lens(model: Any) -> Any:
         with model.precomputed(torch.tensor([0.7])):
-            return guided_velocity(model, text, None, 5.0)(x, t)
+            return model(torch.cat([x, x]), flow.twice(t), both)  # as guided_velocity calls it on a GPU
 
     return net, port, lens
 
 
 @torch.no_grad()
 def _counted(request: BlockRequest, catalog: Catalog, depth: int, way: str) -> Counting:
-    net, port, lens = _step(request, catalog, depth)
+    # On the meta device what a GPU would run is run, and no number is computed.
+    net, port, lens = _step(request, catalog, depth, torch.device("meta"))
     run = port if way == "port" else lens
     run(net)  # tables of positions and of modulation are made once
     counting = Counting()
-    with counting:
+    with OneKernel(counting), counting:
         run(net)
     return counting
 
 
 def _fused(request: BlockRequest, catalog: Catalog) -> Cost:
     """What Inductor makes of a block in the middle: its scheduler's kernels, and the bytes that they read and write."""
-    net, _, lens = _step(request, catalog, 2)
+    net, _, lens = _step(request, catalog, 2, torch.device("cpu"))
     block: Any = net.transformer_blocks[0]
     calls: list[tuple[Any, ...]] = []
     hook = block.register_forward_pre_hook(lambda _, arguments: calls.append(arguments))
