@@ -16,6 +16,7 @@ from PIL import Image
 
 from lens_core import Catalog, LensPipeline, Recipe, Trainer, structure
 
+SIDE = 128  # px; each picture must have at least as many
 pictures = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("moons")
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 300
 runs = Path(sys.argv[3] if len(sys.argv) > 3 else "runs")
@@ -25,7 +26,7 @@ if not pictures.exists():
     rng = np.random.default_rng(8)
     for number in range(20):
         scene = sample(rng, "train", tasks={"novel": 1.0})
-        Image.fromarray(render(scene, 64, 64)).save(pictures / f"{number:02}.png")
+        Image.fromarray(render(scene, SIDE, SIDE)).save(pictures / f"{number:02}.png")
         (pictures / f"{number:02}.txt").write_text(caption(scene, rng))
 print(import_folder(runs / "store", pictures, caption="brief"))
 
@@ -34,7 +35,7 @@ recipe = structure(
     {
         "pipeline": {"start": "tiny:"},
         "method": {"use": "flow_matching", "caption_dropout": 0.1},
-        "dataset": {"use": "store", "store": str(runs / "store"), "batch": 10},
+        "dataset": {"use": "store", "store": str(runs / "store"), "batch": 10, "buckets": [[[SIDE, SIDE]]]},
         "train": {"steps": steps, "lr": 1e-3, "warmup": 20, "lora": {"backbone": {"rank": 16}}},
     },
 )

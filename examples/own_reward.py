@@ -41,10 +41,10 @@ recipe = structure(
             "use": "diffusion_nft",
             "prompts": {"use": "shapes", "split": "train", "prompts": 40},
             "rewards": [{"use": "blueness"}],
-            "prompts_per_rollout": 4,
-            "pictures_per_prompt": 6,
+            "prompts_per_rollout": 2,
+            "pictures_per_prompt": 4,
             "sizes": [[64, 64]],
-            "rollout_steps": 6,
+            "rollout_steps": 4,
             "rollout_guidance": 5.0,
             "timesteps_per_image": 2,
         },
@@ -55,6 +55,9 @@ report = Trainer(recipe, catalog, folder).train()
 
 reward = Blueness(Blueness.Config())
 for name in ("tiny:", report.model):
-    images = LensPipeline.from_pretrained(name)(["a red circle"] * 8, seed=100, output_type="pt").images
+    pipeline = LensPipeline.from_pretrained(name)
+    images = pipeline(
+        ["a red circle"] * 4, num_inference_steps=8, height=64, width=64, seed=100, output_type="pt"
+    ).images
     values = [score.value for score in reward.score(images, [])]
     print(f"{name}: blueness {sum(values) / len(values):.3f}")

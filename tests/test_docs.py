@@ -219,3 +219,31 @@ def test_an_example_draws_a_picture(
     runpy.run_path(str(ROOT / "examples" / f"{script}.py"), run_name="__main__")
     with Image.open("out.png") as picture:
         assert picture.mode == "RGB" and min(picture.size) >= 64
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "written"),
+    [
+        ("image_to_image", ["out.png"], "out.png"),
+        ("inpaint", ["out.png"], "out.png"),
+        ("own_sampler", ["out.png"], "out.png"),
+        ("two_loras", ["a.safetensors", "b.safetensors", "out.png"], "out.png"),
+        ("another_encoder", ["1", "run"], "run/model/lens.json"),
+        ("own_reward", ["1", "run"], "run/model/lens.json"),
+        ("lora_on_pictures", ["moons", "2", "runs"], "runs/moon.png"),
+        ("distil", ["1", "runs"], "runs/student.png"),
+        ("push_to_hub", ["model"], "model/lens.json"),
+        ("several_gpus", ["prompts.txt", "pictures"], "pictures/0001.png"),
+    ],
+)
+def test_an_example_runs(
+    script: str, arguments: list[str], written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red circle\na blue star\n")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    module = types.ModuleType("__main__")  # a script's classes are found by the module that they say they are of
+    path = ROOT / "examples" / f"{script}.py"
+    monkeypatch.setitem(sys.modules, "__main__", module)
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), vars(module))
+    assert Path(written).is_file()
