@@ -36,6 +36,8 @@ class Row:
 
 def read(path: Path) -> dict[str, Any]:
     """A result.json, with all that `compare` reads of it in place."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such result; give the folder that lens bench wrote")
     result = read_json(path, finite=False)
     for name, (sound, what) in _FIELDS.items():
         if name not in result:

@@ -67,6 +67,7 @@ def draw(result_points: Sequence[Point], title: str, output: Path) -> None:
     """Write the figure. Points of one model and its steps are joined. Raises ConfigError without matplotlib."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     except ImportError as error:
         raise ConfigError("figures need matplotlib: pip install 'lens-t2i[plots]'") from error
     from lens_core.io import atomic_files
@@ -90,6 +91,9 @@ def draw(result_points: Sequence[Point], title: str, output: Path) -> None:
             axes.annotate(point.label, place, xytext=(6, 5), textcoords="offset points", fontsize=8)
     axes.set_xlabel("seconds a picture (log scale)")
     axes.set_ylabel(title)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.25, y=0.15)
     axes.grid(True, which="both", alpha=0.25)
     kind = output.suffix.removeprefix(".")
