@@ -10,6 +10,8 @@ packed     dataset `packed`: batches of mixed sizes, each of as much work as the
 mix        dataset `mix`: several datasets in turn, by weight
 caching    latents and text features, encoded once and kept beside the pictures
 packing    batches of mixed sizes that cost every rank the same, filled by a FLOP budget
+summary    what a store holds, as text
+recipe_tasks  a recipe's cache filled, its packing estimated
 commands   what `lens data` can do: import, info, cache, packing-report
 """
 

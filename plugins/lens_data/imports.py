@@ -8,7 +8,7 @@ store: another is refused. On object storage, which has no locks, rows are merge
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lens_core.io.captions import printable, read_captions
 from lens_core.io.digests import Ids, of_ids, position
 from lens_core.io.locks import locked
 from lens_core.io.sources import SourceItem
+from lens_core.io.system_files import is_system_file
 from lens_core.types import ConfigError
 from lens_data import pictures
 from lens_data.store import Store
@@ -236,3 +237,39 @@ def _row(item: SourceItem, caption: str, source: str) -> tuple[Row | None, str]:
     key = hashlib.sha256(item.image).hexdigest()
     row = {"id": key, "image": item.image, "height": height, "width": width, "brief": brief, "dense": dense}
     return {**row, "source": source}, ""
+
+
+_FORMATS: dict[str, Callable[..., ImportReport]] = {
+    "folder": import_folder,
+    "tars": import_tars,
+    "parquet": import_parquet,
+}
+
+
+def import_path(
+    store: str | Path, path: Path, *, format: str = "auto", columns: Mapping[str, str] | None = None, **options: Any
+) -> ImportReport:
+    """Import what is at `path`: `format` is folder, tars, parquet, or auto, which looks at what is there.
+
+    `columns` are `image_column` and `text_column` of parquet files; `options` are those of `import_folder`. Raises
+    ConfigError for an unknown format, and for columns of what has none.
+    """
+    chosen = format_of(path) if format == "auto" else format
+    if chosen not in _FORMATS:
+        raise ConfigError(f"no import is called {chosen!r}; known: auto, {', '.join(_FORMATS)}")
+    named = {name: column for name, column in (columns or {}).items() if column}
+    if named and chosen != "parquet":
+        raise ConfigError(f"--{next(iter(named)).replace('_', '-')}: {chosen} have no columns; leave it out")
+    return _FORMATS[chosen](store, path, **options, **named)
+
+
+def format_of(path: Path) -> str:
+    """Whether a path is of parquet files, of tars, or a folder of pictures, by the first file that tells."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if is_system_file(file.relative_to(path) if file != path else file.name):
+            continue
+        if parquet.is_parquet(file.name):
+            return "parquet"
+        if tars.is_tar(file.name):
+            return "tars"
+    return "folder"

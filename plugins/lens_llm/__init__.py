@@ -11,6 +11,8 @@ duplicates    near-duplicates among prompts
 taxonomy      what a prompt set is about: the paper's ten categories and five aspects, or others
 writing       prompt sets written by a language model from a taxonomy
 audit         how far a reward agrees with itself and with another, and what empty pictures score
+prompt_sets   prompt sets in files, by a language model or about shapes
+recipe_audit  what is known of a recipe with rewards before it runs
 commands      what `lens rl` can do: prompts, audit, estimate
 """
 

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from lens_data import imports
-from lens_data.commands import import_, info, summary
+from lens_data.commands import import_, info
 from lens_data.imports import import_folder, import_parquet, import_tars
 from lens_data.store import Store
+from lens_data.summary import summary
 from PIL import Image
 
 from lens_core.types import ConfigError, LensError

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lens_llm.commands import sampled
 from lens_llm.prompts import read
+from lens_llm.recipe_audit import sampled
 from test_llm_client import KEY, Endpoint, endpoint, fault  # noqa: F401  # one is a fixture
 
 from lens_core.cli.main import main
