@@ -60,9 +60,11 @@ def _daft(runner: str) -> Any:
     from daft import runners
 
     try:
-        # Daft keeps the runner that a process has used first, and refuses even the same one again.
         (daft.set_runner_ray if runner == "ray" else daft.set_runner_native)()
     except Exception as error:
+        # Daft keeps the runner that a process has used first, and refuses even the same one again.
+        if "more than once" not in str(error):
+            raise LensError(f"the runner {runner} cannot start ({one_line(error, 200)}); run again") from error
         if runners.get_or_create_runner().name != runner:
             raise LensError(f"this process has run Daft on another runner than {runner}; start a new one") from error
     return daft
