@@ -2,6 +2,7 @@
 
     python scripts/curation_speed.py --output /tmp/speed                        # 20,000 pictures, every engine
     python scripts/curation_speed.py --output /tmp/speed --memory 20000,200000  # is the peak of memory flat?
+    python scripts/curation_speed.py --output /tmp/speed --driver 20000,200000  # the same without decoding, in minutes
     python scripts/curation_speed.py --hashes 1000,10000,100000,1000000         # near duplicates among so many hashes
 
 Pictures are made here, of 64 x 64 px, in tars of 1,000; a tenth are copies of others. Each engine runs in a process of
@@ -141,9 +142,57 @@ def pool(folder: Path, store: Path) -> int:
     return len(keep)
 
 
+def driver(count: int, store: Path) -> int:
+    """A curation of `count` records whose hashes and scores are drawn, not measured: all that one process holds of a
+    collection, and none of the work on pictures, whose memory does not depend on their number."""
+    from collections.abc import Iterator
+
+    from lens_curate import curation, sources, tables, worker
+    from lens_curate.parts import Part, text_digest
+
+    from lens_core.io.sources import SourceItem
+
+    class Simulated(sources.Tars):
+        def check(self) -> None:
+            pass
+
+        def parts(self) -> Iterator[Part]:
+            yield from (Part(f"{start}", count=min(64, count - start)) for start in range(0, count, 64))
+
+        def read(self, part: Part) -> Iterator[SourceItem]:
+            for number in range(int(part.key), int(part.key) + part.count):
+                text = {"dense": f"Picture {number}, " + "described at some length. " * 20}
+                yield SourceItem(f"{number}", number.to_bytes(8, "big") * 64, (text,))
+
+    def record(self: Any, source: Any, part: str, name: str, item: Any) -> tuple[dict[str, Any], Any]:
+        from hashlib import sha256
+
+        rng = np.random.default_rng(int(name))
+        row = tables.record_row(text_digest(source.name, name), part, source, name, "", item.captions[0]["dense"])
+        drawn = rng.bytes(256)
+        row |= {"id": sha256(item.image).hexdigest(), "pixels": drawn[:16].hex(), "phash": drawn[16:48],
+                "mirrored": drawn[48:80], "colours": rng.bytes(192), "height": 64, "width": 64, "format": "PNG",
+                "sharpness": rng.random(), "size": len(item.image), "thumbnail": rng.bytes(1500)}  # fmt: skip
+        return row, worker.Record(item.image, np.zeros((1, 1, 3), np.uint8))
+
+    worker.Worker._record = record  # type: ignore[method-assign]
+    worker.score_batch = lambda made, records, ids: [  # type: ignore[assignment]
+        {"id": key, "fault": "", **dict.fromkeys(made.curator.columns, 100.0)} for key in ids
+    ]
+    sources.SOURCES["simulated"] = Simulated  # type: ignore[index]
+    recipe = {"sources": [{"use": "simulated", "path": "none"}], "filters": ["luminance", "clarity", "resolution"]}
+    from lens_curate.recipe import CurationSpec
+
+    from lens_core.config import structure
+
+    return int(curation.curate(structure(CurationSpec, recipe), store, runner="serial").data["kept"])
+
+
 def engine(name: str, folder: Path, store: Path) -> int:
     if name == "pool":
         return pool(folder, store)
+    if name.startswith("driver"):
+        return driver(int(name.removeprefix("driver")), store)
     if name == "memory":
         return lens(folder, store, "native", SMALL_RECIPE)
     return lens(folder, store, name)
@@ -252,6 +301,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--engines", default="native,ray,serial,pool")
     parser.add_argument("--memory", default="")
+    parser.add_argument("--driver", default="")
     parser.add_argument("--hashes", default="")
     parser.add_argument("--engine")
     parser.add_argument("--pictures", type=Path)
@@ -265,11 +315,14 @@ def main() -> None:
         return
     print(f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.1f}")
     stamp = time.strftime("%H%M%S")
-    if options.memory:
+    if options.memory or options.driver:
         peaks = []
-        for count in map(int, options.memory.split(",")):
-            folder = make(options.output / f"pictures-{count}", count)
-            row = measure("memory", folder, options.output / f"memory-{count}-{stamp}")
+        for count in map(int, (options.memory or options.driver).split(",")):
+            if options.memory:
+                folder, name = make(options.output / f"pictures-{count}", count), "memory"
+            else:
+                folder, name = options.output, f"driver{count}"
+            row = measure(name, folder, options.output / f"{name}-{count}-{stamp}")
             peaks.append(row["peak_mb"])
             print(json.dumps({"records": count, **row}), flush=True)
         print(f"the largest peak is {max(peaks) / min(peaks):.2f} times the smallest")
