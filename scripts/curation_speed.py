@@ -269,7 +269,7 @@ def hashes(counts: list[int]) -> None:
     from lens_curate.duplicates import band_bits, near_pairs
     from lens_curate.hashes import BITS, distances
 
-    print("| hashes | bits of a band | seconds on a CPU | µs for each | of copies found |\n|---|---|---|---|---|")
+    print("| hashes | bits of a band | seconds on a CPU | µs for each | of copies matched |\n|---|---|---|---|---|")
     for count in counts:
         rng = np.random.default_rng(0)
         made = rng.integers(0, 2**64, (count, 4), dtype=np.uint64)
@@ -280,8 +280,8 @@ def hashes(counts: list[int]) -> None:
         i, j, _ = near_pairs(made, 32)
         seconds = time.process_time() - begun
         pairs = set(zip(i.tolist(), j.tolist(), strict=True))
-        found = sum((n, count - some + n) in pairs for n in np.flatnonzero(near).tolist())
-        share = found / max(1, near.sum())
+        matched = sum((n, count - some + n) in pairs for n in np.flatnonzero(near).tolist())
+        share = matched / max(1, near.sum())
         print(f"| {count:,} | {band_bits(count)} | {seconds:.2f} | {seconds / count * 1e6:.0f} | {share:.1%} |")
 
 

@@ -230,9 +230,9 @@ class Filler:
         others = self.records.key[~self.verdicts.ours & ~self.records.in_store]
         keys, rows = [np.zeros(0, "S16")], [np.zeros(0, np.int64)]
         for batch in self.tables.batches(t.VERDICTS, "key") if len(others) else ():
-            found = t.hex_array(batch["key"].to_pylist(), 16)
-            mine = np.isin(found, others)
-            keys.append(found[mine])
+            keys_read = t.hex_array(batch["key"].to_pylist(), 16)
+            mine = np.isin(keys_read, others)
+            keys.append(keys_read[mine])
             rows.append(np.array(batch["_rowid"].to_pylist(), np.int64)[mine])
         key, row = np.concatenate(keys), np.concatenate(rows)
         order = np.argsort(key)
@@ -247,8 +247,8 @@ class Filler:
             if len(keys):
                 wanted = self.records.key[places]
                 at = np.clip(np.searchsorted(keys, wanted), 0, len(keys) - 1)
-                found = self.tables.rows(t.VERDICTS, numbers[at[keys[at] == wanted]].tolist(), *t.COLUMNS[t.VERDICTS])
-                old = {row["key"]: {name: row[name] for name in t.COLUMNS[t.VERDICTS]} for row in found.values()}
+                records = self.tables.rows(t.VERDICTS, numbers[at[keys[at] == wanted]].tolist(), *t.COLUMNS[t.VERDICTS])
+                old = {row["key"]: {name: row[name] for name in t.COLUMNS[t.VERDICTS]} for row in records.values()}
             yield self.described(places, old)
 
     def described(self, places: NDArray[np.int64], earlier: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

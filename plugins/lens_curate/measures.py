@@ -217,8 +217,8 @@ def acuity(grey: NDArray[np.float32], reach: int = 4) -> float:
         # A step of a level or two is rounding, or the noise of a compression.
         clear = step >= max(3.0, 0.5 * float(step.max(initial=0)))
         ratios.append(step[clear] / height[clear])
-    found = np.concatenate(ratios)
-    return float(found.mean()) if len(found) else 0.0
+    measured = np.concatenate(ratios)
+    return float(measured.mean()) if len(measured) else 0.0
 
 
 def sharpness(record: Record) -> float:
