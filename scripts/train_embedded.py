@@ -375,10 +375,13 @@ def _run(
     probed = json.loads((out / "probe.json").read_text()) if (out / "probe.json").is_file() else {}
     mode = choose_mode(options, probed, log)
     caches = {g.name: Cache(g, vae.channels, vae.downscale, stores[g.tokens], device) for g in factory.groups}
+    order = torch.Generator().manual_seed(options.seed)
     for part in (chunks, take(factory, pipeline, stores, 0.02)):  # what was rendered meanwhile comes second
         for place, number, rows in part:
             group = factory.groups[place]
             images = factory.scenes.images[place][number * group.chunk : (number + 1) * group.chunk]
+            if options.shuffle_captions:
+                rows = rows[torch.randperm(len(rows), generator=order)]
             caches[group.name].add(vae, torch.from_numpy(images), rows)
             if log.seconds() > options.render_seconds:
                 break
@@ -451,6 +454,7 @@ def main() -> None:
     add("--score-prompts", type=int, default=140)
     add("--final-prompts", type=int, default=140, help="of the split select, to choose the guidance")
     add("--test-prompts", type=int, default=500, help="of the split test, at the very end")
+    add("--shuffle-captions", action="store_true", help="a control: each scene gets the caption of another one")
     add("--small", action="store_true", help="a small network and few scenes, to try the script")
     add("--probe", default="", help=argparse.SUPPRESS)
     add("--assemble", default="", help="a folder that this script wrote; --output becomes a checkpoint")
