@@ -77,6 +77,7 @@ def save(state: TrainingState) -> Path:
         "dataset": state.datasets[0].state_dict() if state.datasets else {},
         "method": {k: v for k, v in method.items() if not isinstance(v, Tensor)},
         "spikes": state.spike_detector.state_dict(),
+        "optimizer": state.train_config.optimizer,
     }
     first = state.ranks.rank == 0
     final = state.out / "checkpoints" / f"step-{state.step:07d}"
@@ -186,8 +187,11 @@ def restore(state: TrainingState, plain: Mapping[str, Any], tensors: Mapping[str
         for name, value in under(f"optimizer/{module_name}/").items():
             index, _, slot = name.partition("/")
             slots.setdefault(int(index), {})[slot] = value
-        groups = state.optimizers[module_name].state_dict()["param_groups"]
-        state.optimizers[module_name].load_state_dict({"state": slots, "param_groups": groups})
+        if plain.get("optimizer", "adamw") == state.train_config.optimizer:
+            groups = state.optimizers[module_name].state_dict()["param_groups"]
+            state.optimizers[module_name].load_state_dict({"state": slots, "param_groups": groups})
+        else:  # what one optimizer keeps of a weight means nothing to another
+            state.log(f"{module_name}: {state.train_config.optimizer} begins without the state of another optimizer")
     state.rng.set_state(tensors["rng"])
     torch.set_rng_state(tensors["torch_rng"])
     state.spike_detector.load_state_dict(plain["spikes"])

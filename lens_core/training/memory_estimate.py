@@ -17,6 +17,7 @@ from lens_core.inference.parts import MODEL_PARTS, PIPELINE_PARTS
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import ComponentSpec, Recipe, build, unstructure
 from lens_core.training import frozen_weights
+from lens_core.training.muon import block_matrices
 from lens_core.types import LensError
 
 PUBLISHED = "published:"
@@ -176,7 +177,10 @@ def cost(
         grows = size_of(learned)
         learns[module_name] = sum(p.numel() for p in learned)
         sizes |= {f"{module_name}: adapter": grows} if adapter is not None else {}
-        sizes |= {f"{module_name}: gradients": grows, f"{module_name}: AdamW's moments": 2 * grows}
+        muon = recipe.train.optimizer == "muon"
+        moments = 2 * grows - (size_of(block_matrices(net, learned)) if muon else 0)  # Muon keeps one of a matrix
+        optimizer = "Muon" if muon else "AdamW"
+        sizes |= {f"{module_name}: gradients": grows, f"{module_name}: {optimizer}'s moments": moments}
         if recipe.train.ema_decay and any(net is part for part in parts):
             sizes[f"{module_name}: moving average"] = grows
     return {k: v for k, v in sizes.items() if v}, learns

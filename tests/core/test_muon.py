@@ -11,9 +11,9 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from lens_core import Catalog, Recipe, Trainer, structure
+from lens_core import Catalog, LensPipeline, Recipe, Trainer, structure
 from lens_core.recipe import Training
-from lens_core.training import optimizers
+from lens_core.training import memory_estimate, optimizers
 from lens_core.training.muon import Muon, block_matrices, orthogonalise
 from lens_core.types import ConfigError
 
@@ -151,17 +151,40 @@ RECIPE: dict[str, Any] = {
 }
 
 
+def stopped_run(recipe: Recipe, folder: Path) -> None:
+    """The first two steps of a run."""
+    run = Trainer(recipe, Catalog.installed(), folder, log=lambda _: None)
+    step = run._step
+    run._step = lambda *a: (step(*a), setattr(run, "_stop", run.step == 2))[0]  # type: ignore[method-assign]  # a signal
+    assert run.train().model is None
+
+
 def test_a_run_with_muon_resumes_bit_for_bit(tmp_path: Path) -> None:
     recipe = structure(Recipe, RECIPE)
     catalog = Catalog.installed()
     Trainer(recipe, catalog, tmp_path / "straight", log=lambda _: None).train()
-    stopped = Trainer(recipe, catalog, tmp_path / "stopped", log=lambda _: None)
-    step = stopped._step
-    stopped._step = lambda *a: (step(*a), setattr(stopped, "_stop", stopped.step == 2))[0]  # type: ignore[method-assign]  # a signal at step 2
-    assert stopped.train().model is None
+    stopped_run(recipe, tmp_path / "stopped")
     Trainer(recipe, catalog, tmp_path / "stopped", log=lambda _: None).train()
-    files = [
-        tmp_path / run / "model/transformer/diffusion_pytorch_model.safetensors" for run in ("straight", "stopped")
-    ]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    assert evolve(recipe.train, optimizer="adamw") != recipe.train
+    file = "model/transformer/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "straight" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
+
+
+def test_another_optimizer_goes_on_from_the_weights_alone_and_only_if_asked(tmp_path: Path) -> None:
+    recipe = structure(Recipe, RECIPE)
+    stopped_run(evolve(recipe, train=evolve(recipe.train, optimizer="adamw")), tmp_path)
+    with pytest.raises(ConfigError, match="optimizer was"):
+        Trainer(recipe, Catalog.installed(), tmp_path, log=lambda _: None).train()
+    lines: list[str] = []
+    result = Trainer(recipe, Catalog.installed(), tmp_path, log=lines.append, allow_changed=True).train()
+    assert result.steps == 4 and "backbone: muon begins without the state of another optimizer" in lines
+
+
+def test_a_dry_run_counts_one_moment_of_a_matrix_and_two_of_the_rest() -> None:
+    recipe, catalog = structure(Recipe, RECIPE), Catalog.installed()
+    adamw = evolve(recipe, train=evolve(recipe.train, optimizer="adamw"))
+    backbone = LensPipeline.from_pretrained("tiny:").backbone
+    parameters = list(backbone.parameters())
+    matrices = sum(p.numel() for p in block_matrices(backbone, parameters))
+    sizes = [memory_estimate.memory(one, catalog)[0] for one in (recipe, adamw)]
+    assert sizes[1]["backbone: AdamW's moments"] == 8 * sum(p.numel() for p in parameters)
+    assert sizes[1]["backbone: AdamW's moments"] - sizes[0]["backbone: Muon's moments"] == 4 * matrices > 0
