@@ -9,6 +9,7 @@ from attrs import field, frozen
 
 from lens_core.checkpoints import hub
 from lens_core.checkpoints.manifest import digest
+from lens_core.checkpoints.transformers_models import load_transformers_model
 from lens_core.io import readers
 from lens_core.io.atomic_files import read_json
 from lens_core.types import CheckpointError, ConfigError
@@ -57,21 +58,8 @@ def model_config(options: ModelOptions) -> dict[str, Any]:
 def load_model(cls: Any, options: ModelOptions) -> Any:
     """A model of the transformers class `cls` on its device, in evaluation mode and float32. Raises CheckpointError
     where weights are missing, which transformers would fill with random numbers."""
-    import torch
-    from transformers.utils import logging
-
-    folder = model_folder(options)
-    logging.disable_progress_bar()
-    try:
-        loaded, info = cls.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=torch.float32
-        )
-    except Exception as error:  # transformers raises whatever its readers do
-        raise CheckpointError(f"{folder}: cannot be loaded ({readers.one_line(error)}); fetch it again") from error
-    lacking = [*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])]
-    if lacking:
-        raise CheckpointError(f"{folder}: the weights of {min(lacking)} are missing or of another shape; check it")
-    return loaded.eval().requires_grad_(False).to(device_of(options.device))
+    model = load_transformers_model(cls, model_folder(options))
+    return model.to(device_of(options.device))
 
 
 def load_processor(options: ModelOptions) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lens_core.checkpoints import hub
 from lens_core.checkpoints.manifest import digest
+from lens_core.checkpoints.transformers_models import load_transformers_model
 from lens_core.io import readers
 from lens_core.io.atomic_files import read_json
 from lens_core.types import CheckpointError
@@ -48,31 +49,11 @@ def load(cls: Any, model: str, *kinds: str) -> Any:
     Raises CheckpointError where files are missing, where weights are missing or do not fit, which transformers would
     fill with random numbers, and where there are no safetensors.
     """
-    import torch
-
     folder = folder_of(model)
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in kinds:
         raise CheckpointError(f"{folder}: its config says {readers.shown(kind)}, not {kinds[0]!r}; name another model")
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        loaded, info = cls.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=torch.float32
-        )
-    except Exception as error:  # transformers raises whatever its readers do
-        raise CheckpointError(f"{folder}: cannot be loaded ({readers.one_line(error)}); fetch it again") from error
-    finally:
-        logging.enable_progress_bar() if bars else None
-    lacking = [*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])]
-    if lacking:
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        raise CheckpointError(
-            f"{folder}: the weights of {min(lacking)}{more} are missing or of another shape; check it"
-        )
-    return loaded.eval().requires_grad_(False)
+    return load_transformers_model(cls, folder)
 
 
 def tokenizer(cls: Any, model: str, vocabulary: int) -> Any:
