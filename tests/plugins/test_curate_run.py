@@ -175,7 +175,7 @@ def test_a_picture_that_changes_is_read_again(folder: Path, tmp_path: Path) -> N
     assert stages(tmp_path / "store")["torn.png"] == ""
 
 
-@pytest.mark.parametrize("after", [1, 2, 4, 7, 9])
+@pytest.mark.parametrize("after", [1, 4, 9])
 def test_a_run_that_is_killed_goes_on_to_the_same_end(folder: Path, tmp_path: Path, monkeypatch, after: int) -> None:
     run(spec(folder), tmp_path / "whole")
     monkeypatch.setattr(curation, "TASK", 2)
@@ -297,7 +297,7 @@ def test_a_file_that_is_gone_before_it_is_stored_is_told_and_not_kept(
     )
 
 
-@pytest.mark.parametrize("room", [600, 1500, 3000, 9000, 20_000])
+@pytest.mark.parametrize("room", [600, 3000, 20_000])
 def test_a_full_disk_stops_it_in_one_line_and_the_same_command_goes_on(
     folder: Path, tmp_path: Path, capsys, room: int
 ) -> None:
