@@ -86,6 +86,7 @@ class LensPipeline(PipelineParts):
         catalog = catalog or Catalog.installed()
         where = resolve_device(device)
         cache = PromptCache(Path(chosen.prompt_cache).expanduser() if chosen.prompt_cache is not None else None)
+        reasoner = refinement.make_reasoner(reasoner, catalog)  # before gigabytes are read
         read = read_checkpoint(uri, catalog, resolve_dtype(dtype or chosen.torch_dtype, where), chosen)
         pipeline = cls(presets=read.presets, specs=read.specs, info=read.info, catalog=catalog)
         pipeline.store, pipeline.prompt_cache = read.parts, cache

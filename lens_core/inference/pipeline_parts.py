@@ -11,8 +11,9 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
-from lens_core.attribution import building, calling
+from lens_core.attribution import calling
 from lens_core.catalog import Catalog
+from lens_core.inference import refinement
 from lens_core.inference.call_arguments import picture_size
 from lens_core.inference.diffusers_names import DiffusersNames, account, positional_target
 from lens_core.inference.loading import CheckpointInfo
@@ -125,11 +126,7 @@ class PipelineParts(DiffusersNames):
     def use_reasoner(self, reasoner: Any) -> None:
         """Rewrite prompts from now on with a reasoner: a component, a ComponentSpec or a name such as "chat"; None:
         with none. It is no part of the checkpoint, and is not saved. Raises ConfigError."""
-        if isinstance(reasoner, str | ComponentSpec):
-            spec = ComponentSpec(reasoner) if isinstance(reasoner, str) else reasoner
-            name, cls, config = build(self.catalog or Catalog.installed(), "reasoner", spec, "reasoner")
-            with building(name):
-                reasoner = cls(config)
+        reasoner = refinement.make_reasoner(reasoner, self.catalog)
         if hasattr(reasoner, "attach"):
             with calling(reasoner, "attach"):
                 reasoner.attach(self)

@@ -6,11 +6,23 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from lens_core.attribution import calling, name_of, refuse
+from lens_core.attribution import building, calling, name_of, refuse
+from lens_core.catalog import Catalog
+from lens_core.recipe import ComponentSpec, build
 from lens_core.types import PluginError, Refinement
 
 MAX_IN_MEMORY = 1 << 16
 """Answers that a pipeline keeps of earlier calls."""
+
+
+def make_reasoner(reasoner: Any, catalog: Catalog | None) -> Any:
+    """The component that a name or a ComponentSpec stands for; a component, or None, as it is. Raises ConfigError."""
+    if not isinstance(reasoner, str | ComponentSpec):
+        return reasoner
+    spec = ComponentSpec(reasoner) if isinstance(reasoner, str) else reasoner
+    name, cls, config = build(catalog or Catalog.installed(), "reasoner", spec, "reasoner")
+    with building(name):
+        return cls(config)
 
 
 def refine(reasoner: Any, prompts: Sequence[str], encoder: Any = None) -> list[Refinement]:

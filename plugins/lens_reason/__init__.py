@@ -7,7 +7,7 @@ checks     whether an answer may be drawn: its language, its quoted words, refus
 rewriting  a batch of requests to answers that may be drawn; what all reasoners share
 cache      answers in files
 chat       reasoner `chat`: any llm by name
-local      reasoners `gpt_oss`, the model's own text encoder, and `tiny`, the embedded one
+local      reasoner `gpt_oss`: the model's own text encoder, or that of another checkpoint
 search     the search for a system prompt, by reflection on scores
 state      what a search has paid for, in files, so that it goes on after a kill
 judging    a candidate's scores: prompts refined, drawn, judged
@@ -27,9 +27,9 @@ from lens_core import hookimpl
 @hookimpl
 def lens_reasoners() -> dict[str, type[Any]]:
     from lens_reason.chat import ChatReasoner
-    from lens_reason.local import GptOssReasoner, TinyReasoner
+    from lens_reason.local import GptOssReasoner
 
-    return {"chat": ChatReasoner, "gpt_oss": GptOssReasoner, "tiny": TinyReasoner}
+    return {"chat": ChatReasoner, "gpt_oss": GptOssReasoner}
 
 
 @hookimpl

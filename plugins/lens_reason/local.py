@@ -1,4 +1,4 @@
-"""The reasoners `gpt_oss`, a model's own text encoder that writes, and `tiny`, the embedded one."""
+"""The reasoner `gpt_oss`: a model's own text encoder that writes, or that of another checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class GptOssReasoner(Rewriter):
 
     @frozen(kw_only=True)
     class Config(RewritingConfig):
-        # A checkpoint whose text encoder writes, such as tiny:reasoner; None: that of the model that draws.
+        # A checkpoint whose text encoder writes (examples/recipes/tiny/reasoner.yaml makes one); None: that of the model
+        # that draws.
         model: str | None = field(default=None, validator=optional(text()))
         max_new_tokens: int = field(default=1024, validator=integer(at_least=1, at_most=2**16))  # of an answer
         batch_size: int = field(default=32, validator=integer(at_least=1, at_most=1024))  # requests at a time
@@ -65,14 +66,6 @@ class GptOssReasoner(Rewriter):
                 return [error]
             # One request that is too long, say, must not cost the others their answers.
             return [answer for chat in chats for answer in self._batch([chat])]
-
-
-class TinyReasoner(GptOssReasoner):
-    """The embedded reasoner: it rewrites requests about the proving ground's shapes in English, and can do no more."""
-
-    @frozen(kw_only=True)
-    class Config(GptOssReasoner.Config):
-        model: str | None = field(default="tiny:reasoner", validator=optional(text()))
 
 
 def _text(completion: Completion) -> str | LensError:

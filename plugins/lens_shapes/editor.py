@@ -57,6 +57,8 @@ class ShapesEditor:
             if missing:
                 name = pick(rng, tuple(missing))
                 return f"short descriptions score low: ask for {name}", f"{system} {pick(rng, WORDINGS[name])}"
+            reason, edited = self._random(system, rng)
+            return f"short descriptions score low: without {brief + unsaid}; {reason}", edited
         present = [w for name in PARTS for w in WORDINGS[name] if w in system]
         if examples and _low(examples) and not _short(examples):
             if present and rng.random() < 0.5:
