@@ -22,8 +22,8 @@ class GptOssReasoner(Rewriter):
 
     @frozen(kw_only=True)
     class Config(RewritingConfig):
-        # A checkpoint whose text encoder writes (examples/recipes/tiny/reasoner.yaml makes one); None: that of the model
-        # that draws.
+        # A checkpoint whose text encoder writes (examples/recipes/tiny/reasoner.yaml makes one); None: that of the
+        # model that draws.
         model: str | None = field(default=None, validator=optional(text()))
         max_new_tokens: int = field(default=1024, validator=integer(at_least=1, at_most=2**16))  # of an answer
         batch_size: int = field(default=32, validator=integer(at_least=1, at_most=1024))  # requests at a time
