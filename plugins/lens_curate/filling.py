@@ -19,6 +19,7 @@ from lens_curate.progress import Progress
 from lens_curate.recipe import CurationSpec
 
 ROWS = 2048  # records whose texts are held at once
+INSERT_ROWS, INSERT_BYTES = 4096, 64 << 20  # pictures that are held before they are written
 _MADE_BY = "lens_curate"
 Images = Callable[[t.RecordArrays, NDArray[np.int64]], Iterator[Any]]
 
@@ -159,16 +160,28 @@ class Filler:
         ids = records.id[order]
         lacking = np.ones(len(order), bool)
         progress = Progress("stored", len(order))
+        held: list[dict[str, Any]] = []
+
+        def insert() -> None:
+            # Many at a time: every insertion is a version of the store, and its reader remembers all of them.
+            if held:
+                self.added += store.insert(held)
+                progress.add(len(held))
+                held.clear()
+
+        size = 0
         for table in images(records, places) if len(places) else ():
             files = dict(zip(table["id"].to_pylist(), table["image"].to_pylist(), strict=True))
             at = {key: position(ids, bytes.fromhex(key)) for key in files}
             new = {key: place for key, place in at.items() if place is not None and lacking[place]}
             texts = self.texts([int(order[place]) for place in new.values()])
-            rows = [{**texts[int(order[place])], "id": key, "image": files[key]} for key, place in new.items()]
-            if rows:
-                self.added += store.insert(rows)
-                lacking[list(new.values())] = False
-            progress.add(len(rows))
+            held += [{**texts[int(order[place])], "id": key, "image": files[key]} for key, place in new.items()]
+            lacking[list(new.values())] = False
+            size += sum(len(files[key]) for key in new)
+            if size >= INSERT_BYTES or len(held) >= INSERT_ROWS:
+                insert()
+                size = 0
+        insert()
         progress.end()
         self.gone = set(order[lacking].tolist())
 
