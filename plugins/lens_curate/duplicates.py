@@ -19,6 +19,10 @@ BANDS = 32
 NEIGHBOURS = 32
 """Comparisons of a picture in a band at most. More share it only where many pictures are alike, and then these find
 enough of each other."""
+SPARSE = 0.4
+"""Share of the bits set in the fuller of two hashes in which they differ at most. A picture with little in it, such as
+a word on an even ground, sets few bits, and shares those that are not set with every other such picture. A usual one
+sets about 107, of which the default distance is less."""
 # Bits of the lowest frequencies, see `hashes`: both signs of 24 of brightness and of 14 of each colour.
 _STABLE = tuple(start + n for start, count in ((0, 24), (76, 24), (152, 14), (178, 14), (204, 14), (230, 14))
                 for n in range(count))  # fmt: skip
@@ -85,7 +89,8 @@ def _close(
             other = (i < split) & (j >= split) & (i != j - split)
             i, j = i[other], j[other]
         apart = distances(hashes[i], hashes[j])
-        close = apart <= distance
+        set_bits = np.maximum(np.bitwise_count(hashes[i]).sum(axis=1), np.bitwise_count(hashes[j]).sum(axis=1))
+        close = apart <= np.minimum(distance, SPARSE * set_bits)
         if close.any():
             i, j = i[close], j[close] - (split or 0)
             low, high = (np.minimum(i, j), np.maximum(i, j)) if split is None else (i, j)

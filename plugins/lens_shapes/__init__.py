@@ -18,6 +18,8 @@ benchmark  benchmark and reward `shapes`: the six tasks of GenEval, and words; r
 rubrics    reward `shapes_rubrics`: the facts of a prompt as yes-or-no questions
 novel      benchmark `novel`: the shape that no scene of training holds
 variety    benchmark `variety`: how far apart the pictures for one prompt are
+matching   curator `shapes_caption`: whether a picture shows what its caption says, exactly
+dirty_web  pictures and captions of which a known share is spoiled
 perceivers  perceivers `shapes_objects` and `shapes_colors`: the reader as GenEval's detector and classifier
 """
 
@@ -67,6 +69,13 @@ def lens_perceivers() -> dict[str, type[Any]]:
     from lens_shapes.perceivers import ShapesColors, ShapesObjects
 
     return {"shapes_colors": ShapesColors, "shapes_objects": ShapesObjects}
+
+
+@hookimpl
+def lens_curators() -> dict[str, type[Any]]:
+    from lens_shapes.matching import ShapesCaption
+
+    return {"shapes_caption": ShapesCaption}
 
 
 @hookimpl

@@ -159,6 +159,16 @@ def test_mirrored_copies_are_told_from_straight_ones() -> None:
     assert kept.tolist() == [-1] * 9 + [5]
 
 
+def test_pictures_with_little_in_them_are_near_by_what_is_in_them() -> None:
+    """Two squares at other places on one even ground set few bits, and share all bits that neither sets."""
+    ground = np.full((128, 128, 3), 200, np.uint8)
+    pictures = [ground.copy() for _ in range(2)]
+    pictures[0][54:74, 54:74], pictures[1][54:74, 40:60] = 150, 150
+    hashes = hashed(*pictures, as_jpeg(pictures[0], 60))
+    assert distances(hashes[:1], hashes[1:2])[0] <= 32
+    assert [pair.tolist() for pair in near_pairs(hashes, 32)[:2]] == [[0], [2]]
+
+
 def test_of_equal_keys_the_one_of_least_rank_stays() -> None:
     keys = np.array([b"a", b"b", b"a", b"c", b"b"], "S1")
     assert equal_groups(keys, np.array([4, 0, 1, 2, 3])).tolist() == [2, -1, -1, -1, 1]

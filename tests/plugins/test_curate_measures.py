@@ -105,12 +105,33 @@ def test_borders_are_shares_of_the_area() -> None:
     boxed = np.zeros((100, 100), np.uint8)
     boxed[20:80] = noise(1, (60, 100))
     made = score("borders", record(boxed))
-    assert made == {"border": [pytest.approx(0.4)], "bars": [pytest.approx(0.4)]}
+    assert made == {"border": [pytest.approx(0.4)], "bars": [pytest.approx(0.4)], "frame": [pytest.approx(0.4)]}
     framed = np.full((100, 100), 255, np.uint8)
     framed[10:90, 10:90] = noise(1, (80, 80))
-    assert score("borders", record(framed)) == {"border": [pytest.approx(0.36)], "bars": [pytest.approx(0.2)]}
-    assert score("borders", record(noise(2)))["border"] == [0.0]
-    assert score("borders", record(np.zeros((9, 9), np.uint8)))["border"] == [1.0]
+    made = score("borders", record(framed))
+    assert made == {"border": [pytest.approx(0.36)], "bars": [pytest.approx(0.2)], "frame": [pytest.approx(0.36)]}
+    assert score("borders", record(noise(2))) == {"border": [0.0], "bars": [0.0], "frame": [0.0]}
+    assert score("borders", record(np.zeros((9, 9), np.uint8))) == {"border": [1.0], "bars": [1.0], "frame": [0.0]}
+
+
+def test_an_even_ground_around_a_thing_is_no_frame_but_one_line_around_a_drawing_is() -> None:
+    drawing = np.full((100, 140), 200, np.uint8)
+    drawing[40:70, 50:80] = 60  # a square, whose edges are straight lines too
+    made = score("borders", record(drawing))
+    assert made["border"][0] > 0.9 and made["frame"] == [0.0]
+    boxed = np.pad(drawing, ((10, 10), (0, 0)), constant_values=0)
+    assert score("borders", record(boxed))["frame"] == [pytest.approx(20 / 120)]
+    one_sided = np.pad(drawing, ((10, 0), (0, 0)), constant_values=0)
+    assert score("borders", record(one_sided))["frame"] == [0.0]
+
+
+def test_edges_of_colour_alone_are_sharp_or_blurred() -> None:
+    """Red and green of one brightness: 0.299 * 200 = 0.587 * 101.9."""
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:, :32, 0], pixels[:, 32:, 1] = 200, 102
+    blurred = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(3)))
+    sharp, soft = score("clarity", Record(b"", pixels), Record(b"", blurred))["acuity"]
+    assert sharp == pytest.approx(1) and 0 < soft < 0.3
 
 
 def test_words_of_the_longer_caption_count() -> None:

@@ -142,7 +142,7 @@ def test_another_version_of_a_scorer_scores_again_and_nothing_else_does(
         return plain(made, records, ids)
 
     monkeypatch.setattr(worker, "score_batch", noted)
-    monkeypatch.setattr(Clarity, "version", "2")
+    monkeypatch.setattr(Clarity, "version", "next")
     report = run(spec(folder), tmp_path / "store")
     assert report.data["read"] == 0 and set(scored) == {"clarity"} and len(scored) == 12
     run(spec(folder), tmp_path / "store")
