@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ def load_transformers_model(cls: Any, folder: Path) -> Any:
     transformers would fill with random numbers.
     """
     import torch
-    from transformers.utils import logging
 
+    logging = sys.modules["transformers.utils.logging"]  # `cls` comes from there; the core imports no model library
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -16,7 +16,7 @@ from lens_core.arguments import number, texts, whole
 from lens_core.inference.picture_arguments import as_picture
 from lens_core.io.images import to_rgb
 from lens_core.io.readers import shown
-from lens_core.types import ConfigError
+from lens_core.types import ConfigError, TextFeatures
 
 MAX_SIDE = 16384
 """The longest side of a picture, px."""
@@ -200,6 +200,16 @@ def texts_of_embeds(prompt: Any, embeds: Any) -> list[str]:
     if prompt is not None:
         raise ConfigError("give a prompt or prompt_embeds, not both")
     return [""] * len(getattr(embeds, "mask", [""]))
+
+
+def repeated_embeds(name: str, embeds: Any, settings: GenerationSettings, each: int) -> TextFeatures:
+    """Features that a caller computed, `each` row as often as its prompt has pictures. Raises ConfigError."""
+    if not isinstance(embeds, TextFeatures):
+        raise ConfigError(f"{name} must be what encode_prompt returned, not {type(embeds).__name__}")
+    rows = [row for row in range(len(embeds.mask)) for _ in range(each)]
+    if len(rows) != len(settings.prompts):
+        raise ConfigError(f"{name} has {len(embeds.mask)} rows for {len(settings.prompts) // each} prompts")
+    return embeds[rows]
 
 
 def replace_latents(x: Tensor, answer: Any) -> None:

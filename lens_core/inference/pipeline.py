@@ -18,6 +18,7 @@ from lens_core.inference.call_arguments import (
     CallArguments,
     GenerationSettings,
     make_generators,
+    repeated_embeds,
     replace_latents,
     texts_of_embeds,
 )
@@ -324,15 +325,17 @@ class LensPipeline(PipelineParts):
         init = self._init_image(arguments.image, arguments.mask_image, strength, settings.size)
         arguments.warn_of_no_effect(settings.guidance_scale)
         generators, seeds = make_generators(generator, seed, len(settings.prompts))
+        where = self.device, dtype_of(self.backbone)
         if prompt_embeds is None:
             prompts = self.refine(settings.prompts)
             text, provenance = self.encode_once([prompt.text for prompt in prompts])
         else:
             prompts, provenance = [Refinement("", "")] * len(settings.prompts), {}
-            text = self._embeds("prompt_embeds", prompt_embeds, settings, num_images_per_prompt)
+            text = repeated_embeds("prompt_embeds", prompt_embeds, settings, num_images_per_prompt).to(*where)
         negative = self._encode_negative(settings.negative_prompts)
         if negative_prompt_embeds is not None and settings.guidance_scale != 1:
-            negative = self._embeds("negative_prompt_embeds", negative_prompt_embeds, settings, num_images_per_prompt)
+            name, each = "negative_prompt_embeds", num_images_per_prompt
+            negative = repeated_embeds(name, negative_prompt_embeds, settings, each).to(*where)
         x = self._initial_noise(latents, generators, settings.latent_size)
         steps = self.sample(
             text, x, settings.steps, settings.guidance_scale, negative,
@@ -347,15 +350,6 @@ class LensPipeline(PipelineParts):
         seeds = seeds if latents is None else (None,) * len(seeds)  # which decide nothing then
         recorded = self._metadata(arguments, settings, init) | provenance
         return Result(self._output(x, init, output_type), seeds, recorded, tuple(prompts))
-
-    def _embeds(self, name: str, embeds: Any, settings: GenerationSettings, each: int) -> TextFeatures:
-        """Features that a caller computed, one row for each picture, on the pipeline's device. Raises ConfigError."""
-        if not isinstance(embeds, TextFeatures):
-            raise ConfigError(f"{name} must be what encode_prompt returned, not {type(embeds).__name__}")
-        rows = [row for row in range(len(embeds.mask)) for _ in range(each)]
-        if len(rows) != len(settings.prompts):
-            raise ConfigError(f"{name} has {len(embeds.mask)} rows for {len(settings.prompts) // each} prompts")
-        return embeds[rows].to(self.device, dtype_of(self.backbone))
 
     def _init_image(
         self, image: Image | None, mask: Image | None, strength: float | None, size: tuple[int, int]
