@@ -121,7 +121,7 @@ def mutate_json(rng: random.Random, data: bytes) -> bytes:
 
 def mutate_lines(rng: random.Random, data: bytes) -> bytes:
     """Lines of JSON: one or two of them changed."""
-    rows = data.split(b"\n")
+    rows = data.removesuffix(b"\n").split(b"\n")
     for at in rng.sample(range(len(rows)), min(len(rows), rng.randrange(1, 3))):
         rows[at] = mutate_json(rng, rows[at])
     return b"\n".join(rows)

@@ -188,7 +188,7 @@ MUTANTS = [
         "plugins/lens_gpt_oss/training.py",
         "tests/plugins/test_gpt_oss_training.py",
         (", weight=float(counts.sum()))", ")"),
-        ("counts = mask[:, head:]", "counts = torch.ones_like(mask[:, head:])"),
+        ("counts = learned[:, first:]", "counts = torch.ones_like(learned[:, first:])"),
     ),
     # the backbone
     *_of(

@@ -91,11 +91,14 @@ def run_stage(request: CheckRequest, stage: str, limit: float) -> dict[str, Any]
     paths = [str(ROOT), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")]
     variables |= {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     variables |= {"LENS_GPU_RESULTS": str(request.output / "correctness.json"), "TOKENIZERS_PARALLELISM": "false"}
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")
+    }  # a stage is no worker of ours
     with (request.output / "log.txt").open("a", encoding="utf-8") as log:
         log.write(f"== {stage}, {limit:.0f} s\n")
         log.flush()
         process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=inherited | variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             code: int | None = process.wait(timeout=limit)

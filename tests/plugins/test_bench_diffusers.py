@@ -244,4 +244,4 @@ def test_a_picture_that_the_pipelines_checker_withholds_is_refused() -> None:
 
     outcomes = list(Diffusers(Diffusers.Config(model="m"), Checked()).generate(requests(None)))
     assert [outcome.status for outcome in outcomes] == ["ok", "refused"]
-    assert outcomes[1].reason.startswith("safety_checker: ")
+    assert outcomes[1].reason.startswith("nsfw_content_detected: ")
