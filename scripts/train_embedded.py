@@ -68,6 +68,10 @@ LATE = {"64": 0.18, "64x80": 0.02, "80x64": 0.02, "64 dense": 0.03, "128": 0.55,
 LARGE_FROM, DECAY_FROM, WARMUP = 0.5, 0.6, 0.01
 
 
+PATHS = ("output", "scratch", "probe", "assemble", "vae")
+"""Options that name places of one machine, which results do not repeat."""
+
+
 class Log:
     """Lines of `log.jsonl`, with the seconds since the start, and of the terminal."""
 
@@ -328,7 +332,8 @@ def run(options: argparse.Namespace) -> None:
     if options.probe_seconds and options.mode == "auto":
         command = [sys.executable, *sys.argv, "--probe", str(out / "probe.json")]
         children["probe"] = subprocess.Popen(command)
-    about = {"torch": torch.__version__, "device": options.device, "cpus": os.cpu_count(), "options": vars(options),
+    chosen = {name: value for name, value in vars(options).items() if name not in PATHS}
+    about = {"torch": torch.__version__, "device": options.device, "cpus": os.cpu_count(), "options": chosen,
              "tasks": TASKS, "flow": FLOW, "backbone": unstructure(backbone_config(options))}  # fmt: skip
     if options.device == "cuda":
         about["device"] = torch.cuda.get_device_name()

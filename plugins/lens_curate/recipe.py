@@ -6,7 +6,7 @@ smallest and the largest value of a picture that is kept, both included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,23 +117,32 @@ def read_spec(path: Path) -> CurationSpec:
     return spec
 
 
-def build_filters(spec: CurationSpec, catalog: Catalog) -> list[Filter]:
-    """The curators that the recipe names, built, in its order. Raises ConfigError with every problem."""
-    filters: list[Filter] = []
+def for_each(uses: Sequence[ComponentSpec], path: str, add: Callable[[ComponentSpec, str], None]) -> None:
+    """Call `add` with every component of a list of a recipe and its place. Raises ConfigError with all problems."""
     problems: list[str] = []
-    for place, use in enumerate(spec.filters):
-        where = f"$.filters[{place}]"
+    for place, use in enumerate(uses):
+        where = f"{path}[{place}]"
         try:
-            made = _filter(use, catalog, where)
-            if made.name in {*RESERVED, *(f.name for f in filters)}:
-                raise ConfigError(f"{where}.name: {made.name!r} is taken; give this filter another name")
-            filters.append(made)
+            add(use, where)
         except ConfigError as error:
             problems += error.problems
         except LensError as error:
             problems.append(f"{where}: {error}")
     if problems:
         raise ConfigError(problems)
+
+
+def build_filters(spec: CurationSpec, catalog: Catalog) -> list[Filter]:
+    """The curators that the recipe names, built, in its order. Raises ConfigError with every problem."""
+    filters: list[Filter] = []
+
+    def add(use: ComponentSpec, where: str) -> None:
+        made = _filter(use, catalog, where)
+        if made.name in {*RESERVED, *(f.name for f in filters)}:
+            raise ConfigError(f"{where}.name: {made.name!r} is taken; give this filter another name")
+        filters.append(made)
+
+    for_each(spec.filters, "$.filters", add)
     return filters
 
 

@@ -19,10 +19,11 @@ from lens_core.config import ComponentSpec, structure, unstructure
 from lens_core.io import folders, parquet, readers, tars
 from lens_core.io.captions import printable
 from lens_core.io.sources import CAPTION_KEYS, SourceItem, files_below
-from lens_core.types import ConfigError, LensError, did_you_mean
+from lens_core.types import ConfigError, did_you_mean
 from lens_core.validators import one_of, text
 from lens_curate import text_pictures, urls
 from lens_curate.parts import Part, text_digest
+from lens_curate.recipe import for_each
 
 STORE_ROWS = 64  # rows of a store that are read at once
 
@@ -243,20 +244,14 @@ class _Common:
 def build_sources(uses: Sequence[ComponentSpec], catalog: Catalog) -> list[NamedSource]:
     """The sources that a recipe names, built and named. Raises ConfigError with every problem; reads nothing."""
     built: list[NamedSource] = []
-    problems: list[str] = []
-    for place, use in enumerate(uses):
-        where = f"$.sources[{place}]"
-        try:
-            made = _build(use, catalog, where)
-            if made.name in {each.name for each in built}:
-                raise ConfigError(f"{where}: another source is called {made.name!r}; give this one another `name`")
-            built.append(made)
-        except ConfigError as error:
-            problems += error.problems
-        except LensError as error:
-            problems.append(f"{where}: {error}")
-    if problems:
-        raise ConfigError(problems)
+
+    def add(use: ComponentSpec, where: str) -> None:
+        made = _build(use, catalog, where)
+        if made.name in {each.name for each in built}:
+            raise ConfigError(f"{where}: another source is called {made.name!r}; give this one another `name`")
+        built.append(made)
+
+    for_each(uses, "$.sources", add)
     return built
 
 

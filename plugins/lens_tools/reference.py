@@ -232,13 +232,7 @@ def _default(a: attrs.Attribute[Any]) -> str | None:
         if value.takes_self:
             return "depends on the others"
         value = value.factory()
-    return yaml_text(unstructure_value(value))
-
-
-def unstructure_value(value: Any) -> Any:
-    """A default as plain data."""
-    holder = attrs.make_class("Holder", {"value": attrs.field()})
-    return unstructure(holder(value))["value"]
+    return yaml_text(unstructure(value))
 
 
 def yaml_text(value: Any) -> str:
