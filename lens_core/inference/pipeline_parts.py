@@ -102,7 +102,9 @@ class PipelineParts(DiffusersNames):
         unchanged = component is self.store.loaded[kind] and kind not in self.store.deferred
         if unchanged and spec is None:
             return
-        manager = self.offload_manager
+        # A part without weights, such as a sampler, changes nothing about where the others are.
+        weighty = any(isinstance(part, nn.Module) for part in (component, self.store.loaded[kind]))
+        manager = self.offload_manager if weighty or kind in self.store.deferred else None
         if manager is not None:
             self.to("cpu")
         self.store = self.store.replaced(kind, component)

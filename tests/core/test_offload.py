@@ -312,6 +312,17 @@ def test_to_ends_a_plan_and_another_may_follow() -> None:
     assert pipeline.offload_manager is None and meter.copied == copied
 
 
+def test_another_sampler_moves_no_weights() -> None:
+    from lens_flow.solvers import Heun
+
+    pipeline, meter = build(), Meter()
+    pipeline.offload("none", accelerator=meter)
+    manager, held = pipeline.offload_manager, dict(meter.live)
+    pipeline.sampler = Heun(Heun.Config())
+    assert pipeline.offload_manager is manager and meter.live == held
+    draw(pipeline)
+
+
 def test_a_picture_to_begin_at_is_encoded_under_a_plan() -> None:
     from PIL import Image
 
