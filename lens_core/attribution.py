@@ -288,6 +288,22 @@ def trainable_modules_of(method: Any) -> dict[str, nn.Module]:
     return dict(trainable)
 
 
+MAX_HEADLINE = 5
+
+
+def headline_of(method: Any, trainable: Iterable[str]) -> tuple[str, ...]:
+    """The names of the figures that training prints: the method's `headline`, checked, or each module's loss."""
+    modules = tuple(trainable)
+    names = getattr(method, "headline", tuple(f"{name}/loss" for name in modules)[:MAX_HEADLINE])
+    must = f"it must be at most {MAX_HEADLINE} names of figures, MODULE/NAME, of {', '.join(modules)}"
+    if isinstance(names, str) or not isinstance(names, Sequence) or not 0 < len(names) <= MAX_HEADLINE:
+        refuse(method, "headline", names, must, verb="is")
+    for name in names:
+        if not isinstance(name, str) or name.partition("/")[0] not in modules:
+            raise PluginError(f"{name_of(method)}.headline names {name!r}; {must}")
+    return tuple(names)
+
+
 def update_order_of(method: Any, step: int, trainable: Mapping[str, Any]) -> tuple[str, ...]:
     """Who learns in a step, in order, checked."""
     with calling(method, "update_order"):

@@ -311,6 +311,10 @@ class Method(Protocol):
     # Optional: validate(batch: Batch, modules, rng) -> Mapping[str, float], means over a batch that is not trained on.
     # "loss" is the figure to follow; "loss/…" are parts of it. Draws from `rng` alone, the same in each evaluation.
 
+    # Optional: `headline: tuple[str, ...]`, the figures that training prints, five at most, as they are logged:
+    # "backbone/loss", "backbone/grad_norm", or a part of a Loss. All others go to log.jsonl alone. Without it, the loss
+    # of each module. A class attribute, or set by the constructor.
+
     # Optional: flops(module_name: str, batch) -> float, of that module's forward over a micro-batch. The log then has
     # the rate of the run; the loop adds what backward computes.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lens_core.checkpoints import model_card
 from lens_core.io import readers
+from lens_core.io.progress import hub_bars
 from lens_core.io.system_files import is_system_file
 from lens_core.types import CheckpointError, ConfigError, LensError
 
@@ -206,7 +207,10 @@ def upload(
         steps = [CommitOperationAdd(path, source) for path, source in content.items()]
         steps += [CommitOperationDelete(path) for path in stale]
         # What somebody else has put there since is not overwritten: the Hub refuses a commit on another parent.
-        api.create_commit(name, steps, commit_message=message or "Upload a checkpoint with Lens", parent_commit=head)
+        with hub_bars():
+            api.create_commit(
+                name, steps, commit_message=message or "Upload a checkpoint with Lens", parent_commit=head
+            )
     except Exception as error:  # as in `snapshot`
         raise CheckpointError(f"{name}: cannot be uploaded: {_reason(error, token)}") from error
     return f"{api.endpoint}/{name}"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lens_core.checkpoints import manifest, tensor_files
 from lens_core.io import atomic_files, readers
+from lens_core.io.progress import progress_bar
 from lens_core.io.readers import shown
 from lens_core.protocols import HasWeights
 from lens_core.types import CheckpointError, ConfigError
@@ -144,11 +145,12 @@ def write_lazy(
     size = len(header) + sum(size for _, _, size in layout.values())
 
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
+        bar = progress_bar(size - len(header), "B", desc=f"write {path.name}", unit_scale=True)
+        with bar, temporary.open("wb") as file:
             file.write(header)
             for name in order:
                 for block in tensors[name].rows(tensors[name].kind(dtype)):
-                    file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                    bar.update(file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data))
             if file.tell() != size:
                 raise CheckpointError(f"{path}: a tensor yielded other rows than its shape tells; report it")
 

@@ -19,6 +19,7 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints import hub
 from lens_core.checkpoints.tensor_files import refuse_foreign
 from lens_core.io.atomic_files import read_json
+from lens_core.io.progress import progress
 from lens_core.io.readers import shown
 from lens_core.types import CheckpointError, LensError
 from lens_core.validators import GUIDANCE, PIXELS, STEPS
@@ -45,7 +46,9 @@ def hashes(folder: Path, under: tuple[str, ...] = ("",)) -> dict[str, str]:
     not read for it."""
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".jinja") and p.is_file())
     paths = {str(path.relative_to(folder)): path for path in (files if folder.is_dir() else [folder])}
-    return {name: hub.known_hash(path) or hash_of(path) for name, path in paths.items() if name.startswith(under)}
+    wanted = {name: path for name, path in paths.items() if name.startswith(under)}
+    entries = progress(wanted.items(), "file", desc=f"hash {folder.name}", delay=1)
+    return {name: hub.known_hash(path) or hash_of(path) for name, path in entries}
 
 
 def file_prefixes(part: str, component: Mapping[str, Any]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from lens_core.cli.options import DEFAULT_MODEL, ModelGroup, check_steps, parse_size, progress
+from lens_core.cli.options import DEFAULT_MODEL, ModelGroup, check_steps, parse_size, print_to_terminal
 from lens_core.types import ConfigError
 
 
@@ -87,7 +87,7 @@ def bench(
     if len(requests) > 1:
         raise ConfigError("measure one generator with one benchmark at a time; several are for --dry-run")
     (request,) = requests
-    report = running.run_benchmark(request, output, log=progress)
+    report = running.run_benchmark(request, output, log=print_to_terminal)
     if report is not None:
         files = "images, perceptions.jsonl, table.md, result.json, sheet.png"
         print(f"{report.text}\n{report.folder}: {files}")

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from lens_core.arguments import parse_lora
 from lens_core.io import readers
+from lens_core.io.progress import print_line
 from lens_core.types import ConfigError
 
 if TYPE_CHECKING:
@@ -97,10 +98,10 @@ ModelGroup = Annotated[ModelOptions, Parameter(name="*")]
 DEFAULT_MODEL = ModelOptions()
 
 
-def progress(line: str) -> None:
-    """Print a line to stderr where a person watches."""
+def print_to_terminal(line: str) -> None:
+    """Print a line to stderr where that is a terminal, above the live lines that are there."""
     if sys.stderr.isatty():
-        print(line, file=sys.stderr, flush=True)
+        print_line(line)
 
 
 def parse_loras(options: list[str] | None) -> tuple[tuple[Path, float], ...]:

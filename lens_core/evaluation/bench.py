@@ -100,7 +100,7 @@ def run_benchmark(
     processes.wait()  # until all have chosen the same folder
     with locked(folder, "benchmark run") if processes.rank == 0 else contextlib.nullcontext():
         if generator is not None and info is not None:
-            _generate(folder, plan, benchmark, generator, info, processes, log)
+            _generate(folder, plan, benchmark, generator, info, processes)
         run = stages.read_run(folder)
         _check_same(folder, plan, run)
         manifest = Manifest(folder, run["system"], run["revision"], processes.rank)
@@ -138,10 +138,7 @@ def make_plan(request: BenchmarkRequest, name: str, benchmark: Any, options: Map
 # ---- stages -------------------------------------------------------------------------------------------------------
 
 
-def _generate(
-    folder: Path, plan: Plan, benchmark: Any, generator: Any, info: SystemInfo, processes: Processes,
-    log: Callable[[str], None],
-) -> None:  # fmt: skip
+def _generate(folder: Path, plan: Plan, benchmark: Any, generator: Any, info: SystemInfo, processes: Processes) -> None:
     if processes.rank == 0:
         more = {"options": dict(plan.options), "versions": png_metadata.versions()}
         stages.begin(folder, plan.facts(info), more)
@@ -154,7 +151,7 @@ def _generate(
         if hasattr(generator, "open"):
             generator.open(folder)
         share = processes.share(missing)
-        generation.generate(generator, requests, share, manifest, seeded=info.seeded, log=log)
+        generation.generate(generator, requests, share, manifest, seeded=info.seeded)
     except LensError as error:
         kind = next(k for k in (StopGeneration, PluginError, NumericalError, LensError) if isinstance(error, k))
         raise kind(f"{error}; what was drawn is kept in {folder}, start again to go on") from error

@@ -6,13 +6,14 @@ finished pictures in the manifest and draws only the others when it is started a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lens_core.attribution import calling, items, refuse
 from lens_core.evaluation.manifest import Key, Manifest
 from lens_core.io.images import ImageError, read_raw
 from lens_core.io.json_fields import LONGEST_TEXT
+from lens_core.io.progress import progress
 from lens_core.types import (
     ConfigError,
     PictureOutcome,
@@ -54,7 +55,6 @@ def generate(
     manifest: Manifest,
     *,
     seeded: bool = True,
-    log: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Draw the `missing` pictures, `generator.batch_size` requests at a time, and put each into the manifest.
 
@@ -65,19 +65,25 @@ def generate(
     if type(size) is not int or size < 1:
         refuse(generator, "batch_size", size, "it must be a whole number of at least 1", verb="is")
     most = getattr(generator, "most_failures", FAILURES_IN_A_ROW)
-    done, failures = len(requests) - len(missing), 0
+    failures = 0
+    for outcome in progress(
+        _all_outcomes(generator, requests, missing, size), "picture", len(missing), desc="generate"
+    ):
+        status = _record(manifest, outcome, seeded)
+        failures = failures + 1 if status == "failed" else 0
+        if most is not None and failures >= most:
+            reason = manifest.entries[outcome.request.prompt_id, outcome.request.index].reason
+            raise StopGeneration(
+                f"{failures} pictures in a row failed, the last with: {reason}; fix the cause and start again"
+            )
+
+
+def _all_outcomes(
+    generator: Any, requests: Mapping[Key, PictureRequest], missing: Sequence[Key], size: int
+) -> Iterator[PictureOutcome]:
+    """The outcomes of all missing requests, `size` requests a call."""
     for start in range(0, len(missing), size):
-        chunk = {key: requests[key] for key in missing[start : start + size]}
-        for outcome in _outcomes(generator, chunk):
-            status = _record(manifest, outcome, seeded)
-            done += 1
-            failures = failures + 1 if status == "failed" else 0
-            log(f"{outcome.request.prompt_id}_{outcome.request.index} {status}: {done} of {len(requests)}")
-            if most is not None and failures >= most:
-                reason = manifest.entries[outcome.request.prompt_id, outcome.request.index].reason
-                raise StopGeneration(
-                    f"{failures} pictures in a row failed, the last with: {reason}; fix the cause and start again"
-                )
+        yield from _outcomes(generator, {key: requests[key] for key in missing[start : start + size]})
 
 
 def _outcomes(generator: Any, chunk: Mapping[Key, PictureRequest]) -> Any:

@@ -23,6 +23,7 @@ from lens_core.evaluation.stages import CACHE, PERCEPTIONS, Plan
 from lens_core.io import atomic_files, json_fields, readers
 from lens_core.io.images import read_raw, read_rgb
 from lens_core.io.json_fields import FieldError
+from lens_core.io.progress import progress_bar
 from lens_core.types import ConfigError, Picture, Prompt, Score
 
 if TYPE_CHECKING:
@@ -52,11 +53,10 @@ def perceive(
     if processes.rank == 0:
         reading = _Reading(folder, plan, benchmark, manifest, processes.rank, log)  # with what the others have read
         lines: list[Line] = []
-        done = 0
-        for names in chunks:
-            lines += reading.lines(names)
-            done += len(names)
-            log(f"read the pictures of {done} of {len(plan.prompts)} prompts")
+        with progress_bar(len(plan.prompts), "prompt", desc="perceive") as bar:
+            for names in chunks:
+                lines += reading.lines(names)
+                bar.update(len(names))
         text = "".join(f"{_one_line(line)}\n" for line in lines)
         atomic_files.write_atomic(folder / PERCEPTIONS, lambda p: p.write_text(text, encoding="utf-8"))
     processes.wait()

@@ -16,6 +16,7 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints import hub, integrity, manifest, model_card
 from lens_core.inference.offload import Workload
 from lens_core.inference.parts import MODEL_PARTS, PIPELINE_PARTS, PartReader, PartStore, check_dtype
+from lens_core.io.progress import progress_bar
 from lens_core.recipe import ComponentSpec, build, unstructure
 from lens_core.types import CheckpointError, ConfigError
 
@@ -135,10 +136,14 @@ def read_checkpoint(uri: str | Path, catalog: Catalog, dtype: torch.dtype, optio
     for kind, source in sources.items():
         if kind not in MODEL_PARTS:
             loaded[kind] = source.component(source.config)
-            continue
-        readers[kind] = partial(source.read, dtype)
-        if kind not in deferred:
+        else:
+            readers[kind] = partial(source.read, dtype)
+    eager = [kind for kind in readers if kind not in deferred]
+    with progress_bar(len(eager), "part", desc=f"load {uri}") as bar:
+        for kind in eager:
+            bar.set_description(f"load {uri} ({kind.replace('_', ' ')})")
             loaded[kind], specs[kind] = readers[kind]()
+            bar.update()
     hashes = manifest.hashes(folder)
     file_hashes = {kind: manifest.combined(manifest.hashes(path)) for kind, path in sorted(files.items())}
     origin = ""

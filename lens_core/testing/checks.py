@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lens_core.attribution import headline_of
 from lens_core.inference.parts import PIPELINE_PARTS
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.testing.assertions import component_name, equal, hold, near, random_tensor, shaped, through_json, twice
@@ -196,6 +197,7 @@ class _Bench:
         self.rng, self.served, self.step = torch.Generator().manual_seed(0), 0, 0
         self.name = type(method).__name__
         self.source: Iterator[Sequence[Any]] | None = None
+        self.figures: set[str] = set()  # what a run would log, as MODULE/NAME
 
     def _stream(self) -> Iterator[Batch]:
         for _ in range(1000):
@@ -227,6 +229,7 @@ class _Bench:
         hold(isinstance(loss, Loss), f"{self.name}.loss gives a {type(loss).__name__}, not a Loss")
         shaped(loss.total, [], f"{self.name}: the loss of {module_name}")
         hold(loss.total.requires_grad, f"{self.name}: the loss of {module_name} has no gradient")
+        self.figures |= {f"{module_name}/{part}" for part in ("loss", "grad_norm", *loss.parts)}
         attached = [k for k, v in (*loss.parts.items(), *loss.sums.items()) if v.requires_grad]
         hold(not attached, f"{self.name}: the parts {attached} have a gradient; detach them")
         loss.total.backward()
@@ -268,6 +271,7 @@ class _Bench:
 
 def check_method(make: Callable[[], Any], batches: Sequence[Batch], steps: int = 2) -> None:
     """Losses with a gradient for the updated module alone, and a run that goes on, loss for loss, where it was stopped.
+    A headline of figures that are logged.
 
     Trains what `make` builds for `2 * steps` steps on `batches`, over and over; then what it builds anew goes on from
     the state after `steps`. A method that pulls batches ahead, or keeps what its state_dict does not tell, differs.
@@ -283,6 +287,9 @@ def check_method(make: Callable[[], Any], batches: Sequence[Batch], steps: int =
         whole = build()
         name = component_name(whole.method, "method")
         whole.learn(steps)
+        headline = headline_of(whole.method, whole.modules)
+        known = ", ".join(sorted(whole.figures))
+        hold(bool(whole.figures & {*headline}), f"{name}: logs no figure of its headline {headline}; it logs {known}")
         state = whole.state()
         _picture(whole.method)
         want = whole.learn(steps)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +20,7 @@ from lens_core.attribution import building, trainable_modules_of
 from lens_core.catalog import Catalog
 from lens_core.inference import lora
 from lens_core.inference.pipeline import LensPipeline
+from lens_core.io.progress import print_line
 from lens_core.recipe import Recipe, Training, build
 from lens_core.training import frozen_weights, optimizers
 from lens_core.training.distributed import Ranks
@@ -45,7 +45,7 @@ class TrainingState:
         check_trackers(recipe.train.trackers)
         self.accelerator = _accelerator(recipe.train, out)
         self.ranks = Ranks(self.accelerator, recipe.train.micro_batches, recipe.train.fsdp_shards)
-        printer = log or (lambda line: print(line, file=sys.stderr, flush=True))
+        printer = log or print_line
         self.log: Callable[[str], None] = printer if self.ranks.rank == 0 else lambda line: None
         set_seed(recipe.seed)  # before anything is built: initial weights are part of the recipe
         unread = frozen_weights.unread(recipe, catalog)  # the dataset brings what these would make

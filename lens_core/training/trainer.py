@@ -19,12 +19,13 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from lens_core.attribution import batches_of, calling, items, update_order_of
+from lens_core.attribution import batches_of, calling, headline_of, items, update_order_of
 from lens_core.catalog import Catalog
 from lens_core.io import atomic_files
 from lens_core.io.locks import locked
+from lens_core.io.progress import progress_bar
 from lens_core.recipe import Recipe, unstructure
-from lens_core.training import checkpointing, export
+from lens_core.training import banner, checkpointing, export
 from lens_core.training.ema import ema_weights
 from lens_core.training.evaluator import Interrupted
 from lens_core.training.nonfinite import refuse_non_finite, refuse_unproven
@@ -33,6 +34,8 @@ from lens_core.training.step import flops, next_micro_batches, optimizer_step
 from lens_core.training.throughput import MetricBuffer, Throughput, TimedLoader, memory, peak
 from lens_core.training.trackers import Trackers
 from lens_core.types import CheckpointError, Shard
+
+TIMED_STEPS = 2  # by which the time of a run is estimated, after a first one, which compiles and fills caches
 
 
 @frozen
@@ -60,6 +63,8 @@ class Trainer(TrainingState):
         super().__init__(recipe, catalog, out, log)
         self.allow_changed = allow_changed
         self.loader = TimedLoader()
+        self.headline = headline_of(self.method, self.modules)
+        self.step_seconds: list[float] = []  # of the first steps of this process
         self._stop = False  # set by a signal; all processes agree on it once a step
 
     def train(self) -> TrainingResult:
@@ -91,9 +96,14 @@ class Trainer(TrainingState):
         start = time.monotonic()
         metrics = MetricBuffer()
         means: dict[str, float] = {}
-        with self._signals():
+        self._log_banner()
+        with self._signals(), progress_bar(config.steps, "step", initial=self.step, desc=self.out.name) as bar:
             while not (finished := self._evaluate()) and not self._stop:
+                begun = time.monotonic()
                 self._step(streams, metrics)
+                bar.update()
+                if len(self.step_seconds) <= TIMED_STEPS:
+                    self._log_time(time.monotonic() - begun)
                 # A signal reaches one process; all must leave the loop at the same step, or the others wait forever.
                 self._stop = self.ranks.any(self._stop)
                 if self._logs_at(self.step):
@@ -204,16 +214,23 @@ class Trainer(TrainingState):
         line |= {f"{module_name}/skipped": count for module_name, count in self.spike_detector.skipped.items() if count}
         atomic_files.append(self.out / "log.jsonl", line)
         self.trackers.log({k: v for k, v in line.items() if k != "step"}, self.step)
-        words = [f"{k} {v:.4f}" for k, v in values.items() if not k.endswith("grad_norm")]
-        words += [f"{speed['steps_per_second']:.2f} steps/s"]
-        if "data_wait" in speed:
-            words += [f"{speed['samples_per_second']:.1f} samples/s", f"{speed['data_wait']:.0%} waiting for data"]
-        if "tflops" in speed:
-            words += [f"{speed['mfu']:.1%} MFU" if "mfu" in speed else f"{speed['tflops']:.3f} TFLOP/s"]
-        words += [f"{peak_memory:.2f} GB"] if peak_memory is not None else []
+        words = [f"{name} {values[name]:.4g}" for name in self.headline if name in values]
+        words += [f"{speed['steps_per_second']:.3g} steps/s"]
         words += [f"{k} {line[k]}" for k in line if k.endswith("/skipped")]
         last = self.train_config.steps
         self.log("  ".join([f"step {self.step}/{last}", *words, self.throughput.left(self.step, last)]))
+
+    def _log_banner(self) -> None:
+        if self.step < self.train_config.steps:
+            for line in banner.lines(self, self.step):
+                self.log(line)
+
+    def _log_time(self, seconds: float) -> None:
+        """After the first few steps of this process, the time for all that are left. `seconds` are those of a step."""
+        self.step_seconds.append(seconds)
+        left = self.train_config.steps - self.step
+        if len(self.step_seconds) == 1 + TIMED_STEPS and left:
+            self.log(banner.time_line(left, sum(self.step_seconds[1:]) / TIMED_STEPS))
 
     def _save(self) -> None:
         """A checkpoint of this step, once."""

@@ -56,8 +56,8 @@ def ocr(*, perceiver: str = "rapidocr", output: Path | None = None) -> int:
     from lens_bench.perceive.run import prove
     from lens_core.attribution import building
     from lens_core.catalog import Catalog
-    from lens_core.cli.options import progress
     from lens_core.io import atomic_files
+    from lens_core.io.progress import progress
     from lens_core.recipe import build, parse_use
 
     name, cls, config = build(Catalog.installed(), "perceiver", parse_use(perceiver), "perceiver")
@@ -67,10 +67,8 @@ def ocr(*, perceiver: str = "rapidocr", output: Path | None = None) -> int:
         raise ConfigError(f"perceiver: {perceiver} perceives {engine.perceives}; this table needs one of lines")
     described = dict(engine.describe())
     prove(engine)
-    results = []
-    for result in recall.measure(engine, drawn := recall.drawings()):
-        results.append(result)
-        progress(f"{len(results)} of {len(drawn)} pictures")
+    drawn = recall.drawings()
+    results = list(progress(recall.measure(engine, drawn), "picture", len(drawn), desc="read"))
     text = f"{recall.table(results)}\n{', '.join(f'{key} {value}' for key, value in described.items())}"
     if output is not None:
         atomic_files.write_atomic(output, lambda p: p.write_text(f"{text}\n", encoding="utf-8"))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lens_core.attribution import latents_of, text_of
 from lens_core.inference.pixels import to_pixels
 from lens_core.io.digests import Ids, batched, of_keys, position
+from lens_core.io.progress import progress_bar
 from lens_core.recipe import unstructure
 from lens_core.types import LensError
 from lens_data import pictures
@@ -172,11 +173,13 @@ def encode_missing(
     *,
     rank: int = 0,
     world: int = 1,
+    total: int | None = None,
     log: Callable[[str], None] = print,
 ) -> None:
     """Encode this rank's share of what `cache` lacks of `wanted`: captions and pictures, by key, some more than once.
 
-    Killed and run again, it continues. A corrupt picture is noted in the cache, and training replaces it.
+    Killed and run again, it continues. A corrupt picture is noted in the cache, and training replaces it. `total`, for
+    the bar: about how many there are.
     """
     held: dict[str, bytes] = {}
     size = done = corrupt = 0
@@ -186,7 +189,6 @@ def encode_missing(
         nonlocal size
         if held:
             cache.add(held)
-            log(f"cache {cache.name}: {done} encoded")
             held.clear()
             size = 0
 
@@ -197,20 +199,22 @@ def encode_missing(
                 seen.add(digest)
                 yield key, what
 
-    for some in batched(lacking(), _CHUNK):
-        numbers = [what.row for _, what in some if isinstance(what, Latent)]
-        rows = store.rows(numbers, "image") if numbers else {}
-        for key, what in some:
-            if isinstance(what, str):
-                tensors = _text(pipeline, what)
-            else:
-                tensors = _latent(pipeline, rows[what.row]["image"], what.size)
-                corrupt += not tensors
-            held[key] = to_bytes(tensors) if tensors else b""
-            size += len(held[key])
-            done += 1
-            if size >= FLUSH or len(held) >= ROWS:
-                flush()
+    with progress_bar(total, "entry", desc=f"cache {cache.name}") as bar:
+        for some in batched(lacking(), _CHUNK):
+            numbers = [what.row for _, what in some if isinstance(what, Latent)]
+            rows = store.rows(numbers, "image") if numbers else {}
+            for key, what in some:
+                if isinstance(what, str):
+                    tensors = _text(pipeline, what)
+                else:
+                    tensors = _latent(pipeline, rows[what.row]["image"], what.size)
+                    corrupt += not tensors
+                held[key] = to_bytes(tensors) if tensors else b""
+                size += len(held[key])
+                done += 1
+                if size >= FLUSH or len(held) >= ROWS:
+                    flush()
+            bar.update(len(some))
     flush()
     log(f"cache {cache.name}: rank {rank} of {world} is done; {done} encoded, {corrupt} corrupt pictures")
 

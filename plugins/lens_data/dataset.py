@@ -393,7 +393,9 @@ def fill_cache(
             part.eval()  # as the training loop has it
     dataset = kind(evolve(config, cache=""))
     cache = EncodingCache(dataset.store, config.cache, encoders(pipeline, precision))
-    encode_missing(dataset.store, cache, pipeline, dataset.encodings(), rank=rank, world=world, log=log)
+    missing, _ = cache.lacking(key for key, _ in dataset.encodings())
+    total = missing // world
+    encode_missing(dataset.store, cache, pipeline, dataset.encodings(), rank=rank, world=world, total=total, log=log)
 
 
 def _caption(row: Mapping[str, Any], dense: bool) -> str:

@@ -21,6 +21,7 @@ from lens_core.io.atomic_files import WriteError
 from lens_core.io.captions import printable, read_captions
 from lens_core.io.digests import Ids, of_ids, position
 from lens_core.io.locks import locked
+from lens_core.io.progress import progress
 from lens_core.io.sources import SourceItem
 from lens_core.io.system_files import is_system_file
 from lens_core.types import ConfigError
@@ -132,7 +133,7 @@ class _Importer:
         self.held = 0
 
     def run(self, items: Iterable[SourceItem]) -> ImportReport:
-        for item in items:
+        for item in progress(items, "picture", desc=f"import {self.source}"):
             self.report.total += 1
             fault = self._take(item)
             if fault:

@@ -137,8 +137,10 @@ class DMD2:
         self.teacher: Any = frozen_copy(pipeline.backbone, shared("generator", pipeline.backbone))
         fake = frozen_copy(self.teacher, shared("fake", self.teacher))
         self._modules: dict[str, nn.Module] = {"generator": pipeline.backbone, "fake": fake}
+        self.headline: tuple[str, ...] = ("generator/gradient_rms", "generator/x_std", "fake/unexplained")
         if config.gan_weight:
             self._modules["heads"] = self._heads()
+            self.headline += ("heads/real", "heads/fake")
         self._start = pipeline.version
         pipeline.presets |= {"steps": config.steps, "guidance_scale": 1.0}
 

@@ -43,6 +43,7 @@ class FlowMatching(BaseMethod):
     neighbouring cells of a larger picture are more alike, so it takes more noise to hide as much.
     """
 
+    headline = ("backbone/loss", "backbone/grad_norm")
     takes_encoded = True  # batches may bring latents and features; then no encoder is needed
 
     @frozen

@@ -31,6 +31,8 @@ class LanguageModel(BaseMethod):
     imbalance is measured in each part by itself.
     """
 
+    headline = ("text_encoder/nll", "text_encoder/imbalance", "text_encoder/grad_norm")
+
     @frozen
     class Config:
         # Batches whose captions make the tokenizer, if the encoder has none yet.

@@ -127,6 +127,8 @@ class DiffusionNFT:
                 f"({config.prompts_per_rollout}); ask it for more, or lower prompts_per_rollout"
             )
         self.rewards = weighted_rewards(config.rewards, parts)
+        named = [f"backbone/reward/{one.name}" for one in self.rewards][:2]
+        self.headline = (*named, "backbone/policy", "backbone/zero_variance", "backbone/diversity")
         for one in self.rewards:
             for key in getattr(one.reward, "needs", ()):
                 if not any(key in prompt.data for prompt in self.prompts):

@@ -348,6 +348,10 @@ class Cheating(Validating):
         return super().validate(batch, modules, rng)
 
 
+class Wordless(toy.Fit):
+    headline = ("backbone/reward",)
+
+
 class Mute(Validating):
     def validate(self, batch: Batch, modules: Any, rng: torch.Generator) -> dict[str, float]:
         return {"error": 1.0}
@@ -506,6 +510,7 @@ def test_sound_services_pass(check: Callable[[], None]) -> None:
         (method, Unlearning, "steps leaves gradients off while its step is out"),
         (method, Careless, "validate draws from torch's global generator"),
         (method, Cheating, "validate changes weights"),
+        (method, Wordless, "logs no figure of its headline"),
         (method, Mute, "validate gives .*, no loss"),
         (method, Stale, "draws with what it kept of earlier weights; a cache must see every step"),
         (method, Pickled, "state_dict must hold tensors and what JSON can keep"),

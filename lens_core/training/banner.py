@@ -1,0 +1,85 @@
+"""What `lens train` prints first: device, precision, what learns, data, steps, memory, folder, and soon the time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lens_core.io.readers import shown
+from lens_core.recipe import ComponentSpec
+from lens_core.training.muon import block_matrices
+from lens_core.training.state import TrainingState
+
+
+def lines(state: TrainingState, step: int) -> list[str]:
+    """The banner of a run that starts, or goes on, after `step` steps; `Trainer` adds the time when it knows it."""
+    config, recipe = state.train_config, state.recipe
+    batch = f", {config.micro_batches} micro-batches a step" if config.micro_batches > 1 else ""
+    resumed = f", {step} of them made" if step else ""
+    rows = {
+        "method": recipe.method.use,
+        "device": _device(state),
+        "precision": f"{config.precision}{', compiled' if config.compile else ''}",
+        "learns": ", ".join(_parameters(state, name) for name in state.modules),
+        "data": _data(recipe.dataset),
+        "steps": f"{config.steps:,} in all{resumed}{batch}",
+        "memory": f"about {_bytes(state) / 1e9:.2f} GB for weights, gradients and optimizer; activations come on top",
+        "folder": str(state.out),
+    }
+    return [f"{name:10}{text}" for name, text in rows.items()]
+
+
+def time_line(steps: int, seconds: float) -> str:
+    """The estimate of the time for `steps` steps of `seconds` each."""
+    total = steps * seconds
+    words = f"{total:.0f} s" if total < 120 else f"{total / 60:.0f} min" if total < 7200 else f"{total / 3600:.1f} h"
+    return f"{'time':10}about {words} for {steps:,} steps, {seconds:.3g} s each; evaluations come on top"
+
+
+def _device(state: TrainingState) -> str:
+    device = state.accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    several = f", {state.ranks.world} processes" if state.ranks.world > 1 else ""
+    return f"{device} ({name}){several}"
+
+
+def _parameters(state: TrainingState, name: str) -> str:
+    """What of a module learns, of how much."""
+    whole = sum(p.numel() for p in state.modules[name].parameters())
+    learned = sum(p.numel() for p in state.trainable_parameters[name])
+    if learned == whole:
+        return f"{name} {_count(whole)}"
+    return f"{name} {_count(learned)} of {_count(whole)} (LoRA of rank {state.train_config.lora[name].rank})"
+
+
+def _count(parameters: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if parameters >= size:
+            return f"{parameters / size:.3g} {letter}"
+    return str(parameters)
+
+
+def _data(spec: ComponentSpec | None) -> str:
+    if spec is None:
+        return "the method brings its own"
+    options = ", ".join(f"{name}: {shown(value, 60)}" for name, value in spec.options.items())
+    return f"{spec.use}{f' ({options})' if options else ''}"
+
+
+def _bytes(state: TrainingState) -> int:
+    """Bytes that this process holds between two steps, and in gradients; each tensor once."""
+    parts = [*state.pipeline.present().values(), *state.modules.values(), *state.frozen_modules.values()]
+    held = {id(t): t for net in parts for t in (*net.parameters(), *net.buffers())}
+    total = _size(held.values()) + sum(_size(averages.values()) for averages in state.ema.values())
+    for name, learned in state.trainable_parameters.items():
+        matrices = block_matrices(state.modules[name], learned) if state.train_config.optimizer == "muon" else []
+        total += 3 * _size(learned) - _size(matrices)  # a gradient and two moments; Muon keeps one of a matrix
+    return total
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+    return sum(t.numel() * t.element_size() for t in local)
