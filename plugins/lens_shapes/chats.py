@@ -17,10 +17,11 @@ from lens_core.types import Batch, ConfigError, Message
 from lens_core.validators import SEED, each, integer, one_of, optional, real, text, within
 from lens_shapes import languages, splits
 from lens_shapes.captions import phrasings, pick, prompt
+from lens_shapes.renaming import rename, renaming
 from lens_shapes.scenes import TASKS, Scene, prompt_facts
-from lens_shapes.styles import FULL, KINDS, describe, random_style, system_prompt
+from lens_shapes.styles import FULL, KINDS, Style, describe, random_style, system_prompt
 
-_KIND, _ROW, _SCENE = range(3)  # separate streams of randomness
+_KIND, _ROW, _SCENE, _ANSWER = range(4)  # separate streams of randomness
 FRAMES = {
     "en": ("draw {}", "please draw {}", "show me {}", "I want a picture of {}", "can you paint {}?", "{}, please"),
     "fr": ("dessine {}", "une image avec {}", "je voudrais {}", "montre-moi {}", "{}, s'il te plaît"),
@@ -42,14 +43,17 @@ INTRUSIONS = (
 
 
 class ShapesChats:
-    """Conversations about scenes of the train split; see `Config` for what a batch holds."""
+    """Conversations about the scenes of a split; see `Config` for what a batch holds."""
 
     @frozen
     class Config:
         batch: int = field(default=32, validator=integer(at_least=1))  # conversations a step, all ranks together
         seed: int = field(default=0, validator=SEED)
+        split: str = field(default="train", validator=one_of(*splits.SPLITS))  # the scenes: train, select or test
         # Share of requests in French, German or Spanish; the others are English.
         translated: float = field(default=0.3, validator=within(0, 1))
+        # Share of the English conversations in which shapes and colours go by words of no scene, to be copied.
+        renamed: float = field(default=0.0, validator=within(0, 1))
         intrusions: float = field(default=0.05, validator=within(0, 1))  # share of requests that hold an order
         request: str = field(default="{}", validator=text())  # what stands around a request, {} in its place
         # System prompts that ask for the full description in other words than those of `styles`.
@@ -99,36 +103,50 @@ class ShapesChats:
 
     def chat(self, number: int, row: int) -> tuple[Message, ...]:
         """The conversation in one row of batch `number`: system prompt, request, answer."""
-        config = self.config
-        # One system prompt a batch: it is computed once, and answers of one style have about one length.
-        shared = np.random.default_rng([config.seed, _KIND, number])
-        style = random_style(shared, config.styles or KINDS)
-        system = system_prompt(style, shared)
-        if style == FULL and config.policies and shared.random() < 0.5:
-            system = pick(shared, config.policies)
-        rng = np.random.default_rng([config.seed, _ROW, number, row])
-        scene = evolve(self._scene(rng), named=bool(rng.random() < 0.3))
-        request, answer = self._request(scene, rng), describe(scene, style, rng)
+        system, style = self._system(number)
+        scene, request, language = self.question(number, row)
+        rng = np.random.default_rng([self.config.seed, _ANSWER, number, row])
+        answer = describe(scene, style, rng)
+        if language == "en" and rng.random() < self.config.renamed:
+            words = renaming(rng)
+            request, answer = rename(request, words), rename(answer, words)
         return (
             Message("system", system),
-            Message("user", config.request.replace("{}", request)),
+            Message("user", self.config.request.replace("{}", request)),
             Message("assistant", answer),
         )
+
+    def question(self, number: int, row: int) -> tuple[Scene, str, str]:
+        """The scene, the request and its language in one row of batch `number`."""
+        rng = np.random.default_rng([self.config.seed, _ROW, number, row])
+        scene = evolve(self._scene(rng), named=bool(rng.random() < 0.3))
+        language = pick(rng, languages.LANGUAGES[1:]) if rng.random() < self.config.translated else "en"
+        return scene, self._request(scene, language, rng), language
+
+    def _system(self, number: int) -> tuple[str, Style]:
+        """One system prompt a batch: it is computed once, and answers of one style have about one length."""
+        config = self.config
+        rng = np.random.default_rng([config.seed, _KIND, number])
+        style = random_style(rng, config.styles or KINDS)
+        system = system_prompt(style, rng)
+        if style == FULL and config.policies and rng.random() < 0.5:
+            system = pick(rng, config.policies)
+        return system, style
 
     def _scene(self, rng: np.random.Generator) -> Scene:
         config = self.config
         if not config.pool_size:
-            return splits.sample(rng, "train", tasks=config.tasks or TASKS, largest=config.largest)
+            return self._sample(rng)
         index = int(rng.integers(config.pool_size))
         if index not in self._pool:
-            alone = np.random.default_rng([config.seed, _SCENE, index])
-            self._pool[index] = splits.sample(alone, "train", tasks=config.tasks or TASKS, largest=config.largest)
+            self._pool[index] = self._sample(np.random.default_rng([config.seed, _SCENE, index]))
         return self._pool[index]
 
-    def _request(self, scene: Scene, rng: np.random.Generator) -> str:
-        config, language = self.config, "en"
-        if rng.random() < config.translated:
-            language = pick(rng, languages.LANGUAGES[1:])
+    def _sample(self, rng: np.random.Generator) -> Scene:
+        config = self.config
+        return splits.sample(rng, config.split, tasks=config.tasks or TASKS, largest=config.largest)
+
+    def _request(self, scene: Scene, language: str, rng: np.random.Generator) -> str:
         if language == "en":
             words = prompt(scene) if rng.random() < 0.5 else pick(rng, tuple(phrasings(scene)))
         else:
@@ -137,7 +155,7 @@ class ShapesChats:
             words = pick(rng, FRAMES[language]).format(words)
         if rng.random() < 0.2:
             words = words[:1].upper() + words[1:] + ("." if words[-1].isalnum() else "")
-        if rng.random() < config.intrusions:
+        if rng.random() < self.config.intrusions:
             order = pick(rng, INTRUSIONS)
             words = f"{words} {order}" if rng.random() < 0.5 else f"{order} {words}"
         return words
