@@ -1,6 +1,6 @@
-"""How often a reasoner keeps what a request names: shapes, colours, counts, relations and words, read from its answers.
+"""How often a reasoner keeps what a request names: shapes, colours, counts, relations, words; read from its answers.
 
-    python scripts/reasoner_faithfulness.py tiny:reasoner --requests 1000 --output docs/results/reasoner/faithfulness.json
+    python scripts/reasoner_faithfulness.py tiny:reasoner --output docs/results/reasoner/faithfulness.json
 
 The requests are those of the dataset `shapes_chat`, about scenes of the test split, which no training conversation
 shows. A second column is the control: each answer is compared with the facts of another request. Intervals are
@@ -78,9 +78,8 @@ def main(
     }
     for kind in (*KINDS, "all"):
         kept, other = result["kept"][kind], result["control"][kind]
-        print(
-            f"{kind:<10} {kept['share']:.3f} [{kept['low']:.3f}-{kept['high']:.3f}] of {kept['of']}, control {other['share']:.3f}"
-        )
+        interval = f"{kept['low']:.3f}-{kept['high']:.3f}"
+        print(f"{kind:<10} {kept['share']:.3f} [{interval}] of {kept['of']}, control {other['share']:.3f}")
     print(f"answers used: {result['used']['share']:.3f}; {result['reasons']}")
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,11 +132,15 @@ class PipelineGenerator:
         seeds = [request.seed for request in batch]
         result = self.pipeline([request.prompt for request in batch], seed=seeds, **images.arguments())
         seconds = (time.perf_counter() - start) / len(batch)
-        for request, image, prompt in zip(batch, result.images, result.prompts, strict=True):
-            data = io.BytesIO()
-            png_metadata.save_to(image, data, png_metadata.facts_of(prompt, request.seed, result.settings))
-            unused = {"reasoner_unused": prompt.reason} if prompt.reason else {}
-            yield PictureOutcome(request, "ok", data.getvalue(), seconds=seconds, sent_prompt=prompt.text, facts=unused)
+        facts = [
+            png_metadata.facts_of(prompt, seed, result.settings)
+            for prompt, seed in zip(result.prompts, seeds, strict=True)
+        ]
+        with ThreadPoolExecutor(png_metadata.WRITERS, "png") as writers:
+            encoded = writers.map(png_metadata.encoded, result.images, facts)
+            for request, data, prompt in zip(batch, encoded, result.prompts, strict=True):
+                unused = {"reasoner_unused": prompt.reason} if prompt.reason else {}
+                yield PictureOutcome(request, "ok", data, seconds=seconds, sent_prompt=prompt.text, facts=unused)
 
     def estimate(self, count: int, size: tuple[int, int] | None = None) -> GenerationEstimate:
         """Calls of the pipeline, and seconds where the config says how many a picture takes."""

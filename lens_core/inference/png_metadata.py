@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 LARGEST = 1 << 20
 """Bytes of facts that are read from a picture."""
+WRITERS = 4
+"""Threads that compress pictures; zlib runs without Python's lock."""
 
 
 def versions() -> dict[str, str]:
@@ -50,6 +53,13 @@ def save_to(image: Image, target: Path | BinaryIO, facts: dict[str, Any]) -> Non
     info = PngInfo()
     info.add_itxt("lens", json.dumps(facts, ensure_ascii=False))
     image.save(target, format="PNG", pnginfo=info)
+
+
+def encoded(image: Image, facts: dict[str, Any]) -> bytes:
+    """The bytes that `save` writes."""
+    data = io.BytesIO()
+    save_to(image, data, facts)
+    return data.getvalue()
 
 
 def facts(path: Path) -> tuple[Image, dict[str, Any]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from lens_core.inference import png_metadata
 from lens_core.inference.batch import generate_files, image_tasks, pending
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.reproduce import reproduce
@@ -31,6 +34,35 @@ def test_a_script_goes_on_where_it_stopped(pipeline: LensPipeline, tmp_path: Pat
     assert pending(pipeline, request, tasks) == tasks[3:]
     with pytest.raises(ConfigError, match="was asked for differently"):
         pending(pipeline, GenerateRequest(height=16, width=32, steps=3), tasks)
+
+
+def test_a_failure_loses_no_picture_of_the_batches_before(
+    pipeline: LensPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = GenerateRequest(height=16, width=32, steps=2)
+    tasks = image_tasks(["one", "two"], tmp_path / "a.png", num_images=2, seed=5)
+    draw, threads = LensPipeline.__call__, set()
+
+    def failing(self: LensPipeline, prompts: list[str], **options: object) -> object:
+        if "two" in prompts:
+            raise RuntimeError("out of memory")
+        return draw(self, prompts, **options)  # type: ignore[arg-type]
+
+    def slowly(*values: object) -> None:
+        threads.add(threading.current_thread())
+        time.sleep(0.05)
+        save(*values)  # type: ignore[arg-type]
+
+    save = png_metadata.save
+    monkeypatch.setattr(LensPipeline, "__call__", failing)
+    monkeypatch.setattr(png_metadata, "save", slowly)
+    files = generate_files(pipeline, request, tasks, batch_size=2)
+    for task in tasks[:2]:
+        assert next(files).task == task and task.path.is_file()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(files)
+    assert not list(tmp_path.glob(".*"))
+    assert threading.main_thread() not in threads  # drawing does not wait for a file
 
 
 def test_each_setting_changes_the_fingerprint_and_the_batch_does_not(pipeline: LensPipeline) -> None:
