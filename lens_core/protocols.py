@@ -79,6 +79,9 @@ class VAE(HasWeights, Protocol):
     def decode(self, z: Tensor) -> Tensor:
         """z [B,C,h,w] -> pixels [B,3,H,W], about [-1, 1]; not clamped."""
 
+    # Optional: `convolutional: bool`, whether a part of a picture looks about the same decoded alone, but for its
+    # edges. Only then may it be decoded in tiles.
+
 
 @runtime_checkable
 class TextEncoder(HasWeights, Protocol):

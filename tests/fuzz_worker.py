@@ -143,7 +143,7 @@ class Targets:
     """What is read, in a folder of its own: `all` is (name, how often, case), a case takes a random generator."""
 
     def __init__(self, folder: Path) -> None:
-        sys.path[:0] = [str(ROOT), str(ROOT / "plugins"), str(ROOT / "tests")]
+        sys.path[:0] = [str(ROOT), str(ROOT / "plugins"), str(ROOT / "tests"), str(ROOT / "tests" / "core")]
         import torch
         import toy
         from attrs import evolve
@@ -199,6 +199,8 @@ class Targets:
             ("chat template", 1, self.template),
             ("PNG", 4, self.png),
             ("facts of a PNG", 5, self.facts_of_png),
+            ("another tool's PNG", 4, self.foreign_png),
+            ("latent_preview.json", 2, self.preview_map),
             ("LoRA", 7, self.lora),
             ("PEFT folder", 4, self.peft),
             ("safetensors", 6, self.tensors),
@@ -364,6 +366,27 @@ class Targets:
         path = self.write("c.png", b"")
         self.picture.save(path, pnginfo=info)
         png_metadata.facts(path)
+
+    def foreign_png(self, rng: random.Random) -> None:
+        from PIL.PngImagePlugin import PngInfo
+        from test_foreign_facts import A1111, GRAPH, WORKFLOW
+
+        from lens_core.inference import foreign_facts
+
+        name, content = rng.choice([("prompt", GRAPH), ("workflow", WORKFLOW), ("parameters", A1111)])
+        change = mutate_bytes if name == "parameters" else mutate_json
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        info = PngInfo()
+        info.add_itxt(name, change(rng, data).decode("utf-8", "replace"))
+        path = self.write("d.png", b"")
+        self.picture.save(path, pnginfo=info)
+        foreign_facts.read(path)
+
+    def preview_map(self, rng: random.Random) -> None:
+        from lens_core.checkpoints import latent_preview, manifest
+
+        source = self.folder / "tiny" / "vae" / manifest.PREVIEW_FILE
+        latent_preview.read(self.write(manifest.PREVIEW_FILE, mutate_json(rng, source.read_bytes())), 32)
 
     def lora(self, rng: random.Random) -> None:
         from lens_core.checkpoints import lora_keys

@@ -21,7 +21,7 @@ FILES = ("*.json", "*.safetensors", "*.jinja", model_card.FILE)
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 ABOUT = (
     "config.json", "generation_config.json", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.jinja",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "latent_preview.json", "*.jinja",
 )  # fmt: skip
 """What the folders of parts hold by custom: their weights, and what describes them."""
 FOLDERS = {"vae": ("vae/",), "text_encoder": ("text_encoder/", "tokenizer/"), "backbone": ("transformer/",)}

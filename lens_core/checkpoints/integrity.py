@@ -1,7 +1,8 @@
 """Whether the files of a checkpoint are those that were written: `lens.json` holds the SHA-256 of each, as `files`.
 
 The files are all that decides what a checkpoint draws: weights, JSON and chat templates, by their paths below its
-folder. `lens.json` itself is not among them, nor are the model card, which people edit, and what systems leave behind.
+folder. `lens.json` itself is not among them, nor are the map of step previews, the model card, which people edit, and
+what systems leave behind.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def _names(folder: Path) -> list[str]:
     """Of the files that `lens.json` may name, those that are there."""
     there = (p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
     names = sorted(p.relative_to(folder).as_posix() for p in there)
-    return [name for name in names if name != "lens.json" and not is_system_file(name)]
+    uncounted = ("lens.json", f"vae/{manifest.PREVIEW_FILE}")
+    return [name for name in names if name not in uncounted and not is_system_file(name)]
 
 
 def stamps(folder: Path) -> Stamps:

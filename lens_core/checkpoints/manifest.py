@@ -26,6 +26,8 @@ from lens_core.validators import GUIDANCE, PIXELS, STEPS
 
 FORMAT = 1
 """The version of `lens.json`."""
+PREVIEW_FILE = "latent_preview.json"
+"""In `vae/`, the map of step previews. It decides no picture, so it may be fitted later: no hash counts it."""
 
 
 def hash_of(path: Path) -> str:
@@ -41,10 +43,12 @@ def digest(folder: Path) -> str:
 
 def hashes(folder: Path, under: tuple[str, ...] = ("",)) -> dict[str, str]:
     """The hash of every file of weights, JSON or chat template below `folder`, by its path; of a file, its own.
+    A preview's map is not counted.
 
     `under`: of those alone whose path begins so. Large files of the Hub's cache are named by their hash there, and are
     not read for it."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json", ".jinja") and p.is_file())
+    suffixes = (".safetensors", ".json", ".jinja")
+    files = sorted(p for p in folder.rglob("*") if p.suffix in suffixes and p.name != PREVIEW_FILE and p.is_file())
     paths = {str(path.relative_to(folder)): path for path in (files if folder.is_dir() else [folder])}
     wanted = {name: path for name, path in paths.items() if name.startswith(under)}
     entries = progress(wanted.items(), "file", desc=f"hash {folder.name}", delay=1)

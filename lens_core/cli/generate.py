@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from lens_core.inference.batch import GeneratedFile
+    from lens_core.inference.foreign_facts import ForeignFacts
     from lens_core.inference.pipeline import LensPipeline
-    from lens_core.inference.requests import ModelRequest
+    from lens_core.inference.requests import GenerateRequest, ModelRequest
 
 
 def generate(
@@ -51,6 +52,7 @@ def generate(
     mask: Path | None = None,
     num_images: int = 1,
     batch_size: int = 8,
+    preview: Path | None = None,
     show_prompt: Annotated[bool, Parameter(negative="")] = False,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
@@ -67,7 +69,8 @@ def generate(
     overwrite
         Draw over pictures that are there.
     reproduce
-        A PNG that Lens drew: draw it again from the facts in it, and print how far the two are apart.
+        A PNG that Lens drew: draw it again from the facts in it, and print how far the two are apart. Of a PNG of
+        ComfyUI or A1111, draw what its facts name with --model, and list what was taken from them and what was not.
     seed
         Picture i has the seed SEED + i. Random if not given, and printed.
     size
@@ -94,12 +97,21 @@ def generate(
         Pictures a prompt.
     batch_size
         Pictures drawn at once; the pictures do not depend on it.
+    preview
+        A PNG that shows after every step, small, what is being drawn; the pictures of a batch stand side by side.
     show_prompt
         Print the prompt that was drawn, if a reasoner rewrote it.
     json_
         Print one JSON object a picture.
     """
-    from lens_core.inference.batch import generate_files, image_tasks, pending, refuse_existing, unused_path
+    from lens_core.inference.batch import (
+        generate_files,
+        image_tasks,
+        output_paths,
+        pending,
+        refuse_existing,
+        unused_path,
+    )
     from lens_core.inference.requests import GenerateRequest
     from lens_core.io.images import read_raw, read_rgb
     from lens_core.io.progress import progress_bar
@@ -118,6 +130,7 @@ def generate(
     prompts = read_prompts(prompt, prompts_file)
     first_seed = secrets.randbelow(2**32) if seed is None else seed
     chosen = output or unused_path(Path("lens.png"))
+    output_paths(preview, 1) if preview is not None else None
     tasks = image_tasks(prompts, chosen, num_images=num_images, seed=first_seed)
     if prompts_file is None and not overwrite:
         refuse_existing(tasks)
@@ -138,7 +151,9 @@ def generate(
             print(f"lens: {len(tasks) - len(todo)} of {len(tasks)} pictures are there already", file=sys.stderr)
     on_step = partial(_on_step, _preset_note(pipeline, steps, guidance_scale))
     with progress_bar(len(todo), "image", disable=None if len(todo) > batch_size else True) as bar:
-        for image_file in generate_files(pipeline, request, todo, batch_size=batch_size, on_step=on_step):
+        for image_file in generate_files(
+            pipeline, request, todo, batch_size=batch_size, on_step=on_step, preview=preview
+        ):
             _print_file(image_file, loading, as_json=json_, show_prompt=show_prompt)
             bar.update()
     return 0
@@ -174,10 +189,14 @@ def _reproduce(
     picture: Path, model: ModelRequest, image: Image | None, mask: Image | None, output: Path | None
 ) -> int:  # fmt: skip
     """Draw a picture again, print what differs, and return 0 if no pixel differs beyond rounding."""
-    from lens_core.inference import png_metadata
+    from lens_core.inference import foreign_facts, png_metadata
     from lens_core.inference.batch import output_paths
     from lens_core.inference.reproduce import reproduce
+    from lens_core.inference.requests import GenerateRequest
 
+    foreign = foreign_facts.read(picture)
+    if foreign is not None:
+        return _draw_foreign(foreign, model, GenerateRequest(image=image, mask=mask), output)
     paths = output_paths(output, 1) if output is not None else []
     again = reproduce(picture, model, image, mask)
     for path in paths:
@@ -189,3 +208,26 @@ def _reproduce(
         return 0
     print(f"differs by {again.max_difference} of 255 at most, {again.mean_difference:.4f} in the mean")
     return 0 if again.max_difference <= 1 else 1
+
+
+def _draw_foreign(foreign: ForeignFacts, model: ModelRequest, start: GenerateRequest, output: Path | None) -> int:
+    """Draw what another tool's picture names, after a list of what was taken from it and what was not."""
+    from attrs import evolve
+
+    from lens_core.inference.batch import generate_files, image_tasks, refuse_existing, unused_path
+    from lens_core.recipe import ComponentSpec
+
+    seed = foreign.taken.get("seed", secrets.randbelow(2**32))
+    (task,) = image_tasks([foreign.taken["prompt"]], output or unused_path(Path("lens.png")), seed=seed)
+    refuse_existing([task])
+    request = evolve(foreign.request(), image=start.image, mask=start.mask)
+    if model.sampler is None and "sampler" in foreign.taken:
+        model = evolve(model, sampler=ComponentSpec(foreign.taken["sampler"]))
+    for name, value in foreign.taken.items():
+        print(f"taken from {foreign.tool}: {name} {json.dumps(value, ensure_ascii=False)}")
+    for line in foreign.left:
+        print(f"not taken: {line}")
+    pipeline = model.load(lambda loaded: request.workload(loaded, 1))
+    for image_file in generate_files(pipeline, request, [task]):
+        _print_file(image_file, 0.0, as_json=False, show_prompt=False)
+    return 0

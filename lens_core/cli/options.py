@@ -53,6 +53,8 @@ class ModelOptions:
     reasoner
         Rewrites prompts before they are drawn: a name, a line of YAML, a YAML file, or a text file with its system
         prompt. None if not given.
+    lossy_vae_tile
+        Decode in overlapping tiles of this side in px, to save memory: the picture differs a little. Whole if none.
     """
 
     model: str | None = None
@@ -66,6 +68,7 @@ class ModelOptions:
     offload: str | None = None
     prompt_cache: Path | None = None
     reasoner: str | None = None
+    lossy_vae_tile: int | None = None
 
     def request(self) -> ModelRequest:
         """What they ask for, as a script writes it."""
@@ -76,6 +79,7 @@ class ModelOptions:
             self.model or "tiny:", self.backbone, self.text_encoder, self.vae, parse_loras(self.lora),
             ComponentSpec(self.sampler) if self.sampler else None, self.device or "auto", self.dtype or "auto",
             self.offload or "auto", self.prompt_cache, parse_reasoner(self.reasoner),
+            self.lossy_vae_tile,
         )  # fmt: skip
 
     def generator_options(self) -> dict[str, Any]:
@@ -89,7 +93,7 @@ class ModelOptions:
             "loras": [f"{path}:{weight:g}" for path, weight in parse_loras(self.lora)] or None,
             "reasoner": None if reasoner is None else unstructure(reasoner),
             **{name: None if path is None else str(path) for name, path in paths.items()},
-            **{name: getattr(self, name) for name in ("sampler", "device", "dtype", "offload")},
+            **{name: getattr(self, name) for name in ("sampler", "device", "dtype", "offload", "lossy_vae_tile")},
         }
 
 

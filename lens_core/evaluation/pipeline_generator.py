@@ -19,7 +19,7 @@ from lens_core.inference import png_metadata, refinement
 from lens_core.inference.offload import PLANS
 from lens_core.inference.requests import GenerateRequest, ModelRequest
 from lens_core.types import GenerationEstimate, PictureOutcome, PictureRequest, SystemInfo
-from lens_core.validators import GUIDANCE, STEPS, each, integer, one_of, optional, real, text
+from lens_core.validators import GUIDANCE, PIXELS, STEPS, each, integer, one_of, optional, real, text
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
@@ -46,6 +46,8 @@ class PipelineGenerator:
         dtype: str = field(default="auto", validator=one_of("auto", "float32", "bfloat16", "float16"))
         offload: str = field(default="auto", validator=one_of("auto", *PLANS))  # auto: the fastest plan that fits
         prompt_cache: str | None = field(default=None, validator=optional(text()))  # a folder of text features
+        # px: decode in tiles of this side, to save memory; pictures differ a little. None: whole pictures.
+        lossy_vae_tile: int | None = field(default=None, validator=optional(PIXELS))
         # For dry runs, which draw nothing; `lens bench latency` measures it.
         seconds_per_picture: float | None = field(default=None, validator=optional(real(at_least=0)))
 
@@ -87,6 +89,7 @@ class PipelineGenerator:
                 offload=c.offload,
                 prompt_cache=path(c.prompt_cache),
                 reasoner=c.reasoner,
+                lossy_vae_tile=c.lossy_vae_tile,
             )
             # Sizes are those of the requests; the model's own stands for them in the choice of a plan.
             images = GenerateRequest(steps=c.steps)
@@ -106,6 +109,7 @@ class PipelineGenerator:
             "prompts": "raw" if c.reasoner is None else "refined",
             # With the hash of its system prompt, which a file may hold: another text is another system.
             "reasoner": None if c.reasoner is None else {**unstructure(c.reasoner), **refinement.provenance(reasoner)},
+            **({} if c.lossy_vae_tile is None else {"lossy_vae_tile": c.lossy_vae_tile}),
             "dtype": pipeline.dtype,
             "device": pipeline.device.type,
         }

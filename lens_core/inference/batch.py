@@ -9,11 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from attrs import frozen
 
 from lens_core.inference import png_metadata
 from lens_core.inference.pipeline import LensPipeline
+from lens_core.inference.pipeline_parts import NO_PREVIEW
+from lens_core.inference.pixels import to_pil
 from lens_core.inference.requests import MAX_IMAGES, GenerateRequest
+from lens_core.io.atomic_files import write_atomic
 from lens_core.io.images import read_raw
 from lens_core.types import ConfigError
 
@@ -109,13 +113,17 @@ def generate_files(
     *,
     batch_size: int = 8,
     on_step: Callable[[int, int, float], None] = lambda first, step, t: None,
+    preview: Path | None = None,
 ) -> Iterator[GeneratedFile]:
     """Generate the images of `tasks`, `batch_size` at once, and write each with the facts that draw it again.
 
     The images do not depend on `batch_size`. `on_step` gets the index of the batch's first task, the step and its time.
     A batch is written while the next one is drawn: compressing a picture of 1024 x 1024 takes longer than drawing it in
     four steps on a large GPU. Each file is yielded once it is written, also when a later batch fails.
+    `preview` is a PNG that is written anew after every step. Raises ConfigError where the checkpoint has no map for it.
     """
+    if preview is not None and pipeline.latent_preview is None:
+        raise ConfigError(f"{preview}: {NO_PREVIEW}")
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, not {batch_size}")
     with ThreadPoolExecutor(png_metadata.WRITERS, "png") as writers:
@@ -127,7 +135,7 @@ def generate_files(
                 result = pipeline(
                     [task.prompt for task in batch],
                     seed=[task.seed for task in batch],
-                    callback_on_step_end=partial(_report_step, on_step, first),
+                    callback_on_step_end=partial(_report_step, on_step, first, preview),
                     **request.arguments(),
                 )
             except BaseException:
@@ -148,5 +156,16 @@ def _write(image: Any, file: GeneratedFile, fingerprint: str) -> GeneratedFile:
     return file
 
 
-def _report_step(on_step: Callable[[int, int, float], None], first: int, _: Any, step: int, t: float, __: Any) -> None:
+def _report_step(
+    on_step: Callable[[int, int, float], None],
+    first: int,
+    preview: Path | None,
+    pipeline: LensPipeline,
+    step: int,
+    t: float,
+    values: dict[str, Any],
+) -> None:
     on_step(first, step, t)
+    if preview is not None:
+        (row,) = to_pil(torch.cat(list(pipeline.preview(values["denoised"])), dim=-1)[None])
+        write_atomic(preview, lambda path: row.save(path, format="PNG"))

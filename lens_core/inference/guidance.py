@@ -59,6 +59,27 @@ def guided_velocity(
     return guided
 
 
+class DataEstimate:
+    """Where sampling is heading: the data that the last velocity points at, whatever the sampler."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # x, v, t
+
+    def following(self, velocity: Velocity) -> Velocity:
+        """The velocity, of which the last call is kept."""
+
+        def kept(x: Tensor, t: Tensor) -> Tensor:
+            v = velocity(x, t)
+            self._last = x, v, t
+            return v
+
+        return kept
+
+    def data(self, t: float, x: Tensor) -> Tensor:
+        """The estimate after a step that ended with x at time t. At t = 0 it is x."""
+        return x if self._last is None or t == 0 else flow.data_from(*self._last)
+
+
 def check_finite(flags: Sequence[Tensor], last: int, steps: int, dtype: torch.dtype) -> None:
     """Raise NumericalError if a flag is false. There is one for each step up to `last`; `dtype` is the backbone's."""
     finite = torch.stack(list(flags)).tolist()

@@ -65,6 +65,7 @@ class CheckpointInfo:
 
     `version` is a short hash of the checkpoint, `plugins` name -> version, `provenance` holds base_model, license and
     recipe as far as they are known, and `note` says where presets come from that the checkpoint does not hold.
+    `preview` is the file of the map of step previews, if the folder of the VAE has one.
     """
 
     uri: str = ""
@@ -72,6 +73,7 @@ class CheckpointInfo:
     plugins: Mapping[str, str] = field(factory=dict)
     provenance: Mapping[str, Any] = field(factory=dict)
     note: str = ""
+    preview: Path | None = None
 
 
 @frozen
@@ -162,6 +164,7 @@ def read_checkpoint(uri: str | Path, catalog: Catalog, dtype: torch.dtype, optio
         plugins=description.get("plugins", {}),
         provenance=description.get("provenance", {}) | model_card.licence(folder) | hub.origin(str(uri)),
         note=description.get("note", ""),
+        preview=_preview_file(sources.get("vae")),
     )
     waiting = {kind: read for kind, read in readers.items() if kind not in loaded}
     return LoadedCheckpoint(PartStore(loaded, waiting, readers), specs, description.get("presets", {}), info, origin)
@@ -187,6 +190,12 @@ def _encoder_origin(source: _PartSource, hashes: Mapping[str, str], catalog: Cat
     # The plugin's version too: its code decides how a prompt is rendered and which layers are read.
     about = [source.spec.use, unstructure(source.config), version, str(dtype)]
     return json.dumps([manifest.combined(dict(hashes)), *about])
+
+
+def _preview_file(vae: _PartSource | None) -> Path | None:
+    """The map of step previews beside the VAE that is read; another file's VAE has other latents."""
+    file = vae.folder / "vae" / manifest.PREVIEW_FILE if vae is not None and vae.file is None else None
+    return file if file is not None and file.is_file() else None
 
 
 def _root(path: Path) -> Path:

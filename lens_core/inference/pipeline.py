@@ -10,7 +10,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from lens_core.attribution import building, check_fit, latents_of, pixels_of, text_of, times_of, trajectory_of
+from lens_core.attribution import building, check_fit, latents_of, text_of, times_of, trajectory_of
 from lens_core.catalog import Catalog
 from lens_core.flow import Velocity
 from lens_core.inference import refinement, saving
@@ -22,7 +22,7 @@ from lens_core.inference.call_arguments import (
     replace_latents,
     texts_of_embeds,
 )
-from lens_core.inference.guidance import check_finite, guided_velocity
+from lens_core.inference.guidance import DataEstimate, check_finite, guided_velocity
 from lens_core.inference.image_to_image import InitImage, read_init_image
 from lens_core.inference.loading import LoadOptions, read_checkpoint
 from lens_core.inference.offload import find_plan
@@ -147,7 +147,8 @@ class LensPipeline(PipelineParts):
     def _content(self) -> saving.CheckpointContent:
         parts = {kind: getattr(self, kind) for kind in PIPELINE_PARTS}
         provenance = self.provenance | self._loras.provenance(self.provenance)
-        return saving.CheckpointContent(parts, self.specs, self.presets, self.plugins, provenance, self.catalog)
+        about = self.specs, self.presets, self.plugins, provenance, self.catalog, self.latent_preview
+        return saving.CheckpointContent(parts, *about)
 
     # ---- prompts ------------------------------------------------------------------------------------------------
 
@@ -217,12 +218,11 @@ class LensPipeline(PipelineParts):
 
     def noise(self, generators: Sequence[torch.Generator], size: tuple[int, int]) -> Tensor:
         """Initial noise [B,C,h,w] float32, one generator a row, drawn packed as [h*w, C]: the reference's order."""
-        h, w = size
+        shape = size[0] * size[1], self.vae.channels
         rows = [
-            torch.randn(h * w, self.vae.channels, generator=g, device=g.device, dtype=torch.float32).to(self.device)
-            for g in generators
+            torch.randn(shape, generator=g, device=g.device, dtype=torch.float32).to(self.device) for g in generators
         ]
-        return torch.stack(rows).transpose(1, 2).reshape(len(rows), self.vae.channels, h, w)
+        return torch.stack(rows).transpose(1, 2).reshape(len(rows), self.vae.channels, *size)
 
     def velocity(
         self,
@@ -253,6 +253,7 @@ class LensPipeline(PipelineParts):
         begin, start = noise, 0
         if init is not None:
             begin, start, velocity = init.start(self.sampler, noise, steps, velocity)
+        velocity = velocity if self._estimate is None else self._estimate.following(velocity)
         if start == steps:  # strength 0: the picture as it is
             yield 0.0, begin
             return
@@ -271,7 +272,7 @@ class LensPipeline(PipelineParts):
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B,C,h,w] -> pixels [B,3,H,W], in the VAE's dtype."""
         with self._at_work("vae"):
-            return pixels_of(self.vae, z.to(dtype_of(self.vae)))
+            return self._pixels(z.to(dtype_of(self.vae)))
 
     @torch.no_grad()
     def __call__(
@@ -308,7 +309,8 @@ class LensPipeline(PipelineParts):
         `width` ask for another;
         `strength` in [0, 1]: how much of it goes (0.6 by default, 1 with a mask); `mask_image`: white is repainted,
         all else stays as it is. `guidance_interval` (low, high): guidance is at work where low < t <= high alone.
-        `callback_on_step_end(pipeline, step, t, {"latents": x})`: if it returns {"latents": …}, sampling goes on there.
+        `callback_on_step_end(pipeline, step, t, {"latents": x, "denoised": z})`: if it returns {"latents": …}, sampling
+        goes on there. `z` are the finished latents as they look now; `pipeline.preview` makes small pictures of them.
         `output_type`: "pil", "pt" (uint8 [B,3,H,W]), "np" (uint8 [B,H,W,3]) or "latent" ([B,C,h,w]).
         Raises ConfigError for sizes, counts and types; NumericalError for non-finite latents; warns of what has no
         effect.
@@ -337,6 +339,7 @@ class LensPipeline(PipelineParts):
             name, each = "negative_prompt_embeds", num_images_per_prompt
             negative = repeated_embeds(name, negative_prompt_embeds, settings, each).to(*where)
         x = self._initial_noise(latents, generators, settings.latent_size)
+        self._estimate = estimate = None if callback_on_step_end is None else DataEstimate()
         steps = self.sample(
             text, x, settings.steps, settings.guidance_scale, negative,
             interval=settings.guidance_interval, init=init,
@@ -344,8 +347,9 @@ class LensPipeline(PipelineParts):
         )  # fmt: skip
         with progress_bar(settings.steps, "step", **self.progress_bar_config) as bar:
             for step, (t, x) in enumerate(steps):
-                if callback_on_step_end is not None:
-                    replace_latents(x, callback_on_step_end(self, step, t, {"latents": x}))
+                if callback_on_step_end is not None and estimate is not None:
+                    values = {"latents": x, "denoised": estimate.data(t, x)}
+                    replace_latents(x, callback_on_step_end(self, step, t, values))
                 bar.update()
         seeds = seeds if latents is None else (None,) * len(seeds)  # which decide nothing then
         recorded = self._metadata(arguments, settings, init) | provenance
@@ -395,6 +399,7 @@ class LensPipeline(PipelineParts):
             "model": self.source, "model_hash": self.version,
             **({"sampler": unstructure(self.specs["sampler"])} if "sampler" in self.specs else {}),
             **({"guidance_interval": list(interval)} if interval != (0, 1) else {}),
+            **({"lossy_vae_tile": self.lossy_vae_tile} if self.lossy_vae_tile is not None else {}),
             **(init.metadata() if init is not None else {}),
             **({"loras": list(self.loras)} if self.loras else {}),
             **({"reasoner": refinement.provenance(self.reasoner)} if self.reasoner is not None else {}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,19 +12,26 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
-from lens_core.attribution import calling
+from lens_core.attribution import calling, pixels_of
 from lens_core.catalog import Catalog
+from lens_core.checkpoints.latent_preview import LatentPreview
+from lens_core.checkpoints.latent_preview import read as read_preview
 from lens_core.inference import refinement
 from lens_core.inference.call_arguments import picture_size
 from lens_core.inference.diffusers_names import DiffusersNames, account, positional_target
+from lens_core.inference.guidance import DataEstimate
 from lens_core.inference.loading import CheckpointInfo
 from lens_core.inference.lora import LoRAStack
 from lens_core.inference.offload import Accelerator, MemoryEstimate, OffloadManager, Workload, find_plan
 from lens_core.inference.parts import DEFAULT_PRESETS, PartStore, check_dtype, resolve_device
+from lens_core.inference.pixels import to_images
 from lens_core.inference.prompt_cache import PromptCache, weights_state
+from lens_core.inference.tiling import check_tile, decode_tiles
 from lens_core.protocols import PrecomputesModulation, dtype_of
 from lens_core.recipe import ComponentSpec, build, unstructure
 from lens_core.types import Completion, ConfigError, Message, Refinement
+
+NO_PREVIEW = "this checkpoint has no map for previews; lens fit-preview makes one"
 
 
 @frozen
@@ -77,6 +85,11 @@ class PipelineParts(DiffusersNames):
         self.plugins, self.provenance = dict(info.plugins), dict(info.provenance)
         self.catalog = checkpoint.catalog  # where its parts came from: methods find rewards and benchmarks there
         self.device = torch.device("cpu")
+        self._preview: Path | LatentPreview | None = info.preview  # a file until it is first used
+        self._estimate: DataEstimate | None = None  # of the call that is drawing, where somebody watches its steps
+        self.lossy_vae_tile: int | None = (
+            None  # px, side of the tiles that are decoded; None: the whole picture at once
+        )
         self._dtype: torch.dtype | None = None  # the last that `to` cast to, for parts that are read later
         self.prompt_cache = PromptCache()
         self._encoder_origin = ""  # identifies the text encoder's files; "" where no file holds it
@@ -108,6 +121,8 @@ class PipelineParts(DiffusersNames):
         if manager is not None:
             self.to("cpu")
         self.store = self.store.replaced(kind, component)
+        if kind == "vae":
+            self._preview, self.lossy_vae_tile = None, None  # which were chosen for another
         if kind == "text_encoder":
             self._encoder_origin, self._encoder_state = "", None
             self.prompt_cache.entries.clear()  # what another encoder gave
@@ -141,6 +156,36 @@ class PipelineParts(DiffusersNames):
             raise ConfigError("the text encoder of this model cannot write; use another reasoner, such as chat")
         with self._at_work("text_encoder"), calling(encoder, "complete"):
             return list(encoder.complete(chats, max_new_tokens))
+
+    @property
+    def latent_preview(self) -> LatentPreview | None:
+        """The map of step previews that was fitted to the VAE, or None. Raises CheckpointError for a broken file."""
+        if isinstance(self._preview, Path):
+            self._preview = read_preview(self._preview, self.vae.channels)
+        return self._preview
+
+    @latent_preview.setter
+    def latent_preview(self, preview: LatentPreview | None) -> None:
+        self._preview = preview
+
+    def preview(self, latents: Tensor) -> Tensor:
+        """Latents [B,C,h,w] -> small pictures uint8 [B,3,side h,side w], by a linear map instead of the VAE.
+
+        In `callback_on_step_end`, give it `values["denoised"]`. Raises ConfigError where the checkpoint has no map."""
+        if self.latent_preview is None:
+            raise ConfigError(NO_PREVIEW)
+        return to_images(self.latent_preview.pixels(latents))
+
+    def use_lossy_vae_tiles(self, side: int | None) -> None:
+        """Decode from now on in overlapping tiles of `side` px, which takes less memory and changes the picture a
+        little; None: the whole picture at once. Raises ConfigError, also for a VAE that is not convolutional."""
+        self.lossy_vae_tile = None if side is None else check_tile(self.vae, side)
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        """What the VAE makes of latents."""
+        if self.lossy_vae_tile is None:
+            return pixels_of(self.vae, z)
+        return decode_tiles(partial(pixels_of, self.vae), z, self.lossy_vae_tile // self.vae.downscale)
 
     def defer(self, kinds: Iterable[str]) -> None:
         """Let go of parts with weights of the checkpoint; they are read again when they are next used."""

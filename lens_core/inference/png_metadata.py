@@ -88,12 +88,13 @@ def facts(path: Path) -> tuple[Image, dict[str, Any]]:
         "guidance_scale": _finite,
         "guidance_interval": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_finite, v)),
         "strength": _finite,
+        "lossy_vae_tile": lambda v: _whole(v, 1, 2**14 + 1),
         "sampler": lambda v: isinstance(v, dict) and isinstance(v.get("use"), str),
         "loras": lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
         "requested_prompt": lambda v: isinstance(v, str),
         "reasoner": lambda v: isinstance(v, dict) and all(isinstance(x, str) for x in v.values()),
     }
-    optional = ("guidance_interval", "strength", "sampler", "loras", "requested_prompt", "reasoner")
+    optional = ("guidance_interval", "strength", "lossy_vae_tile", "sampler", "loras", "requested_prompt", "reasoner")
     for name, holds in rules.items():
         if name not in facts and name in optional:
             continue

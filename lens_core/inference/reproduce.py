@@ -44,7 +44,8 @@ def reproduce(path: Path, model: ModelRequest, image: Image | None = None, mask:
             raise ConfigError(f"{path}: {need}, --{name}")
     options = dict(stored.get("sampler", {}))
     use = options.pop("use", None)
-    pipeline = attrs.evolve(model, sampler=ComponentSpec(use, options) if use else None, reasoner=None).load()
+    sampler, tile = ComponentSpec(use, options) if use else None, stored.get("lossy_vae_tile")
+    pipeline = attrs.evolve(model, sampler=sampler, reasoner=None, lossy_vae_tile=tile).load()
     if (pipeline.version, pipeline.loras) != (stored["model_hash"], stored.get("loras", [])):
         raise ConfigError(
             f"{path}: was drawn by {stored['model']} of hash {stored['model_hash']} with the LoRAs "

@@ -47,6 +47,7 @@ class ModelRequest:
     offload: str | None = "auto"  # None: every part on the device, always
     prompt_cache: Path | None = None  # a folder of text features
     reasoner: ComponentSpec | None = None  # rewrites prompts before they are drawn
+    lossy_vae_tile: int | None = None  # px: decode in tiles of this side, which changes pictures a little
 
     @property
     def name(self) -> str:
@@ -83,6 +84,8 @@ class ModelRequest:
             pipeline.load_lora_weights(path, weight)
         if self.sampler is not None:
             pipeline.use_sampler(self.sampler.use, **self.sampler.options)
+        if self.lossy_vae_tile is not None:
+            pipeline.use_lossy_vae_tiles(self.lossy_vae_tile)
         return pipeline
 
 
@@ -126,6 +129,8 @@ class GenerateRequest:
         fields = {a.name: getattr(self, a.name) for a in attrs.fields(GenerateRequest)}
         fields |= {name: _digest(fields[name]) for name in ("image", "mask")}
         decisive = [pipeline.version, pipeline.loras, sampler and [sampler.use, dict(sampler.options)], fields]
+        if pipeline.lossy_vae_tile is not None:
+            decisive.append(f"tiles of {pipeline.lossy_vae_tile} px")
         if pipeline.reasoner is not None:
             decisive.append(refinement.provenance(pipeline.reasoner))
         return hashlib.sha256(json.dumps([*decisive, prompt, seed], default=str).encode()).hexdigest()[:16]

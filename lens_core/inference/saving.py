@@ -11,6 +11,7 @@ from attrs import frozen
 
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import hub, integrity, manifest, model_card
+from lens_core.checkpoints.latent_preview import LatentPreview
 from lens_core.inference.parts import MODEL_PARTS, PIPELINE_PARTS
 from lens_core.io import atomic_files
 from lens_core.recipe import ComponentSpec, build, unstructure
@@ -27,6 +28,7 @@ class CheckpointContent:
     plugins: Mapping[str, str]
     provenance: Mapping[str, Any]
     catalog: Catalog | None
+    preview: LatentPreview | None = None  # the map of step previews that was fitted to the VAE
 
     def named(self) -> dict[str, ComponentSpec]:
         """The specs of all parts. Raises LensError for a part that was assigned without one."""
@@ -71,6 +73,10 @@ def save_pretrained(content: CheckpointContent, folder: str | Path) -> None:
     for kind in MODEL_PARTS:
         if content.parts.get(kind) is not None:
             content.parts[kind].save(root)
+    if content.preview is not None:
+        content.preview.write(root)
+    else:
+        (root / "vae" / manifest.PREVIEW_FILE).unlink(missing_ok=True)  # that of a checkpoint which stood here before
     save_about(content, root, before=before)
 
 

@@ -52,6 +52,7 @@ class Autoencode(BaseMethod):
             raise ConfigError(f"autoencode: trains a flux2 VAE, not a {type(vae).__name__}; name flux2 in the recipe")
         self.config = config
         self.vae = vae
+        pipeline.latent_preview = None  # it was fitted to the VAE before this training
 
     def trainable_modules(self) -> Mapping[str, nn.Module]:
         return {"vae": self.vae}

@@ -53,6 +53,7 @@ class Flux2VAE(nn.Module):
         )
         self.channels = PATCH**2 * config.latent_channels
         self.downscale = PATCH * 2 ** (levels - 1)
+        self.convolutional = not config.mid_block_add_attention  # attention sees the whole picture
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B,3,H,W] in [-1, 1] -> z [B,C,h,w]: the posterior's mode, patchified in channel order (c, row,

@@ -1,4 +1,4 @@
-"""`lens bench block`, `lens bench train`, `lens convert`, `lens curves` and `lens doctor`, as plain functions.
+"""`lens bench block`, `lens bench train`, `lens convert`, `lens curves`, `lens doctor` and `lens fit-preview`.
 
 Whatever is heavy is imported when they run.
 """
@@ -123,6 +123,54 @@ def convert(
     if share is not None:
         for part, use in atomic_files.read_json(output / "lens.json")["components"].items():
             print(f"{part}: that of {use['from']}, {use['hash']}") if "from" in use else None
+    return 0
+
+
+def fit_preview(
+    model: str,
+    *,
+    pictures: str = "shapes",
+    limit: int = 320,
+    side: int = 4,
+    size: int = 256,
+    device: str = "auto",
+) -> int:
+    """Fit the linear map by which step previews are drawn, and store it in a checkpoint's folder as
+    vae/latent_preview.json. What the checkpoint draws, and its hash, stay as they are.
+
+    Parameters
+    ----------
+    model
+        The folder of a checkpoint.
+    pictures
+        A folder of pictures, or a dataset by name or in a line of YAML. A fifth of them measures the error.
+    limit
+        How many pictures at most.
+    side
+        Pixels of a preview per latent cell, across and down: 1, 2, 4 or 8.
+    size
+        Side in px of the square that is cut from each picture of a folder.
+    device
+        auto, cpu, cuda, cuda:1 …
+    """
+    from lens_core.checkpoints import manifest
+    from lens_core.inference.pipeline import LensPipeline
+    from lens_tools.preview_fit import FitRequest, fit
+
+    request, catalog = FitRequest(pictures, limit, side, size), Catalog.installed()
+    folder = Path(model).expanduser()
+    vae = manifest.read_manifest(folder, catalog)["components"].get("vae", {}) if folder.is_dir() else {}
+    if not vae or "from" in vae or "file" in vae:
+        raise ConfigError(
+            f"{model}: is no folder of a checkpoint with a VAE in vae/; lens convert {model} FOLDER makes one"
+        )
+    pipeline = LensPipeline.from_pretrained(folder, catalog=catalog, device=device, parts=("vae",))
+    preview = fit(pipeline, request, catalog)
+    preview.write(folder)
+    print(
+        f"{folder / 'vae' / manifest.PREVIEW_FILE}: fitted to {preview.pictures} pictures; off by {preview.error:.1f} "
+        f"of 255 (root mean square) from the VAE's at {preview.side} px a cell"
+    )
     return 0
 
 

@@ -179,6 +179,8 @@ def _descriptions(part: _Part) -> dict[str, Any]:
         return {}
     contents: dict[str, Any] = {}
     for file in _files_about(part):
+        if file.name == manifest.PREVIEW_FILE:
+            continue
         name = f"{file.parent.name}/{file.name}"
         if file.suffix == ".json":
             contents[name] = {k: v for k, v in atomic_files.read_json(file).items() if k not in STRAY and k[:1] != "_"}

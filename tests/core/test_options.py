@@ -28,6 +28,7 @@ OPTIONS = {
     "dtype": "float32",
     "offload": "none",
     "prompt_cache": Path("kept"),
+    "lossy_vae_tile": 64,
 }
 """Every option but the reasoner, with another value than its default."""
 
