@@ -62,8 +62,9 @@ def read_rgb(source: Path | str | bytes, name: str = "", background: str = "whit
     return to_rgb(read_raw(source, name), background, _label(source, name))
 
 
-def read_raw(source: Path | str | bytes, name: str = "") -> Image:
-    """An image file, or its bytes, with its pixels and its `info` as they are in the file. Raises ImageError."""
+def read_raw(source: Path | str | bytes, name: str = "", most: int = MAX_PIXELS) -> Image:
+    """An image file, or its bytes, with its pixels and its `info` as they are in the file. Raises ImageError, also for
+    one of more than `most` pixels, which is not decoded."""
     label = _label(source, name)
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser().open("rb")
@@ -74,11 +75,11 @@ def read_raw(source: Path | str | bytes, name: str = "") -> Image:
         raise ImageError(MISSING, f"{label}: cannot be read as a picture ({why}); check the path") from error
     with file:
         try:
-            image = _opened(file, label)
+            image = _opened(file, label, most)
             _scale_transparency(image)
         except Exception as error:
             raise _fault(error, label) from error
-        _decode(image, label)
+        _decode(image, label, most)
     return image
 
 
@@ -106,9 +107,9 @@ def to_mask(image: Image) -> Image:
     return to_rgb(image, "black").convert("L")
 
 
-def _decode(image: Image, label: str) -> None:
+def _decode(image: Image, label: str, most: int = MAX_PIXELS) -> None:
     """Read its pixels, if there are not too many."""
-    _check_size(*image.size, label)
+    _check_size(*image.size, label, most)
     try:
         image.load()
     except Exception as error:
@@ -131,7 +132,7 @@ def _label(source: Path | str | bytes, name: str) -> str:
     return name or ("the picture" if isinstance(source, bytes) else str(source))
 
 
-def _opened(file: Any, label: str) -> Image:
+def _opened(file: Any, label: str, most: int) -> Image:
     """What `PIL.Image.open` does for FORMATS, but that a picture's size is ours to judge, by its name and in words."""
     from PIL import Image as pil
 
@@ -146,7 +147,7 @@ def _opened(file: Any, label: str) -> Image:
             continue
         file.seek(0)
         if name == "WEBP":
-            _check_webp(file.read(30), label)
+            _check_webp(file.read(30), label, most)
             file.seek(0)
         try:
             image: Image = factory(file, "")
@@ -164,16 +165,16 @@ def _opened(file: Any, label: str) -> Image:
     )
 
 
-def _check_size(width: int, height: int, label: str) -> None:
-    if width * height > MAX_PIXELS:
+def _check_size(width: int, height: int, label: str, most: int) -> None:
+    if width * height > most:
         raise ImageError(
             TOO_LARGE,
             f"{label}: is too large: {width}x{height} px (width x height) are {width * height / 1e6:.0f} megapixels, "
-            f"and at most {MAX_PIXELS / 1e6:.0f} are read; make it smaller",
+            f"and at most {most / 1e6:.0f} are read; make it smaller",
         )
 
 
-def _check_webp(head: bytes, label: str) -> None:
+def _check_webp(head: bytes, label: str, most: int) -> None:
     """Pillow makes room for a whole WebP picture when it opens it: this reads its size before."""
     kind = head[12:16]
     if kind == b"VP8X" and len(head) >= 30:
@@ -185,7 +186,7 @@ def _check_webp(head: bytes, label: str) -> None:
         width, height = (int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (26, 28))
     else:
         return
-    _check_size(width, height, label)
+    _check_size(width, height, label, most)
 
 
 def _scale_transparency(image: Image) -> None:

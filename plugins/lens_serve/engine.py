@@ -172,6 +172,10 @@ class Engine:
             self._change.notify_all()
         return job
 
+    def refuse(self) -> None:
+        """Accept no more requests; go on with the accepted ones. May be called by a signal's handler."""
+        self._closing = True
+
     def close(self, timeout: float | None = None) -> bool:
         """Refuse new requests, finish the accepted ones for up to `timeout` seconds, cancel the rest, and stop. Returns
         whether all were finished."""

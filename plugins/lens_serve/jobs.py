@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lens_core.inference.call_arguments import GenerationSettings
 
 UNREAD_STEPS = 4
-"""Step events that wait for a slow reader; older ones are dropped."""
+"""Step events that wait for a slow reader; others are dropped, those without a preview first."""
 
 
 class Busy(LensError):
@@ -220,14 +220,20 @@ class Job:
                 return
             if isinstance(event, LAST):
                 self.final = event
-            steps = [i for i, one in enumerate(self._unread) if isinstance(one, Step)]
-            if isinstance(event, Step) and len(steps) >= UNREAD_STEPS:
-                del self._unread[steps[0]]
+            if isinstance(event, Step):
+                self._forget_step()
             self._unread.append(event)
             self._change.notify_all()
             listener = self._listener
         if listener is not None:
             listener()
+
+    def _forget_step(self) -> None:
+        """Make room for another step: drop the oldest without a preview, or the oldest of all."""
+        steps = [i for i, one in enumerate(self._unread) if isinstance(one, Step)]
+        if len(steps) >= UNREAD_STEPS:
+            plain = [i for i in steps if not self._unread[i].images]  # type: ignore[union-attr]
+            del self._unread[(plain or steps)[0]]
 
     def add_image(self, index: int, drawn: DrawnImage) -> None:
         """A picture is finished; with the last one the job is."""

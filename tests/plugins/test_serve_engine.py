@@ -27,6 +27,7 @@ from lens_serve.jobs import (
 )
 from lens_serve.live import is_due
 from PIL import Image
+from serving import WAIT, Gate
 
 from lens_core.checkpoints import lora_keys
 from lens_core.inference import png_metadata
@@ -35,34 +36,10 @@ from lens_core.inference.requests import GenerateRequest
 from lens_core.types import ConfigError, Refinement
 
 SMALL = GenerateRequest(height=32, width=32)
-WAIT = 20.0  # seconds, for what takes milliseconds
 
 
 def request(prompt: str = "red", seed: int = 1, **fields: Any) -> ImageRequest:
     return ImageRequest(prompt=prompt, seed=seed, settings=fields.pop("settings", SMALL), **fields)
-
-
-class Gate:
-    """Holds every pass of the backbone until it is opened, or let through one by one."""
-
-    def __init__(self, pipeline: LensPipeline) -> None:
-        self.passes = threading.Semaphore(0)
-        self.reached = threading.Semaphore(0)
-        self.always = False
-        pipeline.backbone.register_forward_pre_hook(self._wait)
-
-    def _wait(self, *_: Any) -> None:
-        self.reached.release()
-        if not self.always:
-            assert self.passes.acquire(timeout=WAIT)
-
-    def open(self) -> None:
-        self.always = True
-        self.passes.release(1000)
-
-    def arrived(self) -> None:
-        """Wait until a pass has begun."""
-        assert self.reached.acquire(timeout=WAIT)
 
 
 @pytest.fixture
@@ -177,6 +154,13 @@ def test_a_slow_reader_loses_old_steps_and_never_the_end(engine: Callable[..., E
     kept = list(job.events(WAIT))
     assert [type(e) for e in kept] == [Queued, Step, Step, Step, Step, Done]
     assert [e.step for e in kept if isinstance(e, Step)] == [47, 48, 49, 50]
+
+
+def test_a_slow_reader_loses_steps_without_a_preview_first(engine: Callable[..., Engine]) -> None:
+    job = engine().submit(request(settings=evolve(SMALL, steps=20), previews=3))
+    job.result(WAIT)
+    kept = [e for e in job.events(WAIT) if isinstance(e, Step)]
+    assert [(e.step, len(e.images)) for e in kept] == [(5, 1), (10, 1), (15, 1), (20, 0)]
 
 
 def test_cancelling_stops_within_a_step(engine: Callable[..., Engine], pipeline: LensPipeline) -> None:

@@ -1,0 +1,62 @@
+"""The HTTP server around the app: where it listens, and how it stops."""
+
+from __future__ import annotations
+
+import socket
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+from attrs import frozen
+
+from lens_core.types import ConfigError
+from lens_serve.engine import Engine
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+CONNECTIONS = 1024  # open at once; more are answered with 503
+
+
+@frozen(kw_only=True)
+class ServerOptions:
+    """`port` 0: any that is free. `grace`: seconds that accepted requests have when the server is stopped."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grace: float = 60.0
+
+
+class Server(uvicorn.Server):
+    """Finishes accepted requests on the first SIGTERM or Ctrl-C, and drops them on the second."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._engine.closing:
+            self.force_exit = True
+        self._engine.refuse()
+        self.should_exit = True
+
+
+def listen(options: ServerOptions) -> socket.socket:
+    """A socket at the address. Raises ConfigError where it cannot be had."""
+    try:
+        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((options.host, options.port), family=family, backlog=512)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"cannot listen at {options.host} port {options.port} ({why}); choose another --host or --port"
+        ) from error
+
+
+def make_server(app: FastAPI, engine: Engine, options: ServerOptions) -> Server:
+    """The server of an app. `run(sockets=[listen(options)])` serves until a signal, or until `should_exit` is set."""
+    config = uvicorn.Config(
+        app, http="h11", ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False,
+        limit_concurrency=CONNECTIONS, timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(options.grace)),
+    )  # fmt: skip
+    return Server(config, engine)
