@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from lens_core.io import readers
 from lens_core.validators import integer, real
 from lens_serve.errors import ApiError, bad_request
 
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every byte of a stranger's broken form
 FIELDS = 64  # of one form
 FILES = 16
 

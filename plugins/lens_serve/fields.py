@@ -63,9 +63,9 @@ Reader = Callable[[str, Any], Any]
 def parse(fields: Mapping[str, Any], model: str, *, edit: bool = False) -> Parsed:
     """The fields of a request as JSON or a form has them. Raises ApiError for the first that is wrong.
 
-    `model`: the name of the one that is served. `edit`: the request has a picture.
+    `model`: the name of the one that is served. `edit`: the request is a form, and has a picture.
     """
-    present = {name: value for name, value in fields.items() if value is not None}
+    present = {n: _from_text(n, v) if edit else v for n, v in fields.items() if v is not None}
     for name in present:
         _check_known(name, edit)
     values = {name: READERS[name](name, present[name]) for name in READERS if name in present}
@@ -123,6 +123,20 @@ def _check_known(name: str, edit: bool) -> None:
         raise bad_request("strength needs a picture; use /v1/images/edits", name)
 
 
+def _from_text(name: str, value: Any) -> Any:
+    """A form's text as JSON would have it, where the field is no text; what cannot be is left to the field's reader."""
+    if isinstance(value, dict):
+        return {key: _from_text(name, item) for key, item in value.items()}
+    if name in ("stream",):
+        return {"true": True, "false": False}.get(value.lower(), value)
+    if name in ("n", "seed", "steps", "partial_images", "output_compression") and re.fullmatch(r"-?[0-9]{1,19}", value):
+        return int(value)
+    if name in ("guidance_scale", "strength", "loras") and re.fullmatch(r"[-+0-9.eE]{1,32}", value):
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
 # ---- readers ------------------------------------------------------------------------------------------------------
 
 
@@ -134,8 +148,6 @@ def _text(name: str, value: Any) -> str:
 
 def _whole(low: int, high: int) -> Reader:
     def read(name: str, value: Any) -> int:
-        if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value):  # of a form
-            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
             shown = readers.shown(value, SHOWN)
             raise bad_request(f"{name} must be a whole number, not {shown}", name, "invalid_type")
@@ -149,9 +161,6 @@ def _whole(low: int, high: int) -> Reader:
 
 def _real(low: float, high: float) -> Reader:
     def read(name: str, value: Any) -> float:
-        if isinstance(value, str) and re.fullmatch(r"[-+0-9.eE]{1,32}", value):
-            with suppress(ValueError):
-                value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise bad_request(f"{name} must be a number, not {readers.shown(value, SHOWN)}", name, "invalid_type")
         if not (math.isfinite(value) and low <= value <= high):
@@ -163,8 +172,6 @@ def _real(low: float, high: float) -> Reader:
 
 
 def _flag(name: str, value: Any) -> bool:
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
     if not isinstance(value, bool):
         raise bad_request(f"{name} must be true or false, not {readers.shown(value, SHOWN)}", name, "invalid_type")
     return value

@@ -7,9 +7,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
-from attrs import frozen
+from attrs import field, frozen
 
 from lens_core.types import ConfigError
+from lens_core.validators import integer, real
 from lens_serve.engine import Engine
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ class ServerOptions:
     """`port` 0: any that is free. `grace`: seconds that accepted requests have when the server is stopped."""
 
     host: str = "127.0.0.1"
-    port: int = 8000
-    grace: float = 60.0
+    port: int = field(default=8000, validator=integer(at_least=0))
+    grace: float = field(default=60.0, validator=real(at_least=0, at_most=86_400))
 
 
 class Server(uvicorn.Server):
@@ -47,7 +48,7 @@ def listen(options: ServerOptions) -> socket.socket:
         family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((options.host, options.port), family=family, backlog=512)
     except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or str(error)
+        why = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
         raise ConfigError(
             f"cannot listen at {options.host} port {options.port} ({why}); choose another --host or --port"
         ) from error

@@ -18,7 +18,7 @@ from lens_serve.server import ServerOptions, listen, make_server
 
 from lens_core.inference.pipeline import LensPipeline
 
-WAIT = 20.0  # seconds, for what takes milliseconds
+WAIT = 60.0  # seconds, for what takes milliseconds on a quiet machine
 
 
 class Gate:
