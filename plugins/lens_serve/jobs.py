@@ -88,8 +88,8 @@ class Queued:
 class Step:
     """A step is done, `step` of `steps` (from 1), of the pictures `indices` of the request, which are drawn together.
 
-    Where a preview was due, `latents` [len(indices),C,h,w] float32 on the host are the model's guess of the finished
-    latents, and `images` are these decoded.
+    Where a preview was due, `latents` [len(indices),C,h,w] float32 on the host are the finished latents as they look
+    now, and `images` are pictures of them in the size of the request's.
     """
 
     step: int

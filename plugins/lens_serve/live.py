@@ -10,7 +10,6 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from lens_core import flow
 from lens_core.flow import Velocity
 from lens_core.inference.pixels import to_images, to_pil
 from lens_core.io.images import to_mask
@@ -57,8 +56,6 @@ class LiveBatch:
     ) -> None:
         self._pipeline, self._units = pipeline, units
         self._on_cancelled, self._on_step = on_cancelled, on_step
-        self._guess: Tensor | None = None  # the finished latents, as the last velocity points at them
-        self._wants_guess = any(unit.job.request.previews for unit in units)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -97,13 +94,11 @@ class LiveBatch:
                         words = None if negative is None else negative[rows]
                         some = rows, make(self._pipeline, text[rows], words, guidance_scale, interval)
                     v[rows] = some[1](x[rows], t[rows])
-            if self._wants_guess:
-                self._guess = flow.data_from(x, v, t)
             return v
 
         return live
 
-    def after_step(self, _: Any, step: int, t: float, __: dict[str, Any]) -> None:
+    def after_step(self, _: Any, step: int, t: float, values: dict[str, Any]) -> None:
         """The pipeline's callback: ends cancelled jobs and reports the step to the others. Raises AllCancelled."""
         self._on_step()
         by_job: dict[Job, list[int]] = {}
@@ -116,18 +111,22 @@ class LiveBatch:
             steps = job.steps
             indices = tuple(self._units[row].index for row in rows)
             latents = images = None
-            if t > 0 and is_due(step + 1, steps, job.request.previews) and self._guess is not None:
-                latents = self._guess[rows].float().cpu()
-                images = self._decoded(job, self._guess[rows])
+            if t > 0 and is_due(step + 1, steps, job.request.previews):
+                finished = values["denoised"][rows]
+                latents, images = finished.float().cpu(), self._decoded(job, finished)
             job.emit(Step(step + 1, steps, indices, latents, images or ()))
         if not self._live():
             raise AllCancelled
 
     def _decoded(self, job: Job, latents: Tensor) -> tuple[Image, ...]:
-        """Previews; what a mask keeps is shown as it is."""
+        """Previews in the size of the picture, by the checkpoint's map, which costs next to nothing, or by the VAE.
+        What a mask keeps is shown as it is."""
         from PIL import Image as pil
 
-        pictures = to_pil(to_images(self._pipeline.decode(latents)))
+        quick = self._pipeline.latent_preview is not None
+        small = self._pipeline.preview(latents) if quick else to_images(self._pipeline.decode(latents))
+        height, width = job.settings.size
+        pictures = [picture.resize((width, height)) for picture in to_pil(small)]
         original, mask = job.request.settings.image, job.request.settings.mask
         if original is None or mask is None:
             return tuple(pictures)

@@ -24,7 +24,7 @@ class ServerOptions:
     """`port` 0: any that is free. `grace`: seconds that accepted requests have when the server is stopped."""
 
     host: str = "127.0.0.1"
-    port: int = field(default=8000, validator=integer(at_least=0))
+    port: int = field(default=8000, validator=integer(at_least=0, at_most=65_535))
     grace: float = field(default=60.0, validator=real(at_least=0, at_most=86_400))
 
 
@@ -47,7 +47,7 @@ def listen(options: ServerOptions) -> socket.socket:
     try:
         family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((options.host, options.port), family=family, backlog=512)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         why = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
         raise ConfigError(
             f"cannot listen at {options.host} port {options.port} ({why}); choose another --host or --port"

@@ -114,7 +114,7 @@ def test_what_cannot_be_served_is_refused_before_a_model_is_read(
     in_use = r"cannot listen at 127.0.0.1 port \d+ \(Address already in use\)"
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match=in_use):
         serve(port=taken.getsockname()[1])
-    with pytest.raises(ConfigError, match="choose another --host or --port"):
+    with pytest.raises(ConfigError, match="port: must be at least 0 and at most 65535, not 70000"):
         serve(port=70_000)
     with pytest.raises(ConfigError, match="max_queue: must be at least 1, not 0"):
         serve(limits=LimitOptions(max_queue=0))

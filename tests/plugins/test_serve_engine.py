@@ -397,6 +397,7 @@ def test_tiny_draws_the_same_picture_alone_and_batched_with_any_sampler(tmp_path
     settings = GenerateRequest(height=64, width=64, steps=2)
     gate = Gate(pipeline)
     running = Engine(pipeline, limits=Limits(max_batch=3))
+    assert pipeline.latent_preview is not None  # so that previews are made by the map
     try:
         assert {"euler", "heun", "euler_ancestral"} <= set(running.samplers)
         for sampler in ("euler_ancestral",):  # its noise in every step must be each picture's
@@ -411,6 +412,10 @@ def test_tiny_draws_the_same_picture_alone_and_batched_with_any_sampler(tmp_path
             assert max(np.abs(pixels(job)[0] - one).max() for job, one in zip(jobs, alone, strict=True)) <= 1
             assert first.result(WAIT) and running.counters.batches == batches + 2
             assert np.abs(alone[0] - alone[1]).max() > 100
+        job = running.submit(request(prompts[0], 5, settings=evolve(settings, steps=4), previews=3))
+        previews = [e.images[0] for e in job.events(WAIT) if isinstance(e, Step) and e.images]
+        away = [np.abs(np.asarray(one).astype(int) - pixels(job)[0]).mean() for one in previews]
+        assert [one.size for one in previews] == [(64, 64)] * 3 and away[2] < 25 and away[2] <= away[0]
         drawn = jobs[0].result(0)[0]
         png_metadata.save(drawn.image, tmp_path / "a.png", dict(drawn.facts))
         assert png_metadata.facts(tmp_path / "a.png")[1]["sampler"]["use"] == "lens_flow:euler_ancestral"
