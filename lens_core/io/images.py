@@ -62,9 +62,10 @@ def read_rgb(source: Path | str | bytes, name: str = "", background: str = "whit
     return to_rgb(read_raw(source, name), background, _label(source, name))
 
 
-def read_raw(source: Path | str | bytes, name: str = "", most: int = MAX_PIXELS) -> Image:
+def read_raw(source: Path | str | bytes, name: str = "", most: int | None = None) -> Image:
     """An image file, or its bytes, with its pixels and its `info` as they are in the file. Raises ImageError, also for
-    one of more than `most` pixels, which is not decoded."""
+    one of more than `most` pixels (MAX_PIXELS if None), which is not decoded."""
+    most = MAX_PIXELS if most is None else most
     label = _label(source, name)
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser().open("rb")
@@ -107,9 +108,9 @@ def to_mask(image: Image) -> Image:
     return to_rgb(image, "black").convert("L")
 
 
-def _decode(image: Image, label: str, most: int = MAX_PIXELS) -> None:
+def _decode(image: Image, label: str, most: int | None = None) -> None:
     """Read its pixels, if there are not too many."""
-    _check_size(*image.size, label, most)
+    _check_size(*image.size, label, MAX_PIXELS if most is None else most)
     try:
         image.load()
     except Exception as error:

@@ -25,6 +25,8 @@ from lens_serve.outputs import Outputs
 KEEP_ALIVE = 15.0  # seconds after which a stream without an event sends a comment
 CLIENT_GONE = 499  # nginx's; nobody reads it but the metrics
 RENAMED = {"num_images": "n", "num_inference_steps": "steps"}  # our words -> the API's
+FIELD_OF = {"height": "size", "width": "size", "a picture of": "size", "no sampler": "sampler", "no LoRA": "loras"}
+"""How a message of the engine begins -> the API's field that it is about, where it does not begin with that."""
 
 
 class ImagesApi:
@@ -222,7 +224,8 @@ def _refusal(error: Exception) -> ApiError:
     for ours, theirs in RENAMED.items():
         message = message.replace(ours, theirs)
     first = message.removeprefix("the ").partition(" ")[0]
-    return bad_request(message, first if first in READERS else None)
+    about = next((name for begin, name in FIELD_OF.items() if message.startswith(begin)), None)
+    return bad_request(message, first if first in READERS else about)
 
 
 def _about(job: Job, answer: AnswerOptions) -> dict[str, Any]:

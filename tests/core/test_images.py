@@ -315,3 +315,11 @@ def test_a_path_that_is_not_there_is_one_line(tmp_path):
         assert error.value.reason == images.MISSING
     with pytest.raises(ImageError, match="cannot be read as a picture"):
         read_rgb("a\0b.png")
+
+
+def test_a_caller_may_bound_the_pixels_further(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (11, 10)).save(path)
+    assert images.read_raw(path, most=110).size == (11, 10)
+    with pytest.raises(ImageError, match="is too large: 11x10 px"):
+        images.read_raw(path, most=109)

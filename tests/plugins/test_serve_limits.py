@@ -106,7 +106,7 @@ def test_a_body_of_a_gigabyte_is_413_and_is_never_held(
         answer.close()
     assert answer.status == 413 and error["code"] == "request_too_large"
     assert error["message"] == f"the body is larger than {limit // MIB} MiB, the most that this server reads"
-    assert sent < 4 * limit and resident() - before < 80 * MIB
+    assert sent < 4 * limit + 64 * MIB and resident() - before < 80 * MIB
     assert server.ask("GET", "/health")[0] == 200
 
 
@@ -194,14 +194,14 @@ def test_the_type_of_a_body_must_be_right(server: Running) -> None:
         ({"n": 1.5}, "n must be a whole number", "n", "invalid_type"),
         ({"size": "64"}, "size must be WIDTHxHEIGHT", "size", "invalid_value"),
         ({"size": "0x64"}, "size must be WIDTHxHEIGHT", "size", "invalid_value"),
-        ({"size": "99999x99999"}, "16384", None, "invalid_value"),
-        ({"size": "33x32"}, "width 33 is not a multiple of 16 px", None, "invalid_value"),
-        ({"size": "128x64"}, "128x64 px has 8192 pixels, and this server draws at most 4096", None, "invalid_value"),
+        ({"size": "99999x99999"}, "16384", "size", "invalid_value"),
+        ({"size": "33x32"}, "width 33 is not a multiple of 16 px", "size", "invalid_value"),
+        ({"size": "128x64"}, "128x64 px has 8192 pixels, and this server draws at most 4096", "size", "invalid_value"),
         ({"steps": 51}, "steps must be at most 50 on this server, not 51", "steps", "invalid_value"),
         ({"steps": -1}, "steps must be 1 to", "steps", "invalid_value"),
         ({"guidance_scale": 1e300}, "guidance_scale must be -65536 to 65536", "guidance_scale", "invalid_value"),
         ({"seed": 2**64}, "seed must be 0 to", "seed", "invalid_value"),
-        ({"sampler": "uler"}, "no sampler is called 'uler'", None, "invalid_value"),
+        ({"sampler": "uler"}, "no sampler is called 'uler'", "sampler", "invalid_value"),
         ({"negative_prompt": 7}, "negative_prompt must be a text", "negative_prompt", "invalid_type"),
         ({"response_format": "png"}, "response_format must be b64_json or url", "response_format", "invalid_value"),
         ({"output_format": "gif"}, "output_format must be png, jpeg or webp", "output_format", "invalid_value"),
@@ -214,7 +214,7 @@ def test_the_type_of_a_body_must_be_right(server: Running) -> None:
         ({"partial_images": 1}, "set stream to true", "partial_images", "invalid_value"),
         ({"loras": ["a"]}, "loras must be an object", "loras", "invalid_value"),
         ({"loras": {"a": "b"}}, "loras.a must be a number", "loras.a", "invalid_type"),
-        ({"loras": {"a": 1}}, "no LoRA is called 'a'", None, "invalid_value"),
+        ({"loras": {"a": 1}}, "no LoRA is called 'a'", "loras", "invalid_value"),
     ],
 )
 def test_each_field_is_refused_by_its_name(
