@@ -1,7 +1,8 @@
 """A dirty web that we make: scenes with captions as the net would have them, a known share of them spoiled.
 
 `write` makes a folder `pictures` and, beside it, `truth.jsonl`, which says of every file what is wrong with it. A
-curation reads the pictures alone; the truth then says how good each of its stages is (docs/dirty-web.md).
+curation reads the pictures alone; the truth then says how good each of its stages is (docs/dirty-web.md), and a
+training on them before and after what it is worth (docs/does-it-pay.md).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
 from lens_core.types import ConfigError
@@ -21,7 +22,7 @@ from lens_shapes.captions import caption, dense
 from lens_shapes.matching import caption_facts, caption_match
 from lens_shapes.reading import Reading, Seen
 from lens_shapes.render import render
-from lens_shapes.scenes import OPPOSITE, Scene
+from lens_shapes.scenes import OPPOSITE, TASKS, Scene
 
 SIZES = ((160, 160), (160, 208), (208, 160), (176, 192), (192, 176))
 """Height and width of a clean picture, px."""
@@ -31,6 +32,18 @@ _SCENE, _SPOIL = range(2)  # separate streams of randomness
 
 Picture = Image.Image
 Rng = np.random.Generator
+Captions = Mapping[str, str]  # `brief` and `dense`, or one `text` that is either
+
+
+@frozen
+class Scenes:
+    """Which scenes a dirty web shows, and how their captions are written."""
+
+    tasks: Mapping[str, float] = field(factory=lambda: TASKS)  # weight of each kind of scene
+    largest: bool = False  # things as large as their number allows, instead of any size
+    sizes: tuple[tuple[int, int], ...] = SIZES  # height and width px; one is drawn for each picture
+    # Each picture has a brief and a dense caption, in a list; False: one of both, in a .txt beside it.
+    both_captions: bool = False
 
 
 @frozen
@@ -48,7 +61,7 @@ class _Made:
 
     scene: Scene
     image: Picture
-    caption: str
+    captions: Captions
     jpeg: bool
 
 
@@ -138,7 +151,7 @@ COPIES: Mapping[str, Callable[[Picture, Rng], Picture]] = {
 DAMAGES = (*SPOILED, "truncated", "wrong extension", "wrong caption", *COPIES)
 
 
-def write(folder: Path, count: int, share: float = 0.5, seed: int = 0) -> list[Truth]:
+def write(folder: Path, count: int, share: float = 0.5, seed: int = 0, scenes: Scenes | None = None) -> list[Truth]:
     """Make a dirty web of `count` files in `folder`, which must not be there: a `share` is spoiled, in equal parts by
     each of `DAMAGES`; the truth, as written beside the pictures. Same arguments, same files."""
     each = round(count * share / len(DAMAGES))
@@ -149,7 +162,7 @@ def write(folder: Path, count: int, share: float = 0.5, seed: int = 0) -> list[T
     if folder.exists():
         raise ConfigError(f"{folder}: is already there; name a new folder")
     (folder / "pictures").mkdir(parents=True)
-    truths = list(_files(folder / "pictures", count, each, seed))
+    truths = _Writer(folder / "pictures", seed, scenes or Scenes()).write(count, each)
     lines = (json.dumps({"file": t.file, "damage": t.damage, "of": t.of}) for t in truths)
     (folder / TRUTH).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return truths
@@ -160,58 +173,97 @@ def read_truth(folder: Path) -> list[Truth]:
     return [Truth(**json.loads(line)) for line in (folder / TRUTH).read_text(encoding="utf-8").splitlines()]
 
 
-def _files(pictures: Path, count: int, each: int, seed: int) -> Iterator[Truth]:
-    # Names say nothing of what is in a file.
-    names = np.random.default_rng([seed, _SPOIL]).permutation(count)
-    damages = [damage for damage in DAMAGES for _ in range(each)]
-    copies = [damage for damage in damages if damage in COPIES]
-    alone = [damage for damage in damages if damage not in COPIES]
-    alone += [""] * (count - len(damages))
-    originals: list[tuple[Truth, _Made]] = []
-    for number, damage in enumerate(alone):
-        rng = np.random.default_rng([seed, _SCENE, number])
-        made = _made(rng)
-        stem = f"{names[number]:06}"
-        file = _save(pictures, stem, damage, made, rng)
-        truth = Truth(file, damage)
-        if not damage and len(originals) < len(copies):
-            kind = copies[len(originals)]
-            while kind == "mirrored" and not _turns(made):  # a scene whose mirror image is another picture
-                made = _made(rng)
-                (pictures / file).unlink()
-                truth = Truth(file := _save(pictures, stem, damage, made, rng))
-            originals.append((truth, made))
-        yield truth
-    for number, ((truth, made), damage) in enumerate(zip(originals, copies, strict=True), start=len(alone)):
-        rng = np.random.default_rng([seed, _SCENE, number])
-        words = made.caption if damage != "mirrored" else caption(_mirrored(made.scene), rng)
-        copy = _Made(made.scene, COPIES[damage](made.image, rng), words, damage == "re-encoded" or made.jpeg)
-        file = f"{names[number]:06}.{'jpg' if copy.jpeg else 'png'}"
+class _Writer:
+    """Writes the files of one dirty web."""
+
+    def __init__(self, pictures: Path, seed: int, scenes: Scenes) -> None:
+        self.pictures, self.seed, self.scenes = pictures, seed, scenes
+        self.listed: dict[str, Captions] = {}  # captions by file, where they are in a list
+
+    def write(self, count: int, each: int) -> list[Truth]:
+        truths = list(self._files(count, each))
+        if self.listed:
+            lines = (json.dumps({"file": file, **captions}) for file, captions in self.listed.items())
+            (self.pictures / "captions.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return truths
+
+    def _files(self, count: int, each: int) -> Iterator[Truth]:
+        # Names say nothing of what is in a file.
+        names = np.random.default_rng([self.seed, _SPOIL]).permutation(count)
+        damages = [damage for damage in DAMAGES for _ in range(each)]
+        copies = [damage for damage in damages if damage in COPIES]
+        alone = [damage for damage in damages if damage not in COPIES]
+        alone += [""] * (count - len(damages))
+        originals: list[tuple[Truth, _Made]] = []
+        for number, damage in enumerate(alone):
+            rng = np.random.default_rng([self.seed, _SCENE, number])
+            made = self._made(rng)
+            stem = f"{names[number]:06}"
+            file = self._save(stem, damage, made, rng)
+            truth = Truth(file, damage)
+            if not damage and len(originals) < len(copies):
+                kind = copies[len(originals)]
+                while kind == "mirrored" and not _turns(made):  # a scene whose mirror image is another picture
+                    made = self._made(rng)
+                    (self.pictures / file).unlink()
+                    self.listed.pop(file, None)
+                    truth = Truth(file := self._save(stem, damage, made, rng))
+                originals.append((truth, made))
+            yield truth
+        for number, ((truth, made), damage) in enumerate(zip(originals, copies, strict=True), start=len(alone)):
+            rng = np.random.default_rng([self.seed, _SCENE, number])
+            yield Truth(self._save_copy(f"{names[number]:06}", damage, made, rng), damage, truth.file)
+
+    def _made(self, rng: Rng) -> _Made:
+        scenes = self.scenes
+        scene = splits.sample(rng, "train", tasks=scenes.tasks, largest=scenes.largest)
+        size = scenes.sizes[int(rng.integers(len(scenes.sizes)))]
+        captions: Captions
+        if scenes.both_captions:
+            captions = {"brief": caption(scene, rng), "dense": dense(scene, rng)}
+        else:
+            captions = {"text": dense(scene, rng) if rng.random() < 0.5 else caption(scene, rng)}
+        return _Made(scene, Image.fromarray(render(scene, *size)), captions, bool(rng.random() < 0.5))
+
+    def _save(self, stem: str, damage: str, made: _Made, rng: Rng) -> str:
+        """Write one picture with one damage, and its captions; its name."""
+        image = SPOILED[damage](made.image, rng) if damage in SPOILED else made.image
+        data, ending = _encoded(image, made.jpeg), "jpg" if made.jpeg else "png"
+        if damage == "truncated":
+            data = data[: int(len(data) * rng.uniform(0.2, 0.9))]
+        if damage == "wrong extension":
+            ending = "png" if made.jpeg else "jpg"
+        captions = self._wrong(made.scene, rng) if damage == "wrong caption" else made.captions
+        return self._put(f"{stem}.{ending}", data, captions)
+
+    def _save_copy(self, stem: str, damage: str, made: _Made, rng: Rng) -> str:
+        """Write a near duplicate of one picture, and its captions; its name."""
+        captions = made.captions
+        if damage == "mirrored":
+            turned = _mirrored(made.scene)
+            captions = {"brief": caption(turned, rng), "dense": dense(turned, rng)} if self.scenes.both_captions else {
+                "text": caption(turned, rng)
+            }  # fmt: skip
+        jpeg = damage == "re-encoded" or made.jpeg
+        image = COPIES[damage](made.image, rng)
         quality = int(rng.integers(60, 85)) if damage == "re-encoded" else 92
-        (pictures / file).write_bytes(_encoded(copy.image, copy.jpeg, quality))
-        (pictures / file).with_suffix(".txt").write_text(copy.caption, encoding="utf-8")
-        yield Truth(file, damage, truth.file)
+        return self._put(f"{stem}.{'jpg' if jpeg else 'png'}", _encoded(image, jpeg, quality), captions)
 
+    def _put(self, file: str, data: bytes, captions: Captions) -> str:
+        (self.pictures / file).write_bytes(data)
+        if "text" in captions:
+            (self.pictures / file).with_suffix(".txt").write_text(captions["text"], encoding="utf-8")
+        else:
+            self.listed[file] = captions
+        return file
 
-def _made(rng: Rng) -> _Made:
-    scene = splits.sample(rng, "train")
-    size = SIZES[int(rng.integers(len(SIZES)))]
-    words = dense(scene, rng) if rng.random() < 0.5 else caption(scene, rng)
-    return _Made(scene, Image.fromarray(render(scene, *size)), words, bool(rng.random() < 0.5))
-
-
-def _save(pictures: Path, stem: str, damage: str, made: _Made, rng: Rng) -> str:
-    """Write one picture with one damage, and its caption; its name."""
-    image = SPOILED[damage](made.image, rng) if damage in SPOILED else made.image
-    data, ending = _encoded(image, made.jpeg), "jpg" if made.jpeg else "png"
-    if damage == "truncated":
-        data = data[: int(len(data) * rng.uniform(0.2, 0.9))]
-    if damage == "wrong extension":
-        ending = "png" if made.jpeg else "jpg"
-    words = _wrong(made.scene, rng) if damage == "wrong caption" else made.caption
-    (pictures / f"{stem}.{ending}").write_bytes(data)
-    (pictures / f"{stem}.txt").write_text(words, encoding="utf-8")
-    return f"{stem}.{ending}"
+    def _wrong(self, scene: Scene, rng: Rng) -> Captions:
+        """The captions of another scene that are not true of this one."""
+        while True:
+            captions = self._made(rng).captions
+            facts = caption_facts(captions.get("text") or captions["brief"])
+            if facts is not None and caption_match(_seen(scene), facts) < 1:
+                return captions
 
 
 def _encoded(image: Picture, jpeg: bool, quality: int = 92) -> bytes:
@@ -221,15 +273,6 @@ def _encoded(image: Picture, jpeg: bool, quality: int = 92) -> bytes:
     else:
         image.save(data, "PNG", compress_level=1)
     return data.getvalue()
-
-
-def _wrong(scene: Scene, rng: Rng) -> str:
-    """The caption of another scene that is not true of this one."""
-    while True:
-        words = _made(rng).caption
-        facts = caption_facts(words)
-        if facts is not None and caption_match(_seen(scene), facts) < 1:
-            return words
 
 
 def _seen(scene: Scene) -> Reading:
