@@ -4,8 +4,8 @@ on the curated form with brief, dense and mixed captions. docs/does-it-pay.md ha
     python scripts/does_it_pay.py runs/pay                 (hours; killed and run again, it goes on)
     python scripts/does_it_pay.py runs/pay --report        (tables and figures of the runs that are there)
 
-All runs begin with `tiny:rl` without its text stream, which draws and ignores the prompt (docs/proofs.md); that stream
-has the weights of the seed. The first seed of every arm comes first, so that something complete is there early.
+All runs go on from one checkpoint, `tiny:rl`; a seed decides the order of pictures, and the noise. The first seed of
+every arm comes first, so that something complete is there early.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ ARMS = {  # the store, and the share of samples with the dense caption
     "mixed": ("curated", 0.5),
 }
 SEEDS = (1, 2, 3)
+MAIN, CAPTION_ARMS = ("dirty", "curated", "random"), ("curated", "dense", "mixed")
+QUEUE = [(arm, 1) for arm in ARMS] + [
+    (arm, seed) for arms in (MAIN, ("dense", "mixed")) for seed in SEEDS[1:] for arm in arms
+]
 WEB = {"pictures": 12_000, "share": 0.75, "seed": 11, "side": 160}
 TASKS = {"single": 0.3, "two": 0.3, "colours": 0.4}
 QUESTIONS = "{{use: shapes, split: {split}, tasks: [single, two, colours], prompts: {prompts}, largest: true{more}}}"
-CAPTION_ARMS = ("curated", "dense", "mixed")
 CURATION = Path("examples/curation/dirty-web.yaml")
 CACHE = "pay"
 
@@ -54,8 +57,8 @@ def question(split: str, prompts: int, dense: bool) -> dict[str, Any]:
 # ---- what is trained on ---------------------------------------------------------------------------------------------
 
 
-def prepare(root: Path) -> None:
-    """The web, three stores of it, and the backbones that every arm begins with. What is there is kept."""
+def prepare(root: Path, start: str) -> None:
+    """The web, and three stores of it with their caches. What is there is kept."""
     from lens_shapes.dirty_web import Scenes, write
 
     if not (root / "web" / "truth.jsonl").is_file():  # written last
@@ -70,13 +73,9 @@ def prepare(root: Path) -> None:
         lens("data", "curate", root / "curation.yaml", "--output", stores / "curated")
     lens("data", "import", stores / "dirty", root / "web" / "pictures")
     draw_at_random(stores)
-    for seed in SEEDS:
-        if not (root / f"start-{seed}" / "lens.json").is_file():
-            code = [sys.executable, "examples/forget_text.py", "tiny:rl", str(root / f"start-{seed}"), str(seed)]
-            subprocess.run(code, check=True)
     for store in ("dirty", "curated", "random"):
         share = 0.5 if store == "curated" else 0.0  # the cache has both captions of the curated pictures
-        lens("data", "cache", written(root / f"cache-{store}.yaml", recipe_of(root, store, share, 1, 1)))
+        lens("data", "cache", written(root / f"cache-{store}.yaml", recipe_of(root, start, store, share, 1, 1)))
 
 
 def draw_at_random(stores: Path) -> None:
@@ -87,31 +86,34 @@ def draw_at_random(stores: Path) -> None:
     rows = dirty.columns("id").sort_by("id")["_rowid"].to_numpy()
     some = np.random.default_rng(WEB["seed"]).permutation(rows)[: len(curated)]
     columns = ("id", "image", "height", "width", "brief", "dense", "source")
-    Store(str(stores / "random"), create=True).insert(
-        [{name: row[name] for name in columns} for row in dirty.rows(some.tolist(), *columns).values()]
-    ) if not (stores / "random").exists() else None
+    drawn = [{name: row[name] for name in columns} for row in dirty.rows(some.tolist(), *columns).values()]
+    random = Store(str(stores / "random"), create=True)
+    if not len(random):
+        random.insert(drawn)
 
 
 # ---- the queue ------------------------------------------------------------------------------------------------------
 
 
-def recipe_of(root: Path, store: str, dense: float, seed: int, steps: int, both: bool = False) -> dict[str, Any]:
-    """The recipe of one run: `listen.yaml` of docs/proofs.md, over a store."""
+def recipe_of(
+    root: Path, start: str, store: str, dense: float, seed: int, steps: int, both: bool = False
+) -> dict[str, Any]:
+    """The recipe of one run: `listen.yaml` of docs/proofs.md, over a store, with a smaller learning rate."""
     return {
         "seed": seed,
-        "pipeline": {"start": str(root / f"start-{seed}")},
+        "pipeline": {"start": start},
         "method": {"use": "flow_matching", "caption_dropout": 0.1, "base_shift": 0.9, "max_shift": 1.15},
         "dataset": {
             "use": "store", "store": str(root / "stores" / store), "cache": CACHE, "batch": 32,
             "buckets": [[[64, 64]]], "dense_caption_ratio": dense, "seed": 70 + seed, "prefetch_workers": 1,
         },
         "train": {
-            "steps": steps, "lr": 1.2e-3, "warmup": min(50, steps // 4), "lr_decay_fraction": 0.5, "ema_decay": 0.99,
+            "steps": steps, "lr": 8e-4, "warmup": min(30, steps // 4), "lr_decay_fraction": 0.5, "ema_decay": 0.99,
             "precision": "bf16", "export_dtype": "bf16", "save_every": 200, "keep_checkpoints": 1, "log_every": 20,
         },
         "evaluation": {
-            "every": 100, "steps": 10,
-            "benchmarks": [question("select", 90, dense) for dense in ((False, True) if both else (False,))],
+            "every": max(1, steps // 3), "steps": 10,
+            "benchmarks": [question("select", 60, dense) for dense in ((False, True) if both else (False,))],
         },
     }  # fmt: skip
 
@@ -121,23 +123,26 @@ def written(path: Path, recipe: dict[str, Any]) -> Path:
     return path
 
 
-def train(root: Path, arm: str, seed: int, steps: int) -> None:
+def train(root: Path, start: str, arm: str, seed: int, steps: int) -> None:
     """One run, and its scores on other prompts than those of its curve. A run that is there is skipped."""
     name, out = f"{arm}-{seed}", root / "runs" / f"{arm}-{seed}"
     (root / "runs").mkdir(exist_ok=True)
     store, dense = ARMS[arm]
     if not (out / "model" / "lens.json").is_file():
-        recipe = recipe_of(root, store, dense, seed, steps, arm in CAPTION_ARMS)
+        recipe = recipe_of(root, start, store, dense, seed, steps, arm in CAPTION_ARMS)
         begun = time.monotonic()
         lens("train", written(root / "runs" / f"{name}.yaml", recipe), "--output", out)
         with (root / "minutes.jsonl").open("a", encoding="utf-8") as file:
             load = round(os.getloadavg()[1], 1)
             file.write(json.dumps({"run": name, "minutes": (time.monotonic() - begun) / 60, "load": load}) + "\n")
     for kind in ("brief", "dense") if arm in CAPTION_ARMS else ("brief",):
-        bench = root / "bench" / f"{name}-{kind}"
-        if not (bench / "result.json").is_file():
-            asked = json.dumps(question("test", 180, kind == "dense"))
-            lens("bench", asked, "--model", out / "model", "--steps", "10", "--output", bench)
+        bench(out / "model", root / "bench" / f"{name}-{kind}", kind)
+
+
+def bench(model: str | Path, out: Path, kind: str) -> None:
+    if not (out / "result.json").is_file():
+        asked = json.dumps(question("test", 180, kind == "dense"))
+        lens("bench", asked, "--model", model, "--steps", "10", "--output", out)
 
 
 # ---- what came of it ------------------------------------------------------------------------------------------------
@@ -157,7 +162,8 @@ def report(root: Path) -> None:
             show = [word for kind in kinds for word in ("--show", kind)]
             lens("curves", *filter(None, joined), *show, "--table", "--output", folder / f"{name}.png")
     for kind, arms in (("brief", tuple(ARMS)), ("dense", CAPTION_ARMS)):
-        benches = {arm: [root / "bench" / f"{arm}-{seed}-{kind}" for seed in SEEDS] for arm in arms}
+        benches = {"start": [root / "bench" / f"start-{kind}"]}
+        benches |= {arm: [root / "bench" / f"{arm}-{seed}-{kind}" for seed in SEEDS] for arm in arms}
         groups = [",".join(str(b) for b in some if (b / "result.json").is_file()) for some in benches.values()]
         if len(list(filter(None, groups))) > 1:
             lens("compare", *filter(None, groups), "--output", folder / f"{kind}.md")
@@ -166,19 +172,21 @@ def report(root: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--start", default="tiny:rl", help="the checkpoint that all runs go on from")
     parser.add_argument("--prepare", action="store_true", help="make what is trained on, and stop")
     parser.add_argument("--report", action="store_true", help="only what came of the runs that are there")
     options = parser.parse_args()
     root = options.root.resolve()
     if not options.report:
         root.mkdir(parents=True, exist_ok=True)
-        prepare(root)
+        prepare(root, options.start)
     if options.prepare:
         return
-    for seed in () if options.report else SEEDS:
-        for arm in ARMS:
-            train(root, arm, seed, options.steps)
+    for arm, seed in () if options.report else QUEUE:
+        train(root, options.start, arm, seed, options.steps)
+    for kind in () if options.report else ("brief", "dense"):
+        bench(options.start, root / "bench" / f"start-{kind}", kind)
     report(root)
 
 

@@ -74,12 +74,12 @@ def decide(
             _apply(each, ours & present & (stage == 0), stage, column, stages.index(each.made.name))
     if duplicates.distance is not None:
         places = np.flatnonzero(present & (stage == 0))
-        mirrored = records.mirrored[places] if duplicates.mirrored == "drop" else None
+        mirrored = records.mirrored if duplicates.mirrored == "drop" else None
         ranked = np.empty(len(places), np.int64)
         ranked[np.argsort(rank[places])] = np.arange(len(places))
         grids = None if colours is None else lambda some: colours(places[some])
         instead, bits, flipped = near_duplicates(
-            records.hashes[places], mirrored, ranked, duplicates.distance, grids, duplicates.colour_distance
+            records.hashes, mirrored, ranked, duplicates.distance, grids, duplicates.colour_distance, places
         )
         drop = (instead >= 0) & ours[places]
         stage[places[drop]] = np.where(flipped[drop], stages.index(MIRRORED), stages.index(NEAR))

@@ -16,11 +16,14 @@ from typing import Any
 from lens_core.config import structure, unstructure
 from lens_core.io.readers import one_line
 from lens_core.types import ConfigError, LensError
+from lens_curate.isolated import Isolated
 from lens_curate.recipe import CurationSpec
 from lens_curate.worker import Answer, Worker, load_task
 
 RUNNERS = ("native", "ray", "serial")
 WAVE = 4096  # tasks of one dataflow: what is planned at once does not grow with the number of pictures
+_DONE = "done"  # the last answer of a task
+_IN_VAIN = 3  # dataflows that may end one after the other without a finished task, and without a picture to blame
 
 Run = Callable[[Iterable[str]], Iterator[Answer]]
 
@@ -33,8 +36,7 @@ def engine(runner: str, spec: CurationSpec, store: str, workers: int | None = No
     if runner == "serial":
         worker = Worker(spec, store)
         return lambda tasks: (answer for task in tasks for answer in worker.run(load_task(task)))
-    _daft(runner)
-    return lambda tasks: _dataflow(tasks, json.dumps(unstructure(spec)), store, workers, runner)
+    return _Dataflow(spec, store, workers, runner)
 
 
 def default_runner() -> str:
@@ -88,8 +90,74 @@ class _Runner:
         self.worker = Worker(structure(CurationSpec, json.loads(spec)), store)
 
     def __call__(self, task: str) -> Iterator[dict[str, Any]]:
-        for answer in self.worker.run(load_task(task)):
+        number, _, text = task.partition("\n")
+        for answer in self.worker.run(load_task(text)):
             yield {"kind": answer.kind, "body": answer.body}
+        yield {"kind": _DONE, "body": number.encode()}
+
+
+class _ProcessDied(LensError):
+    """A dataflow ended before its tasks did."""
+
+
+class _Dataflow:
+    """Tasks -> (in every process) read, decode, hash, score -> tables, in the order in which they are done."""
+
+    def __init__(self, spec: CurationSpec, store: str, workers: int | None, runner: str) -> None:
+        daft = _daft(runner)
+        self.count = workers or _processors(runner)
+        fields = {"kind": daft.DataType.string(), "body": daft.DataType.binary()}
+        call = daft.method(_Runner.__call__, return_dtype=daft.DataType.struct(fields), unnest=True)
+        pool = type("CurationWorker", (_Runner,), {"__call__": call})
+        make = daft.cls(pool, use_process=True, max_concurrency=self.count)
+        self.daft, self.call = daft, make(json.dumps(unstructure(spec)), store)
+        self.isolated = Isolated(spec, store)
+
+    def __call__(self, tasks: Iterable[str]) -> Iterator[Answer]:
+        rest = iter(tasks)
+        used = False
+        while wave := list(islice(rest, WAVE)):
+            used = True
+            yield from self._survive(wave)
+        if used:
+            time.sleep(0.5)  # its processes are still ending; a Python that ends meanwhile dies with them (Daft 0.7.26)
+
+    def _survive(self, tasks: list[str]) -> Iterator[Answer]:
+        """The answers of some tasks, also where a picture kills the process that decodes it: Daft then stops at once,
+        and does not say at which task. Those that were next are run one by one, see `isolated`, and then the others.
+
+        A task whose answers came in part gives them twice; of equal rows the last one counts.
+        """
+        in_vain = 0
+        while tasks:
+            done: set[int] = set()
+            try:
+                yield from self._wave(tasks, done)
+                return
+            except _ProcessDied as error:
+                left = [task for number, task in enumerate(tasks) if number not in done]
+                # Daft hands tasks out in order, and each process has one at work and some waiting.
+                suspects, tasks = left[: 4 * self.count], left[4 * self.count :]
+                before = self.isolated.deaths
+                for task in suspects:
+                    yield from self.isolated.run(task)
+                in_vain = 0 if done or self.isolated.deaths > before else in_vain + 1
+                if in_vain == _IN_VAIN:
+                    raise LensError(f"{error}; the same command goes on") from error
+
+    def _wave(self, tasks: list[str], done: set[int]) -> Iterator[Answer]:
+        """The answers of one dataflow; `done` gets the numbers of the tasks that are finished."""
+        numbered = [f"{number}\n{task}" for number, task in enumerate(tasks)]
+        frame = self.daft.from_pydict({"task": numbered}).into_batches(1)
+        answers = frame.select(self.call(self.daft.col("task"))).to_arrow_iter(results_buffer_size=2 * self.count)
+        for batch in _one_line_errors(answers):
+            kinds, bodies = batch.column("kind"), batch.column("body")
+            for at in range(batch.num_rows):
+                kind, body = kinds[at].as_py(), bodies[at].as_py()
+                if kind == _DONE:
+                    done.add(int(body))
+                else:
+                    yield Answer(kind, body)
 
 
 def _one_line_errors(answers: Iterator[Any]) -> Iterator[Any]:
@@ -98,27 +166,4 @@ def _one_line_errors(answers: Iterator[Any]) -> Iterator[Any]:
         yield from answers
     except Exception as error:
         last = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise LensError(f"a process of the curation failed: {one_line(last[-1])}; the same command goes on") from error
-
-
-def _dataflow(tasks: Iterable[str], spec: str, store: str, workers: int | None, runner: str) -> Iterator[Answer]:
-    """tasks -> (in every process) read, decode, hash, score -> tables, in the order in which they are done."""
-    daft = _daft(runner)
-    count = workers or _processors(runner)
-    fields = {"kind": daft.DataType.string(), "body": daft.DataType.binary()}
-    call = daft.method(_Runner.__call__, return_dtype=daft.DataType.struct(fields), unnest=True)
-    pool = type("CurationWorker", (_Runner,), {"__call__": call})
-    parallel = {"use_process": True, "max_concurrency": count}
-    run = daft.cls(pool, **parallel)(spec, store)
-    rest = iter(tasks)
-    used = False
-    while wave := list(islice(rest, WAVE)):
-        used = True
-        frame = daft.from_pydict({"task": wave}).into_batches(1)
-        answers = frame.select(run(daft.col("task"))).to_arrow_iter(results_buffer_size=2 * count)
-        for batch in _one_line_errors(answers):
-            kinds, bodies = batch.column("kind"), batch.column("body")
-            for at in range(batch.num_rows):
-                yield Answer(kinds[at].as_py(), bodies[at].as_py())
-    if used:
-        time.sleep(0.5)  # its processes are still ending; a Python that ends meanwhile dies with them (Daft 0.7.26)
+        raise _ProcessDied(f"a process of the curation failed: {one_line(last[-1])}") from error

@@ -34,10 +34,7 @@ class _Captions:
 
     def places(self, ids: NDArray[np.bytes_]) -> NDArray[np.int64]:
         """Where each of these ids stands, or -1."""
-        if not len(self.ids):
-            return np.full(len(ids), -1, np.int64)
-        at = np.clip(np.searchsorted(self.ids, ids), 0, len(self.ids) - 1)
-        return np.where(self.ids[at] == ids, at, -1)
+        return t.places(self.ids, ids)
 
 
 @mutable
@@ -134,21 +131,22 @@ class Filler:
         """Remove from the store what an earlier run has put there and this one does not keep. Comes before the new
         verdicts are written, for the old ones say what was put there."""
         records = self.records
-        put = [np.zeros(0, "S32")]
-        for batch in self.tables.batches(t.VERDICTS, "id", "kept"):
-            ids = t.hex_array(batch["id"].to_pylist(), 32)
-            put.append(ids[np.array(batch["kept"].to_pylist(), bool)])
-        dropped = np.isin(records.id, np.concatenate(put)) & self._stored() & self.verdicts.ours
-        drop = np.unique(records.id[dropped & ~np.isin(records.id, records.id[self.verdicts.kept])])
+        dropped = t.among(records.id, self._put()) & self._stored() & self.verdicts.ours
+        ids = np.unique(records.id[dropped])
+        drop = ids[~t.among(ids, [records.id[self.verdicts.kept]])] if len(ids) else ids
         if len(drop):
             self.tables.store.delete(t.hex_texts(drop))
             self.removed = len(drop)
 
+    def _put(self) -> Iterator[NDArray[np.bytes_]]:
+        """Ids that the last run has kept, in batches."""
+        for batch in self.tables.batches(t.VERDICTS, "id", "kept"):
+            yield t.hex_array(batch["id"].to_pylist(), 32)[np.array(batch["kept"].to_pylist(), bool)]
+
     def _stored(self) -> NDArray[np.bool_]:
         """Records whose file is in the store."""
         batches = self.tables.store.batches("id")
-        ids = [np.zeros(0, "S32"), *(t.hex_array(batch["id"].to_pylist(), 32) for batch in batches)]
-        return np.isin(self.records.id, np.concatenate(ids))
+        return t.among(self.records.id, (t.hex_array(batch["id"].to_pylist(), 32) for batch in batches))
 
     def fill(self, images: Images) -> None:
         """Add what is kept to the store, and replace captions there. Other pictures in it stay as they are."""
@@ -258,9 +256,8 @@ class Filler:
             places = np.arange(start, min(start + ROWS, len(self.records)))
             old: dict[str, dict[str, Any]] = {}
             if len(keys):
-                wanted = self.records.key[places]
-                at = np.clip(np.searchsorted(keys, wanted), 0, len(keys) - 1)
-                records = self.tables.rows(t.VERDICTS, numbers[at[keys[at] == wanted]].tolist(), *t.COLUMNS[t.VERDICTS])
+                at = t.places(keys, self.records.key[places])
+                records = self.tables.rows(t.VERDICTS, numbers[at[at >= 0]].tolist(), *t.COLUMNS[t.VERDICTS])
                 old = {row["key"]: {name: row[name] for name in t.COLUMNS[t.VERDICTS]} for row in records.values()}
             yield self.described(places, old)
 

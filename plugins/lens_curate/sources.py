@@ -81,15 +81,19 @@ def _prefix(root: Path, file: Path) -> str:
     return "" if str(between) == "." else f"{between}/"
 
 
-class Folder:
-    """Pictures below a folder, with captions from lists and .txt files, as `lens data import` reads them."""
+class _Files:
+    """A source of files: a folder, or one file."""
 
     @frozen
     class Config:
         path: str = field(validator=text())
 
-    def __init__(self, config: Config, catalog: Catalog) -> None:
+    def __init__(self, config: Any, catalog: Catalog) -> None:
         self.config = config
+
+
+class Folder(_Files):
+    """Pictures below a folder, with captions from lists and .txt files, as `lens data import` reads them."""
 
     def check(self) -> None:
         if not _existing(self.config.path).is_dir():
@@ -115,15 +119,8 @@ class Folder:
         yield folders.read_picture(Path(self.config.path).expanduser(), part.key, tuple(part.payload["captions"]))
 
 
-class Tars:
+class Tars(_Files):
     """Samples of WebDataset tars, one or all below a folder."""
-
-    @frozen
-    class Config:
-        path: str = field(validator=text())
-
-    def __init__(self, config: Config, catalog: Catalog) -> None:
-        self.config = config
 
     def check(self) -> None:
         if not files_below(_existing(self.config.path), tars.is_tar):
@@ -141,17 +138,13 @@ class Tars:
             yield SourceItem(f"{_prefix(root, tar)}{item.name}", item.image, item.captions, item.fault)
 
 
-class Parquet:
+class Parquet(_Files):
     """Rows of parquet files, as Hugging Face dataset folders have them; the columns are those of `lens data import`."""
 
     @frozen
-    class Config:
-        path: str = field(validator=text())
+    class Config(_Files.Config):
         image_column: str = ""  # "": the one called image, img, jpg, png, jpeg or webp
         text_column: str = ""  # "": brief, dense, caption or text, if there is one
-
-    def __init__(self, config: Config, catalog: Catalog) -> None:
-        self.config = config
 
     def check(self) -> None:
         if not files_below(_existing(self.config.path), parquet.is_parquet):

@@ -115,7 +115,7 @@ class RecordArrays:
     id: NDArray[np.bytes_]  # S32; zeros where there is no file
     fault: NDArray[np.int32]  # number in `faults`; 0 is none
     faults: tuple[str, ...]
-    pixels: NDArray[np.bytes_]  # S16
+    pixels: NDArray[np.int32]  # equal for records with equal pixels
     hashes: NDArray[np.uint64]  # [N,4]
     mirrored: NDArray[np.uint64]  # [N,4]
     area: NDArray[np.int64]  # px
@@ -177,7 +177,7 @@ class Tables:
         """These columns of a side table, and `_rowid`, a few thousand rows at a time; nothing where there is none."""
         table = self.table(name)
         if table is not None:
-            yield from table.search().select(list(columns)).with_row_id(True).to_batches(batch_size=4096)
+            yield from table.search().select(list(columns)).with_row_id(True).to_batches(batch_size=1024)
 
     def parts(self) -> PartIndex:
         """The parts that have been read to their end."""
@@ -217,15 +217,21 @@ class Tables:
                    "sharpness", "brief", "dense")  # fmt: skip
         sources: dict[str, int] = {}
         faults: dict[str, int] = {"": 0}
-        pieces: list[list[NDArray[Any]]] = []
+        table = self.table(RECORDS)
+        count, at = 0 if table is None else int(table.count_rows()), 0
+        # Filled in place: pieces that are joined would be there twice.
+        arrays = {name: np.zeros((count, *shape), kind) for name, (kind, *shape) in _ARRAYS.items()}
         for batch in self.batches(RECORDS, *columns):
-            pieces.append(_arrays(batch, sources, faults))
-        if not pieces:
-            pieces.append(_arrays(None, sources, faults))
-        joined = [np.concatenate(column) for column in zip(*pieces, strict=True)]
-        last = _last_of_each(joined[1])
-        row, key, source, in_store, part, ids, fault, *rest = (column[last] for column in joined)
-        return RecordArrays(row, key, source, tuple(sources), in_store, part, ids, fault, tuple(faults), *rest)
+            for name, values in _arrays(batch, sources, faults).items():
+                arrays[name][at : at + batch.num_rows] = values
+            at += batch.num_rows
+        last = _last_of_each(arrays["key"])
+        if len(last) < count:
+            for name in arrays:
+                arrays[name] = arrays[name][last]
+        # Digests of pixels are compared with one another alone, for which their numbers do.
+        pixels = np.unique(arrays.pop("pixels"), return_inverse=True)[1].astype(np.int32)
+        return RecordArrays(sources=tuple(sources), faults=tuple(faults), pixels=pixels, **arrays)
 
     def scores(self, made: Filter, ids: NDArray[np.bytes_]) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.int8]]:
         """A filter's numbers for pictures with these ids, by column, NaN where there are none; and for each picture
@@ -261,6 +267,28 @@ class Tables:
         self._open[name] = self.store.rewrite(name, COLUMNS[name], made_by, batches)
 
 
+def places(ordered: NDArray[np.bytes_], wanted: NDArray[np.bytes_]) -> NDArray[np.int64]:
+    """Where each of `wanted` stands in a sorted array, or -1."""
+    if not len(ordered):
+        return np.full(len(wanted), -1, np.int64)
+    at = np.clip(np.searchsorted(ordered, wanted), 0, len(ordered) - 1)
+    return np.where(ordered[at] == wanted, at, -1)
+
+
+def among(ids: NDArray[np.bytes_], batches: Iterable[NDArray[np.bytes_]]) -> NDArray[np.bool_]:
+    """Which of these ids stand in some batch of ids, of which one is held at a time."""
+    order = np.argsort(ids, kind="stable")
+    ordered = ids[order]
+    hits = np.zeros(len(ids) + 1, np.int32)  # where runs of equal ids that are hit begin, and where they end
+    for batch in batches:
+        wanted = np.unique(batch)
+        np.add.at(hits, np.searchsorted(ordered, wanted), 1)
+        np.add.at(hits, np.searchsorted(ordered, wanted, side="right"), -1)
+    mask = np.empty(len(ids), bool)
+    mask[order] = np.cumsum(hits[:-1]) > 0
+    return mask
+
+
 def hex_texts(digests: NDArray[np.bytes_]) -> list[str]:
     """The inverse of `hex_array`; "" for one that is all zeros, as of a record without a file."""
     size = digests.dtype.itemsize
@@ -279,10 +307,16 @@ def hex_array(texts: Sequence[str], size: int) -> NDArray[np.bytes_]:
     return np.frombuffer(data, f"S{size}")
 
 
-def _arrays(batch: Any, sources: dict[str, int], faults: dict[str, int]) -> list[NDArray[Any]]:
-    columns: dict[str, list[Any]] = {name: [] for name in (*COLUMNS[RECORDS], "_rowid")}
-    if batch is not None:
-        columns = {name: batch[name].to_pylist() for name in batch.schema.names}
+_ARRAYS: Mapping[str, tuple[Any, ...]] = {  # of `RecordArrays`: types, and sizes of a row; `pixels` is a digest here
+    "row": (np.int64,), "key": ("S16",), "source": (np.int32,), "in_store": (bool,), "part": ("S16",), "id": ("S32",),
+    "fault": (np.int32,), "pixels": ("S16",), "hashes": (np.uint64, BITS // 64), "mirrored": (np.uint64, BITS // 64),
+    "area": (np.int64,), "sharpness": (np.float32,), "brief": (bool,), "dense": (bool,),
+}  # fmt: skip
+
+
+def _arrays(batch: Any, sources: dict[str, int], faults: dict[str, int]) -> dict[str, NDArray[Any]]:
+    """Some rows of the table of records as arrays; sources and faults get numbers as they come."""
+    columns: dict[str, list[Any]] = {name: batch[name].to_pylist() for name in batch.schema.names}
     parts = columns["part"]
     width = BITS // 8
 
@@ -291,22 +325,22 @@ def _arrays(batch: Any, sources: dict[str, int], faults: dict[str, int]) -> list
         return np.frombuffer(data, np.uint64).reshape(-1, BITS // 64)
 
     sides = [np.array(columns[name], np.int64) for name in ("height", "width")]
-    return [
-        np.array(columns["_rowid"], np.int64),
-        hex_array(columns["key"], 16),
-        np.array([sources.setdefault(name, len(sources)) for name in columns["source"]], np.int32),
-        np.array([part == OWN for part in parts], bool),
-        hex_array(["" if part == OWN else part for part in parts], 16),
-        hex_array(columns["id"], 32),
-        np.array([faults.setdefault(fault, len(faults)) for fault in columns["fault"]], np.int32),
-        hex_array(columns["pixels"], 16),
-        hashes("phash"),
-        hashes("mirrored"),
-        sides[0] * sides[1],
-        np.array(columns["sharpness"], np.float32),
-        np.array([bool(text) for text in columns["brief"]], bool),
-        np.array([bool(text) for text in columns["dense"]], bool),
-    ]
+    return {
+        "row": np.array(columns["_rowid"], np.int64),
+        "key": hex_array(columns["key"], 16),
+        "source": np.array([sources.setdefault(name, len(sources)) for name in columns["source"]], np.int32),
+        "in_store": np.array([part == OWN for part in parts], bool),
+        "part": hex_array(["" if part == OWN else part for part in parts], 16),
+        "id": hex_array(columns["id"], 32),
+        "fault": np.array([faults.setdefault(fault, len(faults)) for fault in columns["fault"]], np.int32),
+        "pixels": hex_array(columns["pixels"], 16),
+        "hashes": hashes("phash"),
+        "mirrored": hashes("mirrored"),
+        "area": sides[0] * sides[1],
+        "sharpness": np.array(columns["sharpness"], np.float32),
+        "brief": np.array([bool(text) for text in columns["brief"]], bool),
+        "dense": np.array([bool(text) for text in columns["dense"]], bool),
+    }
 
 
 def _last_of_each(keys: NDArray[np.bytes_]) -> NDArray[np.int64]:

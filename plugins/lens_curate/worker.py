@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
-from attrs import field, frozen, mutable
+from attrs import evolve, field, frozen, mutable
 from PIL import Image
 
 from lens_core.catalog import Catalog
@@ -47,6 +48,10 @@ class PartTask:
     only: tuple[str, ...] | None = None  # ids of pictures to score; None: all
     images: tuple[str, ...] = ()  # ids of pictures whose files are wanted
     limit: int | None = None  # pictures that are read at most, for a preview
+    # Numbers of pictures, from 1 on, that have killed a process, with the reason: they are not decoded, see `isolated`.
+    fatal: Mapping[int, str] = field(factory=dict)
+    # The number of the picture at whose reading the source itself did, and the reason; the part ends before it.
+    unreadable: tuple[int, str] | None = None
 
 
 @frozen
@@ -62,7 +67,8 @@ def dump_task(parts: Sequence[PartTask]) -> str:
 
 
 def load_task(text: str) -> list[PartTask]:
-    return [structure(PartTask, {**each, "part": {**each["part"]}}) for each in json.loads(text)]
+    return [structure(PartTask, {**each, "fatal": {int(n): why for n, why in each["fatal"].items()}})
+            for each in json.loads(text)]  # fmt: skip
 
 
 @mutable
@@ -86,10 +92,22 @@ class _Held:
 
 
 class Worker:
-    """Runs tasks of one recipe. Weights are loaded when the first picture is scored."""
+    """Runs tasks of one recipe. Weights are loaded when the first picture is scored.
 
-    def __init__(self, spec: CurationSpec, store: str, catalog: Catalog | None = None) -> None:
+    `batch` pictures are scored together. `note` is called with the number of each picture in its part before it is
+    decoded, and with 0 before the next one is read from the source.
+    """
+
+    def __init__(
+        self,
+        spec: CurationSpec,
+        store: str,
+        catalog: Catalog | None = None,
+        batch: int = BATCH,
+        note: Callable[[int], None] = lambda number: None,
+    ) -> None:
         catalog = catalog or Catalog.installed()
+        self.batch, self.note = batch, note
         self.spec = spec
         self.sources: list[NamedSource] = build_sources(spec.sources, catalog)
         self.filters: list[Filter] = build_filters(spec, catalog)
@@ -109,50 +127,71 @@ class Worker:
         digest = source.digest(task.part)
         seen: dict[str, int] = {}
         wanted, count = set(task.images), 0
-        for item in self._items(source, task.part):
-            if item.fault in NOT_COUNTED:
-                continue
+        for count, item in enumerate(self._items(source, task), start=1):
             again = seen[item.name] = seen.get(item.name, 0) + 1
             name = item.name if again == 1 else f"{item.name} ({again})"
-            count += 1
             if wanted and item.image is not None and (key := hashlib.sha256(item.image).hexdigest()) in wanted:
                 wanted.discard(key)
                 held.add("images", {"id": key, "image": item.image})
                 held.bytes += len(item.image)
-            if task.records or task.filters:
+            if count in task.fatal:
+                self._give_up(task, held, self._row(source, digest, name, item), task.fatal[count])
+            elif task.records or task.filters:
+                self.note(count)
                 row, record = self._record(source, digest, name, item)
                 held.records.append((row, record))
                 held.pixels += record.pixels.size // 3 if record is not None else 0
-            if count == task.limit:
-                break
-            if len(held.records) >= BATCH or held.pixels >= PIXELS or held.bytes >= BODY:
+            if count != task.limit and (len(held.records) >= self.batch or held.pixels >= PIXELS or held.bytes >= BODY):
                 self._score(task, held)
                 yield from held.answers()
+            if count == task.limit:
+                break
+            self.note(0)
         self._score(task, held)
         if task.records:
             held.add("parts", {"part": digest, "stamp": f"{source.identity} {task.part.stamp}", "count": count})
 
-    def _items(self, source: NamedSource, part: Part) -> Iterator[SourceItem]:
+    def _give_up(self, task: PartTask, held: _Held, row: dict[str, Any], why: str) -> None:
+        """A picture that is not tried again: a record with a fault, or, where it has a record, scores with one."""
+        if task.records:
+            held.add("records", {**row, "fault": why})
+            return
+        for number in task.filters if task.only is None or row["id"] in task.only else ():
+            held.add(f"scores {number}", _failed(self.filters[number], row["id"], why))
+
+    def _items(self, source: NamedSource, task: PartTask) -> Iterator[SourceItem]:
+        """What counts as a picture of a part, in the order of the source."""
+        part = task.part
         if part.fault:
             yield SourceItem(part.key, fault=part.fault)
             return
+        if task.unreadable is not None:
+            number, why = task.unreadable
+            yield from islice(self._items(source, evolve(task, unreadable=None)), number - 1)
+            yield SourceItem(part.key, fault=why)
+            return
         try:
-            yield from source.source.read(part)
+            yield from (item for item in source.source.read(part) if item.fault not in NOT_COUNTED)
         except LensError as error:
             yield SourceItem(part.key, fault=one_line(error, 120))
         except Exception as error:  # a source of files that strangers wrote may stumble over anything
             yield SourceItem(part.key, fault=f"cannot be read ({type(error).__name__})")
 
+    def _row(self, source: NamedSource, part: str, name: str, item: SourceItem) -> dict[str, Any]:
+        """The row of a picture that has not been decoded."""
+        brief, dense, _ = read_captions(item.captions, source.caption)
+        row = tables.record_row(text_digest(source.name, name), part, source, printable(name), brief, dense)
+        if item.image is None:
+            return {**row, "fault": item.fault or "no picture"}
+        return {**row, "id": hashlib.sha256(item.image).hexdigest(), "size": len(item.image)}
+
     def _record(
         self, source: NamedSource, part: str, name: str, item: SourceItem
     ) -> tuple[dict[str, Any], Record | None]:
         """The row of a picture, and the picture if it can be decoded."""
-        brief, dense, _ = read_captions(item.captions, source.caption)
-        row = tables.record_row(text_digest(source.name, name), part, source, printable(name), brief, dense)
+        row = self._row(source, part, name, item)
         if item.image is None:
-            return {**row, "fault": item.fault or "no picture"}, None
-        row["id"] = hashlib.sha256(item.image).hexdigest()
-        row["size"] = len(item.image)
+            return row, None
         try:
             raw = read_raw(item.image)
             row["format"] = raw.format or ""
@@ -160,7 +199,7 @@ class Worker:
         except ImageError as error:
             return {**row, "fault": error.reason}, None
         data = {"name": name, "source": source.name, "license": source.license, "format": row["format"]}
-        record = Record(item.image, np.asarray(image), brief, dense, data)
+        record = Record(item.image, np.asarray(image), row["brief"], row["dense"], data)
         return {**row, **self._facts(record, image)}, record
 
     def _facts(self, record: Record, image: Image.Image) -> dict[str, Any]:
@@ -213,7 +252,7 @@ def score_batch(made: Filter, records: Sequence[Record], ids: Sequence[str]) -> 
     except Exception as error:  # a third party's scorer may raise anything; the others go on
         if len(records) == 1:
             fault = f"{type(error).__name__}: {one_line(error, 120)}"
-            return [{"id": ids[0], "fault": fault, **dict.fromkeys(made.curator.columns, float("nan"))}]
+            return [_failed(made, ids[0], fault)]
         return [row for record, key in zip(records, ids, strict=True) for row in score_batch(made, [record], [key])]
     rows = []
     for place, key in enumerate(ids):
@@ -221,6 +260,11 @@ def score_batch(made: Filter, records: Sequence[Record], ids: Sequence[str]) -> 
         lost = [name for name, value in values.items() if not np.isfinite(value)]
         rows.append({"id": key, "fault": f"{lost[0]} is not a number" if lost else "", **values})
     return rows
+
+
+def _failed(made: Filter, key: str, fault: str) -> dict[str, Any]:
+    """The row of scores of a picture that could not be scored."""
+    return {"id": key, "fault": fault, **dict.fromkeys(made.curator.columns, float("nan"))}
 
 
 def _checked(made: Filter, columns: Mapping[str, Sequence[float]], count: int) -> Mapping[str, Sequence[float]]:
