@@ -82,63 +82,92 @@ def lens(folder: Path, store: Path, runner: str, text: str = RECIPE) -> int:
     return int(curate(read_spec(recipe), store, runner=runner).data["kept"])
 
 
-def pool_tar(path: Path) -> list[tuple[Any, ...]]:
-    """One tar, read, decoded, scored and hashed: what a user of a process pool writes."""
+def measured(name: str, file: bytes) -> dict[str, Any] | None:
+    """One picture, decoded, scored and hashed; None where it is not kept. What a user of another library writes."""
     from lens_curate import hashes, measures
     from lens_curate.worker import thumbnail
 
     from lens_core.io.images import ImageError, read_rgb
-    from lens_core.io.tars import read_tar
     from lens_core.types import Record
 
     scorers = [kind(kind.Config()) for kind in (measures.Luminance, measures.Entropy, measures.Clarity)]
-    rows = []
-    for item in read_tar(path):
-        try:
-            image = read_rgb(item.image or b"")
-        except ImageError:
-            continue
-        record = Record(item.image or b"", np.asarray(image))
-        scores = {k: v[0] for scorer in scorers for k, v in scorer.score([record]).items()}
-        good = (min(image.size) >= 32 and 20 <= scores["mean"] <= 235
-                and scores["entropy"] >= 2 and scores["edge"] >= 8)  # fmt: skip
-        sharp = measures.sharpness(record)
-        thumbnail(image, 96)
-        rows.append((str(path), item.name, good, hashes.pixel_digest(record.pixels),
-                     *hashes.perceptual_hash(record.pixels), hashes.colour_grid(record.pixels),
-                     image.width * image.height, sharp))  # fmt: skip
-    return rows
+    try:
+        image = read_rgb(file)
+    except ImageError:
+        return None
+    record = Record(file, np.asarray(image))
+    scores = {k: v[0] for scorer in scorers for k, v in scorer.score([record]).items()}
+    if not (min(image.size) >= 32 and 20 <= scores["mean"] <= 235 and scores["entropy"] >= 2 and scores["edge"] >= 8):
+        return None
+    straight, mirrored = hashes.perceptual_hash(record.pixels)
+    return {"name": name, "pixels": hashes.pixel_digest(record.pixels), "straight": straight, "mirrored": mirrored,
+            "colours": hashes.colour_grid(record.pixels), "area": image.width * image.height,
+            "sharp": measures.sharpness(record), "thumbnail": thumbnail(image, 96)}  # fmt: skip
+
+
+def distinct(rows: list[dict[str, Any]]) -> set[str]:
+    """Names of the pictures that are left without duplicates."""
+    from lens_curate.duplicates import equal_groups, near_duplicates
+    from lens_curate.hashes import grid_array, hash_array
+
+    rank = np.empty(len(rows), np.int64)
+    rank[np.lexsort(([-r["sharp"] for r in rows], [-r["area"] for r in rows]))] = np.arange(len(rows))
+    alone = np.flatnonzero(equal_groups(np.array([r["pixels"] for r in rows], "S16"), rank) < 0)
+    some = [rows[n] for n in alone]
+    straight, mirrored = (hash_array([r[name] for r in some]) for name in ("straight", "mirrored"))
+    grids, order = grid_array([r["colours"] for r in some]), np.argsort(np.argsort(rank[alone]))
+    instead, _, _ = near_duplicates(straight, mirrored, order, 32, lambda places: grids[places], 56)
+    return {some[n]["name"] for n in np.flatnonzero(instead < 0)}
+
+
+def pool_tar(path: Path) -> list[dict[str, Any]]:
+    from lens_core.io.tars import read_tar
+
+    rows = (measured(item.name, item.image or b"") for item in read_tar(path))
+    return [row for row in rows if row is not None]
 
 
 def pool(folder: Path, store: Path) -> int:
     """The same work with a process pool: no resume, no verdicts, no report."""
     from concurrent.futures import ProcessPoolExecutor
 
-    from lens_curate.duplicates import equal_groups, near_duplicates
-    from lens_curate.hashes import grid_array, hash_array
     from lens_data.store import Store
 
     from lens_core.io.tars import read_tar
 
     with ProcessPoolExecutor() as processes:
-        rows = [row for part in processes.map(pool_tar, sorted(folder.glob("*.tar"))) for row in part if row[2]]
-    rank = np.empty(len(rows), np.int64)
-    rank[np.lexsort(([-r[8] for r in rows], [-r[7] for r in rows]))] = np.arange(len(rows))
-    alone = np.flatnonzero(equal_groups(np.array([r[3] for r in rows], "S16"), rank) < 0)
-    some = [rows[n] for n in alone]
-    straight, mirrored = hash_array([r[4] for r in some]), hash_array([r[5] for r in some])
-    grids, order = grid_array([r[6] for r in some]), np.argsort(np.argsort(rank[alone]))
-    instead, _, _ = near_duplicates(straight, mirrored, order, 32, lambda places: grids[places], 56)
-    keep = {(some[n][0], some[n][1]) for n in np.flatnonzero(instead < 0)}
-    database, held = Store(str(store), create=True), []
+        keep = distinct([row for part in processes.map(pool_tar, sorted(folder.glob("*.tar"))) for row in part])
+    database = Store(str(store), create=True)
     for path in sorted(folder.glob("*.tar")):
-        for item in read_tar(path):
-            if (str(path), item.name) in keep:
-                text = item.captions[0]["caption"].decode()
-                held.append({"id": item.name, "image": item.image, "height": 64, "width": 64, "brief": "",
-                             "dense": text, "source": "pool"})  # fmt: skip
+        held = [{"id": item.name, "image": item.image, "height": 64, "width": 64, "brief": "",
+                 "dense": item.captions[0]["caption"].decode(), "source": "pool"}
+                for item in read_tar(path) if item.name in keep]  # fmt: skip
         database.insert(held)
-        held = []
+    return len(keep)
+
+
+def datasets_row(example: dict[str, Any]) -> dict[str, Any]:
+    return measured(example["__key__"], example["jpg"]["bytes"]) or {"name": None}
+
+
+def with_datasets(folder: Path, store: Path) -> int:
+    """The same work with `datasets.map`, of Hugging Face; it keeps a copy of the pictures in its cache."""
+    import datasets
+    from lens_data.store import Store
+
+    datasets.disable_progress_bars()
+    files, cache = sorted(map(str, folder.glob("*.tar"))), f"{store}-cache"
+    data = datasets.load_dataset("webdataset", data_files=files, split="train", cache_dir=cache)
+    data = data.cast_column("jpg", datasets.Image(decode=False))
+    rows = data.map(datasets_row, num_proc=os.cpu_count()).filter(lambda name: name is not None, input_columns="name")
+    keep = distinct(
+        rows.select_columns(["name", "pixels", "straight", "mirrored", "colours", "area", "sharp"]).to_list()
+    )
+    database = Store(str(store), create=True)
+    for batch in data.filter(lambda key: key in keep, input_columns="__key__").iter(1000):
+        columns = zip(batch["__key__"], batch["jpg"], batch["txt"], strict=True)
+        database.insert([{"id": key, "image": image["bytes"], "height": 64, "width": 64, "brief": "", "dense": text,
+                          "source": "datasets"} for key, image, text in columns])  # fmt: skip
     return len(keep)
 
 
@@ -188,9 +217,12 @@ def driver(count: int, store: Path) -> int:
     return int(curation.curate(structure(CurationSpec, recipe), store, runner="serial").data["kept"])
 
 
+PEERS: dict[str, Any] = {"pool": pool, "datasets": with_datasets}
+
+
 def engine(name: str, folder: Path, store: Path) -> int:
-    if name == "pool":
-        return pool(folder, store)
+    if name in PEERS:
+        return PEERS[name](folder, store)
     if name.startswith("driver"):
         return driver(int(name.removeprefix("driver")), store)
     if name == "memory":
@@ -286,8 +318,11 @@ def hashes(counts: list[int]) -> None:
 
 
 def table(rows: list[dict[str, Any]], count: int) -> None:
-    code = len(inspect.getsource(pool_tar).splitlines()) + len(inspect.getsource(pool).splitlines())
-    lines = {"pool": code, "datasets": 0}
+    own = {"pool": (pool_tar, pool), "datasets": (datasets_row, with_datasets)}
+    lines = {
+        name: sum(len(inspect.getsource(part).splitlines()) for part in (measured, distinct, *parts))
+        for name, parts in own.items()
+    }
     print("| engine | kept | records/s | records/s of CPU | peak, MB | lines of user code |\n|---|---|---|---|---|---|")
     for row in rows:
         rates = f"{count / row['seconds']:.0f} | {count / max(row['cpu'], 1e-9):.0f}"
@@ -299,7 +334,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, default=Path("curation-speed"))
     parser.add_argument("--records", type=int, default=20_000)
-    parser.add_argument("--engines", default="native,ray,serial,pool")
+    parser.add_argument("--engines", default="native,ray,serial,pool,datasets")
     parser.add_argument("--memory", default="")
     parser.add_argument("--driver", default="")
     parser.add_argument("--hashes", default="")
@@ -330,11 +365,12 @@ def main() -> None:
     folder = make(options.output / f"pictures-{options.records}", options.records)
     rows = []
     for name in options.engines.split(","):
+        if name == "datasets" and importlib.util.find_spec("datasets") is None:
+            print("datasets is not installed: datasets.map is not measured")
+            continue
         rows.append(measure(name, folder, options.output / f"{name}-{stamp}"))
         print(json.dumps(rows[-1]), flush=True)
-    if importlib.util.find_spec("datasets") is None:
-        print("datasets is not installed: datasets.map was not measured")
-    stores = [options.output / f"{row['engine']}-{stamp}" for row in rows if row["engine"] != "pool"]
+    stores = [options.output / f"{row['engine']}-{stamp}" for row in rows if row["engine"] not in PEERS]
     for other in stores[1:]:
         print(
             f"{other.name}: {'the same store' if identical(stores[0], other) else 'ANOTHER STORE'} as {stores[0].name}"

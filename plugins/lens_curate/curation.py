@@ -98,6 +98,7 @@ class _Curation:
         # What duplicates were looked for with is a third of what is held of a record, and is done with.
         none = np.zeros((0, 4), np.uint64)
         records = evolve(records, hashes=none, mirrored=none)
+        t.release_memory()
         filler = Filler(self.tables, self.spec, self.captioner, records, verdicts)
         if self.captioner is not None:
             filler.caption(self._images, limit=None if preview is None else 20)
@@ -110,6 +111,8 @@ class _Curation:
         if filler.gone:
             filler.write_verdicts(self.spec)
         report = summarize(self.tables, self.spec, filler, read, time.monotonic() - self.begun)
+        del records, verdicts, filler
+        t.release_memory()
         self.tables.compact()  # last, for it gives rows other numbers
         return report
 
@@ -259,6 +262,7 @@ class _Curation:
             for kind in sorted(held, key=lambda k: (k == "parts", k)):
                 self._append(kind, held[kind])
             held.clear()
+            t.release_memory()
 
         try:
             for answer in answers:

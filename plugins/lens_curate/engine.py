@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -138,6 +139,8 @@ class _Dataflow:
                 left = [task for number, task in enumerate(tasks) if number not in done]
                 # Daft hands tasks out in order, and each process has one at work and some waiting.
                 suspects, tasks = left[: 4 * self.count], left[4 * self.count :]
+                warnings.warn("a process of the curation has died; the pictures that were at work are read again, "
+                              "one by one, and what kills a process again is marked", stacklevel=2)  # fmt: skip
                 before = self.isolated.deaths
                 for task in suspects:
                     yield from self.isolated.run(task)

@@ -137,6 +137,7 @@ class Filler:
         if len(drop):
             self.tables.store.delete(t.hex_texts(drop))
             self.removed = len(drop)
+        t.release_memory()
 
     def _put(self) -> Iterator[NDArray[np.bytes_]]:
         """Ids that the last run has kept, in batches."""
@@ -166,6 +167,7 @@ class Filler:
                 self.added += store.insert(held)
                 progress.add(len(held))
                 held.clear()
+                t.release_memory()
 
         size = 0
         for table in images(records, places) if len(places) else ():
@@ -235,6 +237,7 @@ class Filler:
 
     def write_verdicts(self, spec: CurationSpec) -> None:
         self.tables.rewrite(t.VERDICTS, json.dumps(unstructure(spec)), self._rows(self._earlier()))
+        t.release_memory()
 
     def _earlier(self) -> tuple[NDArray[np.bytes_], NDArray[np.int64]]:
         """Verdicts of earlier curations on records that this recipe is not about: keys, sorted, and rows."""

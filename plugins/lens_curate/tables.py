@@ -11,7 +11,9 @@ All but the last only grow. Where a row stands twice (a part was read again), th
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,8 +52,9 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
         "reason": "string", "of": "string", "distance": "int32",
     },
 }  # fmt: skip
-COMPACT_AFTER = 32
-"""Times that a run adds to a table before its pieces are joined at the end: reading many pieces is slow."""
+COMPACT_AFTER = 256
+"""Times that a run adds to a table before its pieces are joined at the end: reading very many pieces is slow. Joining
+takes memory, some 200 MB where a row has 2 KB, so what is small is left as it is."""
 _IMAGES = {"id": "string", "image": "large_binary"}
 _EMPTY = {"string": "", "binary": b"", "int32": 0, "int64": 0, "float32": 0.0}
 
@@ -229,6 +232,7 @@ class Tables:
         if len(last) < count:
             for name in arrays:
                 arrays[name] = arrays[name][last]
+        release_memory()
         # Digests of pixels are compared with one another alone, for which their numbers do.
         pixels = np.unique(arrays.pop("pixels"), return_inverse=True)[1].astype(np.int32)
         return RecordArrays(sources=tuple(sources), faults=tuple(faults), pixels=pixels, **arrays)
@@ -287,6 +291,15 @@ def among(ids: NDArray[np.bytes_], batches: Iterable[NDArray[np.bytes_]]) -> NDA
     mask = np.empty(len(ids), bool)
     mask[order] = np.cumsum(hits[:-1]) > 0
     return mask
+
+
+def release_memory() -> None:
+    """Give what is free back to the system: allocators keep it for themselves, and the peaks of stages would add up."""
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc has it
+        libc.malloc_trim(0)
 
 
 def hex_texts(digests: NDArray[np.bytes_]) -> list[str]:

@@ -20,6 +20,7 @@ from lens_curate.engine import default_runner
 from lens_curate.measures import Clarity
 from lens_curate.progress import Progress, duration
 from lens_curate.recipe import CurationSpec, read_spec
+from lens_curate.tables import load
 from lens_curate.verdicts import explain, verdicts
 from lens_data.imports import import_folder
 from lens_data.store import Store
@@ -401,6 +402,90 @@ def test_the_native_runner_makes_the_same_store(folder: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert stored(tmp_path / "native") == stored(tmp_path / "serial")
     assert sorted(map(str, verdicts(str(tmp_path / "native")))) == sorted(map(str, verdicts(str(tmp_path / "serial"))))
+
+
+POISON = """
+import os
+
+from attrs import frozen
+
+from lens_core import hookimpl
+
+
+class Poison:
+    version = "1"
+    columns = ("fine",)
+
+    @frozen
+    class Config:
+        signal: int = 11
+
+    def __init__(self, config):
+        self.config = config
+
+    def score(self, records):
+        for record in records:
+            if "poison" in record.data["name"]:
+                os.kill(os.getpid(), self.config.signal)
+        return {"fine": [1.0 for _ in records]}
+
+
+@hookimpl
+def lens_curators():
+    return {"poison": Poison}
+"""
+
+
+@pytest.mark.parametrize(("signal_number", "cause"), [(11, "SIGSEGV"), (9, "SIGKILL")])
+def test_a_picture_that_kills_its_process_is_marked_and_the_others_go_on(
+    tmp_path: Path, signal_number: int, cause: str
+) -> None:
+    pytest.importorskip("daft")
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for seed in range(8):
+        add(raw, f"{seed}{'poison' if seed in (2, 3) else ''}.png", picture(seed))
+    (tmp_path / "poison.py").write_text(POISON)
+    recipe = tmp_path / "recipe.yaml"
+    filters = [{"use": "poison", "signal": signal_number, "keep": {"fine": {"min": 1}}}]
+    recipe.write_text(json.dumps({"sources": [{"use": "folder", "path": str(raw)}], "filters": filters}))
+    words = [
+        "--plugin",
+        str(tmp_path / "poison.py"),
+        "data",
+        "curate",
+        str(recipe),
+        "--output",
+        str(tmp_path / "store"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "lens_core", *words, "--workers", "1"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 records, 6 kept" in done.stdout and "2 dropped by decode" in done.stdout
+    reasons = {row["name"]: row["reason"] for row in verdicts(str(tmp_path / "store"))}
+    crashed = f"crashed the process that read it ({cause})"
+    assert {name for name, reason in reasons.items() if reason == crashed} == {"2poison.png", "3poison.png"}
+    assert len(stored(tmp_path / "store")) == 6
+
+
+def test_a_task_goes_on_behind_what_has_killed_a_process(folder: Path, tmp_path: Path) -> None:
+    worker_ = worker.Worker(spec(folder), str(tmp_path / "store"))
+    (source,) = worker_.sources
+    part = next(part for part in source.source.parts() if part.key == "1.png")
+    rows = {}
+    for name, changes in {
+        "picture": {"fatal": {1: "it died"}},
+        "reading": {"unreadable": (1, "it died")},
+        "score": {"fatal": {1: "it died"}, "records": False, "filters": (2,)},
+    }.items():
+        text = worker.dump_task([worker.PartTask(0, part, **changes)])
+        answers = [(a.kind, load(a.body).to_pylist()) for a in worker_.run(worker.load_task(text))]
+        assert [kind for kind, _ in answers] == (["scores 2"] if name == "score" else ["records", "parts"])
+        rows[name] = answers[0][1][0]
+    assert {row["fault"] for row in rows.values()} == {"it died"}
+    assert rows["picture"]["id"] == rows["score"]["id"] and rows["picture"]["dense"] == "A texture called 1."
+    assert rows["reading"]["id"] == "" and np.isnan(rows["score"]["mean"])
 
 
 def test_the_runner_is_the_one_that_dafts_variable_names(monkeypatch) -> None:
