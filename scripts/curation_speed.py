@@ -318,10 +318,10 @@ def hashes(counts: list[int]) -> None:
 
 
 def table(rows: list[dict[str, Any]], count: int) -> None:
-    own = {"pool": (pool_tar, pool), "datasets": (datasets_row, with_datasets)}
+    parts_of = {"pool": (pool_tar, pool), "datasets": (datasets_row, with_datasets)}
     lines = {
         name: sum(len(inspect.getsource(part).splitlines()) for part in (measured, distinct, *parts))
-        for name, parts in own.items()
+        for name, parts in parts_of.items()
     }
     print("| engine | kept | records/s | records/s of CPU | peak, MB | lines of user code |\n|---|---|---|---|---|---|")
     for row in rows:

@@ -141,8 +141,8 @@ def train(root: Path, start: str, arm: str, seed: int, steps: int) -> None:
 
 def bench(model: str | Path, out: Path, kind: str) -> None:
     if not (out / "result.json").is_file():
-        asked = json.dumps(question("test", 180, kind == "dense"))
-        lens("bench", asked, "--model", model, "--steps", "10", "--output", out)
+        benchmark = json.dumps(question("test", 180, kind == "dense"))
+        lens("bench", benchmark, "--model", model, "--steps", "10", "--output", out)
 
 
 # ---- what came of it ------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Isolated:
             number, done = 0, 0  # of the picture that is decoded, 0 while the source is read; parts that are finished
             last = 0  # the picture before
             with _process() as process:
-                _send(process.stdin, json.dumps({**self.recipe, "tasks": dump_task(left)}).encode())
+                _write(process.stdin, json.dumps({**self.recipe, "tasks": dump_task(left)}).encode())
                 for kind, body in _messages(process.stdout):
                     if kind == "at":
                         number = int(body)
@@ -81,7 +81,7 @@ def _process() -> subprocess.Popen[bytes]:
     )
 
 
-def _send(file: IO[bytes] | None, body: bytes) -> None:
+def _write(file: IO[bytes] | None, body: bytes) -> None:
     assert file is not None
     try:
         with file:
@@ -106,7 +106,7 @@ def main() -> None:
     out = sys.stdout.buffer
     sys.stdout = sys.stderr  # what a library prints is no message
 
-    def say(kind: str, body: bytes = b"") -> None:
+    def send(kind: str, body: bytes = b"") -> None:
         out.write(_HEAD.pack(len(kind), len(body)) + kind.encode() + body)
         out.flush()
 
@@ -116,11 +116,11 @@ def main() -> None:
             structure(CurationSpec, order["spec"]),
             order["store"],
             batch=1,  # so that what dies has scored one picture
-            note=lambda number: say("at", str(number).encode()),
+            note=lambda number: send("at", str(number).encode()),
         )
         for task in load_task(order["tasks"]):
             for answer in worker.run([task]):
-                say(answer.kind, answer.body)
-            say("done")
+                send(answer.kind, answer.body)
+            send("done")
     except Exception as error:
-        say("error", one_line(error).encode())
+        send("error", one_line(error).encode())
