@@ -111,6 +111,8 @@ class Backbone(HasWeights, Protocol):
     VAE or encoder gives others is then refused before anything is loaded.
     One that can take samples of different sizes in one pass has `packed(xs, t, text)` too: xs [C,h,w] each, t [B] and
     text as in `forward` -> v for each, of its own size and independent of the others. Packed training needs it.
+    `fitting(options, C, L, D) -> Mapping[str, Any]`, optional, a class method: the options of its Config by which it
+    takes such latents and features. A recipe may then say `like: neighbours` instead of them. `options` are the others.
     `flops((h, w), tokens)`, optional, is what a forward costs for one sample, so that a run can tell its MFU.
     """
 

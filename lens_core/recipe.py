@@ -18,7 +18,13 @@ from lens_core.io.readers import shown
 from lens_core.types import ConfigError, LensError
 from lens_core.validators import GUIDANCE, PIXELS, SEED, STEPS, each, integer, one_of, optional, real, text, within
 
+LIKE = "like"
+"""The option by which a part of the pipeline takes its sizes from the start checkpoint, or from the parts beside it."""
+LIKES = ("start", "neighbours")
+SIZED = ("vae", "text_encoder", "backbone")  # the parts that have it
+
 __all__ = [
+    "LIKE",
     "ComponentSpec",
     "Evaluation",
     "LoraSpec",
@@ -178,6 +184,20 @@ def build(catalog: Catalog, kind: str, use: ComponentSpec, path: str = "$") -> t
     return entry.name, entry.cls, config
 
 
+def _check_like(catalog: Catalog, kind: str, spec: ComponentSpec, path: str) -> None:
+    """Check a part that takes its sizes from elsewhere: `like`, and each option that is written, by itself."""
+    if spec.options[LIKE] not in LIKES:
+        raise ConfigError(f"{path}.{LIKE}: must be {' or '.join(LIKES)}, not {shown(spec.options[LIKE])}")
+    written = ComponentSpec(spec.use, {k: v for k, v in spec.options.items() if k != LIKE})
+    try:
+        build(catalog, kind, written, path)
+    except ConfigError as error:
+        written_paths = tuple(f"{path}.{name}" for name in written.options)
+        problems = [p for p in error.problems if p.startswith(written_paths)]
+        if problems:
+            raise ConfigError(problems) from error
+
+
 def read_recipe(path: Path, catalog: Catalog, changes: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, checked whole: its own fields and the options of every component it names.
 
@@ -193,7 +213,9 @@ def read_recipe(path: Path, catalog: Catalog, changes: Sequence[str] = ()) -> Re
         problems += error.problems
     for kind, value, where in _named(data if isinstance(data, Mapping) else {}):
         try:
-            build(catalog, kind, as_use(value, None), where)
+            spec = as_use(value, None)
+            check = _check_like if kind in SIZED and LIKE in spec.options else build
+            check(catalog, kind, spec, where)
         except ConfigError as error:
             problems += error.problems
         except WrongType:

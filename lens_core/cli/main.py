@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 import warnings
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import isfunction
+from pathlib import Path
 
 from cyclopts import App
 
@@ -46,9 +48,33 @@ def mount(catalog: Catalog, called: str | None = None) -> dict[str, str]:
             if group and group == called:
                 with suppress(ImportError):  # its group has been imported as well, so help may tell what it does
                     import_module(module)
-            ready = getattr(sys.modules.get(module), attribute, None)  # if imported already, help can tell what it does
-            parent.command(ready if isfunction(ready) else place, name=last)
+            ready = getattr(sys.modules.get(module), attribute, None)
+            if isfunction(ready):
+                parent.command(ready, name=last)
+            else:  # of the command that runs, the whole help; of others the line that stands in a list
+                parent.command(place, name=last, help=None if last == called else _description(module, attribute))
     return commands
+
+
+def _description(module: str, attribute: str) -> str | None:
+    """The first paragraph of a command's docstring, or the `help` of its cyclopts App, read without importing it."""
+    try:
+        spec = find_spec(module)
+        assert spec is not None and spec.origin is not None
+        tree = ast.parse(Path(spec.origin).read_bytes())
+    except Exception:  # whoever runs the command gets the error
+        return None
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == attribute:
+            return " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split()) or None
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            texts = [
+                k.value.value for k in node.value.keywords if k.arg == "help" and isinstance(k.value, ast.Constant)
+            ]
+            if attribute in names and texts:
+                return str(texts[0])
+    return None
 
 
 def _module_exists(module: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from attrs import frozen
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from lens_core.arguments import parse_lora
 from lens_core.io import readers
@@ -97,7 +97,12 @@ class ModelOptions:
         }
 
 
-ModelGroup = Annotated[ModelOptions, Parameter(name="*")]
+PROMPTS, MODEL, PICTURE, SAMPLING, INIT_IMAGE = (
+    Group(name, sort_key=place)
+    for place, name in enumerate(("Prompts and files", "Model", "Picture", "Sampling", "Init image"))
+)
+"""The groups of options in the help of commands that draw."""
+ModelGroup = Annotated[ModelOptions, Parameter(name="*", group=MODEL)]
 """The type of a command's parameter that stands for all of these options."""
 DEFAULT_MODEL = ModelOptions()
 

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 class PipelineGenerator:
-    """Draws with `LensPipeline`. A picture has the seed of its request, whatever it is batched with."""
+    """Draw with a Lens checkpoint (`LensPipeline`).
+
+    A picture has the seed of its request, whatever it is batched with.
+    """
 
     @frozen
     class Config:

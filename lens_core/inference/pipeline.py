@@ -35,6 +35,7 @@ from lens_core.inference.parts import (
 from lens_core.inference.pipeline_parts import PipelineParts
 from lens_core.inference.pixels import to_images, to_pil, to_pixels
 from lens_core.inference.prompt_cache import CacheEntry, EncoderKey, PromptCache, weights_state
+from lens_core.inference.sizes import resolve_sizes
 from lens_core.io.progress import progress_bar
 from lens_core.protocols import dtype_of
 from lens_core.recipe import ComponentSpec, PipelineSpec, build, unstructure
@@ -108,6 +109,7 @@ class LensPipeline(PipelineParts):
 
         Parts of a checkpoint that are `deferred`, or that a new part replaces, are not read.
         """
+        parts = resolve_sizes(parts, catalog)
         deferred = {*deferred, *(kind for kind in MODEL_PARTS if getattr(parts, kind) is not None)}
         pipeline = (
             cls.from_pretrained(parts.start, catalog=catalog, dtype=torch.float32, device="cpu", deferred=deferred)

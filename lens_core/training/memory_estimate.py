@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 
 from lens_core.attribution import check_on_meta
@@ -15,10 +16,12 @@ from lens_core.checkpoints import hub, manifest
 from lens_core.inference import lora
 from lens_core.inference.parts import MODEL_PARTS, PIPELINE_PARTS
 from lens_core.inference.pipeline import LensPipeline
+from lens_core.inference.sizes import resolve_sizes, specs_of
 from lens_core.recipe import ComponentSpec, Recipe, build, unstructure
 from lens_core.training import frozen_weights
 from lens_core.training.muon import block_matrices
-from lens_core.types import LensError
+from lens_core.training.optimizers import check_module_names
+from lens_core.types import ConfigError, LensError
 
 PUBLISHED = "published:"
 """The name under which a plugin describes the published model (`lens_describe`)."""
@@ -47,15 +50,13 @@ def parts(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, ComponentSpec], d
     if start is not None:
         here = _here(start, catalog)
         described = published(catalog, start) if here is None else manifest.read_manifest(here, catalog)
-        components = described["components"]
-        uses = {
-            k: ComponentSpec(c["use"], dict(c.get("config", {}))) for k, c in components.items() if k in PIPELINE_PARTS
-        }
+        uses = specs_of(described)
         presets = dict(described.get("presets", {}))
         if here is None:
             names = ", ".join(use.use for kind, use in uses.items() if kind in MODEL_PARTS)
             notes.append(f"{start} is not on this disk; the sizes are those of the published model ({names})")
-    uses |= {kind: use for kind in PIPELINE_PARTS if (use := getattr(recipe.pipeline, kind)) is not None}
+    written = resolve_sizes(recipe.pipeline, catalog, uses)
+    uses |= {kind: use for kind in PIPELINE_PARTS if (use := getattr(written, kind)) is not None}
     wanted = ("steps", "guidance_scale", "base_resolution")
     presets |= {k: v for k in wanted if (v := getattr(recipe.pipeline, k)) is not None}
     return uses, presets, notes
@@ -86,7 +87,32 @@ def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
     known = not notes or catalog.first("lens_describe", Path(recipe.pipeline.start or "")) is not None
     if known:
         check_on_meta(*(built.get(kind) for kind in ("vae", "text_encoder", "backbone")))
-    return LensPipeline(**built, presets=presets, specs=uses, catalog=catalog), notes
+    pipeline = LensPipeline(**built, presets=presets, specs=uses, catalog=catalog)
+    _check_sizes(recipe, catalog, pipeline)
+    return pipeline, notes
+
+
+def _check_sizes(recipe: Recipe, catalog: Catalog, pipeline: LensPipeline) -> None:
+    """Raise ConfigError for a picture size of the recipe that is not on the VAE's grid."""
+    if pipeline.vae is None or pipeline.backbone is None:
+        return
+    sizes = [("$.evaluation.size", recipe.evaluation.size)] if recipe.evaluation and recipe.evaluation.size else []
+    for kind in ("dataset", "method"):
+        spec = getattr(recipe, kind)
+        config = build(catalog, kind, spec, f"$.{kind}")[2] if spec is not None else None
+        sizes += [(f"$.{kind}.sizes", size) for size in _pairs(getattr(config, "sizes", ()))]
+    for path, size in sizes:
+        try:
+            pipeline.size(*size)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+
+def _pairs(sizes: Any) -> list[tuple[int, int]]:
+    """The (height, width) in an option `sizes`, which another plugin may use for something else."""
+    if not isinstance(sizes, tuple | list):
+        return []
+    return [(s[0], s[1]) for s in sizes if isinstance(s, tuple | list) and [type(n) for n in s] == [int, int]]
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
@@ -160,6 +186,7 @@ def cost(
     """(bytes by part, parameters that learn by module) of networks on the meta device, to which the recipe's LoRAs are
     put. `held` are all of them by name; `parts` are those of the pipeline, which alone have moving averages.
     `published`: they are read from the published files."""
+    check_module_names(recipe.train, trainable)
     sizes: dict[str, int] = {}
     learns: dict[str, int] = {}
     weigher = Weigher(recipe.train.precision == "bf16")
@@ -204,7 +231,11 @@ def describe(recipe: Recipe, catalog: Catalog) -> str:
     import yaml
 
     _, method, config = build(catalog, "method", recipe.method, "$.method")
-    resolved = unstructure(recipe)
+    uses, _, _ = parts(recipe, catalog)
+    pipeline: dict[str, Any] = {
+        kind: uses[kind] for kind in PIPELINE_PARTS if getattr(recipe.pipeline, kind) is not None
+    }
+    resolved = unstructure(evolve(recipe, pipeline=evolve(recipe.pipeline, **pipeline)))
     resolved["method"] = {"use": recipe.method.use, **unstructure(config)}
     text = yaml.safe_dump(_plain(resolved), sort_keys=False, allow_unicode=True, width=120)
     if recipe.dataset is not None:

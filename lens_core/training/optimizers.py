@@ -6,7 +6,7 @@ and the keys and values of an encoder's head. They see a change by `Tensor._vers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +17,16 @@ from lens_core.types import ConfigError
 
 if TYPE_CHECKING:
     from lens_core.recipe import Training
+
+
+def check_module_names(train: Training, modules: Collection[str]) -> None:
+    """Raise ConfigError where an option of `train` names a module that the method does not train."""
+    for option in ("lora", "lr_multipliers"):
+        for name in getattr(train, option):
+            if name not in modules:
+                raise ConfigError(
+                    f"$.train.{option}: no trainable module is called {name!r}; there are {', '.join(modules)}"
+                )
 
 
 def build(

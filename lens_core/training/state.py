@@ -100,13 +100,7 @@ class TrainingState:
         config = self.train_config
         for part in (*self.pipeline.present().values(), *self.modules.values()):
             part.requires_grad_(False).eval()
-        for option in ("lora", "lr_multipliers"):
-            for module_name in getattr(config, option):
-                if module_name not in self.modules:
-                    raise ConfigError(
-                        f"$.train.{option}: no trainable module is called {module_name!r}; "
-                        f"there are {', '.join(self.modules)}"
-                    )
+        optimizers.check_module_names(config, self.modules)
         for module_name, spec in config.lora.items():
             lora.attach(self.modules[module_name], spec)
             self.modules[module_name].requires_grad_(False)

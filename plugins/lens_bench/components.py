@@ -116,7 +116,10 @@ def _uses(config: Any, roles: Sequence[str]) -> Iterator[tuple[str, str, Compone
 
 
 class GenEval(PublicBenchmark):
-    """Does a picture show the objects, numbers, colours and positions asked for? 553 prompts, four pictures each."""
+    """GenEval: objects, counts, colours and positions, by a detector; 553 prompts.
+
+    Four pictures each.
+    """
 
     total = 553
 
@@ -150,7 +153,10 @@ class GenEval(PublicBenchmark):
 
 
 class CVTG(PublicBenchmark):
-    """Which words of a prompt does an OCR engine read? 2,000 prompts, one picture each."""
+    """CVTG-2K: words to be drawn, read back by OCR; 2,000 prompts.
+
+    One picture each.
+    """
 
     total = 2000
     images_per_prompt = 1
@@ -205,7 +211,10 @@ def _cvtg_archive(revision: str | None) -> Path:
 
 
 class LongText(PublicBenchmark):
-    """How much of a long text can be read back from a picture? 160 prompts, four pictures each."""
+    """LongText-Bench: long texts to be drawn, read back by a model; 160 prompts.
+
+    Four pictures each.
+    """
 
     total = 160
 
@@ -245,8 +254,10 @@ ONEIG_ROLES = ("reader", "vlm", "style_csd", "style_encoder", "diversity", "reas
 
 
 class OneIG(PublicBenchmark):
-    """Five dimensions: alignment, text, diversity, style, reasoning. 1,120 prompts, four pictures each. A dimension for
-    which no perceiver is named is absent."""
+    """OneIG-Bench: alignment, text, diversity, style, reasoning; 1,120 prompts.
+
+    Four pictures each. A dimension for which no perceiver is named is absent.
+    """
 
     total = 1120
 

@@ -43,7 +43,10 @@ HEAD = 2**20  # bytes of each file of weights that its fingerprint reads
 
 
 class Diffusers:
-    """Draws with a diffusers pipeline, one call for each batch of prompts of one size."""
+    """Draw with a pipeline of diffusers, such as FLUX or SDXL.
+
+    One call for each batch of prompts of one size.
+    """
 
     @frozen
     class Config:

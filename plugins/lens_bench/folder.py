@@ -25,7 +25,9 @@ FIELDS = ("id", "number", "index")
 
 
 class Folder:
-    """Takes each picture from a file whose name is made from the prompt's id and the picture's number.
+    """Take pictures that are there already from a folder, by file name.
+
+    A name is made from the prompt's id and the picture's number.
 
     A picture that is not there has failed ("missing"), so that coverage and the strict score tell of it.
     """

@@ -43,7 +43,7 @@ class _Measure:
 
 
 class Resolution(_Measure):
-    """Sides in px, area in megapixels, and the longer side over the shorter."""
+    """Height and width in px, megapixels, and the aspect ratio (long side over short)."""
 
     columns = ("short_side", "long_side", "megapixels", "aspect_ratio")
 
@@ -57,7 +57,10 @@ class Resolution(_Measure):
 
 
 class Luminance(_Measure):
-    """Mean and standard deviation of brightness, 0 to 255, and the shares of pixels that are nearly black or white."""
+    """Brightness: mean, standard deviation, shares of black and of white pixels.
+
+    Brightness is from 0 to 255; pixels count that are nearly black or white.
+    """
 
     columns = ("mean", "contrast", "dark", "light")
 
@@ -74,7 +77,7 @@ class Luminance(_Measure):
 
 
 class Entropy(_Measure):
-    """Entropy of the histogram of brightness in bits, 0 (one brightness) to 8 (all 256 alike)."""
+    """Entropy of the brightness histogram in bits: 0 (one brightness) to 8 (all alike)."""
 
     columns = ("entropy",)
 
@@ -90,7 +93,9 @@ class Entropy(_Measure):
 
 
 class Clarity(_Measure):
-    """Sharpness of the edges there are, and noise, on a grey copy of a fixed size.
+    """Sharpness of the edges, and noise.
+
+    Measured on a grey copy of a fixed size.
 
     `clarity` is the standard deviation of the Laplacian over that of the brightness: the variance of the Laplacian, a
     usual measure of blur, without the contrast of the picture in it. `edge` is the steepest step between neighbours
@@ -120,7 +125,9 @@ class Clarity(_Measure):
 
 
 class Blockiness(_Measure):
-    """How much larger steps between the 8 x 8 blocks of JPEG are than those inside them: 1 for none, 2 for twice.
+    """JPEG block artefacts: 1 for none, 2 where steps between blocks are twice as large.
+
+    How much larger steps between the 8 x 8 blocks of JPEG are than those inside them.
 
     At full size, whatever the format: a picture that was JPEG once keeps its blocks as PNG. Blocks whose grid was
     moved or scaled are not seen.
@@ -140,7 +147,7 @@ class Blockiness(_Measure):
 
 
 class Borders(_Measure):
-    """The share of the picture that is an even frame at its edges: letterboxes, pillars, white margins.
+    """The share of a picture that is an even border: letterboxes, white margins.
 
     `border` is the share of the area; `bars` that of the two thickest opposite bars alone. A row belongs to the border
     if all its pixels are within `tolerance` levels of the corner's colour. An even background that reaches an edge
@@ -175,7 +182,10 @@ class Borders(_Measure):
 
 
 class FileFacts(_Measure):
-    """What the file tells: 1 if its name's ending is that of another format, and its bytes for each pixel."""
+    """File facts: a wrong file ending (1 or 0), and bytes a pixel.
+
+    A wrong ending is that of another format.
+    """
 
     columns = ("wrong_extension", "bytes_per_pixel")
 
@@ -192,7 +202,9 @@ class FileFacts(_Measure):
 
 
 class Captions(_Measure):
-    """Words and characters of the longer of the captions that came with a picture, and how often its words repeat.
+    """Length of the caption in words and characters, and how often words repeat.
+
+    Of the longer of the captions that came with a picture.
 
     `repetition` is 1 less the share of different words: 0 where no word stands twice.
     """

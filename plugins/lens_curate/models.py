@@ -29,7 +29,9 @@ from lens_curate.weights import ModelOptions, device_of, load_model, load_proces
 
 
 class Classifier:
-    """The probability of one label, by an image classifier of the transformers library: NSFW, watermarks, or others.
+    """The probability of one label by an image classifier: NSFW, watermarks, or others.
+
+    The classifier is one of the transformers library.
 
     The column is called as `column` says, so that a threshold reads `keep: {nsfw: {max: 0.5}}`.
     """
@@ -85,7 +87,9 @@ class Classifier:
 
 
 class Aesthetics:
-    """The LAION aesthetic score, about 1 to 10: five linear layers over the image embedding of CLIP ViT-L/14.
+    """The LAION aesthetic score of a picture, about 1 to 10.
+
+    Five linear layers over the image embedding of CLIP ViT-L/14.
 
     `model` is a CLIP model in the layout of the transformers library; `head` a safetensors file with the weights of
     the five layers, `layers.0` to `layers.7` as the published head numbers them. That head is published as a pickle,
@@ -162,7 +166,9 @@ def read_head(path: Path, width: int) -> Any:
 
 
 class TextArea:
-    """How much of a picture is text: the share of its area in boxes that RapidOCR finds, and how many there are.
+    """The share of a picture that is text, and the number of text boxes, by RapidOCR.
+
+    The share is that of the area in boxes.
 
     The wheel of rapidocr ships its models; nothing is fetched. Overlapping boxes count once.
     """
@@ -227,7 +233,7 @@ WHOLE = "Is this a description of this picture, and not of another one?"
 
 
 class CaptionMatch:
-    """How well a picture's caption fits it, 0 to 1, by a reward: an LLM that judges by four questions, or another.
+    """How well the caption fits the picture, 0 to 1, by a reward such as an LLM judge.
 
     Asked last, about pictures that everything else keeps. A reward that needs facts which a caption does not carry
     abstains, and its pictures fail to be measured.

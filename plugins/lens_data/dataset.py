@@ -62,7 +62,9 @@ class StoreOptions:
 
 
 class StoreDataset:
-    """Pictures of a store in shuffled epochs, all of a batch in one bucket; see `Config`.
+    """Pictures of a training store in buckets: one size a batch.
+
+    In shuffled epochs; see `Config`.
 
     `corrupt` names the pictures that could not be decoded, with the reason; another of the bucket stands in for each.
     """

@@ -15,8 +15,10 @@ from lens_core.validators import SEED, each, real
 
 
 class Mix:
-    """Which dataset the next batch is from is drawn by weight, from the seed and the batch's number: on every rank the
-    same one."""
+    """Several datasets by weight: each batch is from one of them.
+
+    Which one is drawn from the seed and the batch's number: on every rank the same one.
+    """
 
     @frozen
     class Config:

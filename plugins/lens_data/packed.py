@@ -34,7 +34,9 @@ class Epoch:
 
 
 class PackedDataset(StoreDataset):
-    """Pictures of a store in shuffled epochs, of mixed sizes in every batch; see `Config`.
+    """Pictures of a training store, packed: mixed sizes in every batch.
+
+    In shuffled epochs; see `Config`.
 
     Tokens of captions are estimated from their words. The weight of a batch is its number of samples over that of a
     mean rank, so that the mean over ranks of weighted mean losses is the mean over all samples of the step.

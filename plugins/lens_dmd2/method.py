@@ -58,7 +58,9 @@ class MicroBatch:
 
 
 class DMD2:
-    """The pipeline's backbone becomes a student of `steps` steps without guidance; as it was, it is the teacher.
+    """Distil the pipeline into a student of few steps without guidance (DMD2).
+
+    The pipeline's backbone becomes the student of `steps` steps; as it was, it is the teacher.
 
     A step is one update of the generator, after `fake_score_updates` of the fake score network (a copy that learns what
     the student makes) and, with a GAN, of the heads. The pipeline's presets become the student's. The teacher is not

@@ -70,7 +70,10 @@ class Scheduled:
 
 
 class Euler(Scheduled):
-    """x moves by (t' - t) v from each time to the next: the published sampler."""
+    """Euler's method on the flow ODE: the sampler of the published pipeline.
+
+    x moves by (t' - t) v from each time to the next.
+    """
 
     model_index: ClassVar = {"scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler")}
 

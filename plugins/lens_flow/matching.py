@@ -36,7 +36,9 @@ class EncodedBatch:
 
 
 class FlowMatching(BaseMethod):
-    """Train the backbone by the mean squared error between its velocity at x_t and noise - data, for t logit-normal.
+    """Pre-train or fine-tune the backbone by flow matching, for t logit-normal.
+
+    The loss is the mean squared error between its velocity at x_t and noise - data.
 
     The loss is the mean over samples of each sample's mean: in a packed batch, a large picture counts as much as a
     small one, as it does in batches of one size. The mean of logit(t) is linear in the latent cells of the picture:

@@ -15,7 +15,10 @@ from lens_flow.euler import Scheduled, at
 
 
 class Heun(Scheduled):
-    """The mean of the velocities at both ends of a step: second order, for two passes a step (one in the last)."""
+    """Heun's method: second order, two passes of the backbone a step (one in the last).
+
+    The mean of the velocities at both ends of a step.
+    """
 
     def sample(self, velocity: Velocity, x: Tensor, steps: int, start: int = 0) -> Iterator[tuple[float, Tensor]]:
         """As `Euler.sample`."""
@@ -29,8 +32,11 @@ class Heun(Scheduled):
 
 
 class DPMpp(Scheduled):
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the guess of the data is drawn on along log((1 - t) / t), through
-    the one before it. Second order, for one pass a step. Where that logarithm ends, at t = 1 and t = 0, it is Euler."""
+    """DPM-Solver++(2M): second order, one pass of the backbone a step.
+
+    Lu et al. 2022, algorithm 2: the guess of the data is drawn on along log((1 - t) / t), through the one before it.
+    Second order, for one pass a step. Where that logarithm ends, at t = 1 and t = 0, it is Euler.
+    """
 
     def sample(self, velocity: Velocity, x: Tensor, steps: int, start: int = 0) -> Iterator[tuple[float, Tensor]]:
         """As `Euler.sample`."""
@@ -48,7 +54,9 @@ class DPMpp(Scheduled):
 
 
 class EulerAncestral(Scheduled):
-    """Euler to a time before the next, and back to the next with new noise: errors are forgotten on the way.
+    """Euler's method with new noise after each step (ancestral sampling).
+
+    It steps to a time before the next, and back to the next with new noise: errors are forgotten on the way.
 
     Which time that is keeps every marginal of a rectified flow: (1 - t) data + t noise in distribution.
     """

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Autoencode(BaseMethod):
-    """loss = l1 |e| + l2 e^2 + edges |de| + kl KL, each a mean over its elements, for the pixel error e in [-2, 2]."""
+    """Train the VAE to reconstruct pictures: L1, L2, edge and KL losses.
+
+    loss = l1 |e| + l2 e^2 + edges |de| + kl KL, each a mean over its elements, for the pixel error e in [-2, 2].
+    """
 
     headline = ("vae/loss", "vae/l1", "vae/edges", "vae/kl", "vae/grad_norm")
 

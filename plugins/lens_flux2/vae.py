@@ -33,8 +33,11 @@ UNUSED = ("sample_size", "batch_norm_momentum", "force_upcast", "down_block_type
 
 
 class Flux2VAE(nn.Module):
-    """Pictures to latents of about unit variance and back; `net` is the diffusers model. Draws its first weights from
-    torch's default generator: seed it first."""
+    """The FLUX.2 autoencoder: pictures to normalised latents, and back.
+
+    `net` is the diffusers model; latents have about unit variance. Draws its first weights from torch's default
+    generator: seed it first.
+    """
 
     Config = Flux2VAEConfig
 

@@ -37,8 +37,11 @@ KEPT_PLAIN = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.em
 
 
 class GptOssEncoder(WritesText, nn.Module):
-    """Prompts, wrapped in the published conversation, to residual streams. A new one has no tokenizer: the method
-    `language_model` makes it. Draws its first weights from torch's default generator: seed it first."""
+    """GPT-OSS as a text encoder: residual streams of several layers, one vector a token.
+
+    Prompts are wrapped in the published conversation. A new one has no tokenizer: the method `language_model` makes it.
+    Draws its first weights from torch's default generator: seed it first.
+    """
 
     Config = GptOssEncoderConfig
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class LanguageModel(BaseMethod):
-    """loss = cross entropy of the tokens after the head, in nats a token, + balance * the experts' imbalance.
+    """Train the text encoder to predict captions, token by token (cross entropy).
+
+    loss = cross entropy of the tokens after the head, in nats a token, + balance * the experts' imbalance.
 
     Of a dataset of conversations (`Batch.chats`) the tokens of the last turns count, and no others.
 

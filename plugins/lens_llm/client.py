@@ -39,7 +39,10 @@ OFFICIAL = "https://api.openai.com/v1"
 
 
 class OpenAI:
-    """Chat completions. Safe to call from several threads; `map` does so."""
+    """Any chat API that speaks OpenAI's protocol: OpenAI, vLLM, Ollama and others.
+
+    Safe to call from several threads; `map` does so.
+    """
 
     @frozen
     class Config:

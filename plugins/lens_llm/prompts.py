@@ -122,7 +122,7 @@ def write(
 
 
 class PromptFile:
-    """The benchmark `prompts`: the prompts of a file, scored by a reward if one is named."""
+    """Prompts of a file (one a line, or JSON lines), scored by a reward if named."""
 
     @frozen
     class Config:

@@ -66,7 +66,9 @@ USUAL = Prompt(
 
 
 class RubricReward:
-    """Weighted mean of yes 1, partial 1/2, no 0 over the rubrics, the global one included; `na` does not count.
+    """Score pictures by a prompt's rubrics, each a question that a vision LLM answers.
+
+    The weighted mean of yes 1, partial 1/2, no 0 over the rubrics, the global one included; `na` does not count.
 
     Whatever breaks is Score("failed"), with the reason as evidence. A prompt without rubrics is abstained from, and so
     is a picture of which too few verdicts count.

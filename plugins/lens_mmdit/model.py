@@ -39,7 +39,9 @@ FOLDER = "transformer"  # where a checkpoint keeps this component
 
 
 class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]  # untyped
-    """The backbone `mmdit`, and a diffusers model: `from_pretrained` and `save_pretrained` know the same files.
+    """The Lens diffusion transformer: double-stream MMDiT blocks with joint attention.
+
+    It is a diffusers model: `from_pretrained` and `save_pretrained` know the same files.
 
     Built as `cls(config)`, or from the fields of a config by name. A new model predicts v = 0, and each of its blocks
     does nothing (adaLN-zero; Peebles and Xie, 2023): modulation, `norm_out` and `proj_out` are 0, other linears uniform
@@ -146,6 +148,18 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
         """(C, L, D): latent channels, layers of text features and their width, as it reads them."""
         c = self.config
         return c.in_channels, len(c.selected_layer_index), c.enc_hidden_dim
+
+    @classmethod
+    def fitting(cls, options: Mapping[str, Any], channels: int, layers: int, width: int) -> dict[str, Any]:
+        """The options by which it takes latents of so many channels, and text features of such layers and width."""
+        patch = int(options.get("patch_size", cls.Config().patch_size))
+        named = options.get("selected_layer_index", ())  # of these only the number counts
+        return {
+            "in_channels": channels,
+            "out_channels": channels // patch**2,
+            "selected_layer_index": list(named if len(named) == layers else range(layers)),
+            "enc_hidden_dim": width,
+        }
 
     @classmethod
     def refuses(cls, dtype: torch.dtype) -> str | None:

@@ -40,7 +40,9 @@ PATIENCE = 5  # rollouts in a row that rewards may spoil before the run stops
 
 
 class DiffusionNFT:
-    """Policy optimisation on the forward process: no likelihoods, any sampler, one velocity loss.
+    """Reinforcement learning from rewards on the model's own pictures (DiffusionNFT).
+
+    Policy optimisation on the forward process: no likelihoods, any sampler, one velocity loss.
 
     A rollout is `prompts_per_rollout` prompts, `pictures_per_prompt` each, drawn by the *old* policy: a copy of the
     backbone that follows it slowly. Which prompts, their sizes, every noise and every time is a function of the

@@ -24,7 +24,7 @@ def usual_llm() -> ComponentSpec:
 
 
 class ChatReasoner(Rewriter):
-    """Rewrites prompts with a language model. A batch is asked concurrently."""
+    """Rewrite prompts with a chat model, asked concurrently."""
 
     @frozen(kw_only=True)
     class Config(RewritingConfig):

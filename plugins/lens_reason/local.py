@@ -14,7 +14,7 @@ from lens_reason.rewriting import Rewriter, RewritingConfig
 
 
 class GptOssReasoner(Rewriter):
-    """Rewrites prompts with the language model that encodes them, or with that of another checkpoint.
+    """Rewrite prompts with the GPT-OSS text encoder of this or another checkpoint.
 
     Its weights are in memory once. On the published model this also reads its head, and any layers that encoding does
     not need, when the first request comes; the memory is then printed.

@@ -20,7 +20,10 @@ SIZE = matching(r"[124]K|[1-9][0-9]{2,4}x[1-9][0-9]{2,4}", "1K, 2K, 4K or WIDTHx
 
 
 class ArkImages(RemoteGenerator):
-    """Pictures by POST {base_url}/images/generations, one a request, without the watermark that is Ark's default."""
+    """Draw with the image API of Volcengine Ark (Seedream).
+
+    Pictures by POST {base_url}/images/generations, one a request, without the watermark that is Ark's default.
+    """
 
     @frozen(kw_only=True)
     class Config(RemoteConfig):

@@ -33,8 +33,11 @@ ASPECT_RATIO = matching(r"[1-9][0-9]?:[1-9][0-9]?", "WIDTH:HEIGHT, as in 16:9")
 
 
 class GeminiImages(RemoteGenerator):
-    """Pictures by POST {base_url}/models/{model}:generateContent, one a request. The size of a picture's request is
-    not used: the API takes an aspect ratio and a class of sizes."""
+    """Draw with Google's Gemini image API.
+
+    Pictures by POST {base_url}/models/{model}:generateContent, one a request. The size of a picture's request is not
+    used: the API takes an aspect ratio and a class of sizes.
+    """
 
     @frozen(kw_only=True)
     class Config(RemoteConfig):

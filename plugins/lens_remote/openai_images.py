@@ -30,7 +30,10 @@ ENDS = {
 
 
 class OpenAIImages(RemoteGenerator):
-    """Pictures by POST {base_url}/images/generations, one a request."""
+    """Draw with OpenAI's image API, or a server that speaks it.
+
+    Pictures by POST {base_url}/images/generations, one a request.
+    """
 
     @frozen(kw_only=True)
     class Config(RemoteConfig):

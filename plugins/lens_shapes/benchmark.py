@@ -112,8 +112,11 @@ def reconstruct(vae: Any, images: Tensor, batch: int = 32) -> Tensor:
 
 
 class ShapesBenchmark:
-    """Distinct questions spread evenly over the tasks. The overall figure is the mean of `headline`: the tasks of
-    GenEval where there are any among the tasks, else all; without "single", which cannot be held out."""
+    """Prompts about coloured shapes, scored exactly from pixels.
+
+    Distinct questions, spread evenly over the tasks. The overall figure is the mean of `headline`: the tasks of GenEval
+    where there are any among the tasks, else all; without "single", which cannot be held out.
+    """
 
     @frozen
     class Config:
@@ -219,7 +222,10 @@ class ShapesBenchmark:
 
 
 class ShapesReward:
-    """The benchmark's judge as a reward: exact, deterministic, and impossible to flatter."""
+    """Exact score of pictures of coloured shapes, read from pixels.
+
+    The benchmark's judge as a reward: deterministic, and impossible to flatter.
+    """
 
     @frozen
     class Config:

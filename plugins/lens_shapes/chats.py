@@ -43,7 +43,10 @@ INTRUSIONS = (
 
 
 class ShapesChats:
-    """Conversations about the scenes of a split; see `Config` for what a batch holds."""
+    """Conversations about scenes of coloured shapes, to train the text encoder.
+
+    Scenes are of one split; see `Config` for what a batch holds.
+    """
 
     @frozen
     class Config:

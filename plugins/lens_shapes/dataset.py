@@ -21,7 +21,10 @@ _SCENE, _CAPTION, _ORDER, _STYLE = range(4)  # separate streams of randomness
 
 
 class ShapesDataset:
-    """Scenes of the train split with their captions; see `Config` for what a batch holds."""
+    """Rendered scenes of coloured shapes with captions, of the train split.
+
+    See `Config` for what a batch holds.
+    """
 
     @frozen
     class Config:

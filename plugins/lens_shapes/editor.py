@@ -26,7 +26,10 @@ LOW = 0.9  # a mean score below which there is something to gain
 
 
 class ShapesEditor:
-    """Answers a question of `lens reason search` with one edit; the same question gets the same answer."""
+    """A scripted model that proposes edits of a prompt, to test `lens reason search`.
+
+    Answers a question of the search with one edit; the same question gets the same answer.
+    """
 
     @frozen
     class Config:

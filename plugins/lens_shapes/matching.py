@@ -77,7 +77,9 @@ def caption_match(reading: Reading, facts: Mapping[str, Any]) -> float:
 
 
 class ShapesCaption:
-    """Reads a picture of shapes, and compares it with the facts of its caption: the longer of the two that it has.
+    """How well a caption about shapes fits its picture, read from pixels.
+
+    The picture's facts are compared with those of the longer of its two captions.
 
     `unnamed` counts the things and letters of the picture that have no name: a watermark, a smudge, a frame. `match` is
     the share of the caption's facts that the picture shows, from 0 to 1; 0 for a caption that is not about shapes.

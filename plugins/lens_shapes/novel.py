@@ -20,7 +20,10 @@ _SPLITS: tuple[splits.Split, ...] = ("train", "test")
 
 
 class Novel:
-    """Prompts like "a red moon", in turn of the colours that training scenes may show ("shown") and of the others."""
+    """A shape that training never shows in some colours, such as "a red moon".
+
+    In turn of the colours that training scenes may show ("shown") and of the others.
+    """
 
     headline: tuple[str, ...] = ("shown", "new colours")
 

@@ -80,7 +80,10 @@ class _Reader:
 
 
 class ShapesObjects(_Reader):
-    """Every thing that the reader names, with a box and a score above every threshold."""
+    """Coloured shapes as objects with boxes, read from pixels: stands in for a detector.
+
+    Every thing that the reader names, with a box and a score above every threshold.
+    """
 
     perceives = "objects"
 
@@ -103,7 +106,10 @@ class ShapesObjects(_Reader):
 
 
 class ShapesColors(_Reader):
-    """The colour of the thing that the reader sees nearest to the middle of each object's box."""
+    """Colours of shapes, read from pixels: stands in for `clip_colors`.
+
+    The colour of the thing that the reader sees nearest to the middle of each object's box.
+    """
 
     perceives = "colors"
 

@@ -118,8 +118,9 @@ def answer(reading: Reading, rubric: Mapping[str, Any]) -> bool | None:
 
 
 class ShapesRubrics:
-    """The reward that answers a prompt's rubrics from pixels: exact, without a call, and by the same ids and weights as
-    a language model does. It is such a judge's fallback, and its auditor.
+    """Answer a prompt's rubrics from pixels, exactly and without a language model.
+
+    By the same ids and weights as a language model does: it is such a judge's fallback, and its auditor.
 
     Weighted mean of yes 1 and no 0 over the rubrics whose check the reader can make, the global one included; a prompt
     is abstained from where too few of them are of that kind.

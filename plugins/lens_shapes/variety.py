@@ -17,7 +17,10 @@ from lens_shapes.benchmark import RULES, ShapesBenchmark
 
 
 class Variety:
-    """Each prompt several times in a row; picture i has its own seed, as ever."""
+    """Diversity: each prompt several times, with other seeds.
+
+    The pictures of a prompt come in a row; picture i has its own seed, as ever.
+    """
 
     @frozen
     class Config:

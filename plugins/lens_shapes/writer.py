@@ -30,7 +30,10 @@ _BEHIND = re.compile(r"\b(?:on an? (?:\w+ )?background|sur un fond|sobre un fond
 
 
 class ShapesWriter:
-    """Answers a conversation of a reasoner. The same conversation gets the same answer."""
+    """A scripted model that writes captions of shapes, to test reasoners.
+
+    Answers a conversation of a reasoner. The same conversation gets the same answer.
+    """
 
     @frozen
     class Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -602,3 +603,30 @@ def test_a_prompts_file_loses_its_byte_order_mark_and_is_split_at_line_feeds_alo
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa cat\u2028on a mat\r\n\n a dog \n".encode())
     assert read_prompts(None, path) == ["a cat\u2028on a mat", "a dog"]
+
+
+def test_help_describes_every_command_and_imports_none_for_it() -> None:
+    script = """
+import sys
+from lens_core.cli.main import main
+assert main(["--help"]) == 0
+heavy = {"torch", "lens_data.commands", "lens_bench.figures", "lens_reason.commands"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = run("-c", script, COLUMNS="160")
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("│ ") for line in done.stdout.splitlines() if line.startswith("│")]
+    assert len(rows) > 15
+    assert not [row for row in rows if " " not in row], "a command without a description"
+    assert any(row.startswith("data") and row.endswith("encode it once, estimate packing.") for row in rows)
+
+
+def test_a_command_shows_its_whole_help() -> None:
+    done = run("-m", "lens_core", "data", "import", "--help", COLUMNS="160")
+    assert "WebDataset tars" in done.stdout and "--image-column" in done.stdout
+
+
+def test_the_options_of_generate_stand_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--help"]) == 0
+    groups = re.findall(r"╭─ (.+?) ─", capsys.readouterr().out)
+    assert groups == ["Prompts and files", "Model", "Picture", "Sampling", "Init image"]

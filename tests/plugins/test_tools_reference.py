@@ -34,6 +34,7 @@ def test_summaries_read_from_source_are_the_docstrings_of_the_classes(catalog: C
     for row in reference.list_components(catalog):
         assert row.text == reference.first_sentence(catalog.find(row.kind, row.name).cls.__doc__), row.name
         assert row.text, f"{row.name} has no docstring"
+        assert len(row.text) <= 82, f"{row.name}: `lens components` would cut its line"
 
 
 def test_listing_components_imports_no_torch() -> None:

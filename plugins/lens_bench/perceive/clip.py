@@ -119,7 +119,9 @@ def cut_out(image: Image, box: Sequence[float], mask: str | None) -> Image:
 
 
 class ClipColors:
-    """Question {"class", "objects": [{"box", "mask"}]} -> the colour of each object, one of GenEval's ten.
+    """CLIP names the colour of each object box, for GenEval.
+
+    Question {"class", "objects": [{"box", "mask"}]} -> the colour of each object, one of GenEval's ten.
 
     A colour's vector is the mean of three prompts' embeddings, normalised before and after; the nearest one wins.
     """
@@ -171,7 +173,9 @@ class ClipColors:
 
 
 class ClipSimilarity:
-    """Question text -> the cosine of picture and text. CVTG-2K's CLIPScore is 2.5 times it, at least 0.
+    """CLIP similarity of a picture and a text (cosine), for CVTG-2K.
+
+    Question text -> the cosine of picture and text. CVTG-2K's CLIPScore is 2.5 times it, at least 0.
 
     The text is prefixed with `A photo depicts `, as the metric's authors do it.
     """

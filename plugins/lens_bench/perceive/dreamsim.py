@@ -32,7 +32,9 @@ NEEDED = ("dino_vitb16_pretrain.pth", "clip_vitb16_pretrain.pth.tar", "open_clip
 
 
 class DreamSim:
-    """Question None -> the picture's embedding, a list of floats of length 1 in sum of squares.
+    """DreamSim embedding of a picture, for OneIG's diversity.
+
+    Question None -> the picture's embedding, a list of floats of length 1 in sum of squares.
 
     DreamSim's distance of two pictures is 1 - the cosine of their embeddings.
     """

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class Mask2Former:
-    """Question None -> {class: [{"box": [x1, y1, x2, y2], "score", "mask"}]}, the most probable first in each class.
+    """Mask2Former finds objects with boxes, scores and masks, for GenEval.
+
+    Question None -> {class: [{"box": [x1, y1, x2, y2], "score", "mask"}]}, the most probable first in each class.
 
     Boxes are in px of the picture, ends exclusive; `mask` is text (`lens_bench.perceive.masks`). Objects with a score
     below `min_score` are left out: no threshold of a later decision may be lower.

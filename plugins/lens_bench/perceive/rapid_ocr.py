@@ -96,7 +96,10 @@ class _Engine:
 
 
 class RapidOcr(_Engine):
-    """Question None -> the lines of text in a picture, top to bottom, by the models that RapidOCR's wheel brings."""
+    """RapidOCR reads lines of text; its models come with the package.
+
+    Question None -> the lines of text in a picture, top to bottom.
+    """
 
     @frozen
     class Config:
@@ -112,7 +115,10 @@ class RapidOcr(_Engine):
 
 
 class PaddleOcr(_Engine):
-    """Question None -> the lines of text in a picture, by the nets and thresholds of CVTG-2K's published numbers."""
+    """PaddleOCR models read lines of text, as CVTG-2K's published numbers were made.
+
+    Question None -> the lines of text in a picture, by the nets and thresholds of CVTG-2K's published numbers.
+    """
 
     @frozen
     class Config:

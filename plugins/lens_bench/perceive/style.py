@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 
 class ClipStyle:
-    """Question: a style -> the largest cosine between the picture's embedding and the references of that style."""
+    """CSD style similarity of a picture to reference pictures, for OneIG.
+
+    Question: a style -> the largest cosine between the picture's embedding and the references of that style.
+    """
 
     perceives: ClassVar[str] = "style similarity"
 

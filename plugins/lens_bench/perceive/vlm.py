@@ -37,7 +37,9 @@ OPERATIONAL = (
 
 
 class Vlm:
-    """Question: a prompt, or {"text": prompt, "max_tokens": n} -> the model's answer, as it came.
+    """A vision LLM answers questions about a picture.
+
+    Question: a prompt, or {"text": prompt, "max_tokens": n} -> the model's answer, as it came.
 
     `max_tokens` counts instead of the llm's own limit, where the llm has an option of that name. A text that was cut
     off there is an answer, as it is to the benchmarks' authors, and so is a blank one, of a picture without text:

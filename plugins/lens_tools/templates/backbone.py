@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from attrs import field, frozen
@@ -35,6 +36,11 @@ class Example(nn.Module):
     def takes(self) -> tuple[int, int, int]:
         """(C, L, D), by which a recipe whose parts do not fit is refused before anything is loaded."""
         return self.config.channels, self.config.layers, self.config.text_width
+
+    @classmethod
+    def fitting(cls, options: Mapping[str, Any], channels: int, layers: int, width: int) -> dict[str, Any]:
+        """The options by which it takes these, so that a recipe can say `like: neighbours` instead of them."""
+        return {"channels": channels, "layers": layers, "text_width": width}
 
     def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:
         """x [B,C,h,w], t float32 [B] in [0, 1], features [B,L,T,D] -> v [B,C,h,w]; T may be 0."""
