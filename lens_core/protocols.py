@@ -226,6 +226,8 @@ class Curator(Protocol):
 
     # Optional: costly: bool. One that is runs last, on the pictures alone that all others and deduplication keep.
 
+    # Optional: reads_captions: bool. Where it is true, numbers belong to a file with its captions, else to the file.
+
 
 @runtime_checkable
 class Benchmark(Protocol):

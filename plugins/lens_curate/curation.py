@@ -176,7 +176,7 @@ class _Curation:
         lacking: dict[int, NDArray[np.bool_]] = {}
         ours = target & (records.fault == 0) & ~records.in_store
         for made in filters:
-            state = self.tables.scores(made, records.id)[1]
+            state = self.tables.scores(made, records)[1]
             if (without := ours & (state == deciding.UNSCORED)).any():
                 lacking[self.filters.index(made)] = without
         if not lacking:
@@ -227,7 +227,7 @@ class _Curation:
         def verdicts(filters: Sequence[Filter]) -> Verdicts:
             scores = []
             for made in filters:
-                values, state = self.tables.scores(made, records.id)
+                values, state = self.tables.scores(made, records)
                 scores.append(Scores(made, values, state))
             return deciding.decide(
                 records, scores, self.spec.duplicates, order, earlier, partial(self.tables.colours, records)

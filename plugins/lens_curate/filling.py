@@ -176,7 +176,9 @@ class Filler:
             new = {key: place for key, place in at.items() if place is not None and lacking[place]}
             texts = self.texts([int(order[place]) for place in new.values()])
             held += [{**texts[int(order[place])], "id": key, "image": files[key]} for key, place in new.items()]
-            lacking[list(new.values())] = False
+            for key, place in new.items():  # the first of the records with this file, which are one row of the store
+                past = np.searchsorted(ids, np.array([bytes.fromhex(key)], ids.dtype), side="right")[0]
+                lacking[place:past] = False
             size += sum(len(files[key]) for key in new)
             if size >= INSERT_BYTES or len(held) >= INSERT_ROWS:
                 insert()

@@ -210,6 +210,7 @@ class Captions(_Measure):
     """
 
     columns = ("words", "characters", "repetition")
+    reads_captions = True
 
     @frozen
     class Config:

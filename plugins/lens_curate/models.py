@@ -241,6 +241,7 @@ class CaptionMatch:
 
     version: ClassVar[str] = "1"
     columns: ClassVar[tuple[str, ...]] = ("match",)
+    reads_captions: ClassVar[bool] = True
     costly: ClassVar[bool] = True
 
     @frozen

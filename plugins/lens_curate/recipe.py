@@ -19,6 +19,7 @@ from lens_core.recipe import build
 from lens_core.types import ConfigError, LensError, PluginError, did_you_mean
 from lens_core.validators import each, integer, matching, one_of, optional, real, text
 from lens_curate.hashes import BITS
+from lens_curate.parts import text_digest
 
 NAME = matching(r"[a-z0-9][a-z0-9_.-]{0,63}", "a name of at most 64 lower-case letters, digits, _ . and -")
 COLUMN = matching(r"(?!(id|fault)$)[a-z][a-z0-9_]{0,40}", "a name of lower-case letters, digits and _, not id or fault")
@@ -96,6 +97,11 @@ class Filter:
     @property
     def costly(self) -> bool:
         return bool(getattr(self.curator, "costly", False))
+
+    def score_id(self, file_id: str, brief: str, dense: str) -> str:
+        """What its numbers on a picture are kept under: the file's id, or a hash of id and captions where it reads them,
+        for equal files may have come with other captions."""
+        return text_digest(file_id, brief, dense) if getattr(self.curator, "reads_captions", False) else file_id
 
     @property
     def identity(self) -> str:

@@ -2,7 +2,8 @@
 
 curate_records   one row for each picture of a source, also of those that cannot be read
 curate_parts     the parts of sources that have been read to their end, with their stamps
-scores_…         the numbers of one filter, by the id of a picture; another version or Config has another table
+scores_…         the numbers of one filter, by the id of a file, or by a hash of it and its captions where the filter
+                 reads captions; another version or Config has another table
 curate_captions  captions that were made, by id and by what asked for them
 curate_verdicts  one row for each record: whether it is kept, and if not, why; written anew by every run
 
@@ -237,9 +238,10 @@ class Tables:
         pixels = np.unique(arrays.pop("pixels"), return_inverse=True)[1].astype(np.int32)
         return RecordArrays(sources=tuple(sources), faults=tuple(faults), pixels=pixels, **arrays)
 
-    def scores(self, made: Filter, ids: NDArray[np.bytes_]) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.int8]]:
-        """A filter's numbers for pictures with these ids, by column, NaN where there are none; and for each picture
-        0 where it has been scored, 1 where that failed, 2 where it has not been scored."""
+    def scores(self, made: Filter, records: RecordArrays) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.int8]]:
+        """A filter's numbers for records, by column, NaN where there are none; and for each record 0 where it has been
+        scored, 1 where that failed, 2 where it has not been scored."""
+        ids = self._score_ids(made, records)
         names = tuple(made.curator.columns)
         order = np.argsort(ids, kind="stable")
         wanted = ids[order]
@@ -260,6 +262,18 @@ class Tables:
                     values[name][places] = column[hit]
         return values, state
 
+    def _score_ids(self, made: Filter, records: RecordArrays) -> NDArray[np.bytes_]:
+        """What a filter's numbers on records are kept under, S32."""
+        if not getattr(made.curator, "reads_captions", False):
+            return records.id
+        order = np.argsort(records.row)
+        rows, ids = records.row[order], np.zeros(len(records), "S32")
+        for batch in self.batches(RECORDS, "id", "brief", "dense"):
+            keys = map(made.score_id, *(batch[name].to_pylist() for name in ("id", "brief", "dense")))
+            at = places(rows, np.array(batch["_rowid"].to_pylist(), np.int64))
+            ids[order[at[at >= 0]]] = hex_array(list(keys), 32)[at >= 0]
+        return ids
+
     def colours(self, records: RecordArrays, places: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Grids of colours of records at these places, uint8 [n,8,8,3]."""
         numbers = records.row[places].tolist()
@@ -271,7 +285,7 @@ class Tables:
         self._open[name] = self.store.rewrite(name, COLUMNS[name], made_by, batches)
 
 
-def places(ordered: NDArray[np.bytes_], wanted: NDArray[np.bytes_]) -> NDArray[np.int64]:
+def places(ordered: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.int64]:
     """Where each of `wanted` stands in a sorted array, or -1."""
     if not len(ordered):
         return np.full(len(wanted), -1, np.int64)

@@ -61,7 +61,8 @@ def _of_record(tables: t.Tables, spec: CurationSpec, filters: list[Filter], row:
     same = f"the same pixels as {row['of']}, which is kept" if row["stage"] == "exact" else "no equal picture before it"
     lines.append(f"  exact       {same if spec.duplicates.exact else 'not asked for'}")
     for made in filters:
-        lines.append(f"  {made.name:11} {_scores(tables, made, row['id'])}")
+        key = made.score_id(record["id"], record["brief"], record["dense"])
+        lines.append(f"  {made.name:11} {_scores(tables, made, key)}")
     if row["stage"] in ("near", "mirrored"):
         lines.append(f"  {row['stage']:11} {row['reason']}; kept instead: {row['of']}")
     elif row["kept"]:

@@ -157,7 +157,8 @@ class Worker:
             held.add("records", {**row, "fault": why})
             return
         for number in task.filters if task.only is None or row["id"] in task.only else ():
-            held.add(f"scores {number}", _failed(self.filters[number], row["id"], why))
+            made = self.filters[number]
+            held.add(f"scores {number}", _failed(made, made.score_id(row["id"], row["brief"], row["dense"]), why))
 
     def _items(self, source: NamedSource, task: PartTask) -> Iterator[SourceItem]:
         """What counts as a picture of a part, in the order of the source."""
@@ -222,12 +223,14 @@ class Worker:
             for row, _ in held.records:
                 held.add("records", row)
         only = None if task.only is None else set(task.only)
-        pictures = [(row["id"], r) for row, r in held.records if r is not None and (only is None or row["id"] in only)]
+        pictures = [(row, r) for row, r in held.records if r is not None and (only is None or row["id"] in only)]
         for number in task.filters:
+            made = self.filters[number]
             for start in range(0, len(pictures), BATCH):
                 some = pictures[start : start + BATCH]
-                for row in score_batch(self.filters[number], [r for _, r in some], [key for key, _ in some]):
-                    held.add(f"scores {number}", row)
+                keys = [made.score_id(row["id"], row["brief"], row["dense"]) for row, _ in some]
+                for scores in score_batch(made, [record for _, record in some], keys):
+                    held.add(f"scores {number}", scores)
         held.records.clear()
         held.pixels = 0
 

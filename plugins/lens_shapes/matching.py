@@ -88,6 +88,7 @@ class ShapesCaption:
 
     version = "1"
     columns = ("unnamed", "match")
+    reads_captions = True
     costly = True  # the slowest of all, and a copy may have another caption than the picture that is kept
 
     @frozen

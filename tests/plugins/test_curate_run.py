@@ -488,6 +488,27 @@ def test_a_task_goes_on_behind_what_has_killed_a_process(folder: Path, tmp_path:
     assert rows["reading"]["id"] == "" and np.isnan(rows["score"]["mean"])
 
 
+def test_equal_files_are_scored_each_with_its_captions(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name, text in {"a": "One two three four.", "b": "One.", "c": "One two three."}.items():
+        add(raw, f"{name}.png", picture(0))
+        (raw / f"{name}.txt").write_text(text)
+    recipe = spec(
+        raw,
+        filters=[{"use": "captions", "keep": {"words": {"min": 3}}}],
+        duplicates={"exact": False, "distance": None},
+    )
+    run(recipe, tmp_path / "store")
+    assert stages(tmp_path / "store") == {"a.png": "", "b.png": "captions_filter", "c.png": ""}
+    lines = explain(str(tmp_path / "store"), "b.png", Catalog.installed())
+    assert any("words 1 FAILS" in line for line in lines)
+    # A caption that changes is scored again, though the file is the same.
+    (raw / "b.txt").write_text("One two three four five.")
+    run(recipe, tmp_path / "store")
+    assert stages(tmp_path / "store")["b.png"] == ""
+
+
 def test_the_runner_is_the_one_that_dafts_variable_names(monkeypatch) -> None:
     monkeypatch.delenv("DAFT_RUNNER", raising=False)
     assert default_runner() == "native"
