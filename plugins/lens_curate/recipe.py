@@ -99,7 +99,7 @@ class Filter:
         return bool(getattr(self.curator, "costly", False))
 
     def score_id(self, file_id: str, brief: str, dense: str) -> str:
-        """What its numbers on a picture are kept under: the file's id, or a hash of id and captions where it reads them,
+        """What its numbers on a picture are kept under: the file's id, or a hash of it and the captions that it reads,
         for equal files may have come with other captions."""
         return text_digest(file_id, brief, dense) if getattr(self.curator, "reads_captions", False) else file_id
 
