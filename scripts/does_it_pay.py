@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("root", type=Path)
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--start", default="tiny:rl", help="the checkpoint that all runs go on from")
+    parser.add_argument("--arms", default=",".join(ARMS), help="those that are trained here")
     parser.add_argument("--prepare", action="store_true", help="make what is trained on, and stop")
     parser.add_argument("--report", action="store_true", help="only what came of the runs that are there")
     options = parser.parse_args()
@@ -184,7 +185,8 @@ def main() -> None:
     if options.prepare:
         return
     for arm, seed in () if options.report else QUEUE:
-        train(root, options.start, arm, seed, options.steps)
+        if arm in options.arms.split(","):
+            train(root, options.start, arm, seed, options.steps)
     for kind in () if options.report else ("brief", "dense"):
         bench(options.start, root / "bench" / f"start-{kind}", kind)
     report(root)
