@@ -312,6 +312,17 @@ class Catalog:
             commands |= offered
         return {name: place for name, place in commands.items() if owners[name].error is None}
 
+    def pages(self) -> dict[str, str]:
+        """The pages that plugins bring: name -> "module:function". Raises PluginError for what is none."""
+        pages: dict[str, str] = {}
+        for plugin in self.plugins:
+            if plugin.error is None and hasattr(plugin.module, "lens_pages"):
+                offered = plugin.module.lens_pages()
+                if not isinstance(offered, dict) or not all(isinstance(place, str) for place in offered.values()):
+                    raise PluginError(f"{plugin.name}: lens_pages must return {{name: 'module:function'}}")
+                pages |= offered
+        return pages
+
     def check(self, taken: Collection[str] = ()) -> dict[str, list[str]]:
         """Ask every plugin everything: name -> all that is wrong with it. Imports what each plugin offers, its commands
         included; `taken` are the names of the core's own."""

@@ -89,6 +89,13 @@ def lens_commands() -> dict[str, str]:  # type: ignore[empty-body]  # a spec has
     `lens bench NAME`. Of a function whose module has been imported, `lens --help` tells what it does."""
 
 
+@spec
+def lens_pages() -> dict[str, str]:  # type: ignore[empty-body]  # a spec has no body
+    """Pages for a browser, which `lens serve --ui` mounts on its app: name -> "module:function", called as
+    `function(app, drawing, settings)`. `drawing` starts jobs: `lens_serve.pages.Drawing`; `settings` are the folders
+    and models that the page may show."""
+
+
 @spec(firstresult=True)
 def lens_fetch(uri: str) -> Path | None:
     """Where the checkpoint called `uri` lies on this disk, or None. Local paths and Hub names are the core's, last."""

@@ -60,6 +60,33 @@ class LimitOptions:
         return BodyLimits(max_upload=self.max_upload_mb * 2**20)
 
 
+@frozen
+class PageOptions:
+    """The page in a browser.
+
+    Parameters
+    ----------
+    ui
+        Mount the page at /studio. Needs the extra `ui`.
+    open_page
+        Open it in this machine's browser, once it is served.
+    runs
+        The folder of training runs that the page shows.
+    results
+        The folder of benchmark results that the page shows.
+    compare
+        A checkpoint that the page may load to compare; may be given more than once.
+    """
+
+    ui: Annotated[bool, Parameter(negative="")] = False
+    open_page: Annotated[bool, Parameter(name="--open", negative="")] = False
+    runs: Path = Path("runs")
+    results: Path = Path("results")
+    compare: Annotated[list[str] | None, Parameter(negative="")] = None
+
+
+PageGroup = Annotated[PageOptions, Parameter(name="*")]
+DEFAULT_PAGE = PageOptions()
 LimitGroup = Annotated[LimitOptions, Parameter(name="*")]
 DEFAULT_LIMITS = LimitOptions()
 
@@ -74,6 +101,7 @@ def serve(
     offer_lora: Annotated[list[str] | None, Parameter(negative="")] = None,
     limits: LimitGroup = DEFAULT_LIMITS,
     grace: float = 60.0,
+    page: PageGroup = DEFAULT_PAGE,
 ) -> int:
     """Serve a model over HTTP, by OpenAI's image API. One process, one queue, one model in memory.
 
@@ -93,6 +121,7 @@ def serve(
         Seconds that accepted requests have to finish after SIGTERM.
     """
     check_installed()
+    from lens_serve import pages
     from lens_serve.app import AppOptions, make_app
     from lens_serve.engine import Engine
     from lens_serve.guard import is_local
@@ -104,6 +133,8 @@ def serve(
         raise ConfigError(
             f"--host {host}: others can reach this address, so a token is needed; set {TOKEN} or use --token-file"
         )
+    if page.ui:
+        pages.check_installed()
     loras = parse_offered(offer_lora)
     options = ServerOptions(host=host, port=port, grace=grace)
     outputs = Outputs(output) if output is not None else None
@@ -114,8 +145,11 @@ def serve(
         app = make_app(engine, AppOptions(token=token, outputs=outputs, bodies=body_limits))
         address = f"[{host}]" if ":" in host else host
         needs = "" if token is None else ", with the token"
+        place = f"http://{address}:{listener.getsockname()[1]}"
+        if page.ui:
+            pages.add_page(app, engine, outputs, page, body_limits.max_upload, place)
         print(
-            f"lens: {engine.name} is served at http://{address}:{listener.getsockname()[1]}/v1{needs}; Ctrl-C stops it",
+            f"lens: {engine.name} is served at {place}/v1{needs}; Ctrl-C stops it",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         try:

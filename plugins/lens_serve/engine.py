@@ -114,6 +114,11 @@ class Engine:
         return dict(self._pipeline.presets)
 
     @property
+    def model_hash(self) -> str:
+        """Of the checkpoint, as pictures record it."""
+        return str(self._pipeline.version)
+
+    @property
     def grid(self) -> int:
         """Sides of a picture are multiples of this, px."""
         return int(self._pipeline.vae.downscale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -31,14 +32,17 @@ class ServerOptions:
 class Server(uvicorn.Server):
     """Finishes accepted requests on the first SIGTERM or Ctrl-C, and drops them on the second."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, on_exit: Sequence[Callable[[], None]] = ()) -> None:
+        """`on_exit`: called when it is to stop, to end streams that would never end."""
         super().__init__(config)
-        self._engine = engine
+        self._engine, self._on_exit = engine, on_exit
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._engine.closing:
             self.force_exit = True
         self._engine.refuse()
+        for callback in self._on_exit:
+            callback()
         self.should_exit = True
 
 
@@ -57,7 +61,7 @@ def listen(options: ServerOptions) -> socket.socket:
 def make_server(app: FastAPI, engine: Engine, options: ServerOptions) -> Server:
     """The server of an app. `run(sockets=[listen(options)])` serves until a signal, or until `should_exit` is set."""
     config = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False,
+        app, http="h11", ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
         limit_concurrency=CONNECTIONS, timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(options.grace)),
     )  # fmt: skip
-    return Server(config, engine)
+    return Server(config, engine, getattr(app.state, "on_exit", ()))
