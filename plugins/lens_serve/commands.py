@@ -124,17 +124,12 @@ def serve(
     from lens_serve import pages
     from lens_serve.app import AppOptions, make_app
     from lens_serve.engine import Engine
-    from lens_serve.guard import is_local
     from lens_serve.outputs import Outputs
     from lens_serve.server import ServerOptions, listen, make_server
 
     token = read_token(token_file)
-    if token is None and not is_local(host):
-        raise ConfigError(
-            f"--host {host}: others can reach this address, so a token is needed; set {TOKEN} or use --token-file"
-        )
-    if page.ui:
-        pages.check_installed()
+    check_host(host, token)
+    pages.check_installed() if page.ui else None
     loras = parse_offered(offer_lora)
     options = ServerOptions(host=host, port=port, grace=grace)
     outputs = Outputs(output) if output is not None else None
@@ -148,10 +143,7 @@ def serve(
         place = f"http://{address}:{listener.getsockname()[1]}"
         if page.ui:
             pages.add_page(app, engine, outputs, page, body_limits.max_upload, place)
-        print(
-            f"lens: {engine.name} is served at {place}/v1{needs}; Ctrl-C stops it",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        print(f"lens: {engine.name} is served at {place}/v1{needs}; Ctrl-C stops it", file=sys.stderr, flush=True)
         try:
             make_server(app, engine, options).run(sockets=[listener])
         finally:
@@ -166,6 +158,16 @@ def check_installed() -> None:
     missing = [name for name in ("fastapi", "uvicorn", "python_multipart") if find_spec(name) is None]
     if missing:
         raise ConfigError(f"lens serve needs {', '.join(missing)}: pip install 'lens-t2i[serve]'")
+
+
+def check_host(host: str, token: str | None) -> None:
+    """Raise ConfigError for an address that others can reach, without a token."""
+    from lens_serve.guard import is_local
+
+    if token is None and not is_local(host):
+        raise ConfigError(
+            f"--host {host}: others can reach this address, so a token is needed; set {TOKEN} or use --token-file"
+        )
 
 
 def read_token(file: Path | None) -> str | None:

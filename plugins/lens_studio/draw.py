@@ -123,15 +123,8 @@ def tab(drawing: Any, drawer: Drawer) -> None:
         with gr.Column(scale=3):
             status = gr.Textbox("", label="Status", interactive=False, elem_id="status", max_lines=1)
             preview = gr.Image(label="Now", format="png", interactive=False, elem_id="preview", height=300, buttons=[])
-            gallery = gr.Gallery(
-                label="Pictures",
-                format="png",
-                columns=4,
-                height=300,
-                object_fit="contain",
-                elem_id="gallery",
-                interactive=False,
-            )
+            gallery = gr.Gallery(label="Pictures", format="png", columns=4, height=300, object_fit="contain",
+                                 elem_id="gallery", interactive=False)  # fmt: skip
             with gr.Row():
                 requested = gr.Textbox(label="Prompt as requested", interactive=False, lines=2, visible=False)
                 rewritten = gr.Textbox(label="Prompt as the reasoner wrote it", interactive=False, lines=2,
@@ -201,8 +194,7 @@ def _form(drawing: Any, presets: Mapping[str, Any]) -> dict[str, Any]:
             type="pil", label="Init image", format="png", sources=["upload", "clipboard"], transforms=(), layers=False,
             brush=gr.Brush(colors=["#ffffff"], color_mode="fixed", default_size=24), elem_id="editor", height=420,
         )  # fmt: skip
-        fields["strength"] = gr.Slider(0, 1, value=None, step=0.05, label="Strength (0.6; 1 with a mask)",
-                                       elem_id="strength")  # fmt: skip
+        fields["strength"] = _text("Strength", "0.6; 1 with a mask", "strength")
     return fields
 
 

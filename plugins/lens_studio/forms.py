@@ -37,7 +37,7 @@ class Form:
     seed: str | float | None = None
     num_images: str | float | None = None
     loras: Sequence[Sequence[Any]] = ()  # rows of name and weight; a weight of 0 leaves it out
-    strength: float | None = None
+    strength: str | float | None = None
     edit: Mapping[str, Any] | None = None  # the editor's background and layers
 
     def fields(self, grid: int) -> dict[str, Any]:
@@ -49,8 +49,9 @@ class Form:
             **parse_size(self.size),
         )
         image, mask = editor_pictures(self.edit)
+        strength = None if _empty(self.strength) else _real("strength", self.strength)
         if image is not None:
-            settings = evolve(settings, image=image, mask=mask, strength=self.strength)
+            settings = evolve(settings, image=image, mask=mask, strength=strength)
             if settings.height is None and settings.aspect_ratio is None:
                 height, width = (max(grid, round(side / grid) * grid) for side in (image.height, image.width))
                 settings = evolve(settings, height=height, width=width)

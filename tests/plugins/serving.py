@@ -82,17 +82,27 @@ class Running:
 
 
 @contextmanager
-def running(pipeline: LensPipeline, limits: Limits | None = None, **options: Any) -> Iterator[Running]:
-    """A server at a free port of 127.0.0.1; `options` are those of the app. The engine's thread has ended after it."""
+def running(
+    pipeline: LensPipeline,
+    limits: Limits | None = None,
+    mount: Callable[[Any, Engine], object] = lambda app, engine: None,
+    **options: Any,
+) -> Iterator[Running]:
+    """A server at a free port of 127.0.0.1; `options` are those of the app, on which `mount` may put a page. The
+    engine's thread has ended after it."""
     engine = Engine(pipeline, name="toy", limits=limits or Limits(max_batch=8))
     listener = listen(ServerOptions(port=0))
-    server = make_server(make_app(engine, AppOptions(**options)), engine, ServerOptions(grace=WAIT))
+    app = make_app(engine, AppOptions(**options))
+    mount(app, engine)
+    server = make_server(app, engine, ServerOptions(grace=WAIT))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
         until(lambda: server.started)
         yield Running(engine, listener.getsockname()[1], options.get("token"))
     finally:
+        for callback in getattr(app.state, "on_exit", ()):  # as a signal does
+            callback()
         server.should_exit = True
         thread.join(WAIT)
         assert engine.close(WAIT) and not thread.is_alive()
