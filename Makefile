@@ -1,11 +1,12 @@
 # make demo   sets up .venv and draws three prompts with the embedded checkpoints, side by side
 # make test   the same set-up, then the whole test suite
+# make test-browser   the page's tests in Debian's chromium
 # make lint   ruff        make types   mypy --strict                    make clean   removes .venv
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types mutants clean
+.PHONY: demo test test-browser lint types mutants clean
 
 demo: .venv/ready
 	$(BIN)/python examples/side_by_side.py
@@ -19,6 +20,11 @@ lint: .venv/ready-dev
 
 types: .venv/ready-dev
 	$(BIN)/mypy
+
+# The page in a real browser, Debian's chromium, which this installs where it is missing; needs root.
+test-browser: .venv/ready-dev
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }
+	$(BIN)/python -m pytest tests/plugins/test_studio_browser.py
 
 mutants: .venv/ready-dev
 	$(BIN)/python tests/mutants.py

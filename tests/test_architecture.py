@@ -203,14 +203,15 @@ def specs() -> dict[str, object]:
 
 
 def test_every_hook_is_prefixed_and_documented() -> None:
-    assert len(specs()) == 16
+    assert len(specs()) == 17
     for name, hook in specs().items():
         assert name.startswith("lens_")
         assert inspect.getdoc(hook), name
 
 
 def test_every_provider_hook_has_a_kind_and_takes_nothing() -> None:
-    providers = {n: f for n, f in specs().items() if n not in ("lens_commands", "lens_fetch", "lens_describe")}
+    others = ("lens_commands", "lens_pages", "lens_fetch", "lens_describe")
+    providers = {n: f for n, f in specs().items() if n not in others}
     assert set(providers) == {hook for hook, _ in protocols.KINDS.values()}
     for name, hook in providers.items():
         assert not inspect.signature(hook).parameters, name  # type: ignore[arg-type]  # a function

@@ -12,7 +12,7 @@ from attrs import evolve
 from lens_core.inference.requests import ModelRequest
 from lens_core.io.readers import one_line, shown
 from lens_core.types import ConfigError, LensError
-from lens_studio.draw import PRIVATE, WINDOWS, answer, sizes
+from lens_studio.draw import BUTTONS, PRIVATE, WINDOWS, answer, sizes
 from lens_studio.forms import PRESET, Form
 
 AXES = ("steps", "samplers", "checkpoints")
@@ -104,7 +104,7 @@ def tab(drawing: Any, comparer: Comparer) -> None:
             start = gr.Button("Compare", variant="primary", elem_id="compare")
         with gr.Column(scale=3):
             status = gr.Textbox("", label="Status", interactive=False, elem_id="compare-status", max_lines=1)
-            picture = gr.Image(label="Grid", format="png", interactive=False, elem_id="compare-grid")
+            picture = gr.Image(label="Grid", format="png", interactive=False, buttons=BUTTONS, elem_id="compare-grid")
 
     def show(chosen: str) -> list[Any]:
         return [gr.update(visible=chosen == name) for name in AXES]

@@ -18,6 +18,7 @@ from lens_studio.forms import PRESET, Form, read_again
 RATIOS = ("1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16")
 WINDOWS = 64  # requests of the page that are followed at once; the engine draws them one after the other
 PREVIEW_PX = 384  # side of the live preview, to which the small pictures of the map are enlarged
+BUTTONS = ["download", "fullscreen"]  # of a picture; gradio's third shares it with another site
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every event: programs have the HTTP API, which is validated and documented."""
 
@@ -93,7 +94,7 @@ def beside(pictures: Any) -> Any:
 
 
 def caption(facts: Mapping[str, Any]) -> str:
-    return f"seed {facts.get('seed')}, {facts.get('steps')} steps"
+    return f"seed {facts.get('seed')}"
 
 
 def answer(error: LensError) -> gr.Error:
@@ -122,9 +123,9 @@ def tab(drawing: Any, drawer: Drawer) -> None:
             notes = gr.Markdown(elem_id="notes")
         with gr.Column(scale=3):
             status = gr.Textbox("", label="Status", interactive=False, elem_id="status", max_lines=1)
-            preview = gr.Image(label="Now", format="png", interactive=False, elem_id="preview", height=300, buttons=[])
+            preview = gr.Image(label="Now", format="png", interactive=False, elem_id="preview", height=260, buttons=[])
             gallery = gr.Gallery(label="Pictures", format="png", columns=4, height=300, object_fit="contain",
-                                 elem_id="gallery", interactive=False)  # fmt: skip
+                                 elem_id="gallery", interactive=False, buttons=BUTTONS)  # fmt: skip
             with gr.Row():
                 requested = gr.Textbox(label="Prompt as requested", interactive=False, lines=2, visible=False)
                 rewritten = gr.Textbox(label="Prompt as the reasoner wrote it", interactive=False, lines=2,
@@ -175,7 +176,7 @@ def _form(drawing: Any, presets: Mapping[str, Any]) -> dict[str, Any]:
         "negative_prompt": gr.Textbox(label="Negative prompt", lines=1, elem_id="negative"),
     }
     with gr.Row():
-        fields["size"] = gr.Dropdown(sizes(drawing), value=PRESET, label="Size (HxW px) or ratio (w:h)",
+        fields["size"] = gr.Dropdown(sizes(drawing), value=PRESET, label="Size or ratio",
                                      allow_custom_value=True, elem_id="size")  # fmt: skip
         fields["sampler"] = gr.Dropdown([PRESET, *drawing.samplers], value=PRESET, label="Sampler", elem_id="sampler")
     # Texts, for gradio shows an empty number as 0, and a browser's numbers are exact up to 2^53 alone.
@@ -191,8 +192,10 @@ def _form(drawing: Any, presets: Mapping[str, Any]) -> dict[str, Any]:
     with gr.Accordion("Init image and mask", open=False, elem_id="init"):
         gr.Markdown("Upload a picture to start from. Paint over what is to be drawn anew; the rest stays.")
         fields["edit"] = gr.ImageEditor(
-            type="pil", label="Init image", format="png", sources=["upload", "clipboard"], transforms=(), layers=False,
-            brush=gr.Brush(colors=["#ffffff"], color_mode="fixed", default_size=24), elem_id="editor", height=420,
+            type="pil", label="Init image", format="png", sources=["upload", "clipboard"], transforms=(),
+            layers=gr.LayerOptions(allow_additional_layers=False),
+            brush=gr.Brush(colors=["#ffffff"], color_mode="fixed", default_size=24), buttons=BUTTONS, height=420,
+            elem_id="editor",
         )  # fmt: skip
         fields["strength"] = _text("Strength", "0.6; 1 with a mask", "strength")
     return fields

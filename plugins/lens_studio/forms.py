@@ -19,7 +19,7 @@ from lens_core.types import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PRESET = "the model's own"
+PRESET = "preset"
 """What stands in a field for which the checkpoint's preset is taken."""
 MAX_LORAS = 16
 

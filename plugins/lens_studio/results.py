@@ -9,7 +9,7 @@ import gradio as gr
 
 from lens_core.io import images
 from lens_core.types import LensError
-from lens_studio.draw import PRIVATE, answer
+from lens_studio.draw import BUTTONS, PRIVATE, answer
 from lens_studio.folders import Shown
 
 MARKS = ("result.json", "table.md")
@@ -26,11 +26,11 @@ def tab(root: Path) -> None:
     """Build the tab inside a `gr.Tab`."""
     folder = Shown(root, MARKS)
     with gr.Row():
-        result = gr.Dropdown(folder.names(), value=None, label=f"Result of {root}", elem_id="result")
+        result = gr.Dropdown(folder.names(), value=None, label="Result", elem_id="result")
         refresh = gr.Button("Read the folder again")
     with gr.Row():
         table = gr.Markdown(elem_id="table")
-        sheet = gr.Image(label="Sheet", format="png", interactive=False, elem_id="sheet")
+        sheet = gr.Image(label="Sheet", format="png", interactive=False, buttons=BUTTONS, elem_id="sheet")
 
     def choose(name: str | None) -> tuple[str, Any]:
         try:

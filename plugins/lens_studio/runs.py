@@ -10,7 +10,7 @@ import gradio as gr
 
 from lens_core.io import atomic_files, images
 from lens_core.types import LensError
-from lens_studio.draw import PRIVATE, answer
+from lens_studio.draw import BUTTONS, PRIVATE, answer
 from lens_studio.folders import Shown
 
 MARKS = ("log.jsonl", "evaluations.jsonl")
@@ -53,14 +53,16 @@ def tab(root: Path) -> None:
     """Build the tab inside a `gr.Tab`."""
     folder = Shown(root, MARKS)
     with gr.Row():
-        run = gr.Dropdown(folder.names(), value=None, label=f"Run of {root}", elem_id="run")
+        run = gr.Dropdown(folder.names(), value=None, label="Run", elem_id="run")
         value = gr.Dropdown([], value=None, label="Curve", elem_id="curve")
         live = gr.Checkbox(True, label=f"Read again every {SECONDS:g} s", elem_id="live")
         refresh = gr.Button("Read the folder again", elem_id="refresh-runs")
     plot = gr.LinePlot(x="step", y="value", label="Curve", height=300, elem_id="plot")
     last = gr.Textbox(label="Last", interactive=False, elem_id="last", max_lines=1)
     with gr.Row():
-        grids = gr.Gallery(label="Samples", format="png", columns=2, elem_id="samples", interactive=False)
+        grids = gr.Gallery(
+            label="Samples", format="png", columns=2, buttons=BUTTONS, elem_id="samples", interactive=False
+        )
         table = gr.Dataframe(headers=["step", "value", ""], label="Evaluations", elem_id="scores", interactive=False)
     timer = gr.Timer(SECONDS)
 

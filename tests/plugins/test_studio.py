@@ -59,7 +59,7 @@ def drawer(quick: LensPipeline, tmp_path: Path) -> Iterator[Drawer]:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("the model's own", {}), ("", {}), (None, {}), ("128x160", {"height": 128, "width": 160}),
+        ("preset", {}), ("", {}), (None, {}), ("128x160", {"height": 128, "width": 160}),
         ("128 x 160", {"height": 128, "width": 160}), ("3:2", {"aspect_ratio": "3:2"}),
         ("2.39:1", {"aspect_ratio": "2.39:1"}),
     ],

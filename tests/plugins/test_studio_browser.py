@@ -18,11 +18,12 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the extra ui is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; the extra dev has it")
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed; the extra dev has it")
 
 from lens_serve.engine import Engine
 from lens_serve.outputs import Outputs
 from lens_serve.pages import Drawing, PageSettings, mount_page
+from playwright.sync_api import sync_playwright
 from serving import Gate, Running, running
 
 from lens_core.catalog import Catalog
@@ -41,7 +42,7 @@ PATIENCE = 60_000  # ms, for what takes a second on a quiet machine
 def browser() -> Iterator[Any]:
     # As root, which tests in containers are, chromium starts without its sandbox alone.
     arguments = {"executable_path": BROWSER, "args": ["--no-sandbox"]}
-    with playwright.sync_playwright() as driver, driver.chromium.launch(**arguments) as one:
+    with sync_playwright() as driver, driver.chromium.launch(**arguments) as one:
         yield one
 
 
