@@ -316,7 +316,7 @@ class Catalog:
         """The pages that plugins bring: name -> "module:function". Raises PluginError for what is none."""
         pages: dict[str, str] = {}
         for plugin in self.plugins:
-            if plugin.error is None and hasattr(plugin.module, "lens_pages"):
+            if plugin.error is None and plugin.module is not None and hasattr(plugin.module, "lens_pages"):
                 offered = plugin.module.lens_pages()
                 if not isinstance(offered, dict) or not all(isinstance(place, str) for place in offered.values()):
                     raise PluginError(f"{plugin.name}: lens_pages must return {{name: 'module:function'}}")

@@ -240,7 +240,7 @@ def test_randomness_is_an_argument() -> None:
         assert draws == [], path
 
 
-SIGNATURES_ARE_OPTIONS = {"generate", "bench", "bench_train", "doctor"}
+SIGNATURES_ARE_OPTIONS = {"generate", "bench", "bench_train", "doctor", "serve"}
 """Commands: cyclopts makes their parameters the options of the command line, so they have as many as there are."""
 
 

@@ -188,10 +188,11 @@ def test_what_is_painted_is_drawn_anew_and_the_rest_stays(window: Callable[[], A
     original.save(tmp_path / "start.png")
     page = window()
     page.click("#init button")
-    page.set_input_files("#editor input[type=file]", str(tmp_path / "start.png"))
     canvas = page.locator("#editor canvas").first
     canvas.wait_for()
-    page.wait_for_timeout(1500)  # the editor fits the picture into its canvas
+    page.wait_for_timeout(1500)  # the editor is ready a moment after its canvas is there
+    page.set_input_files("#editor input[type=file]", str(tmp_path / "start.png"))
+    page.wait_for_timeout(1500)  # it fits the picture into its canvas
     paint = page.locator("#editor button[aria-label='Brush'], #editor button[aria-label='Draw button']").first
     if paint.count():
         paint.click()
