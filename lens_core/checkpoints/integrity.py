@@ -14,18 +14,17 @@ from typing import Any
 from attrs import frozen
 
 from lens_core.catalog import Catalog
-from lens_core.checkpoints import hub, lazy_tensors, manifest
+from lens_core.checkpoints import hub, manifest, single_files
 from lens_core.io import atomic_files
 from lens_core.io.system_files import is_system_file
 from lens_core.types import CheckpointError, LensError
 
-SUFFIXES = (".safetensors", ".json", ".jinja")
 Stamps = dict[str, tuple[int, int, int]]  # a file's path below a folder -> what changes when it is written
 
 
 def _names(folder: Path) -> list[str]:
     """Of the files that `lens.json` may name, those that are there."""
-    there = (p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    there = (p for p in folder.rglob("*") if p.suffix in manifest.DECIDING and p.is_file())
     names = sorted(p.relative_to(folder).as_posix() for p in there)
     uncounted = ("lens.json", f"vae/{manifest.PREVIEW_FILE}")
     return [name for name in names if name not in uncounted and not is_system_file(name)]
@@ -89,8 +88,8 @@ def _broken(path: Path, name: str) -> str:
         known = hub.known_hash(path)
         if known is not None and manifest.hash_of(path) != known:
             return f"{name}: differs from the file that the Hub has"
-        if path.suffix == ".safetensors":
-            lazy_tensors.read_lazy(path)
+        if path.suffix in manifest.SINGLE_FILES:
+            single_files.read_single_file(path)
         elif path.suffix == ".json":
             atomic_files.read_json(path)
     except LensError as error:

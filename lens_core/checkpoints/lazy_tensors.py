@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 from torch import Tensor
 
-from lens_core.checkpoints import manifest, tensor_files
+from lens_core.checkpoints import tensor_files
 from lens_core.io import atomic_files, readers
 from lens_core.io.progress import progress_bar
 from lens_core.io.readers import shown
-from lens_core.protocols import HasWeights
-from lens_core.types import CheckpointError, ConfigError
+from lens_core.types import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
@@ -84,7 +83,9 @@ def read_lazy(*paths: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
                 raise CheckpointError(
                     f"{path}: {shown(name)} has the shape {list(shape)}, which no tensor has; leave it out"
                 )
-            tensors[name] = LazyTensor(shape, dtype, _reader(path, start + entry["data_offsets"][0], shape, dtype))
+            tensors[name] = LazyTensor(
+                shape, dtype, file_rows(path, start + entry["data_offsets"][0], shape, dtype)
+            )
     return tensors, texts
 
 
@@ -105,9 +106,10 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         raise tensor_files.incomplete_file_error(path, error) from error
 
 
-def _reader(
+def file_rows(
     path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Callable[[torch.dtype], Iterator[Tensor]]:
+    """`LazyTensor.rows` of values that lie in a file, in order from the byte `start` on."""
     row = math.prod(shape[1:]) * dtype.itemsize
     count = shape[0] if shape else 1
 
@@ -155,76 +157,3 @@ def write_lazy(
                 raise CheckpointError(f"{path}: a tensor yielded other rows than its shape tells; report it")
 
     atomic_files.write_atomic(path, write)
-
-
-def fit(config: Any, published: Any, seen: Mapping[str, Any], telling: Iterable[str], where: str) -> Any:
-    """The config of a file whose shapes tell the fields `seen`, and no others: those are taken from `config`, that of
-    the model the file is for, or from `published`, whichever first agrees with the file in the fields `telling`.
-
-    Raises CheckpointError where neither agrees, or the fields together are no config."""
-    for known in (config, published):
-        if all(getattr(known, name) == seen[name] for name in telling if name in seen):
-            try:
-                return evolve(known, **seen)
-            except ConfigError as error:
-                raise CheckpointError(f"{where}: {error.problems[0]}") from error
-    name = next(n for n in telling if n in seen and getattr(config, n) != seen[n])
-    raise CheckpointError(
-        f"{where}: its {name} is {shown(seen[name])}, but that of the model it is for is "
-        f"{shown(getattr(config, name))}; "
-        "give --model a folder that it fits"
-    )
-
-
-def another_model(tensors: Iterable[str], where: str, expected: str) -> CheckpointError:
-    """The error for a file that is no `expected`; it names a few of the file's tensors."""
-    some = ", ".join(sorted(tensors)[:3]) or "nothing"
-    return CheckpointError(f"{where}: holds {some} …, not a {expected}")
-
-
-def numbered(names: Iterable[str], before: str) -> int:
-    """How many of `before`0, `before`1, … there are among names of tensors. Counts no further than the first gap."""
-    numbers = {name[len(before) :].partition(".")[0] for name in names if name.startswith(before)}
-    return next(n for n in range(len(numbers) + 1) if str(n) not in numbers)
-
-
-def shape_of(tensors: Mapping[str, LazyTensor], name: str, ndim: int, where: str) -> tuple[int, ...]:
-    """The shape of a tensor that must be there. Raises CheckpointError."""
-    if name not in tensors:
-        some = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise CheckpointError(f"{where}: lacks {shown(name)}; it holds {some} …: is it another part, or another model?")
-    shape = tensors[name].shape
-    if len(shape) != ndim or not all(shape):
-        raise CheckpointError(f"{where}: {shown(name)} has the shape {list(shape)}, which is not that of such a weight")
-    return shape
-
-
-def describe_file(
-    path: Path, holds: Callable[[Mapping[str, LazyTensor]], bool], part: str, use: str
-) -> dict[str, Any] | None:
-    """An answer to the hook `lens_describe`: a model of one part, if `path` is a single file that `holds` it."""
-    if path.suffix != ".safetensors" or not path.is_file() or not holds(read_lazy(path)[0]):
-        return None
-    return {"format": manifest.FORMAT, "components": {part: {"use": use, "file": path.name}}}
-
-
-@runtime_checkable
-class SingleFile(HasWeights, Protocol):
-    """A component with weights that a single file may hold too; `lens convert` carries it between the two layouts."""
-
-    place: ClassVar[tuple[str, str]]  # its sub-folder in a checkpoint, and the stem of its weights there
-    single: ClassVar[str]  # where a folder of single files keeps it, in Comfy's layout
-
-    @classmethod
-    def from_header(
-        cls, file: Path, config: Any, folder: Path, *, plain: bool = False
-    ) -> tuple[Self, Any, dict[str, LazyTensor]]:
-        """A single file -> the component on the meta device, the config that the file's shapes tell, given what the
-        checkpoint in `folder` says, and the file's tensors under the names of a checkpoint. Reads headers alone.
-        `plain`: tensors that only Comfy can use quantised are not."""
-
-    def load_weights(self, tensors: Mapping[str, LazyTensor], file: Path, dtype: torch.dtype | None = None) -> None:
-        """Read the tensors of `from_header`, floats as `dtype`."""
-
-    def save_about(self, folder: Path) -> None:
-        """Write all that `save` writes, but for the weights."""

@@ -28,6 +28,10 @@ FORMAT = 1
 """The version of `lens.json`."""
 PREVIEW_FILE = "latent_preview.json"
 """In `vae/`, the map of step previews. It decides no picture, so it may be fitted later: no hash counts it."""
+SINGLE_FILES = (".safetensors", ".gguf")
+"""How the names of files end that may hold a model alone."""
+DECIDING = (*SINGLE_FILES, ".json", ".jinja")
+"""How the names of files end that decide what a checkpoint draws."""
 
 
 def hash_of(path: Path) -> str:
@@ -47,8 +51,7 @@ def hashes(folder: Path, under: tuple[str, ...] = ("",)) -> dict[str, str]:
 
     `under`: of those alone whose path begins so. Large files of the Hub's cache are named by their hash there, and are
     not read for it."""
-    suffixes = (".safetensors", ".json", ".jinja")
-    files = sorted(p for p in folder.rglob("*") if p.suffix in suffixes and p.name != PREVIEW_FILE and p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.suffix in DECIDING and p.name != PREVIEW_FILE and p.is_file())
     paths = {str(path.relative_to(folder)): path for path in (files if folder.is_dir() else [folder])}
     wanted = {name: path for name, path in paths.items() if name.startswith(under)}
     entries = progress(wanted.items(), "file", desc=f"hash {folder.name}", delay=1)
@@ -108,11 +111,11 @@ def resolve_uri(uri: str, catalog: Catalog, *, shared: bool = False, under: tupl
     if answer is not None:
         return Path(answer)
     folder = Path(uri).expanduser()
-    if not shared and (folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors")):
+    if not shared and (folder.is_dir() or (folder.is_file() and folder.suffix in SINGLE_FILES)):
         return folder
     if not shared and folder.exists():
         raise CheckpointError(
-            f"{uri}: is a file; a checkpoint is a folder with a lens.json or a model_index.json, or one .safetensors"
+            f"{uri}: is a file; a checkpoint is a folder with a lens.json or a model_index.json, or one .safetensors or .gguf"
         )
     name, _, revision = uri.partition("@")
     if not hub.is_name(name):

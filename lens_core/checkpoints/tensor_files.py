@@ -114,7 +114,7 @@ def refuse_foreign(path: Path) -> None:
     if head[8:] == b"{" and LONGEST_HEADER < length <= path.stat().st_size:
         raise CheckpointError(f"{path}: its header of {length} bytes is longer than that of any model; fetch it again")
     if head[:4] == b"GGUF":
-        raise CheckpointError(f"{path}: is a GGUF file; only safetensors are read: fetch the model in that format")
+        raise CheckpointError(f"{path}: is a GGUF file; let its name end in .gguf, so that it is read as one")
 
 
 def incomplete_file_error(path: Path, error: Exception) -> CheckpointError:

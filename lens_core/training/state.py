@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lens_core.attribution import building, trainable_modules_of
 from lens_core.catalog import Catalog
+from lens_core.checkpoints import packed_linear
 from lens_core.inference import lora
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.io.progress import print_line
@@ -98,6 +99,8 @@ class TrainingState:
     def _prepare_modules(self) -> None:
         """Attach LoRA, cast what is frozen, compile and shard, in this order: each works on what the last one made."""
         config = self.train_config
+        for net in self.modules.values():
+            packed_linear.unpack_all(net)  # quantised weights cannot take a step, nor a LoRA be merged into them
         for part in (*self.pipeline.present().values(), *self.modules.values()):
             part.requires_grad_(False).eval()
         optimizers.check_module_names(config, self.modules)

@@ -27,7 +27,7 @@ def lens_methods() -> dict[str, type[Any]]:
 
 @hookimpl
 def lens_describe(folder: Path) -> dict[str, Any] | None:
-    from lens_core.checkpoints.lazy_tensors import describe_file
+    from lens_core.checkpoints.single_files import describe_file
     from lens_flux2.single import holds
 
     return describe_file(folder, holds, "vae", "lens_flux2:flux2")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lens_core.checkpoints.lazy_tensors import LazyTensor, another_model, fit, numbered, shape_of
+from lens_core.checkpoints.lazy_tensors import LazyTensor
 from lens_core.checkpoints.quantization import plain
+from lens_core.checkpoints.single_files import another_model, fit, numbered, shape_of
 from lens_flux2.config import Flux2VAEConfig
 
 MARKS = ("bn.running_mean", "encoder.conv_in.weight", "decoder.conv_in.weight")

@@ -16,7 +16,8 @@ from diffusers import AutoencoderKLFlux2
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from lens_core.checkpoints.lazy_tensors import LazyTensor, read_lazy
+from lens_core.checkpoints.lazy_tensors import LazyTensor
+from lens_core.checkpoints.single_files import read_single_file
 from lens_core.checkpoints.tensor_files import build_on_meta, load_module, read_weights, save_module
 from lens_core.inference.offload import Workload
 from lens_core.io.atomic_files import read_json, write_json
@@ -156,7 +157,7 @@ class Flux2VAE(nn.Module):
         checkpoint whose VAE it takes the place of. See `single.convert_single_file`."""
         path = folder / FOLDER / "config.json"
         known = cls._read(path) if path.is_file() else config
-        inferred, tensors = convert_single_file(*read_lazy(file), known, str(file))
+        inferred, tensors = convert_single_file(*read_single_file(file), known, str(file))
         with torch.device("meta"):
             return cls(inferred), inferred, tensors
 

@@ -18,6 +18,7 @@ from transformers import DynamicCache, GptOssModel, PreTrainedTokenizerFast
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
+from lens_core.checkpoints.gguf_files import SUFFIX as GGUF
 from lens_core.checkpoints.lazy_tensors import LazyTensor, read_lazy, write_lazy
 from lens_core.checkpoints.tensor_files import build_on_meta, files, load_module, save_module
 from lens_core.inference.offload import Workload
@@ -27,6 +28,7 @@ from lens_gpt_oss.chat import ChatRenderer
 from lens_gpt_oss.config import GptOssEncoderConfig, read_config, transformers_config
 from lens_gpt_oss.experts import pack, packed
 from lens_gpt_oss.generation import WritesText
+from lens_gpt_oss.gguf import read_llama_cpp
 from lens_gpt_oss.single import PACKED, check_mxfp4, convert_single_file
 from lens_gpt_oss.template import LARGEST, Wrapper, open_tokenizer, read_tokenizer
 
@@ -323,28 +325,22 @@ class GptOssEncoder(WritesText, nn.Module):
     ) -> tuple[Self, Config, dict[str, LazyTensor]]:
         """A single file: the encoder without values, its config and the tensors for `load_weights`; `plain`: no nvfp4.
 
-        `file` may be a folder as transformers saves it, in shards. The tokenizer is the one in the file or folder, else
-        that of `folder`, the checkpoint whose encoder it takes the place of.
+        `file` may be a folder as transformers saves it, in shards, or a GGUF file of llama.cpp. The tokenizer is the
+        one in the file, else the tokenizer.json beside it or in that folder, else that of `folder`, the checkpoint
+        whose encoder it takes the place of.
         """
         disk = file / "config.json" if file.is_dir() else folder / FOLDER / "config.json"
-        tensors, texts = read_lazy(*(files(file, STEM) if file.is_dir() else [file]))
+        tokenizer, texts, stated = None, dict[str, str](), dict[str, Any]()
+        if file.suffix == GGUF:
+            tensors, stated, tokenizer = read_llama_cpp(file)
+        else:
+            tensors, texts = read_lazy(*(files(file, STEM) if file.is_dir() else [file]))
         known = read_config(disk, config) if disk.is_file() else config
         keep = config.experts == "auto" and not plain
-        inferred, weights = convert_single_file(tensors, texts, known, str(file), packed=keep)
+        inferred, weights = convert_single_file(tensors, texts, known, str(file), packed=keep, stated=stated)
         with torch.device("meta"):
             encoder = cls(inferred)
-        if "tokenizer_json" in tensors:
-            stored = tensors["tokenizer_json"]
-            if stored.dtype != torch.uint8 or len(stored.shape) != 1 or stored.shape[0] > LARGEST:
-                raise CheckpointError(
-                    f"{file}: tokenizer_json is {list(stored.shape)} of {stored.dtype}, not its bytes"
-                )
-            data = bytes(stored.read().numpy().data)
-            encoder.tokenizer = read_tokenizer(data, texts.get("chat_template"), str(file))
-        elif (file / "tokenizer.json").is_file():
-            encoder.tokenizer = open_tokenizer(file)
-        else:
-            encoder.tokenizer = open_tokenizer(folder / TOKENIZER)
+        encoder.tokenizer = tokenizer or _tokenizer_of(file, tensors, texts, folder)
         return encoder, inferred, encoder._prepare_for(weights, file, packed=keep or plain, whole=plain)
 
     def _prepare_for(
@@ -386,6 +382,20 @@ class GptOssEncoder(WritesText, nn.Module):
         )
         tensor = torch.frombuffer(bytearray(tokenizer.backend_tokenizer.to_str().encode()), dtype=torch.uint8)
         return {"tokenizer_json": LazyTensor.of(tensor)}, {"chat_template": str(tokenizer.chat_template)}
+
+
+def _tokenizer_of(
+    file: Path, tensors: Mapping[str, LazyTensor], texts: Mapping[str, str], folder: Path
+) -> PreTrainedTokenizerFast:
+    """The tokenizer in a safetensors file, else the one beside it, else that of the checkpoint `folder`."""
+    beside = file if file.is_dir() else file.parent
+    if "tokenizer_json" not in tensors:
+        return open_tokenizer(beside if (beside / "tokenizer.json").is_file() else folder / TOKENIZER)
+    stored = tensors["tokenizer_json"]
+    if stored.dtype != torch.uint8 or len(stored.shape) != 1 or stored.shape[0] > LARGEST:
+        raise CheckpointError(f"{file}: tokenizer_json is {list(stored.shape)} of {stored.dtype}, not its bytes")
+    data = bytes(stored.read().numpy().data)
+    return read_tokenizer(data, texts.get("chat_template"), str(file))
 
 
 def _experts_note(encoder: GptOssEncoder) -> str:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
-from lens_core.checkpoints.lazy_tensors import LazyTensor, another_model, describe_file, fit, numbered, shape_of
+from lens_core.checkpoints.lazy_tensors import LazyTensor
 from lens_core.checkpoints.manifest import FORMAT
 from lens_core.checkpoints.quantization import from_mxfp4, lazy_mxfp4, plain
+from lens_core.checkpoints.single_files import another_model, describe_file, fit, numbered, shape_of
 from lens_core.io.atomic_files import read_json
 from lens_core.types import CheckpointError
+from lens_gpt_oss import gguf
 from lens_gpt_oss.config import GptOssEncoderConfig
 
 if TYPE_CHECKING:
@@ -29,8 +31,8 @@ PACKED = ("blocks", "scales", "scale")
 
 
 def holds(names: Mapping[str, object]) -> bool:
-    """Whether a file holds a GPT-OSS."""
-    return any(p + MARK in names for p in PREFIXES)
+    """Whether a file holds a GPT-OSS, under the names of transformers, of Comfy, or of llama.cpp."""
+    return any(p + MARK in names for p in PREFIXES) or all(mark in names for mark in gguf.MARKS)
 
 
 def describe(path: Path) -> dict[str, Any] | None:
@@ -49,8 +51,10 @@ def convert_single_file(
     where: str,
     *,
     packed: bool,
+    stated: Mapping[str, Any] | None = None,
 ) -> tuple[GptOssEncoderConfig, dict[str, LazyTensor]]:
     """Infer the config from the shapes of a single file's tensors -> it, and the tensors under transformers' names.
+    `stated`: fields that the file itself gives, as GGUF does.
 
     Experts in MXFP4 stay `…_blocks` and `…_scales`. Those in nvfp4 do so with `packed`, with a `…_scale` too, and
     become plain weights without. The experts a token and the sliding
@@ -81,7 +85,7 @@ def convert_single_file(
         "vocab_size": vocabulary,
     }
     published = evolve(type(config)(), date=config.date, max_length=config.max_length, experts=config.experts)
-    return fit(config, published, inferred, list(inferred)[:5], where), weights
+    return fit(config, published, inferred | dict(stated or {}), list(inferred)[:5], where), weights
 
 
 def _transposed(tensor: LazyTensor) -> LazyTensor:

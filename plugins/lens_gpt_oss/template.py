@@ -193,7 +193,10 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
                 )
         for template in folder.rglob("*.jinja"):
             readers.read_text(template, sandbox.LARGEST, CheckpointError)
-        return guarded(lambda: PreTrainedTokenizerFast.from_pretrained(folder))
+        tokenizer = guarded(lambda: PreTrainedTokenizerFast.from_pretrained(folder))
+        if tokenizer.chat_template is None and not (folder / BESIDE[0]).is_file():
+            return wrap_tokenizer(tokenizer.backend_tokenizer, HARMONY)  # a tokenizer.json alone, beside a single file
+        return tokenizer
     except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever it meets
         name = "" if isinstance(error, LensError | ValueError) else f"{type(error).__name__}: "
         reason = one_line(f"{name}{error}", 200)

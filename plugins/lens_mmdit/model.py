@@ -21,7 +21,9 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from lens_core.checkpoints.lazy_tensors import LazyTensor, read_lazy
+from lens_core.checkpoints import packed_linear
+from lens_core.checkpoints.lazy_tensors import LazyTensor, write_lazy
+from lens_core.checkpoints.single_files import read_single_file
 from lens_core.checkpoints.tensor_files import build_on_meta, load_module, read_weights, save_module
 from lens_core.inference.offload import Workload
 from lens_core.io.atomic_files import write_json
@@ -194,7 +196,8 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
         tokens = (workload.size[0] // workload.cell) * (workload.size[1] // workload.cell) + workload.tokens
         width = self.config.inner_dim
         rows = workload.steps * sum(layer.out_features for layer in self.modulations())
-        return (12 * workload.batch * tokens * width + rows) * self.dtype.itemsize
+        work = (12 * workload.batch * tokens * width + rows) * self.dtype.itemsize
+        return work + packed_linear.transient_bytes(self)
 
     def flops(self, size: tuple[int, int], tokens: int) -> int:
         """FLOPs of a forward for one sample of latent grid `size` with `tokens` text tokens: linear layers and
@@ -311,7 +314,11 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
     def save(self, folder: Path) -> None:
         """Write `transformer/config.json` and `transformer/diffusion_pytorch_model.safetensors` under `folder`."""
         self.save_about(folder)
-        save_module(self, folder / FOLDER)
+        if packed_linear.packed_layers(self):  # in a format that no safetensors file holds
+            stem = self.place[1]
+            write_lazy(folder / FOLDER / f"{stem}.safetensors", packed_linear.plain_tensors(self))
+        else:
+            save_module(self, folder / FOLDER)
 
     def save_about(self, folder: Path) -> None:
         """Write `transformer/config.json` under `folder`."""
@@ -333,16 +340,23 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
         cls, file: Path, config: Config, folder: Path, *, plain: bool = False
     ) -> tuple[Self, Config, dict[str, LazyTensor]]:
         """A single file: the model without values, its config and the tensors for `load_weights`. See
-        `single.convert_single_file`."""
-        seen, tensors = convert_single_file(*read_lazy(file), config, str(file))
+        `single.convert_single_file`. Layers of a GGUF file stay quantised unless `plain`."""
+        seen, tensors = convert_single_file(*read_single_file(file), config, str(file))
         with torch.device("meta"):
-            return cls(seen), seen, tensors
+            model = cls(seen)
+        return model, seen, tensors if plain else packed_linear.keep_packed(model, tensors)
 
     def load_weights(self, tensors: Mapping[str, LazyTensor], file: Path, dtype: torch.dtype | None = None) -> None:
         """Read what `from_header` found, floats as `dtype`."""
         if dtype is not None and (reason := self.refuses(dtype)):
             raise NumericalError(reason)
         load_module(self, file.parent, file.stem, dtype=dtype, tensors=dict(tensors))
+        packed_linear.set_dtype(self, dtype)
+
+    @property
+    def note(self) -> str:
+        """How quantised layers are held, for people to read; empty where there are none."""
+        return packed_linear.note(self, "backbone")
 
 
 def _leading_rows_without_text(text: TextFeatures) -> int:

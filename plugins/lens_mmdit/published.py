@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lens_core.checkpoints import hub
-from lens_core.checkpoints.lazy_tensors import read_lazy
+from lens_core.checkpoints.manifest import SINGLE_FILES
+from lens_core.checkpoints.single_files import read_single_file
 from lens_core.io.atomic_files import read_json
 from lens_core.io.readers import one_line
 from lens_core.types import CheckpointError
@@ -91,7 +92,7 @@ def describe(folder: Path) -> dict[str, Any] | None:
     for a transformer that is not Lens's. Fields of `transformer/config.json` that diffusers adds for itself (a leading
     underscore) are left out; every other one is passed on, so that an architecture we do not know is refused by name.
     """
-    if folder.suffix == ".safetensors" and folder.is_file():
+    if folder.suffix in SINGLE_FILES and folder.is_file():
         return _single_file(folder)
     if (folder / "diffusion_models").is_dir() and not (folder / "model_index.json").is_file():
         return _comfy_folder(folder)
@@ -143,7 +144,7 @@ def _known_checkpoint(variant: str) -> dict[str, Any]:
 
 def _single_file(file: Path) -> dict[str, Any] | None:
     """One file: a backbone, which names its variant in its own name."""
-    if find_prefix(read_lazy(file)[0]) is None:
+    if find_prefix(read_single_file(file)[0]) is None:
         return None
     parts = {"backbone": {"use": PARTS["backbone"][1], "file": file.name}}
     return _checkpoint_of_parts(parts, file.name)
@@ -153,7 +154,7 @@ def _comfy_folder(folder: Path) -> dict[str, Any]:
     """Comfy's layout: `diffusion_models/`, `text_encoders/` and `vae/`, one file in each. Parts may be absent."""
     parts = {}
     for part, (place, use) in PARTS.items():
-        files = sorted(p.relative_to(folder) for p in (folder / place).glob("*.safetensors"))
+        files = sorted(p.relative_to(folder) for p in (folder / place).glob("*") if p.suffix in SINGLE_FILES)
         if len(files) > 1:
             raise CheckpointError(
                 f"{folder / place}: holds {files[0].name} and {len(files) - 1} more; give one as --model, "
@@ -161,7 +162,7 @@ def _comfy_folder(folder: Path) -> dict[str, Any]:
             )
         parts |= {part: {"use": use, "file": str(files[0])}} if files else {}
     if "backbone" not in parts:
-        raise CheckpointError(f"{folder / 'diffusion_models'}: holds no .safetensors file; fetch one")
+        raise CheckpointError(f"{folder / 'diffusion_models'}: holds no .safetensors and no .gguf file; fetch one")
     return _checkpoint_of_parts(parts, Path(parts["backbone"]["file"]).name, folder.resolve().name)
 
 

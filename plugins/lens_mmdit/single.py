@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lens_core.checkpoints.lazy_tensors import LazyTensor, another_model, fit, numbered, shape_of
+from lens_core.checkpoints.lazy_tensors import LazyTensor
 from lens_core.checkpoints.quantization import plain
+from lens_core.checkpoints.single_files import another_model, fit, numbered, shape_of
 from lens_core.types import CheckpointError
 from lens_mmdit.config import MMDiTConfig
 
