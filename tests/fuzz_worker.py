@@ -144,6 +144,7 @@ class Targets:
 
     def __init__(self, folder: Path) -> None:
         sys.path[:0] = [str(ROOT), str(ROOT / "plugins"), str(ROOT / "tests"), str(ROOT / "tests" / "core")]
+        import gguf_files
         import torch
         import toy
         from attrs import evolve
@@ -186,6 +187,9 @@ class Targets:
         (peft / "adapter_config.json").write_text(
             json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 4, "target_modules": ["inner"], "alpha_pattern": {}})
         )
+        weight = torch.ones(2, 64)
+        stored = {"w": (gguf_files.quantised(weight, "Q4_0"), "Q4_0"), "x": weight}
+        gguf_files.write(folder / "a.gguf", stored, {"a": "text", "b": ["x", "y"], "c": [1, 2]})
         encoder = "text_encoder"
         self.all: list[tuple[str, int, Callable[[random.Random], None]]] = [
             ("recipe", 8, self.recipe),
@@ -204,6 +208,7 @@ class Targets:
             ("LoRA", 7, self.lora),
             ("PEFT folder", 4, self.peft),
             ("safetensors", 6, self.tensors),
+            ("GGUF", 6, self.gguf),
             ("index of shards", 4, self.shards),
             ("prompts file", 3, self.prompts_file),
             ("prompt set", 7, self.prompt_set),
@@ -412,6 +417,13 @@ class Targets:
             read_tensors(path)
             read_header(path)
         for tensor in read_lazy(path)[0].values():
+            tensor.read()
+
+    def gguf(self, rng: random.Random) -> None:
+        from lens_core.checkpoints.gguf_files import read_gguf
+
+        path = self.write("x.gguf", mutate_bytes(rng, (self.folder / "a.gguf").read_bytes()))
+        for tensor in read_gguf(path, ("b",))[0].values():
             tensor.read()
 
     def shards(self, rng: random.Random) -> None:

@@ -30,14 +30,14 @@ def quantised(values: Tensor, form: str) -> np.ndarray[Any, Any]:
 
 
 def blocks(shape: Sequence[int], form: str, seed: int = 0) -> np.ndarray[Any, Any]:
-    """Random blocks of any format, with scales of about 0.01, for a tensor of `shape`."""
+    """Random blocks of any format, with scales that keep values small, for a tensor of `shape`."""
     values, size = gguf.GGML_QUANT_SIZES[TYPES[form]]
     count = int(np.prod(shape)) // values
     data = np.random.default_rng(seed).integers(0, 256, (count, size), dtype=np.uint8)
-    half = np.frombuffer(struct.pack("<e", 0.01), np.uint8)
+    half = np.frombuffer(struct.pack("<e", 0.0005), np.uint8)
     if form == "IQ1_M":
-        data[:, 48:56] &= 0x0F  # its float16 is spread over the high halves of four words, of which 0x2000 is kept
-        data[:, 55] |= 0x20
+        data[:, 49:56:2] &= 0x0F  # its float16 is spread over the highest 4 bits of four words
+        data[:, 55] |= 0x10
     elif form == "NVFP4":
         data[:, :4] = np.clip(data[:, :4], 1, 60)
     else:

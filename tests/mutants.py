@@ -175,7 +175,32 @@ MUTANTS = [
         "lens_core/inference/lora.py",
         "tests/core/test_lora.py",
         ("lora_alpha=adapter.scale * adapter.rank", "lora_alpha=adapter.scale"),
-        ("pair.alpha / pair.rank", "pair.alpha"),
+    ),
+    *_of(
+        "lens_core/checkpoints/adapters.py",
+        "tests/core/test_adapters.py",
+        ("else self.alpha / self.rank", "else self.alpha"),
+        (
+            "torch.kron(_product(self.w1, dtype), _product(self.w2, dtype))",
+            "torch.kron(_product(self.w2, dtype), _product(self.w1, dtype))",
+        ),
+        ("_product(self.w1, dtype) * _product(self.w2, dtype)", "_product(self.w1, dtype) + _product(self.w2, dtype)"),
+        ("torch.linalg.vector_norm(whole,", "torch.linalg.vector_norm(before,"),
+        ("return whole * stretch - before", "return whole * stretch"),
+        ("else self.scale * self.bias", "else self.bias"),
+    ),
+    # GGUF
+    *_of(
+        "plugins/lens_gpt_oss/gguf.py",
+        "tests/plugins/test_gpt_oss_gguf.py",
+        ("codes[..., 0::2] | (codes[..., 1::2] << 4)", "codes[..., 1::2] | (codes[..., 0::2] << 4)"),
+        ("torch.stack([first, second], dim=1)", "torch.stack([second, first], dim=1)"),
+    ),
+    *_of(
+        "lens_core/checkpoints/gguf_types.py",
+        "tests/core/test_gguf_files.py",
+        ("scales[..., None] * codes", "codes"),
+        ("b[:, :1].int() - 128", "b[:, :1].int() - 127"),
     ),
     *_of(
         "plugins/lens_flux2/vae.py",

@@ -9,6 +9,7 @@ element by element: a header of a few bytes keeps it busy for ever. Only its for
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -77,7 +78,9 @@ def read_gguf(path: Path, arrays: Collection[str] = ()) -> tuple[dict[str, LazyT
         _check_places(entries, start, size, keys)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise CheckpointError(f"{path}: not a GGUF file that can be read ({reason}); fetch it again, or another one") from error
+        raise CheckpointError(
+            f"{path}: not a GGUF file that can be read ({reason}); fetch it again, or another one"
+        ) from error
     shapes = {key.removeprefix(ORIGINAL_SHAPE): keys.pop(key) for key in list(keys) if key.startswith(ORIGINAL_SHAPE)}
     return {e.name: _tensor(path, e, start + e.start, shapes) for e in entries}, keys
 
@@ -92,7 +95,9 @@ class _Header:
     def check(self, count: int, what: str) -> None:
         """Raise ValueError unless `count` more bytes can be there."""
         if count > self.end - self.at:
-            bound = f"the file's {self.size}" if self.end == self.size else f"{LONGEST_HEADER}, more than any header has"
+            bound = (
+                f"the file's {self.size}" if self.end == self.size else f"{LONGEST_HEADER}, more than any header has"
+            )
             raise ValueError(f"{what} would take the header to byte {shown(self.at + count)} of {bound}")
 
     def take(self, count: int, what: str) -> bytes:
@@ -151,7 +156,7 @@ def _read_header(header: _Header, arrays: Collection[str]) -> tuple[dict[str, An
     entries = [_entry(header) for _ in range(tensors)]
     if len({entry.name for entry in entries}) != tensors:
         names = sorted(entry.name for entry in entries)
-        raise ValueError(f"it holds {shown(next(a for a, b in zip(names, names[1:], strict=False) if a == b))} twice")
+        raise ValueError(f"it holds {shown(next(a for a, b in itertools.pairwise(names) if a == b))} twice")
     return keys, entries
 
 

@@ -32,9 +32,9 @@ def package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise CheckpointError("GGUF files need the package gguf, which is missing; pip install 'lens-t2i[quant]'") from (
-            error
-        )
+        raise CheckpointError(
+            "GGUF files need the package gguf, which is missing; pip install 'lens-t2i[quant]'"
+        ) from (error)
     return gguf
 
 

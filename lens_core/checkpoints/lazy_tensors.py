@@ -83,9 +83,7 @@ def read_lazy(*paths: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
                 raise CheckpointError(
                     f"{path}: {shown(name)} has the shape {list(shape)}, which no tensor has; leave it out"
                 )
-            tensors[name] = LazyTensor(
-                shape, dtype, file_rows(path, start + entry["data_offsets"][0], shape, dtype)
-            )
+            tensors[name] = LazyTensor(shape, dtype, file_rows(path, start + entry["data_offsets"][0], shape, dtype))
     return tensors, texts
 
 

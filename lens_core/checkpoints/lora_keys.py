@@ -1,8 +1,12 @@
-"""LoRA files: one content, three key formats. Read whole or refused, and written so that other tools agree.
+"""Files of adapters: one content, three key formats. Read whole or refused, and written so that other tools agree.
 
 diffusers   `transformer.LAYER.lora_A.weight`, as PEFT too; rank and alpha in the header's `lora_adapter_metadata`
 comfy       `diffusion_model.LAYER.lora_A.weight` and `.alpha`
-sd-scripts  `lora_unet_LAYER.lora_down.weight`, dots as underscores, and `.alpha`
+sd-scripts  `lora_unet_LAYER.lora_down.weight`, dots as underscores, and `.alpha`; LyCORIS begins with `lycoris_`
+
+LoHa's and LoKr's factors, `LAYER.hada_w1_a`, `LAYER.lokr_w1`, have the names of LyCORIS everywhere, PEFT included.
+DoRA's lengths are `LAYER.lora_magnitude_vector` to PEFT and `LAYER.dora_scale` to the others. `adapters` says what all
+of them mean.
 
 All carry the header, which knows the layers by their names with dots. PEFT's own files, `adapter_model.safetensors`,
 have none: what they are to be multiplied by stands in the `adapter_config.json` beside them (`peft_config`).
@@ -18,9 +22,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attrs import evolve, frozen
+from attrs import evolve
 
 from lens_core.checkpoints import peft_config
+from lens_core.checkpoints.adapters import FACTORS, Adapter, LoHa, LoKr, LoRA, kind_of
 from lens_core.checkpoints.peft_config import Strength
 from lens_core.checkpoints.tensor_files import read_header, read_tensors, save_tensors
 from lens_core.io.atomic_files import read_json
@@ -34,40 +39,39 @@ if TYPE_CHECKING:
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 HEADER = "lora_adapter_metadata"  # diffusers' key: the fields of PEFT's LoraConfig, as JSON
 KEY_FORMATS = ("diffusers", "comfy", "sd-scripts")
-_KEY = re.compile(r"(.+)\.(?:lora_(?P<side>[AB]|down|up)(?:\.[^.]+)?\.weight|(?P<alpha>alpha))")
-_FLAT = "lora_unet_"
-_PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", _FLAT)
-"""Of diffusers, Comfy, PEFT and sd-scripts."""
+_KEY = re.compile(
+    r"(.+)\.(?:lora_(?P<side>[AB]|down|up)(?:\.[^.]+)?\.(?P<matrix>weight|bias)"
+    r"|(?P<length>lora_magnitude_vector)(?:\.[^.]+){0,2}|(?P<other>dora_scale|alpha)"
+    r"|(?P<factor>hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)(?:\.[^.]+)?)"
+)
+_SIDES = {"A": "down", "B": "up", "down": "down", "up": "up"}
+_FLAT = ("lora_unet_", "lycoris_")
+_PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", *_FLAT)
+"""Of diffusers, Comfy, PEFT, sd-scripts and LyCORIS."""
 _OTHERS = {
-    "LoHa": r"\.hada_",
-    "LoKr": r"\.lokr_",
-    "DoRA": r"\.dora_scale$|lora_magnitude_vector",
+    "LoHa or LoKr in Tucker's form, which linear layers do not have": r"\.hada_t[12]|\.lokr_t2",
     "LoCon": r"\.lora_mid\.",
     "OFT": r"\.oft_",
-    "LoRA with a bias beside its matrices (lora_bias)": r"\.lora_(B|up)(\.[^.]+)?\.bias$",
+    "whole difference of weights": r"\.diff(_b)?$",
     "LoRA of embeddings": r"\.lora_embedding_[AB]",
     "LoRA with modules that were trained whole (modules_to_save)": r"\.modules_to_save\.",
     "LoRA with trained tokens": r"\.token_adapter\.|trainable_tokens_",
 }
-"""Adapters that are something else than up @ down -> how their keys are known."""
+"""Adapters that cannot be honoured -> how their keys are known."""
+_SPELLINGS = {
+    "diffusers": {
+        "down": "lora_A.weight", "up": "lora_B.weight", "bias": "lora_B.bias", "magnitude": "lora_magnitude_vector",
+    },
+    "comfy": {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "dora_scale"},
+    "sd-scripts": {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"},
+}  # fmt: skip
+"""Key format -> part of an adapter -> what its key ends in. LoHa's and LoKr's factors have the same names in the last
+two, and diffusers reads neither."""
 
 
-@frozen
-class Pair:
-    """One layer's tensors: `down` [rank,in], `up` [out,rank]; the change is alpha / rank * up @ down."""
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return len(self.down)
-
-
-def read(path: Path, layers: Collection[str] = ()) -> dict[str, Pair]:
-    """A LoRA file, or a folder with diffusers' `pytorch_lora_weights.safetensors` or PEFT's
-    `adapter_model.safetensors` -> the pair of each layer.
+def read(path: Path, layers: Collection[str] = ()) -> dict[str, Adapter]:
+    """A file of adapters, or a folder with diffusers' `pytorch_lora_weights.safetensors` or PEFT's
+    `adapter_model.safetensors` -> the adapter of each layer.
 
     With `layers`, the model's own names, each key must fit one of them; without, names that are written with
     underscores must stand in the header. alpha is a layer's own tensor, else what the header says
@@ -79,25 +83,11 @@ def read(path: Path, layers: Collection[str] = ()) -> dict[str, Pair]:
     # First: their keys would otherwise be reported one by one as tensors that fit no layer.
     for kind, pattern in _OTHERS.items():
         if any(re.search(pattern, key) for key in tensors):
-            raise CheckpointError(f"{file}: is a {kind}; only plain LoRAs are read: extract one, or merge it elsewhere")
+            raise CheckpointError(
+                f"{file}: is a {kind}; LoRA, DoRA, LoHa and LoKr are read: extract one, or merge it elsewhere"
+            )
     about = _about(file, header, tensors)
-    names = _aliases(layers or about.names)
-    parts: dict[str, dict[str, Tensor]] = {}
-    strange: list[str] = []
-    for key, value in tensors.items():
-        match = _KEY.fullmatch(key)
-        prefix = next((p for p in _PREFIXES if key.startswith(p)), "")
-        written = match[1].removeprefix(prefix) if match else ""
-        # sd-scripts joins a layer's name by underscores, which only a list of layers can undo.
-        layer = names.get(written) or ("" if layers or prefix == _FLAT else written)
-        if match is None or not layer:
-            strange.append(key)
-            continue
-        side = str({"A": "down", "B": "up", None: "alpha"}.get(match["side"], match["side"]))
-        # Merged files hold a layer in two formats: which one is meant cannot be known.
-        if side in parts.setdefault(layer, {}):
-            raise CheckpointError(f"{file}: holds {shown(layer)} twice, in two key formats; fetch the file again")
-        parts[layer][side] = value
+    parts, strange = _sorted(file, tensors, layers, _aliases(layers or about.names))
     if strange or not parts:
         listed = ", ".join(repr(key)[1:-1][:120] for key in sorted(strange)[:5]) or "none at all"
         hint = "" if layers else "; give the model that it is for, so that its layers' names are known"
@@ -114,7 +104,45 @@ def read(path: Path, layers: Collection[str] = ()) -> dict[str, Pair]:
         raise CheckpointError(
             f"{file}: its alpha is {alpha!r:.40}, which is no number, and {shown(bare[0])} has none either"
         )
-    return {layer: _pair(file, layer, sides, about) for layer, sides in parts.items()}
+    for part in about.parts:
+        if not any(part in sides for sides in parts.values()):
+            raise CheckpointError(
+                f"{file}: its config says that there is a {part}, and no layer has one; fetch it again"
+            )
+    return {layer: _adapter(file, layer, sides, about) for layer, sides in parts.items()}
+
+
+def _sorted(
+    file: Path, tensors: Mapping[str, Tensor], layers: Collection[str], names: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """The tensors by layer and by part, and the keys that fit none."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    strange: list[str] = []
+    for key, value in tensors.items():
+        match = _KEY.fullmatch(key)
+        prefix = next((p for p in _PREFIXES if key.startswith(p)), "")
+        written = match[1].removeprefix(prefix) if match else ""
+        # sd-scripts joins a layer's name by underscores, which only a list of layers can undo.
+        layer = names.get(written) or ("" if layers or prefix in _FLAT else written)
+        part = _part(match) if match else None
+        if part is None or not layer:
+            strange.append(key)
+            continue
+        # Merged files hold a layer in two formats: which one is meant cannot be known.
+        if part in parts.setdefault(layer, {}):
+            raise CheckpointError(f"{file}: holds {shown(layer)} twice, in two key formats; fetch the file again")
+        parts[layer][part] = value
+    return parts, strange
+
+
+def _part(match: re.Match[str]) -> str | None:
+    """Which part of an adapter a key is; None for a bias beside the first matrix, which nobody trains."""
+    if match["side"]:
+        side = _SIDES[match["side"]]
+        return side if match["matrix"] == "weight" else "bias" if side == "up" else None
+    if match["length"] or match["other"] == "dora_scale":
+        return "magnitude"
+    return match["other"] or match["factor"]
 
 
 def _file(path: Path) -> Path:
@@ -185,30 +213,108 @@ def _stored(file: Path, text: str) -> dict[str, object]:
         ) from error
 
 
-def _pair(file: Path, layer: str, sides: Mapping[str, Tensor], about: Strength) -> Pair:
-    if "down" not in sides or "up" not in sides:
-        raise CheckpointError(f"{file}: {shown(layer)} has only its {', '.join(sorted(sides))}; fetch the file again")
-    down, up = sides["down"], sides["up"]
-    if down.ndim != 2 or up.ndim != 2 or not len(down) or len(down) != up.shape[1]:
-        raise CheckpointError(f"{file}: {shown(layer)} is {list(up.shape)} x {list(down.shape)}, which is no product")
-    if about.ranks is not None and about.ranks(layer) != len(down):
+def _adapter(file: Path, layer: str, sides: Mapping[str, Tensor], about: Strength) -> Adapter:
+    """The adapter of one layer, once its tensors fit each other. Raises CheckpointError."""
+    what = f"{file}: {shown(layer)}"
+    kind = kind_of(sides)
+    if kind is None:
+        held = ", ".join(sorted(sides))
+        raise CheckpointError(f"{what} has {held}, which are not one adapter's; fetch the file again")
+    if about.kind not in (None, kind):
+        raise CheckpointError(f"{what} is a {kind}, and {peft_config.CONFIG} beside it says {about.kind}")
+    for value in sides.values():
+        if not value.is_floating_point() and value is not sides.get("alpha"):
+            dtypes = " x ".join(str(sides[name].dtype) for name in reversed(FACTORS[kind]) if name in sides)
+            raise CheckpointError(f"{what} is {dtypes}, which are no plain weights")
+    made = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr}[kind](what, sides)
+    rank = made.rank
+    if about.ranks is not None and rank not in (None, about.ranks(layer)):
         raise CheckpointError(
-            f"{file}: {shown(layer)} has the rank {len(down)}, and {peft_config.CONFIG} beside it says "
-            f"{about.ranks(layer)}; the two do not belong together"
+            f"{what} has the rank {rank}, and {peft_config.CONFIG} beside it says {about.ranks(layer)}; the two do not "
+            "belong together"
         )
-    alpha = about.of(layer, len(down))
-    if "alpha" in sides:
-        if sides["alpha"].numel() != 1 or sides["alpha"].is_complex():
-            raise CheckpointError(
-                f"{file}: {shown(layer)} has an alpha of {list(sides['alpha'].shape)} numbers, not one"
-            )
-        alpha = float(sides["alpha"])
-    if not (down.is_floating_point() and up.is_floating_point()):
-        raise CheckpointError(f"{file}: {shown(layer)} is {up.dtype} x {down.dtype}, which are no plain weights")
+    if rank is None and about.ranks is not None:  # PEFT multiplies by alpha / rank even then; others do not
+        rank = about.ranks(layer)
+        made = evolve(made, rank=rank)
+    alpha = _alpha(what, sides, about.of(layer, rank or 1))
     # After the cast: a finite float64 may be infinite as float32, in which the product is computed.
-    if not (abs(alpha) < float("inf") and bool(down.float().isfinite().all() & up.float().isfinite().all())):
-        raise CheckpointError(f"{file}: {shown(layer)} holds numbers that are not finite; it was broken in training")
-    return Pair(down, up, alpha)
+    finite = all(bool(value.float().isfinite().all()) for name, value in sides.items() if name != "alpha")
+    if not finite or not abs(alpha) < float("inf"):
+        raise CheckpointError(f"{what} holds numbers that are not finite; it was broken in training")
+    return evolve(made, alpha=alpha, magnitude=_magnitude(what, sides, made.shape), bias=_bias(what, sides, made.shape))
+
+
+def _alpha(what: str, sides: Mapping[str, Tensor], elsewhere: float) -> float:
+    if "alpha" not in sides:
+        return elsewhere
+    if sides["alpha"].numel() != 1 or sides["alpha"].is_complex():
+        raise CheckpointError(f"{what} has an alpha of {list(sides['alpha'].shape)} numbers, not one")
+    return float(sides["alpha"])
+
+
+def _lora(what: str, sides: Mapping[str, Tensor]) -> LoRA:
+    if "down" not in sides or "up" not in sides:
+        raise CheckpointError(f"{what} has only its {', '.join(sorted(sides))}; fetch the file again")
+    _check_product(what, sides["up"], sides["down"])
+    return LoRA(sides["down"], sides["up"], 1.0)
+
+
+def _loha(what: str, sides: Mapping[str, Tensor]) -> LoHa:
+    if any(name not in sides for name in FACTORS["LoHa"]):
+        raise CheckpointError(f"{what} has only its {', '.join(sorted(sides))}; fetch the file again")
+    a, b, c, d = (sides[name] for name in FACTORS["LoHa"])
+    _check_product(what, a, b)
+    _check_product(what, c, d)
+    if (len(a), *b.shape) != (len(c), *d.shape):
+        raise CheckpointError(
+            f"{what} is {list(a.shape)} x {list(b.shape)} times {list(c.shape)} x {list(d.shape)}, which do not fit"
+        )
+    return LoHa((a, b), (c, d), 1.0)
+
+
+def _lokr(what: str, sides: Mapping[str, Tensor]) -> LoKr:
+    made = []
+    for name in ("lokr_w1", "lokr_w2"):
+        whole, halves = sides.get(name), [sides[n] for n in (f"{name}_a", f"{name}_b") if n in sides]
+        if (whole is None) == (not halves) or len(halves) == 1:
+            held = ", ".join(sorted(sides))
+            raise CheckpointError(f"{what} has {held}, of which no {name} can be made; fetch the file again")
+        _check_product(what, *(halves if whole is None else [whole]))
+        made.append(tuple(halves) if whole is None else (whole,))
+    ranks = {len(factors[1]) for factors in made if len(factors) == 2}
+    if len(ranks) > 1:  # by which of them its alpha is divided, tools do not agree
+        raise CheckpointError(f"{what} has factors of the ranks {' and '.join(map(str, sorted(ranks)))}; give them one")
+    return LoKr(made[0], made[1], 1.0, next(iter(ranks), None))
+
+
+def _check_product(what: str, *matrices: Tensor) -> None:
+    fits = all(matrix.ndim == 2 and matrix.numel() for matrix in matrices)
+    if not fits or (len(matrices) == 2 and matrices[0].shape[1] != len(matrices[1])):
+        raise CheckpointError(f"{what} is {' x '.join(str(list(m.shape)) for m in matrices)}, which is no product")
+
+
+def _magnitude(what: str, sides: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor | None:
+    """DoRA's lengths: [out], of rows, or [1,in], of columns."""
+    if "magnitude" not in sides:
+        return None
+    stored, (out, inner) = sides["magnitude"], shape
+    # [1,out] is no row: a layer of as many inputs would be read as one of LyCORIS's columns.
+    if tuple(stored.shape) in ((out,), (out, 1)):
+        return stored.reshape(out)
+    if tuple(stored.shape) == (1, inner):
+        return stored
+    raise CheckpointError(
+        f"{what} has DoRA lengths of the shape {list(stored.shape)}; a layer of {list(shape)} has {out} of its rows, "
+        f"or {[1, inner]} of its columns"
+    )
+
+
+def _bias(what: str, sides: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor | None:
+    if "bias" not in sides:
+        return None
+    if tuple(sides["bias"].shape) != shape[:1]:
+        raise CheckpointError(f"{what} has a bias of the shape {list(sides['bias'].shape)} for {shape[0]} outputs")
+    return sides["bias"]
 
 
 def _exact(name: str, names: Collection[str]) -> str:
@@ -216,38 +322,81 @@ def _exact(name: str, names: Collection[str]) -> str:
     return f"^{re.escape(name)}" if any(n != name and re.match(rf"(.*\.)?({name})$", n) for n in names) else name
 
 
-def write(path: Path, pairs: Mapping[str, Pair], key_format: str = "diffusers", prefix: str = "transformer") -> None:
-    """Write the pairs, by the layers' names with dots, in one of KEY_FORMATS. `read` gives them back bit for bit."""
-    import torch
+def write(
+    path: Path, adapters: Mapping[str, Adapter], key_format: str = "diffusers", prefix: str = "transformer"
+) -> None:
+    """Write the adapters, by the layers' names with dots, in one of KEY_FORMATS. `read` gives them back bit for bit.
 
+    Raises CheckpointError for what the format cannot hold."""
     if key_format not in KEY_FORMATS:
         raise ConfigError(f"no key format is called {shown(key_format)}.{did_you_mean(key_format, KEY_FORMATS)}")
-    # PEFT's config has one rank and one alpha; layers that differ from the most common are listed as patterns.
-    rank = Counter(pair.rank for pair in pairs.values()).most_common(1)[0][0]
-    alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0]
-    about = {
+    tensors: dict[str, Tensor] = {}
+    count = 0
+    for name, adapter in adapters.items():
+        start = {
+            "diffusers": f"{prefix}.{name}",
+            "comfy": f"diffusion_model.{name}",
+            "sd-scripts": _FLAT[0] + name.replace(".", "_"),
+        }[key_format]
+        parts = _written(f"{path}: {shown(name)}", adapter, key_format)
+        tensors |= {f"{start}.{key}": value for key, value in parts.items()}
+        count += len(parts)
+    # Underscores can make one name of two layers.
+    if len(tensors) != count:
+        raise CheckpointError(f"{path}: two layers would have one name in the key format {key_format}; choose another")
+    save_tensors(path, tensors, _header_of(adapters, key_format, prefix))
+
+
+def _written(what: str, adapter: Adapter, key_format: str) -> dict[str, Tensor]:
+    """The tensors of one adapter by what their keys end in."""
+    import torch
+
+    spellings = _SPELLINGS[key_format]
+    if key_format == "diffusers" and adapter.kind != "LoRA":
+        raise CheckpointError(f"{what} is a {adapter.kind}, which diffusers does not read; write it as comfy")
+    if adapter.bias is not None and "bias" not in spellings:
+        raise CheckpointError(f"{what} has a bias, for which {key_format} has no key; write it as diffusers")
+    parts = {spellings.get(name, name): value for name, value in adapter.factors.items()}
+    if adapter.bias is not None:
+        parts[spellings["bias"]] = adapter.bias
+    if (lengths := adapter.magnitude) is not None:
+        if key_format == "diffusers" and lengths.ndim == 2:
+            raise CheckpointError(
+                f"{what} has DoRA lengths of columns, which diffusers does not read; write it as comfy"
+            )
+        # By its two dimensions other tools know that it belongs to rows.
+        parts[spellings["magnitude"]] = lengths if key_format == "diffusers" or lengths.ndim == 2 else lengths[:, None]
+    if key_format != "diffusers":  # which reads the header alone
+        if isinstance(adapter, LoKr) and len(adapter.w1) == len(adapter.w2) == 1 and adapter.scale != 1:
+            raise CheckpointError(
+                f"{what} is {adapter.scale:g} times a LoKr of whole factors, which {key_format} takes for 1; merge it"
+            )
+        # Other tools write float32; float64 only where that would round, so that `read` gives it back exactly.
+        exact = torch.tensor(adapter.alpha, dtype=torch.float64)
+        parts["alpha"] = exact.float() if float(exact.float()) == adapter.alpha else exact
+    return parts
+
+
+def _header_of(adapters: Mapping[str, Adapter], key_format: str, prefix: str) -> dict[str, str]:
+    """What PEFT's config says of them: one rank and one alpha; layers that differ from the most common as patterns."""
+    ranks = {name: adapter.rank or 1 for name, adapter in adapters.items()}
+    alphas = {name: adapter.alpha for name, adapter in adapters.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    about: dict[str, object] = {
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(pairs),
-        "rank_pattern": {_exact(n, pairs): pair.rank for n, pair in sorted(pairs.items()) if pair.rank != rank},
-        "alpha_pattern": {_exact(n, pairs): pair.alpha for n, pair in sorted(pairs.items()) if pair.alpha != alpha},
+        "target_modules": sorted(adapters),
+        "rank_pattern": {_exact(n, adapters): value for n, value in sorted(ranks.items()) if value != rank},
+        "alpha_pattern": {_exact(n, adapters): value for n, value in sorted(alphas.items()) if value != alpha},
+    }
+    about |= {
+        field: True
+        for field, part in peft_config.PARTS.items()
+        if any(getattr(a, part) is not None for a in adapters.values())
     }
     header = {HEADER: json.dumps({f"{prefix}.{key}": value for key, value in about.items()})}
-    tensors: dict[str, Tensor] = {}
-    for name, pair in pairs.items():
-        start, down, up = {
-            "diffusers": (f"{prefix}.{name}", "lora_A", "lora_B"),
-            "comfy": (f"diffusion_model.{name}", "lora_A", "lora_B"),
-            "sd-scripts": (_FLAT + name.replace(".", "_"), "lora_down", "lora_up"),
-        }[key_format]
-        tensors |= {f"{start}.{down}.weight": pair.down, f"{start}.{up}.weight": pair.up}
-        if key_format != "diffusers":  # which reads the header alone
-            # Other tools write float32; float64 only where that would round, so that `read` gives it back exactly.
-            exact = torch.tensor(pair.alpha, dtype=torch.float64)
-            tensors[f"{start}.alpha"] = exact.float() if float(exact.float()) == pair.alpha else exact
-    # Underscores can make one name of two layers.
-    if len(tensors) != len(pairs) * (2 if key_format == "diffusers" else 3):
-        raise CheckpointError(f"{path}: two layers would have one name in the key format {key_format}; choose another")
     if key_format == "sd-scripts":
-        header |= {"ss_network_module": "networks.lora", "ss_network_dim": f"{rank}", "ss_network_alpha": f"{alpha}"}
-    save_tensors(path, tensors, header | {"modelspec.architecture": "lora"})
+        kinds = {adapter.kind for adapter in adapters.values()}
+        module = "networks.lora" if kinds == {"LoRA"} else "lycoris.kohya"
+        header |= {"ss_network_module": module, "ss_network_dim": f"{rank}", "ss_network_alpha": f"{alpha}"}
+    return header | {"modelspec.architecture": "lora"}

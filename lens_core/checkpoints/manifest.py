@@ -115,7 +115,8 @@ def resolve_uri(uri: str, catalog: Catalog, *, shared: bool = False, under: tupl
         return folder
     if not shared and folder.exists():
         raise CheckpointError(
-            f"{uri}: is a file; a checkpoint is a folder with a lens.json or a model_index.json, or one .safetensors or .gguf"
+            f"{uri}: is a file; a checkpoint is a folder with a lens.json or a model_index.json, or one file, "
+            ".safetensors or .gguf"
         )
     name, _, revision = uri.partition("@")
     if not hub.is_name(name):

@@ -35,6 +35,10 @@ class PackedWeight:
     form: str
     packed: Tensor
 
+    def plain(self) -> Tensor:
+        """float32 [out,in]"""
+        return dequantize(self.form, self.packed)
+
 
 class PackedLinear(_Base):
     """Mixed into the class of a linear layer by `pack`."""
@@ -155,4 +159,3 @@ def note(module: nn.Module, part: str) -> str:
         f"{part}: {len(layers)} layers stay in {forms}, each dequantised as it runs; {held / 1e9:.1f} GB instead of "
         f"{plain / 1e9:.1f}"
     )
-

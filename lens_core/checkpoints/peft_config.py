@@ -1,7 +1,8 @@
-"""How strong a LoRA is, as PEFT's `LoraConfig` says it: in `adapter_config.json`, or in the header of diffusers' files.
+"""How strong an adapter is, as PEFT's configs say it: in `adapter_config.json`, or in the header of diffusers' files.
 
 A layer's change is scaling * up @ down, with scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`. alpha is
-that of the first entry of `alpha_pattern` whose key matches the layer's name, else `lora_alpha`. A key matches as in
+that of the first entry of `alpha_pattern` whose key matches the layer's name, else `lora_alpha`, which LoHa and LoKr
+call `alpha`. A key matches as in
 PEFT: it is a regular expression for the whole name or for its last parts (`peft.utils.other.get_pattern_key`).
 
 A field that asks for more than that is refused by its name: nothing else would give the strength that was trained.
@@ -20,9 +21,9 @@ from lens_core.types import CheckpointError
 
 CONFIG = "adapter_config.json"  # PEFT's name
 MODEL = "adapter_model.safetensors"
+PARTS = {"use_dora": "magnitude", "lora_bias": "bias"}
+"""Fields that ask for a tensor beside the factors -> its name."""
 REFUSED = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias beside the matrices",
     "modules_to_save": "modules that were trained whole",
     "trainable_token_indices": "trained tokens",
     "target_parameters": "adapters of bare parameters",
@@ -34,8 +35,13 @@ REFUSED = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
-"""Fields of LoraConfig that change what an adapter computes -> what they ask for."""
+"""Fields that change what an adapter computes, in ways that are not read -> what they ask for."""
+KINDS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}
+"""PEFT's names of the kinds that are read."""
 _KNOWN = {
+    "use_dora", "lora_bias",  # which the file's tensors show
+    "alpha", "init_weights", "rank_dropout", "rank_dropout_scale", "module_dropout", "decompose_both",
+    "decompose_factor", "use_effective_conv2d",  # of LoHa and LoKr: how their factors were begun and cut
     "r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "target_modules", "exclude_modules", "bias",
     "init_lora_weights", "peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path",
     "revision", "inference_mode", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_config",
@@ -57,6 +63,8 @@ class Strength:
     rslora: bool = False
     ranks: Callable[[str], int] | None = None
     names: tuple[str, ...] = field(factory=tuple)  # of layers, as far as they are listed
+    kind: str | None = None  # LoRA, LoHa or LoKr, where it is said
+    parts: tuple[str, ...] = ()  # what it says that there is beside the factors: "magnitude", "bias"
 
     def of(self, layer: str, rank: int) -> float:
         """alpha of a layer, such that its change is alpha / rank * up @ down."""
@@ -72,14 +80,14 @@ def strength(config: Mapping[str, Any], where: str, whole: bool = False) -> Stre
     Raises CheckpointError, which begins with `where`, for fields that cannot be honoured and for nonsense.
     """
     kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise CheckpointError(f"{where}: is an adapter of the kind {kind!r:.40}; only plain LoRAs are read")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise CheckpointError(f"{where}: is an adapter of the kind {kind!r:.40}; {', '.join(KINDS)} are read")
     for name, value in config.items():
         if name in _KNOWN or value in (None, False, 0, "", [], {}):
             continue
         what = REFUSED.get(name, "which this Lens does not know")
         raise CheckpointError(
-            f"{where}: {name!r:.60} is set: {what}; only plain LoRAs are read: merge it into its model with PEFT"
+            f"{where}: {name!r:.60} is set: {what}; it cannot be honoured: merge it into its model with PEFT"
         )
     if config.get("bias") not in (None, "none"):
         raise CheckpointError(f"{where}: 'bias' is {config['bias']!r:.40}: trained biases are not read; train without")
@@ -90,7 +98,7 @@ def strength(config: Mapping[str, Any], where: str, whole: bool = False) -> Stre
             "with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
         )
     try:
-        alpha = config.get("lora_alpha", 8 if whole else None)
+        alpha = config.get("lora_alpha" if kind == "LORA" else "alpha", 8 if whole else None)
         targets = config.get("target_modules")
         return Strength(
             None if alpha is None else _number(alpha, where),
@@ -98,6 +106,8 @@ def strength(config: Mapping[str, Any], where: str, whole: bool = False) -> Stre
             bool(config.get("use_rslora")),
             _ranks(config, where) if whole else None,
             tuple(n for n in targets if isinstance(n, str)) if isinstance(targets, list | tuple) else (),
+            KINDS[kind] if whole or "peft_type" in config else None,
+            tuple(part for field, part in PARTS.items() if config.get(field)),
         )
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{where}: cannot be read ({' '.join(str(error).split())}); fetch it again") from error

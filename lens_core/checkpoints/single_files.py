@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
+import torch
 from attrs import evolve
 
 from lens_core.checkpoints import gguf_files, manifest

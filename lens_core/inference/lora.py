@@ -2,6 +2,7 @@
 
 A layer W x becomes W x + (alpha / rank) B A x; only A and B learn, and B starts at 0, so a new adapter changes nothing.
 PEFT puts adapters beside layers for training; for sampling they are folded into the weights, at no cost a step.
+Files of DoRA, LoHa and LoKr are folded as well (`checkpoints.adapters`); LoRA alone is trained here.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor, nn
 
-from lens_core.checkpoints.lora_keys import FILE, Pair, write
-from lens_core.checkpoints.lora_keys import read as read_pairs
+from lens_core.checkpoints import adapters, packed_linear
+from lens_core.checkpoints.lora_keys import FILE, write
+from lens_core.checkpoints.lora_keys import read as read_adapters
+from lens_core.checkpoints.packed_linear import PackedLinear, PackedWeight
 from lens_core.recipe import LoraSpec
 from lens_core.types import CheckpointError, ConfigError
 
-__all__ = ["FILE", "LoRALayer", "LoRAStack", "attach", "fold", "merge", "owned", "read", "save", "tensors", "unfold"]
+__all__ = ["FILE", "LoRAStack", "Original", "attach", "fold", "merge", "owned", "read", "save", "tensors", "unfold"]
 NAME = "default"  # PEFT's, which file formats leave out
 
 
@@ -60,7 +63,7 @@ def save(net: nn.Module, adapter: LoraSpec, path: Path, prefix: str, key_format:
     pairs = {}
     for name in sorted({name.partition(".lora_")[0] for name in values}):
         down, up = (values[f"{name}.lora_{side}.weight"] for side in "AB")
-        pairs[name] = Pair(down, up, adapter.scale * adapter.rank)
+        pairs[name] = adapters.LoRA(down, up, adapter.scale * adapter.rank)
     write(path, pairs, key_format, prefix)
 
 
@@ -85,55 +88,85 @@ def tensors(net: nn.Module) -> dict[str, Tensor]:
 
 
 @frozen
-class LoRALayer:
-    """One layer's change: scale * up [out,rank] @ down [rank,in]."""
+class Original:
+    """A layer's weight and bias before any adapter, on the host."""
 
-    down: Tensor
-    up: Tensor
-    scale: float
+    weight: Tensor | PackedWeight
+    bias: Tensor | None
 
-    def delta(self) -> Tensor:
-        """The change [out,in], in float32 at least."""
-        # A product in bfloat16 would lose what a small rank learned.
-        precise = torch.float64 if torch.float64 in (self.up.dtype, self.down.dtype) else torch.float32
-        return self.scale * (self.up.to(precise) @ self.down.to(precise))
+    @classmethod
+    def of(cls, layer: nn.Module) -> Original:
+        """Those of `layer`. One that is quantised gets a plain weight, which an adapter can be added to."""
+        bias: Tensor | None = layer.bias  # type: ignore[assignment]  # a linear layer's
+        kept = None if bias is None else bias.detach().to("cpu", copy=True)
+        if isinstance(layer, PackedLinear):
+            before = packed_linear.unpack(layer)
+            return cls(PackedWeight(before.form, before.packed.to("cpu")), kept)
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return cls(weight.detach().to("cpu", copy=True), kept)
+
+    def plain(self, like: Tensor) -> Tensor:
+        """The weight in the dtype and on the device of `like`."""
+        weight = self.weight.plain() if isinstance(self.weight, PackedWeight) else self.weight
+        return weight.to(like)
+
+    def restore(self, layer: nn.Linear) -> None:
+        """Put back both, bit for bit. Subtracting would leave rounding errors."""
+        if isinstance(self.weight, PackedWeight):
+            packed_linear.repack(layer, self.weight)
+        else:
+            layer.weight.copy_(self.weight)
+        if self.bias is not None:
+            layer.bias.copy_(self.bias)
 
 
-def read(path: Path, net: nn.Module) -> dict[str, LoRALayer]:
-    """A LoRA file or its folder, in any of the key formats of `lora_keys` -> the change of each layer of
+def read(path: Path, net: nn.Module) -> dict[str, adapters.Adapter]:
+    """A LoRA file or its folder, in any of the key formats of `lora_keys` -> the adapter of each layer of
     `net`. Raises CheckpointError for what fits no layer, and for halves and shapes."""
     layers = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
-    changes = {}
-    for layer, pair in read_pairs(path, layers).items():
-        shape = tuple(layers[layer].weight.shape)
-        if (len(pair.up), pair.down.shape[1]) != shape:
+    changes = read_adapters(path, layers)
+    for layer, change in changes.items():
+        shape = (layers[layer].out_features, layers[layer].in_features)
+        if change.shape != shape:
+            factors = " x ".join(str(list(f.shape)) for f in reversed(change.factors.values()))
             raise CheckpointError(
-                f"{path}: {layer} is {list(shape)} here, but {list(pair.up.shape)} x {list(pair.down.shape)} in the "
-                "file; it was made for another model"
+                f"{path}: {layer} is {list(shape)} here, but {factors} in the file; it was made for another model"
             )
-        changes[layer] = LoRALayer(pair.down, pair.up, pair.alpha / pair.rank)
+        if change.bias is not None and layers[layer].bias is None:
+            raise CheckpointError(
+                f"{path}: {layer} has no bias here, and one in the file; it was made for another model"
+            )
     return changes
 
 
 @torch.no_grad()
-def fold(net: nn.Module, changes: Mapping[str, LoRALayer], weight: float, plain: dict[str, Tensor]) -> None:
-    """Add `weight` times the changes to the layers of `net`, in place. `plain` gets the weights as they were before."""
-    for layer, change in changes.items():
-        target: Tensor = net.get_submodule(layer).weight  # type: ignore[assignment]  # a linear layer's
-        if layer not in plain:
-            # On the host, once for each layer: a second LoRA changes what the first one has changed already.
-            plain[layer] = target.detach().to("cpu", copy=True)
-        delta = weight * change.delta().to(target.device)
-        target.copy_(target.to(delta.dtype) + delta)
+def fold(
+    net: nn.Module, changes: Mapping[str, adapters.Adapter], weight: float, originals: dict[str, Original]
+) -> None:
+    """Add `weight` times the changes to the layers of `net`, in place. `originals` gets what they were before.
+
+    Each change is that of the layer's own weight, so that changes add up in any order; of DoRA's, half is half way."""
+    for name, change in changes.items():
+        layer: nn.Linear = net.get_submodule(name)  # type: ignore[assignment]
+        if name not in originals:
+            # Once for each layer: a second adapter changes what the first one has changed already.
+            originals[name] = Original.of(layer)
+        base = originals[name].plain(layer.weight) if change.magnitude is not None else None
+        _add(layer.weight, weight * change.delta(base).to(layer.weight.device))
+        if (shift := change.shift()) is not None:
+            _add(layer.bias, weight * shift.to(layer.bias.device))
+
+
+def _add(target: Tensor, delta: Tensor) -> None:
+    target.copy_(target.to(torch.promote_types(target.dtype, delta.dtype)) + delta)
 
 
 @torch.no_grad()
-def unfold(net: nn.Module, plain: dict[str, Tensor]) -> None:
-    """Put back, exactly, what `fold` changed, and empty `plain`."""
-    for layer, before in plain.items():
-        target: Tensor = net.get_submodule(layer).weight  # type: ignore[assignment]
-        target.copy_(before)
-    plain.clear()
+def unfold(net: nn.Module, originals: dict[str, Original]) -> None:
+    """Put back, exactly, what `fold` changed, and empty `originals`."""
+    for name, before in originals.items():
+        before.restore(net.get_submodule(name))  # type: ignore[arg-type]  # a linear layer
+    originals.clear()
 
 
 @frozen
@@ -142,7 +175,7 @@ class Adapter:
 
     name: str
     file: str
-    changes: Mapping[str, LoRALayer]
+    changes: Mapping[str, adapters.Adapter]
     weight: float
 
 
@@ -151,7 +184,7 @@ class LoRAStack:
 
     def __init__(self) -> None:
         self.adapters: list[Adapter] = []  # in the order in which they were added
-        self._originals: dict[str, Tensor] = {}  # layer -> its weight without any LoRA, on the host
+        self._originals: dict[str, Original] = {}  # layer -> what it is without any LoRA
 
     @property
     def names(self) -> list[str]:

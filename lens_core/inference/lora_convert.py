@@ -16,12 +16,15 @@ def convert_lora(source: Path, output: Path, to: str, model: str | None = None) 
     Its numbers stay bit for bit. `model` is the checkpoint whose backbone the layers are checked against; needed where
     the source's names have underscores for dots. Raises CheckpointError for what cannot be read or does not fit.
     """
+    # Other tools tell a format by the ending, and take anything else for a pickle.
     if output.suffix != ".safetensors":
         raise ConfigError(f"{output}: a LoRA is written as .safetensors; use {output.with_suffix('.safetensors')}")
     if model is None:
-        pairs = lora_keys.read(source)
+        adapters = lora_keys.read(source)
     else:
+        # Which layers there are is known from the backbone alone: the encoder, most of a model, is not read. On the
+        # CPU, because nothing is computed.
         backbone = LensPipeline.from_pretrained(model, device="cpu", parts=("backbone",)).backbone
-        pairs = lora_keys.read(source, list(lora.read(source, backbone)))
-    lora_keys.write(output, pairs, to)
-    return len(pairs)
+        adapters = lora.read(source, backbone)
+    lora_keys.write(output, adapters, to)
+    return len(adapters)

@@ -114,7 +114,9 @@ def _experts(what: str, place: str, parts: Mapping[str, LazyTensor]) -> dict[str
     for side, ndim in (("weight", 3), ("bias", 2)):
         gate, up = (parts[f"{part}.{side}"].shape for part in ("gate", "up"))
         if gate != up or len(gate) != ndim or len(parts[f"down.{side}"].shape) != ndim:
-            raise CheckpointError(f"{what}its experts are {list(gate)} and {list(up)}, which do not fit; fetch it again")
+            raise CheckpointError(
+                f"{what}its experts are {list(gate)} and {list(up)}, which do not fit; fetch it again"
+            )
     gate, up, down = (parts[f"{part}.weight"] for part in ("gate", "up", "down"))
     result = {
         f"{place}gate_up_proj_bias": _in_turns(parts["gate.bias"], parts["up.bias"]),
@@ -140,9 +142,7 @@ def _each(tensor: LazyTensor, dtype: torch.dtype) -> Iterator[Tensor]:
         yield from block
 
 
-def _mapped(
-    tensor: LazyTensor, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]
-) -> LazyTensor:
+def _mapped(tensor: LazyTensor, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> LazyTensor:
     """`tensor` with each expert changed, one at a time."""
     return LazyTensor(shape, tensor.dtype, lambda dtype: (change(part)[None] for part in _each(tensor, dtype)))
 

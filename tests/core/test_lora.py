@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import tensor_files
-from lens_core.checkpoints.lora_keys import FILE, Pair, write
+from lens_core.checkpoints.adapters import LoRA
+from lens_core.checkpoints.lora_keys import FILE, write
 from lens_core.inference import lora
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import LoraSpec
@@ -108,7 +109,7 @@ def test_diffusers_reads_ranks_and_alphas_that_differ_by_layer(tmp_path: Path) -
     ours, theirs = build(), build()
     draw = torch.Generator().manual_seed(1)
     pairs = {
-        name: Pair(torch.randn(r, 16, generator=draw), torch.randn(out, r, generator=draw), alpha)
+        name: LoRA(torch.randn(r, 16, generator=draw), torch.randn(out, r, generator=draw), alpha)
         for name, r, out, alpha in (
             ("transformer_blocks.0.attn.img_qkv", 2, 48, 1.0),
             ("transformer_blocks.0.attn.txt_qkv", 2, 48, 1.0),
@@ -186,7 +187,7 @@ def test_alpha_is_the_layers_own_then_the_headers_then_the_rank(
 
 def test_several_are_folded_and_taken_out_exactly() -> None:
     net, plain, kept = backbone().bfloat16(), backbone().bfloat16(), {}
-    changes = {name: lora.LoRALayer(down, up, 1.0) for name, (down, up) in pairs().items()}
+    changes = {name: LoRA(down, up, float(len(down))) for name, (down, up) in pairs().items()}
     lora.fold(net, changes, 0.7, kept)
     lora.fold(net, changes, -0.2, kept)
     layer = "blocks.0.img_qkv"
@@ -251,7 +252,7 @@ def test_a_fused_lora_stays_and_what_is_saved_names_it(
     pipeline: LensPipeline, catalog: Catalog, tmp_path: Path
 ) -> None:
     wide, high = pipeline.backbone.inner.in_features, pipeline.backbone.inner.out_features
-    low = {"inner": Pair(torch.ones(1, wide), torch.ones(high, 1), 1.0)}
+    low = {"inner": LoRA(torch.ones(1, wide), torch.ones(high, 1), 1.0)}
     write(tmp_path / "style.safetensors", low)
     before, version = pipeline.backbone.inner.weight.clone(), pipeline.version
     pipeline.load_lora_weights(tmp_path / "style.safetensors", 0.5)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lens_core import catalog as catalogs
 from lens_core.catalog import Catalog
-from lens_core.checkpoints.lora_keys import KEY_FORMATS, Pair, read, write
+from lens_core.checkpoints.adapters import LoRA
+from lens_core.checkpoints.lora_keys import KEY_FORMATS, read, write
 from lens_core.checkpoints.tensor_files import read_header, read_tensors, save_tensors
 from lens_core.cli.main import main
 from lens_core.inference import lora
@@ -23,15 +24,15 @@ from lens_core.types import CheckpointError, ConfigError
 LAYERS = ("blocks.0.img_qkv", "blocks.0.to_out.0", "blocks.0.w_1")
 
 
-def pairs(alphas: tuple[float, ...] = (0.1, 4.0, 4.0), ranks: tuple[int, ...] = (2, 2, 3)) -> dict[str, Pair]:
+def pairs(alphas: tuple[float, ...] = (0.1, 4.0, 4.0), ranks: tuple[int, ...] = (2, 2, 3)) -> dict[str, LoRA]:
     rng = torch.Generator().manual_seed(0)
     return {
-        name: Pair(torch.randn(rank, 6, generator=rng), torch.randn(8, rank, generator=rng).bfloat16(), alpha)
+        name: LoRA(torch.randn(rank, 6, generator=rng), torch.randn(8, rank, generator=rng).bfloat16(), alpha)
         for name, alpha, rank in zip(LAYERS, alphas, ranks, strict=True)
     }
 
 
-def same(one: dict[str, Pair], other: dict[str, Pair]) -> None:
+def same(one: dict[str, LoRA], other: dict[str, LoRA]) -> None:
     assert one.keys() == other.keys()
     for name, pair in one.items():
         assert pair.alpha == other[name].alpha
@@ -87,7 +88,7 @@ def test_a_name_that_could_be_two_layers_is_neither(tmp_path: Path) -> None:
     save_tensors(path, {"lora_unet_a_b_c.lora_down.weight": torch.ones(1, 2)})
     with pytest.raises(CheckpointError, match="1 of 1 tensors fit no layer"):
         read(path, ("a.b_c", "a_b.c"))
-    two = {name: Pair(torch.ones(1, 2), torch.ones(2, 1), 1.0) for name in ("a.b_c", "a_b.c")}
+    two = {name: LoRA(torch.ones(1, 2), torch.ones(2, 1), 1.0) for name in ("a.b_c", "a_b.c")}
     with pytest.raises(CheckpointError, match="two layers would have one name in the key format sd-scripts"):
         write(path, two, "sd-scripts")
 
@@ -95,17 +96,17 @@ def test_a_name_that_could_be_two_layers_is_neither(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "key"),
     [
-        ("LoHa", "lora_unet_x.hada_w1_a"),
-        ("LoKr", "diffusion_model.x.lokr_w1"),
-        ("DoRA", "transformer.x.lora_magnitude_vector"),
-        ("DoRA", "lora_unet_x.dora_scale"),
+        ("LoHa or LoKr in Tucker's form", "lora_unet_x.hada_t1"),
+        ("LoHa or LoKr in Tucker's form", "diffusion_model.x.lokr_t2"),
         ("LoCon", "lora_unet_x.lora_mid.weight"),
         ("OFT", "lora_unet_x.oft_blocks"),
+        ("whole difference of weights", "lora_unet_x.diff"),
+        ("whole difference of weights", "diffusion_model.x.diff_b"),
     ],
 )
-def test_what_is_no_plain_lora_is_named(kind: str, key: str, tmp_path: Path) -> None:
+def test_what_cannot_be_honoured_is_named(kind: str, key: str, tmp_path: Path) -> None:
     save_tensors(tmp_path / "a.safetensors", {key: torch.ones(2, 2), "x.alpha": torch.tensor(1.0)})
-    with pytest.raises(CheckpointError, match=rf"a\.safetensors: is a {kind}; only plain LoRAs are read"):
+    with pytest.raises(CheckpointError, match=rf"a\.safetensors: is a {kind}.*; LoRA, DoRA, LoHa and LoKr are read"):
         read(tmp_path / "a.safetensors", ("x",))
 
 
@@ -163,7 +164,7 @@ def test_the_command_rewrites_a_lora(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(catalogs.Catalog, "installed", classmethod(lambda cls: catalog))
     wide, high = 5, 16  # of the toy's inner layer
-    low = {"inner": Pair(torch.ones(1, wide), torch.ones(high, 1), 0.5)}
+    low = {"inner": LoRA(torch.ones(1, wide), torch.ones(high, 1), 0.5)}
     names = {key_format: str(tmp_path / f"{key_format}.safetensors") for key_format in KEY_FORMATS}
     write(Path(names["diffusers"]), low)
     assert main(["lora", "convert", names["diffusers"], names["comfy"], "--to", "comfy"]) == 0

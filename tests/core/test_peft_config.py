@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from lens_core.checkpoints import lora_keys
+from lens_core.checkpoints.adapters import LoRA
 from lens_core.checkpoints.tensor_files import read_tensors, save_tensors
 from lens_core.cli.main import main
 from lens_core.inference import lora
@@ -158,19 +159,16 @@ def test_a_layer_whose_name_ends_anothers_keeps_its_own_strength(tmp_path: Path)
     rng = torch.Generator().manual_seed(0)
     alphas = {"to_out": 3.0, "a.to_out": 7.0, "b.to_out": 7.0, "c.x": 7.0}
     made = {
-        name: lora_keys.Pair(torch.randn(2, 4, generator=rng), torch.randn(4, 2, generator=rng), alpha)
+        name: LoRA(torch.randn(2, 4, generator=rng), torch.randn(4, 2, generator=rng), alpha)
         for name, alpha in alphas.items()
     }
     lora_keys.write(tmp_path / "a.safetensors", made)
     assert {name: pair.alpha for name, pair in lora_keys.read(tmp_path / "a.safetensors").items()} == alphas
 
 
-@pytest.mark.filterwarnings("ignore:Adapter 'default'. 7 LoRA tensor")  # of a bias, which PEFT takes for half a tensor
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"use_dora": True}, "is a DoRA"),
-        ({"lora_bias": True}, "LoRA with a bias"),
         ({"bias": "all"}, "'bias' is 'all'"),
         ({"bias": "lora_only"}, "'bias' is 'lora_only'"),
         ({"modules_to_save": ["to_out"], "target_modules": ["img_qkv"]}, "'modules_to_save' is set"),
@@ -197,12 +195,15 @@ def change(folder: Path, **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"use_dora": True}, r"adapter_config\.json: 'use_dora' is set: DoRA"),
+        ({"use_dora": True}, "its config says that there is a magnitude, and no layer has one"),
+        ({"lora_bias": True}, "its config says that there is a bias, and no layer has one"),
         ({"trainable_token_indices": [1]}, "'trainable_token_indices' is set"),
         ({"layer_replication": [[0, 2]]}, "'layer_replication' is set"),
         ({"use_qalora": True}, "'use_qalora' is set"),
         ({"use_something_new": 3}, "'use_something_new' is set: which this Lens does not know"),
-        ({"peft_type": "LOKR"}, "is an adapter of the kind 'LOKR'"),
+        ({"peft_type": "LOKR"}, "is a LoRA, and adapter_config.json beside it says LoKr"),
+        ({"peft_type": "OFT"}, "is an adapter of the kind 'OFT'; LORA, LOHA, LOKR are read"),
+        ({"peft_type": ["LORA"]}, "is an adapter of the kind"),
         ({"r": 8}, "has the rank 4, and adapter_config.json beside it says 8"),
         ({"rank_pattern": {"to_out": 5}}, "has the rank 4, and adapter_config.json beside it says 5"),
         ({"lora_alpha": "many"}, "cannot be read"),

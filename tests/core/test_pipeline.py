@@ -348,9 +348,10 @@ def test_a_part_that_no_folder_can_hold_is_named_before_anything_is_written(
 
 
 def test_loras_go_with_the_backbone_that_they_are_in(pipeline: LensPipeline, tmp_path: Path) -> None:
-    from lens_core.checkpoints.lora_keys import Pair, write
+    from lens_core.checkpoints.adapters import LoRA
+    from lens_core.checkpoints.lora_keys import write
 
-    write(tmp_path / "a.safetensors", {"inner": Pair(torch.ones(1, 5), torch.ones(16, 1), 1.0)})
+    write(tmp_path / "a.safetensors", {"inner": LoRA(torch.ones(1, 5), torch.ones(16, 1), 1.0)})
     pipeline.load_lora_weights(tmp_path / "a.safetensors")
     fresh = type(pipeline.backbone)(type(pipeline.backbone).Config())
     weight = fresh.inner.weight.clone()
