@@ -267,7 +267,7 @@ def _rows(where: str, form: str, packed: LazyTensor) -> Callable[[torch.dtype], 
 
     def rows(dtype: torch.dtype) -> Iterator[Tensor]:
         for part in packed.rows(torch.uint8):
-            for some in part.split(max(1, PIECE // row)):
+            for some in part.split(max(1, PIECE // row)):  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 yield _finite(where, gguf_types.dequantize(form, some)).to(dtype)
 
     return rows

@@ -112,7 +112,7 @@ def _fields(packed: Tensor, width: int, run: int) -> Tensor:
     """The fields of `width` bits in bytes [n,b]: of each `run` bytes first all lowest fields, then the next
     -> uint8 [n, b * 8 / width]."""
     shifts = _constant(tuple(range(0, 8, width)), torch.uint8, packed.device)
-    fields = (packed.reshape(len(packed), -1, 1, run) >> shifts[:, None]) & (2**width - 1)
+    fields = (packed.reshape(len(packed), -1, 1, run) >> shifts[:, None]) & ((1 << width) - 1)
     return fields.reshape(len(packed), -1)
 
 

@@ -233,8 +233,8 @@ def _adapter(file: Path, layer: str, sides: Mapping[str, Tensor], about: Strengt
             f"{what} has the rank {rank}, and {peft_config.CONFIG} beside it says {about.ranks(layer)}; the two do not "
             "belong together"
         )
-    if rank is None and about.ranks is not None:  # PEFT multiplies by alpha / rank even then; others do not
-        rank = about.ranks(layer)
+    if isinstance(made, LoKr) and rank is None and about.ranks is not None:
+        rank = about.ranks(layer)  # PEFT multiplies by alpha / rank even then; others do not
         made = evolve(made, rank=rank)
     alpha = _alpha(what, sides, about.of(layer, rank or 1))
     # After the cast: a finite float64 may be infinite as float32, in which the product is computed.

@@ -65,8 +65,9 @@ def pack(layer: nn.Linear, form: str, packed: Tensor) -> None:
     layer.register_buffer("packed", packed)
     # Not persistent: it is no part of what a file holds. On the device of the values, which may be meta.
     layer.register_buffer("like", torch.empty(0, dtype=dtype, device=packed.device), persistent=False)
-    layer.form = form
-    layer.__class__ = _packed_class(type(layer))
+    # The class last: while it has the property, no parameter `weight` can be taken away.
+    setattr(layer, "form", form)  # noqa: B010  # a plain attribute, which torch's types do not know of modules
+    layer.__class__ = _packed_class(type(layer))  # type: ignore[assignment,arg-type]  # a subclass of its class
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def unpack(layer: PackedLinear) -> PackedWeight:
     before, weight = PackedWeight(layer.form, layer.packed), layer.weight
     _forget(layer)
     layer.__class__ = type(layer).__mro__[2]
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)  # type: ignore[misc]  # its class is another one now
     return before
 
 

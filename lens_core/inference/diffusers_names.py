@@ -90,7 +90,8 @@ class DiffusersNames:
         weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
         if len(weights) != len(names):
             raise ConfigError(f"{len(names)} adapters and {len(weights)} weights; give one weight, or one each")
-        self._loras.reweight(self.backbone, dict(zip(names, weights, strict=True)))
+        with self._replacing_weights():
+            self._loras.reweight(self.backbone, dict(zip(names, weights, strict=True)))
 
     def unfuse_lora(self: Any) -> None:
         """Refuse: `fuse_lora` forgets the weights before it. ConfigError says what to call instead."""

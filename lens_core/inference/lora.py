@@ -205,6 +205,11 @@ class LoRAStack:
         fold(backbone, changes, weight, self._originals)
         self.adapters.append(Adapter(name, Path(path).name, changes, weight))
 
+    def replaces_weights(self, backbone: nn.Module) -> bool:
+        """Whether folding or unfolding gives layers other tensors, instead of other values in those that they have."""
+        kept = any(isinstance(original.weight, PackedWeight) for original in self._originals.values())
+        return kept or bool(packed_linear.packed_layers(backbone))
+
     def reweight(self, backbone: nn.Module, weights: Mapping[str, float]) -> None:
         """Give each LoRA the weight of its name, 0 where it is not named. Raises ConfigError for an unknown name and
         a weight that is not finite."""

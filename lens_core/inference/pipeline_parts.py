@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -304,15 +304,31 @@ class PipelineParts(DiffusersNames):
         return self._loras.names
 
     def load_lora_weights(self, path: str | Path, weight: float = 1.0, *, adapter_name: str | None = None) -> None:
-        """Fold a LoRA, a file or its folder, into the backbone, beside those already there. Reads the names of
-        diffusers, PEFT, Comfy and sd-scripts (`lora_keys`); it is as strong as in PEFT's own forward. Sampling
-        costs no more than before. `adapter_name`, for `set_adapters`, is default_0, default_1 … if None. Raises
-        CheckpointError, also for what cannot be honoured, such as DoRA."""
-        self._loras.add(self.backbone, path, weight, adapter_name)
+        """Fold a LoRA, DoRA, LoHa or LoKr, a file or its folder, into the backbone, beside those already there. Reads
+        the names of diffusers, PEFT, Comfy, sd-scripts and LyCORIS (`lora_keys`); it is as strong as in PEFT's own
+        forward. Sampling costs no more than before. `adapter_name`, for `set_adapters`, is default_0, default_1 … if
+        None. Raises CheckpointError, also for what cannot be honoured, such as Tucker's form."""
+        with self._replacing_weights():
+            self._loras.add(self.backbone, path, weight, adapter_name)
 
     def unload_lora_weights(self) -> None:
         """Take every LoRA out again: the backbone's weights are bit for bit what they were."""
-        self._loras.remove(self.backbone)
+        with self._replacing_weights():
+            self._loras.remove(self.backbone)
+
+    @contextmanager
+    def _replacing_weights(self) -> Iterator[None]:
+        """The time in which LoRAs are folded in or taken out. Quantised layers get other tensors by that, which an
+        offload plan does not move: it is made anew."""
+        manager = self.offload_manager
+        if manager is None or not self._loras.replaces_weights(self.backbone):
+            yield
+            return
+        self.to("cpu")
+        try:
+            yield
+        finally:
+            self.offload(manager.requested, workload=manager.workload, accelerator=manager.accelerator)
 
     def fuse_lora(self) -> None:
         """Keep every LoRA for good: the weights before them are forgotten, and what is saved names them."""

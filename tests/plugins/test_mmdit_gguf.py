@@ -87,6 +87,13 @@ def error(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The backbone of `tiny:` in Q8_0."""
+    backbone = LensPipeline.from_pretrained("tiny:", catalog=Catalog.installed(), parts=("backbone",)).backbone
+    return written(tmp_path_factory.mktemp("tiny") / "tiny.gguf", backbone, "Q8_0")[0]
+
+
 @pytest.mark.parametrize("form", gguf_files.WRITABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_file_draws_what_its_dequantised_weights_draw(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -175,14 +182,35 @@ def test_an_adapter_is_folded_into_quantised_layers_and_taken_out_bit_for_bit(ki
     assert torch.equal(drawn(model), before)
 
 
+def test_an_offloaded_backbone_draws_the_same_with_an_adapter_and_without(tiny: Path, tmp_path: Path) -> None:
+    pipeline = LensPipeline.from_pretrained("tiny:", catalog=Catalog.installed(), backbone=tiny)
+    layer = "transformer_blocks.1.attn.img_qkv"
+    out, inner = pipeline.backbone.get_submodule(layer).weight.shape
+    rng = torch.Generator().manual_seed(0)
+    change = LoRA(torch.randn(2, inner, generator=rng), torch.randn(out, 2, generator=rng), 1.0)
+    lora_keys.write(tmp_path / "a.safetensors", {layer: change})
+
+    def draw() -> Tensor:
+        result: Tensor = pipeline("a red circle", num_inference_steps=1, seed=3, output_type="latent").images
+        return result
+
+    plain = draw()
+    pipeline.load_lora_weights(tmp_path / "a.safetensors")
+    adapted = draw()
+    pipeline.unload_lora_weights()
+    pipeline.offload("block", "cpu")
+    assert torch.equal(draw(), plain)
+    pipeline.load_lora_weights(tmp_path / "a.safetensors")
+    assert torch.equal(draw(), adapted) and pipeline.offload_manager is not None
+    # The weight that the plan moves is the one that is used: each block's tensors are all in its group.
+    groups = pipeline.offload_manager.parts["backbone"].stream.groups
+    moved = {id(tensor) for group in groups for tensor in group.tensors}
+    assert id(pipeline.backbone.get_submodule(layer).weight) in moved
+    pipeline.unload_lora_weights()
+    assert torch.equal(draw(), plain)
+
+
 # ---- from the shell -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The backbone of `tiny:` in Q8_0."""
-    backbone = LensPipeline.from_pretrained("tiny:", catalog=Catalog.installed(), parts=("backbone",)).backbone
-    return written(tmp_path_factory.mktemp("tiny") / "tiny.gguf", backbone, "Q8_0")[0]
 
 
 def test_it_is_converted_to_plain_weights(tmp_path: Path) -> None:
