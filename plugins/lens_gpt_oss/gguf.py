@@ -69,17 +69,19 @@ def read_llama_cpp(
     if architecture != ARCHITECTURE:
         raise CheckpointError(f"{where}: is a {shown(architecture)}, not a {ARCHITECTURE}; name another text encoder")
     for name, value in FIXED.items():
-        found = keys.get(f"{ARCHITECTURE}.{name}", value)
-        same = found == value if isinstance(value, str) else _close(found, float(value))
+        stated_value = keys.get(f"{ARCHITECTURE}.{name}", value)
+        same = stated_value == value if isinstance(value, str) else _close(stated_value, float(value))
         if not same:
-            raise CheckpointError(f"{where}: its {name} is {shown(found)}, and GPT-OSS's {value}; use another encoder")
+            raise CheckpointError(
+                f"{where}: its {name} is {shown(stated_value)}, and GPT-OSS's {value}; use another encoder"
+            )
     stated = {field: keys[key] for name, field in STATED.items() if (key := f"{ARCHITECTURE}.{name}") in keys}
     return _renamed(tensors, where), stated, _tokenizer(keys, where)
 
 
-def _close(found: Any, value: float) -> bool:
+def _close(stated_value: Any, value: float) -> bool:
     """Whether a number of a header, which has float32 alone, is `value`."""
-    return isinstance(found, int | float) and math.isclose(found, value, rel_tol=1e-6)
+    return isinstance(stated_value, int | float) and math.isclose(stated_value, value, rel_tol=1e-6)
 
 
 def _renamed(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor]:
