@@ -32,7 +32,7 @@ class ModelOptions:
     model
         A folder, a Hub id org/name[@revision], a backbone in one file, or tiny:, which is used if none is given.
     backbone
-        A single .safetensors file with the backbone, which replaces the model's own.
+        A single .safetensors or .gguf file with the backbone, which replaces the model's own.
     text_encoder
         The same for the text encoder, or a folder with GPT-OSS.
     vae

@@ -42,7 +42,7 @@ class DiffusersNames:
 
     @classmethod
     def from_single_file(cls: Any, path: str | Path, **options: Any) -> Any:
-        """`from_pretrained` of one .safetensors file, with the options of that."""
+        """`from_pretrained` of one .safetensors or .gguf file, with the options of that."""
         return cls.from_pretrained(path, **options)
 
     @classmethod

@@ -26,7 +26,8 @@ class LoadOptions:
     """What `LensPipeline.from_pretrained` takes besides the checkpoint, its dtype and its device.
 
     parts: which parts to read.
-    backbone, text_encoder, vae: a single .safetensors file that replaces that part, or adds one that is missing.
+    backbone, text_encoder, vae: a single .safetensors or .gguf file that replaces that part, or adds one that is not
+        there.
     torch_dtype: what diffusers calls `dtype`.
     prompt_cache: a folder that keeps features of prompts; the text encoder is then read when a new prompt comes.
     verify: first compare every file with its hash in `lens.json`.

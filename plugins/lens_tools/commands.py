@@ -100,7 +100,7 @@ def convert(
     Parameters
     ----------
     source
-        A folder of either layout, a Hub id org/name[@revision], or a single .safetensors file with one part.
+        A folder of either layout, a Hub id org/name[@revision], or a single .safetensors or .gguf file with one part.
     output
         A new folder; for a source of one part also a new .safetensors file.
     layout
