@@ -235,8 +235,8 @@ def _check_places(entries: list[_Entry], start: int, size: int, keys: Mapping[st
 
 def _tensor(path: Path, entry: _Entry, start: int, shapes: Mapping[str, Any]) -> LazyTensor:
     shape = _original_shape(path, entry, shapes)
-    if entry.form in gguf_types.PLAIN:
-        dtype = gguf_types.PLAIN[entry.form]
+    if entry.form in gguf_types.PLAIN or 0 in shape:  # nothing is to be dequantised of an empty tensor
+        dtype = gguf_types.PLAIN.get(entry.form, torch.bfloat16)
         return LazyTensor(shape, dtype, file_rows(path, start, shape, dtype))
     block, size = gguf_types.block_of(entry.form)
     stored = (*entry.shape[:-1], entry.shape[-1] // block * size)
@@ -252,7 +252,7 @@ def _original_shape(path: Path, entry: _Entry, shapes: Mapping[str, Any]) -> tup
         return entry.shape
     known = shapes[entry.name]
     shape = tuple(known.tolist()) if isinstance(known, np.ndarray) and known.dtype.kind in "iu" else ()
-    if len(shape) > 8 or any(n < 0 for n in shape) or math.prod(shape) != math.prod(entry.shape) or not shape:
+    if len(shape) > 8 or any(n < 1 for n in shape) or math.prod(shape) != math.prod(entry.shape) or not shape:
         raise CheckpointError(
             f"{path}: {shown(entry.name)} is {list(entry.shape)}, and said to have been {shown(known)[:80]}; "
             "fetch it again"

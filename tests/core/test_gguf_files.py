@@ -234,6 +234,15 @@ def test_a_sound_file_made_by_hand_is_read(tmp_path: Path) -> None:
     assert torch.equal(tensors["w"].read(), torch.arange(8.0).reshape(2, 4))
 
 
+@pytest.mark.parametrize("shape", [(32, 0), (0, 4), (32, 0, 3)])
+@pytest.mark.parametrize("kind", [0, 2, 34])
+def test_a_tensor_of_nothing_is_read(shape: tuple[int, ...], kind: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(file(entry(b"w", tuple(256 if n == 32 else n for n in shape), kind), tensors=1))
+    tensor = read_gguf(path)[0]["w"]
+    assert tensor.read(torch.float32).numel() == 0 and tensor.shape[::-1][1:] == shape[1:]
+
+
 def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = gguf_files.write(tmp_path / "a.gguf", {"w": torch.ones(1)})
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
