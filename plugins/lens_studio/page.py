@@ -38,8 +38,17 @@ def mount(app: FastAPI, drawing: Any, settings: Any) -> str:
         allowed_paths=[], max_file_size=settings.max_upload, ssr_mode=False, pwa=False, mcp_server=False,
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]), enable_monitoring=False,
     )  # fmt: skip
-    app.state.on_exit = [*getattr(app.state, "on_exit", ()), lambda: blocks.app.stop_event.set()]
+    app.state.on_exit = [*getattr(app.state, "on_exit", ()), _mounted(app).stop_event.set]
     return PATH
+
+
+def _mounted(app: FastAPI) -> Any:
+    """gradio's app on PATH, which keeps a connection to each window open until its `stop_event`."""
+    (route,) = [route for route in app.routes if getattr(route, "path", "") == PATH]
+    mounted: Any = route
+    while not hasattr(mounted, "stop_event"):
+        mounted = mounted.app
+    return mounted
 
 
 def _leaving(drawer: Any) -> Any:

@@ -6,7 +6,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,7 @@ class Running:
     engine: Engine
     port: int
     token: str | None = None
+    on_exit: Sequence[Callable[[], object]] = ()
 
     @property
     def url(self) -> str:
@@ -99,7 +100,7 @@ def running(
     thread.start()
     try:
         until(lambda: server.started)
-        yield Running(engine, listener.getsockname()[1], options.get("token"))
+        yield Running(engine, listener.getsockname()[1], options.get("token"), getattr(app.state, "on_exit", ()))
     finally:
         for callback in getattr(app.state, "on_exit", ()):  # as a signal does
             callback()

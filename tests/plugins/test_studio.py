@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -421,6 +422,20 @@ def test_a_page_of_another_site_and_another_host_are_refused(page: Running) -> N
     assert ask(page, "/studio/", headers={"Host": "evil.example"})[0] == 403
     headers = {"Origin": "http://evil.example", "Content-Type": "application/json"}
     assert ask(page, "/studio/gradio_api/queue/join", "POST", {"data": [], "fn_index": 0}, headers)[0] == 403
+
+
+def test_an_open_window_does_not_hold_the_server_up(page: Running) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=WAIT)
+    connection.request("GET", "/studio/gradio_api/heartbeat/abc")
+    answer = connection.getresponse()
+    assert b"ALIVE" in answer.readline()
+    for callback in page.on_exit:  # as the first SIGTERM does
+        callback()
+    start = time.monotonic()
+    while answer.readline():
+        pass
+    connection.close()
+    assert time.monotonic() - start < WAIT / 4  # the stream would go on for as long as the window is open
 
 
 def test_without_a_page_or_gradio_ui_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
