@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -180,3 +181,30 @@ def test_nothing_and_one_picture_have_no_duplicates() -> None:
         hashes = np.zeros((count, 4), np.uint64)
         instead, _, _ = near_duplicates(hashes, hashes, np.arange(count), 32)
         assert instead.tolist() == [-1] * count
+
+
+def test_a_part_of_the_pictures_is_compared_as_if_it_were_all() -> None:
+    rng = np.random.default_rng(4)
+    hashes, mirrored = (rng.integers(0, 2**64, (3000, 4), dtype=np.uint64) for _ in range(2))
+    flips = np.packbits(rng.random((600, BITS)) < 0.05, axis=1).view(np.uint64)
+    hashes[600:1200], mirrored[1200:1800] = hashes[:600] ^ flips, hashes[:600] ^ flips
+    places = np.sort(rng.permutation(3000)[:2000])
+    rank = rng.permutation(2000)
+    part = near_duplicates(hashes, mirrored, rank, 32, places=places)
+    alone = near_duplicates(hashes[places], mirrored[places], rank, 32)
+    assert all(np.array_equal(one, other) for one, other in zip(part, alone, strict=True))
+    assert (part[0] >= 0).sum() > 100 and part[2].any() and not part[2].all()
+
+
+def test_the_search_holds_few_bytes_of_each_hash() -> None:
+    def peak(count: int) -> int:
+        rng = np.random.default_rng(0)
+        hashes, mirrored = (rng.integers(0, 2**64, (count, 4), dtype=np.uint64) for _ in range(2))
+        rank = rng.permutation(count)
+        tracemalloc.start()
+        near_duplicates(hashes, mirrored, rank, 32)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    assert (peak(30_000) - peak(10_000)) / 20_000 < 200
