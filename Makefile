@@ -1,15 +1,19 @@
 # make demo   sets up .venv and draws three prompts with the embedded checkpoints, side by side
 # make test   the same set-up, then the whole test suite
 # make test-browser   the page's tests in Debian's chromium
+# make gallery   draws the pictures of docs/gallery.md with the examples
 # make lint   ruff        make types   mypy --strict                    make clean   removes .venv
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-browser lint types mutants clean
+.PHONY: demo gallery test test-browser lint types mutants clean
 
 demo: .venv/ready
 	$(BIN)/python examples/side_by_side.py
+
+gallery: .venv/ready-dev
+	$(BIN)/python scripts/gallery.py
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile

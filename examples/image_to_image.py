@@ -2,7 +2,7 @@
 
 import sys
 
-from PIL import Image
+from diffusers.utils import make_image_grid
 
 from lens_core import LensPipeline
 
@@ -15,9 +15,5 @@ for strength in (0.3, 0.6, 0.9):
     result = pipeline("a blue star", image=first, strength=strength, num_inference_steps=8, seed=4)
     pictures.append(result.images[0])
 
-width, height = first.size
-sheet = Image.new("RGB", (len(pictures) * width, height))
-for place, picture in enumerate(pictures):
-    sheet.paste(picture, (place * width, 0))
-sheet.save(file)
+make_image_grid(pictures, 1, 4).save(file)
 print(f"{file}: the picture, then strength 0.3, 0.6, 0.9")

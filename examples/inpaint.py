@@ -2,6 +2,7 @@
 
 import sys
 
+from diffusers.utils import make_image_grid
 from PIL import Image
 
 from lens_core import LensPipeline
@@ -20,8 +21,5 @@ repainted = pipeline(
 
 right = (width // 2, 0, width, height)
 assert repainted.crop(right).tobytes() == picture.crop(right).tobytes()
-sheet = Image.new("RGB", (3 * width, height))
-for place, part in enumerate((picture, mask, repainted)):
-    sheet.paste(part, (place * width, 0))
-sheet.save(file)
+make_image_grid([picture, mask, repainted], 1, 3).save(file)
 print(f"{file}: the picture, the mask, the result")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from diffusers.utils import make_image_grid
 from lens_data.imports import import_folder
 from lens_shapes.captions import caption
 from lens_shapes.render import render
@@ -30,17 +31,14 @@ if not pictures.exists():
         (pictures / f"{number:02}.txt").write_text(caption(scene, rng))
 print(import_folder(runs / "store", pictures, caption="brief"))
 
-recipe = structure(
-    Recipe,
-    {
-        "pipeline": {"start": "tiny:"},
-        "method": {"use": "flow_matching", "caption_dropout": 0.1},
-        "dataset": {"use": "store", "store": str(runs / "store"), "batch": 10, "buckets": [[[SIDE, SIDE]]]},
-        "train": {"steps": steps, "lr": 1e-3, "warmup": 20, "lora": {"backbone": {"rank": 16}}},
-    },
-)
-report = Trainer(recipe, Catalog.installed(), runs / "lora").train()
+recipe = {
+    "pipeline": {"start": "tiny:"},
+    "method": {"use": "flow_matching", "caption_dropout": 0.1},
+    "dataset": {"use": "store", "store": str(runs / "store"), "batch": 10, "buckets": [[[SIDE, SIDE]]]},
+    "train": {"steps": steps, "lr": 1e-3, "warmup": 20, "lora": {"backbone": {"rank": 16}}},
+}
+model = Trainer(structure(Recipe, recipe), Catalog.installed(), runs / "lora").train().model
 
-pipeline = LensPipeline.from_pretrained(report.model)
-pipeline("a red moon", seed=1).images[0].save(runs / "moon.png")
+drawn = [LensPipeline.from_pretrained(name)(["a red moon"] * 3, seed=1).images for name in ("tiny:", model)]
+make_image_grid([*drawn[0], *drawn[1]], 2, 3).save(runs / "moon.png")  # before, and after
 print(runs / "moon.png")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
+from diffusers.utils import make_image_grid
 
 from lens_core import LensPipeline
 from lens_core.checkpoints.tensor_files import save_tensors
@@ -21,7 +21,7 @@ for seed, file in enumerate(files):
         rng = torch.Generator().manual_seed(seed)
         name = "transformer.transformer_blocks.0.attn.img_qkv"
         rows, columns = pipeline.backbone.transformer_blocks[0].attn.img_qkv.weight.shape
-        down, up = torch.randn(4, columns, generator=rng) / 8, torch.randn(rows, 4, generator=rng) / 8
+        down, up = torch.randn(4, columns, generator=rng) / 4, torch.randn(rows, 4, generator=rng) / 4
         save_tensors(file, {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up})
 
 pictures = [pipeline("a red circle", num_inference_steps=8, seed=3).images[0]]
@@ -32,9 +32,5 @@ for weights in ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5)):
     pipeline.unload_lora_weights()  # the weights are bit for bit what they were
 
 assert pipeline("a red circle", num_inference_steps=8, seed=3).images[0].tobytes() == pictures[0].tobytes()
-width, height = pictures[0].size
-sheet = Image.new("RGB", (len(pictures) * width, height))
-for place, picture in enumerate(pictures):
-    sheet.paste(picture, (place * width, 0))
-sheet.save(output)
+make_image_grid(pictures, 1, 4).save(output)
 print(f"{output}: without, the first, the second, half of each")

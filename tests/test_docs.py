@@ -227,13 +227,18 @@ def test_an_example_draws_a_picture(
         ("image_to_image", ["out.png"], "out.png"),
         ("inpaint", ["out.png"], "out.png"),
         ("own_sampler", ["out.png"], "out.png"),
+        ("steps_and_guidance", ["a red circle", "out.png"], "out.png"),
+        ("benchmark_remote_api", ["run"], "run/sheet.png"),
         ("two_loras", ["a.safetensors", "b.safetensors", "out.png"], "out.png"),
         ("another_encoder", ["1", "run"], "run/model/lens.json"),
-        ("own_reward", ["1", "run"], "run/model/lens.json"),
+        ("own_reward", ["1", "run"], "run/before_and_after.png"),
+        ("own_vae", ["1", "run"], "run/model/lens.json"),
+        ("own_method", ["1", "run"], "run/model/lens.json"),
+        ("own_dataset", ["pictures", "1", "run"], "run/model/lens.json"),
         ("lora_on_pictures", ["moons", "2", "runs"], "runs/moon.png"),
         ("distil", ["1", "runs"], "runs/student.png"),
         ("push_to_hub", ["model"], "model/lens.json"),
-        ("several_gpus", ["prompts.txt", "pictures"], "pictures/0001.png"),
+        ("several_gpus", ["prompts.txt", "drawn"], "drawn/0001.png"),
     ],
 )
 def test_an_example_runs(
@@ -241,6 +246,9 @@ def test_an_example_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a red circle\na blue star\n")
+    Path("pictures").mkdir()
+    for colour in ("red", "green", "blue"):
+        Image.new("RGB", (64, 64), colour).save(Path("pictures") / f"plain {colour}.png")
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     module = types.ModuleType("__main__")  # a script's classes are found by the module that they say they are of
     path = ROOT / "examples" / f"{script}.py"

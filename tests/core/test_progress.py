@@ -17,7 +17,7 @@ from test_trainer import RECIPE, recipe
 from lens_core.attribution import headline_of
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.io.progress import print_line, progress, progress_bar
+from lens_core.io.progress import hub_bars, print_line, progress, progress_bar
 from lens_core.recipe import LoraSpec, Recipe
 from lens_core.training import banner
 from lens_core.training.trainer import Trainer
@@ -154,3 +154,14 @@ def test_a_headline_that_names_no_figures_is_refused(wrong: Any) -> None:
     method = type("Method", (), {"headline": wrong})()
     with pytest.raises(PluginError, match=r"Method\.headline .*at most 5 names of figures, MODULE/NAME, of backbone"):
         headline_of(method, ["backbone"])
+
+
+def test_the_hubs_bars_are_off_where_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    assert not are_progress_bars_disabled()
+    for stream, hidden in ((io.StringIO(), True), (Terminal(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with hub_bars():
+            assert are_progress_bars_disabled() is hidden
+        assert not are_progress_bars_disabled(), "as it was before"
