@@ -178,7 +178,7 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
 def rates(arguments: argparse.Namespace, side: int) -> list[dict[str, Any]]:
     """Pictures by second of 1, 4 and 16 clients, with batches and without, in the median of rounds."""
     samples: dict[tuple[int, int], list[tuple[float, float]]] = {}
-    count = max(16, arguments.requests // 16)
+    count = arguments.pictures
     with server("--max-batch", "1") as single, server("--max-batch", str(arguments.max_batch)) as batched:
         servers = {1: single, arguments.max_batch: batched}
         for served in servers.values():
@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pictures", type=int, default=32, help="of each measurement of a rate")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument(
         "--side", type=int, default=64, help="px, of the load; rates are measured at it and at its double"
@@ -232,12 +233,14 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers are stopped too
     before = os.getloadavg()
-    result = {"machine": machine(), "steps": arguments.steps, "side": arguments.side, "load": load(arguments)}
-    result["rates"] = [row for side in (arguments.side, 2 * arguments.side) for row in rates(arguments, side)]
-    result["load_average"] = {"before": before, "after": os.getloadavg()}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result["load"], indent=1))
+    result: dict[str, Any] = {"machine": machine(), "steps": arguments.steps, "side": arguments.side, "rates": []}
+    result["load"] = load(arguments)
+    print(json.dumps(result["load"], indent=1), flush=True)
+    for side in (arguments.side, 2 * arguments.side):
+        result["rates"] += rates(arguments, side)
+        result["load_average"] = {"before": before, "after": os.getloadavg()}
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
