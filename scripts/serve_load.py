@@ -7,9 +7,9 @@ Each server is a process of its own, `lens serve` with `tiny:`; the clients are 
 
 - load: so many requests of 16 clients. Every answer is decoded, and its facts are compared with what was sent. Memory
   is what the server's /metrics says, after each tenth of the requests.
-- rates: 1, 4 and 16 clients, against a server that draws up to four pictures together and one that draws each alone,
-  in turn, in rounds. Wall time depends on what else the machine does; pictures by second of the server's CPU time,
-  which the system counts, hardly does.
+- rates: pictures by second for 1, 4 and 16 clients, in rounds. One client draws one picture at a time. Wall time
+  depends on what else the machine does; pictures by second of the server's CPU time, which the system counts, hardly
+  does.
 
 docs/serve.md has the figures.
 """
@@ -142,26 +142,25 @@ class Work:
         return time.perf_counter() - begin
 
 
-def load(arguments: argparse.Namespace) -> dict[str, Any]:
+def load(served: Served, arguments: argparse.Namespace) -> dict[str, Any]:
     """What became of the requests of 16 clients, and the server's memory meanwhile."""
     side, steps, count = arguments.side, arguments.steps, arguments.requests
     seconds, faults, wall = [], [], 0.0
     pictures: dict[int, bytes] = {}
-    with server() as served:
-        Work(served.url, range(64), side, steps).run(16)  # memory grows until batches of each size were drawn
-        memory = [served.metric("process_resident_memory_bytes")]
-        before = served.metric("lens_images_total"), served.metric("lens_batches_total")
-        for part in range(PARTS):
-            work = Work(served.url, range(part * count // PARTS, (part + 1) * count // PARTS), side, steps)
-            wall += work.run(16)
-            seconds += work.seconds
-            faults += work.faults
-            pictures |= work.pictures
-            memory.append(served.metric("process_resident_memory_bytes"))
-        images = served.metric("lens_images_total") - before[0]
-        batches = served.metric("lens_batches_total") - before[1]
-        alone = Work(served.url, list(pictures), side, steps)
-        alone.run(1)
+    Work(served.url, range(64), side, steps).run(16)  # memory grows until batches of each size were drawn
+    memory = [served.metric("process_resident_memory_bytes")]
+    before = served.metric("lens_images_total"), served.metric("lens_batches_total")
+    for part in range(PARTS):
+        work = Work(served.url, range(part * count // PARTS, (part + 1) * count // PARTS), side, steps)
+        wall += work.run(16)
+        seconds += work.seconds
+        faults += work.faults
+        pictures |= work.pictures
+        memory.append(served.metric("process_resident_memory_bytes"))
+    images = served.metric("lens_images_total") - before[0]
+    batches = served.metric("lens_batches_total") - before[1]
+    alone = Work(served.url, list(pictures), side, steps)
+    alone.run(1)
     apart = [abs(a - b) for n, one in pictures.items() for a, b in zip(one, alone.pictures[n], strict=True)]
     cuts = statistics.quantiles(seconds, n=100)
     return {
@@ -175,32 +174,26 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rates(arguments: argparse.Namespace, side: int) -> list[dict[str, Any]]:
-    """Pictures by second of 1, 4 and 16 clients, with batches and without, in the median of rounds."""
-    samples: dict[tuple[int, int], list[tuple[float, float]]] = {}
+def rates(served: Served, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Pictures by second of 1, 4 and 16 clients, in the median of rounds."""
+    samples: dict[int, list[tuple[float, float, float]]] = {}
     count = arguments.pictures
-    with server("--max-batch", "1") as single, server("--max-batch", str(arguments.max_batch)) as batched:
-        servers = {1: single, arguments.max_batch: batched}
-        for served in servers.values():
-            Work(served.url, range(16), side, arguments.steps).run(16)
-        for number in range(arguments.rounds):
-            order = list(servers.items())
-            for max_batch, served in order if number % 2 == 0 else reversed(order):
-                for clients in CLIENTS:
-                    work, before = Work(served.url, range(count), side, arguments.steps), served.cpu_seconds()
-                    wall = work.run(clients)
-                    assert not work.faults, work.faults
-                    cpu = served.cpu_seconds() - before
-                    samples.setdefault((clients, max_batch), []).append((count / wall, count / cpu))
+    for number in range(arguments.rounds):
+        for clients in CLIENTS if number % 2 == 0 else reversed(CLIENTS):
+            numbers = range(1000 + 100 * number, 1000 + 100 * number + count)
+            work = Work(served.url, numbers, arguments.side, arguments.steps)
+            cpu, batches = served.cpu_seconds(), served.metric("lens_batches_total")
+            wall = work.run(clients)
+            assert not work.faults, work.faults
+            cpu, batches = served.cpu_seconds() - cpu, served.metric("lens_batches_total") - batches
+            samples.setdefault(clients, []).append((count / wall, count / cpu, count / batches))
+    names = ("images_per_second", "images_per_cpu_second", "images_per_batch")
     return [
-        {
-            "side": side, "clients": clients, "max_batch": max_batch,
-            "images_per_second": round(statistics.median(wall for wall, _ in some), 2),
-            "images_per_cpu_second": round(statistics.median(cpu for _, cpu in some), 2),
-            "rounds": [[round(value, 2) for value in pair] for pair in some],
-        }
-        for (clients, max_batch), some in sorted(samples.items())
-    ]  # fmt: skip
+        {"clients": clients}
+        | {n: round(statistics.median(v), 2) for n, v in zip(names, zip(*some, strict=True), strict=True)}
+        | {"rounds": [[round(value, 2) for value in one] for one in some]}
+        for clients, some in samples.items()
+    ]
 
 
 def machine() -> dict[str, Any]:
@@ -229,18 +222,17 @@ def main() -> None:
     parser.add_argument(
         "--side", type=int, default=64, help="px, of the load; rates are measured at it and at its double"
     )
-    parser.add_argument("--max-batch", type=int, default=4)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers are stopped too
     before = os.getloadavg()
-    result: dict[str, Any] = {"machine": machine(), "steps": arguments.steps, "side": arguments.side, "rates": []}
-    result["load"] = load(arguments)
-    print(json.dumps(result["load"], indent=1), flush=True)
-    for side in (arguments.side, 2 * arguments.side):
-        result["rates"] += rates(arguments, side)
-        result["load_average"] = {"before": before, "after": os.getloadavg()}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result: dict[str, Any] = {"machine": machine(), "steps": arguments.steps, "side": arguments.side}
+    with server() as served:
+        result["load"] = load(served, arguments)
+        print(json.dumps(result["load"], indent=1), flush=True)
+        result["rates"] = rates(served, arguments)
+    result["load_average"] = {"before": before, "after": os.getloadavg()}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
