@@ -54,13 +54,13 @@ def main(
     chats = ShapesChats(
         ShapesChats.Config(seed=seed, split=split, translated=translated, intrusions=intrusions, tasks=tasks)
     )
-    asked = [chats.question(0, row) for row in range(requests)]
+    questions = [chats.question(0, row) for row in range(requests)]
     begin = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # unused answers are counted
-        answers = pipeline.refine([request for _, request, _ in asked])
+        answers = pipeline.refine([request for _, request, _ in questions])
     seconds = time.perf_counter() - begin
-    facts = [prompt_facts(scene) for scene, _, _ in asked]
+    facts = [prompt_facts(scene) for scene, _, _ in questions]
     result = {
         "model": model,
         "split": split,

@@ -149,13 +149,11 @@ def check_steps(steps: int | None) -> int | None:
 
 
 def parse_reasoner(text: str | None) -> ComponentSpec | None:
-    """A reasoner by name, in a line of YAML, in a YAML file, or as a text file with its system prompt."""
-    from lens_core.inference.reasoner_files import FILES, read_reasoner
-    from lens_core.recipe import parse_use
+    """A reasoner by name, in a line of YAML, in a YAML file, as a text file with its system prompt, or a checkpoint."""
+    from lens_core.catalog import Catalog
+    from lens_core.inference.reasoner_files import named_reasoner
 
-    if text is None:
-        return None
-    return read_reasoner(Path(text)) if text.lower().endswith(FILES) else parse_use(text)
+    return None if text is None else named_reasoner(text, Catalog.installed())
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> list[str]:

@@ -1,6 +1,7 @@
 """Reasoners in files: a YAML file names one as a recipe does; a text file is its system prompt.
 
 A text file may begin with front matter, YAML between two lines `---`, that names the reasoner; without, it is `chat`.
+A checkpoint may hold such a file, and is then a reasoner itself.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from lens_core.catalog import Catalog
 from lens_core.config import WrongType, as_use
 from lens_core.io import readers
 from lens_core.recipe import ComponentSpec
@@ -17,8 +19,27 @@ FILES = (".yaml", ".yml", ".txt", ".md")
 """The ends of the names of files that are read as reasoners."""
 MAX_PROMPT = 1 << 15
 """Bytes of a file with a system prompt."""
+IN_CHECKPOINT = "reasoner.md"
+"""The file by which a checkpoint is a reasoner: front matter and a system prompt."""
 USUAL = "chat"
 """The reasoner of a system prompt that names none."""
+
+
+def named_reasoner(text: str, catalog: Catalog) -> ComponentSpec:
+    """The reasoner that a line names: a component, `{use: …}` in YAML, a file as of `read_reasoner`, or a checkpoint
+    that holds `reasoner.md`, by its folder or by a name that a plugin resolves (`tiny:reasoner`). Raises ConfigError.
+    """
+    from lens_core.recipe import parse_use
+
+    if text.lower().endswith(FILES):
+        return read_reasoner(Path(text))
+    answer = catalog.first("lens_fetch", text)
+    folder = Path(answer or text)
+    if answer is None and not (folder / IN_CHECKPOINT).is_file():
+        return parse_use(text)
+    if not (folder / IN_CHECKPOINT).is_file():
+        raise ConfigError(f"{text}: is a checkpoint that holds no {IN_CHECKPOINT}, so it is no reasoner; name another")
+    return read_reasoner(folder / IN_CHECKPOINT)
 
 
 def read_reasoner(path: Path) -> ComponentSpec:

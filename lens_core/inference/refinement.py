@@ -8,6 +8,7 @@ from typing import Any
 
 from lens_core.attribution import building, calling, name_of, refuse
 from lens_core.catalog import Catalog
+from lens_core.inference.reasoner_files import named_reasoner
 from lens_core.recipe import ComponentSpec, build
 from lens_core.types import PluginError, Refinement
 
@@ -16,11 +17,13 @@ MAX_IN_MEMORY = 1 << 16
 
 
 def make_reasoner(reasoner: Any, catalog: Catalog | None) -> Any:
-    """The component that a name or a ComponentSpec stands for; a component, or None, as it is. Raises ConfigError."""
+    """The component that a name (as of `named_reasoner`) or a ComponentSpec stands for; a component, or None, as it is.
+    Raises ConfigError."""
     if not isinstance(reasoner, str | ComponentSpec):
         return reasoner
-    spec = ComponentSpec(reasoner) if isinstance(reasoner, str) else reasoner
-    name, cls, config = build(catalog or Catalog.installed(), "reasoner", spec, "reasoner")
+    catalog = catalog or Catalog.installed()
+    spec = named_reasoner(reasoner, catalog) if isinstance(reasoner, str) else reasoner
+    name, cls, config = build(catalog, "reasoner", spec, "reasoner")
     with building(name):
         return cls(config)
 
