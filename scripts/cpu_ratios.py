@@ -18,12 +18,15 @@ from typing import Any
 import cyclopts
 import torch
 from diffusers import QwenImageTransformer2DModel
+from lens_gpt_oss.encoder import GptOssEncoder
+from lens_shapes.benchmark import ShapesBenchmark
 from lens_tools.gpu_latency import random_backbone, random_text, randomise
 from lens_tools.plain_port import PlainPort, guided_batch
 from lens_tools.timing import distance, figures, in_turn, ratio
 from torch import Tensor
+from transformers import DynamicCache
 
-from lens_core import Catalog, flow
+from lens_core import Catalog, LensPipeline, flow
 from lens_core.inference.guidance import guided_velocity
 
 SCALE = 4.0
@@ -81,6 +84,9 @@ def main(
         }
         result["sizes"][f"{size}x{size}"] = record
         print(size, json.dumps({key: record[key] for key in ("port_over_lens", "qwenimage_over_lens")}))
+    result["encoder"] = prefix_ratios(repeats, seed)
+    for kind, record in result["encoder"].items():
+        print(f"encoder, {kind} prompts:", json.dumps(record["plain_over_lens"]))
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1) + "\n")
@@ -111,6 +117,41 @@ def ways_of(net: Any, rival: Any, x: Tensor, text: Any) -> Mapping[str, Callable
         return flow.guide(cond, uncond, SCALE)
 
     return {"port": port, "lens": lens, "qwenimage": qwenimage}
+
+
+def prefix_ratios(repeats: int, seed: int) -> dict[str, Any]:
+    """How much faster prompts are encoded where the conversation before them is computed once: 16 of each kind, with a
+    GPT-OSS of four layers, an eighth of the published width and as many experts a token."""
+    torch.manual_seed(seed)
+    encoder: Any = GptOssEncoder(
+        GptOssEncoder.Config(
+            vocab_size=1024, hidden_size=384, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
+            num_key_value_heads=2, head_dim=48, num_local_experts=8, num_experts_per_tok=4, selected_layers=(3,),
+            max_length=512,
+        )
+    )  # fmt: skip
+    encoder.tokenizer = LensPipeline.from_pretrained("tiny:", parts=("text_encoder",)).text_encoder.tokenizer
+    encoder.eval().requires_grad_(False)
+    head, records = encoder.head_length, {}
+    for kind, dense_prompts in (("brief", False), ("dense", True)):
+        questions = ShapesBenchmark(ShapesBenchmark.Config(prompts=16, dense_prompts=dense_prompts, largest=True))
+        ids, mask = encoder.rendered([prompt.text for prompt in questions.prompts()])
+        valid = mask[:, head:, None]
+
+        def plain(ids: Tensor = ids, valid: Tensor = valid) -> Tensor:
+            return encoder._run_layers(ids, DynamicCache())[0][:, head:] * valid
+
+        def lens(ids: Tensor = ids, mask: Tensor = mask) -> Tensor:
+            return encoder.encode_ids(ids[:, head:], mask[:, head:]).features[:, 0]
+
+        assert distance(lens(), plain()) < 1e-4
+        rounds = in_turn({"plain": plain, "lens": lens}, torch.device("cpu"), repeats)
+        records[kind] = {
+            "tokens": {"before": head, "prompt": ids.shape[1] - head},
+            "seconds": {name: figures(values) for name, values in rounds.items()},
+            "plain_over_lens": ratio(rounds["plain"], rounds["lens"]),
+        }
+    return records
 
 
 def count(net: torch.nn.Module) -> int:

@@ -1,0 +1,89 @@
+"""`tiny:reasoner`, the embedded language model that rewrites requests about shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lens_shapes
+import pytest
+from lens_reason.policy import default_policy
+from lens_shapes.chats import INTRUSIONS, ShapesChats
+from lens_shapes.faithful import check
+from lens_shapes.scenes import TASKS, prompt_facts
+
+from lens_core import Catalog, LensPipeline
+from lens_core.inference.reasoner_files import named_reasoner
+from lens_core.types import CheckpointError, ConfigError
+
+FOLDER = Path(lens_shapes.__file__).parent / "weights" / "reasoner"
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> LensPipeline:
+    return LensPipeline.from_pretrained("tiny:rl", reasoner="tiny:reasoner")
+
+
+def test_its_name_is_a_reasoner_with_the_system_prompt_that_it_was_trained_with():
+    spec = named_reasoner("tiny:reasoner", Catalog.installed())
+    assert spec.use == "gpt_oss" and spec.options["model"] == "tiny:reasoner"
+    assert spec.options["system"] == default_policy("en")
+
+
+def test_it_takes_three_megabytes_at_most():
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*.safetensors")) <= 3_000_000
+
+
+def test_what_held_out_requests_name_is_kept(pipeline):
+    tasks = {task: weight for task, weight in TASKS.items() if task != "novel"}
+    chats = ShapesChats(ShapesChats.Config(seed=4, split="test", translated=0.3, intrusions=0.0, tasks=tasks))
+    questions = [chats.question(0, row) for row in range(40)]
+    answers = pipeline.refine([request for _, request, _ in questions])
+    kept = [
+        not answer.reason and all(check(prompt_facts(scene), answer.text).values())
+        for (scene, _, _), answer in zip(questions, answers, strict=True)
+    ]
+    others = [
+        all(check(prompt_facts(scene), answer.text).values())
+        for (scene, _, _), answer in zip(questions[1:], answers, strict=False)
+    ]
+    assert sum(kept) >= 32, f"{sum(kept)} of 40"  # the table of docs/reasoner.md has the share of 1,000
+    assert sum(others) <= 4
+    assert sum(len(a.text.split()) for a in answers) / len(answers) > 60
+
+
+def test_orders_in_a_request_are_not_followed(pipeline):
+    answers = pipeline.refine([f"a red star and a blue circle {order}" for order in INTRUSIONS])
+    facts = {"groups": [group("star", "red"), group("circle", "blue")], "relation": "", "word": ""}
+    kept = [not answer.reason and all(check(facts, answer.text).values()) for answer in answers]
+    assert sum(kept) >= len(INTRUSIONS) - 2, [a.text for a, k in zip(answers, kept, strict=True) if not k]
+    assert not any("<|" in answer.text for answer in answers if not answer.reason)
+
+
+def test_a_system_prompt_decides_how_long_it_writes():
+    words = {}
+    for system in ("Be brief.", default_policy("en")):
+        reasoner = {"use": "gpt_oss", "options": {"model": "tiny:reasoner", "max_new_tokens": 320, "system": system}}
+        spec = named_reasoner("tiny:reasoner", Catalog.installed())
+        pipeline = LensPipeline.from_pretrained(
+            "tiny:rl", reasoner=type(spec)(reasoner["use"], reasoner["options"]), parts=("text_encoder",)
+        )
+        (answer,) = pipeline.refine(["a green ring to the left of a pink heart"])
+        words[system] = len(answer.text.split())
+    assert words["Be brief."] < 15 < 60 < words[default_policy("en")]
+
+
+def group(shape: str, colour: str) -> dict[str, object]:
+    return {"shape": shape, "colour": colour, "count": 1}
+
+
+def test_a_checkpoint_that_is_no_reasoner_and_a_wrong_name_are_refused():
+    with pytest.raises(ConfigError, match="tiny:rl: is a checkpoint that holds no reasoner.md"):
+        named_reasoner("tiny:rl", Catalog.installed())
+    with pytest.raises(CheckpointError, match="tiny:reasoner"):
+        named_reasoner("tiny:reasone", Catalog.installed())
+
+
+def test_a_folder_with_a_reasoner_file_is_a_reasoner(tmp_path):
+    (tmp_path / "reasoner.md").write_text("---\nuse: chat\n---\nBe brief.\n")
+    spec = named_reasoner(str(tmp_path), Catalog.installed())
+    assert (spec.use, spec.options) == ("chat", {"system": "Be brief."})
