@@ -6,6 +6,8 @@ answer describes a scene that the request is true of, in English. Batch i is a p
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +20,7 @@ from lens_core.validators import SEED, each, integer, one_of, optional, real, te
 from lens_shapes import languages, splits
 from lens_shapes.captions import phrasings, pick, prompt
 from lens_shapes.renaming import rename, renaming
-from lens_shapes.scenes import TASKS, Scene, prompt_facts
+from lens_shapes.scenes import OPPOSITE, TASKS, Scene, prompt_facts
 from lens_shapes.styles import FULL, KINDS, Style, describe, random_style, system_prompt
 
 _KIND, _ROW, _SCENE, _ANSWER = range(4)  # separate streams of randomness
@@ -52,7 +54,10 @@ class ShapesChats:
     class Config:
         batch: int = field(default=32, validator=integer(at_least=1))  # conversations a step, all ranks together
         seed: int = field(default=0, validator=SEED)
-        split: str = field(default="train", validator=one_of(*splits.SPLITS))  # the scenes: train, select or test
+        # The scenes: train, select or test, or all. A language model that never reads of a pair learns not to write it.
+        split: str = field(default="train", validator=one_of(*splits.SPLITS, "all"))
+        # any; train: those of nine of ten requests, in all their wordings and languages; heldout: those of the tenth.
+        requests: str = field(default="any", validator=one_of("any", "train", "heldout"))
         # Share of requests in French, German or Spanish; the others are English.
         translated: float = field(default=0.3, validator=within(0, 1))
         # Share of the English conversations in which shapes and colours go by words of no scene, to be copied.
@@ -109,7 +114,7 @@ class ShapesChats:
         system, style = self._system(number)
         scene, request, language = self.question(number, row)
         rng = np.random.default_rng([self.config.seed, _ANSWER, number, row])
-        answer = describe(scene, style, rng)
+        answer = in_order(scene, request, describe(scene, style, rng))
         if language == "en" and rng.random() < self.config.renamed:
             words = renaming(rng)
             request, answer = rename(request, words), rename(answer, words)
@@ -123,6 +128,8 @@ class ShapesChats:
         """The scene, the request and its language in one row of batch `number`."""
         rng = np.random.default_rng([self.config.seed, _ROW, number, row])
         scene = evolve(self._scene(rng), named=bool(rng.random() < 0.3))
+        while self.config.requests != "any" and is_heldout(scene) != (self.config.requests == "heldout"):
+            scene = evolve(self._scene(rng), named=bool(rng.random() < 0.3))
         language = pick(rng, languages.LANGUAGES[1:]) if rng.random() < self.config.translated else "en"
         return scene, self._request(scene, language, rng), language
 
@@ -147,7 +154,8 @@ class ShapesChats:
 
     def _sample(self, rng: np.random.Generator) -> Scene:
         config = self.config
-        return splits.sample(rng, config.split, tasks=config.tasks or TASKS, largest=config.largest)
+        split = pick(rng, splits.SPLITS) if config.split == "all" else config.split
+        return splits.sample(rng, split, tasks=config.tasks or TASKS, largest=config.largest)  # type: ignore[arg-type]
 
     def _request(self, scene: Scene, language: str, rng: np.random.Generator) -> str:
         if language == "en":
@@ -162,3 +170,23 @@ class ShapesChats:
             order = pick(rng, INTRUSIONS)
             words = f"{words} {order}" if rng.random() < 0.5 else f"{order} {words}"
         return words
+
+
+def is_heldout(scene: Scene) -> bool:
+    """Whether the request for a scene is of the tenth that is held out, whatever its words."""
+    return hashlib.sha256(prompt(scene).encode()).digest()[0] % 10 == 0
+
+
+def in_order(scene: Scene, request: str, text: str) -> str:
+    """A description in which the relation that the request names is stated from the same side. A small model learns to
+    copy a relation long before it learns to turn it round."""
+    if not scene.relation or len(scene.things) != 2:
+        return text
+    things, side = list(scene.things), scene.relation
+    # Some wordings begin with the other thing. Requests in other languages do not, and hold no English noun.
+    nouns = [re.search(rf"\b{thing.shape}\b", request.lower()) for thing in things]
+    if all(nouns) and nouns[0].start() > nouns[1].start():  # type: ignore[union-attr]
+        things, side = things[::-1], OPPOSITE[side]
+    first, second = (f"the {thing.colour} {thing.shape}" for thing in things)
+    words = f"to the {side}" if side in ("left of", "right of") else side
+    return re.sub(rf"\b{second} is (?:to the )?{OPPOSITE[side]} {first}\b", f"{first} is {words} {second}", text)
