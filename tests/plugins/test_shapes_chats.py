@@ -10,9 +10,11 @@ from attrs import evolve
 from lens_shapes import splits
 from lens_shapes.benchmark import ShapesBenchmark
 from lens_shapes.captions import dense, prompt
-from lens_shapes.chats import ShapesChats
+from lens_shapes.chats import ShapesChats, is_heldout
 from lens_shapes.faithful import check
 from lens_shapes.languages import COLOURS, LANGUAGES, NOUNS, STEMS, request
+from lens_shapes.renaming import COLOUR_WORDS
+from lens_shapes.renaming import NOUNS as OTHER_NOUNS
 from lens_shapes.scenes import BACKGROUNDS, NOVEL, SHAPES, prompt_facts
 from lens_shapes.scenes import COLOURS as PALETTE
 from lens_shapes.styles import FULL, PARTS, Style, describe, random_style, style_of, system_prompt
@@ -191,3 +193,54 @@ def test_a_wrong_config_is_refused(options, words):
         ShapesChats.Config(**options)
     with pytest.raises(ConfigError, match="no equal shares for 3 ranks"):
         next(ShapesChats(ShapesChats.Config(batch=8)).batches(0, 3))
+
+
+# ---- what the small reasoner is trained on --------------------------------------------------------------------------
+
+
+def chats_of(**options) -> ShapesChats:
+    return ShapesChats(ShapesChats.Config(seed=3, **options))
+
+
+def test_a_request_is_of_training_or_held_out_whatever_its_words():
+    seen = {}
+    for part in ("train", "heldout"):
+        chats = chats_of(requests=part, split="all", tasks={"two": 1.0, "position": 1.0})
+        seen[part] = {prompt(chats.question(0, row)[0]) for row in range(150)}
+    assert not seen["train"] & seen["heldout"] and min(map(len, seen.values())) > 10
+    free = chats_of(split="all", tasks={"two": 1.0, "position": 1.0})
+    shares = [is_heldout(free.question(0, row)[0]) for row in range(400)]
+    assert 0.03 < sum(shares) / len(shares) < 0.25
+
+
+def test_scenes_of_all_splits_hold_pairs_that_training_leaves_out():
+    def pairs(split: str) -> set[frozenset[str]]:
+        chats = chats_of(split=split, tasks={"two": 1.0})
+        return {frozenset(t.shape for t in chats.question(0, row)[0].things) for row in range(300)}
+
+    train, every = pairs("train"), pairs("all")
+    assert train < every and len(every) == 28
+
+
+@pytest.mark.parametrize("row", range(40))
+def test_a_relation_is_stated_from_the_side_of_the_request(row):
+    chats = chats_of(tasks={"coloured position": 1.0}, translated=0.0, intrusions=0.0, styles={"full": 1.0})
+    scene, request_, _ = chats.question(0, row)
+    answer = chats.chat(0, row)[-1].text
+    first, second = sorted(scene.things, key=lambda thing: request_.lower().find(f"{thing.colour} {thing.shape}"))
+    stated = re.search(r"the (\w+ \w+) is (?:to the )?(?:left of|right of|above|below) the (\w+ \w+)", answer)
+    assert stated and stated.groups() == (f"{first.colour} {first.shape}", f"{second.colour} {second.shape}")
+    assert check(prompt_facts(scene), answer)["relations"]
+
+
+def test_renamed_conversations_call_a_thing_the_same_in_request_and_answer():
+    chats = chats_of(renamed=1.0, translated=0.0, intrusions=0.0, tasks={"attribution": 1.0}, styles={"full": 1.0})
+    new = 0
+    for row in range(40):
+        turns = chats.chat(0, row)
+        answer = turns[-1].text
+        words = set(re.findall(r"[a-z]+", turns[1].text)) & {*OTHER_NOUNS, *COLOUR_WORDS}
+        assert all(re.search(rf"\b{word}\b", answer) for word in words)
+        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", answer)
+        new += bool(words)
+    assert new > 30

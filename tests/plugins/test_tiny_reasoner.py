@@ -77,7 +77,7 @@ def group(shape: str, colour: str) -> dict[str, object]:
 
 
 def test_a_checkpoint_that_is_no_reasoner_and_a_wrong_name_are_refused():
-    with pytest.raises(ConfigError, match="tiny:rl: is a checkpoint that holds no reasoner.md"):
+    with pytest.raises(ConfigError, match="tiny:rl: is a checkpoint that holds no reasoner"):
         named_reasoner("tiny:rl", Catalog.installed())
     with pytest.raises(CheckpointError, match="tiny:reasoner"):
         named_reasoner("tiny:reasone", Catalog.installed())
