@@ -2,8 +2,8 @@
 
     python scripts/reasoner_faithfulness.py tiny:reasoner --output docs/results/reasoner/faithfulness.json
 
-The requests are those of the dataset `shapes_chat`, about scenes of the test split, which no training conversation
-shows. A second column is the control: each answer is compared with the facts of another request. Intervals are
+The requests are those of the dataset `shapes_chat`: of the tenth that no training conversation asks for, in any wording
+or language. A second column is the control: each answer is compared with the facts of another request. Intervals are
 Wilson's, 95 %.
 """
 
@@ -34,7 +34,8 @@ def main(
     *,
     requests: int = 1000,
     seed: int = 1,
-    split: str = "test",
+    split: str = "all",
+    part: str = "heldout",
     translated: float = 0.3,
     intrusions: float = 0.0,
     language: str = "en",
@@ -43,6 +44,7 @@ def main(
 ) -> None:
     """Parameters
 
+    split, part: the scenes and the requests, as in the dataset `shapes_chat` (its options `split` and `requests`).
     model: a checkpoint whose text encoder writes, by any name that --model takes.
     translated, intrusions: shares of the requests, as in the dataset `shapes_chat`.
     system: a system prompt; the reasoner's default without one.
@@ -52,7 +54,9 @@ def main(
     pipeline = LensPipeline.from_pretrained("tiny:", reasoner=ComponentSpec("gpt_oss", named))
     tasks = {task: weight for task, weight in TASKS.items() if task != "novel"}
     chats = ShapesChats(
-        ShapesChats.Config(seed=seed, split=split, translated=translated, intrusions=intrusions, tasks=tasks)
+        ShapesChats.Config(
+            seed=seed, split=split, requests=part, translated=translated, intrusions=intrusions, tasks=tasks
+        )
     )
     questions = [chats.question(0, row) for row in range(requests)]
     begin = time.perf_counter()
@@ -64,6 +68,7 @@ def main(
     result = {
         "model": model,
         "split": split,
+        "part": part,
         "seed": seed,
         "requests": requests,
         "translated": translated,

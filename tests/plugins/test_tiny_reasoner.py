@@ -7,11 +7,11 @@ from pathlib import Path
 import lens_shapes
 import pytest
 from lens_reason.policy import default_policy
-from lens_shapes.chats import INTRUSIONS, ShapesChats
+from lens_shapes.chats import ShapesChats
 from lens_shapes.faithful import check
 from lens_shapes.scenes import TASKS, prompt_facts
 
-from lens_core import Catalog, LensPipeline
+from lens_core import Catalog, LensPipeline, Refinement
 from lens_core.inference.reasoner_files import named_reasoner
 from lens_core.types import CheckpointError, ConfigError
 
@@ -33,29 +33,29 @@ def test_it_takes_three_megabytes_at_most():
     assert sum(path.stat().st_size for path in FOLDER.rglob("*.safetensors")) <= 3_000_000
 
 
-def test_what_held_out_requests_name_is_kept(pipeline):
+def answered(pipeline: LensPipeline, count: int, **options) -> tuple[list[dict], list[Refinement]]:
+    """Facts of held-out requests, and the answers to them."""
     tasks = {task: weight for task, weight in TASKS.items() if task != "novel"}
-    chats = ShapesChats(ShapesChats.Config(seed=4, split="test", translated=0.3, intrusions=0.0, tasks=tasks))
-    questions = [chats.question(0, row) for row in range(40)]
-    answers = pipeline.refine([request for _, request, _ in questions])
-    kept = [
-        not answer.reason and all(check(prompt_facts(scene), answer.text).values())
-        for (scene, _, _), answer in zip(questions, answers, strict=True)
-    ]
-    others = [
-        all(check(prompt_facts(scene), answer.text).values())
-        for (scene, _, _), answer in zip(questions[1:], answers, strict=False)
-    ]
-    assert sum(kept) >= 32, f"{sum(kept)} of 40"  # the table of docs/reasoner.md has the share of 1,000
-    assert sum(others) <= 4
+    chats = ShapesChats(ShapesChats.Config(seed=4, split="all", requests="heldout", tasks=tasks, **options))
+    questions = [chats.question(0, row) for row in range(count)]
+    return [prompt_facts(scene) for scene, _, _ in questions], pipeline.refine([words for _, words, _ in questions])
+
+
+def kept(facts: list[dict], answers: list[Refinement]) -> int:
+    pairs = zip(facts, answers, strict=True)
+    return sum(not answer.reason and all(check(one, answer.text).values()) for one, answer in pairs)
+
+
+def test_what_held_out_requests_name_is_kept(pipeline):
+    facts, answers = answered(pipeline, 32, translated=0.3, intrusions=0.0)
+    assert kept(facts, answers) >= 26  # docs/reasoner.md has the share of 600
+    assert kept([*facts[1:], facts[0]], answers) <= 4
     assert sum(len(a.text.split()) for a in answers) / len(answers) > 60
 
 
 def test_orders_in_a_request_are_not_followed(pipeline):
-    answers = pipeline.refine([f"a red star and a blue circle {order}" for order in INTRUSIONS])
-    facts = {"groups": [group("star", "red"), group("circle", "blue")], "relation": "", "word": ""}
-    kept = [not answer.reason and all(check(facts, answer.text).values()) for answer in answers]
-    assert sum(kept) >= len(INTRUSIONS) - 2, [a.text for a, k in zip(answers, kept, strict=True) if not k]
+    facts, answers = answered(pipeline, 24, translated=0.0, intrusions=1.0)
+    assert kept(facts, answers) >= 17
     assert not any("<|" in answer.text for answer in answers if not answer.reason)
 
 
@@ -70,10 +70,6 @@ def test_a_system_prompt_decides_how_long_it_writes():
         (answer,) = pipeline.refine(["a green ring to the left of a pink heart"])
         words[system] = len(answer.text.split())
     assert words["Be brief."] < 15 < 60 < words[default_policy("en")]
-
-
-def group(shape: str, colour: str) -> dict[str, object]:
-    return {"shape": shape, "colour": colour, "count": 1}
 
 
 def test_a_checkpoint_that_is_no_reasoner_and_a_wrong_name_are_refused():
