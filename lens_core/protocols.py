@@ -143,7 +143,7 @@ class Offloads(Protocol):
         """Modules whose weights drawing does not read, or asks for through `precomputed`."""
 
     def activation_bytes(self, workload: Any) -> int:
-        """An estimate of the bytes beside the weights in one pass of `lens_core.inference.offload.Workload`."""
+        """An estimate of the bytes beside the weights in one pass of `lens_core.inference.offload_plans.Workload`."""
 
 
 @runtime_checkable

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 def move(tensor: Tensor, device: torch.device | str) -> Tensor:
     """`tensor` on `device`. From the host to a GPU it goes by way of pinned memory, so that the host does not wait for
     what the GPU has still to do, as it does with a plain copy."""
-    kind = str(device).partition(":")[0]
-    if tensor.device.type != "cpu" or kind == "cpu":
-        return tensor.to(device)
-    return (tensor.pin_memory() if kind == "cuda" else tensor).to(device, non_blocking=True)
+    if tensor.device.type != "cpu" or str(device).partition(":")[0] != "cuda":
+        return tensor.to(device)  # elsewhere an asynchronous copy may read memory that is gone by then
+    # torch keeps the pinned copy until the GPU has read it.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class LensError(Exception):

@@ -94,7 +94,7 @@ class Step:
         self.optimizer = Muon(matrices, [p for p in self.parameters if id(p) not in inner], self.lr)
         self.average = [p.detach().clone() for p in self.parameters]
         self.ema_decay = ema_decay
-        self.rng = torch.Generator() if self.device.type == "cpu" else torch.cuda.default_generators[0]
+        self.rng = torch.Generator() if self.device.type == "cpu" else torch.cuda.default_generators[self.device.index]
         self.losses: dict[str, Tensor] = {}  # by group: the sum of the losses, and how many, since `take_losses`
         self._graphs: dict[str, Any] = {}
         self._pool: Any = None

@@ -33,7 +33,7 @@ def train_vae(
     vae: Any = pipeline.vae.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     device = next(vae.parameters()).device
-    rng = torch.Generator() if device.type == "cpu" else torch.cuda.default_generators[0]
+    rng = torch.Generator() if device.type == "cpu" else torch.cuda.default_generators[device.index]
     order = torch.Generator().manual_seed(1)
     places = [place for place, g in enumerate(scenes.groups) if g.name in BATCHES]
     while any(len(scenes.ready(place)) < 1 for place in places):

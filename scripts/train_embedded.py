@@ -467,6 +467,8 @@ def main() -> None:
     add("--resolution", type=int, default=128)
     options = parser.parse_args()
     torch.backends.cuda.enable_cudnn_sdp(False)  # its attention under a mask is not needed; fewer things to go wrong
+    if options.device.startswith("cuda:"):
+        torch.cuda.set_device(options.device)  # streams and graphs are the current device's
     if options.small:
         options.tokens = min(options.tokens, 2048)
     if options.probe:

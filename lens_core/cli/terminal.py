@@ -11,7 +11,7 @@ import re
 import sys
 
 from lens_core.io import readers
-from lens_core.types import ConfigError, LensError
+from lens_core.types import ConfigError, LensError, PluginError
 
 
 def check_arguments(words: list[str]) -> None:
@@ -51,12 +51,12 @@ def report_error(error: BaseException, code: int) -> int:
         traceback.print_exception(error)
     if isinstance(error, ConfigError):
         lines = error.problems
+    elif _is_out_of_memory(error):
+        lines = ("there is not enough memory; ask for smaller or fewer pictures, or a smaller model",)
     elif isinstance(error, LensError | SystemExit):
         lines = (str(error),)
     elif isinstance(error, CycloptsError):
         lines, code = (f"{readers.one_line(error)} See lens --help.",), 2
-    elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):  # torch's words
-        lines = ("there is not enough memory; ask for smaller or fewer pictures, or a smaller model",)
     elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         lines = (f"{where}{error.strerror or readers.one_line(error)}; check the path, its permissions and its disk",)
@@ -69,6 +69,14 @@ def report_error(error: BaseException, code: int) -> int:
         lines = (f"{what}; this is a fault of Lens or of a plugin: LENS_DEBUG=1 shows where, please report it",)
     print_error(*lines)
     return code
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or a GPU, in a component (PluginError) or elsewhere."""
+    if isinstance(error, MemoryError):
+        return True
+    spoken_for = isinstance(error, LensError | SystemExit) and not isinstance(error, PluginError)
+    return not spoken_for and bool(re.search("out of memory|allocate memory", str(error)))  # torch's words
 
 
 def print_error(*lines: str) -> None:

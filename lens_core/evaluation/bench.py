@@ -93,6 +93,8 @@ def run_benchmark(
     with building(name):
         benchmark = cls(config)
     plan = make_plan(request, name, benchmark, unstructure(config))
+    if isinstance(generator, PipelineGenerator):
+        generator.planned_size = plan.size
     processes = Processes.from_environment()
     info = None if generator is None else generation.describe(generator)
     base = Path("runs") / f"bench-{spec.use.replace(':', '-')}"

@@ -16,7 +16,7 @@ from lens_core.arguments import parse_lora
 from lens_core.catalog import Catalog
 from lens_core.config import ComponentSpec, unstructure
 from lens_core.inference import png_metadata, refinement
-from lens_core.inference.offload import PLANS
+from lens_core.inference.offload_plans import PLANS
 from lens_core.inference.requests import GenerateRequest, ModelRequest
 from lens_core.types import GenerationEstimate, PictureOutcome, PictureRequest, SystemInfo
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, each, integer, one_of, optional, real, text
@@ -63,6 +63,8 @@ class PipelineGenerator:
     def __init__(self, config: Config, catalog: Catalog | None = None) -> None:
         self.config, self.batch_size = config, config.batch_size
         self._catalog = catalog
+        # (height, width) of the pictures to come, for the choice of an offload plan; None: the model's own.
+        self.planned_size: tuple[int, int] | None = None
         self._pipeline: LensPipeline | None = None
 
     @property
@@ -94,8 +96,10 @@ class PipelineGenerator:
                 reasoner=c.reasoner,
                 lossy_vae_tile=c.lossy_vae_tile,
             )
-            # Sizes are those of the requests; the model's own stands for them in the choice of a plan.
-            images = GenerateRequest(steps=c.steps)
+            height, width = self.planned_size or (None, None)
+            images = GenerateRequest(
+                c.negative_prompt, height=height, width=width, steps=c.steps, guidance_scale=c.guidance_scale
+            )
             self._pipeline = request.load(lambda loaded: images.workload(loaded, c.batch_size), catalog=self.catalog)
         return self._pipeline
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from lens_core import flow
@@ -16,7 +17,8 @@ from lens_core.protocols import dtype_of
 from lens_core.types import NumericalError, TextFeatures
 
 TOGETHER = 4096
-"""Latent cells of a batch up to which a device that is no CPU computes both branches of guidance as one batch."""
+"""Latent cells of a batch up to which a device that is no CPU computes both branches of guidance as one batch, where
+there is no negative prompt."""
 
 
 def guided_velocity(
@@ -42,6 +44,8 @@ def guided_velocity(
     # Reading t on the host waits for the device at every step; over the whole range nobody needs to know it.
     always = tuple(interval) == (0.0, 1.0)
 
+    text = _with_mask_on_host(text)
+    negative = None if negative is None else _with_mask_on_host(negative)
     nothing = TextFeatures.empty(len(text), text.features.shape[1], text.features.shape[3], text.features)
 
     @functools.cache
@@ -51,7 +55,7 @@ def guided_velocity(
     def guided(x: Tensor, t: Tensor) -> Tensor:
         if guidance_scale == 1.0 or not (always or interval[0] < flow.known(t)[0] <= interval[1]):
             return predict(x, t, text)
-        if negative is None and x.device.type != "cpu" and x[:, 0].numel() <= TOGETHER:
+        if negative is None and x.device.type != "cpu" and branches_at_once(len(x), x[0, 0].numel()) == 2:
             uncond, cond = predict(torch.cat([x, x]), flow.twice(t), both()).chunk(2)
             return flow.guide(cond, uncond, guidance_scale)
         return flow.guide(predict(x, t, text), predict(x, t, negative or nothing), guidance_scale)
@@ -78,6 +82,18 @@ class DataEstimate:
     def data(self, t: float, x: Tensor) -> Tensor:
         """The estimate after a step that ended with x at time t. At t = 0 it is x."""
         return x if self._last is None or t == 0 else flow.data_from(*self._last)
+
+
+def branches_at_once(batch: int, cells: int) -> int:
+    """How many branches of guidance without a negative prompt one call of the backbone computes on an accelerator, for
+    `batch` pictures of `cells` latent cells each: both, or one."""
+    return 2 if batch * cells <= TOGETHER else 1
+
+
+def _with_mask_on_host(text: TextFeatures) -> TextFeatures:
+    """Features that a caller brings may have a mask on a GPU alone: it is read once, and not in every step."""
+    on_gpu = text.mask.device.type not in ("cpu", "meta")
+    return evolve(text, host=text.known) if on_gpu and text.host is None else text
 
 
 def check_finite(flags: Sequence[Tensor], last: int, steps: int, dtype: torch.dtype) -> None:

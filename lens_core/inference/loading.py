@@ -14,7 +14,7 @@ from torch import nn
 
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import hub, integrity, manifest, model_card
-from lens_core.inference.offload import Workload
+from lens_core.inference.offload_plans import Workload
 from lens_core.inference.parts import MODEL_PARTS, PIPELINE_PARTS, PartReader, PartStore, check_dtype
 from lens_core.io.progress import progress_bar
 from lens_core.recipe import ComponentSpec, build, unstructure

@@ -76,6 +76,9 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise ConfigError(f"no device is called {str(device)!r}; use cpu, cuda or cuda:1") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{device}: this machine has no CUDA device that torch can use; use cpu")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"{device}: CUDA devices are numbered from 0, and there are {count}; use cuda:{count - 1}")
     return resolved
 
 

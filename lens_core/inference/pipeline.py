@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,7 +26,7 @@ from lens_core.inference.call_arguments import (
 from lens_core.inference.guidance import DataEstimate, check_finite, guided_velocity
 from lens_core.inference.image_to_image import InitImage, read_init_image
 from lens_core.inference.loading import LoadOptions, read_checkpoint
-from lens_core.inference.offload import find_plan
+from lens_core.inference.offload_plans import find_plan
 from lens_core.inference.parts import (
     MODEL_PARTS,
     PIPELINE_PARTS,
@@ -39,7 +40,7 @@ from lens_core.inference.sizes import resolve_sizes
 from lens_core.io.progress import progress_bar
 from lens_core.protocols import dtype_of
 from lens_core.recipe import ComponentSpec, PipelineSpec, build, unstructure
-from lens_core.types import ConfigError, Refinement, TextFeatures
+from lens_core.types import ConfigError, Refinement, TextFeatures, move
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -213,8 +214,8 @@ class LensPipeline(PipelineParts):
         if prompts is None:
             return None
         text, _ = self.encode_once(prompts)
-        present = torch.tensor([bool(p) for p in prompts], device=self.device)[:, None]
-        return TextFeatures(text.features * present[:, None, :, None], text.mask & present)
+        mask = move(host := text.known & torch.tensor([bool(p) for p in prompts])[:, None], text.mask.device)
+        return TextFeatures(text.features * mask[:, None, :, None], mask, host)
 
     # ---- generation ---------------------------------------------------------------------------------------------
 
@@ -248,7 +249,7 @@ class LensPipeline(PipelineParts):
         interval: tuple[float, float] = (0.0, 1.0),
         init: InitImage | None = None,
         draw: Callable[[], Tensor] | None = None,
-    ) -> Iterator[tuple[float, Tensor]]:
+    ) -> Generator[tuple[float, Tensor], None, None]:
         """(t, x) after each step, ending at t = 0. Raises NumericalError rather than go on with non-finite latents, on
         a GPU at the last step, which is the only one that waits for it."""
         velocity = self.velocity(text, negative, guidance_scale, interval)
@@ -347,7 +348,8 @@ class LensPipeline(PipelineParts):
             interval=settings.guidance_interval, init=init,
             draw=lambda: self.noise(generators, settings.latent_size),
         )  # fmt: skip
-        with progress_bar(settings.steps, "step", **self.progress_bar_config) as bar:
+        # Closed at once after an error: its traceback would keep the generator, and weights on the device, alive.
+        with contextlib.closing(steps), progress_bar(settings.steps, "step", **self.progress_bar_config) as bar:
             for step, (t, x) in enumerate(steps):
                 if callback_on_step_end is not None and estimate is not None:
                     values = {"latents": x, "denoised": estimate.data(t, x)}

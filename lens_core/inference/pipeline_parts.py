@@ -22,7 +22,8 @@ from lens_core.inference.diffusers_names import DiffusersNames, account, positio
 from lens_core.inference.guidance import DataEstimate
 from lens_core.inference.loading import CheckpointInfo
 from lens_core.inference.lora import LoRAStack
-from lens_core.inference.offload import Accelerator, MemoryEstimate, OffloadManager, Workload, find_plan
+from lens_core.inference.offload import Accelerator, OffloadManager
+from lens_core.inference.offload_plans import MemoryEstimate, Workload, find_plan
 from lens_core.inference.parts import DEFAULT_PRESETS, PartStore, check_dtype, resolve_device
 from lens_core.inference.pixels import to_images
 from lens_core.inference.prompt_cache import PromptCache, weights_state
@@ -132,7 +133,7 @@ class PipelineParts(DiffusersNames):
         if spec is None and self.version:
             self.version = f"{self.version}+{kind}"
         if manager is not None:
-            self.offload(manager.requested, workload=manager.workload, accelerator=manager.accelerator)
+            self._plan_anew(manager)
 
     def use_sampler(self, use: str, **options: Any) -> None:
         """Draw with another sampler from now on: a name such as "heun", with its options. Raises ConfigError."""
@@ -154,8 +155,12 @@ class PipelineParts(DiffusersNames):
         encoder = self.text_encoder
         if not hasattr(encoder, "complete"):
             raise ConfigError("the text encoder of this model cannot write; use another reasoner, such as chat")
+        count = sum(1 for _ in encoder.parameters())
         with self._at_work("text_encoder"), calling(encoder, "complete"):
-            return list(encoder.complete(chats, max_new_tokens))
+            completions = list(encoder.complete(chats, max_new_tokens))
+        if self.offload_manager is not None and sum(1 for _ in encoder.parameters()) != count:
+            self._plan_anew(self.offload_manager)  # it has read weights that no plan knows of
+        return completions
 
     @property
     def latent_preview(self) -> LatentPreview | None:
@@ -202,8 +207,7 @@ class PipelineParts(DiffusersNames):
         if manager is None:
             self.store.loaded[kind] = net.to(self.device, self._dtype)
             return
-        self.to("cpu")  # one more part: the plan is made anew
-        self.offload(manager.requested, workload=manager.workload, accelerator=manager.accelerator)
+        self._plan_anew(manager)  # one more part
 
     def present(self) -> dict[str, nn.Module]:
         """The parts with weights that have been read."""
@@ -269,7 +273,7 @@ class PipelineParts(DiffusersNames):
         accelerator: Accelerator | None = None,
     ) -> MemoryEstimate:
         """Draw on `device` with less memory than all parts take: `none`, `modulation`, `model`, `encoder-cpu`, `block`
-        (`offload.PLANS`), or `auto`, the fastest of them that fits into what is free. Training takes `to`.
+        (`offload_plans.PLANS`), or `auto`, the fastest of them that fits into what is free. Training takes `to`.
 
         `workload`: what will be drawn, by default one picture of the preset size. Returns what the plan comes to.
         """
@@ -277,12 +281,23 @@ class PipelineParts(DiffusersNames):
             find_plan(plan)
         accelerator = accelerator or Accelerator(resolve_device(device))
         if workload is None and self.vae is not None:
-            workload = Workload(self.size(), self.vae.downscale, steps=int(self.presets["steps"]))
+            steps, guided = int(self.presets["steps"]), self.presets["guidance_scale"] != 1
+            workload = Workload(self.size(), self.vae.downscale, steps=steps, guided=guided)
         if self.offload_manager is not None:
             self.offload_manager.remove()
-        self.offload_manager = OffloadManager(plan, self.present(), workload or Workload(), accelerator)
-        self.device = accelerator.device
-        return self.offload_manager.estimate
+            self.offload_manager = None
+        try:
+            manager = OffloadManager(plan, self.present(), workload or Workload(), accelerator)
+        except BaseException:
+            self.to("cpu")  # out of memory, say: else some parts would be on the device, and the others not
+            raise
+        self.offload_manager, self.device = manager, accelerator.device
+        return manager.estimate
+
+    def _plan_anew(self, manager: OffloadManager) -> None:
+        """Make the plan of `manager` again, for other parts."""
+        self.to("cpu")
+        self.offload(manager.requested, workload=manager.workload, accelerator=manager.accelerator)
 
     def _at_work(self, part: str) -> AbstractContextManager[Any]:
         """The time in which `part` works, with its weights where they must be."""
@@ -319,9 +334,11 @@ class PipelineParts(DiffusersNames):
     @contextmanager
     def _replacing_weights(self) -> Iterator[None]:
         """The time in which LoRAs are folded in or taken out. Quantised layers get other tensors by that, which an
-        offload plan does not move: it is made anew."""
-        manager = self.offload_manager
-        if manager is None or not self._loras.replaces_weights(self.backbone):
+        offload plan does not move: it is made anew. Raises ConfigError while a plan has the weights on the device."""
+        backbone, manager = self.backbone, self.offload_manager
+        if manager is not None:
+            manager.check_editable("backbone")
+        if manager is None or not self._loras.replaces_weights(backbone):
             yield
             return
         self.to("cpu")

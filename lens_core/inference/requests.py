@@ -15,7 +15,7 @@ from attrs import field, frozen
 from lens_core.arguments import whole
 from lens_core.inference import refinement
 from lens_core.inference.call_arguments import MAX_COUNT
-from lens_core.inference.offload import Workload, describe_plan
+from lens_core.inference.offload_plans import Workload, describe_plan
 from lens_core.inference.pipeline import LensPipeline
 
 if TYPE_CHECKING:
@@ -121,7 +121,9 @@ class GenerateRequest:
             return Workload()  # nothing can be drawn without it, which the call itself reports
         size = pipeline.size(self.height, self.width, self.aspect_ratio, self.base_resolution)
         steps = self.steps or int(pipeline.presets["steps"])
-        return Workload(size, pipeline.vae.downscale, batch_size, steps=steps)
+        scale = pipeline.presets["guidance_scale"] if self.guidance_scale is None else self.guidance_scale
+        guided = scale != 1 and not self.negative_prompt
+        return Workload(size, pipeline.vae.downscale, batch_size, steps=steps, guided=guided)
 
     def fingerprint(self, pipeline: LensPipeline, prompt: str, seed: int) -> str:
         """A short hash of everything that decides one image: two requests with the same hash draw the same."""

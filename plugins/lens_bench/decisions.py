@@ -27,11 +27,12 @@ def sha256_of(path: Path) -> str:
 
 def decide(benchmark: str, path: Path) -> Decision:
     """The decision about a file of perceptions. Of OneIG each dimension is a metric of its own; there is no overall
-    score, which its authors do not publish. Raises LensError where nothing was perceived."""
+    score, which its authors do not publish; one whose pictures are all refused or failed is absent, and 0 by the strict
+    rule. Raises LensError where nothing was perceived."""
     benches, statuses, tags = _benches(path)
     if not benches:
         raise ConfigError(f"{path}: holds no line; run the stages generate and perceive")
-    reports = [report.score(bench, path) for bench in benches]
+    reports = [report.score(bench, path, partial=benchmark == "OneIG") for bench in benches]
     scores = [score for one in reports for score in _scores(one, tags)]
     notes = [note for one in reports for note in one.notes if "other benchmarks" not in note]
     verdicts = [verdict for one in reports for verdict in one.verdicts]
@@ -44,7 +45,9 @@ def decide(benchmark: str, path: Path) -> Decision:
             for one in reports
             for name, metrics in one.categories.items()
         }
-        headline = next(iter(official), "")
+        if not official:
+            raise LensError(f"{path}: no picture of any dimension has perceptions; there is nothing to score")
+        headline = next(iter(official))
     else:
         (one,) = reports
         official, strict, categories = dict(one.official), dict(one.strict), dict(one.categories)

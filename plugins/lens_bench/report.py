@@ -46,14 +46,14 @@ class Report:
 # ---- a file -------------------------------------------------------------------------------------------------------
 
 
-def score(name: str, path: Path) -> Report:
+def score(name: str, path: Path, *, partial: bool = False) -> Report:
     """Decide every line of `path` that belongs to the benchmark `name`.
 
     A line may have, beside the fields of its benchmark, `bench` (another known benchmark's lines are left out), `id`,
     `status` (one of STATUSES; "ok" if absent), `prompt_id` (if absent, pictures with the same reference are of one
     prompt), `category`, and `perceiver`, the model and revision that perceived, the same in every line.
     Raises ConfigError with a line for each wrong line, or where there is none of this benchmark; LensError where no
-    picture has perceptions.
+    picture has perceptions, unless it is `partial`, one of several that are reported together; then `official` is {}.
     """
     if name not in BENCHMARKS:
         raise ConfigError(f"no benchmark is called {name!r}.{did_you_mean(name, BENCHMARKS)}")
@@ -69,7 +69,7 @@ def score(name: str, path: Path) -> Report:
         more = len(tally.problems) - MOST_PROBLEMS
         rest = [f"{path}: {more} more lines are wrong"] if more > 0 else []
         raise ConfigError([*tally.problems[:MOST_PROBLEMS], *rest])
-    return tally.report(path)
+    return tally.report(path, partial)
 
 
 class _Tally:
@@ -124,15 +124,16 @@ class _Tally:
             problem = f"is not that of line {place}" if "perceiver" in line else f"is missing, and line {place} has one"
             raise FieldError("perceiver", f"{problem}; perceive with one model and revision")
 
-    def report(self, path: Path) -> Report:
+    def report(self, path: Path, partial: bool) -> Report:
         if not self.verdicts:
             raise ConfigError(f"{path}: has no line of {self.name}; give the perceptions of this benchmark")
-        if not self.official:
+        if not self.official and not partial:
             counts = ", ".join(f"{count} {status}" for status, count in self.statuses.items())
             raise LensError(f"{path}: no picture has perceptions ({counts}); there is nothing to score")
         groups = sorted({row.group for row in self.strict} - {""}) if self.name != "geneval" else []
-        categories = {g: self.benchmark.metrics([r for r in self.official if r.group == g]) for g in groups}
-        official, strict = (self.benchmark.metrics(rows) for rows in (self.official, self.strict))
+        by_group = {g: [r for r in self.official if r.group == g] for g in groups if self.official}
+        categories = {g: self.benchmark.metrics(rows) for g, rows in by_group.items()}
+        official, strict = (self.benchmark.metrics(rows) if rows else {} for rows in (self.official, self.strict))
         notes = self._notes(official)
         return Report(self.name, self.verdicts, dict(self.statuses), official, strict, categories, notes)
 

@@ -19,11 +19,11 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from lens_core.checkpoints.lazy_tensors import LazyTensor
 from lens_core.checkpoints.single_files import read_single_file
 from lens_core.checkpoints.tensor_files import build_on_meta, load_module, read_weights, save_module
-from lens_core.inference.offload import Workload
+from lens_core.inference.offload_plans import Workload
 from lens_core.io.atomic_files import read_json, write_json
 from lens_core.io.readers import one_line, shown
 from lens_core.recipe import structure
-from lens_core.types import CheckpointError, ConfigError, LensError
+from lens_core.types import CheckpointError, ConfigError, LensError, move
 from lens_flux2.config import Flux2VAEConfig
 from lens_flux2.single import convert_single_file
 
@@ -80,7 +80,7 @@ class Flux2VAE(nn.Module):
         """Training: pixels [B,3,H,W], standard normal noise [B,c,2h,2w] -> the reconstruction of a posterior sample,
         and the posterior's mean and log variance, both [B,c,2h,2w]. No normalisation is involved."""
         mean, logvar = self._posterior(pixels)
-        return self._decode(mean + (logvar / 2).exp() * noise.to(mean)), mean, logvar
+        return self._decode(mean + (logvar / 2).exp() * move(noise, mean.device).to(mean.dtype)), mean, logvar
 
     @torch.no_grad()
     def moments(self, mean: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 from lens_core.checkpoints.gguf_files import SUFFIX as GGUF
 from lens_core.checkpoints.lazy_tensors import LazyTensor, read_lazy, write_lazy
 from lens_core.checkpoints.tensor_files import build_on_meta, files, load_module, save_module
-from lens_core.inference.offload import Workload
+from lens_core.inference.offload_plans import Workload
 from lens_core.io.atomic_files import write_json
 from lens_core.types import CheckpointError, ConfigError, LensError, TextFeatures, move
 from lens_gpt_oss.chat import ChatRenderer

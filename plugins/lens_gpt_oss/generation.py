@@ -153,9 +153,9 @@ def _all_on_one_device(encoder: Any) -> Iterator[None]:
         for module in encoder.unused_modules()
         if (first := next(module.parameters(), None)) is not None and first.device != device
     ]
-    for module, _ in behind:
-        module.to(device)
     try:
+        for module, _ in behind:
+            module.to(device)
         yield
     finally:
         for module, home in behind:

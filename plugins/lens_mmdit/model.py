@@ -25,7 +25,8 @@ from lens_core.checkpoints import packed_linear
 from lens_core.checkpoints.lazy_tensors import LazyTensor, write_lazy
 from lens_core.checkpoints.single_files import read_single_file
 from lens_core.checkpoints.tensor_files import build_on_meta, load_module, read_weights, save_module
-from lens_core.inference.offload import Workload
+from lens_core.inference.guidance import branches_at_once
+from lens_core.inference.offload_plans import Workload
 from lens_core.io.atomic_files import write_json
 from lens_core.io.readers import shown
 from lens_core.types import ConfigError, NumericalError, TextFeatures, did_you_mean, move
@@ -193,7 +194,8 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
 
     def activation_bytes(self, workload: Workload) -> int:
         """Estimated bytes of one pass: the activations of a block, and the tables of modulation."""
-        tokens = (workload.size[0] // workload.cell) * (workload.size[1] // workload.cell) + workload.tokens
+        branches = branches_at_once(workload.batch, workload.cells) if workload.guided else 1
+        tokens = branches * workload.cells + workload.tokens  # the unconditional branch has no text
         width = self.config.inner_dim
         rows = workload.steps * sum(layer.out_features for layer in self.modulations())
         work = (12 * workload.batch * tokens * width + rows) * self.dtype.itemsize

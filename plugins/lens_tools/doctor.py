@@ -13,8 +13,8 @@ import torch
 
 from lens_core import __version__
 from lens_core.catalog import Catalog
-from lens_core.inference import offload
-from lens_core.inference.offload import MemoryEstimate, Workload
+from lens_core.inference import offload_plans
+from lens_core.inference.offload_plans import MemoryEstimate, Workload
 from lens_core.recipe import ComponentSpec, build
 from lens_core.training.memory_estimate import published as described
 
@@ -29,7 +29,7 @@ def published(catalog: Catalog) -> dict[str, Any]:
     """The parts of the published model on the meta device, as the plugin that knows it names them, in bfloat16."""
     components = described(catalog)["components"]
     parts = {}
-    for kind in offload.PHASES:
+    for kind in offload_plans.PHASES:
         use = ComponentSpec(components[kind]["use"], dict(components[kind].get("config", {})))
         _, cls, config = build(catalog, kind, use, f"the published {kind}")
         with torch.device("meta"):
@@ -54,7 +54,7 @@ def fits(parts: Mapping[str, Any], load: Workload | None = None) -> dict[str, di
     """Form -> card, GiB -> the plan that `auto` takes there for the published sizes."""
     load = load or Workload()
     return {
-        form: {card: offload.choose_plan(parts, load, room(card), weigh(parts, form)) for card in CARDS}
+        form: {card: offload_plans.choose_plan(parts, load, room(card), weigh(parts, form)) for card in CARDS}
         for form in FORMS
     }
 
@@ -65,18 +65,18 @@ def table(parts: Mapping[str, Any]) -> str:
     def cells(estimate: MemoryEstimate) -> str:
         return " | ".join(f"{peak / 1e9:.1f}" for peak in estimate.peaks.values())
 
-    phases = " | ".join(offload.PHASES.values())
+    phases = " | ".join(offload_plans.PHASES.values())
     lines = [f"| encoder | plan | {phases} | host |", "|---|---|---|---|---|---|"]
     for form in FORMS:
-        for plan in offload.PLANS:
-            estimate = offload.estimate_memory(plan, parts, Workload(), weigh(parts, form))
+        for plan in offload_plans.PLANS:
+            estimate = offload_plans.estimate_memory(plan, parts, Workload(), weigh(parts, form))
             lines.append(f"| {form} | `{plan}` | {cells(estimate)} | {sum(estimate.host.values()) / 1e9:.1f} |")
     lines += ["", f"| card | encoder | `auto` takes | {phases} | free |", "|---|---|---|---|---|---|---|"]
     best = fits(parts)
     for card in CARDS:
         for form in FORMS:
             estimate = best[form][card]
-            over = "" if estimate.peak + offload.RESERVE <= room(card) else " (too large)"
+            over = "" if estimate.peak + offload_plans.RESERVE <= room(card) else " (too large)"
             free = f"{room(card) / 1e9:.1f}"
             lines.append(f"| {card} GB | {form} | `{estimate.plan}`{over} | {cells(estimate)} | {free} |")
     return "\n".join(lines)
@@ -107,7 +107,7 @@ def _device(_: Catalog) -> dict[str, Any]:
             ram["ram_free_gb"] = round(page * os.sysconf("SC_AVPHYS_PAGES") / 1e9, 1)
     if not torch.cuda.is_available():
         return {"device": "cpu", "why": "torch finds no CUDA device", "default_dtype": "float32", **ram}
-    about = torch.cuda.get_device_properties(0)
+    about = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "device": "cuda",
         "name": about.name,
@@ -115,7 +115,7 @@ def _device(_: Catalog) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # torch's
         "memory_gb": round(about.total_memory / 1e9, 1),
-        "memory_free_gb": round(torch.cuda.mem_get_info(0)[0] / 1e9, 1),
+        "memory_free_gb": round(torch.cuda.mem_get_info()[0] / 1e9, 1),
         "default_dtype": "bfloat16",
         **ram,
     }
@@ -168,11 +168,11 @@ def _fits(catalog: Catalog) -> dict[str, Any]:
     }
     rooms = {f"a card of {card} GB": room(card) for card in CARDS}
     if torch.cuda.is_available():
-        rooms = {"this GPU": torch.cuda.mem_get_info(0)[0]}
+        rooms = {"this GPU": torch.cuda.mem_get_info()[0]}
     for place, free in rooms.items():
         for form in FORMS:
-            best = offload.choose_plan(parts, Workload(), free, weigh(parts, form))
-            warning = "" if best.peak + offload.RESERVE <= free else ", too large"
+            best = offload_plans.choose_plan(parts, Workload(), free, weigh(parts, form))
+            warning = "" if best.peak + offload_plans.RESERVE <= free else ", too large"
             facts[f"{place}, encoder {form}"] = f"{best.plan}, peak {best.peak / 1e9:.1f} GB{warning}"
     return facts
 

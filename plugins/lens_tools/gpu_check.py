@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from attrs import evolve, field, frozen
 
+from lens_core.inference.parts import resolve_device
 from lens_core.io import atomic_files
 from lens_core.types import ConfigError, did_you_mean
 from lens_core.validators import real
@@ -55,6 +56,7 @@ def check(request: CheckRequest) -> dict[str, Any]:
             raise ConfigError(f"no stage is called {stage!r}.{did_you_mean(stage, SHARES)}")
     if request.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here; use --device cpu --small to rehearse the check on this CPU")
+    resolve_device(request.device)
     request = evolve(request, output=request.output.resolve())
     request.output.mkdir(parents=True, exist_ok=True)
     begun = time.time()
@@ -84,10 +86,11 @@ def run_stage(request: CheckRequest, stage: str, limit: float) -> dict[str, Any]
         return {"state": "skipped", "why": "no time left"}
     begun = time.time()
     soft = max(limit - GRACE, 0.7 * limit)
-    command = stage_command(request, stage, soft)
+    kind = request.device.partition(":")[0]
+    command = stage_command(evolve(request, device=kind), stage, soft)
     if not command:
         return {"state": "skipped", "why": "its script is not here"}
-    variables = {"LENS_TEST_DEVICE": request.device.partition(":")[0], "PYTHONUNBUFFERED": "1"}
+    variables = {"LENS_TEST_DEVICE": kind, "PYTHONUNBUFFERED": "1", **visible_device(request.device)}
     paths = [str(ROOT), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")]
     variables |= {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     variables |= {"LENS_GPU_RESULTS": str(request.output / "correctness.json"), "TOKENIZERS_PARALLELISM": "false"}
@@ -108,6 +111,16 @@ def run_stage(request: CheckRequest, stage: str, limit: float) -> dict[str, Any]
             end_group(process)
     state = "cut off" if code is None else "finished" if code == 0 else "failed"
     return {"state": state, "exit_code": code, "seconds": round(time.time() - begun, 1), "limit": round(limit, 1)}
+
+
+def visible_device(device: str) -> dict[str, str]:
+    """Environment variables under which a GPU such as cuda:1 is the only one, and cuda: events, graphs and default
+    generators are the current device's, whatever device tensors are on."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not index:
+        return {}
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return {"CUDA_VISIBLE_DEVICES": names[int(index)] if names else index}
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -159,9 +172,12 @@ def environment(device: str) -> dict[str, Any]:
     from lens_core.catalog import Catalog
     from lens_tools import doctor
 
-    facts = doctor.examine(Catalog.installed(), ("software", "device", "attention"))
+    cuda = device.partition(":")[0] == "cuda"
+    current: Any = torch.cuda.device(device) if cuda and ":" in device else contextlib.nullcontext()
+    with current:
+        facts = doctor.examine(Catalog.installed(), ("software", "device", "attention"))
     facts["machine"] = {"cores": os.cpu_count(), "platform": platform.platform(), "date": time.strftime("%Y-%m-%d")}
-    if device.partition(":")[0] == "cuda":
+    if cuda:
         facts["driver"] = {"nvidia-smi": query_driver()}
     return facts
 

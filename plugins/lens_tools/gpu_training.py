@@ -6,6 +6,7 @@ counts three forwards a step, whatever is computed again, of the device's dense 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -144,15 +145,16 @@ class Bench:
             if self.device.type == "cuda" and self.left() < 12:
                 record["ways"][name] = {"skipped": f"{self.left():.0f} s left"}
                 continue
-            try:
+            record["ways"][name] = {"error": "out of memory"}
+            with contextlib.suppress(torch.OutOfMemoryError):
                 record["ways"][name] = self.time(net, samples, packed, losses, name)
                 keep()
-            except torch.OutOfMemoryError:
-                record["ways"][name] = {"error": "out of memory"}
-                self.optimizer.zero_grad()
-                free_memory()
-                if name == "bucketed":
-                    raise
+                continue
+            # Not where the error is caught: its traceback keeps the activations alive that did not fit.
+            self.optimizer.zero_grad()
+            free_memory()
+            if name == "bucketed":
+                raise LensError("out of memory")
         record["losses"] = losses
 
     def _recipe(self) -> Recipe:

@@ -29,9 +29,10 @@ def seconds(run: Run, device: torch.device) -> float:
     torch.cuda.synchronize(device)
     event: Any = torch.cuda.Event  # torch leaves it untyped
     begin, end = event(enable_timing=True), event(enable_timing=True)
-    begin.record()
+    stream = torch.cuda.current_stream(device)  # that of the current device has nothing to do, if it is another one
+    begin.record(stream)
     run()
-    end.record()
+    end.record(stream)
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1000
 

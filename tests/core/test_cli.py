@@ -20,6 +20,7 @@ from lens_core.cli import main as command
 from lens_core.cli.main import main
 from lens_core.cli.options import CORE_COMMANDS, read_prompts
 from lens_core.io.atomic_files import read_json, write_json
+from lens_core.types import PluginError
 
 
 @pytest.fixture(autouse=True)
@@ -550,6 +551,7 @@ def test_what_nobody_foresaw_is_one_line_and_a_traceback_where_one_is_wanted(
         (PanicException("rust"), 1, "PanicException: rust"),
         (MemoryError(), 1, "not enough memory"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory: you tried"), 1, "not enough memory"),
+        (PluginError("a:b.forward raised OutOfMemoryError: CUDA out of memory. Tried"), 1, "not enough memory"),
         (OSError(30, "Read-only file system", "/ro/x"), 1, "/ro/x: Read-only file system; check the path"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (RecursionError("deep"), 1, "RecursionError: deep"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lens_core import LensPipeline, flow
 from lens_core.inference.guidance import guided_velocity
-from lens_core.inference.offload import PLANS, Workload
+from lens_core.inference.offload_plans import PLANS, Workload
 from lens_core.types import NumericalError, TextFeatures
 
 HALF = torch.bfloat16

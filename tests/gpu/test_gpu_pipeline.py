@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lens_core import Catalog, ConfigError, LensPipeline
 from lens_core.inference import lora
-from lens_core.inference.offload import PLANS
+from lens_core.inference.offload_plans import PLANS
 from lens_core.recipe import LoraSpec
 from lens_core.types import NumericalError
 

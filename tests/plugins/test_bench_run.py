@@ -315,6 +315,20 @@ def test_absent_dimensions_are_named_and_in_no_mean(tmp_path: Path) -> None:
     assert [(s.value, s.weight) for s in decision.scores] == [(1.0, 2.0), (0.5, 2.0)]
 
 
+def test_a_dimension_whose_pictures_are_all_refused_is_absent_and_zero_by_the_strict_rule(tmp_path: Path) -> None:
+    text = {"bench": "oneig_text_en", "text_content": "['a b']", "ocr_raw": "a b", "category": "Text_Rendering"}
+    style = {"bench": "oneig_style_en", "style": "chinese_ink_painting", "category": "Anime_Stylization"}
+    rows = [{**text, "status": "ok"}, {**style, "status": "refused"}, {**style, "status": "failed"}]
+    rows = [{"id": f"{i:06d}_0", "prompt_id": f"{i:06d}", "index": 0, **row} for i, row in enumerate(rows)]
+    decision = decisions.decide("OneIG", write_lines(tmp_path / "p.jsonl", rows))
+    assert list(decision.official) == ["text"] and decision.headline == "text"
+    assert decision.strict["style"].value == 0 and decision.strict["text"].value == 1
+    assert decision.notes == ["absent, and in no mean: alignment, diversity, style, reasoning"]
+    assert decision.statuses == {"ok": 1, "refused": 1, "failed": 1}
+    with pytest.raises(LensError, match="no picture of any dimension has perceptions"):
+        decisions.decide("OneIG", write_lines(tmp_path / "q.jsonl", rows[1:]))
+
+
 def test_nothing_to_decide_is_no_number(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no line"):
         decisions.decide("GenEval", write_lines(tmp_path / "p.jsonl", []))

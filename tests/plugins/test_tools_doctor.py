@@ -14,8 +14,8 @@ from lens_tools import doctor
 
 from lens_core.catalog import Catalog
 from lens_core.cli.main import main
-from lens_core.inference import offload
-from lens_core.inference.offload import Workload
+from lens_core.inference import offload_plans
+from lens_core.inference.offload_plans import Workload
 from lens_core.types import LensError
 
 PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
@@ -45,30 +45,30 @@ def test_the_published_sizes_are_the_known_ones(parts: Mapping[str, Any]) -> Non
     assert gb("text_encoder", "mxfp4") == pytest.approx(13.8, abs=0.05), "as the published files"
     assert gb("text_encoder", "bfloat16") == pytest.approx(2 * 20.91, abs=0.02), "20.9 B parameters"
     assert gb("vae", "bfloat16") == pytest.approx(0.336 / 2, abs=2e-3)
-    estimate = offload.estimate_memory("modulation", parts, Workload())
+    estimate = offload_plans.estimate_memory("modulation", parts, Workload())
     modulation = 48 * 2 * (6 * 1536 * 1536 + 6 * 1536) + 2 * 1536 * 1536 + 2 * 1536
     assert estimate.host["backbone"] == pytest.approx(2 * modulation, rel=1e-4)
     assert 8.208 - estimate.host["backbone"] / 1e9 == pytest.approx(5.47, abs=0.02)
     head = 2 * 201088 * 2880
     assert estimate.host["text_encoder"] == pytest.approx(head, rel=1e-3), "the head that predicts words stays away"
     work = estimate.work["denoise"]
-    more = offload.estimate_memory("modulation", parts, Workload(steps=40)).work["denoise"]
+    more = offload_plans.estimate_memory("modulation", parts, Workload(steps=40)).work["denoise"]
     assert (more - work) / 1e6 == pytest.approx(35.5, abs=0.1), "20 more steps are a table of 35 MB"
 
 
 def test_a_larger_card_never_gets_a_slower_plan_and_what_is_chosen_fits(parts: Mapping[str, Any]) -> None:
-    order = list(offload.PLANS)
+    order = list(offload_plans.PLANS)
     for form, each in doctor.fits(parts).items():
         chosen = [order.index(each[card].plan) for card in doctor.CARDS]
         assert chosen == sorted(chosen, reverse=True), form
         assert chosen[0] == order.index("block") and chosen[-1] == order.index("none")
         for card, estimate in each.items():
-            assert estimate.peak + offload.RESERVE <= doctor.room(card) < card << 30
+            assert estimate.peak + offload_plans.RESERVE <= doctor.room(card) < card << 30
 
 
 def test_larger_pictures_and_batches_take_more(parts: Mapping[str, Any]) -> None:
     small, large, many = (
-        offload.estimate_memory("block", parts, load).peaks
+        offload_plans.estimate_memory("block", parts, load).peaks
         for load in (Workload(), Workload((1440, 1440)), Workload(batch=4))
     )
     assert large["decode"] / small["decode"] == pytest.approx((1440 / 1024) ** 2, rel=0.1)

@@ -6,20 +6,21 @@ import json
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lens_tools import gpu_check, gpu_report
+from lens_tools import gpu_check, gpu_report, gpu_training, timing
 from lens_tools.gpu_check import CheckRequest
 from lens_tools.gpu_latency import Subject, random_text
-from lens_tools.gpu_training import Setup
+from lens_tools.gpu_training import Bench, Setup
 from lens_tools.records import Records
 from lens_tools.timing import distance, in_turn, ratio
 
 from lens_core import Catalog
-from lens_core.types import ConfigError
+from lens_core.types import ConfigError, LensError
 
 SMALL: dict[str, Any] = {"device": "cpu", "small": True}
 
@@ -134,3 +135,63 @@ def test_random_text_knows_its_mask_on_the_host() -> None:
     rng = torch.Generator().manual_seed(0)
     text = random_text(2, 3, 5, 8, torch.device("cpu"), rng)
     assert text.host is not None and text.features.shape == (2, 3, 5, 8) and bool(text.host.all())
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "only"),
+    [("cuda", None, None), ("cpu", None, None), ("cuda:1", None, "1"), ("cuda:1", "4, GPU-8f", "GPU-8f")],
+)
+def test_a_stage_sees_the_gpu_that_is_checked_alone(
+    device: str, visible: str | None, only: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu_check.visible_device(device) == ({} if only is None else {"CUDA_VISIBLE_DEVICES": only})
+
+
+def test_the_events_that_time_a_run_are_on_the_stream_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: Any = "of the current device") -> None:
+            streams.append(stream)
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Any) -> float:
+            return 500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", str)
+    assert timing.seconds(lambda: None, torch.device("cuda:1")) == 0.5 and streams == ["cuda:1"] * 2
+
+
+def test_what_did_not_fit_is_gone_before_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Activations:
+        pass
+
+    held: list[Any] = []
+    freed: list[bool] = []
+
+    def run_out(*_: Any) -> Any:
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    bench: Any = object.__new__(Bench)
+    bench.catalog, bench.device, bench.small, bench.setup = None, torch.device("cpu"), True, Setup(1, False, 2)
+    bench.net = bench.compiled = torch.nn.Linear(1, 1)
+    bench.optimizer = torch.optim.SGD(bench.net.parameters())
+    bench._recipe, bench.samples, bench.time = (lambda: None), (lambda sizes: None), run_out
+    monkeypatch.setattr(gpu_training.memory_estimate, "memory", lambda *_: ({}, 0, 0))
+    monkeypatch.setattr(gpu_training, "free_memory", lambda: freed.append(held[-1]() is None))
+    record: dict[str, Any] = {}
+    with pytest.raises(LensError, match="out of memory"):
+        bench.run(record, lambda: None)
+    assert freed == [True] and record["ways"] == {"bucketed": {"error": "out of memory"}}
