@@ -23,7 +23,7 @@ from lens_core.checkpoints.adapters import LoRA
 from lens_core.checkpoints.lazy_tensors import read_lazy
 from lens_core.cli.main import main
 from lens_core.inference import lora
-from lens_core.inference.offload import Workload
+from lens_core.inference.offload_plans import Workload
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.types import CheckpointError, TextFeatures
 
