@@ -79,9 +79,7 @@ class LensPipeline(PipelineParts):
         `dtype` defaults to float32 on CPUs and bfloat16 elsewhere. `offload` is a plan of `LensPipeline.offload`.
         `reasoner`: a component, a ComponentSpec or a name, which rewrites prompts before they are drawn.
         `options` are the fields of `lens_core.inference.loading.LoadOptions`: `parts`, `backbone`, `text_encoder`,
-        `vae`, `torch_dtype`, `prompt_cache`, `verify`, `deferred`, `workload`.
-
-        Raises CheckpointError or ConfigError, in one line.
+        `vae`, `torch_dtype`, `prompt_cache`, `verify`, `deferred`, `workload`. Raises CheckpointError or ConfigError.
         """
         chosen = LoadOptions(**options)
         if offload not in (None, "auto"):

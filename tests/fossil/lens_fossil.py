@@ -255,6 +255,11 @@ def dig(depth: int = 1) -> None:
 
 
 @hookimpl
+def lens_pages() -> dict[str, str]:
+    return {"fossil": "lens_fossil:show"}
+
+
+@hookimpl
 def lens_fetch(uri: str) -> Path | None:
     return Path("/fossils") if uri == "fossil:" else None
 

@@ -17,7 +17,7 @@ from lens_core.protocols import KINDS
 from lens_core.recipe import ComponentSpec, build
 from lens_core.types import ConfigError, Record
 
-FROZEN = "fef48ba71ddbd208"
+FROZEN = "b33d8feed4081815"
 
 
 def test_the_fossil_has_not_been_edited() -> None:

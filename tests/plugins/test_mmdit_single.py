@@ -218,9 +218,7 @@ def test_a_file_is_a_model_with_the_presets_that_its_name_tells(name: str, steps
 def test_comfys_folder_is_a_model_of_one_file_a_part(tmp_path: Path) -> None:
     for place in ("diffusion_models", "text_encoders", "vae"):
         (tmp_path / place).mkdir()
-        assert (
-            "holds no .safetensors file" in error(lambda: describe(tmp_path)) if place == "diffusion_models" else True
-        )
+        assert "holds no .safetensors" in error(lambda: describe(tmp_path)) if place == "diffusion_models" else True
         write(tmp_path / place / f"{place}_turbo.safetensors", {"a": torch.ones(1)})
     description = describe(tmp_path)
     assert description is not None and description["presets"]["steps"] == 4

@@ -30,6 +30,7 @@ from PIL import Image
 from serving import WAIT, Gate
 
 from lens_core.checkpoints import lora_keys
+from lens_core.checkpoints.adapters import LoRA
 from lens_core.inference import png_metadata
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.requests import GenerateRequest
@@ -357,7 +358,7 @@ def test_loras_of_a_request_leave_no_trace_on_the_next(
     engine: Callable[..., Engine], pipeline: LensPipeline, tmp_path: Path
 ) -> None:
     rng = torch.Generator().manual_seed(0)
-    pair = lora_keys.Pair(torch.randn(2, 16, generator=rng), torch.randn(4, 2, generator=rng), 2.0)
+    pair = LoRA(torch.randn(2, 16, generator=rng), torch.randn(4, 2, generator=rng), 2.0)
     for name in ("style", "base"):
         lora_keys.write(tmp_path / f"{name}.safetensors", {"outer": pair}, "diffusers")
     pipeline.load_lora_weights(tmp_path / "base.safetensors", 0.1)

@@ -522,7 +522,7 @@ def test_the_commands_convert_and_draw(singles: Path, tmp_path: Path, capsys: py
     assert main(["convert", "tiny:turbo", str(tmp_path / "turbo"), "--share", "tiny:"]) == 0
     assert not (tmp_path / "turbo/text_encoder").exists() and "transformer" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "a.png"), str(tmp_path / "x")]) == 2
-    assert "or one .safetensors" in capsys.readouterr().err
+    assert "or one file, .safetensors or .gguf" in capsys.readouterr().err
 
 
 def test_a_single_backbone_is_a_model_without_the_other_parts(
