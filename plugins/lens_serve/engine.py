@@ -32,7 +32,7 @@ from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.requests import GenerateRequest, ModelRequest
 from lens_core.io import readers
 from lens_core.types import ConfigError, LensError, did_you_mean
-from lens_serve.jobs import Busy, Cancelled, DrawnImage, Failed, ImageRequest, Job, Limits, Queued, Stopping
+from lens_serve.jobs import Busy, Cancelled, Done, DrawnImage, Failed, ImageRequest, Job, Limits, Queued, Stopping
 from lens_serve.live import AllCancelled, LiveBatch, Unit
 
 FIRST_GUESS = 1.0  # seconds a picture takes, until one has been drawn
@@ -136,9 +136,9 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Requests of which a picture is being drawn, or has been."""
+        """Unfinished requests of which a picture is being drawn, or has been."""
         with self._change:
-            return sum(job.started for job in self._jobs)
+            return sum(job.started and not job.finished for job in self._jobs)
 
     @property
     def closing(self) -> bool:
@@ -323,17 +323,18 @@ class Engine:
                 continue
             facts = png_metadata.facts_of(prompt, unit.seed, {**result.settings, "negative_prompt": unit.negative})
             self.counters.images += 1
-            unit.job.add_image(unit.index, DrawnImage(image, unit.seed, facts))
-            self.counters.done += unit.job.finished
+            if done := unit.job.add_image(unit.index, DrawnImage(image, unit.seed, facts)):
+                self._finish(unit.job, done)
 
     def _count_step(self) -> None:
         self.counters.steps += 1
 
-    def _finish(self, job: Job, event: Failed | Cancelled) -> None:
-        with self._change:
+    def _finish(self, job: Job, event: Done | Failed | Cancelled) -> None:
+        with self._change:  # counted before the client hears of it
             if job.finished:
                 return
             job.pending.clear()
+            self.counters.done += isinstance(event, Done)
             self.counters.failed += isinstance(event, Failed)
             self.counters.cancelled += isinstance(event, Cancelled)
             job.emit(event)

@@ -235,11 +235,12 @@ class Job:
             plain = [i for i in steps if not self._unread[i].images]  # type: ignore[union-attr]
             del self._unread[(plain or steps)[0]]
 
-    def add_image(self, index: int, drawn: DrawnImage) -> None:
-        """A picture is finished; with the last one the job is."""
+    def add_image(self, index: int, drawn: DrawnImage) -> Done | None:
+        """A picture is finished -> with the last one, how the job ends."""
         self._images[index] = drawn
-        if len(self._images) == len(self.seeds):
-            self.emit(Done(tuple(self._images[i] for i in range(len(self.seeds)))))
+        if len(self._images) < len(self.seeds):
+            return None
+        return Done(tuple(self._images[i] for i in range(len(self.seeds))))
 
 
 def _steps(request: ImageRequest, settings: GenerationSettings) -> int:
