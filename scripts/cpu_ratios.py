@@ -65,7 +65,7 @@ def main(
     assert agreement < 1e-5, f"in float32 the port and Lens differ by {agreement} of the velocity"
     net = net.to(torch.bfloat16)
     result: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {threads} of {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {threads} threads",
         "torch": torch.__version__,
         "blocks": blocks,
         "tokens": tokens,

@@ -49,9 +49,8 @@ def main(
     translated, intrusions: shares of the requests, as in the dataset `shapes_chat`.
     system: a system prompt; the reasoner's default without one.
     """
-    options = {"use": "gpt_oss", "model": model, "language": language, "max_new_tokens": 320}
-    named = {key: value for key, value in options.items() if key != "use"} | ({"system": system} if system else {})
-    pipeline = LensPipeline.from_pretrained("tiny:", reasoner=ComponentSpec("gpt_oss", named))
+    options = {"model": model, "language": language, "max_new_tokens": 320, "system": system}
+    pipeline = LensPipeline.from_pretrained("tiny:", reasoner=ComponentSpec("gpt_oss", options))
     tasks = {task: weight for task, weight in TASKS.items() if task != "novel"}
     chats = ShapesChats(
         ShapesChats.Config(

@@ -35,6 +35,13 @@ def pipeline(catalog: Catalog) -> LensPipeline:
 
 
 @pytest.fixture
+def quick(pipeline: LensPipeline) -> LensPipeline:
+    """The toy pipeline with pictures of 32 px, at guidance 1."""
+    pipeline.presets |= {"guidance_scale": 1.0, "base_resolution": 32}
+    return pipeline
+
+
+@pytest.fixture
 def checkpoint(pipeline: LensPipeline, tmp_path: Path) -> Path:
     """The toy pipeline on disk."""
     pipeline.save_pretrained(tmp_path / "model")

@@ -95,7 +95,7 @@ class _Curation:
         verdicts = self._decided(records, costly=False)
         if len(self.cheap) < len(self.filters):
             verdicts = self._decided(records, costly=True)
-        # What duplicates were looked for with is a third of what is held of a record, and is done with.
+        # The hashes are a third of what is held of a record, and nothing reads them after the duplicates.
         none = np.zeros((0, 4), np.uint64)
         records = evolve(records, hashes=none, mirrored=none)
         t.release_memory()

@@ -6,7 +6,6 @@ client cannot do without it (`NO_EFFECT`), and refused otherwise; so is a field 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -147,26 +146,21 @@ def _text(name: str, value: Any) -> str:
 
 
 def _whole(low: int, high: int) -> Reader:
-    def read(name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            shown = readers.shown(value, SHOWN)
-            raise bad_request(f"{name} must be a whole number, not {shown}", name, "invalid_type")
-        if not low <= value <= high:
-            shown = readers.shown(value, SHOWN)
-            raise bad_request(f"{name} must be {low} to {high}, not {shown}", name)
-        return value
-
-    return read
+    return _number(int, "a whole number", (low, high), f"{low} to {high}")
 
 
 def _real(low: float, high: float) -> Reader:
-    def read(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise bad_request(f"{name} must be a number, not {readers.shown(value, SHOWN)}", name, "invalid_type")
-        if not (math.isfinite(value) and low <= value <= high):
-            shown = readers.shown(value, SHOWN)
-            raise bad_request(f"{name} must be {low:g} to {high:g}, not {shown}", name)
-        return float(value)
+    read = _number((int, float), "a number", (low, high), f"{low:g} to {high:g}")
+    return lambda name, value: float(read(name, value))
+
+
+def _number(types: type | tuple[type, ...], kind: str, bounds: tuple[float, float], wording: str) -> Reader:
+    def read(name: str, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, types):
+            raise bad_request(f"{name} must be {kind}, not {readers.shown(value, SHOWN)}", name, "invalid_type")
+        if not bounds[0] <= value <= bounds[1]:  # false of NaN as well
+            raise bad_request(f"{name} must be {wording}, not {readers.shown(value, SHOWN)}", name)
+        return value
 
     return read
 

@@ -191,8 +191,9 @@ def test_the_default_llm_is_described_without_being_asked():
     assert reasoner.model == "gpt-5.5" and reasoner.spend.calls == 0
 
 
-def test_the_embedded_reasoner_is_trained_with_the_default_policies():
-    recipe = Path(__file__).parents[2] / "examples/recipes/tiny/reasoner.yaml"
+@pytest.mark.parametrize("name", ["reasoner", "reasoner_b", "reasoner_c"])
+def test_the_embedded_reasoner_is_trained_with_the_default_policies(name):
+    recipe = Path(__file__).parents[2] / f"examples/recipes/tiny/{name}.yaml"
     import yaml
 
     dataset = yaml.safe_load(recipe.read_text())["dataset"]

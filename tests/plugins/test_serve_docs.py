@@ -28,10 +28,9 @@ def block(begin: str) -> str:
 
 
 def test_the_lines_of_the_client_and_of_curl_draw_a_picture(
-    pipeline: LensPipeline, capsys: pytest.CaptureFixture[str]
+    quick: LensPipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline.presets |= {"guidance_scale": 1.0, "base_resolution": 32}
-    with running(pipeline) as server:
+    with running(quick) as server:
         names: dict[str, Any] = {}
         exec(block("from openai").replace("http://127.0.0.1:8000/v1", server.url), names)
         assert capsys.readouterr().out.startswith("iVBORw0KGgo") and names["answer"].data[0].seed == 7

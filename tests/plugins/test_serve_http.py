@@ -26,13 +26,6 @@ from lens_core.types import Refinement
 
 
 @pytest.fixture
-def quick(pipeline: LensPipeline) -> LensPipeline:
-    """The toy pipeline with pictures of 32 px, at guidance 1."""
-    pipeline.presets |= {"guidance_scale": 1.0, "base_resolution": 32}
-    return pipeline
-
-
-@pytest.fixture
 def server(quick: LensPipeline) -> Iterator[Running]:
     with running(quick) as one:
         yield one

@@ -34,12 +34,6 @@ MIB = 2**20
 
 
 @pytest.fixture
-def quick(pipeline: LensPipeline) -> LensPipeline:
-    pipeline.presets |= {"guidance_scale": 1.0, "base_resolution": 32}
-    return pipeline
-
-
-@pytest.fixture
 def server(quick: LensPipeline) -> Iterator[Running]:
     with running(quick, Limits(max_pixels=64 * 64, max_images=4, max_steps=50)) as one:
         yield one

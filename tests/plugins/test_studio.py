@@ -41,12 +41,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 
 
 @pytest.fixture
-def quick(pipeline: LensPipeline) -> LensPipeline:
-    pipeline.presets |= {"guidance_scale": 1.0, "base_resolution": 32}
-    return pipeline
-
-
-@pytest.fixture
 def drawer(quick: LensPipeline, tmp_path: Path) -> Iterator[Drawer]:
     (tmp_path / "scratch").mkdir()
     engine = Engine(quick, name="toy", loras={})

@@ -11,7 +11,7 @@ from lens_shapes.chats import ShapesChats
 from lens_shapes.faithful import check
 from lens_shapes.scenes import TASKS, prompt_facts
 
-from lens_core import Catalog, LensPipeline, Refinement
+from lens_core import Catalog, ComponentSpec, LensPipeline, Refinement
 from lens_core.inference.reasoner_files import named_reasoner
 from lens_core.types import CheckpointError, ConfigError
 
@@ -62,11 +62,8 @@ def test_orders_in_a_request_are_not_followed(pipeline):
 def test_a_system_prompt_decides_how_long_it_writes():
     words = {}
     for system in ("Be brief.", default_policy("en")):
-        reasoner = {"use": "gpt_oss", "options": {"model": "tiny:reasoner", "max_new_tokens": 320, "system": system}}
-        spec = named_reasoner("tiny:reasoner", Catalog.installed())
-        pipeline = LensPipeline.from_pretrained(
-            "tiny:rl", reasoner=type(spec)(reasoner["use"], reasoner["options"]), parts=("text_encoder",)
-        )
+        spec = ComponentSpec("gpt_oss", {"model": "tiny:reasoner", "max_new_tokens": 320, "system": system})
+        pipeline = LensPipeline.from_pretrained("tiny:rl", reasoner=spec, parts=("text_encoder",))
         (answer,) = pipeline.refine(["a green ring to the left of a pink heart"])
         words[system] = len(answer.text.split())
     assert words["Be brief."] < 15 < 60 < words[default_policy("en")]
