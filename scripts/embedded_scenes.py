@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from attrs import frozen
 from lens_shapes import splits
-from lens_shapes.benchmark import score_images
 from lens_shapes.captions import caption, dense
+from lens_shapes.judge import score_images
 from lens_shapes.render import render
 from numpy.typing import NDArray
 

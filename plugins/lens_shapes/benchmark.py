@@ -16,35 +16,15 @@ from lens_core.types import ConfigError, Prompt, Score, did_you_mean
 from lens_core.validators import SEED, each, integer, one_of
 from lens_shapes import captions, splits
 from lens_shapes.captions import dense, prompt
+from lens_shapes.judge import score_images
 from lens_shapes.languages import LANGUAGES, request
-from lens_shapes.reader import read
-from lens_shapes.reading import check_facts
 from lens_shapes.render import render
 from lens_shapes.rubrics import rubrics
 from lens_shapes.scenes import GENEVAL, TASKS, Scene, prompt_facts, sample
 
 RULES = integer(at_least=1, at_most=2)
 """2: the splits of `splits`; 1: those by which the embedded checkpoints were trained."""
-
-
-def score_images(images: Tensor, prompts: Sequence[Prompt], partial: bool = False, extras: bool = False) -> list[Score]:
-    """Images uint8 [B,3,H,W] -> 1.0 where every fact of the prompt is there, else 0.0; abstains without facts.
-
-    `partial`: the share of the facts that are there. `extras`: things that were not asked for do no harm, unless the
-    prompt counts, as by GenEval's rules.
-    """
-    if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} pictures cannot answer {len(prompts)} prompts; pass one picture a prompt")
-    scores = []
-    for image, question in zip(images, prompts, strict=True):
-        if "groups" not in question.data:
-            scores.append(Score("abstain", evidence="the prompt carries no facts about shapes"))
-            continue
-        reading = read(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
-        facts = check_facts(reading, question.data, extras, exact=not extras or question.task == "counting")
-        value = sum(facts.values()) / len(facts) if partial else float(all(facts.values()))
-        scores.append(Score("ok", value, facts, str(reading)))
-    return scores
+PROCESSES = integer(at_least=1, at_most=256)
 
 
 @frozen
@@ -137,6 +117,7 @@ class ShapesBenchmark:
         extras: bool = False
         # 1: the splits by which the embedded checkpoints were trained; prompts may repeat there.
         rules: int = field(default=2, validator=RULES)
+        processes: int = field(default=1, validator=PROCESSES)  # that read pictures; more are faster, and agree
 
         def __attrs_post_init__(self) -> None:
             check_split(self.named_split, self.rules)
@@ -213,7 +194,7 @@ class ShapesBenchmark:
         return prompts
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
-        return score_images(images, prompts, extras=self.config.extras)
+        return score_images(images, prompts, extras=self.config.extras, processes=self.config.processes)
 
     def ceiling(self, vae: Any, height: int, width: int) -> list[Score]:
         """The most that any generator with this VAE can score: true scenes, encoded and decoded, judged. One Score a
@@ -230,9 +211,10 @@ class ShapesReward:
     @frozen
     class Config:
         partial: bool = False  # credit for the share of facts that are there: a weak model's pictures differ then
+        processes: int = field(default=1, validator=PROCESSES)  # that read pictures; more are faster, and agree
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
-        return score_images(images, prompts, self.config.partial)
+        return score_images(images, prompts, self.config.partial, processes=self.config.processes)

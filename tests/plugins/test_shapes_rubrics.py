@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
-from lens_shapes.benchmark import ShapesBenchmark, score_images
+from lens_shapes.benchmark import ShapesBenchmark
 from lens_shapes.captions import prompt
+from lens_shapes.judge import score_images
 from lens_shapes.reader import read
 from lens_shapes.render import render
 from lens_shapes.rubrics import ShapesRubrics, answer, rubrics
@@ -52,6 +53,17 @@ def test_all_yes_is_what_the_strict_judge_accepts():
         facts = [all(v for k, v in s.components.items() if k != "g") for s in judge().score(shown, prompts)]
         assert facts == [s.value == 1 for s in score_images(shown, prompts)]
         assert any(facts) == (shift == 0)
+
+
+def test_processes_read_as_one_does():
+    made = [scene(i) for i in range(10)]
+    prompts = [question(m, i) for i, m in enumerate(made)]
+    prompts[3] = Prompt("a dream", 3)  # no facts: abstains
+    shown = torch.stack([picture(m) for m in made[1:] + made[:1]] + [picture(made[0])])
+    prompts.append(prompts[0])
+    alone = score_images(shown, prompts, partial=True)
+    assert alone == score_images(shown, prompts, partial=True, processes=2)
+    assert [s.status for s in alone].count("abstain") == 1 and alone[-1].value == 1.0
 
 
 def test_the_value_is_the_weighted_mean_of_the_answers():

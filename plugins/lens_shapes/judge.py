@@ -1,0 +1,53 @@
+"""Pictures of shapes against the facts of their prompts: read from pixels, in this process or in several."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lens_core.types import Prompt, Score
+from lens_shapes.reader import read
+from lens_shapes.reading import check_facts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def score_images(
+    images: Tensor, prompts: Sequence[Prompt], partial: bool = False, extras: bool = False, processes: int = 1
+) -> list[Score]:
+    """Images uint8 [B,3,H,W] -> 1.0 where every fact of the prompt is there, else 0.0; abstains without facts.
+
+    `partial`: the share of the facts that are there. `extras`: things that were not asked for do no harm, unless the
+    prompt counts, as by GenEval's rules. `processes` above 1: that many read at once, with the same scores; they are
+    started by the first call, and a script that calls this needs `if __name__ == "__main__":`.
+    """
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} pictures cannot answer {len(prompts)} prompts; pass one picture a prompt")
+    # A copy in the memory order of pixels: the reader's results do not depend on it, but its speed does.
+    pictures = np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy())
+    judge = functools.partial(_judge, partial=partial, extras=extras)
+    if processes == 1 or len(prompts) == 1:
+        return [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    return list(_pool(processes).map(judge, pictures, prompts, chunksize=max(1, len(prompts) // (4 * processes))))
+
+
+@functools.cache
+def _pool(processes: int) -> ProcessPoolExecutor:
+    """Readers for as long as this process runs. Spawned, not forked: a fork would copy a GPU's context and threads."""
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+
+
+def _judge(picture: NDArray[np.uint8], question: Prompt, *, partial: bool, extras: bool) -> Score:
+    if "groups" not in question.data:
+        return Score("abstain", evidence="the prompt carries no facts about shapes")
+    reading = read(picture)
+    facts: dict[str, Any] = check_facts(reading, question.data, extras, exact=not extras or question.task == "counting")
+    value = sum(facts.values()) / len(facts) if partial else float(all(facts.values()))
+    return Score("ok", value, facts, str(reading))
