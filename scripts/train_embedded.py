@@ -8,6 +8,7 @@ writing (the VAE, `--vae-seconds`) and the fastest way to launch a step is measu
 captions are encoded once, and the backbone learns from the cache until the time is up. The learning rate follows the
 clock, so the decay is complete whenever the end comes. What is learned is written to --output once a minute.
 
+    python scripts/train_embedded.py --start model --go-on --vae-seconds 0 --lr 2e-3 --output runs/further  (learn on)
     python scripts/train_embedded.py --assemble runs/embedded --output model            (a checkpoint from its files)
 """
 
@@ -32,7 +33,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU 
 import torch
 from attrs import asdict
 from embedded_loop import MODES, Cache, Step, TextStore
-from embedded_scenes import TASKS, Group, SceneFactory
+from embedded_scenes import FURTHER_TASKS, TASKS, Group, SceneFactory
 from embedded_vae import by_task, choose_vae
 from lens_flow.matching import FlowMatching
 from lens_mmdit.model import LensTransformer2DModel
@@ -61,14 +62,14 @@ GROUPS = (
     Group("160x96", (160, 96), 60, False, BRIEF),
     Group("128 dense", (128, 128), 60, True, LONG),
 )
-# Of the steps: before and after the share `LARGE_FROM` of the training time. All batches cost about the same.
+# Of the steps: before and after the share `--large-from` of the training time. All batches cost about the same.
 EARLY = {"64": 0.7, "64x80": 0.05, "80x64": 0.05, "64 dense": 0.08, "128": 0.1, "128 dense": 0.02}
 LATE = {"64": 0.18, "64x80": 0.02, "80x64": 0.02, "64 dense": 0.03, "128": 0.55, "96x160": 0.07, "160x96": 0.07,
         "128 dense": 0.06}  # fmt: skip
-LARGE_FROM, DECAY_FROM, WARMUP = 0.5, 0.6, 0.01
+DECAY_FROM, WARMUP = 0.6, 0.01
 
 
-PATHS = ("output", "scratch", "probe", "assemble", "vae")
+PATHS = ("output", "scratch", "probe", "assemble", "vae", "until", "start")
 """Options that name places of one machine, which results do not repeat."""
 
 
@@ -157,7 +158,7 @@ def choose_mode(options: argparse.Namespace, results: dict[str, Any], log: Log) 
 
 
 def backbone_config(options: argparse.Namespace) -> Any:
-    fields = BACKBONE | (SMALL if options.small else {})
+    fields = BACKBONE | (SMALL if options.small and not options.go_on else {})
     return LensTransformer2DModel.Config(**fields)  # type: ignore[arg-type]  # by name
 
 
@@ -256,7 +257,7 @@ def train(trial: Trial, caches: dict[str, Cache], options: argparse.Namespace, e
     seen, steps, marks = defaultdict(int), 0, {"log": begin, "save": begin, "score": begin}
     sizes = {name: batch_size(cache.group, options) for name, cache in caches.items()}
     while (share := (log.seconds() - begin) / span) < 1:
-        weights = EARLY if share < LARGE_FROM else LATE
+        weights = EARLY if share < options.large_from else LATE
         names = [name for name in weights if caches[name].used]
         place = torch.multinomial(torch.tensor([weights[n] for n in names]), 1, generator=order)
         name = names[int(place)]
@@ -290,7 +291,7 @@ def train(trial: Trial, caches: dict[str, Cache], options: argparse.Namespace, e
             trial.save()
             marks["save"] = now
         if now - marks["score"] > options.score_seconds and share < 0.95:
-            trial.evaluate(128 if share > LARGE_FROM + 0.1 else 64, 4.0, options.score_prompts)
+            trial.evaluate(128 if share > options.large_from + 0.1 else 64, 4.0, options.score_prompts)
             marks["score"] = log.seconds()
     trial.save()
 
@@ -315,7 +316,8 @@ def run(options: argparse.Namespace) -> None:
     groups = [Group(g.name, g.size, 2, g.dense, g.tokens, 32) for g in GROUPS] if options.small else list(GROUPS)
     torch.set_num_threads(1)  # until the processes are forked: threads do not survive that
     encoder = LensPipeline.from_pretrained(options.start, dtype=torch.bfloat16, device="cpu").text_encoder
-    factory = SceneFactory(groups, encoder, options.seed, options.workers, options.readers)
+    tasks = FURTHER_TASKS if options.go_on else TASKS
+    factory = SceneFactory(groups, encoder, options.seed, options.workers, options.readers, tasks)
     torch.set_num_threads(options.threads)
     children: dict[str, Any] = {}
     scratch = Path(options.scratch or out)
@@ -334,7 +336,7 @@ def run(options: argparse.Namespace) -> None:
         children["probe"] = subprocess.Popen(command)
     chosen = {name: value for name, value in vars(options).items() if name not in PATHS}
     about = {"torch": torch.__version__, "device": options.device, "cpus": os.cpu_count(), "options": chosen,
-             "tasks": TASKS, "flow": FLOW, "backbone": unstructure(backbone_config(options))}  # fmt: skip
+             "tasks": tasks, "flow": FLOW, "backbone": unstructure(backbone_config(options))}  # fmt: skip
     if options.device == "cuda":
         about["device"] = torch.cuda.get_device_name()
     log.keep(**about)
@@ -349,6 +351,9 @@ def run(options: argparse.Namespace) -> None:
 def _run(
     options: argparse.Namespace, factory: SceneFactory, children: dict[str, Any], scratch: Path, out: Path, log: Log
 ) -> None:
+    while options.until and not Path(options.until).exists():  # scenes are rendered meanwhile
+        time.sleep(0.05)
+    log.start = time.monotonic()
     pipeline = LensPipeline.from_pretrained(options.start, dtype=torch.bfloat16, device=options.device)
     encoder: Any = pipeline.text_encoder
     device = pipeline.device
@@ -394,6 +399,8 @@ def _run(
     log.keep(scenes={name: cache.used for name, cache in caches.items()})
     torch.manual_seed(options.seed)
     net = LensTransformer2DModel(backbone_config(options)).to(device)
+    if options.go_on:
+        net.load_state_dict(pipeline.backbone.state_dict())
     method = FlowMatching(FlowMatching.Config(**FLOW), pipeline)  # type: ignore[arg-type]  # by name
     step = Step(method, net, mode, options.ema)
     trial = Trial(pipeline, factory, step, out, log)
@@ -438,6 +445,8 @@ def main() -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--minutes", type=float, default=7.0, help="of the whole run")
     add("--reserve", type=float, default=56.0, help="seconds at the end, for the last evaluation")
+    add("--go-on", action="store_true", help="begin with the backbone of --start, and show more colours")
+    add("--until", default="", help="render, and use the device once there is this file; time counts from then on")
     add("--vae", default="", help="a checkpoint folder whose VAE may be chosen, too")
     add("--vae-seconds", type=float, default=38.0)
     add("--vae-lr", type=float, default=7e-4)
@@ -447,6 +456,7 @@ def main() -> None:
     add("--mode", default="auto", choices=["auto", *MODES])
     add("--tokens", type=int, default=61440, help="of a batch, text included")
     add("--lr", type=float, default=3e-3)
+    add("--large-from", type=float, default=0.5, help="the share of the training from which most pictures are large")
     add("--ema", type=float, default=0.998)
     add("--dropout", type=float, default=0.1, help="share of samples without their caption")
     add("--seed", type=int, default=17)
