@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from embedded_scenes import Group
 from lens_flow.matching import EncodedBatch, FlowMatching
+from lens_tools import cuda_graphs
 from torch import Tensor, nn
 
 from lens_core.inference.pixels import to_pixels
@@ -141,9 +142,7 @@ class Step:
                 self._run(name, held[0], text)
         torch.cuda.current_stream().wait_stream(side)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._run(name, held[0], text)
+        graph, _ = cuda_graphs.record(lambda: self._run(name, held[0], text), self._pool)
         return graph, held
 
     def _run(self, name: str, z: Tensor, text: TextFeatures) -> None:

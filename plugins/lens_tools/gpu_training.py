@@ -1,12 +1,11 @@
 """The third stage of the GPU check: training steps of the published backbone, random weights, latents and texts.
 
-Weights, gradients and AdamW's moments are float32, as the trainer holds them, and the work is autocast to bfloat16. MFU
-counts three forwards a step, whatever is computed again, of the device's dense bfloat16 peak.
+Weights, gradients and the optimizer's moments are float32, as the trainer holds them, and the work is autocast to
+bfloat16. MFU counts three forwards a step, whatever is computed again, of the device's dense bfloat16 peak.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from lens_core.catalog import Catalog
 from lens_core.recipe import ComponentSpec, PipelineSpec, Recipe, Training
-from lens_core.training import memory_estimate
+from lens_core.training import memory_estimate, optimizers
 from lens_core.training.throughput import peak
 from lens_core.types import LensError, TextFeatures
 from lens_tools import gpu_latency, timing, training_speed
@@ -25,8 +24,12 @@ from lens_tools.records import Records, free_memory, peak_gb, reset_peak
 
 TOKENS = 165  # of a dense caption, in the mean; they are spread from half to one and a half of it
 AREAS = (((512, 512),), ((512, 512), (768, 768), (1024, 1024), (384, 672), (672, 384), (736, 1472)))
-MAX_LOSS_DISTANCE = 1e-2
-"""How far a way's loss may be from the bucketed one's, relative, in bfloat16."""
+WAYS: dict[str, tuple[bool, bool, bool, float]] = {
+    "bucketed, compiled": (True, False, False, 15), "packed, compiled": (True, True, False, 15),
+    "packed, mixed sizes, compiled": (True, True, True, 15), "bucketed": (False, False, False, 8),
+    "packed": (False, True, False, 8), "bucketed, compiled, Muon": (True, False, False, 8),
+}  # fmt: skip
+"""Way -> (compiled, packed, mixed sizes, seconds needed on a GPU), what matters most first: time may run out."""
 
 
 @frozen
@@ -42,7 +45,11 @@ class Setup:
         return f"{self.depth} blocks, {self.images} images{', activations computed again' * self.checkpointing}"
 
     def bytes(self, parameters: int, tokens: int, width: int) -> int:
-        """A forecast: float32 weights, gradients and two moments, and activations in bfloat16."""
+        """A forecast: float32 weights, gradients and AdamW's two moments, and activations in bfloat16.
+
+        Muon needs no more: it has one moment of each matrix, and its copies of matrices of one shape are smaller than
+        the other one.
+        """
         # A block keeps about 31 streams of activations for its backward pass; computed again, only what it began with.
         streams = 2 * self.depth + 34 if self.checkpointing else 31 * self.depth
         return 16 * parameters + 2 * streams * tokens * width * self.images
@@ -63,7 +70,6 @@ def measure(records: Records, device: torch.device, small: bool) -> None:
     """Run the stage; every item is in `records` as soon as it is known."""
     catalog = Catalog.installed()
     records.facts |= {"tokens": 6 if small else TOKENS, "peak_flops_per_s": peak(device), "small": small}
-    records.run("by part, 4 blocks", partial(by_part, catalog, device, small), need=15)
     done: list[Setup] = []
 
     def attempt(setup: Setup, record: dict[str, Any]) -> None:
@@ -75,6 +81,7 @@ def measure(records: Records, device: torch.device, small: bool) -> None:
         if any(s.depth == setup.depth for s in done) or any(not s.checkpointing for s in done):
             continue
         records.run(setup.name, partial(attempt, setup), need=25 if device.type == "cuda" else 0)
+    records.run("by part, 4 blocks", partial(by_part, catalog, device, small), need=15)
 
 
 def setups(device: torch.device, small: bool) -> list[Setup]:
@@ -82,7 +89,10 @@ def setups(device: torch.device, small: bool) -> list[Setup]:
     if small:
         return [Setup(2, False, 3)]
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    every = [Setup(48, False, 16), Setup(48, True, 16), Setup(48, True, 8), Setup(24, False, 16), Setup(12, False, 16)]
+    every = [
+        Setup(48, False, 16), Setup(48, False, 12), Setup(48, True, 16), Setup(48, True, 8), Setup(24, False, 16),
+        Setup(12, False, 16),
+    ]  # fmt: skip
     return [s for s in every if s.bytes(int(4.104e9 * s.depth / 48), 1024 + TOKENS, 1536) < 0.93 * room]
 
 
@@ -123,8 +133,17 @@ class Bench:
             checkpoint()
         self.compiled: Any = gpu_latency.shared_copy(self.net)
         gpu_latency.compile_blocks(self.compiled, "eager" if device.type == "cpu" else "inductor")
-        # A rate of 0 costs as much as another and leaves the weights alone, so all rounds and ways are alike.
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+        self.use_optimizer("adamw")
+
+    def use_optimizer(self, name: str) -> None:
+        """Train with another optimizer, as the trainer builds it; the state of the one before is gone first."""
+        self.optimizer: Any = None
+        free_memory()
+        train = Training(1, optimizer=name, weight_decay=0.0)
+        self.optimizer = optimizers.build(self.net, list(self.net.parameters()), train)
+        for group in self.optimizer.param_groups:
+            # A rate of 0 costs as much as another and leaves the weights alone, so all rounds and ways are alike.
+            group["lr"] = 0.0
 
     def run(self, record: dict[str, Any], keep: Callable[[], None]) -> None:
         """Check, then time, each way, and `keep` what is found before the next."""
@@ -134,28 +153,40 @@ class Bench:
         count = self.setup.images
         same = self.samples([AREAS[0][0]] * count if not self.small else [(64, 64)] * count)
         mixed = self.samples(list(AREAS[1]) if not self.small else [(64, 64), (32, 64), (64, 32)])
-        ways: dict[str, tuple[Any, Samples, bool]] = {
-            "bucketed": (self.net, same, False), "packed": (self.net, same, True),
-            "packed, compiled": (self.compiled, same, True), "bucketed, compiled": (self.compiled, same, False),
-            "packed, mixed sizes, compiled": (self.compiled, mixed, True),
-        }  # fmt: skip
-        losses: dict[str, float] = {}
+        wanted = [self.reference(same), self.reference(mixed)]
+        record["eager, bfloat16, from float32"] = [away for _, away in wanted]
         record["ways"] = {}
-        for name, (net, samples, packed) in ways.items():
-            if self.device.type == "cuda" and self.left() < 12:
-                record["ways"][name] = {"skipped": f"{self.left():.0f} s left"}
+        for name, (compiled, packed, mixes, need) in WAYS.items():
+            if self.device.type == "cuda" and self.left() < need:
+                record["ways"][name] = {"skipped": f"{max(self.left(), 0):.0f} s left"}
                 continue
+            if name.endswith("Muon"):
+                self.use_optimizer("muon")
+            net, samples = self.compiled if compiled else self.net, mixed if mixes else same
             record["ways"][name] = {"error": "out of memory"}
-            with contextlib.suppress(torch.OutOfMemoryError):
-                record["ways"][name] = self.time(net, samples, packed, losses, name)
+            try:
+                record["ways"][name] = self.time(net, samples, packed, *wanted[mixes])
                 keep()
                 continue
+            except torch.OutOfMemoryError:
+                pass
+            except Exception as error:  # the other ways can still be timed
+                text = " ".join(str(error).split())[:500]
+                record["ways"][name] = {"error": f"{type(error).__name__}: {text}"}
             # Not where the error is caught: its traceback keeps the activations alive that did not fit.
-            self.optimizer.zero_grad()
+            self.net.zero_grad()
             free_memory()
-            if name == "bucketed":
+            keep()
+            if name == next(iter(WAYS)) and record["ways"][name]["error"] == "out of memory":
                 raise LensError("out of memory")
-        record["losses"] = losses
+
+    @torch.no_grad()
+    def reference(self, samples: Samples) -> tuple[Tensor, float]:
+        """What samples' velocities are in float32, eager, and how far from it they are in bfloat16."""
+        packed = len({x.shape for x in samples.latents}) > 1
+        want = self.velocities(self.net, samples, packed, torch.float32)
+        got = self.velocities(self.net, samples, packed, torch.bfloat16)
+        return want, timing.distance(got, want)
 
     def _recipe(self) -> Recipe:
         plain = recipe(self.small)
@@ -182,36 +213,39 @@ class Bench:
         text = TextFeatures(text.features, host.to(self.device), host)
         return Samples(draw(), draw(), t, text, float(flops))
 
-    def time(self, net: Any, samples: Samples, packed: bool, losses: dict[str, float], name: str) -> dict[str, Any]:
-        """Seconds of a step of one way, after its loss agreed with that of the bucketed one."""
+    def time(self, net: Any, samples: Samples, packed: bool, want: Tensor, eager: float) -> dict[str, Any]:
+        """Seconds of a step of one way, after its velocities agreed with float32 about as well as eager ones do."""
         reset_peak(self.device)
-        losses[name] = float(self.step(net, samples, packed))
-        same = [losses[n] for n in losses if ("mixed" in n) == ("mixed" in name)]
-        if not abs(losses[name] / same[0] - 1) <= MAX_LOSS_DISTANCE:
-            raise LensError(f"the loss of {name} is {losses[name]:.5g}, of the first way {same[0]:.5g}")
+        away = timing.distance(self.step(net, samples, packed), want)
+        if not away <= min(gpu_latency.MAX_DISTANCE, gpu_latency.MAX_EXCESS * eager):
+            raise LensError(f"its velocities are {away:.2g} from float32, those of the eager way {eager:.2g}")
         run = partial(self.step, net, samples, packed)
-        rounds = timing.in_turn({name: run}, self.device, 1 if self.small else 6, 1, self.left)
-        figures: dict[str, Any] = timing.figures(rounds[name])
+        rounds = timing.in_turn({"": run}, self.device, 1 if self.small else 5, 1, self.left)
+        figures: dict[str, Any] = timing.figures(rounds[""])
         most, seconds = peak(self.device), figures["median_s"]
         figures |= {
-            "images_per_s": len(samples.latents) / seconds, "flops_per_s": 3 * samples.flops / seconds,
-            "mfu": 3 * samples.flops / seconds / most if most else None, "memory_gb": peak_gb(self.device),
+            "distance": away, "images_per_s": len(samples.latents) / seconds,
+            "flops_per_s": 3 * samples.flops / seconds, "mfu": 3 * samples.flops / seconds / most if most else None,
+            "memory_gb": peak_gb(self.device),
         }  # fmt: skip
         return figures
 
-    def step(self, net: Any, samples: Samples, packed: bool) -> Tensor:
-        """One step of flow matching and AdamW; its loss."""
+    def velocities(self, net: Any, samples: Samples, packed: bool, dtype: torch.dtype) -> Tensor:
+        """The velocities at noised samples, flat and after each other, computed in `dtype`."""
         t, text = samples.t, samples.text
-        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
-            xs = [
-                (1 - t[i]) * x + t[i] * n for i, (x, n) in enumerate(zip(samples.latents, samples.noises, strict=True))
-            ]
+        xs = [(1 - t[i]) * x + t[i] * n for i, (x, n) in enumerate(zip(samples.latents, samples.noises, strict=True))]
+        with torch.autocast(self.device.type, torch.bfloat16, dtype == torch.bfloat16, cache_enabled=False):
             vs = net.packed(xs, t, text) if packed else net(torch.stack(xs), t, text)
-        targets = [n - x for x, n in zip(samples.latents, samples.noises, strict=True)]
-        errors = [(v.float() - target).square().mean() for v, target in zip(vs, targets, strict=True)]
-        loss = torch.stack(errors).mean()
+        return torch.cat([v.flatten().float() for v in vs])
+
+    def step(self, net: Any, samples: Samples, packed: bool) -> Tensor:
+        """One step of flow matching and of the optimizer; the velocities it began with."""
+        vs = self.velocities(net, samples, packed, torch.bfloat16)
+        targets = [(n - x).flatten() for x, n in zip(samples.latents, samples.noises, strict=True)]
+        errors = torch.split((vs - torch.cat(targets)).square(), [len(target) for target in targets])
+        loss = torch.stack([error.mean() for error in errors]).mean()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's
         nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.optimizer.step()
+        optimizers.apply_step(self.optimizer)
         self.optimizer.zero_grad()
-        return loss.detach()
+        return vs.detach()

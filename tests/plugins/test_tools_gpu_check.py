@@ -20,6 +20,8 @@ from lens_tools.records import Records
 from lens_tools.timing import distance, in_turn, ratio
 
 from lens_core import Catalog
+from lens_core.recipe import build
+from lens_core.training.muon import block_matrices
 from lens_core.types import ConfigError, LensError
 
 SMALL: dict[str, Any] = {"device": "cpu", "small": True}
@@ -39,7 +41,9 @@ def test_the_whole_check_runs_on_a_cpu_and_keeps_what_it_measured(tmp_path: Path
     assert items["agreement 32x48"]["void"] == [] and items["agreement 32x48"]["lens, float32"] < 1e-4
     assert set(items["base 32x48"]["ways"]) == {"port", "lens", "compiled"}
     (setup,) = (item for item in read["training"]["items"].values() if "ways" in item)
-    assert len(setup["ways"]) == 5 and all(way["images_per_s"] > 0 for way in setup["ways"].values())
+    assert list(setup["ways"]) == list(gpu_training.WAYS) and all(
+        way["images_per_s"] > 0 for way in setup["ways"].values()
+    )
     page = (tmp_path / "report.md").read_text()
     assert "2 passed" in page and "| base 32x48 |" in page and "bucketed, compiled" in page
 
@@ -119,6 +123,57 @@ def test_the_forecast_of_training_counts_what_adamw_holds() -> None:
     assert kept > 5 * again
 
 
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench(Catalog.installed(), torch.device("cpu"), True, Setup(1, False, 2), lambda: 100.0)
+
+
+def test_a_way_of_training_that_is_wrong_is_not_timed_and_costs_no_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loss would not tell: at random weights, that of wrong velocities is the same within a hundredth."""
+    packed = bench.net.packed
+    monkeypatch.setattr(bench.net, "packed", lambda xs, t, text: [0.9 * v for v in packed(xs, t, text)])
+    chosen = {name: gpu_training.WAYS[name] for name in ("packed", "bucketed")}
+    monkeypatch.setattr(gpu_training, "WAYS", chosen)
+    record: dict[str, Any] = {}
+    same = bench.samples([(64, 64)] * 2)
+    bench_samples = lambda sizes: same  # noqa: E731  # one size: the reference is bucketed, and right
+    monkeypatch.setattr(bench, "samples", bench_samples)
+    bench.run(record, lambda: None)
+    assert "from float32" in record["ways"]["packed"]["error"] and "images_per_s" in record["ways"]["bucketed"]
+
+
+def test_muon_takes_the_place_of_adamw_and_moves_nothing(bench: Bench) -> None:
+    samples = bench.samples([(64, 64)] * 2)
+    before = [p.detach().clone() for p in bench.net.parameters()]
+    bench.use_optimizer("adamw")
+    bench.step(bench.net, samples, False)
+    old = weakref.ref(next(iter(bench.optimizer.state.values()))["exp_avg"])
+    bench.use_optimizer("muon")
+    assert old() is None, "AdamW's moments stay in memory"
+    bench.step(bench.net, samples, False)
+    moments = [set(state) for state in bench.optimizer.state.values()]
+    assert {"momentum_buffer"} in moments and {"step", "exp_avg", "exp_avg_sq"} in moments
+    assert all(torch.equal(a, b) for a, b in zip(before, bench.net.parameters(), strict=True))
+
+
+def test_muon_needs_no_more_memory_than_the_forecast_has_for_adamw() -> None:
+    """A moment less for each matrix of the published backbone makes room for the copies of its largest group."""
+    spec = gpu_training.recipe(False).pipeline.backbone
+    assert spec is not None
+    with torch.device("meta"):
+        net: Any = build(Catalog.installed(), "backbone", spec, "it")[1](
+            build(Catalog.installed(), "backbone", spec, "it")[2]
+        )
+    matrices = block_matrices(net, list(net.parameters()))
+    groups: dict[Any, int] = {}
+    for p in matrices:
+        groups[p.shape] = groups.get(p.shape, 0) + p.numel()
+    # Of the largest: the stack and the step in float32 (4 + 4 + 4), and in bfloat16 the iteration's two (2 + 2).
+    assert 16 * max(groups.values()) < 2 * 4 * sum(p.numel() for p in matrices)
+
+
 def test_a_report_of_what_a_killed_check_left_says_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "latency.json").write_text('{"items": {"build": {"error": "OutOfMemoryError: no room"}}}')
     page = gpu_report.report(tmp_path)
@@ -189,9 +244,10 @@ def test_what_did_not_fit_is_gone_before_memory_is_given_back(monkeypatch: pytes
     bench.net = bench.compiled = torch.nn.Linear(1, 1)
     bench.optimizer = torch.optim.SGD(bench.net.parameters())
     bench._recipe, bench.samples, bench.time = (lambda: None), (lambda sizes: None), run_out
+    bench.reference = lambda samples: (None, 0.0)
     monkeypatch.setattr(gpu_training.memory_estimate, "memory", lambda *_: ({}, 0, 0))
     monkeypatch.setattr(gpu_training, "free_memory", lambda: freed.append(held[-1]() is None))
     record: dict[str, Any] = {}
     with pytest.raises(LensError, match="out of memory"):
         bench.run(record, lambda: None)
-    assert freed == [True] and record["ways"] == {"bucketed": {"error": "out of memory"}}
+    assert freed == [True] and record["ways"] == {"bucketed, compiled": {"error": "out of memory"}}
