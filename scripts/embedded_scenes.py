@@ -33,18 +33,21 @@ TASKS = {
     "word and thing": 0.02,
 }
 """How often each kind of scene is drawn: the tasks of the benchmark, with more words and counts."""
-FURTHER_TASKS = TASKS | {
-    "single": 0.01,
-    "two": 0.14,
-    "counting": 0.18,
-    "colours": 0.10,
-    "position": 0.08,
-    "attribution": 0.15,
-    "words": 0.09,
-    "counted colours": 0.12,
-    "coloured position": 0.08,
+FURTHER_TASKS = {
+    "single": 0.02,
+    "two": 0.10,
+    "counting": 0.10,
+    "colours": 0.15,
+    "position": 0.06,
+    "attribution": 0.19,
+    "words": 0.07,
+    "counted colours": 0.15,
+    "coloured position": 0.12,
+    "groups": 0.02,
+    "word and thing": 0.02,
 }
-"""Of a run that goes on: more captions name colours, since an unseen colour of a shape is what goes wrong most."""
+"""Of a run that goes on: three of five captions name colours, where it was three of ten. A model that is rarely told
+the colour of a shape learns from pictures alone which colours it has, and draws no other."""
 
 
 @frozen
