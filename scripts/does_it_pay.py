@@ -1,45 +1,39 @@
 """Does curation pay? Small trainings on a dirty web, on its curated form, and on as many pictures drawn at random; and
 on the curated form with brief, dense and mixed captions. docs/does-it-pay.md has the outcome.
 
-    python scripts/does_it_pay.py runs/pay                 (hours; killed and run again, it goes on)
-    python scripts/does_it_pay.py runs/pay --report        (tables and figures of the runs that are there)
+    python scripts/does_it_pay.py runs/pay --prepare                   (stores, and a bundle of 23 MB)
+    python scripts/does_it_pay.py runs/pay/bundle --train --device cuda --jobs 4 --output runs/pay/results
+    python scripts/does_it_pay.py --report runs/pay/results            (figures and tables of the runs that are there)
 
-All runs go on from one checkpoint, `tiny:rl`; a seed decides the order of pictures, and the noise. The first seed of
-every arm comes first, so that something complete is there early.
+Training needs the bundle alone. All runs go on from `tiny:`, whose text stream is drawn anew from the run's seed. The
+first seed of every arm comes first, so that something complete is there early; killed and run again, it goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 
-ARMS = {  # the store, and the share of samples with the dense caption
-    "dirty": ("dirty", 0.0),
-    "curated": ("curated", 0.0),
-    "random": ("random", 0.0),
-    "dense": ("curated", 1.0),
-    "mixed": ("curated", 0.5),
-}
-SEEDS = (1, 2, 3)
-MAIN, CAPTION_ARMS = ("dirty", "curated", "random"), ("curated", "dense", "mixed")
-QUEUE = [(arm, 1) for arm in ARMS] + [
-    (arm, seed) for arms in (MAIN, ("dense", "mixed")) for seed in SEEDS[1:] for arm in arms
-]
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes that read pictures are forked
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not start CUDA before that
+
+from lens_core.types import LensError
+
+ARMS = ("dirty", "random", "curated", "dense", "mixed", "shuffled")  # pay_training.ARMS says what each is
+STORES = ("dirty", "curated", "random")
 WEB = {"pictures": 12_000, "share": 0.75, "seed": 11, "side": 160}
 TASKS = {"single": 0.3, "two": 0.3, "colours": 0.4}
-QUESTIONS = "{{use: shapes, split: {split}, tasks: [single, two, colours], prompts: {prompts}, largest: true{more}}}"
 CURATION = Path("examples/curation/dirty-web.yaml")
-CACHE = "pay"
 
 
 def lens(*words: str | Path) -> None:
@@ -48,17 +42,12 @@ def lens(*words: str | Path) -> None:
     subprocess.run([sys.executable, "-m", "lens_core", *map(str, words)], check=True)
 
 
-def question(split: str, prompts: int, dense: bool) -> dict[str, Any]:
-    text = QUESTIONS.format(split=split, prompts=prompts, more=", dense_prompts: true" if dense else "")
-    made: dict[str, Any] = yaml.safe_load(text)
-    return made
-
-
 # ---- what is trained on ---------------------------------------------------------------------------------------------
 
 
-def prepare(root: Path, start: str) -> None:
-    """The web, and three stores of it with their caches. What is there is kept."""
+def prepare(root: Path) -> None:
+    """The web, three stores of it, and their bundle. What is there is kept."""
+    import yaml
     from lens_shapes.dirty_web import Scenes, write
 
     if not (root / "web" / "truth.jsonl").is_file():  # written last
@@ -73,9 +62,7 @@ def prepare(root: Path, start: str) -> None:
         lens("data", "curate", root / "curation.yaml", "--output", stores / "curated")
     lens("data", "import", stores / "dirty", root / "web" / "pictures")
     draw_at_random(stores)
-    for store in ("dirty", "curated", "random"):
-        share = 0.5 if store == "curated" else 0.0  # the cache has both captions of the curated pictures
-        lens("data", "cache", written(root / f"cache-{store}.yaml", recipe_of(root, start, store, share, 1, 1)))
+    bundle(stores, root / "bundle")
 
 
 def draw_at_random(stores: Path) -> None:
@@ -92,104 +79,130 @@ def draw_at_random(stores: Path) -> None:
         random.insert(drawn)
 
 
-# ---- the queue ------------------------------------------------------------------------------------------------------
+# ---- the bundle -----------------------------------------------------------------------------------------------------
 
 
-def recipe_of(
-    root: Path, start: str, store: str, dense: float, seed: int, steps: int, both: bool = False
-) -> dict[str, Any]:
-    """The recipe of one run: `listen.yaml` of docs/proofs.md, over a store, with a smaller learning rate."""
-    return {
-        "seed": seed,
-        "pipeline": {"start": start},
-        "method": {"use": "flow_matching", "caption_dropout": 0.1, "base_shift": 0.9, "max_shift": 1.15},
-        "dataset": {
-            "use": "store", "store": str(root / "stores" / store), "cache": CACHE, "batch": 32,
-            "buckets": [[[64, 64]]], "dense_caption_ratio": dense, "seed": 70 + seed, "prefetch_workers": 1,
-        },
-        "train": {
-            "steps": steps, "lr": 8e-4, "warmup": min(30, steps // 4), "lr_decay_fraction": 0.5, "ema_decay": 0.99,
-            "precision": "bf16", "export_dtype": "bf16", "save_every": 200, "keep_checkpoints": 1, "log_every": 20,
-        },
-        "evaluation": {
-            "every": max(1, steps // 3), "steps": 10,
-            "benchmarks": [question("select", 60, dense) for dense in ((False, True) if both else (False,))],
-        },
-    }  # fmt: skip
+def bundle(stores: Path, folder: Path) -> None:
+    """Write what training needs of the stores, to carry it to a machine with a GPU: each picture that training would
+    see, as it would see it at 64 x 64, its captions, and which stores hold it. A bundle that is there is kept."""
+    import torch
+    from safetensors.torch import save_file
+
+    from lens_core.io.atomic_files import write_atomic
+
+    if (folder / "pictures.jsonl").is_file():  # written last
+        return
+    members = {name: dict(seen(stores / name)) for name in STORES}
+    files, lines = list[bytes](), list[str]()
+    for key, (image, brief, dense) in members["dirty"].items():
+        for name, others in members.items():
+            if others.get(key, (image, brief, dense)) != (image, brief, dense):
+                raise LensError(f"{stores / name}: {key} is not as in dirty; make the stores again")
+        files.append(image)
+        names = [name for name, others in members.items() if key in others]
+        lines.append(json.dumps({"id": key, "brief": brief, "dense": dense, "stores": names}))
+    stray = set().union(*members.values()) - set(members["dirty"])
+    if stray:
+        raise LensError(f"{stores}: {len(stray)} pictures, {min(stray)} one of them, are not in dirty; make it again")
+    ends = torch.tensor([len(data) for data in files]).cumsum(0)
+    tensors = {"files": torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8), "ends": ends}
+    write_atomic(folder / "pictures.safetensors", lambda path: save_file(tensors, path))
+    write_atomic(folder / "pictures.jsonl", lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    print(f"{folder}: {len(files)} pictures", flush=True)
 
 
-def written(path: Path, recipe: dict[str, Any]) -> Path:
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    return path
+def seen(store: Path) -> Iterator[tuple[str, tuple[bytes, str, str]]]:
+    """The pictures that a training at 64 px sees of a store, by its dataset's own rules: id, then file and captions."""
+    from lens_data import pictures
+    from lens_data.caching import Latent
+    from lens_data.dataset import ROWS, StoreDataset
+    from PIL import Image
+
+    dataset = StoreDataset(StoreDataset.Config(str(store), buckets=(((64, 64),),), batch=1))
+    places = [entry.row for _, entry in dataset.encodings() if isinstance(entry, Latent)]
+    for start in range(0, len(places), ROWS):
+        rows = dataset.store.rows(places[start : start + ROWS], "id", "image", "brief", "dense")
+        for row in rows.values():
+            try:
+                pixels = pictures.fit(pictures.read(row["image"]), (64, 64))
+            except pictures.PictureError:
+                continue
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "WEBP", lossless=True)
+            yield row["id"], (file.getvalue(), row["brief"] or row["dense"], row["dense"] or row["brief"])
 
 
-def train(root: Path, start: str, arm: str, seed: int, steps: int) -> None:
-    """One run, and its scores on other prompts than those of its curve. A run that is there is skipped."""
-    name, out = f"{arm}-{seed}", root / "runs" / f"{arm}-{seed}"
-    (root / "runs").mkdir(exist_ok=True)
-    store, dense = ARMS[arm]
-    if not (out / "model" / "lens.json").is_file():
-        recipe = recipe_of(root, start, store, dense, seed, steps, arm in CAPTION_ARMS)
-        begun = time.monotonic()
-        lens("train", written(root / "runs" / f"{name}.yaml", recipe), "--output", out)
-        with (root / "minutes.jsonl").open("a", encoding="utf-8") as file:
-            load = round(os.getloadavg()[1], 1)
-            file.write(json.dumps({"run": name, "minutes": (time.monotonic() - begun) / 60, "load": load}) + "\n")
-    for kind in ("brief", "dense") if arm in CAPTION_ARMS else ("brief",):
-        bench(out / "model", root / "bench" / f"{name}-{kind}", kind)
+def bundle_of(path: Path) -> Path:
+    """The bundle that a path is, or holds."""
+    for folder in (path, path / "bundle"):
+        if (folder / "pictures.jsonl").is_file():
+            return folder
+    raise LensError(f"{path}: holds no bundle; make one with `does_it_pay.py ROOT --prepare`")
 
 
-def bench(model: str | Path, out: Path, kind: str) -> None:
-    if not (out / "result.json").is_file():
-        benchmark = json.dumps(question("test", 180, kind == "dense"))
-        lens("bench", benchmark, "--model", model, "--steps", "10", "--output", out)
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 
-# ---- what came of it ------------------------------------------------------------------------------------------------
+def train(options: argparse.Namespace) -> int:
+    """Train what is missing; how many runs have no result then."""
+    from pay_training import Options, queue, train_all
 
-
-def report(root: Path) -> None:
-    """Two figures, and tables on standard output: score over steps, and paired differences at the end."""
-    folder = root / "report"
-    folder.mkdir(exist_ok=True)
-    for name, arms, kinds in (
-        ("curated", ("dirty", "random", "curated"), ("shapes", "shapes/*")),
-        ("captions", ("curated", "dense", "mixed"), ("shapes", "shapes_1")),
-    ):
-        runs = {arm: [root / "runs" / f"{arm}-{seed}" for seed in SEEDS] for arm in arms}
-        joined = [",".join(str(run) for run in some if (run / "model").is_dir()) for some in runs.values()]
-        if any(joined):
-            show = [word for kind in kinds for word in ("--show", kind)]
-            lens("curves", *filter(None, joined), *show, "--table", "--output", folder / f"{name}.png")
-    for kind, arms in (("brief", tuple(ARMS)), ("dense", CAPTION_ARMS)):
-        benches = {"start": [root / "bench" / f"start-{kind}"]}
-        benches |= {arm: [root / "bench" / f"{arm}-{seed}-{kind}" for seed in SEEDS] for arm in arms}
-        groups = [",".join(str(b) for b in some if (b / "result.json").is_file()) for some in benches.values()]
-        if len(list(filter(None, groups))) > 1:
-            lens("compare", *filter(None, groups), "--output", folder / f"{kind}.md")
+    shared = Options(
+        device=options.device,
+        mode=options.mode or ("graph" if options.device.startswith("cuda") else "eager"),
+        steps=options.steps,
+        batch=options.batch,
+        lr=options.lr,
+        select_prompts=options.select_prompts,
+        test_prompts=options.test_prompts,
+        readers=options.readers or max(1, (os.cpu_count() or 2) // options.jobs - 1),
+        until=time.time() + 60 * options.minutes,
+    )
+    runs = queue(options.arms.split(","), [int(seed) for seed in options.seeds.split(",")])
+    return train_all(bundle_of(options.root), options.output, shared, runs, options.jobs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", type=Path)
-    parser.add_argument("--steps", type=int, default=240)
-    parser.add_argument("--start", default="tiny:rl", help="the checkpoint that all runs go on from")
-    parser.add_argument("--arms", default=",".join(ARMS), help="those that are trained here")
-    parser.add_argument("--prepare", action="store_true", help="make what is trained on, and stop")
-    parser.add_argument("--report", action="store_true", help="only what came of the runs that are there")
+    add = parser.add_argument
+    add("root", type=Path, nargs="?", default=Path("runs/pay"), help="where all is prepared; or a bundle alone")
+    add("--prepare", action="store_true", help="make what is trained on, and its bundle")
+    add("--train", action="store_true", help="train from the bundle")
+    add("--report", type=Path, default=None, metavar="OUT", help="figures and tables of the runs in OUT")
+    add("--output", type=Path, default=Path("runs/pay/results"), help="where --train puts results")
+    add("--arms", default=",".join(ARMS))
+    add("--seeds", default="1,2,3")
+    add("--steps", type=int, default=1200)
+    add("--batch", type=int, default=64)
+    add("--lr", type=float, default=2e-3)
+    add("--device", default="cuda")
+    add("--mode", default="", choices=["", "eager", "graph"], help="how a step is launched; graph on a GPU")
+    add("--jobs", type=int, default=1, help="processes that train side by side")
+    add("--readers", type=int, default=0, help="processes of each job that read pictures; 0: the processors, shared")
+    add("--minutes", type=float, default=600.0, help="no run begins that would not end in time")
+    add("--select-prompts", type=int, default=60)
+    add("--test-prompts", type=int, default=180)
     options = parser.parse_args()
-    root = options.root.resolve()
-    if not options.report:
-        root.mkdir(parents=True, exist_ok=True)
-        prepare(root, options.start)
-    if options.prepare:
-        return
-    for arm, seed in () if options.report else QUEUE:
-        if arm in options.arms.split(","):
-            train(root, options.start, arm, seed, options.steps)
-    for kind in () if options.report else ("brief", "dense"):
-        bench(options.start, root / "bench" / f"start-{kind}", kind)
-    report(root)
+    unknown = set(options.arms.split(",")) - set(ARMS)
+    if unknown:
+        parser.error(f"no arm is called {min(unknown)!r}; the arms are {', '.join(ARMS)}")
+    if min(options.steps, options.batch, options.jobs, options.select_prompts, options.test_prompts) < 1:
+        parser.error("--steps, --batch, --jobs and the numbers of prompts must be 1 or more")
+    if not (options.prepare or options.train or options.report):
+        parser.error("give --prepare, --train or --report OUT")
+    try:
+        if options.prepare:
+            options.root.mkdir(parents=True, exist_ok=True)
+            prepare(options.root.resolve())
+        lacking = train(options) if options.train else 0
+        if options.report:
+            from pay_report import report
+
+            report(options.report)
+    except LensError as error:
+        sys.exit(f"does_it_pay.py: {error}")
+    if lacking:
+        sys.exit(f"does_it_pay.py: {lacking} runs have no result; the same command goes on with them")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,23 @@ class SharedScenes:
         return np.flatnonzero(self._done[place])
 
 
+class Readers:
+    """Processes that judge pictures. Start them before CUDA."""
+
+    def __init__(self, count: int) -> None:
+        self._pool = multiprocessing.get_context("fork").Pool(count, initializer=_one_thread)
+
+    def score(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> Any:
+        """A handle whose `.get()` returns one list of values for every few pictures, uint8 [B,3,H,W], in order."""
+        pictures = images.cpu().numpy()
+        parts = [(pictures[n : n + 4], list(prompts[n : n + 4])) for n in range(0, len(prompts), 4)]
+        return self._pool.starmap_async(_read, parts, chunksize=1)
+
+    def close(self) -> None:
+        self._pool.terminate()
+        self._pool.join()
+
+
 class SceneFactory:
     """Renders every scene of `groups` in `workers` processes; `readers` more judge pictures. Start it before CUDA."""
 
@@ -104,7 +121,7 @@ class SceneFactory:
         self.groups, self.encoder, self.seed, self.tasks = groups, encoder, seed, dict(tasks)
         self.scenes = SharedScenes(groups)
         context = multiprocessing.get_context("fork")
-        self._readers = context.Pool(readers, initializer=_one_thread)
+        self.readers = Readers(readers)
         # The workers inherit `self`, and so the shared memory, with the fork.
         self._workers = context.Pool(workers, initializer=_start, initargs=(self,))
         jobs = [
@@ -126,16 +143,10 @@ class SceneFactory:
             self.left -= 1
             yield result
 
-    def score(self, images: torch.Tensor, prompts: Sequence[Prompt]) -> Any:
-        """A handle whose `.get()` returns one list of values for every few pictures, uint8 [B,3,H,W], in order."""
-        pictures = images.cpu().numpy()
-        parts = [(pictures[n : n + 4], list(prompts[n : n + 4])) for n in range(0, len(prompts), 4)]
-        return self._readers.starmap_async(_read, parts, chunksize=1)
-
     def close(self) -> None:
-        for pool in (self._workers, self._readers):
-            pool.terminate()
-            pool.join()
+        self._workers.terminate()
+        self._workers.join()
+        self.readers.close()
 
 
 def _shared(file: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:

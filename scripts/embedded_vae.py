@@ -71,7 +71,7 @@ def ceilings(factory: SceneFactory, vaes: dict[str, Any]) -> dict[str, dict[str,
         benchmark = ShapesBenchmark(ShapesBenchmark.Config(prompts=56, split="select", seed=7, largest=True))
         images, prompts = pictures(benchmark.scenes(), side, side), benchmark.prompts()
         for name, vae in vaes.items():
-            handles.append((f"{name} {side}", factory.score(reconstruct(vae, images, 56), prompts), prompts))
+            handles.append((f"{name} {side}", factory.readers.score(reconstruct(vae, images, 56), prompts), prompts))
     return {name: by_task(handle.get(), prompts) for name, handle, prompts in handles}
 
 

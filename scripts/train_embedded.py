@@ -213,7 +213,7 @@ class Trial:
         images = torch.cat(drawn)
         fact = {"at": round(self.log.seconds(), 1), "split": split, "side": side, "guidance": guidance, "seed": seed,
                 "prompts": count}  # fmt: skip
-        self.pending.append((fact, self.factory.score(images, prompts), prompts))
+        self.pending.append((fact, self.factory.readers.score(images, prompts), prompts))
         sheet(images[:48], self.out / f"sheet-{side}.png")
 
     def collect(self, wait: bool = False) -> None:
