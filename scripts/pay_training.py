@@ -284,8 +284,9 @@ class Job:
             if number == min(EMA_FROM, max(1, options.steps // 4)):
                 step.copy(step.average, step.parameters)  # a young average would remember the first weights
             if number in marks:
-                loss = step.take_losses().get(group)
-                result["curve"].append({"step": number, "loss": loss and round(loss, 4)})
+                loss = step.take_losses().get(group)  # none where a recording failed on the first step
+                loss = loss and round(loss, 4)
+                result["curve"].append({"step": number, "loss": loss})
                 self.evaluate(trial, "select", result["curve"][-1])
                 self.collect()
                 if time.time() > options.until:

@@ -72,7 +72,7 @@ def test_a_cache_draws_latents_with_their_captions(script: Any, tiny: LensPipeli
 
 def test_a_step_learns_and_its_average_follows(script: Any) -> None:
     torch.manual_seed(0)
-    options = argparse.Namespace(small=True)
+    options = argparse.Namespace(small=True, go_on=False)
     net = script.LensTransformer2DModel(script.backbone_config(options))
     method = script.FlowMatching(script.FlowMatching.Config(**script.FLOW), None)
     step = script.Step(method, net, "eager", 0.5)
@@ -95,7 +95,7 @@ def test_a_step_learns_and_its_average_follows(script: Any) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="graphs work there")
 def test_where_a_gpu_is_missing_graphs_give_way(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    options = argparse.Namespace(small=True)
+    options = argparse.Namespace(small=True, go_on=False)
     net = script.LensTransformer2DModel(script.backbone_config(options))
     step = script.Step(script.FlowMatching(script.FlowMatching.Config(**script.FLOW), None), net, "graph", 0.5)
     batch = torch.ones(2, 32, 4, 4).bfloat16(), torch.ones(2, 2, 6, 128).bfloat16(), torch.ones(2, 6, dtype=torch.bool)
