@@ -167,13 +167,15 @@ class BlockStreamer:
         self.slots: list[Tensor] = []
         self.ready: dict[int, tuple[int, Any]] = {}  # block -> its slot, and the mark of its copy's end
         self.done: list[Any] = []  # slot -> the mark after which nothing reads it
+        # A compiled block calls its hooks, which move weights between streams: they are not to be compiled with it.
+        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)  # type: ignore[no-untyped-call]  # torch's
         self.hooks = [
             hook
             for n, block in enumerate(blocks)
             for hook in (
-                block.register_forward_pre_hook(partial(self._before, n)),
+                block.register_forward_pre_hook(partial(before, n)),
                 # Called after an exception too, or a block would keep pointing into a buffer that is dropped.
-                block.register_forward_hook(partial(self._after, n), always_call=True),
+                block.register_forward_hook(partial(after, n), always_call=True),
             )
         ]
         self.active = False

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lens_core.recipe import ComponentSpec
 from lens_core.types import ConfigError, LensError, did_you_mean
@@ -99,3 +99,45 @@ def check_dtype(component: Any, dtype: torch.dtype) -> None:
     reason = component.refuses(dtype) if hasattr(component, "refuses") else None
     if reason:
         raise ConfigError(reason)
+
+
+def move_whole(modules: Iterable[nn.Module], device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    """Move all of `modules` to a device, a dtype, or both. After an error every weight is where it was, and as it was.
+    Raises LensError where they do not fit."""
+    roots = list(modules)
+    target = None if device is None else torch.device(device)
+    inner = [module for net in roots for module in net.modules()]
+    children = [(module._modules, dict(module._modules)) for module in inner]  # which a move may replace
+    # What leaves its device is kept until all is there: that takes no more than was taken before. What is cast where it
+    # is would be there twice, so it is cast back instead.
+    before: list[tuple[Any, str, Any, torch.dtype, Tensor | None]] = [
+        (owner, name, tensor, tensor.dtype, None if is_on(tensor, target) else tensor.data)
+        for module in inner
+        for owner in (module._parameters, module._buffers)
+        for name, tensor in owner.items()
+        if tensor is not None
+    ]
+    try:
+        for net in roots:
+            net.to(device=device, dtype=dtype)
+    except BaseException as error:
+        for now, then in children:
+            now.update(then)
+        for owner, name, tensor, old, data in before:
+            owner[name] = tensor
+            if data is not None:
+                tensor.data = data
+            elif tensor.dtype != old:
+                tensor.data = tensor.data.to(old)
+        if isinstance(error, torch.OutOfMemoryError):
+            where = target or "its device"
+            raise LensError(
+                f"the pipeline does not fit on {where}, and stays as it was: {str(error).splitlines()[0]}; use "
+                'offload("auto"), or a smaller dtype'
+            ) from error
+        raise
+
+
+def is_on(tensor: Tensor, device: torch.device | None) -> bool:
+    """Whether a tensor is on `device` already; None is wherever it is."""
+    return device is None or tensor.device == device or (device.index is None and tensor.device.type == device.type)

@@ -24,7 +24,7 @@ from lens_core.inference.loading import CheckpointInfo
 from lens_core.inference.lora import LoRAStack
 from lens_core.inference.offload import Accelerator, OffloadManager
 from lens_core.inference.offload_plans import MemoryEstimate, Workload, find_plan
-from lens_core.inference.parts import DEFAULT_PRESETS, PartStore, check_dtype, resolve_device
+from lens_core.inference.parts import DEFAULT_PRESETS, PartStore, check_dtype, move_whole, resolve_device
 from lens_core.inference.pixels import to_images
 from lens_core.inference.prompt_cache import PromptCache, weights_state
 from lens_core.inference.tiling import check_tile, decode_tiles
@@ -205,7 +205,11 @@ class PipelineParts(DiffusersNames):
                 self._encoder_origin = ""  # rounded weights are no longer those of the file
         manager = self.offload_manager
         if manager is None:
-            self.store.loaded[kind] = net.to(self.device, self._dtype)
+            try:
+                move_whole([net], self.device, self._dtype)
+            except BaseException:
+                self.defer([kind])  # it would be on another device than the rest
+                raise
             return
         self._plan_anew(manager)  # one more part
 
@@ -221,22 +225,29 @@ class PipelineParts(DiffusersNames):
         device: torch.device | str | None = None,
     ) -> Self:
         """Move every part with weights to a device, a dtype, or both. float16 is refused where the backbone refuses it,
-        as is a device that is not there (ConfigError)."""
+        as is a device that is not there (ConfigError). Where they do not fit (LensError), all stay where they are, or
+        go to the CPU if there was an offload plan."""
         device, dtype = positional_target(target, device, dtype)
         if dtype is not None and self.backbone is not None:
             check_dtype(type(self.backbone), dtype)
+        planned = self.offload_manager is not None
         if self.offload_manager is not None:
             # Where the plan has put them is not where they belong.
             device = device if device is not None else self.device
             self.offload_manager.remove()
             self.offload_manager = None
+        encoder = self.store.loaded["text_encoder"]
+        rounded = dtype is not None and isinstance(encoder, nn.Module) and dtype_of(encoder) != dtype
+        try:
+            move_whole(self.present().values(), device, dtype)
+        except BaseException:
+            if planned:
+                self.to("cpu")  # the plan had some parts on the device, and others not
+            raise
         if dtype is not None:
             self._dtype = dtype
-            encoder = self.store.loaded["text_encoder"]
-            if isinstance(encoder, nn.Module) and dtype_of(encoder) != dtype:
-                self._encoder_origin = ""  # cast there and back, weights are rounded: no longer those of the file
-        for module in self.present().values():
-            module.to(device=device, dtype=dtype)
+        if rounded:
+            self._encoder_origin = ""  # cast there and back, weights are rounded: no longer those of the file
         if device is not None:
             self.device = torch.device(device)
         return self

@@ -159,7 +159,12 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether it holds in any process."""
-        return bool(self.sum_metrics({"": float(flag)})[""])
+        if self.world == 1:
+            return bool(flag)
+        # Once a step and more: a tensor is one message, where an object is pickled, and sent after its size.
+        value = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value)
 
     def broadcast(self, value: Any) -> Any:
         """The first process's value, in all of them."""
@@ -172,7 +177,9 @@ class Ranks:
     def barrier(self) -> None:
         """Until all are here."""
         if self.world > 1:
-            dist.barrier()
+            # Unless it is told, NCCL guesses the GPU of each process, and warns that the guess may hang.
+            nccl = self.device.type == "cuda" and "nccl" in dist.get_backend()
+            dist.barrier(device_ids=[self.device.index or 0] if nccl else None)
 
     # ---- sharded weights ------------------------------------------------------------------------------------------
 

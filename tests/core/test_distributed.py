@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rank_worker
@@ -237,6 +238,35 @@ def test_shards_are_at_most_the_processes() -> None:
     assert not Ranks(Fake(0, 1), 1, 8).sharded and Ranks(Fake(0, 4), 1, 2).sharded
     with pytest.raises(ConfigError, match=r"\$.train.fsdp_shards: 4 processes have no equal groups of 3"):
         Ranks(Fake(0, 4), 1, 3)
+
+
+def test_what_holds_anywhere_is_one_message_in_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, sent = Ranks(Fake(0, 2), 2), []
+
+    def all_reduce(value: torch.Tensor, op: Any) -> None:
+        sent.append((int(value), value.device.type, op))
+        value.fill_(max(int(value), others))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    for mine, others in ((False, 0), (False, 1), (True, 0), (True, 1)):
+        assert ranks.any(mine) is bool(mine or others)
+    assert [flag for flag, *_ in sent] == [0, 0, 1, 1]
+    assert {(where, op) for _, where, op in sent} == {("cpu", torch.distributed.ReduceOp.MAX)}
+    assert Ranks(Fake(0, 1), 1).any(True) and not Ranks(Fake(0, 1), 1).any(False) and len(sent) == 4
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "gpus"), [("cuda:1", "nccl", [1]), ("cuda:1", "gloo", None), ("cpu", "gloo", None)]
+)
+def test_a_barrier_names_the_gpu_of_its_process_where_nccl_would_guess(
+    device: str, backend: str, gpus: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks, waits = Ranks(Fake(1, 2), 2), []
+    ranks.device = torch.device(device)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda device_ids: waits.append(device_ids))
+    ranks.barrier()
+    assert waits == [gpus]
 
 
 def test_what_stands_on_the_same_weights_is_not_divided() -> None:

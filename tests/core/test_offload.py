@@ -24,7 +24,7 @@ from lens_core.inference.guidance import TOGETHER
 from lens_core.inference.offload import Accelerator
 from lens_core.inference.offload_plans import ALIGNMENT, PHASES, PLANS, Workload
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.types import ConfigError, PluginError, TextFeatures
+from lens_core.types import ConfigError, LensError, PluginError, TextFeatures
 
 PROMPTS = ["a red circle", "a blue square and a small green star"]
 CALL: dict[str, Any] = {"height": 32, "width": 48, "num_inference_steps": 3, "guidance_scale": 3.0, "seed": 0}
@@ -530,6 +530,100 @@ def test_a_plan_that_runs_out_of_memory_leaves_everything_on_the_host(plan: str)
     assert moves == ["cpu"]
     assert not any(block._forward_hooks for block in pipeline.backbone.transformer_blocks)
     assert torch.equal(draw(pipeline), latents)
+
+
+def fail_at(module: nn.Module, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Let `module` not move, once all before it has moved."""
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(module, "_apply", full)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("no memory.\nmore"), "does not fit on meta, and stays as it was: no memory.;"),
+        (KeyboardInterrupt(), None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_move_that_ends_half_way_leaves_every_weight_where_it_was(
+    error: BaseException, says: str | None, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = build()
+    latents, before = draw(pipeline), [t.data_ptr() for net in pipeline.present().values() for t in net.parameters()]
+    with monkeypatch.context() as patch:
+        fail_at(pipeline.backbone.transformer_blocks[2], patch, error)
+        with pytest.raises(LensError if says else KeyboardInterrupt, match=says):
+            pipeline.to("meta", dtype)
+    assert pipeline.device.type == "cpu" and pipeline.dtype == "float32"
+    assert [t.data_ptr() for net in pipeline.present().values() for t in net.parameters()] == before
+    assert torch.equal(draw(pipeline), latents)
+    pipeline.to(dtype=torch.bfloat16)
+
+
+def test_a_cast_that_ends_half_way_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = build(torch.bfloat16)
+    latents = draw(pipeline)
+    with monkeypatch.context() as patch:
+        fail_at(pipeline.vae, patch, torch.OutOfMemoryError("CUDA out of memory"))
+        with pytest.raises(LensError, match="its device"):
+            pipeline.to(torch.float32)
+    assert torch.equal(draw(pipeline), latents)
+
+
+def test_under_a_plan_a_move_that_ends_half_way_leaves_everything_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, meter = build(), Meter()
+    latents = draw(pipeline)
+    pipeline.offload("modulation", accelerator=meter)
+    to, calls_of_to = type(pipeline).to, []
+    monkeypatch.setattr(type(pipeline), "to", lambda self, *a, **k: (calls_of_to.append(a), to(self, *a, **k))[1])
+    with monkeypatch.context() as patch:
+        calls = iter([torch.OutOfMemoryError("CUDA out of memory"), None])
+        apply = pipeline.backbone._apply
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            if (error := next(calls)) is not None:
+                raise error
+            return apply(*args, **kwargs)
+
+        patch.setattr(pipeline.backbone, "_apply", once)
+        with pytest.raises(LensError, match="does not fit on meta"):
+            pipeline.to("meta")
+    assert calls_of_to == [("meta",), ("cpu",)] and pipeline.offload_manager is None and pipeline.device.type == "cpu"
+    assert torch.equal(draw(pipeline), latents)
+
+
+def test_a_part_that_does_not_fit_when_it_is_first_used_can_be_used_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = LensPipeline.from_pretrained("tiny:", device="cpu")
+    pipeline.defer(["vae"])
+    with monkeypatch.context() as patch:
+        fail_at(Flux2VAE, patch, torch.OutOfMemoryError("CUDA out of memory"))  # type: ignore[arg-type]  # for all
+        with pytest.raises(LensError, match="does not fit on cpu"):
+            _ = pipeline.vae
+        assert "vae" in pipeline.store.deferred and "vae" not in pipeline.present()
+    assert isinstance(pipeline.vae, Flux2VAE)
+
+
+def test_blocks_that_are_compiled_do_not_compile_how_they_are_streamed() -> None:
+    """Traced, the hooks would be compiled anew for every block, and torch would give up after eight."""
+    counts: list[tuple[int, int]] = []
+    for plan in ("none", "block"):
+        torch._dynamo.reset()
+        graphs, calls = [], []
+
+        def backend(graph: Any, _: Any, graphs: list[Any] = graphs, calls: list[Any] = calls) -> Any:
+            graphs.append(graph)
+            return lambda *inputs: (calls.append(1), graph(*inputs))[1]
+
+        pipeline = build()
+        pipeline.backbone.compile_repeated_blocks(backend=backend, dynamic=False)
+        pipeline.offload(plan, accelerator=Meter(True))
+        torch.testing.assert_close(draw(pipeline), draw(build()), rtol=1e-4, atol=1e-4)
+        counts.append((len(graphs), len(calls)))
+    assert counts[0] == counts[1] and counts[0][1] >= 5 * CALL["num_inference_steps"]
 
 
 def test_weights_that_an_encoder_reads_later_are_under_the_plan() -> None:
