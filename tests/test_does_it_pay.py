@@ -189,17 +189,80 @@ def test_the_report_pairs_the_same_prompts_of_the_same_seed(
         if (arm, seed) != ("dirty", 3):
             (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(result(arm, seed, held)))
     results = scripts["pay_report"].read_results(tmp_path)
-    measured = scripts["pay_report"].difference(results["curated"], results["dirty"], "brief")
+    gain = scripts["pay_report"].difference(results["curated"], results["dirty"], "brief")
     both = np.array([values["curated", s] for s in (1, 2)]) - np.array([values["dirty", s] for s in (1, 2)])
-    assert measured.value == pytest.approx((both[:, 1::3].mean() + both[:, 2::3].mean()) / 2) and measured.pairs == 40
+    measured, each = gain.over_questions, (both[:, 1::3].mean(1) + both[:, 2::3].mean(1)) / 2
+    assert measured.value == pytest.approx(each.mean()) and measured.pairs == 40
     assert measured.low < measured.value < measured.high
+    assert gain.seeds == pytest.approx(each.tolist()) and gain.deviation == pytest.approx(np.std(each, ddof=1))
+    half = 12.7062 * np.std(each, ddof=1) / np.sqrt(2)  # Student's t of one degree of freedom
+    assert gain.over_seeds() == pytest.approx((each.mean() - half, each.mean() + half), rel=1e-4)
+    single = scripts["pay_report"].difference(results["curated"], results["dirty"], "brief", ("single",))
+    assert single.over_questions.value == pytest.approx(both[:, ::3].mean()) and single.over_questions.pairs == 20
+    Image.new("RGB", (512, 192)).save(tmp_path / "curated-2.png")
     scripts["pay_report"].report(tmp_path)
     text = capsys.readouterr().out
-    assert (
-        f"| curated | dirty | {measured.value:+.3f}" in text and "| dirty | 2 |" in text and "| curated | 3 |" in text
-    )
-    for name in ("curated.png", "captions.png"):
+    assert f"| curated minus dirty | overall | {measured.value:+.3f}" in text
+    assert f"| curated minus dirty | single | {single.over_questions.value:+.3f}" in text
+    assert "dirty minus" not in text and "dense prompts | of |" in text  # nothing twice
+    for name in ("curated.png", "captions.png", "pictures.png"):
         with Image.open(tmp_path / "report" / name) as picture:
             assert picture.width > 400
     with pytest.raises(LensError, match="holds no result"):
         scripts["pay_report"].read_results(tmp_path / "report")
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parent.parent / "docs"
+RESULTS = DOCS / "results" / "does-it-pay"
+
+
+def words(page: Path) -> str:
+    return " ".join(page.read_text(encoding="utf-8").split())
+
+
+def shares(arm: str, kind: str = "brief") -> dict[str, np.ndarray[Any, Any]]:
+    """From the verdicts alone: the share that is right by task, one a seed, and `overall`."""
+    runs = [json.loads((RESULTS / f"{arm}-{seed}.json").read_text(encoding="utf-8")) for seed in (1, 2, 3)]
+    assert [(run["arm"], run["seed"], run["steps"], run["batch"]) for run in runs] == [
+        (arm, seed, 900, 64) for seed in (1, 2, 3)
+    ]
+    by_task = {
+        task: np.array([np.mean([v for name, _, v in run["verdicts"][kind] if name == task]) for run in runs])
+        for task in ("single", "two", "colours")
+    }
+    return by_task | {"overall": (by_task["two"] + by_task["colours"]) / 2}
+
+
+def test_the_tables_of_the_page_are_those_of_the_results(scripts: Any) -> None:
+    page = (DOCS / "does-it-pay.md").read_text(encoding="utf-8")
+    lines = scripts["pay_report"].tables(scripts["pay_report"].read_results(RESULTS)).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    shown = page[page.index("## Dirty, curated, random") :].splitlines()
+    assert len(rows) == 38 and [line for line in shown if line.startswith("|")] == rows
+    assert len(list(RESULTS.glob("*-?.json"))) == 18 and lines[0].startswith("18 runs of 900 steps of 64 pictures")
+
+
+def test_the_opening_of_the_page_is_what_the_results_say() -> None:
+    opening = words(DOCS / "does-it-pay.md").split("```")[0]
+    arms = {arm: shares(arm) for arm in ("dirty", "random", "curated", "dense", "mixed", "shuffled")}
+    dense = {arm: shares(arm, "dense")["overall"].mean() for arm in ("curated", "dense", "mixed")}
+    mean = {arm: held["overall"].mean() for arm, held in arms.items()}
+    for task, name in (("overall", "+0.078"), ("single", "+0.267")):
+        each = arms["curated"][task] - arms["dirty"][task]
+        half = 4.3027 * np.std(each, ddof=1) / np.sqrt(3)  # Student's t of two degrees of freedom
+        assert f"{each.mean():+.3f}" == name and name in opening
+        assert f"{each.mean() - half:+.3f} to {each.mean() + half:+.3f}" in opening
+        assert ", ".join(f"{one:+.3f}" for one in each[:2]) + f" and {each[2]:+.3f}" in opening
+        assert f"{arms['curated'][task].mean():.3f} against {arms['dirty'][task].mean():.3f}" in opening
+    assert f"{mean['random'] - mean['dirty']:+.3f}" in opening
+    assert not any(arms["shuffled"]["overall"]) and "score 0.000" in opening
+    for arm in dense:
+        assert f"{mean[arm]:.3f} of brief prompts and {dense[arm]:.3f} of dense ones" in opening
+
+
+def test_pages_that_link_to_the_experiment_say_its_outcome() -> None:
+    for page in (DOCS.parent / "README.md", *(DOCS / name for name in ("index.md", "curate.md", "dirty-web.md"))):
+        links = [line for line in page.read_text(encoding="utf-8").splitlines() if "does-it-pay.md" in line]
+        assert links and all("0.322 against 0.244" in line for line in links), page
