@@ -102,23 +102,83 @@ def test_the_readme_says_what_the_results_say() -> None:
     assert f"scores {first['overall']['value'] - turbo['overall']['value']:.2f} less than its teacher" in readme
 
 
-def test_the_times_on_a_gpu_are_those_of_the_results() -> None:
-    page = " ".join((ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").split())
-    data = json.loads((RESULTS / "gpu" / "h100-80gb.json").read_text(encoding="utf-8"))
-    items = data["latency"]["items"]
+def measured(*path: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(RESULTS.joinpath(*path).read_text(encoding="utf-8"))
+    return data
 
-    def cell(way: dict[str, float] | None) -> str:
-        if way is None:
-            return "not timed"
-        median, least, most = (way[k] for k in ("median_s", "least_s", "most_s"))
-        digits = 2 if median >= 1 else 3
-        return f"{median:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
 
+def page_of(*path: str) -> str:
+    return " ".join(ROOT.joinpath(*path).read_text(encoding="utf-8").split())
+
+
+def seconds(way: dict[str, float] | None) -> str:
+    if way is None:
+        return "not timed"
+    median, least, most = (way[k] for k in ("median_s", "least_s", "most_s"))
+    digits = 2 if median >= 1 else 3
+    return f"{median:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
+
+
+@pytest.mark.parametrize(("card", "file", "timed"), [("H100", "h100-80gb", 4), ("H200", "h200", 2)])
+def test_the_times_on_a_gpu_are_those_of_the_results(card: str, file: str, timed: int) -> None:
+    page = page_of("docs", "gpu.md")
+    items = measured("gpu", f"{file}.json")["latency"]["items"]
+    rows = []
     for side in (1024, 512):
         for mode, words in (("turbo", "4 steps without guidance"), ("base", "20 steps with guidance")):
-            ways = items[f"{mode} {side}x{side}"]["ways"]
-            cells = [cell(ways.get(name)) for name in ("port", "lens", "compiled")]
-            assert f"| {side}x{side}, {words} | {' | '.join(cells)} |" in page
+            graphed = items.get(f"graphed {mode} {side}x{side}", {}).get("ways", {})
+            ways = graphed | items[f"{mode} {side}x{side}"].get("ways", {})
+            cells = [seconds(ways.get(name)) for name in ("port", "lens", "compiled", "graphed")]
+            rows += [f"| {side}x{side}, {words} | {card} | {' | '.join(cells)} |"] * bool(ways)
+    assert len(rows) == timed == page.count(f" | {card} | ")
+    assert all(row in page for row in rows)
+
+
+def test_the_goals_on_a_gpu_are_compared_with_the_results() -> None:
+    page, readme = page_of("docs", "gpu.md"), page_of("README.md")
+    data = measured("gpu", "h200.json")
+    items, (setup, _) = data["latency"]["items"], data["training"]["items"].values()
+    turbo, base = items["turbo 1024x1024"], items["base 1024x1024"]
+    graphed = items["graphed turbo 1024x1024"]["ways"]["graphed"]["median_s"]
+    steps = {name: way["median_s"] for name, way in base["ways"].items()}
+    assert f"0.22 s | {turbo['ways']['compiled']['median_s']:.3f} s compiled, {graphed:.3f} s graphed | yes |" in page
+    assert f"1.50 s | {steps['compiled']:.2f} s compiled, {steps['graphed']:.2f} s graphed | no, by 4 % |" in page
+    assert f"{steps['graphed'] / 1.5 - 1:.0%}" == "4%"
+    faster = {name: f"{base[f'port / {name}']['median']:.2f} times" for name in ("compiled", "graphed")}
+    assert f"{faster['compiled']} compiled, {faster['graphed']} graphed | yes |" in page
+    assert f"{turbo['port / compiled']['median']:.2f} times compiled; " in page
+    ways = {name: way for name, way in setup["ways"].items() if "median_s" in way}
+    assert len(ways) == 3
+    for name, way in ways.items():
+        speed = f"{way['images_per_s']:.1f} | {100 * way['mfu']:.1f} % | {way['memory_gb']:.1f}"
+        assert f"| {name} | {seconds(way)} | {speed} |" in page
+    trained = ways["bucketed, compiled"]
+    assert f"40 images/s | {trained['images_per_s']:.1f} images/s compiled | no |" in page
+    assert f"MFU 45 % | {100 * trained['mfu']:.1f} % compiled | no |" in page
+    assert f"forecasts {setup['dry_run_gb']:.1f} GB" in page
+    assert f"takes {steps['compiled']:.2f} s for 20 guided steps compiled on the H200" in readme
+    assert f"{faster['compiled']} as fast as the published arithmetic" in readme
+    assert f"and {graphed:.2f} s for four" in readme and f"at {trained['images_per_s']:.0f} images a second" in readme
+
+
+def test_the_ratios_on_a_cpu_are_those_of_the_results() -> None:
+    page, data = page_of("docs", "gpu.md"), measured("cpu", "ratios.json")
+    rows = {}
+    for key, words, goal in (("port_over_lens", "the port", 1.5), ("qwenimage_over_lens", "QwenImage", 1.6)):
+        for size, record in data["sizes"].items():
+            rows[f"guided step, {words}, {size}"] = record[key], goal
+    for kind, record in data["encoder"].items():
+        tokens = f"{record['tokens']['prompt']} tokens after {record['tokens']['before']}"
+        rows[f"text encoder without the cache, {kind} prompts ({tokens})"] = record["plain_over_lens"], 1.6
+    assert len(rows) == 6
+    for words, (ratio, goal) in rows.items():
+        cells = " | ".join(f"{ratio[k]:.2f}" for k in ("median", "least", "most"))
+        assert f"| {words} | {cells} | {goal} | {'yes' if ratio['median'] >= goal else 'no'} |" in page
+
+
+def test_the_kernels_and_tests_on_a_gpu_are_those_of_the_results() -> None:
+    page, data = page_of("docs", "gpu.md"), measured("gpu", "h100-80gb.json")
+    items = data["latency"]["items"]
     for name in ("port", "lens", "compiled"):
         kernel = items["kernels"][name]
         attention = next(k["ms"] for k in kernel["top"] if "sdpa" in k["name"])
