@@ -156,8 +156,7 @@ def test_the_goals_on_a_gpu_are_compared_with_the_results() -> None:
     assert f"40 images/s | {trained['images_per_s']:.1f} images/s compiled | no |" in page
     assert f"MFU 45 % | {100 * trained['mfu']:.1f} % compiled | no |" in page
     assert f"forecasts {setup['dry_run_gb']:.1f} GB" in page
-    assert f"takes {steps['compiled']:.2f} s for 20 guided steps compiled on the H200" in readme
-    assert f"{faster['compiled']} as fast as the published arithmetic" in readme
+    assert f"takes {steps['compiled']:.2f} s for 20 guided steps compiled, {faster['compiled']} as fast" in readme
     assert f"and {graphed:.2f} s for four" in readme and f"at {trained['images_per_s']:.0f} images a second" in readme
 
 
