@@ -59,6 +59,7 @@ def curate(
     process writes to the store; WriteError where the disk is full, after which the same call goes on.
     """
     catalog = catalog or Catalog.installed()
+    t.steady_memory()
     if preview is not None:
         with tempfile.TemporaryDirectory(prefix="lens-preview-") as folder:
             # Captions of a preview are kept where a later run finds them.
@@ -95,9 +96,9 @@ class _Curation:
         verdicts = self._decided(records, costly=False)
         if len(self.cheap) < len(self.filters):
             verdicts = self._decided(records, costly=True)
-        # The hashes are a third of what is held of a record, and nothing reads them after the duplicates.
-        none = np.zeros((0, 4), np.uint64)
-        records = evolve(records, hashes=none, mirrored=none)
+        # Half of what is held of a record is there for the duplicates, and nothing reads it after them.
+        lent = ("hashes", "mirrored", "pixels", "area", "sharpness")
+        records = evolve(records, **{name: getattr(records, name)[:0].copy() for name in lent})
         t.release_memory()
         filler = Filler(self.tables, self.spec, self.captioner, records, verdicts)
         if self.captioner is not None:
@@ -185,7 +186,7 @@ class _Curation:
 
         def task(number: int, part: Part, places: NDArray[np.int64]) -> PartTask:
             which = tuple(n for n, without in lacking.items() if without[places].any())
-            return PartTask(number, part, False, which, tuple(t.hex_texts(records.id[places])))
+            return PartTask(number, part, False, which, t.short_texts(records.id[places]))
 
         progress = Progress("scored", int(any_of.sum()))
         # A judge has one budget, so it is asked in this process.
@@ -213,7 +214,7 @@ class _Curation:
         """Arrow tables (id, image) of the files of these records, read from their sources again."""
 
         def task(number: int, part: Part, some: NDArray[np.int64]) -> PartTask:
-            return PartTask(number, part, False, (), None, tuple(t.hex_texts(records.id[some])))
+            return PartTask(number, part, False, (), None, t.short_texts(records.id[some]))
 
         for answer in self.engine(_grouped(self._tasks(records, places, task))):
             if answer.kind == "images":

@@ -11,7 +11,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 from lens_core.config import structure, unstructure
@@ -22,7 +21,7 @@ from lens_curate.recipe import CurationSpec
 from lens_curate.worker import Answer, Worker, load_task
 
 RUNNERS = ("native", "ray", "serial")
-WAVE = 4096  # tasks of one dataflow: what is planned at once does not grow with the number of pictures
+WAVE, WAVE_BYTES = 4096, 8 << 20  # tasks of one dataflow, and their text: what is planned at once is held several times
 _DONE = "done"  # the last answer of a task
 _IN_VAIN = 3  # dataflows that may end one after the other without a finished task, and without a picture to blame
 
@@ -115,9 +114,8 @@ class _Dataflow:
         self.isolated = Isolated(spec, store)
 
     def __call__(self, tasks: Iterable[str]) -> Iterator[Answer]:
-        rest = iter(tasks)
         used = False
-        while wave := list(islice(rest, WAVE)):
+        for wave in _waves(tasks, 8 * self.count):
             used = True
             yield from self._survive(wave)
         if used:
@@ -152,6 +150,7 @@ class _Dataflow:
         """The answers of one dataflow; `done` gets the numbers of the tasks that are finished."""
         numbered = [f"{number}\n{task}" for number, task in enumerate(tasks)]
         frame = self.daft.from_pydict({"task": numbered}).into_batches(1)
+        del numbered
         answers = frame.select(self.call(self.daft.col("task"))).to_arrow_iter(results_buffer_size=2 * self.count)
         for batch in _one_line_errors(answers):
             kinds, bodies = batch.column("kind"), batch.column("body")
@@ -161,6 +160,20 @@ class _Dataflow:
                     done.add(int(body))
                 else:
                     yield Answer(kind, body)
+
+
+def _waves(tasks: Iterable[str], least: int) -> Iterator[list[str]]:
+    """Tasks of one dataflow after the other; `least` of them keep the processes at work, however long their texts."""
+    held: list[str] = []
+    size = 0
+    for task in tasks:
+        held.append(task)
+        size += len(task)
+        if len(held) >= WAVE or (size >= WAVE_BYTES and len(held) >= least):
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
 
 
 def _one_line_errors(answers: Iterator[Any]) -> Iterator[Any]:

@@ -24,3 +24,12 @@ def text_digest(*words: str) -> str:
     """32 hexadecimal digits for some texts; they may hold half characters, as names of files do."""
     data = "\0".join(words).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+SHORT = 16
+"""Digits of an id in a task. Two ids that begin with the same ones are both read, and what was not asked for is left."""
+
+
+def short_ids(digits: str) -> set[str]:
+    """The beginnings of ids that a task has as one text: as whole ids they would take most of the memory of a plan."""
+    return {digits[at : at + SHORT] for at in range(0, len(digits), SHORT)}

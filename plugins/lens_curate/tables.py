@@ -27,6 +27,7 @@ from lens_core.io.digests import position
 from lens_core.types import LensError
 from lens_curate.hashes import BITS, grid_array
 from lens_curate.hashes import VERSION as HASHES
+from lens_curate.parts import SHORT
 from lens_curate.recipe import Filter
 from lens_curate.sources import NamedSource, StoreSource, open_store
 
@@ -57,6 +58,7 @@ COMPACT_AFTER = 256
 """Times that a run adds to a table before its pieces are joined at the end: reading very many pieces is slow. Joining
 takes memory, some 200 MB where a row has 2 KB, so what is small is left as it is."""
 _IMAGES = {"id": "string", "image": "large_binary"}
+_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _EMPTY = {"string": "", "binary": b"", "int32": 0, "int64": 0, "float32": 0.0}
 
 
@@ -312,8 +314,23 @@ def release_memory() -> None:
     import pyarrow as pa
 
     pa.default_memory_pool().release_unused()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc has it
+    if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
+
+
+def steady_memory() -> None:
+    """Have arrays placed where their pages go back as soon as they are freed. glibc does so only with arrays larger
+    than the largest that was freed before, and puts others among what lasts."""
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_MMAP_THRESHOLD, 256 << 10)
+
+
+def _glibc() -> Any:
+    """The C library where it is glibc, else None."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "malloc_trim") else None
 
 
 def hex_texts(digests: NDArray[np.bytes_]) -> list[str]:
@@ -322,6 +339,11 @@ def hex_texts(digests: NDArray[np.bytes_]) -> list[str]:
     data = np.ascontiguousarray(digests).tobytes()  # an item alone would lose the zeros at its end
     texts = [data[at : at + size].hex() for at in range(0, len(data), size)]
     return [text if text.strip("0") else "" for text in texts]
+
+
+def short_texts(digests: NDArray[np.bytes_]) -> str:
+    """The beginnings of ids as one text, see `parts.short_ids`."""
+    return "".join(text[:SHORT] for text in hex_texts(digests))
 
 
 def stamp_digest(stamp: str) -> bytes:

@@ -27,7 +27,7 @@ from lens_core.types import LensError, Record
 from lens_curate import tables
 from lens_curate.hashes import colour_grid, perceptual_hash, pixel_digest
 from lens_curate.measures import sharpness
-from lens_curate.parts import Part, text_digest
+from lens_curate.parts import SHORT, Part, short_ids, text_digest
 from lens_curate.recipe import CurationSpec, Filter, build_filters
 from lens_curate.sources import NamedSource, build_sources
 
@@ -45,8 +45,8 @@ class PartTask:
     part: Part
     records: bool = True
     filters: tuple[int, ...] = ()
-    only: tuple[str, ...] | None = None  # ids of pictures to score; None: all
-    images: tuple[str, ...] = ()  # ids of pictures whose files are wanted
+    only: str | None = None  # pictures to score, as in `short_ids`; None: all
+    images: str = ""  # pictures whose files are wanted, as in `short_ids`
     limit: int | None = None  # pictures that are read at most, for a preview
     # Numbers of pictures, from 1 on, that have killed a process, with the reason: they are not decoded, see `isolated`.
     fatal: Mapping[int, str] = field(factory=dict)
@@ -126,14 +126,16 @@ class Worker:
         source = self.source(task.source)
         digest = source.digest(task.part)
         seen: dict[str, int] = {}
-        wanted, count = set(task.images), 0
+        wanted, sent, count = short_ids(task.images), set[str](), 0
         for count, item in enumerate(self._items(source, task), start=1):
             again = seen[item.name] = seen.get(item.name, 0) + 1
             name = item.name if again == 1 else f"{item.name} ({again})"
-            if wanted and item.image is not None and (key := hashlib.sha256(item.image).hexdigest()) in wanted:
-                wanted.discard(key)
-                held.add("images", {"id": key, "image": item.image})
-                held.bytes += len(item.image)
+            if wanted and item.image is not None:
+                key = hashlib.sha256(item.image).hexdigest()
+                if key[:SHORT] in wanted and key not in sent:
+                    sent.add(key)
+                    held.add("images", {"id": key, "image": item.image})
+                    held.bytes += len(item.image)
             if count in task.fatal:
                 self._give_up(task, held, self._row(source, digest, name, item), task.fatal[count])
             elif task.records or task.filters:
@@ -156,7 +158,7 @@ class Worker:
         if task.records:
             held.add("records", {**row, "fault": why})
             return
-        for number in task.filters if task.only is None or row["id"] in task.only else ():
+        for number in task.filters if task.only is None or row["id"][:SHORT] in short_ids(task.only) else ():
             made = self.filters[number]
             held.add(f"scores {number}", _failed(made, made.score_id(row["id"], row["brief"], row["dense"]), why))
 
@@ -222,8 +224,10 @@ class Worker:
         if task.records:
             for row, _ in held.records:
                 held.add("records", row)
-        only = None if task.only is None else set(task.only)
-        pictures = [(row, r) for row, r in held.records if r is not None and (only is None or row["id"] in only)]
+        only = None if task.only is None else short_ids(task.only)
+        pictures = [
+            (row, r) for row, r in held.records if r is not None and (only is None or row["id"][:SHORT] in only)
+        ]
         for number in task.filters:
             made = self.filters[number]
             for start in range(0, len(pictures), BATCH):
