@@ -27,7 +27,7 @@ def text_digest(*words: str) -> str:
 
 
 SHORT = 16
-"""Digits of an id in a task. Two ids that begin with the same ones are both read, and what was not asked for is left."""
+"""Digits of an id in a task. Of two ids that begin alike both are read, and what was not asked for is left out."""
 
 
 def short_ids(digits: str) -> set[str]:
