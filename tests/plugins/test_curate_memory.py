@@ -52,7 +52,7 @@ def content(store: Path) -> list[Any]:
     ]
 
 
-def test_ids_that_begin_alike_change_nothing(tars: Path, tmp_path: Path, monkeypatch) -> None:
+def test_ids_that_begin_alike_change_nothing(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sharp = {"use": "clarity", "keep": {"edge": {"min": 8}}}
     for name, digits in (("whole", 64), ("alike", 0)):
         for module in (parts, tables, worker):
