@@ -97,8 +97,8 @@ class _Curation:
         if len(self.cheap) < len(self.filters):
             verdicts = self._decided(records, costly=True)
         # Half of what is held of a record is there for the duplicates, and nothing reads it after them.
-        lent = ("hashes", "mirrored", "pixels", "area", "sharpness")
-        records = evolve(records, **{name: getattr(records, name)[:0].copy() for name in lent})
+        columns = ("hashes", "mirrored", "pixels", "area", "sharpness")
+        records = evolve(records, **{name: getattr(records, name)[:0].copy() for name in columns})
         t.release_memory()
         filler = Filler(self.tables, self.spec, self.captioner, records, verdicts)
         if self.captioner is not None:
