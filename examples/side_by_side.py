@@ -1,7 +1,7 @@
 """Draw prompts with each embedded checkpoint, side by side: `side_by_side.py [prompt …] [file.png]`.
 
-A row is a prompt. From left to right: `tiny:`, 128 px, forty passes of its backbone; and of the first model, 64 px:
-`tiny:rl`, forty passes, and its student `tiny:turbo`, four.
+A row is a prompt. From left to right: `tiny:`, forty passes of its backbone; its student `tiny:turbo`, four; and
+`tiny:rl`, forty, which came from the first model of that name, at 64 px, and knows no words.
 """
 
 import sys
@@ -12,7 +12,7 @@ from PIL import Image
 from lens_core import LensPipeline
 
 SIDE, GAP = 256, 8  # px
-MODELS = ("tiny:", "tiny:rl", "tiny:turbo")
+MODELS = ("tiny:", "tiny:turbo", "tiny:rl")
 PROMPTS = (
     "two red circles left of a blue star",
     "a green triangle and a pink ring",

@@ -45,20 +45,20 @@ ENTRIES: dict[str, tuple[str, list[str], str, str]] = {
         "It trains a byte encoder with a small backbone; twenty steps draw nothing yet.",
     ),
     "own_reward": (
-        "A reward of your own, and ten RL steps", [], "",
-        "It draws \"a red circle\" before and after ten steps towards a reward for blue, into `before_and_after.png`.",
+        "A reward of your own, and ten RL steps", ["10", "run"], "run/before_and_after.png",
+        "\"a red circle\", three seeds, before and after ten steps towards a reward for blue.",
     ),
     "lora_on_pictures": (
-        "A LoRA on twenty pictures", [], "",
-        "It trains 300 steps, some minutes on a CPU, and draws \"a red moon\" before and after into `runs/moon.png`.",
+        "A LoRA on twenty pictures", ["moons", "150", "runs"], "runs/moon.png",
+        "\"a red moon\" before and after 150 steps, some minutes on a CPU; `tiny:` has never seen a moon.",
     ),
     "two_loras": (
         "Two LoRAs mixed", ["a.safetensors", "b.safetensors", "out.png"], "out.png",
         "Without, with one, with the other, with half of each; these LoRAs are small random ones.",
     ),
     "distil": (
-        "Distil", [], "",
-        "It draws \"a red circle\" in four steps without guidance, by the teacher and by the student.",
+        "Distil", ["10", "runs"], "runs/student.png",
+        "\"a red circle\" in four steps without guidance, by the teacher and by a student of ten steps.",
     ),
     "benchmark_remote_api": (
         "Benchmark an image API", ["run"], "run/sheet.png",
