@@ -62,6 +62,10 @@ def test_what_rl_gained_is_the_difference_of_the_results() -> None:
     assert gains["."] in readme
 
 
+def turbo_seeds() -> list[str]:
+    return [str(RESULTS / "turbo" / "today" / f"seed-{seed}") for seed in range(3)]
+
+
 def seeds(side: int) -> list[str]:
     return [str(RESULTS / "tiny" / str(side) / f"seed-{seed}") for seed in range(3)]
 
@@ -98,8 +102,22 @@ def test_the_readme_says_what_the_results_say() -> None:
     assert f"can score more than {results[0]['ceiling']['overall']:.2f})" in readme
     share = sum(p["value"] for one in results for p in one["pictures"]) / 1500
     assert f"words included, {share:.2f} are right" in readme
-    first, turbo = result("first-tiny"), result("turbo")
-    assert f"scores {first['overall']['value'] - turbo['overall']['value']:.2f} less than its teacher" in readme
+    _, turbo = compare(read_folders([",".join(seeds(128)), ",".join(turbo_seeds())]))
+    assert turbo.difference is not None
+    assert f"scores {-turbo.difference.value:.2f} less than its teacher" in readme
+    assert f"scores {turbo.overall.value:.3f} ({turbo.overall.low:.3f} to {turbo.overall.high:.3f}) at 128 px" in (
+        ROOT / "docs" / "proving-ground.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_the_scores_of_the_student_are_those_of_the_results() -> None:
+    page = (ROOT / "docs" / "distill.md").read_text(encoding="utf-8").split("## Today's `tiny:turbo`")[1]
+    teacher, student = compare(read_folders([",".join(seeds(128)), ",".join(turbo_seeds())]))
+    for row in (teacher, student):
+        cells = [f"{value:.2f}" for value in row.tasks.values()] + [f"**{row.overall.value:.3f}**"]
+        assert " | ".join([*cells, f"{row.overall.low:.3f} to {row.overall.high:.3f}"]) in page
+    gap = student.difference
+    assert gap is not None and f"| {gap.value:+.3f} | {gap.low:+.3f} to {gap.high:+.3f} |" in page
 
 
 def measured(*path: str) -> dict[str, Any]:
