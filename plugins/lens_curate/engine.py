@@ -6,11 +6,17 @@ This module alone knows Daft. Tasks and answers are those of `worker`, so anothe
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import shutil
+import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from lens_core.config import structure, unstructure
@@ -22,7 +28,7 @@ from lens_curate.worker import Answer, Worker, load_task
 
 RUNNERS = ("native", "ray", "serial")
 WAVE, WAVE_BYTES = 4096, 8 << 20  # tasks of one dataflow, and their text: what is planned at once is held several times
-_DONE = "done"  # the last answer of a task
+_DONE, _SUSPECT = "done", "suspect"  # the last answer of a task, or the only one: it has killed a process before
 _IN_VAIN = 3  # dataflows that may end one after the other without a finished task, and without a picture to blame
 
 Run = Callable[[Iterable[str]], Iterator[Answer]]
@@ -83,16 +89,30 @@ def _processors(runner: str) -> int:
 
 
 class _Runner:
-    """A worker in a process of Daft's, built when its first task arrives."""
+    """A worker in a process of Daft's, built when its first task arrives.
 
-    def __init__(self, spec: str, store: str) -> None:
+    `marks`: a folder of this machine with a file for each task at work, "": none. Where a task's file is there already,
+    the task has killed a process: Daft on Ray would try it for ever, and here it is handed back instead.
+    """
+
+    def __init__(self, spec: str, store: str, marks: str) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes are the parallelism
         self.worker = Worker(structure(CurationSpec, json.loads(spec)), store)
+        self.marks = Path(tempfile.gettempdir(), marks) if marks else None
 
     def __call__(self, task: str) -> Iterator[dict[str, Any]]:
         number, _, text = task.partition("\n")
-        for answer in self.worker.run(load_task(text)):
-            yield {"kind": answer.kind, "body": answer.body}
+        with contextlib.ExitStack() as after:
+            if self.marks is not None:
+                mark = self.marks / hashlib.sha256(text.encode()).hexdigest()[:32]
+                if mark.exists():
+                    yield {"kind": _SUSPECT, "body": number.encode()}
+                    return
+                self.marks.mkdir(mode=0o700, parents=True, exist_ok=True)
+                mark.touch()
+                after.callback(mark.unlink, missing_ok=True)  # which a process that dies does not come to
+            for answer in self.worker.run(load_task(text)):
+                yield {"kind": answer.kind, "body": answer.body}
         yield {"kind": _DONE, "body": number.encode()}
 
 
@@ -110,20 +130,27 @@ class _Dataflow:
         call = daft.method(_Runner.__call__, return_dtype=daft.DataType.struct(fields), unnest=True)
         pool = type("CurationWorker", (_Runner,), {"__call__": call})
         make = daft.cls(pool, use_process=True, max_concurrency=self.count)
-        self.daft, self.call = daft, make(json.dumps(unstructure(spec)), store)
+        marks = f"lens-curate-{uuid.uuid4().hex}" if runner == "ray" else ""  # elsewhere Daft ends at the first death
+        self.daft, self.call = daft, make(json.dumps(unstructure(spec)), store, marks)
+        self.marks = Path(tempfile.gettempdir(), marks) if marks else None
         self.isolated = Isolated(spec, store)
 
     def __call__(self, tasks: Iterable[str]) -> Iterator[Answer]:
         used = False
-        for wave in _waves(tasks, 8 * self.count):
-            used = True
-            yield from self._survive(wave)
+        try:
+            for wave in _waves(tasks, 8 * self.count):
+                used = True
+                yield from self._survive(wave)
+        finally:
+            if self.marks is not None:
+                shutil.rmtree(self.marks, ignore_errors=True)
         if used:
             time.sleep(0.5)  # its processes are still ending; a Python that ends meanwhile dies with them (Daft 0.7.26)
 
     def _survive(self, tasks: list[str]) -> Iterator[Answer]:
         """The answers of some tasks, also where a picture kills the process that decodes it: Daft then stops at once,
         and does not say at which task. Those that were next are run one by one, see `isolated`, and then the others.
+        On Ray it tries again instead, and the task is handed back (`_Runner`).
 
         A task whose answers came in part gives them twice; of equal rows the last one counts.
         """
@@ -157,6 +184,9 @@ class _Dataflow:
             for at in range(batch.num_rows):
                 kind, body = kinds[at].as_py(), bodies[at].as_py()
                 if kind == _DONE:
+                    done.add(int(body))
+                elif kind == _SUSPECT:
+                    yield from self.isolated.run(tasks[int(body)])
                     done.add(int(body))
                 else:
                     yield Answer(kind, body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lens_curate import curation, worker
+from lens_curate import curation, engine, worker
 from lens_curate.curation import curate
 from lens_curate.engine import default_runner
 from lens_curate.measures import Clarity
@@ -436,11 +437,19 @@ def lens_curators():
 """
 
 
-@pytest.mark.parametrize(("signal_number", "cause"), [(11, "SIGSEGV"), (9, "SIGKILL")])
+@pytest.mark.parametrize(
+    ("runner", "signal_number", "cause"),
+    [
+        ("native", 11, "SIGSEGV"),
+        ("native", 9, "SIGKILL"),
+        pytest.param("ray", 11, "SIGSEGV", marks=pytest.mark.skipif("LENS_RAY" not in os.environ, reason="a minute")),
+    ],
+)
 def test_a_picture_that_kills_its_process_is_marked_and_the_others_go_on(
-    tmp_path: Path, signal_number: int, cause: str
+    tmp_path: Path, runner: str, signal_number: int, cause: str
 ) -> None:
-    pytest.importorskip("daft")
+    for needed in ("daft", *(["ray"] if runner == "ray" else [])):
+        pytest.importorskip(needed)
     raw = tmp_path / "raw"
     raw.mkdir()
     for seed in range(8):
@@ -459,7 +468,10 @@ def test_a_picture_that_kills_its_process_is_marked_and_the_others_go_on(
         str(tmp_path / "store"),
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "lens_core", *words, "--workers", "1"], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "lens_core", *words, "--workers", "1", "--runner", runner],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "8 records, 6 kept" in done.stdout and "2 dropped by decode" in done.stdout
@@ -467,6 +479,29 @@ def test_a_picture_that_kills_its_process_is_marked_and_the_others_go_on(
     crashed = f"crashed the process that read it ({cause})"
     assert {name for name, reason in reasons.items() if reason == crashed} == {"2poison.png", "3poison.png"}
     assert len(stored(tmp_path / "store")) == 6
+
+
+def test_a_task_that_has_killed_a_process_is_handed_back_on_ray(folder: Path, tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    runner = engine._Runner(json.dumps(unstructure(spec(folder))), str(tmp_path / "store"), str(marks))
+    (source,) = runner.worker.sources
+    part = next(part for part in source.source.parts() if part.key == "1.png")
+    task = "7\n" + worker.dump_task([worker.PartTask(0, part, records=True)])
+    answers = runner(task)
+    assert next(answers)["kind"] != "done" and len(list(marks.iterdir())) == 1  # at work
+    again = engine._Runner(json.dumps(unstructure(spec(folder))), str(tmp_path / "store"), str(marks))
+    assert list(again(task)) == [{"kind": "suspect", "body": b"7"}]  # tried anew while its file is there: handed back
+    assert list(answers)[-1] == {"kind": "done", "body": b"7"} and not list(marks.iterdir())
+    assert list(again(task))[-1]["kind"] == "done"
+
+    def fails(tasks: Any) -> Any:
+        yield worker.Answer("records", b"")
+        raise ValueError("a fault of the code, which kills nothing")
+
+    runner.worker.run = fails  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="kills nothing"):
+        list(runner(task))
+    assert not list(marks.iterdir())
 
 
 def test_a_task_goes_on_behind_what_has_killed_a_process(folder: Path, tmp_path: Path) -> None:
