@@ -4,7 +4,7 @@
     lens bench '{use: geneval, file: shapes-geneval.jsonl, detector: shapes_objects, classifier: shapes_colors}' \\
         --model tiny:turbo --size 64x64 --num-images 1 --output runs/shapes-geneval
     lens bench '{use: shapes, prompts: 240, tasks: [single, two, counting, colours, position, attribution],
-        extras: true}' --model tiny:turbo --output runs/shapes-direct
+        extras: true}' --model tiny:turbo --size 64x64 --output runs/shapes-direct
     python examples/geneval_on_shapes.py compare runs/shapes-geneval runs/shapes-direct
 
 The first command writes the prompts of the benchmark `shapes` as a prompt file of GenEval. Both runs draw the same

@@ -43,8 +43,9 @@ def scenes(pipeline: Any, tasks: dict[str, float], count: int, seed: int) -> Cac
     store = TextStore(encoder.layers, encoder.width, BRIEF, count, cpu)
     cache = Cache(Group("64", (64, 64), 1, False, BRIEF, count), vae.channels, vae.downscale, store, cpu)
     rng, head = np.random.default_rng(seed), encoder.head_length
-    for _ in range(0, count, PART):
-        drawn = [splits.sample(rng, "train", tasks=tasks, largest=True) for _ in range(PART)]
+    for start in range(0, count, PART):
+        part = min(PART, count - start)
+        drawn = [splits.sample(rng, "train", tasks=tasks, largest=True) for _ in range(part)]
         images = torch.from_numpy(np.stack([render(scene, 64, 64) for scene in drawn]))
         ids, mask = encoder.rendered([caption(scene, rng) for scene in drawn])
         tokens, lengths = ids[:, head:].numpy().astype(np.int16), mask[:, head:].sum(1).tolist()

@@ -283,7 +283,14 @@ def train(trial: Trial, caches: dict[str, Cache], options: argparse.Namespace, e
                 for slots in step.optimizer.state.values():
                     step.copy(list(slots.values()), [torch.zeros_like(t) for t in slots.values()])
             rounded = {k: round(v, 4) for k, v in losses.items()}
-            log("train", steps=steps, pictures=sum(seen.values()), share=round(share, 3), lr=lr, losses=rounded)
+            log(
+                "train",
+                steps=steps,
+                pictures=sum(seen.values()),
+                share=round(share, 3),
+                lr=rate(share, lr),
+                losses=rounded,
+            )
             log.keep(steps=steps, pictures=dict(seen), losses=rounded, training_seconds=round(now - begin, 1))
             trial.collect()
             marks["log"] = now
@@ -377,7 +384,8 @@ def _run(
     for child in children.values():
         child.kill()
     folders = {"given": Path(options.vae)} if options.vae else {}
-    name, ceilings, vae = choose_vae(factory, pipeline, folders | {"trained": scratch / "vae_trained"})
+    folders |= {"trained": scratch / "vae_trained"} if options.vae_seconds else {}
+    name, ceilings, vae = choose_vae(factory, pipeline, folders)
     log("vae", chosen=name, ceilings=ceilings)
     log.keep(vae=name, ceilings=ceilings)
     pipeline.vae = vae
@@ -479,6 +487,12 @@ def main() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # its attention under a mask is not needed; fewer things to go wrong
     if options.device.startswith("cuda:"):
         torch.cuda.set_device(options.device)  # streams and graphs are the current device's
+    if options.until and (options.vae_seconds or options.probe_seconds):
+        parser.error(
+            "--until keeps the device free, which a VAE and a measurement would use: --vae-seconds 0 --probe-seconds 0"
+        )
+    if options.go_on and (options.vae_seconds or options.vae):
+        parser.error("--go-on keeps the VAE whose latents the backbone knows: leave out --vae, and use --vae-seconds 0")
     if options.small:
         options.tokens = min(options.tokens, 2048)
     if options.probe:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lens_core.types import Prompt, Score
+from lens_core.types import LensError, Prompt, Score
 from lens_shapes.reader import read
 from lens_shapes.reading import check_facts
 
@@ -32,19 +36,38 @@ def score_images(
         raise ValueError(f"{len(images)} pictures cannot answer {len(prompts)} prompts; pass one picture a prompt")
     # A copy in the memory order of pixels: the reader's results do not depend on it, but its speed does.
     pictures = np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy())
-    judge = functools.partial(_judge, partial=partial, extras=extras)
+    score = functools.partial(_score, partial=partial, extras=extras)
     if processes == 1 or len(prompts) == 1:
-        return [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
-    return list(_pool(processes).map(judge, pictures, prompts, chunksize=max(1, len(prompts) // (4 * processes))))
+        return [score(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    size = max(1, len(prompts) // (4 * processes))
+    for last in (False, True):
+        try:
+            return list(_pool(processes).map(score, pictures, prompts, chunksize=size))
+        except BrokenProcessPool as error:  # one of them was killed, as for want of memory: once more, with new ones
+            _pool.cache_clear()
+            if last:
+                raise LensError(
+                    f"the {processes} processes that read pictures of shapes died twice; use fewer (`processes`), and "
+                    'in a script of yours call this under `if __name__ == "__main__":`'
+                ) from error
+    raise AssertionError
 
 
 @functools.cache
 def _pool(processes: int) -> ProcessPoolExecutor:
     """Readers for as long as this process runs. Spawned, not forked: a fork would copy a GPU's context and threads."""
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_begin)
 
 
-def _judge(picture: NDArray[np.uint8], question: Prompt, *, partial: bool, extras: bool) -> Score:
+def _begin() -> None:
+    """Ctrl-C is the parent's: it saves, and ends its readers. A parent that is killed takes them along."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _score(picture: NDArray[np.uint8], question: Prompt, *, partial: bool, extras: bool) -> Score:
     if "groups" not in question.data:
         return Score("abstain", evidence="the prompt carries no facts about shapes")
     reading = read(picture)

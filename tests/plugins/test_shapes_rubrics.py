@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
+import lens_shapes.judge as judge_module
 import numpy as np
 import pytest
 import torch
@@ -64,6 +67,23 @@ def test_processes_read_as_one_does():
     alone = score_images(shown, prompts, partial=True)
     assert alone == score_images(shown, prompts, partial=True, processes=2)
     assert [s.status for s in alone].count("abstain") == 1 and alone[-1].value == 1.0
+
+
+def test_readers_outlive_an_interrupt_and_are_replaced_where_they_die():
+    made = [scene(i) for i in range(6)]
+    prompts = [question(m, i) for i, m in enumerate(made)]
+    shown = torch.stack([picture(m) for m in made])
+    alone = score_images(shown, prompts)
+    assert score_images(shown, prompts, processes=2) == alone
+    readers = list(judge_module._pool(2)._processes.values())
+    for reader in readers:
+        os.kill(reader.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
+    assert score_images(shown, prompts, processes=2) == alone
+    assert all(reader.is_alive() for reader in readers)
+    os.kill(readers[0].pid, signal.SIGKILL)
+    readers[0].join(10)
+    assert score_images(shown, prompts, processes=2) == alone
+    assert not {r.pid for r in readers} & {r.pid for r in judge_module._pool(2)._processes.values()}
 
 
 def test_the_value_is_the_weighted_mean_of_the_answers():

@@ -325,14 +325,14 @@ def test_a_part_that_config_json_makes_another_is_not_shared(sharing: Path, inst
 
 
 def test_a_loan_is_passed_on_and_kept(sharing: Path, installed: Catalog, tmp_path: Path) -> None:
-    """`tiny:turbo` itself borrows its encoder from `tiny:`, not the VAE; and what is shared stays so where the origin
+    """`tiny:rl` itself borrows its encoder from `tiny:`, not the VAE; and what is shared stays so where the origin
     has no such part."""
-    convert(sharing.with_name("whole"), tmp_path / "one", "diffusers", None, installed, share="tiny:turbo")
+    convert(sharing.with_name("whole"), tmp_path / "one", "diffusers", None, installed, share="tiny:rl")
     about = json.loads((sharing / "lens.json").read_text())["components"]
     passed_on = json.loads((tmp_path / "one/lens.json").read_text())["components"]
     assert passed_on["text_encoder"] == about["text_encoder"] and passed_on["text_encoder"]["from"] == "tiny:"
     assert "from" in about["vae"] and "from" not in passed_on["vae"]
-    convert(sharing, tmp_path / "two", "diffusers", None, installed, share="tiny:turbo")
+    convert(sharing, tmp_path / "two", "diffusers", None, installed, share="tiny:rl")
     assert json.loads((tmp_path / "two/lens.json").read_text())["components"] == about
 
 
