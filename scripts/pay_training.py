@@ -8,6 +8,7 @@ is there is skipped.
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import multiprocessing
@@ -33,7 +34,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from train_embedded import BRIEF, FLOW, LONG, sheet
 
-from lens_core import LensPipeline
+from lens_core import Catalog, LensPipeline
+from lens_core.checkpoints import manifest
 from lens_core.inference.pixels import to_images, to_pixels
 from lens_core.io.atomic_files import read_json, write_atomic
 from lens_core.types import LensError, Prompt, TextFeatures
@@ -90,7 +92,14 @@ class Options:
     @property
     def facts(self) -> dict[str, Any]:
         """What a result must share with the runs of this call to count as one of them."""
-        return {name: getattr(self, name) for name in ("steps", "batch", "lr", "select_prompts", "test_prompts")}
+        shared = ("steps", "batch", "lr", "select_prompts", "test_prompts")
+        return {name: getattr(self, name) for name in shared} | {"start": start_version()}
+
+
+@functools.cache
+def start_version() -> str:
+    """The hash of the checkpoint that runs go on from: another one makes another experiment."""
+    return manifest.digest(manifest.resolve_uri(START, Catalog.installed()))
 
 
 @frozen
@@ -325,9 +334,15 @@ class Job:
         return to_images(pipeline.decode(x)).cpu()
 
     def collect(self, wait: bool = False) -> None:
-        """Write the runs of which all is read."""
+        """Write the runs of which all is read. One whose pictures cannot be read is given up, and the others go on."""
         for trial in list(self.open):
-            if trial.collect(wait):
+            try:
+                ended = trial.collect(wait)
+            except Exception as error:
+                self.open.remove(trial)
+                print(f"{trial.run.name}: its pictures were not read: {type(error).__name__}: {error}", flush=True)
+                continue
+            if ended:
                 self.open.remove(trial)
                 seconds = time.time() - trial.begun
                 self.longest = max(self.longest, seconds)

@@ -102,8 +102,8 @@ def check_dtype(component: Any, dtype: torch.dtype) -> None:
 
 
 def move_whole(modules: Iterable[nn.Module], device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-    """Move all of `modules` to a device, a dtype, or both. After an error every weight is where it was, and as it was.
-    Raises LensError where they do not fit."""
+    """Move all of `modules` to a device, a dtype, or both. After an error every weight is where it was, in its
+    dtype; those that were cast to a smaller one in place are rounded. Raises LensError where they do not fit."""
     roots = list(modules)
     target = None if device is None else torch.device(device)
     inner = [module for net in roots for module in net.modules()]

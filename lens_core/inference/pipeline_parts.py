@@ -237,7 +237,8 @@ class PipelineParts(DiffusersNames):
             self.offload_manager.remove()
             self.offload_manager = None
         encoder = self.store.loaded["text_encoder"]
-        rounded = dtype is not None and isinstance(encoder, nn.Module) and dtype_of(encoder) != dtype
+        if dtype is not None and isinstance(encoder, nn.Module) and dtype_of(encoder) != dtype:
+            self._encoder_origin = ""  # cast there and back, weights are rounded: no longer those of the file
         try:
             move_whole(self.present().values(), device, dtype)
         except BaseException:
@@ -246,8 +247,6 @@ class PipelineParts(DiffusersNames):
             raise
         if dtype is not None:
             self._dtype = dtype
-        if rounded:
-            self._encoder_origin = ""  # cast there and back, weights are rounded: no longer those of the file
         if device is not None:
             self.device = torch.device(device)
         return self

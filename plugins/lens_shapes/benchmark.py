@@ -117,7 +117,8 @@ class ShapesBenchmark:
         extras: bool = False
         # 1: the splits by which the embedded checkpoints were trained; prompts may repeat there.
         rules: int = field(default=2, validator=RULES)
-        processes: int = field(default=1, validator=PROCESSES)  # that read pictures; more are faster, and agree
+        # That read pictures; more are faster, with the same scores. A script needs `if __name__ == "__main__":`.
+        processes: int = field(default=1, validator=PROCESSES)
 
         def __attrs_post_init__(self) -> None:
             check_split(self.named_split, self.rules)
@@ -211,7 +212,8 @@ class ShapesReward:
     @frozen
     class Config:
         partial: bool = False  # credit for the share of facts that are there: a weak model's pictures differ then
-        processes: int = field(default=1, validator=PROCESSES)  # that read pictures; more are faster, and agree
+        # That read pictures; more are faster, with the same scores. A script needs `if __name__ == "__main__":`.
+        processes: int = field(default=1, validator=PROCESSES)
 
     def __init__(self, config: Config) -> None:
         self.config = config
