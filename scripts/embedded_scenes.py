@@ -13,8 +13,8 @@ import torch
 from attrs import frozen
 from lens_shapes import splits
 from lens_shapes.captions import caption, dense
-from lens_shapes.judge import score_images
 from lens_shapes.render import render
+from lens_shapes.scoring import score_images
 from numpy.typing import NDArray
 
 from lens_core.types import Prompt

@@ -24,8 +24,8 @@ from lens_flow.matching import FlowMatching
 from lens_shapes import splits
 from lens_shapes.benchmark import ShapesBenchmark
 from lens_shapes.captions import caption
-from lens_shapes.judge import score_images
 from lens_shapes.render import render
+from lens_shapes.scoring import score_images
 from torch import nn
 from train_embedded import BRIEF, FLOW
 

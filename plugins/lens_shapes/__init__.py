@@ -6,6 +6,7 @@ facts      what a scene shows, and which facts are kept from training
 splits     the questions and scenes of train, select and test
 captions   a scene in words: brief (what a benchmark would ask) and dense (about 109 words)
 reader     pixels back to facts with classical vision, and the strict judge of a prompt
+scoring    pictures against the facts of their prompts, in one process or in several
 dataset    dataset `shapes`: endless or pooled training batches
 languages  the requests in French, German and Spanish
 faithful   whether a description says what a request asked for

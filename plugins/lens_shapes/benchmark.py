@@ -16,11 +16,11 @@ from lens_core.types import ConfigError, Prompt, Score, did_you_mean
 from lens_core.validators import SEED, each, integer, one_of
 from lens_shapes import captions, splits
 from lens_shapes.captions import dense, prompt
-from lens_shapes.judge import score_images
 from lens_shapes.languages import LANGUAGES, request
 from lens_shapes.render import render
 from lens_shapes.rubrics import rubrics
 from lens_shapes.scenes import GENEVAL, TASKS, Scene, prompt_facts, sample
+from lens_shapes.scoring import score_images
 
 RULES = integer(at_least=1, at_most=2)
 """2: the splits of `splits`; 1: those by which the embedded checkpoints were trained."""

@@ -14,8 +14,8 @@ from lens_core.validators import SEED, integer
 from lens_shapes import splits
 from lens_shapes.benchmark import RULES, QuestionScene, check_count, pictures, question_scene, reconstruct
 from lens_shapes.captions import prompt
-from lens_shapes.judge import score_images
 from lens_shapes.scenes import Scene, prompt_facts, sample
+from lens_shapes.scoring import score_images
 
 _SPLITS: tuple[splits.Split, ...] = ("train", "test")
 

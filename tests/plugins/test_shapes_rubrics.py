@@ -6,18 +6,18 @@ import os
 import signal
 from typing import Any
 
-import lens_shapes.judge as judge_module
 import numpy as np
 import pytest
 import torch
 from attrs import evolve
+from lens_shapes import scoring
 from lens_shapes.benchmark import ShapesBenchmark
 from lens_shapes.captions import prompt
-from lens_shapes.judge import score_images
 from lens_shapes.reader import read
 from lens_shapes.render import render
 from lens_shapes.rubrics import ShapesRubrics, answer, rubrics
 from lens_shapes.scenes import TASKS, prompt_facts, sample
+from lens_shapes.scoring import score_images
 
 from lens_core.testing import check_reward
 from lens_core.types import ConfigError, Prompt
@@ -75,7 +75,7 @@ def test_readers_outlive_an_interrupt_and_are_replaced_where_they_die():
     shown = torch.stack([picture(m) for m in made])
     alone = score_images(shown, prompts)
     assert score_images(shown, prompts, processes=2) == alone
-    readers = list(judge_module._pool(2)._processes.values())
+    readers = list(scoring._pool(2)._processes.values())
     for reader in readers:
         os.kill(reader.pid, signal.SIGINT)  # Ctrl-C reaches the whole group
     assert score_images(shown, prompts, processes=2) == alone
@@ -83,7 +83,7 @@ def test_readers_outlive_an_interrupt_and_are_replaced_where_they_die():
     os.kill(readers[0].pid, signal.SIGKILL)
     readers[0].join(10)
     assert score_images(shown, prompts, processes=2) == alone
-    assert not {r.pid for r in readers} & {r.pid for r in judge_module._pool(2)._processes.values()}
+    assert not {r.pid for r in readers} & {r.pid for r in scoring._pool(2)._processes.values()}
 
 
 def test_the_value_is_the_weighted_mean_of_the_answers():
