@@ -12,7 +12,8 @@ from lens_flow.matching import EncodedBatch, FlowMatching
 from lens_tools import cuda_graphs
 from torch import Tensor, nn
 
-from lens_core.inference.pixels import to_pixels
+from lens_core import LensPipeline
+from lens_core.inference.pixels import to_images, to_pixels
 from lens_core.training.muon import Muon, block_matrices
 from lens_core.types import TextFeatures
 
@@ -177,6 +178,17 @@ class Step:
         """Where other models run: nothing is compiled."""
         with torch.compiler.set_stance("force_eager"), torch.no_grad():
             yield
+
+
+def draw(
+    pipeline: LensPipeline, text: TextFeatures, seeds: Sequence[int], side: int, steps: int, guidance: float
+) -> Tensor:
+    """A picture of `side` px for each text, uint8 [B,3,side,side] on the CPU, from the noise of its seed."""
+    cells = side // pipeline.vae.downscale
+    x = pipeline.noise([torch.Generator().manual_seed(seed) for seed in seeds], (cells, cells))
+    for _, z in pipeline.sample(text, x, steps, guidance):
+        x = z
+    return to_images(pipeline.decode(x)).cpu()
 
 
 def _text(features: Tensor, mask: Tensor) -> TextFeatures:

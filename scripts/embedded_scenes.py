@@ -46,8 +46,8 @@ FURTHER_TASKS = {
     "groups": 0.02,
     "word and thing": 0.02,
 }
-"""Of a run that goes on: three of five captions name colours, where it was three of ten. A model that is rarely told
-the colour of a shape learns from pictures alone which colours it has, and draws no other."""
+"""Of a run that goes on: three of five captions name colours, where it was three of ten. Where captions
+rarely name the colour of a shape, a model learns from pictures alone which colours it has, and draws no other."""
 
 
 @frozen
@@ -90,7 +90,7 @@ class SharedScenes:
 
 
 class Readers:
-    """Processes that judge pictures. Start them before CUDA."""
+    """Processes that read pictures. Start them before CUDA."""
 
     def __init__(self, count: int) -> None:
         self._pool = multiprocessing.get_context("fork").Pool(count, initializer=_one_thread)
@@ -149,6 +149,14 @@ class SceneFactory:
         self.readers.close()
 
 
+def caption_tokens(encoder: Any, captions: Sequence[str]) -> list[bytes]:
+    """Captions as the bytes of their tokens, int16, as `TextStore` takes them."""
+    ids, mask = encoder.rendered(captions)
+    head = encoder.head_length
+    tokens = ids[:, head:].numpy().astype(np.int16)
+    return [row[:n].tobytes() for row, n in zip(tokens, mask[:, head:].sum(1).tolist(), strict=True)]
+
+
 def _shared(file: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """An array in the memory of a file, zeros at first."""
     size = int(np.prod(shape))
@@ -181,10 +189,7 @@ def _render(job: tuple[int, int]) -> tuple[int, int, list[bytes]]:
         _factory.scenes.images[place][index] = render(scene, *group.size)
         captions.append((dense if group.dense else caption)(scene, rng))
     _factory.scenes.finish(place, number)
-    ids, mask = _factory.encoder.rendered(captions)
-    head = _factory.encoder.head_length
-    tokens = ids[:, head:].numpy().astype(np.int16)
-    return place, number, [row[:n].tobytes() for row, n in zip(tokens, mask[:, head:].sum(1).tolist(), strict=True)]
+    return place, number, caption_tokens(_factory.encoder, captions)
 
 
 def _read(pictures: NDArray[np.uint8], prompts: list[Prompt]) -> list[float]:

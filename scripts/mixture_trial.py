@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from embedded_loop import Cache, Step, TextStore
-from embedded_scenes import FURTHER_TASKS, TASKS, Group
+from embedded_loop import Cache, Step, TextStore, draw
+from embedded_scenes import FURTHER_TASKS, TASKS, Group, caption_tokens
 from lens_flow.matching import FlowMatching
 from lens_shapes import splits
 from lens_shapes.benchmark import ShapesBenchmark
@@ -30,7 +30,6 @@ from torch import nn
 from train_embedded import BRIEF, FLOW
 
 from lens_core import LensPipeline
-from lens_core.inference.pixels import to_images
 
 MIXTURES = {"first": TASKS, "further": FURTHER_TASKS}
 ASKED = ("colours", "two", "counting", "position", "attribution")
@@ -42,14 +41,12 @@ def scenes(pipeline: Any, tasks: dict[str, float], count: int, seed: int) -> Cac
     encoder, vae, cpu = pipeline.text_encoder, pipeline.vae, torch.device("cpu")
     store = TextStore(encoder.layers, encoder.width, BRIEF, count, cpu)
     cache = Cache(Group("64", (64, 64), 1, False, BRIEF, count), vae.channels, vae.downscale, store, cpu)
-    rng, head = np.random.default_rng(seed), encoder.head_length
+    rng = np.random.default_rng(seed)
     for start in range(0, count, PART):
         part = min(PART, count - start)
         drawn = [splits.sample(rng, "train", tasks=tasks, largest=True) for _ in range(part)]
         images = torch.from_numpy(np.stack([render(scene, 64, 64) for scene in drawn]))
-        ids, mask = encoder.rendered([caption(scene, rng) for scene in drawn])
-        tokens, lengths = ids[:, head:].numpy().astype(np.int16), mask[:, head:].sum(1).tolist()
-        rows = store.add(encoder, [row[:n].tobytes() for row, n in zip(tokens, lengths, strict=True)])
+        rows = store.add(encoder, caption_tokens(encoder, [caption(scene, rng) for scene in drawn]))
         cache.add(vae, images, torch.tensor(rows))
     return cache
 
@@ -73,10 +70,9 @@ def score(pipeline: Any, tasks: Sequence[str], guidance: float) -> dict[str, flo
     for task in tasks:
         config = ShapesBenchmark.Config(prompts=40, split="select", tasks=(task,), seed=3)
         prompts = ShapesBenchmark(config).prompts()
-        x = pipeline.noise([torch.Generator().manual_seed(n) for n in range(len(prompts))], (8, 8))
-        for _, z in pipeline.sample(pipeline.encode([p.text for p in prompts]), x, 12, guidance):
-            x = z
-        values = [float(s.value or 0) for s in score_images(to_images(pipeline.decode(x)).cpu(), prompts)]
+        text = pipeline.encode([p.text for p in prompts])
+        images = draw(pipeline, text, range(len(prompts)), 64, 12, guidance)
+        values = [float(s.value or 0) for s in score_images(images, prompts)]
         shares[task] = round(sum(values) / len(values), 3)
     return shares
 

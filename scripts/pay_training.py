@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from attrs import define, field, frozen
-from embedded_loop import Step, TextStore
-from embedded_scenes import Readers
+from embedded_loop import Step, TextStore, draw
+from embedded_scenes import Readers, caption_tokens
 from embedded_vae import by_task
 from lens_flow.matching import FlowMatching
 from lens_shapes.benchmark import ShapesBenchmark
@@ -36,7 +36,7 @@ from train_embedded import BRIEF, FLOW, LONG, sheet
 
 from lens_core import Catalog, LensPipeline
 from lens_core.checkpoints import manifest
-from lens_core.inference.pixels import to_images, to_pixels
+from lens_core.inference.pixels import to_pixels
 from lens_core.io.atomic_files import read_json, write_atomic
 from lens_core.types import LensError, Prompt, TextFeatures
 
@@ -196,14 +196,6 @@ class Samples:
         return self.latents[places[chosen]], store.features[texts], mask
 
 
-def caption_tokens(encoder: Any, captions: Sequence[str]) -> list[bytes]:
-    """Captions as the bytes of their tokens, int16, as `TextStore` takes them."""
-    ids, mask = encoder.rendered(captions)
-    head = encoder.head_length
-    tokens = ids[:, head:].numpy().astype(np.int16)
-    return [row[:n].tobytes() for row, n in zip(tokens, mask[:, head:].sum(1).tolist(), strict=True)]
-
-
 # ---- evaluations ----------------------------------------------------------------------------------------------------
 
 
@@ -319,19 +311,12 @@ class Job:
             self.pipeline.backbone = trial.shown
             for kind in ("brief", "dense") if ARMS[trial.run.arm].both else ("brief",):
                 questions = self.questions[split, kind]
-                drawn[kind] = self.draw(questions)
+                # From the same noise in all runs.
+                seeds = range(len(questions.prompts))
+                drawn[kind] = draw(self.pipeline, questions.text, seeds, SIDE, SAMPLER_STEPS, GUIDANCE)
                 handle = self.readers.score(drawn[kind], questions.prompts)
                 trial.pending.append((point, kind, handle, questions.prompts))
         return drawn["brief"]
-
-    def draw(self, questions: Questions) -> Tensor:
-        """One picture a prompt, uint8 [B,3,64,64], from the same noise in all runs."""
-        pipeline, cells = self.pipeline, SIDE // self.pipeline.vae.downscale
-        generators = [torch.Generator().manual_seed(n) for n in range(len(questions.prompts))]
-        x = pipeline.noise(generators, (cells, cells))
-        for _, z in pipeline.sample(questions.text, x, SAMPLER_STEPS, GUIDANCE):
-            x = z
-        return to_images(pipeline.decode(x)).cpu()
 
     def collect(self, wait: bool = False) -> None:
         """Write the runs of which all is read. One whose pictures cannot be read is given up, and the others go on."""

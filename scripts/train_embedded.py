@@ -32,7 +32,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU 
 
 import torch
 from attrs import asdict
-from embedded_loop import MODES, Cache, Step, TextStore
+from embedded_loop import MODES, Cache, Step, TextStore, draw
 from embedded_scenes import FURTHER_TASKS, TASKS, Group, SceneFactory
 from embedded_vae import by_task, choose_vae
 from lens_flow.matching import FlowMatching
@@ -41,7 +41,6 @@ from lens_shapes.benchmark import ShapesBenchmark
 from safetensors.torch import load_file, save_file
 
 from lens_core import LensPipeline
-from lens_core.inference.pixels import to_images
 from lens_core.recipe import ComponentSpec, unstructure
 
 FLOW = {"caption_dropout": 0.0, "base_tokens": 64, "base_shift": 0.9, "max_tokens": 256, "max_shift": 1.2}
@@ -205,11 +204,8 @@ class Trial:
             for n in range(0, count, 128):
                 part = prompts[n : n + 128]
                 text = self.pipeline.encode([p.text for p in part])
-                generators = [torch.Generator().manual_seed(seed * 10_000 + n + i) for i in range(len(part))]
-                x = self.pipeline.noise(generators, (side // 8, side // 8))
-                for _, z in self.pipeline.sample(text, x, 20, guidance):
-                    x = z
-                drawn.append(to_images(self.pipeline.decode(x)).cpu())
+                seeds = [seed * 10_000 + n + i for i in range(len(part))]
+                drawn.append(draw(self.pipeline, text, seeds, side, 20, guidance))
         images = torch.cat(drawn)
         fact = {"at": round(self.log.seconds(), 1), "split": split, "side": side, "guidance": guidance, "seed": seed,
                 "prompts": count}  # fmt: skip

@@ -177,7 +177,7 @@ class Ranks:
     def barrier(self) -> None:
         """Until all are here."""
         if self.world > 1:
-            # Unless it is told, NCCL guesses the GPU of each process, and warns that the guess may hang.
+            # Without device_ids, NCCL guesses the GPU of each process, and warns that the guess may hang.
             nccl = self.device.type == "cuda" and "nccl" in dist.get_backend()
             dist.barrier(device_ids=[self.device.index or 0] if nccl else None)
 

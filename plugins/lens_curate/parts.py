@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,7 @@ SHORT = 16
 """Digits of an id in a task. Of two ids that begin alike both are read, and what was not asked for is left out."""
 
 
-def short_ids(digits: str) -> set[str]:
+@functools.lru_cache(2)  # of a task, for each of its batches
+def short_ids(digits: str) -> frozenset[str]:
     """The beginnings of ids that a task has as one text: as whole ids they would take most of the memory of a plan."""
-    return {digits[at : at + SHORT] for at in range(0, len(digits), SHORT)}
+    return frozenset(digits[at : at + SHORT] for at in range(0, len(digits), SHORT))

@@ -40,17 +40,18 @@ def score_images(
     if processes == 1 or len(prompts) == 1:
         return [score(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     size = max(1, len(prompts) // (4 * processes))
-    for last in (False, True):
-        try:
-            return list(_pool(processes).map(score, pictures, prompts, chunksize=size))
-        except BrokenProcessPool as error:  # one of them was killed, as for want of memory: once more, with new ones
-            _pool.cache_clear()
-            if last:
-                raise LensError(
-                    f"the {processes} processes that read pictures of shapes died twice; use fewer (`processes`), and "
-                    'in a script of yours call this under `if __name__ == "__main__":`'
-                ) from error
-    raise AssertionError
+    try:
+        return list(_pool(processes).map(score, pictures, prompts, chunksize=size))
+    except BrokenProcessPool:  # one of them was killed, as for want of memory: once more, with new ones
+        _pool.cache_clear()
+    try:
+        return list(_pool(processes).map(score, pictures, prompts, chunksize=size))
+    except BrokenProcessPool as error:
+        _pool.cache_clear()
+        raise LensError(
+            f"the {processes} processes that read pictures of shapes died twice; use fewer (`processes`), and in a "
+            'script of yours call this under `if __name__ == "__main__":`'
+        ) from error
 
 
 @functools.cache
