@@ -19,12 +19,13 @@ from lens_core.flow import Velocity
 from lens_core.inference.pixels import to_pixels
 from lens_core.protocols import dtype_of
 from lens_core.training.frozen_weights import frozen_copy
-from lens_core.types import Batch, CheckpointError, ConfigError, LensError, Loss, TextFeatures, move
+from lens_core.types import Batch, ConfigError, LensError, Loss, TextFeatures, move
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, optional, real, within
 from lens_dmd2 import losses
 from lens_dmd2.heads import HEADS, Heads
 from lens_dmd2.losses import MATCHINGS, NOISE_LEVELS, MatchingOptions, Schedule, Views
 from lens_dmd2.rollout import ROLLOUTS
+from lens_dmd2.student import check_teacher, grid_of, velocity_of
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
@@ -182,24 +183,20 @@ class DMD2:
     ) -> Iterator[Sequence[MicroBatch]]:
         """One encoded batch a step. `rng`, which is in one state in all processes, gives what they must share: the
         exit_steps, and one of the sizes where there are no pictures. A GAN needs pictures."""
-        cell = self.pipeline.vae.downscale
         for batch in batches:
-            z, images = None, batch.even()
-            if images is not None:
-                height, width = images.shape[-2:]
-                z = self._encode(images) if self.config.gan_weight or self.config.real_data_ratio else None
-            elif self.config.gan_weight or self.config.real_data_ratio:
-                raise LensError(
-                    "dmd2: the dataset yields captions only; "
-                    "gan_weight and real_data_ratio need one that yields pictures"
-                )
-            else:
-                sizes = self.config.sizes or (self.pipeline.size(),)
-                height, width = sizes[int(torch.randint(len(sizes), (), generator=rng))]
+            z = None
+            if self.config.gan_weight or self.config.real_data_ratio:
+                images = batch.even()
+                if images is None:
+                    raise LensError(
+                        "dmd2: the dataset yields captions only; "
+                        "gan_weight and real_data_ratio need one that yields pictures"
+                    )
+                z = self._encode(images)
+            grid = grid_of(self.pipeline, batch, self.config.sizes, rng)
             updates = self.config.fake_score_updates * len(self._modules)  # of a step, or more
             exit_steps = [self._draw(rng) for _ in range(updates)]
-            text, grid = self.pipeline.encode(batch.captions), (height // cell, width // cell)
-            yield (MicroBatch(text, grid, z, iter(exit_steps)),)
+            yield (MicroBatch(self.pipeline.encode(batch.captions), grid, z, iter(exit_steps)),)
 
     def _draw(self, rng: torch.Generator) -> ExitStep:
         """Any of the student's steps, each as likely as the others."""
@@ -227,7 +224,7 @@ class DMD2:
         self, modules: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator
     ) -> tuple[Tensor, float, float, Velocity]:
         """(x, t, the next time, the student's velocity): the step that learns, and where it begins."""
-        student = _velocity_of(modules["generator"], batch.text)
+        student = velocity_of(modules["generator"], batch.text)
         sampler, steps = self.pipeline.sampler, self.config.steps
         exit_step = next(batch.exit_steps, None) or self._draw(rng)
         count = exit_step.count
@@ -254,10 +251,10 @@ class DMD2:
         row = begin.new_full((len(begin),), t)
         v = student(begin, row)
         x = flow.data_from(begin, v, row)
-        views = Views(
-            _velocity_of(self.teacher, batch.text),
-            _velocity_of(self.teacher, _empty_text(batch.text)),
-            _velocity_of(modules["fake"], batch.text),
+        views = Views(  # two passes of the teacher: the one without text is the cheaper
+            velocity_of(self.teacher, batch.text),
+            velocity_of(self.teacher, _empty_text(batch.text)),
+            velocity_of(modules["fake"], batch.text),
             self.guidance,
         )
         options = MatchingOptions(self.schedule, config.min_distance, config.ca_weight, config.dm_weight)
@@ -284,7 +281,7 @@ class DMD2:
     def _fake(self, modules: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator) -> Loss:
         x = self._student_guess(modules, batch, rng)
         x_t, t, noise = losses.noised(x, rng, self.schedule)
-        v = _velocity_of(modules["fake"], batch.text)(x_t, t)
+        v = velocity_of(modules["fake"], batch.text)(x_t, t)
         total = losses.tracking(v, x, noise)
         # Against the best guess that sees nothing, the mean velocity: what is left to learn, as a share.
         unexplained = total.detach() / flow.velocity(x, noise).var()
@@ -335,21 +332,7 @@ class DMD2:
         return {"teacher": self._start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["teacher"] != self._start:
-            raise CheckpointError(
-                f"dmd2: this run was begun with the teacher {state['teacher']}, but the recipe's start is now "
-                f"{self._start}; put the old one back, or choose a new --output"
-            )
-
-
-def _velocity_of(net: nn.Module, text: TextFeatures) -> Velocity:
-    """(x, t) -> v in the dtype of x. The teacher's two views are two passes: the one without text is the cheaper."""
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        v: Tensor = net(x, t, text)
-        return v.to(x.dtype)
-
-    return velocity
+        check_teacher("dmd2", state["teacher"], self._start)
 
 
 def _empty_text(text: TextFeatures) -> TextFeatures:

@@ -1,0 +1,150 @@
+"""The method `trajectory_regression`: each step of a student learns what several guided steps of its teacher do.
+
+Distillation by regression on the teacher's trajectory (Luhman and Luhman, 2021; Salimans and Ho, 2022), with guidance
+built in (Meng et al., 2023). The student learns at the points that its own steps reach, as in the rollouts of `dmd2`:
+on the teacher's trajectory alone it would never see its own errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import field, frozen
+from torch import Tensor, nn
+
+from lens_core import flow
+from lens_core.inference.guidance import guided_velocity
+from lens_core.protocols import Sampler
+from lens_core.training.frozen_weights import frozen_copy
+from lens_core.types import Batch, ConfigError, Loss, TextFeatures, move
+from lens_core.validators import GUIDANCE, PIXELS, STEPS, each, integer, optional
+from lens_dmd2.rollout import ode
+from lens_dmd2.student import check_teacher, grid_of, velocity_of
+
+if TYPE_CHECKING:
+    from lens_core.inference.pipeline import LensPipeline
+
+
+@frozen
+class Segment:
+    """A micro-batch: the captions' text, the latent grid (h, w), and the step of the student that learns from it."""
+
+    text: TextFeatures
+    size: tuple[int, int]
+    number: int
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+class TrajectoryRegression:
+    """Distil the pipeline into a student of few steps without guidance, by regression on the teacher's trajectories.
+
+    The pipeline's backbone becomes the student of `steps` steps; as it was, it is the teacher. From where the student's
+    own steps lead, the teacher goes on for one step of the student, in `teacher_steps` guided steps of Euler's method.
+    The student learns the mean velocity of that: the loss is the squared distance.
+
+    The captions of a batch are shared out among the student's steps, so that a training step teaches all of them. The
+    pipeline's presets become the student's. The teacher is not trained and not saved: a resumed run copies it anew from
+    the recipe's start, and refuses another one.
+    """
+
+    headline = ("student/error", "student/unexplained")
+
+    @frozen
+    class Config:
+        steps: int = field(default=4, validator=STEPS)  # the student's
+        # The teacher's; None: the pipeline's own.
+        guidance_scale: float | None = field(default=None, validator=optional(GUIDANCE))
+        teacher_steps: int = field(default=3, validator=integer(at_least=1))  # of the teacher, for one of the student
+        # px, for captions without pictures; (): the preset square.
+        sizes: tuple[tuple[int, int], ...] = field(default=(), validator=each(each(PIXELS)))
+
+    def __init__(self, config: Config, pipeline: LensPipeline) -> None:
+        if not _is_euler(pipeline.sampler):
+            raise ConfigError(
+                f"trajectory_regression: {pipeline.specs['sampler'].use} does not step by Euler's method, as its "
+                "student does; name another in the recipe: pipeline: {start: …, sampler: euler}"
+            )
+        scale = pipeline.presets["guidance_scale"] if config.guidance_scale is None else config.guidance_scale
+        self.config, self.pipeline, self.guidance = config, pipeline, float(scale)
+        self.teacher: Any = frozen_copy(pipeline.backbone)
+        self._start = pipeline.version
+        pipeline.presets |= {"steps": config.steps, "guidance_scale": 1.0}
+
+    def trainable_modules(self) -> Mapping[str, nn.Module]:
+        return {"student": self.pipeline.backbone}
+
+    def frozen(self) -> Mapping[str, nn.Module]:
+        return {"teacher": self.teacher}
+
+    def update_order(self, step: int) -> Sequence[str]:
+        return ("student",)
+
+    def steps(
+        self, batches: Iterator[Batch], modules: Mapping[str, nn.Module], rng: torch.Generator
+    ) -> Iterator[Sequence[Segment]]:
+        """One batch of captions a step, cut into a part for each step of the student. Which part is for which is drawn
+        from `rng`, which is in one state in all processes: so all make the same passes, and none waits for another."""
+        for batch in batches:
+            grid = grid_of(self.pipeline, batch, self.config.sizes, rng)
+            first = int(torch.randint(self.config.steps, (), generator=rng))
+            text = self.pipeline.encode(batch.captions)
+            count = min(self.config.steps, len(text))
+            yield [Segment(text[i::count], grid, (first + i) % self.config.steps) for i in range(count)]
+
+    def loss(self, module_name: str, modules: Mapping[str, nn.Module], batch: Segment, rng: torch.Generator) -> Loss:
+        """`rng` gives the noise that the student begins with."""
+        pipeline, config = self.pipeline, self.config
+        student = velocity_of(modules["student"], batch.text)
+        noise = torch.randn(len(batch), pipeline.vae.channels, *batch.size, generator=rng)
+        noise = move(noise, batch.text.features.device)
+        t, after = pipeline.sampler.times(batch.size, config.steps)[batch.number : batch.number + 2].tolist()
+        x = ode(pipeline.sampler, student, noise, config.steps, batch.number, rng).float()
+        wanted = self._mean_velocity(x, t, after, batch.text)
+        error = (student(x, flow.at(t, x)).float() - wanted).square().mean()
+        # Against the best guess that is the same for all rows and places: what is left to learn, as a share.
+        unexplained = error.detach() / wanted.var()
+        return Loss(error, {"error": error.detach(), "unexplained": unexplained}, weight=float(len(batch)))
+
+    @torch.no_grad()
+    def _mean_velocity(self, x: Tensor, t: float, after: float, text: TextFeatures) -> Tensor:
+        """Of the teacher from t to `after`, evenly divided: the velocity that leads there in one step."""
+        velocity = guided_velocity(self.teacher, text, None, self.guidance)
+        count = self.config.teacher_steps
+        by = (after - t) / count
+        total = torch.zeros_like(x)
+        for i in range(count):
+            v = velocity(x, flow.at(t + i * by, x))
+            total += v
+            x = x + by * v
+        return total / count
+
+    def after_step(self, step: int, modules: Mapping[str, nn.Module]) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher's hash: its weights are those of the recipe's start."""
+        return {"teacher": self._start}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        check_teacher("trajectory_regression", state["teacher"], self._start)
+
+
+def _is_euler(sampler: Sampler) -> bool:
+    """Whether four steps along the velocities 1, 2, 3 and 4 are those of Euler's method."""
+    calls, times = 0, sampler.times((2, 2), 4)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.full_like(x, calls)
+
+    try:
+        *_, (_, end) = sampler.sample(velocity, torch.zeros(1, 1, 2, 2), 4)
+    except ConfigError:  # it adds noise, and there is none
+        return False
+    euler = (times.diff().cpu() * torch.arange(1, 5)).sum()
+    return calls == 4 and bool((end - euler).abs().max() < 1e-4)

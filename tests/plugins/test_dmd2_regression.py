@@ -1,0 +1,226 @@
+"""The method trajectory_regression: what a step of the student is held against, and that it gets there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lens_dmd2
+import lens_flow
+import pytest
+import torch
+import toy
+from attrs import evolve
+from lens_dmd2.regression import Segment, TrajectoryRegression
+from torch import Tensor
+
+from lens_core import flow
+from lens_core.catalog import Catalog
+from lens_core.checkpoints import tensor_files
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import ComponentSpec, PipelineSpec, Recipe, Training
+from lens_core.testing import check_method
+from lens_core.training.trainer import Trainer
+from lens_core.types import Batch, CheckpointError, ConfigError, TextFeatures
+
+CATALOG = Catalog.of(toy, lens_dmd2, lens_flow)
+WORDS = ["red", "green", "blue", "", "yellow", "a", "bc", "d"]
+
+
+def rng(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def method(sampler: ComponentSpec = toy.PARTS.sampler, apart: bool = True, **config: Any) -> TrajectoryRegression:
+    """A method whose student has learnt something already, so that it differs from its teacher; unless not `apart`."""
+    torch.manual_seed(0)
+    made = TrajectoryRegression(
+        TrajectoryRegression.Config(**config),
+        LensPipeline.from_parts(evolve(toy.PARTS, sampler=sampler, guidance_scale=3.0), CATALOG),
+    )
+    for p in made.pipeline.backbone.parameters() if apart else ():
+        p.data += 0.3 * torch.randn(p.shape, generator=rng())
+    return made
+
+
+def segment(m: TrajectoryRegression, number: int, rows: int = 4) -> Segment:
+    return Segment(m.pipeline.encode(WORDS[:rows]), (3, 2), number)
+
+
+def batches(captions: list[str]) -> Any:
+    return iter([Batch(None, tuple(captions))])
+
+
+# ---- the loss ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["even", "euler"])
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_step_is_held_against_guided_steps_of_the_teacher_from_where_the_student_is(
+    sampler: str, number: int
+) -> None:
+    m = method(ComponentSpec(sampler), teacher_steps=3)
+    batch = segment(m, number)
+    m.pipeline.backbone.requires_grad_(True)
+    loss = m.loss("student", m.trainable_modules(), batch, rng(11))
+    loss.total.backward()  # type: ignore[no-untyped-call]
+    # the same, written apart: noise, the student's own steps, and then the teacher's with both branches
+    student, nothing = copy.deepcopy(m.pipeline.backbone), TextFeatures.empty(4, 1, 8, batch.text.features)
+    x = torch.randn(4, 4, 3, 2, generator=rng(11))
+    times = m.pipeline.sampler.times((3, 2), 4).tolist()
+    with torch.no_grad():
+        for i in range(number):
+            x = x + (times[i + 1] - times[i]) * student(x, torch.full((4,), times[i]), batch.text)
+        y, t, by = x, times[number], (times[number + 1] - times[number]) / 3
+        for i in range(3):
+            at = torch.full((4,), t + i * by)
+            y = y + by * flow.guide(m.teacher(y, at, batch.text), m.teacher(y, at, nothing), 3.0)
+    reached = x + 3 * by * student(x, torch.full((4,), t), batch.text)
+    expected = ((reached - y) / (3 * by)).square().mean()
+    torch.testing.assert_close(loss.total, expected, rtol=1e-4, atol=1e-6)
+    grads = torch.autograd.grad(expected, list(student.parameters()))
+    for p, grad in zip(m.pipeline.backbone.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-6)
+    assert all(p.grad is None for p in m.teacher.parameters())
+
+
+def test_one_unguided_step_of_a_teacher_teaches_its_copy_nothing_and_guidance_does() -> None:
+    m = method(apart=False, teacher_steps=1, guidance_scale=1.0)
+    assert float(m.loss("student", m.trainable_modules(), segment(m, 0), rng()).parts["error"]) < 1e-12
+    for different in ({"teacher_steps": 2, "guidance_scale": 1.0}, {"teacher_steps": 1, "guidance_scale": 2.0}):
+        m = method(apart=False, **different)
+        assert float(m.loss("student", m.trainable_modules(), segment(m, 0), rng()).parts["error"]) > 1e-5
+
+
+def test_what_is_unexplained_is_a_share_of_the_variance() -> None:
+    m = method(teacher_steps=2)
+    parts = m.loss("student", {"student": lambda x, t, text: torch.zeros_like(x)}, segment(m, 0, 8), rng()).parts  # type: ignore[dict-item]
+    wanted = m._mean_velocity(torch.randn(8, 4, 3, 2, generator=rng()), 1.0, 0.75, m.pipeline.encode(WORDS))
+    assert float(parts["error"]) == pytest.approx(float(wanted.square().mean()), rel=1e-4)
+    assert float(parts["unexplained"]) == pytest.approx(float(wanted.square().mean() / wanted.var()), rel=1e-4)
+
+
+def test_a_student_learns_to_reach_in_four_steps_what_its_teacher_reaches_in_twelve_guided_ones() -> None:
+    m = method(apart=False)
+    net = m.pipeline.backbone
+    optimizer, draws = torch.optim.Adam(net.requires_grad_(True).parameters(), 5e-3), rng(1)
+
+    def distance() -> float:
+        noise, text = torch.randn(8, 4, 3, 2, generator=rng(77)), m.pipeline.encode(WORDS)
+        teacher = copy.copy(m.pipeline)
+        teacher.backbone = m.teacher
+        with torch.no_grad():
+            (*_, (_, far)), (*_, (_, near)) = (
+                teacher.sample(text, noise, 12, 3.0),
+                m.pipeline.sample(text, noise, 4, 1.0),
+            )
+        return float((far - near).square().mean())
+
+    before = distance()
+    for _ in range(150):
+        for number in range(4):
+            m.loss("student", m.trainable_modules(), segment(m, number, 8), draws).total.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert distance() < before / 20
+
+
+def test_gradients_survive_the_students_own_steps_under_autocast() -> None:
+    m = method()
+    m.pipeline.backbone.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = m.loss("student", m.trainable_modules(), segment(m, 2), rng()).total
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None and p.grad.any() for p in m.pipeline.backbone.parameters())
+
+
+# ---- micro-batches ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 6, 8])
+def test_captions_are_shared_out_among_the_steps_each_once(rows: int) -> None:
+    m, firsts = method(), set()
+    for seed in range(20):
+        (parts,) = m.steps(batches(WORDS[:rows]), m.trainable_modules(), rng(seed))
+        assert sum(map(len, parts)) == rows and len(parts) == min(4, rows)
+        assert len({p.number for p in parts}) == len(parts)
+        firsts.add(parts[0].number)
+        everything = m.pipeline.encode(WORDS[:rows]).features
+        for i, part in enumerate(parts):
+            torch.testing.assert_close(part.text.features, everything[i :: len(parts)])
+            assert m.loss("student", m.trainable_modules(), part, rng()).weight == len(part)
+    assert firsts == {0, 1, 2, 3}
+
+
+def test_sizes_are_those_of_the_pictures_or_of_the_recipe() -> None:
+    m = method(sizes=((16, 32), (48, 16)))
+    assert {m.steps(batches(WORDS), {}, rng(s)).__next__()[0].size for s in range(20)} == {(1, 2), (3, 1)}
+    pictures = Batch(torch.zeros(2, 3, 32, 64, dtype=torch.uint8), ("red", "blue"))
+    assert next(iter(m.steps(iter([pictures]), {}, rng())))[0].size == (2, 4)
+
+
+# ---- refusals and promises --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp", "euler_ancestral"])
+def test_a_sampler_that_does_not_step_as_the_student_will_is_refused(sampler: str) -> None:
+    with pytest.raises(ConfigError, match=f"trajectory_regression: .*{sampler} does not step by Euler's method"):
+        method(ComponentSpec(sampler))
+    method(ComponentSpec("euler", {"mu": 1.0}))
+
+
+def test_the_pipeline_takes_the_students_presets() -> None:
+    m = method(steps=3)
+    assert (m.pipeline.presets["steps"], m.pipeline.presets["guidance_scale"], m.guidance) == (3, 1.0, 3.0)
+    assert method(guidance_scale=2.5).guidance == 2.5
+
+
+def test_it_keeps_the_promises_of_a_method() -> None:
+    def make() -> TrajectoryRegression:
+        return TrajectoryRegression(TrajectoryRegression.Config(), LensPipeline.from_parts(toy.PARTS, CATALOG))
+
+    check_method(make, [Batch(torch.zeros(2, 3, 16, 32, dtype=torch.uint8), ("red", "blue"))])
+
+
+def test_a_stopped_run_goes_on_bit_for_bit_with_the_same_teacher_and_refuses_another(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    start = tmp_path / "start"
+    LensPipeline.from_parts(evolve(toy.PARTS, guidance_scale=3.0), CATALOG).save_pretrained(start)
+    recipe = Recipe(
+        method=ComponentSpec("trajectory_regression"),
+        dataset=ComponentSpec("squares"),
+        train=Training(steps=4, lr=1e-2, ema_decay=0.9, save_every=2),
+        pipeline=PipelineSpec(start=str(start)),
+    )
+
+    def run(out: str, stop: Callable[[int], bool] = lambda step: False) -> tuple[dict[str, Tensor], Path | None]:
+        trainer = Trainer(recipe, CATALOG, tmp_path / out, log=lambda line: None)
+        after = trainer.method.after_step
+
+        def maybe_stop(step: int, modules: Any) -> None:
+            after(step, modules)
+            if stop(step):
+                raise MemoryError
+
+        trainer.method.after_step = maybe_stop
+        report = trainer.train()
+        return tensor_files.read_tensors(
+            tmp_path / out / "checkpoints" / "step-0000004" / "state.safetensors"
+        ), report.model
+
+    whole, model = run("whole")
+    with pytest.raises(MemoryError):
+        run("halted", lambda step: step == 2)
+    resumed, _ = run("halted")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert model is not None
+    student = LensPipeline.from_pretrained(model, catalog=CATALOG)
+    assert (student.presets["steps"], student.presets["guidance_scale"]) == (4, 1.0)
+    torch.manual_seed(2)
+    LensPipeline.from_parts(evolve(toy.PARTS, guidance_scale=3.0), CATALOG).save_pretrained(tmp_path / "other")
+    (tmp_path / "start").rename(tmp_path / "gone")
+    (tmp_path / "other").rename(start)
+    with pytest.raises(CheckpointError, match="trajectory_regression: this run was begun with the teacher"):
+        run("halted")
