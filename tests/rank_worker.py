@@ -120,6 +120,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "dataset": SHAPES,
         "pipeline": {**PARTS, "guidance_scale": 3.0, "steps": 4},
     },
+    "regressed": {  # the four captions of a part, one for each step of the student
+        "method": {"use": "trajectory_regression", "teacher_steps": 2},
+        "dataset": SHAPES,
+        "pipeline": {**PARTS, "guidance_scale": 3.0},
+    },
     "encoded": {  # its latent statistics are those of both processes
         "method": "autoencode",
         "dataset": SHAPES,

@@ -40,7 +40,8 @@ class ModelOptions:
     lora
         A LoRA file or folder, with an optional weight: PATH or PATH:0.8. May be given more than once.
     sampler
-        Another sampler than the checkpoint's: euler, heun, dpmpp, euler_ancestral.
+        Another sampler than the checkpoint's: euler, heun, dpmpp, euler_ancestral, or with options,
+        '{use: euler, mu: 1.0}'.
     device
         auto, cpu, cuda, cuda:1 …; auto if not given.
     dtype
@@ -73,11 +74,10 @@ class ModelOptions:
     def request(self) -> ModelRequest:
         """What they ask for, as a script writes it."""
         from lens_core.inference.requests import ModelRequest
-        from lens_core.recipe import ComponentSpec
 
         return ModelRequest(
             self.model or "tiny:", self.backbone, self.text_encoder, self.vae, parse_loras(self.lora),
-            ComponentSpec(self.sampler) if self.sampler else None, self.device or "auto", self.dtype or "auto",
+            parse_sampler(self.sampler), self.device or "auto", self.dtype or "auto",
             self.offload or "auto", self.prompt_cache, parse_reasoner(self.reasoner),
             self.lossy_vae_tile,
         )  # fmt: skip
@@ -86,14 +86,15 @@ class ModelOptions:
         """The same as options of the generator `pipeline`; None where an option is not given."""
         from lens_core.recipe import unstructure
 
-        reasoner = parse_reasoner(self.reasoner)
+        sampler, reasoner = parse_sampler(self.sampler), parse_reasoner(self.reasoner)
         paths = {name: getattr(self, name) for name in ("backbone", "text_encoder", "vae", "prompt_cache")}
         return {
             "model": self.model,
             "loras": [f"{path}:{weight:g}" for path, weight in parse_loras(self.lora)] or None,
+            "sampler": None if sampler is None else unstructure(sampler),
             "reasoner": None if reasoner is None else unstructure(reasoner),
             **{name: None if path is None else str(path) for name, path in paths.items()},
-            **{name: getattr(self, name) for name in ("sampler", "device", "dtype", "offload", "lossy_vae_tile")},
+            **{name: getattr(self, name) for name in ("device", "dtype", "offload", "lossy_vae_tile")},
         }
 
 
@@ -146,6 +147,13 @@ def check_steps(steps: int | None) -> int | None:
     if steps is not None and steps > MAX_STEPS:
         raise ConfigError(f"steps must be at most {MAX_STEPS}, not {steps}")
     return steps
+
+
+def parse_sampler(text: str | None) -> ComponentSpec | None:
+    """A sampler by name, or in a line of YAML with its options."""
+    from lens_core.config import parse_use
+
+    return parse_use(text) if text else None
 
 
 def parse_reasoner(text: str | None) -> ComponentSpec | None:

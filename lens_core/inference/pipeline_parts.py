@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import attrs
 import torch
 from attrs import field, frozen
 from torch import Tensor, nn
@@ -136,9 +137,17 @@ class PipelineParts(DiffusersNames):
             self._plan_anew(manager)
 
     def use_sampler(self, use: str, **options: Any) -> None:
-        """Draw with another sampler from now on: a name such as "heun", with its options. Raises ConfigError."""
+        """Draw with another sampler from now on: a name such as "heun", with its options. Raises ConfigError.
+
+        Options that are not given stay those of the sampler before, where both have them, as with diffusers'
+        `Other.from_config(pipe.scheduler.config)`: the shift `mu` of the times is the checkpoint's.
+        """
         catalog = self.catalog or Catalog.installed()
-        name, cls, config = build(catalog, "sampler", ComponentSpec(use, options), "sampler")
+        before = self.specs.get("sampler")
+        _, cls, _ = build(catalog, "sampler", ComponentSpec(use, options), "sampler")
+        known = {field.name for field in attrs.fields(cls.Config)}
+        kept = {k: v for k, v in before.options.items() if k in known} if before is not None else {}
+        name, cls, config = build(catalog, "sampler", ComponentSpec(use, kept | options), "sampler")
         self.put("sampler", cls(config), ComponentSpec(name, unstructure(config)))
 
     def use_reasoner(self, reasoner: Any) -> None:

@@ -346,9 +346,8 @@ class Engine:
         before, self._state = self._state, None
         pipeline = self._pipeline
         if before is None or before.sampler != state.sampler:
-            if state.sampler is None:
-                pipeline.put("sampler", *self._default_sampler)
-            else:
+            pipeline.put("sampler", *self._default_sampler)  # whose options the next one takes, not the last one's
+            if state.sampler is not None:
                 pipeline.use_sampler(state.sampler)
         if before is None or before.loras != state.loras:
             pipeline.unload_lora_weights()

@@ -479,6 +479,8 @@ def test_a_picture_can_be_begun_at_and_drawn_again_from_it(
         (("--image", "gone.png"), "there is no such picture"),
         (("--guidance-interval", "1"), "must be LOW,HIGH"),
         (("--sampler", "evan"), "Did you mean 'even'?"),
+        (("--sampler", "{use: even, mu: 1.0}"), "sampler.mu: unknown"),
+        (("--sampler", "[even]"), "must name a component"),
     ):
         assert again(checkpoint, "a cat", *words, "-o", "x.png") == 2
         assert message in capsys.readouterr().err

@@ -175,6 +175,7 @@ METHODS = {
     "flow_matching": {},
     "diffusion_nft": {"prompts": {"use": "reds"}, "rewards": [{"use": "bright"}], **ROLLOUT},
     "dmd2": {"steps": 2, "guidance_scale": 3.0, "fake_score_updates": 1},
+    "trajectory_regression": {"steps": 2, "guidance_scale": 3.0},
 }
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import lens_flow
 import pytest
 import torch
+import toy
+from attrs import evolve
 from lens_flow.euler import Euler
 from lens_flow.solvers import DPMpp, EulerAncestral, Heun
 from torch import Tensor
 
+from lens_core.catalog import Catalog
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import ComponentSpec
 from lens_core.testing import check_sampler
 from lens_core.types import ConfigError
 
@@ -148,3 +154,18 @@ def test_it_says_that_it_needs_noise():
     for eta in (-0.1, 1.1, math.nan):
         with pytest.raises(ConfigError, match="eta: must be"):
             EulerAncestral.Config(eta=eta)
+
+
+def test_another_sampler_keeps_the_shift_of_the_one_before_and_what_it_does_not_know_is_left() -> None:
+    catalog = Catalog.of(toy, lens_flow)
+    parts = evolve(toy.PARTS, sampler=ComponentSpec("euler_ancestral", {"mu": 0.7, "eta": 0.5}))
+    pipeline = LensPipeline.from_parts(parts, catalog)
+    times = pipeline.sampler.times((4, 4), 5)
+    for name, options in (("heun", {"mu": 0.7}), ("dpmpp", {"mu": 0.7}), ("euler_ancestral", {"mu": 0.7, "eta": 1.0})):
+        pipeline.use_sampler(name)
+        assert dict(pipeline.specs["sampler"].options) == options
+        assert torch.equal(pipeline.sampler.times((4, 4), 5), times)
+    pipeline.use_sampler("heun", mu=0.2)
+    assert pipeline.specs["sampler"].options["mu"] == 0.2
+    pipeline.use_sampler("euler", mu=None)
+    assert torch.equal(pipeline.sampler.times((4, 4), 5), Euler(Euler.Config()).times((4, 4), 5))
