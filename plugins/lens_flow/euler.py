@@ -78,14 +78,13 @@ class Euler(Scheduled):
     model_index: ClassVar = {"scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler")}
 
     def save(self, folder: Path) -> None:
-        """Write `scheduler/scheduler_config.json` as the published checkpoints have it, for other tools. Those
-        compute the times from mu, as `times` does."""
-        config = {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "use_dynamic_shifting": True,
-            "time_shift_type": "exponential",
-        }
+        """Write `scheduler/scheduler_config.json` for other tools: as the published checkpoints have it, whose mu the
+        pipeline computes from the size; with a `mu` of its own, as that fixed shift."""
+        config: dict[str, object] = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+        if self.config.mu is None:
+            config |= {"use_dynamic_shifting": True, "time_shift_type": "exponential"}
+        else:
+            config |= {"use_dynamic_shifting": False, "shift": math.exp(self.config.mu)}
         write_json(folder / "scheduler" / "scheduler_config.json", config)
 
     def sample(self, velocity: Velocity, x: Tensor, steps: int, start: int = 0) -> Iterator[tuple[float, Tensor]]:

@@ -41,6 +41,16 @@ def test_the_times_are_those_of_diffusers(size, steps, tmp_path):
     assert torch.equal(times, scheduler.sigmas)
 
 
+@pytest.mark.parametrize("mu", [-0.5, 0.0, 1.0])
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_a_mu_that_is_set_is_a_fixed_shift_of_diffusers(mu, steps, tmp_path):
+    sampler = Euler(Euler.Config(mu=mu))
+    sampler.save(tmp_path)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler")
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+    torch.testing.assert_close(sampler.times((8, 8), steps), scheduler.sigmas, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("mu", [None, -1.0])
 def test_it_keeps_the_contract_of_a_sampler(mu):
     check_sampler(Euler(Euler.Config(mu=mu)))
