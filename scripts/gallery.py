@@ -57,8 +57,8 @@ ENTRIES: dict[str, tuple[str, list[str], str, str]] = {
         "Without, with one, with the other, with half of each; these LoRAs are small random ones.",
     ),
     "distil": (
-        "Distil", ["10", "runs"], "runs/student.png",
-        "\"a red circle\" in four steps without guidance, by the teacher and by a student of ten steps.",
+        "Distil", ["40", "runs"], "runs/student.png",
+        "\"three blue stars\" in four steps without guidance, by the teacher and, below, a student of forty updates.",
     ),
     "benchmark_remote_api": (
         "Benchmark an image API", ["run"], "run/sheet.png",

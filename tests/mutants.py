@@ -141,6 +141,16 @@ MUTANTS = [
         ("[theirs[name] for name in mine], 1 - keep)", "[theirs[name] for name in mine], keep)"),
         ("middle = t + u * (after - t)", "middle = t + u * after"),
     ),
+    *_of(
+        "plugins/lens_dmd2/regression.py",
+        "tests/plugins/test_dmd2_regression.py",
+        ("by = (after - t) / count", "by = after - t"),
+        ("at = flow.at(t + i * by, x)", "at = flow.at(t, x)"),
+        ("return total / count", "return total"),
+        ("flow.guide(v, unconditional(x, at), self.guidance)", "flow.guide(unconditional(x, at), v, self.guidance)"),
+        ("config.steps, batch.number, rng)", "config.steps, 0, rng)"),
+        ("text[rows[step::count]]", "text[rows[:: count]]"),
+    ),
     # flow, guidance, samplers
     *_of(
         "lens_core/flow.py",

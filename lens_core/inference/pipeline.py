@@ -118,6 +118,7 @@ class LensPipeline(PipelineParts):
         for kind in PIPELINE_PARTS:
             spec = getattr(parts, kind)
             if spec is not None:
+                spec = pipeline._with_kept_options(spec, catalog) if kind == "sampler" else spec
                 name, component, config = build(catalog, kind, spec, f"$.pipeline.{kind}")
                 with building(name):
                     setattr(pipeline, kind, component(config))

@@ -37,6 +37,11 @@ NO_PREVIEW = "this checkpoint has no map for previews; lens fit-preview makes on
 
 
 @frozen
+class NoOptions:
+    """The options of a component without a Config."""
+
+
+@frozen
 class Origin:
     """Where the parts of a pipeline come from: their checkpoint, and the catalog that their classes were found in."""
 
@@ -139,16 +144,30 @@ class PipelineParts(DiffusersNames):
     def use_sampler(self, use: str, **options: Any) -> None:
         """Draw with another sampler from now on: a name such as "heun", with its options. Raises ConfigError.
 
-        Options that are not given stay those of the sampler before, where both have them, as with diffusers'
-        `Other.from_config(pipe.scheduler.config)`: the shift `mu` of the times is the checkpoint's.
+        Options of the sampler before that were set, and that the new one has too, stay unless they are given: the shift
+        `mu` of a checkpoint's times is kept, as with diffusers' `Other.from_config(pipe.scheduler.config)`.
         """
         catalog = self.catalog or Catalog.installed()
-        before = self.specs.get("sampler")
-        _, cls, _ = build(catalog, "sampler", ComponentSpec(use, options), "sampler")
-        known = {field.name for field in attrs.fields(cls.Config)}
-        kept = {k: v for k, v in before.options.items() if k in known} if before is not None else {}
-        name, cls, config = build(catalog, "sampler", ComponentSpec(use, kept | options), "sampler")
+        spec = self._with_kept_options(ComponentSpec(use, options), catalog)
+        name, cls, config = build(catalog, "sampler", spec, "sampler")
         self.put("sampler", cls(config), ComponentSpec(name, unstructure(config)))
+
+    def _with_kept_options(self, spec: ComponentSpec, catalog: Catalog) -> ComponentSpec:
+        """`spec` of a sampler, with the options of the present one that it keeps."""
+        before = self.specs.get("sampler")
+        hits = [e for e in catalog.entries("sampler") if spec.use in (e.name, e.short)]
+        if before is None or len(hits) != 1:
+            return spec
+        old, new = (
+            {field.name: field for field in attrs.fields(getattr(cls, "Config", NoOptions))}
+            for cls in (type(self.sampler), hits[0].cls)
+        )
+        kept = {
+            name: value
+            for name, value in before.options.items()
+            if name in old and name in new and value != old[name].default and old[name].type == new[name].type
+        }
+        return ComponentSpec(spec.use, kept | dict(spec.options))
 
     def use_reasoner(self, reasoner: Any) -> None:
         """Rewrite prompts from now on with a reasoner: a component, a ComponentSpec or a name such as "chat"; None:

@@ -25,7 +25,7 @@ from lens_dmd2 import losses
 from lens_dmd2.heads import HEADS, Heads
 from lens_dmd2.losses import MATCHINGS, NOISE_LEVELS, MatchingOptions, Schedule, Views
 from lens_dmd2.rollout import ROLLOUTS
-from lens_dmd2.student import check_teacher, grid_of, velocity_of
+from lens_dmd2.student import check_teacher, empty_text, grid_of, text_of, velocity_of
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
@@ -184,19 +184,12 @@ class DMD2:
         """One encoded batch a step. `rng`, which is in one state in all processes, gives what they must share: the
         exit_steps, and one of the sizes where there are no pictures. A GAN needs pictures."""
         for batch in batches:
-            z = None
-            if self.config.gan_weight or self.config.real_data_ratio:
-                images = batch.even()
-                if images is None:
-                    raise LensError(
-                        "dmd2: the dataset yields captions only; "
-                        "gan_weight and real_data_ratio need one that yields pictures"
-                    )
-                z = self._encode(images)
+            uses_pictures = self.config.gan_weight or self.config.real_data_ratio
+            z = self._real_latents(batch) if uses_pictures else None
             grid = grid_of(self.pipeline, batch, self.config.sizes, rng)
             updates = self.config.fake_score_updates * len(self._modules)  # of a step, or more
             exit_steps = [self._draw(rng) for _ in range(updates)]
-            yield (MicroBatch(self.pipeline.encode(batch.captions), grid, z, iter(exit_steps)),)
+            yield (MicroBatch(text_of(self.pipeline, batch), grid, z, iter(exit_steps)),)
 
     def _draw(self, rng: torch.Generator) -> ExitStep:
         """Any of the student's steps, each as likely as the others."""
@@ -205,9 +198,16 @@ class DMD2:
         return ExitStep(count, bool(ratio) and float(torch.rand((), generator=rng)) < ratio)
 
     @torch.no_grad()
-    def _encode(self, images: Tensor) -> Tensor:
-        z = latents_of(self.pipeline.vae, to_pixels(move(images, self.pipeline.device)))
-        return z.float()
+    def _real_latents(self, batch: Batch) -> Tensor:
+        """Of the batch's pictures, encoded unless the dataset has cached them. Raises LensError without any."""
+        if isinstance(batch.latents, Tensor):
+            return move(batch.latents, self.pipeline.device).float()
+        images = batch.even()
+        if images is None:
+            raise LensError(
+                "dmd2: the dataset yields captions only; gan_weight and real_data_ratio need one that yields pictures"
+            )
+        return latents_of(self.pipeline.vae, to_pixels(move(images, self.pipeline.device))).float()
 
     # ---- losses ------------------------------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ class DMD2:
         x = flow.data_from(begin, v, row)
         views = Views(  # two passes of the teacher: the one without text is the cheaper
             velocity_of(self.teacher, batch.text),
-            velocity_of(self.teacher, _empty_text(batch.text)),
+            velocity_of(self.teacher, empty_text(batch.text)),
             velocity_of(modules["fake"], batch.text),
             self.guidance,
         )
@@ -333,8 +333,3 @@ class DMD2:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_teacher("dmd2", state["teacher"], self._start)
-
-
-def _empty_text(text: TextFeatures) -> TextFeatures:
-    _, layers, _, width = text.features.shape
-    return TextFeatures.empty(len(text), layers, width, text.features)

@@ -15,13 +15,13 @@ from attrs import field, frozen
 from torch import Tensor, nn
 
 from lens_core import flow
-from lens_core.inference.guidance import guided_velocity
+from lens_core.attribution import name_of
 from lens_core.protocols import Sampler
 from lens_core.training.frozen_weights import frozen_copy
 from lens_core.types import Batch, ConfigError, Loss, TextFeatures, move
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, each, integer, optional
 from lens_dmd2.rollout import ode
-from lens_dmd2.student import check_teacher, grid_of, velocity_of
+from lens_dmd2.student import check_teacher, empty_text, grid_of, text_of, velocity_of
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
@@ -51,7 +51,7 @@ class TrajectoryRegression:
     the recipe's start, and refuses another one.
     """
 
-    headline = ("student/error", "student/unexplained")
+    headline = ("student/loss", "student/unexplained")
 
     @frozen
     class Config:
@@ -63,12 +63,21 @@ class TrajectoryRegression:
         sizes: tuple[tuple[int, int], ...] = field(default=(), validator=each(each(PIXELS)))
 
     def __init__(self, config: Config, pipeline: LensPipeline) -> None:
+        if pipeline.sampler is None:
+            raise ConfigError(
+                "trajectory_regression: the pipeline has no sampler; start from a checkpoint that can draw"
+            )
         if not _is_euler(pipeline.sampler):
             raise ConfigError(
-                f"trajectory_regression: {pipeline.specs['sampler'].use} does not step by Euler's method, as its "
-                "student does; name another in the recipe: pipeline: {start: …, sampler: euler}"
+                f"trajectory_regression: {name_of(pipeline.sampler)} does not step by Euler's method, as the student "
+                "does; name one that does in the recipe: pipeline: {start: …, sampler: euler}"
             )
         scale = pipeline.presets["guidance_scale"] if config.guidance_scale is None else config.guidance_scale
+        if scale == 1 and config.teacher_steps == 1:
+            raise ConfigError(
+                "trajectory_regression: one step of the teacher without guidance is the student's own step; "
+                "use teacher_steps: 2 or more, or a guidance_scale other than 1"
+            )
         self.config, self.pipeline, self.guidance = config, pipeline, float(scale)
         self.teacher: Any = frozen_copy(pipeline.backbone)
         self._start = pipeline.version
@@ -86,14 +95,13 @@ class TrajectoryRegression:
     def steps(
         self, batches: Iterator[Batch], modules: Mapping[str, nn.Module], rng: torch.Generator
     ) -> Iterator[Sequence[Segment]]:
-        """One batch of captions a step, cut into a part for each step of the student. Which part is for which is drawn
-        from `rng`, which is in one state in all processes: so all make the same passes, and none waits for another."""
+        """One batch of captions a step, cut into a part for each step of the student. Where there are fewer captions
+        than steps, each is used several times: all processes must make as many passes, or with FSDP all would hang."""
+        count = self.config.steps
         for batch in batches:
-            grid = grid_of(self.pipeline, batch, self.config.sizes, rng)
-            first = int(torch.randint(self.config.steps, (), generator=rng))
-            text = self.pipeline.encode(batch.captions)
-            count = min(self.config.steps, len(text))
-            yield [Segment(text[i::count], grid, (first + i) % self.config.steps) for i in range(count)]
+            grid, text = grid_of(self.pipeline, batch, self.config.sizes, rng), text_of(self.pipeline, batch)
+            rows = [i % len(text) for i in range(max(count, len(text)))]
+            yield [Segment(text[rows[step::count]], grid, step) for step in range(count)]
 
     def loss(self, module_name: str, modules: Mapping[str, nn.Module], batch: Segment, rng: torch.Generator) -> Loss:
         """`rng` gives the noise that the student begins with."""
@@ -106,18 +114,22 @@ class TrajectoryRegression:
         wanted = self._mean_velocity(x, t, after, batch.text)
         error = (student(x, flow.at(t, x)).float() - wanted).square().mean()
         # Against the best guess that is the same for all rows and places: what is left to learn, as a share.
-        unexplained = error.detach() / wanted.var()
-        return Loss(error, {"error": error.detach(), "unexplained": unexplained}, weight=float(len(batch)))
+        unexplained = error.detach() / wanted.var().clamp(min=1e-12)
+        return Loss(error, {"unexplained": unexplained}, weight=float(len(batch)))
 
     @torch.no_grad()
     def _mean_velocity(self, x: Tensor, t: float, after: float, text: TextFeatures) -> Tensor:
         """Of the teacher from t to `after`, evenly divided: the velocity that leads there in one step."""
-        velocity = guided_velocity(self.teacher, text, None, self.guidance)
+        conditional, unconditional = velocity_of(self.teacher, text), velocity_of(self.teacher, empty_text(text))
         count = self.config.teacher_steps
         by = (after - t) / count
         total = torch.zeros_like(x)
         for i in range(count):
-            v = velocity(x, flow.at(t + i * by, x))
+            at = flow.at(t + i * by, x)
+            v = conditional(x, at)
+            # Two passes, however small the batch: the pipeline joins small ones, and processes may differ in size.
+            if self.guidance != 1:
+                v = flow.guide(v, unconditional(x, at), self.guidance)
             total += v
             x = x + by * v
         return total / count
@@ -135,6 +147,8 @@ class TrajectoryRegression:
 
 def _is_euler(sampler: Sampler) -> bool:
     """Whether four steps along the velocities 1, 2, 3 and 4 are those of Euler's method."""
+    if getattr(sampler, "stochastic", False):  # it adds noise
+        return False
     calls = 0
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -143,9 +157,6 @@ def _is_euler(sampler: Sampler) -> bool:
         return torch.full_like(x, calls)
 
     with torch.device("cpu"):  # a dry run builds on the device meta, where nothing has a value
-        try:
-            *_, (_, end) = sampler.sample(velocity, torch.zeros(1, 1, 2, 2), 4)
-        except ConfigError:  # it adds noise, and there is none
-            return False
+        *_, (_, end) = sampler.sample(velocity, torch.zeros(1, 1, 2, 2), 4)
         euler = (sampler.times((2, 2), 4).diff() * torch.arange(1, 5)).sum()
-        return calls == 4 and bool((end - euler).abs().max() < 1e-4)
+    return bool((end - euler).abs().max() < 1e-4)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_core.flow import Velocity
-from lens_core.types import Batch, CheckpointError, TextFeatures
+from lens_core.types import Batch, CheckpointError, LensError, TextFeatures
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
@@ -26,12 +26,28 @@ def velocity_of(net: nn.Module, text: TextFeatures) -> Velocity:
     return velocity
 
 
+def empty_text(text: TextFeatures) -> TextFeatures:
+    """No text for as many rows."""
+    _, layers, _, width = text.features.shape
+    return TextFeatures.empty(len(text), layers, width, text.features)
+
+
+def text_of(pipeline: LensPipeline, batch: Batch) -> TextFeatures:
+    """The text of a batch: the dataset's, where it was cached."""
+    return pipeline.encode(batch.captions) if batch.text is None else batch.text.to(pipeline.device)
+
+
 def grid_of(
     pipeline: LensPipeline, batch: Batch, sizes: Sequence[tuple[int, int]], rng: torch.Generator
 ) -> tuple[int, int]:
-    """The latent grid (h, w) to draw at: that of the batch's pictures, or else one of `sizes` (px; none: the preset
-    square), drawn from `rng`."""
+    """The latent grid (h, w) to draw at: that of the batch's pictures or latents, or else one of `sizes` (px; none: the
+    preset square), drawn from `rng`. Raises LensError for a packed batch."""
     images, cell = batch.even(), pipeline.vae.downscale
+    if isinstance(batch.latents, tuple):
+        raise LensError("this method cannot train on packed batches; use a dataset with batches of one size")
+    if batch.latents is not None:
+        height, width = batch.latents.shape[-2:]
+        return height, width
     if images is not None:
         height, width = images.shape[-2:]
     else:

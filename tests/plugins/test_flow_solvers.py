@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import lens_flow
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.recipe import ComponentSpec
+from lens_core.recipe import ComponentSpec, PipelineSpec
 from lens_core.testing import check_sampler
 from lens_core.types import ConfigError
 
@@ -169,3 +170,12 @@ def test_another_sampler_keeps_the_shift_of_the_one_before_and_what_it_does_not_
     assert pipeline.specs["sampler"].options["mu"] == 0.2
     pipeline.use_sampler("euler", mu=None)
     assert torch.equal(pipeline.sampler.times((4, 4), 5), Euler(Euler.Config()).times((4, 4), 5))
+
+
+def test_a_recipe_that_names_another_sampler_keeps_the_shift_of_its_start(tmp_path: Path) -> None:
+    catalog = Catalog.of(toy, lens_flow)
+    parts = evolve(toy.PARTS, sampler=ComponentSpec("euler", {"mu": 0.7}))
+    LensPipeline.from_parts(parts, catalog).save_pretrained(tmp_path)
+    for spec, mu in (({}, 0.7), ({"mu": None}, None), ({"mu": 0.1}, 0.1)):
+        start = PipelineSpec(start=str(tmp_path), sampler=ComponentSpec("heun", spec))
+        assert LensPipeline.from_parts(start, catalog).specs["sampler"].options["mu"] == mu
