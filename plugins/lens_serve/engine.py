@@ -299,7 +299,6 @@ class Engine:
         for job in jobs:
             if job.cancelled:
                 self._finish(job, Cancelled())
-        self.counters.batches += 1
         self.counters.drawing_seconds += time.perf_counter() - begin
 
     def _call(self, batch: list[Unit]) -> None:
@@ -308,14 +307,17 @@ class Engine:
         request, settings = batch[0].job.request, batch[0].job.settings
         live = LiveBatch(self._pipeline, batch, lambda job: self._finish(job, Cancelled()), self._count_step)
         negative = [unit.negative for unit in batch]
-        with live.watching():
-            result = self._pipeline(
-                [unit.job.request.prompt for unit in batch],
-                negative if any(negative) else None,
-                seed=[unit.seed for unit in batch],
-                callback_on_step_end=live.after_step,
-                **_arguments(settings, request.settings),
-            )
+        try:
+            with live.watching():
+                result = self._pipeline(
+                    [unit.job.request.prompt for unit in batch],
+                    negative if any(negative) else None,
+                    seed=[unit.seed for unit in batch],
+                    callback_on_step_end=live.after_step,
+                    **_arguments(settings, request.settings),
+                )
+        finally:
+            self.counters.batches += 1  # counted before the clients hear of it
         share = (time.perf_counter() - begin) / len(batch)
         self.counters.seconds_per_image += 0.2 * (share - self.counters.seconds_per_image)
         for unit, image, prompt in zip(batch, result.images, result.prompts, strict=True):
