@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lens_flow
 import numpy as np
 import pytest
 import torch
+import toy
 from attrs import evolve
 from lens_serve.engine import Engine
 from lens_serve.jobs import (
@@ -29,6 +31,7 @@ from lens_serve.live import is_due
 from PIL import Image
 from serving import WAIT, Gate
 
+from lens_core.catalog import Catalog
 from lens_core.checkpoints import lora_keys
 from lens_core.checkpoints.adapters import LoRA
 from lens_core.inference import png_metadata
@@ -390,6 +393,17 @@ def test_a_listener_hears_of_every_event_and_a_late_one_of_those_before(engine: 
     heard = threading.Event()
     job.listen(heard.set)
     assert heard.is_set() and isinstance(job.take()[-1], Done)
+
+
+def test_a_sampler_has_the_shift_of_the_checkpoint_whichever_came_before(
+    pipeline: LensPipeline, engine: Callable[..., Engine]
+) -> None:
+    pipeline.catalog = Catalog.of(toy, lens_flow)
+    pipeline.use_sampler("euler", mu=0.7)
+    running = engine()
+    for name, mu in (("heun", 0.7), ("even", None), ("dpmpp", 0.7), (None, 0.7)):
+        (drawn,) = running.submit(request(sampler=name)).result(WAIT)
+        assert drawn.facts["sampler"].get("mu") == mu, name
 
 
 def test_tiny_draws_the_same_picture_alone_and_batched_with_any_sampler(tmp_path: Path) -> None:
