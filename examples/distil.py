@@ -24,6 +24,6 @@ model = Trainer(structure(Recipe, recipe), Catalog.installed(), runs / "distil")
 teacher = LensPipeline.from_pretrained("tiny:")
 student = LensPipeline.from_pretrained(model)
 settings = {"seed": 3, "num_inference_steps": 4, "guidance_scale": 1.0}
-pictures = [pipeline(["three blue stars"] * 4, **settings).images for pipeline in (teacher, student)]
+pictures = [pipeline(["three green squares"] * 4, **settings).images for pipeline in (teacher, student)]
 make_image_grid([*pictures[0], *pictures[1]], 2, 4).save(runs / "student.png")  # the teacher above
 print(f"{runs / 'student.png'}: {student.presets['steps']} steps at guidance {student.presets['guidance_scale']:g}")

@@ -58,7 +58,7 @@ ENTRIES: dict[str, tuple[str, list[str], str, str]] = {
     ),
     "distil": (
         "Distil", ["40", "runs"], "runs/student.png",
-        "\"three blue stars\" in four steps without guidance, by the teacher and, below, a student of forty updates.",
+        "\"three green squares\" in four steps without guidance, by the teacher and, below, a student of 40 updates.",
     ),
     "benchmark_remote_api": (
         "Benchmark an image API", ["run"], "run/sheet.png",

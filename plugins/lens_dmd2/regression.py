@@ -40,11 +40,11 @@ class Segment:
 
 
 class TrajectoryRegression:
-    """Distil the pipeline into a student of few steps without guidance, by regression on the teacher's trajectories.
+    """Distil the pipeline into a student of few steps, by regression on guided steps.
 
-    The pipeline's backbone becomes the student of `steps` steps; as it was, it is the teacher. From where the student's
-    own steps lead, the teacher goes on for one step of the student, in `teacher_steps` guided steps of Euler's method.
-    The student learns the mean velocity of that: the loss is the squared distance.
+    The pipeline's backbone becomes the student of `steps` steps without guidance; as it was, it is the teacher. From
+    where the student's own steps lead, the teacher goes on for one step of the student, in `teacher_steps` guided steps
+    of Euler's method. The student learns the mean velocity of that: the loss is the squared distance.
 
     The captions of a batch are shared out among the student's steps, so that a training step teaches all of them. The
     pipeline's presets become the student's. The teacher is not trained and not saved: a resumed run copies it anew from
