@@ -295,8 +295,8 @@ class Batch:
         return evolve(self, images=there(self.images), latents=there(self.latents), text=text)
 
     def even(self) -> Tensor | None:
-        """`images`, for methods that need them of one size. Raises LensError for a packed batch."""
-        if isinstance(self.images, tuple):
+        """`images`, for methods that need them, or their latents, of one size. Raises LensError for a packed batch."""
+        if isinstance(self.images, tuple) or isinstance(self.latents, tuple):
             raise LensError("this method cannot train on packed batches; use a dataset with batches of one size")
         return self.images
 

@@ -31,14 +31,9 @@ from lens_core.inference.prompt_cache import PromptCache, weights_state
 from lens_core.inference.tiling import check_tile, decode_tiles
 from lens_core.protocols import PrecomputesModulation, dtype_of
 from lens_core.recipe import ComponentSpec, build, unstructure
-from lens_core.types import Completion, ConfigError, Message, Refinement
+from lens_core.types import Completion, ConfigError, LensError, Message, Refinement
 
 NO_PREVIEW = "this checkpoint has no map for previews; lens fit-preview makes one"
-
-
-@frozen
-class NoOptions:
-    """The options of a component without a Config."""
 
 
 @frozen
@@ -155,13 +150,13 @@ class PipelineParts(DiffusersNames):
     def _with_kept_options(self, spec: ComponentSpec, catalog: Catalog) -> ComponentSpec:
         """`spec` of a sampler, with the options of the present one that it keeps."""
         before = self.specs.get("sampler")
-        hits = [e for e in catalog.entries("sampler") if spec.use in (e.name, e.short)]
-        if before is None or len(hits) != 1:
+        if before is None:
             return spec
-        old, new = (
-            {field.name: field for field in attrs.fields(getattr(cls, "Config", NoOptions))}
-            for cls in (type(self.sampler), hits[0].cls)
-        )
+        try:
+            classes = [catalog.find("sampler", use).cls for use in (before.use, spec.use)]
+        except LensError:  # there is no such sampler; `build` says so, and where it is named
+            return spec
+        old, new = ({field.name: field for field in attrs.fields(cls.Config)} for cls in classes)
         kept = {
             name: value
             for name, value in before.options.items()

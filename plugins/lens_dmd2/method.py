@@ -200,9 +200,9 @@ class DMD2:
     @torch.no_grad()
     def _real_latents(self, batch: Batch) -> Tensor:
         """Of the batch's pictures, encoded unless the dataset has cached them. Raises LensError without any."""
+        images = batch.even()
         if isinstance(batch.latents, Tensor):
             return move(batch.latents, self.pipeline.device).float()
-        images = batch.even()
         if images is None:
             raise LensError(
                 "dmd2: the dataset yields captions only; gan_weight and real_data_ratio need one that yields pictures"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lens_core import flow
 from lens_core.attribution import name_of
-from lens_core.protocols import Sampler
+from lens_core.protocols import BaseMethod, Sampler
 from lens_core.training.frozen_weights import frozen_copy
 from lens_core.types import Batch, ConfigError, Loss, TextFeatures, move
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, each, integer, optional
@@ -39,7 +39,7 @@ class Segment:
         return len(self.text)
 
 
-class TrajectoryRegression:
+class TrajectoryRegression(BaseMethod):
     """Distil the pipeline into a student of few steps, by regression on guided steps.
 
     The pipeline's backbone becomes the student of `steps` steps without guidance; as it was, it is the teacher. From
@@ -133,9 +133,6 @@ class TrajectoryRegression:
             total += v
             x = x + by * v
         return total / count
-
-    def after_step(self, step: int, modules: Mapping[str, nn.Module]) -> None:
-        pass
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher's hash: its weights are those of the recipe's start."""

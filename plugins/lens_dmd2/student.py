@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_core.flow import Velocity
-from lens_core.types import Batch, CheckpointError, LensError, TextFeatures
+from lens_core.types import Batch, CheckpointError, TextFeatures
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
@@ -43,9 +43,7 @@ def grid_of(
     """The latent grid (h, w) to draw at: that of the batch's pictures or latents, or else one of `sizes` (px; none: the
     preset square), drawn from `rng`. Raises LensError for a packed batch."""
     images, cell = batch.even(), pipeline.vae.downscale
-    if isinstance(batch.latents, tuple):
-        raise LensError("this method cannot train on packed batches; use a dataset with batches of one size")
-    if batch.latents is not None:
+    if isinstance(batch.latents, Tensor):
         height, width = batch.latents.shape[-2:]
         return height, width
     if images is not None:
