@@ -17,7 +17,7 @@ from lens_core.inference import lora
 from lens_core.inference.parts import MODEL_PARTS, PIPELINE_PARTS
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.sizes import resolve_sizes, specs_of
-from lens_core.recipe import ComponentSpec, Recipe, build, unstructure
+from lens_core.recipe import ComponentSpec, PipelineSpec, Recipe, build, unstructure
 from lens_core.training import frozen_weights
 from lens_core.training.muon import block_matrices
 from lens_core.training.optimizers import check_module_names
@@ -39,12 +39,12 @@ def published(catalog: Catalog, name: str = PUBLISHED) -> dict[str, Any]:
     return dict(description)
 
 
-def parts(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, ComponentSpec], dict[str, Any], list[str]]:
-    """(what each part will be, presets, notes): as the recipe names it, or as its start does.
+def parts(spec: PipelineSpec, catalog: Catalog) -> tuple[dict[str, ComponentSpec], dict[str, Any], list[str]]:
+    """(what each part will be, presets, notes): as the recipe's `pipeline` names it, or as its start does.
 
     For a start that is not on this disk the published model stands in, and a note says so.
     """
-    start, notes = recipe.pipeline.start, []
+    start, notes = spec.start, []
     uses: dict[str, ComponentSpec] = {}
     presets: dict[str, Any] = {}
     if start is not None:
@@ -55,10 +55,10 @@ def parts(recipe: Recipe, catalog: Catalog) -> tuple[dict[str, ComponentSpec], d
         if here is None:
             names = ", ".join(use.use for kind, use in uses.items() if kind in MODEL_PARTS)
             notes.append(f"{start} is not on this disk; the sizes are those of the published model ({names})")
-    written = resolve_sizes(recipe.pipeline, catalog, uses)
+    written = resolve_sizes(spec, catalog, uses)
     uses |= {kind: use for kind in PIPELINE_PARTS if (use := getattr(written, kind)) is not None}
     wanted = ("steps", "guidance_scale", "base_resolution")
-    presets |= {k: v for k in wanted if (v := getattr(recipe.pipeline, k)) is not None}
+    presets |= {k: v for k in wanted if (v := getattr(spec, k)) is not None}
     return uses, presets, notes
 
 
@@ -75,7 +75,14 @@ def _here(start: str, catalog: Catalog) -> Path | None:
 
 def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
     """The recipe's pipeline with every shape and no weights, and what was assumed."""
-    uses, presets, notes = parts(recipe, catalog)
+    pipeline, notes = pipeline_on_meta(recipe.pipeline, catalog)
+    _check_sizes(recipe, catalog, pipeline)
+    return pipeline, notes
+
+
+def pipeline_on_meta(spec: PipelineSpec, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
+    """As `on_meta`, of a recipe's `pipeline` alone."""
+    uses, presets, notes = parts(spec, catalog)
     built: dict[str, Any] = {}
     for kind, use in uses.items():
         _, cls, config = build(catalog, kind, use, f"$.pipeline.{kind}")
@@ -84,12 +91,10 @@ def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
         if kind in MODEL_PARTS:
             built[kind].requires_grad_(False)
     # Where nothing here knows the start, the recipe's own parts need not fit the published ones that stand in for it.
-    known = not notes or catalog.first("lens_describe", Path(recipe.pipeline.start or "")) is not None
+    known = not notes or catalog.first("lens_describe", Path(spec.start or "")) is not None
     if known:
         check_on_meta(*(built.get(kind) for kind in ("vae", "text_encoder", "backbone")))
-    pipeline = LensPipeline(**built, presets=presets, specs=uses, catalog=catalog)
-    _check_sizes(recipe, catalog, pipeline)
-    return pipeline, notes
+    return LensPipeline(**built, presets=presets, specs=uses, catalog=catalog), notes
 
 
 def _check_sizes(recipe: Recipe, catalog: Catalog, pipeline: LensPipeline) -> None:
@@ -231,7 +236,7 @@ def describe(recipe: Recipe, catalog: Catalog) -> str:
     import yaml
 
     _, method, config = build(catalog, "method", recipe.method, "$.method")
-    uses, _, _ = parts(recipe, catalog)
+    uses, _, _ = parts(recipe.pipeline, catalog)
     pipeline: dict[str, Any] = {
         kind: uses[kind] for kind in PIPELINE_PARTS if getattr(recipe.pipeline, kind) is not None
     }

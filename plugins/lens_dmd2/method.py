@@ -20,12 +20,12 @@ from lens_core.inference.pixels import to_pixels
 from lens_core.protocols import dtype_of
 from lens_core.training.frozen_weights import frozen_copy
 from lens_core.types import Batch, ConfigError, LensError, Loss, TextFeatures, move
-from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, optional, real, within
+from lens_core.validators import GUIDANCE, PIXELS, STEPS, WEIGHT, each, integer, one_of, optional, real, text, within
 from lens_dmd2 import losses
 from lens_dmd2.heads import HEADS, Heads
 from lens_dmd2.losses import MATCHINGS, NOISE_LEVELS, MatchingOptions, Schedule, Views
 from lens_dmd2.rollout import ROLLOUTS
-from lens_dmd2.student import check_teacher, empty_text, grid_of, text_of, velocity_of
+from lens_dmd2.student import check_teacher, empty_text, grid_of, teacher_of, text_of, velocity_of
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
@@ -61,11 +61,12 @@ class MicroBatch:
 class DMD2:
     """Distil the pipeline into a student of few steps without guidance (DMD2).
 
-    The pipeline's backbone becomes the student of `steps` steps; as it was, it is the teacher.
+    The pipeline's backbone becomes the student of `steps` steps. As it was, it is the teacher, unless `teacher` names
+    another checkpoint.
 
     A step is one update of the generator, after `fake_score_updates` of the fake score network (a copy that learns what
     the student makes) and, with a GAN, of the heads. The pipeline's presets become the student's. The teacher is not
-    trained and not saved: a resumed run copies it anew from the recipe's start, and refuses another one.
+    trained and not saved: a resumed run reads it anew, and refuses another one.
     """
 
     logs = True  # whether this step's values are logged; the trainer sets it
@@ -73,7 +74,9 @@ class DMD2:
     @frozen
     class Config:
         steps: int = field(default=4, validator=STEPS)  # the student's
-        # The teacher's; None: the pipeline's own.
+        # Checkpoint of the teacher, with the student's VAE and text encoder; None: the recipe's start.
+        teacher: str | None = field(default=None, validator=optional(text()))
+        # The teacher's; None: that of its presets.
         guidance_scale: float | None = field(default=None, validator=optional(GUIDANCE))
         # ode: as the student will sample.
         rollout: str = field(default="ode", validator=one_of(*ROLLOUTS))
@@ -112,6 +115,11 @@ class DMD2:
 
         def __attrs_post_init__(self) -> None:
             problems = []
+            if self.lora_on_shared_base and self.teacher is not None:
+                problems.append(
+                    f"dmd2: lora_on_shared_base puts adapters on the weights of the recipe's start, and the teacher is "
+                    f"{self.teacher}; use one of the two"
+                )
             if self.lora_on_shared_base and self.ida < 1:
                 problems.append(
                     f"dmd2: ida averages whole weights, which lora_on_shared_base makes one; use ida: 1, not {self.ida}"
@@ -125,26 +133,32 @@ class DMD2:
                 raise ConfigError(problems)
 
     def __init__(self, config: Config, pipeline: LensPipeline) -> None:
-        scale = pipeline.presets["guidance_scale"] if config.guidance_scale is None else config.guidance_scale
-        if config.matching == "decoupled" and scale == 1:
-            raise ConfigError(
-                "dmd2: decoupled matching learns guidance, but the teacher's guidance_scale is 1; "
-                "start from a guided model, or use matching: joint"
-            )
-        self.config, self.pipeline, self.guidance = config, pipeline, float(scale)
-        self.schedule = Schedule(config.shift, config.noise_levels)
 
         def shared(module_name: str, net: nn.Module) -> list[Tensor]:
             return [*net.parameters(), *net.buffers()] if module_name in config.lora_on_shared_base else []
 
-        self.teacher: Any = frozen_copy(pipeline.backbone, shared("generator", pipeline.backbone))
+        teacher = teacher_of("dmd2", config.teacher, pipeline, shared("generator", pipeline.backbone))
+        scale = teacher.guidance_scale if config.guidance_scale is None else config.guidance_scale
+        if config.matching == "decoupled" and scale == 1:
+            raise ConfigError(
+                "dmd2: decoupled matching learns guidance, but the teacher's guidance_scale is 1; "
+                "use a guided teacher, or matching: joint"
+            )
+        self.config, self.pipeline, self.guidance = config, pipeline, float(scale)
+        self.schedule = Schedule(config.shift, config.noise_levels)
+        self.teacher = teacher.backbone
         fake = frozen_copy(self.teacher, shared("fake", self.teacher))
+        if config.ida < 1 and _shapes(fake) != _shapes(pipeline.backbone):
+            raise ConfigError(
+                f"dmd2: ida averages the weights of the student and of the fake score network, a copy of the teacher; "
+                f"{config.teacher} is of another size than the student; use ida: 1, not {config.ida}"
+            )
         self._modules: dict[str, nn.Module] = {"generator": pipeline.backbone, "fake": fake}
         self.headline: tuple[str, ...] = ("generator/gradient_rms", "generator/x_std", "fake/unexplained")
         if config.gan_weight:
             self._modules["heads"] = self._heads()
             self.headline += ("heads/real", "heads/fake")
-        self._start = pipeline.version
+        self._teacher_version = teacher.version
         pipeline.presets |= {"steps": config.steps, "guidance_scale": 1.0}
 
     def _heads(self) -> nn.Module:
@@ -328,8 +342,12 @@ class DMD2:
             losses.align(modules["fake"], modules["generator"], keep)
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher's hash: its weights are those of the recipe's start."""
-        return {"teacher": self._start}
+        """The teacher's hash: its weights are in its checkpoint."""
+        return {"teacher": self._teacher_version}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        check_teacher("dmd2", state["teacher"], self._start)
+        check_teacher("dmd2", state["teacher"], self._teacher_version)
+
+
+def _shapes(net: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in net.named_parameters()}

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from lens_core import flow
 from lens_core.attribution import name_of
 from lens_core.protocols import BaseMethod, Sampler
-from lens_core.training.frozen_weights import frozen_copy
 from lens_core.types import Batch, ConfigError, Loss, TextFeatures, move
-from lens_core.validators import GUIDANCE, PIXELS, STEPS, each, integer, optional
+from lens_core.validators import GUIDANCE, PIXELS, STEPS, each, integer, optional, text
 from lens_dmd2.rollout import ode
-from lens_dmd2.student import check_teacher, empty_text, grid_of, text_of, velocity_of
+from lens_dmd2.student import check_teacher, empty_text, grid_of, teacher_of, text_of, velocity_of
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
@@ -42,13 +41,14 @@ class Segment:
 class TrajectoryRegression(BaseMethod):
     """Distil the pipeline into a student of few steps, by regression on guided steps.
 
-    The pipeline's backbone becomes the student of `steps` steps without guidance; as it was, it is the teacher. From
-    where the student's own steps lead, the teacher goes on for one step of the student, in `teacher_steps` guided steps
-    of Euler's method. The student learns the mean velocity of that: the loss is the squared distance.
+    The pipeline's backbone becomes the student of `steps` steps without guidance. As it was, it is the teacher, unless
+    `teacher` names another checkpoint. From where the student's own steps lead, the teacher goes on for one step of the
+    student, in `teacher_steps` guided steps of Euler's method. The student learns the mean velocity of that: the loss
+    is the squared distance.
 
     The captions of a batch are shared out among the student's steps, so that a training step teaches all of them. The
-    pipeline's presets become the student's. The teacher is not trained and not saved: a resumed run copies it anew from
-    the recipe's start, and refuses another one.
+    pipeline's presets become the student's. The teacher is not trained and not saved: a resumed run reads it anew,
+    and refuses another one.
     """
 
     headline = ("student/loss", "student/unexplained")
@@ -56,7 +56,9 @@ class TrajectoryRegression(BaseMethod):
     @frozen
     class Config:
         steps: int = field(default=4, validator=STEPS)  # the student's
-        # The teacher's; None: the pipeline's own.
+        # Checkpoint of the teacher, with the student's VAE and text encoder; None: the recipe's start.
+        teacher: str | None = field(default=None, validator=optional(text()))
+        # The teacher's; None: that of its presets.
         guidance_scale: float | None = field(default=None, validator=optional(GUIDANCE))
         teacher_steps: int = field(default=3, validator=integer(at_least=1))  # of the teacher, for one of the student
         # px, for captions without pictures; (): the preset square.
@@ -72,15 +74,16 @@ class TrajectoryRegression(BaseMethod):
                 f"trajectory_regression: {name_of(pipeline.sampler)} does not step by Euler's method, as the student "
                 "does; name one that does in the recipe: pipeline: {start: …, sampler: euler}"
             )
-        scale = pipeline.presets["guidance_scale"] if config.guidance_scale is None else config.guidance_scale
-        if scale == 1 and config.teacher_steps == 1:
+        teacher = teacher_of("trajectory_regression", config.teacher, pipeline)
+        scale = teacher.guidance_scale if config.guidance_scale is None else config.guidance_scale
+        if scale == 1 and config.teacher_steps == 1 and config.teacher is None:
             raise ConfigError(
                 "trajectory_regression: one step of the teacher without guidance is the student's own step; "
                 "use teacher_steps: 2 or more, or a guidance_scale other than 1"
             )
         self.config, self.pipeline, self.guidance = config, pipeline, float(scale)
-        self.teacher: Any = frozen_copy(pipeline.backbone)
-        self._start = pipeline.version
+        self.teacher = teacher.backbone
+        self._teacher_version = teacher.version
         pipeline.presets |= {"steps": config.steps, "guidance_scale": 1.0}
 
     def trainable_modules(self) -> Mapping[str, nn.Module]:
@@ -135,11 +138,11 @@ class TrajectoryRegression(BaseMethod):
         return total / count
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher's hash: its weights are those of the recipe's start."""
-        return {"teacher": self._start}
+        """The teacher's hash: its weights are in its checkpoint."""
+        return {"teacher": self._teacher_version}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        check_teacher("trajectory_regression", state["teacher"], self._start)
+        check_teacher("trajectory_regression", state["teacher"], self._teacher_version)
 
 
 def _is_euler(sampler: Sampler) -> bool:

@@ -1,19 +1,79 @@
-"""What the methods of this plugin share: the student's velocity, the size it draws at, and the teacher of a resumed
-run."""
+"""What the methods of this plugin share: the teacher, the student's velocity, and the size it draws at."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from attrs import frozen
 from torch import Tensor, nn
 
+from lens_core.attribution import check_fit
+from lens_core.catalog import Catalog
 from lens_core.flow import Velocity
-from lens_core.types import Batch, CheckpointError, TextFeatures
+from lens_core.recipe import PipelineSpec, build
+from lens_core.training.frozen_weights import frozen_copy
+from lens_core.types import Batch, CheckpointError, ConfigError, TextFeatures
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
+
+
+@frozen
+class Teacher:
+    """A frozen backbone, the guidance scale of its presets, and the hash of the checkpoint that it comes from."""
+
+    backbone: Any
+    guidance_scale: float
+    version: str
+
+
+def teacher_of(method: str, uri: str | None, pipeline: LensPipeline, shared: Iterable[Tensor] = ()) -> Teacher:
+    """The backbone of the checkpoint `uri`; None: a copy of the pipeline's own, over the same tensors where they are
+    `shared`.
+
+    Its size may differ from the student's. Its VAE and text encoder are not read: their types and options must be those
+    of the pipeline, or ConfigError is raised. That their weights are the same is not checked.
+    """
+    if uri is None:
+        copied = frozen_copy(pipeline.backbone, shared)
+        return Teacher(copied, float(pipeline.presets["guidance_scale"]), pipeline.version)
+    other = _checkpoint(uri, pipeline)
+    if other.backbone is None:
+        raise ConfigError(f"{method}: {uri} has no backbone, so it cannot be the teacher")
+    for kind in ("vae", "text_encoder"):
+        theirs, ours = (_options(p, kind) for p in (other, pipeline))
+        if None not in (theirs, ours) and theirs != ours:
+            raise ConfigError(
+                f"{method}: the teacher {uri} has another {kind.replace('_', ' ')} than the student, so neither reads "
+                "what the other does; choose a teacher that was trained with the same one"
+            )
+    check_fit(pipeline.vae, pipeline.text_encoder, other.backbone)
+    net = other.backbone.requires_grad_(False).eval()
+    return Teacher(net, float(other.presets["guidance_scale"]), other.version)
+
+
+def _checkpoint(uri: str, pipeline: LensPipeline) -> LensPipeline:
+    """The checkpoint with its backbone alone read; without weights, and fetching nothing, where the pipeline has none
+    either: then a recipe is only tried."""
+    from lens_core.training.memory_estimate import pipeline_on_meta
+
+    catalog = pipeline.catalog or Catalog.installed()
+    if any(p.is_meta for p in pipeline.backbone.parameters()):
+        return pipeline_on_meta(PipelineSpec(start=uri), catalog)[0]
+    return type(pipeline).from_pretrained(
+        uri, catalog=catalog, dtype=torch.float32, device=pipeline.device, deferred=("vae", "text_encoder")
+    )
+
+
+def _options(pipeline: LensPipeline, kind: str) -> tuple[str, Any] | None:
+    """What a part is built from; None where that is not known."""
+    spec = pipeline.specs.get(kind)
+    if spec is None or pipeline.catalog is None:
+        return None
+    name, _, config = build(pipeline.catalog, kind, spec)
+    return name, config
 
 
 def velocity_of(net: nn.Module, text: TextFeatures) -> Velocity:
@@ -54,10 +114,10 @@ def grid_of(
     return height // cell, width // cell
 
 
-def check_teacher(method: str, saved: str, start: str) -> None:
-    """Raises CheckpointError where the recipe's start is no longer the teacher that a run began with."""
-    if saved != start:
+def check_teacher(method: str, saved: str, version: str) -> None:
+    """Raises CheckpointError where the teacher is no longer the one that a run began with."""
+    if saved != version:
         raise CheckpointError(
-            f"{method}: this run was begun with the teacher {saved}, but the recipe's start is now {start}; "
+            f"{method}: this run was begun with the teacher {saved}, but the recipe's teacher is now {version}; "
             "put the old one back, or choose a new --output"
         )

@@ -596,7 +596,7 @@ def test_an_impossible_config_is_refused(config: dict[str, Any], words: str) -> 
 
 
 def test_what_a_pipeline_cannot_give_is_refused(pipeline: LensPipeline) -> None:
-    with pytest.raises(ConfigError, match=r"guidance_scale is 1; start from a guided model, or use matching: joint"):
+    with pytest.raises(ConfigError, match=r"guidance_scale is 1; use a guided teacher, or matching: joint"):
         DMD2(DMD2.Config(guidance_scale=1.0), pipeline)
     with pytest.raises(ConfigError, match="reads features, which this backbone does not offer"):
         DMD2(DMD2.Config(**GAN), pipeline)
