@@ -28,6 +28,10 @@ SECRET = "lens_secret"
 """The metadata of a field into which a key may be pasted by mistake: what an error says of a value of a wrong type,
 which it does not quote. `key_env: str = field(metadata={SECRET: "must be the name of an environment variable"})`"""
 
+SPEED_ONLY = "lens_speed_only"
+"""The metadata of a field that changes how fast a result is there, and nothing of it: results are compared without it.
+`processes: int = field(default=1, metadata={SPEED_ONLY: True})`"""
+
 
 @frozen
 class ComponentSpec:
@@ -217,6 +221,12 @@ def structure(cls: type[T], data: Any, path: str = "$") -> T:
 def unstructure(config: Any) -> dict[str, Any]:
     """The plain mapping that `structure` would read back."""
     return typing.cast("dict[str, Any]", _plain(config))
+
+
+def decisive(config: Any) -> dict[str, Any]:
+    """The options of a Config that decide results, as plain values: all but those marked SPEED_ONLY."""
+    marked = {f.name for f in attrs.fields(type(config)) if f.metadata.get(SPEED_ONLY)}
+    return {name: value for name, value in unstructure(config).items() if name not in marked}
 
 
 def _plain(value: Any) -> Any:

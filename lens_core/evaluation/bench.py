@@ -15,6 +15,7 @@ from attrs import field, frozen
 
 from lens_core.attribution import building, prompts_of
 from lens_core.catalog import Catalog
+from lens_core.config import decisive
 from lens_core.evaluation import decision, generation, perception, run_report, stages
 from lens_core.evaluation.decision import Decision
 from lens_core.evaluation.manifest import Manifest
@@ -26,7 +27,7 @@ from lens_core.evaluation.statistics import cluster_of
 from lens_core.inference import png_metadata
 from lens_core.io import atomic_files, readers
 from lens_core.io.locks import locked
-from lens_core.recipe import ComponentSpec, build, parse_use, unstructure
+from lens_core.recipe import ComponentSpec, build, parse_use
 from lens_core.types import (
     ConfigError,
     LensError,
@@ -92,7 +93,7 @@ def run_benchmark(
     generator = make_generator(request.generator, catalog) if "generate" in request.stages else None
     with building(name):
         benchmark = cls(config)
-    plan = make_plan(request, name, benchmark, unstructure(config))
+    plan = make_plan(request, name, benchmark, decisive(config))
     if isinstance(generator, PipelineGenerator):
         generator.planned_size = plan.size
     processes = Processes.from_environment()

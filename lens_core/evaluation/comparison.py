@@ -129,7 +129,7 @@ def compare(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     first = results[0]
     prompts = [(p["task"], p["prompt"]) for p in first["pictures"]]
     for result in results:
-        if result["benchmark"] != first["benchmark"]:
+        if not _same_benchmark(result, first):
             raise ConfigError(
                 f"{result['benchmark']} and {first['benchmark']} are two benchmarks; compare one at a time"
             )
@@ -157,6 +157,18 @@ def compare(results: Sequence[Mapping[str, Any]]) -> list[Row]:
         except LensError as error:
             raise ConfigError(f"{here['model']}: {error}") from error
     return rows
+
+
+def _same_benchmark(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether the results are of one benchmark with the same options, however these were written. Of an option that one
+    of them does not name, an older file, nothing is known; where neither names any, what was written must be equal."""
+    ours, theirs = (r["run"] if isinstance(r.get("run"), Mapping) else {} for r in (a, b))
+    options = [r.get("options") for r in (ours, theirs)]
+    if not all(isinstance(o, Mapping) for o in options):
+        return bool(a["benchmark"] == b["benchmark"])
+    return ours.get("benchmark") == theirs.get("benchmark") and all(
+        options[0][name] == options[1][name] for name in options[0].keys() & options[1].keys()
+    )
 
 
 def _machine(result: Mapping[str, Any]) -> tuple[Any, ...]:

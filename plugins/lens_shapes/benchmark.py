@@ -12,6 +12,7 @@ import numpy as np
 from attrs import evolve, field, frozen
 from torch import Tensor
 
+from lens_core.config import SPEED_ONLY
 from lens_core.types import ConfigError, Prompt, Score, did_you_mean
 from lens_core.validators import SEED, each, integer, one_of
 from lens_shapes import captions, splits
@@ -118,7 +119,7 @@ class ShapesBenchmark:
         # 1: the splits by which the embedded checkpoints were trained; prompts may repeat there.
         rules: int = field(default=2, validator=RULES)
         # That read pictures; more are faster, with the same scores. A script needs `if __name__ == "__main__":`.
-        processes: int = field(default=1, validator=PROCESSES)
+        processes: int = field(default=1, validator=PROCESSES, metadata={SPEED_ONLY: True})
 
         def __attrs_post_init__(self) -> None:
             check_split(self.named_split, self.rules)
@@ -213,7 +214,7 @@ class ShapesReward:
     class Config:
         partial: bool = False  # credit for the share of facts that are there: a weak model's pictures differ then
         # That read pictures; more are faster, with the same scores. A script needs `if __name__ == "__main__":`.
-        processes: int = field(default=1, validator=PROCESSES)
+        processes: int = field(default=1, validator=PROCESSES, metadata={SPEED_ONLY: True})
 
     def __init__(self, config: Config) -> None:
         self.config = config

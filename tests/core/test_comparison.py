@@ -145,6 +145,20 @@ def test_what_cannot_be_compared_is_refused() -> None:
         compare([result([None, None, 1, 0])])
 
 
+def test_a_benchmark_is_its_options_however_they_were_written() -> None:
+    def measured(model: str, written: str, **options: Any) -> dict[str, Any]:
+        run = {"benchmark": "p:b", "options": {"split": "test", "extras": False} | options}
+        return result([1, 0], model, benchmark=written, run=run)
+
+    plain = measured("a", "{use: b, split: test}")
+    assert len(compare([plain, measured("b", "{split: test, use: b}")])) == 2
+    assert len(compare([plain, measured("b", "b", newer=1)])) == 2, "older files do not name every option"
+    with pytest.raises(ConfigError, match="two benchmarks"):
+        compare([plain, measured("b", "{use: b, split: test, extras: true}", extras=True)])
+    with pytest.raises(ConfigError, match="two benchmarks"):
+        compare([plain, result([1, 0], "b")])
+
+
 def test_the_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, run in {"a": result([1, 0, 1, 0]), "b": result([1, 1, 1, 1], "b")}.items():
         (tmp_path / name).mkdir()

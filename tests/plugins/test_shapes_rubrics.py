@@ -19,6 +19,7 @@ from lens_shapes.rubrics import ShapesRubrics, answer, rubrics
 from lens_shapes.scenes import TASKS, prompt_facts, sample
 from lens_shapes.scoring import score_images
 
+from lens_core.config import decisive
 from lens_core.testing import check_reward
 from lens_core.types import ConfigError, Prompt
 
@@ -56,6 +57,12 @@ def test_all_yes_is_what_the_strict_judge_accepts():
         facts = [all(v for k, v in s.components.items() if k != "g") for s in judge().score(shown, prompts)]
         assert facts == [s.value == 1 for s in score_images(shown, prompts)]
         assert any(facts) == (shift == 0)
+
+
+def test_the_number_of_processes_makes_no_other_benchmark():
+    plain, fast = (decisive(ShapesBenchmark.Config(processes=n)) for n in (1, 8))
+    assert plain == fast and plain["split"] == "" and "processes" not in plain
+    assert decisive(ShapesBenchmark.Config(extras=True)) != plain
 
 
 def test_processes_read_as_one_does():
