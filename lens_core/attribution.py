@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -109,6 +110,9 @@ def checked_scores(component: Any, scores: Any, count: int, method: str = "score
     for score in result:
         if not isinstance(score, Score):
             refuse(component, method, score, must)
+        if not isinstance(score.components, Mapping) or not all(isinstance(v, Real) for v in score.components.values()):
+            must_be = "the components of a Score must be {name: number}"
+            refuse(component, method, score.components, must_be, verb="gave, as components,")
     if len(result) != count:
         raise PluginError(f"{name_of(component)}.{method} returned {len(result)} scores for {count} images; {must}")
     return result
@@ -255,6 +259,10 @@ def trajectory_of(sampler: Any, velocity: Any, x: Tensor, steps: int, **more: An
         raise PluginError(f"{name_of(sampler)}.sample ended at t = {last}; it must end at t = 0, which is the picture")
 
 
+RESERVED_TASKS = ("overall", "all pictures")
+"""The rows of a benchmark's table that are no task."""
+
+
 def prompts_of(benchmark: Any) -> list[Prompt]:
     """The prompts of a benchmark, checked."""
     with calling(benchmark, "prompts"):
@@ -266,7 +274,29 @@ def prompts_of(benchmark: Any) -> list[Prompt]:
     for prompt in result:
         if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
             refuse(benchmark, "prompts", prompt, must)
+        if not isinstance(prompt.task, str) or prompt.task in RESERVED_TASKS:
+            must_be = f"a task must be a text, and none of {', '.join(RESERVED_TASKS)}"
+            refuse(benchmark, "prompts", prompt.task, must_be, verb="gave, as a task,")
+        if not isinstance(prompt.data, Mapping) or not _is_hashable(prompt.data.get("question")):
+            must_be = "the data of a Prompt must be a mapping, and its question, if there is one, hashable"
+            refuse(benchmark, "prompts", prompt.data, must_be, verb="gave, as data,")
     return result
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def headline_tasks_of(benchmark: Any) -> tuple[str, ...]:
+    """The tasks whose mean stands for a benchmark, its `headline`, checked; () where it names none: all of them."""
+    names = getattr(benchmark, "headline", ())
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        refuse(benchmark, "headline", names, "it must be a list of tasks", verb="is")
+    return tuple(names)
 
 
 def trainable_modules_of(method: Any) -> dict[str, nn.Module]:

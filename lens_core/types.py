@@ -51,6 +51,10 @@ class NumericalError(LensError):
     """A computation left the finite numbers, or would."""
 
 
+class RefusedError(LensError):
+    """A reasoner's policy forbids a request: nothing is drawn. In a benchmark that picture counts as refused."""
+
+
 class PluginError(LensError):
     """A plugin's component raised what it should not, or returned what its kind may not; the message names it."""
 

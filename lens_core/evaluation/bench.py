@@ -7,13 +7,14 @@ table.md, result.json and sheet.png (decide).
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from attrs import field, frozen
 
-from lens_core.attribution import building, prompts_of
+from lens_core.attribution import building, headline_tasks_of, prompts_of, refuse
 from lens_core.catalog import Catalog
 from lens_core.config import decisive
 from lens_core.evaluation import decision, generation, perception, run_report, stages
@@ -128,6 +129,12 @@ def make_generator(spec: ComponentSpec, catalog: Catalog) -> Any:
 def make_plan(request: BenchmarkRequest, name: str, benchmark: Any, options: Mapping[str, Any]) -> Plan:
     """Every picture that a request asks for. Raises ConfigError for none, or too many."""
     prompts = prompts_of(benchmark)
+    for prompt in prompts:  # a run is recognised by them
+        try:
+            json.dumps(dict(prompt.data))
+        except (TypeError, ValueError):
+            must = "in a benchmark run it must be what JSON has: texts, numbers, lists, mappings"
+            refuse(benchmark, "prompts", prompt.data, must, verb="gave, as data,")
     generation.check_prompts(prompts)
     images: int = request.images or int(getattr(benchmark, "images_per_prompt", 1))
     if len(prompts) * images > PICTURES_PER_SEED:
@@ -196,7 +203,7 @@ def _decide(folder: Path, plan: Plan, benchmark: Any, manifest: Manifest, run: d
     else:
         tasks = {name: prompt.task for name, prompt in plan.by_id.items()}
         clusters = {name: cluster_of(prompt) for name, prompt in plan.by_id.items()}
-        decided = decision.decide_scores(lines, tasks, clusters, tuple(getattr(benchmark, "headline", ())))
+        decided = decision.decide_scores(lines, tasks, clusters, headline_tasks_of(benchmark))
     if not sum(decided.statuses.values()):
         raise LensError(f"{folder}: no picture was perceived; there is nothing to report")
     stored = atomic_files.read_json(folder / CEILING) if (folder / CEILING).is_file() else {}

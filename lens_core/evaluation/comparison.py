@@ -228,10 +228,9 @@ def _difference(
         pairs = [pair for m in other for pair in zip(by_seed[m["seed"]], m["pictures"], strict=True)]
         differences = [(new, _minus(new["value"], old["value"])) for old, new in pairs]
     else:
-        pictures = other[0]["pictures"]
         differences = [
-            (picture, _minus(_mean_over_seeds(other, place), _mean_over_seeds(base, place)))
-            for place, picture in enumerate(pictures)
+            (_scored_one(other, place), _minus(_mean_over_seeds(other, place), _mean_over_seeds(base, place)))
+            for place in range(len(other[0]["pictures"]))
         ]
     return paired_difference(_by_task(_with(picture, value) for picture, value in differences), headline)
 
@@ -246,9 +245,20 @@ def _mean_over_seeds(members: Sequence[Mapping[str, Any]], place: int) -> float 
     return sum(values) / len(values) if values else None
 
 
+def _scored_one(members: Sequence[Mapping[str, Any]], place: int) -> Mapping[str, Any]:
+    """One prompt's picture of the first seed that has a score for it: a picture without one has no weight either."""
+    pictures: list[Mapping[str, Any]] = [member["pictures"][place] for member in members]
+    return next((picture for picture in pictures if picture["value"] is not None), pictures[0])
+
+
+def _interval(of: Estimate | Difference, sign: str = "") -> str:
+    """Its ends; a dash where nothing is known of them."""
+    return "–" if math.isnan(of.low) else f"{of.low:{sign}.3f} to {of.high:{sign}.3f}"
+
+
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table; differences are to the first row, on the pairs of pictures that both have a score for."""
-    names = list(rows[0].tasks)
+    names = [name.replace("|", "\\|") for name in rows[0].tasks]
     lines = [
         "| model | seeds | "
         + " | ".join(names)
@@ -257,10 +267,10 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         whole, apart = row.overall, row.difference
-        by = f"{apart.value:+.3f} | {apart.low:+.3f} to {apart.high:+.3f} | {apart.pairs}" if apart else " | | "
-        cells = " | ".join("–" if math.isnan(row.tasks[name]) else f"{row.tasks[name]:.2f}" for name in names)
+        by = f"{apart.value:+.3f} | {_interval(apart, '+')} | {apart.pairs}" if apart else " | | "
+        cells = " | ".join("–" if math.isnan(row.tasks[name]) else f"{row.tasks[name]:.2f}" for name in rows[0].tasks)
         lines.append(
-            f"| {row.name} | {row.seeds} | {cells} | **{whole.value:.3f}** | {whole.low:.3f} to {whole.high:.3f} "
-            f"| {whole.missing} | {by} |"
+            f"| {row.name} | {row.seeds} | {cells} | **{whole.value:.3f}** | {_interval(whole)} | {whole.missing} "
+            f"| {by} |"
         )
     return "\n".join(lines)

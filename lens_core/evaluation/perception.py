@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,11 @@ class _Reading:
         self, folder: Path, plan: Plan, benchmark: Any, manifest: Manifest, process: int, log: Callable[[str], None]
     ) -> None:
         self.folder, self.plan, self.benchmark, self.manifest, self.log = folder, plan, benchmark, manifest, log
-        self.scores = None if hasattr(benchmark, "perceive") else _StoredScores(folder / CACHE, plan, process)
+        self.scores = (
+            None
+            if hasattr(benchmark, "perceive")
+            else _StoredScores(folder / CACHE, plan, process, _code_of(benchmark))
+        )
 
     def chunks(self, processes: int) -> Iterator[list[str]]:
         """Prompt ids, some at a time. Pictures of one prompt stay together, and so do prompts that follow each other
@@ -153,10 +158,13 @@ class _Reading:
 
 
 class _StoredScores:
-    """What a benchmark's `score` gave for chunks of pictures, in append-only files, one a process."""
+    """What a benchmark's `score` gave for chunks of pictures, in append-only files, one a process.
 
-    def __init__(self, folder: Path, plan: Plan, process: int) -> None:
-        options = json.dumps([plan.benchmark, dict(plan.options)], default=str, sort_keys=True)
+    `code` identifies the code that scores: what other code gave is not used.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, process: int, code: str) -> None:
+        options = json.dumps([plan.benchmark, dict(plan.options), code], default=str, sort_keys=True)
         stem = f"scores-{hashlib.sha256(options.encode()).hexdigest()[:12]}"
         self.path = folder / f"{stem}-{process}.jsonl"
         self.known: dict[str, list[Score]] = {}
@@ -176,6 +184,21 @@ class _StoredScores:
             atomic_files.append(self.path, {"pictures": key, "scores": [asdict(score) for score in scores]})
             self.known[key] = scores
         return scores
+
+
+def _code_of(component: Any) -> str:
+    """A hash of the source that a component is written in: all files of its package, or its one file; "" without any.
+    A version would not do: who writes a scorer does not raise one at each trial."""
+    name = type(component).__module__
+    for module in (sys.modules.get(name.partition(".")[0]), sys.modules.get(name)):
+        if (file := getattr(module, "__file__", None)) is not None:
+            break
+    else:
+        return ""
+    path = Path(file)
+    files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+    parts = [[str(f.relative_to(path.parent)), hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _plain(score: Score) -> Score:

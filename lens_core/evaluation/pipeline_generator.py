@@ -18,7 +18,7 @@ from lens_core.config import ComponentSpec, unstructure
 from lens_core.inference import png_metadata, refinement
 from lens_core.inference.offload_plans import PLANS
 from lens_core.inference.requests import GenerateRequest, ModelRequest
-from lens_core.types import GenerationEstimate, PictureOutcome, PictureRequest, SystemInfo
+from lens_core.types import GenerationEstimate, PictureOutcome, PictureRequest, RefusedError, SystemInfo
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, each, integer, one_of, optional, real, text
 
 if TYPE_CHECKING:
@@ -126,11 +126,26 @@ class PipelineGenerator:
         return SystemInfo(name, "+".join([pipeline.version, *pipeline.loras]), json.loads(json.dumps(settings)))
 
     def generate(self, requests: Sequence[PictureRequest]) -> Iterator[PictureOutcome]:
-        """One call of the pipeline for each size among the requests; seconds are shares of the call's."""
-        # All at once, so that a reasoner is asked about the whole batch; the calls below find its answers.
-        self.pipeline.refine(list(dict.fromkeys(request.prompt for request in requests)))
-        for size in dict.fromkeys(request.size for request in requests):
-            yield from self._drawn([request for request in requests if request.size == size], size)
+        """One call of the pipeline for each size among the requests; seconds are shares of the call's. A prompt that a
+        reasoner refuses has the status "refused"."""
+        reasons = self._refused(list(dict.fromkeys(request.prompt for request in requests)))
+        for request in requests:
+            if request.prompt in reasons:
+                yield PictureOutcome(request, "refused", reason=reasons[request.prompt])
+        allowed = [request for request in requests if request.prompt not in reasons]
+        for size in dict.fromkeys(request.size for request in allowed):
+            yield from self._drawn([request for request in allowed if request.size == size], size)
+
+    def _refused(self, prompts: Sequence[str]) -> dict[str, str]:
+        """The prompts that the reasoner refuses, with its reasons; the answers to the others are kept."""
+        try:
+            # All at once, so that a reasoner is asked about the whole batch; the calls that draw find its answers.
+            self.pipeline.refine(prompts)
+            return {}
+        except RefusedError as error:
+            if len(prompts) == 1:
+                return {prompts[0]: str(error)}
+        return {prompt: reason for one in prompts for prompt, reason in self._refused([one]).items()}
 
     def _drawn(self, batch: Sequence[PictureRequest], size: tuple[int, int] | None) -> Iterator[PictureOutcome]:
         c = self.config

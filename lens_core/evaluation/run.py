@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from lens_core.attribution import calling, checked_scores, prompts_of
+from lens_core.attribution import calling, checked_scores, headline_tasks_of, prompts_of
 from lens_core.evaluation.statistics import ClusteredScores, Estimate, cluster_of, mean_of_tasks, pooled
 from lens_core.types import ConfigError, Prompt, Score
 
@@ -109,7 +109,7 @@ def score(
         scores = benchmark.score(images, prompts)
     scores = checked_scores(benchmark, scores, len(prompts))
     tasks = by_task(prompts, scores)
-    headline = tuple(getattr(benchmark, "headline", tasks))
+    headline = headline_tasks_of(benchmark) or tuple(tasks)
     estimates = {name: task.estimate() for name, task in tasks.items()}
     overall = mean_of_tasks(tasks, headline)
     return BenchmarkResult(estimates, overall, pooled(tasks), scores, images, headline, dict(ceiling or {}))
@@ -126,7 +126,7 @@ def ceiling_of(
     with calling(benchmark, "ceiling"):
         scores = benchmark.ceiling(pipeline.vae, *size)
     tasks = by_task(prompts, checked_scores(benchmark, scores, len(prompts), "ceiling"))
-    headline = tuple(getattr(benchmark, "headline", tasks))
+    headline = headline_tasks_of(benchmark) or tuple(tasks)
     return {
         **{name: task.mean for name, task in tasks.items()},
         "overall": mean_of_tasks(tasks, headline).value,

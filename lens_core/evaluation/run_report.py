@@ -139,7 +139,7 @@ def table(decided: Decision, ceiling: Mapping[str, float] | None = None) -> str:
     shown = [*decided.official.values(), *(e for metrics in decided.categories.values() for e in metrics.values())]
     words = any(estimate.count > sum(decided.statuses.values()) for estimate in shown)  # each is a yes or no
     head += ["scores" if words else "pictures", "distinct prompts", *(["ceiling"] if ceiling else [])]
-    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    rows = [_row(head), "|" + "---|" * len(head)]
     for name, estimate in decided.official.items():
         label = f"**{name}**" if name == decided.headline else name
         if name == "overall" and len(decided.tasks) > 1:
@@ -149,13 +149,17 @@ def table(decided: Decision, ceiling: Mapping[str, float] | None = None) -> str:
         cells += [str(estimate.count), str(estimate.distinct)]
         bound = ceiling.get("pooled" if name == "all pictures" else name)
         cells += ["" if bound is None else f"{bound:.3f}"] if ceiling else []
-        rows.append("| " + " | ".join(cells) + " |")
+        rows.append(_row(cells))
     for category, metrics in decided.categories.items():
         for name, estimate in metrics.items():
             cells = [f"{category}: {name}", *_cells(estimate), *(["", ""] if strict else [])]
             cells += [str(estimate.count), str(estimate.distinct), *([""] if ceiling else [])]
-            rows.append("| " + " | ".join(cells) + " |")
+            rows.append(_row(cells))
     return "\n".join(rows)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _cells(estimate: Estimate | None) -> list[str]:

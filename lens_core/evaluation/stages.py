@@ -69,7 +69,7 @@ class Plan:
             "format": 1,
             "benchmark": self.benchmark,
             "prompts": len(self.prompts),
-            "prompts_sha256": hashlib.sha256(json.dumps(prompts, default=str, sort_keys=True).encode()).hexdigest(),
+            "prompts_sha256": hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest(),
             "images_per_prompt": self.images,
             "size": None if self.size is None else list(self.size),
             "seed": self.seed,

@@ -13,6 +13,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from lens_core.io.readers import shown
 from lens_core.types import LensError, Prompt
 
 Z = 1.959963984540054  # standard deviations of a normal on each side of the middle 95 %
@@ -147,7 +148,11 @@ def mean_of_tasks(tasks: Mapping[str, ClusteredScores], names: Sequence[str]) ->
     """
     parts = [tasks[name] for name in names if name in tasks and tasks[name].count]
     if not names or len(parts) != len(names):
-        raise LensError("a headline task has no score at all; raise the number of prompts")
+        absent = [name for name in names if name not in tasks or not tasks[name].count]
+        raise LensError(
+            f"the headline task {', '.join(map(shown, absent))} has no score at all; raise the number of prompts, or "
+            f"let the benchmark's headline name others of {', '.join(map(shown, tasks))}"
+        )
     value = sum(part.mean for part in parts) / len(parts)
     if all(part.binary for part in parts):
         effective = [part.effective_count() for part in parts]
@@ -163,6 +168,10 @@ def mean_of_tasks(tasks: Mapping[str, ClusteredScores], names: Sequence[str]) ->
     return Estimate(
         value, low, high, *(sum(getattr(part, name) for part in parts) for name in ("count", "distinct", "missing"))
     )
+
+
+FEW = 10
+"""Independent pairs below which differences that are all alike give no interval: it would have no width."""
 
 
 @frozen
@@ -186,4 +195,7 @@ def paired_difference(tasks: Mapping[str, ClusteredScores], names: Sequence[str]
         return Difference(value, math.nan, math.nan, pairs)
     rng = np.random.default_rng(0)
     resampled = np.mean([part.resampled_means(part.draw_clusters(rng)) for part in parts], axis=0)
-    return Difference(value, *middle(resampled), pairs)
+    low, high = middle(resampled)
+    if low == high and sum(part.distinct for part in parts) < FEW:  # a spread that so few pairs did not show
+        return Difference(value, math.nan, math.nan, pairs)
+    return Difference(value, low, high, pairs)

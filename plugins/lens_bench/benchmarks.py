@@ -117,7 +117,7 @@ def _geneval_metrics(rows: Sequence[Row]) -> Metrics:
         tag: _scores([(float(row.verdict["correct"]), row.cluster) for row in rows if row.group == tag])
         for tag in sorted({row.group for row in rows}, key=lambda tag: (*geneval.TAGS, tag).index(tag))
     }
-    whole = set(tasks) == set(geneval.TAGS)
+    whole = set(tasks) >= set(geneval.TAGS)
     overall = {"overall": mean_of_tasks(tasks, geneval.TAGS)} if whole else {}
     pictures = _scores([(float(row.verdict["correct"]), row.cluster) for row in rows])
     return overall | {tag: scores.estimate() for tag, scores in tasks.items()} | {"pictures": pictures.estimate()}

@@ -94,12 +94,22 @@ class PublicBenchmark:
         return Score("abstain", evidence="nothing in the config perceives what this prompt is judged by")
 
     def workload(self, images: int) -> dict[str, int]:
-        """How many prompts there are, and how often each perceiver is asked, for a dry run without the prompt file."""
+        """How many prompts there are, and how often each perceiver is asked, for a dry run. A prompt file is read only
+        where the config names one. Raises ConfigError for more prompts than there are."""
         raise NotImplementedError
 
     def _counts(self, total: int, images: int, per_picture: Mapping[str, float]) -> dict[str, int]:
-        """`per_picture`: for each perceiver, how many questions there are for one picture of each of all prompts."""
-        count = total if self.config.prompts is None else min(self.config.prompts, total)
+        """`per_picture`: for each perceiver, how many questions there are for one picture of each of all prompts. Other
+        prompts, of a file, are taken to be like these."""
+        english = getattr(self.config, "language", "en") == "en"  # of others there may be more
+        if self.config.file is not None:
+            count = len(self.prompts())
+        elif self.config.prompts is None:
+            count = total
+        elif self.config.prompts > total and english:
+            raise ConfigError(f"prompts: there are {total} prompts, not {self.config.prompts}; ask for fewer")
+        else:
+            count = min(self.config.prompts, total)
         named = {role: n for role, n in per_picture.items() if getattr(self.config, role) is not None}
         questions = {_label(role): round(n * images * count / total) for role, n in named.items()}
         return {"prompts": count, **questions}

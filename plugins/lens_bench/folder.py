@@ -48,8 +48,11 @@ class Folder:
                 self.pattern.format(id="000000", number=0, index=0)
             except (ValueError, LookupError, AttributeError) as error:
                 raise ConfigError(f"pattern: {readers.shown(self.pattern)} is no pattern ({error})") from error
-            if not names <= set(FIELDS) or ("index" not in names and not names & {"id", "number"}):
-                raise ConfigError(f"pattern: use {{id}}, {{number}} and {{index}}, not {readers.shown(self.pattern)}")
+            if not names <= set(FIELDS) or not names & {"id", "number"}:
+                raise ConfigError(
+                    f"pattern: use {{id}} or {{number}}, and {{index}}, not {readers.shown(self.pattern)}: each prompt "
+                    "needs a picture of its own"
+                )
             place = Path(self.pattern)
             if place.is_absolute() or ".." in place.parts:
                 raise ConfigError(f"pattern: {readers.shown(self.pattern)} leaves the folder; name files within it")
@@ -65,10 +68,16 @@ class Folder:
         if not self.folder.is_dir():
             raise LensError(f"{self.folder}: there is no such folder of pictures; check the path")
         c = self.config
-        return SystemInfo(c.name, c.revision, {"pattern": c.pattern, "prompts": c.prompts}, seeded=False)
+        settings = {"folder": str(self.folder.resolve()), "pattern": c.pattern, "prompts": c.prompts}
+        return SystemInfo(c.name, c.revision, settings, seeded=False)
 
     def generate(self, requests: Sequence[PictureRequest]) -> Iterator[PictureOutcome]:
         for request in requests:
+            if request.index and "{index" not in self.config.pattern:
+                raise ConfigError(
+                    f"pattern: {readers.shown(self.config.pattern)} has no {{index}}, and each prompt has several "
+                    "pictures; add it, or ask for one (--num-images 1)"
+                )
             path = self._find(request)
             if path is None:
                 words = f"missing: there is no {self._stem(request)}.png, .jpg or .webp in {self.folder}"

@@ -1,4 +1,4 @@
-"""Answers of reasoners in files, one for each model, system prompt and request."""
+"""Answers of reasoners, one for each model, system prompt and request: in memory, and in files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from lens_core.io.atomic_files import WriteError, write_atomic
 from lens_core.io.readers import parse_json
 
 MAX_BYTES = 1 << 20  # of an entry
+MAX_IN_MEMORY = 1024  # answers: what a batch paid for before one of its requests was refused is not asked for again
 
 
 class AnswerFiles:
-    """Raw answers in a folder; without one nothing is kept. A damaged entry is asked for again."""
+    """Raw answers: the last ones in memory, and all in a folder, if there is one. A damaged entry is asked again."""
 
     def __init__(self, folder: str | None) -> None:
         self.folder = None if folder is None else Path(folder).expanduser()
+        self._last: dict[tuple[str, str, str], str] = {}
         self._warned = False
 
     def _path(self, key: tuple[str, str, str]) -> Path | None:
@@ -26,6 +28,8 @@ class AnswerFiles:
 
     def read(self, key: tuple[str, str, str]) -> str | None:
         """The answer to (model, system prompt, request), or None."""
+        if key in self._last:
+            return self._last[key]
         path = self._path(key)
         try:
             if path is None or not path.is_file() or path.stat().st_size > MAX_BYTES:
@@ -38,6 +42,9 @@ class AnswerFiles:
 
     def write(self, key: tuple[str, str, str], answer: str) -> None:
         """Keep an answer; it has been paid for where that fails, which is warned of once."""
+        self._last[key] = answer
+        if len(self._last) > MAX_IN_MEMORY:
+            del self._last[next(iter(self._last))]
         path = self._path(key)
         if path is None:
             return

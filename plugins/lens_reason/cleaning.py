@@ -14,27 +14,47 @@ _LABEL = (
     r"(?:(?:final|refined|rewritten|revised|improved|detailed|enhanced|image|new)\s+)*"
     r"(?:prompt|description|caption|answer|output|version|rewrite)(?:\s+(?:a|1|one|#1))?"
 )
+_OBEYING = r"(?:(?:sure|certainly|of course|absolutely|okay|ok|great|yes)\b[^\n:]{0,40}?[!,.:]\s*)?"
+_END = r"[^\n:]{0,40}:\s*"
+_PARAGRAPH = r"[^\n:]{0,80}:[ \t]*\n\s*\n\s*"  # whatever is introduced, it stands apart
+# A preamble says what follows it: a prompt, a description. "This is a sign that reads: …" is the picture itself.
 _PREAMBLES = tuple(
-    re.compile(pattern)
+    re.compile(rf"(?i)\A\s*{pattern}")
     for pattern in (
-        # "Sure! Here is the refined prompt:", "Voici une description :", "Hier ist die Beschreibung:", "Aquí tienes …:"
-        r"(?i)\A\s*(?:(?:sure|certainly|of course|absolutely|okay|ok|great|yes)\b[^\n:]{0,40}?[!,.:]\s*)?"
-        r"(?:here(?:'s| is| are| you go)|below is|this is)\b[^\n:]{0,80}:\s*",
-        r"(?i)\A\s*(?:bien sûr|d'accord)?[!,. ]*voici\b[^\n:]{0,80}:\s*",
-        r"(?i)\A\s*(?:gerne|natürlich)?[!,. ]*hier (?:ist|sind|kommt)\b[^\n:]{0,80}:\s*",
-        r"(?i)\A\s*(?:claro|por supuesto)?[!,. ]*aquí (?:está|tienes|va)\b[^\n:]{0,80}:\s*",
-        r"(?i)\A\s*(?:sure|certainly|of course|absolutely)\s*[!,.:]\s*",
-        rf"(?i)\A\s*(?:[#*_>]+\s*)*{_LABEL}\s*(?:\*\*|__)?\s*:\s*(?:\*\*|__)?\s*",
+        # "Sure! Here is the refined prompt:", "Voici une description :", "Hier ist die Beschreibung:", "Aquí tienes:"
+        rf"{_OBEYING}(?:here(?:'s| is| are)|below is|this is)\s+(?:[\w-]+\s+){{0,4}}"
+        rf"(?:prompts?|descriptions?|captions?|versions?|rewrite)\b{_END}",
+        rf"{_OBEYING}here (?:you go|it is)\b{_END}",
+        rf"{_OBEYING}(?:here(?:'s| is| are)|below is)\b{_PARAGRAPH}",
+        rf"(?:bien sûr|d'accord)?[!,. ]*voici\s+(?:[\w'-]+\s+){{0,3}}"
+        rf"(?:prompt|description|invite|version|légende|texte)\b{_END}",
+        rf"(?:bien sûr|d'accord)?[!,. ]*voici(?:\s*:\s*|\b{_PARAGRAPH})",
+        rf"(?:gerne|natürlich)?[!,. ]*hier (?:ist|sind|kommt)\s+(?:[\w-]+\s+){{0,3}}"
+        rf"(?:prompt|(?:bild)?beschreibung|fassung|version|text)\b{_END}",
+        rf"(?:gerne|natürlich)?[!,. ]*hier (?:ist|sind|kommt)\b{_PARAGRAPH}",
+        rf"(?:claro|por supuesto)?[!,. ]*aquí (?:está|tienes|va)\s+(?:[\w-]+\s+){{0,3}}"
+        rf"(?:prompt|descripción|versión|texto)\b{_END}",
+        rf"(?:claro|por supuesto)?[!,. ]*aquí (?:está|tienes|va)(?:\s*:\s*|\b{_PARAGRAPH})",
+        r"(?:sure|certainly|of course|absolutely)\s*[!,.:]\s*",
+        rf"(?:[#*_>]+\s*)*{_LABEL}\s*(?:\*\*|__)?\s*:\s*(?:\*\*|__)?\s*",
     )
 )
-_AFTERWORDS = re.compile(
-    r"(?is)\n\s*(?:[-*_]{3,}\s*\n.*|(?:let me know|i hope|feel free|would you like|note\b|explanation\b|"
-    r"if you(?:'d| would) like|do you want|this (?:prompt|description) (?:is|keeps|captures))\b.*)\Z"
+_TO_THE_USER = (
+    r"(?:[#*_>]+\s*)*(?:let me know|i hope|feel free|would you like|do you want|if you(?:'d| would) like|note that\b|"
+    r"(?:notes?|explanation|rationale|(?:key |main )?changes(?: made)?)\s*[*_]*\s*:|"
+    r"this (?:prompt|description) (?:is|keeps|captures)\b)"
 )
+_AFTERWORDS = re.compile(rf"(?is)\n\s*(?:[-*_]{{3,}}\s*\n\s*)?{_TO_THE_USER}.*\Z")
+_RULE = re.compile(r"(?m)^[ \t]*[-*_]{3,}[ \t]*$")  # a line that only divides
 _SECOND = re.compile(
-    r"(?is)\n\s*(?:[#*_>-]+\s*)*(?:or|alternatively|alternative(?:\s+\w+)?|another (?:option|version)|"
-    r"(?:option|version|prompt|variant|variation)\s*(?:b|2|two|#2)|2[.)])\s*(?:\*\*|__)?\s*(?::|\n|\s).*\Z"
+    r"(?is)\n\s*(?:[#*_>-]+\s*)*(?:or\s*:|(?:or(?=\s*\n)|alternatively|alternative(?:\s+\w+)?|"
+    r"another (?:option|version)|(?:option|version|prompt|variant|variation)\s*(?:b|2|two|#2))"
+    r"\s*(?:\*\*|__)?\s*(?::|\n|\s)).*\Z"
 )
+_NUMBERED = re.compile(r"(?s)\A\s*(?:[#*_>-]+\s*)*1[.)]\s*(.+?)\n\s*(?:[#*_>-]+\s*)*2[.)]\s")
+LONG = 25
+"""Words of the first item of a numbered list from which on the items are taken for versions of the prompt. Shorter ones
+are things in one picture."""
 _FIRST = re.compile(r"(?i)\A\s*(?:[#*_>-]+\s*)*(?:(?:option|version|prompt|variant|variation)\s*(?:a|1|one|#1)|1[.)])"
                     r"\s*(?:\*\*|__)?\s*[:.)]?\s*(?:\*\*|__)?\s*")  # fmt: skip
 _QUOTES = ('""', "''", "“”", "„“", "«»", "‘’", "``", "「」", "『』")
@@ -61,6 +81,9 @@ def _peeled(text: str) -> str:
     text = _of_json(text)
     for preamble in _PREAMBLES:
         text = preamble.sub("", text, count=1)
+    numbered = _NUMBERED.match(text)
+    if numbered is not None and len(numbered.group(1).split()) >= LONG:
+        text = numbered.group(1)
     second = _SECOND.search(text)
     if second is not None and text[: second.start()].strip():
         text = text[: second.start()]
@@ -68,7 +91,8 @@ def _peeled(text: str) -> str:
     elif _FIRST.match(text) and text.lstrip()[:1] != "1":
         text = _FIRST.sub("", text, count=1)
     shorter = _AFTERWORDS.sub("", text)
-    return _unquoted((shorter if shorter.strip() else text).strip())
+    text = shorter if shorter.strip() else text
+    return _unquoted(_RULE.sub("", text).strip())
 
 
 def _of_json(text: str) -> str:

@@ -36,6 +36,10 @@ class Purse:
         self._models = list({id(m): m for m in models if getattr(m, "spend", None) is not None}.values())
         self._seen = [(0.0, 0.0)] * len(self._models)
 
+    def counts(self, model: Any) -> bool:
+        """Whether the calls of a model are counted."""
+        return any(model is one for one in self._models)
+
     def settle(self) -> None:
         """Write down what the models have cost since the last time."""
         now = [(float(m.spend.calls), float(m.spend.usd)) for m in self._models]
@@ -67,14 +71,17 @@ class Judge:
         self.purse, self.files, self.log = purse, purse.files, log
 
     def judge(self, system: str, part: Part, indices: Sequence[int]) -> list[Judgement]:
-        """The judgements of some prompts of a part, in their order. Raises BudgetReached before anything is drawn."""
+        """The judgements of some prompts of a part, in their order. Raises BudgetReached before the first picture that
+        the budget does not pay for: pictures before anything is drawn, calls and dollars before each batch."""
         candidate = name_of_prompt(system)
         missing = [i for i in dict.fromkeys(indices) if self.files.judged(candidate, part.name, i) is None]
         if missing:
             self.purse.require(pictures=len(missing))
             self.pipeline.use_reasoner(self.reasoner.with_system(system))
         for first in range(0, len(missing), self.search.batch_size):
-            self._batch(candidate, part, missing[first : first + self.search.batch_size])
+            batch = missing[first : first + self.search.batch_size]
+            self.purse.require(calls=len(batch) if self.purse.counts(getattr(self.reasoner, "llm", None)) else 0)
+            self._batch(candidate, part, batch)
             self.log(f"{candidate} {part.name}: {self.files.pictures} of {self.purse.budget.pictures} pictures")
         return [one for i in indices if (one := self.files.judged(candidate, part.name, i)) is not None]
 

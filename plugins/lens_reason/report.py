@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,10 @@ def verdict(result: SearchResult) -> str:
         gain = difference(result.files, result.start.system, result.best.system, result.heldout)
     except LensError as error:
         return f"The gain cannot be told: {error}."
-    words = f"On held-out prompts the best is {gain.value:+.3f} from the start ({gain.low:+.3f} to {gain.high:+.3f})"
+    words = f"On held-out prompts the best is {gain.value:+.3f} from the start"
+    if math.isnan(gain.low):
+        return f"{words}, on too few prompts for an interval: **within noise**."
+    words += f" ({gain.low:+.3f} to {gain.high:+.3f})"
     if not gain.low > 0:
         return f"{words}: **within noise**." if gain.high >= 0 else f"{words}: worse."
     return f"{words}."

@@ -11,7 +11,7 @@ from typing import Any, Self
 from attrs import field, frozen
 
 from lens_core.io.readers import one_line
-from lens_core.types import LensError, Message, Refinement
+from lens_core.types import LensError, Message, Refinement, RefusedError
 from lens_core.validators import integer, one_of, optional, text
 from lens_reason.cache import AnswerFiles
 from lens_reason.checks import flaw
@@ -19,9 +19,8 @@ from lens_reason.cleaning import clean
 from lens_reason.harmony import HarmonyError
 from lens_reason.policy import NAMES, REFUSE, hash_of, read_policy
 
-
-class RefusedError(LensError):
-    """A reasoner's policy forbids the request: nothing is drawn."""
+_REFUSAL = re.compile(rf"""(?s)[\s.!*_'"“]*{REFUSE}\b[\s.:,;!*_'"”–—-]*(.*)""")
+"""An answer that begins with the word, whatever stands between it and the reason."""
 
 
 @frozen(kw_only=True)
@@ -103,9 +102,9 @@ class Rewriter(ABC):
                 raise answer
             return Refinement(request, request, f"the reasoner failed: {one_line(answer)}")
         text = clean(answer)
-        word, _, why = text.partition(":")
-        if word.strip(" .!*'\"") == REFUSE:
-            reason = one_line(why.strip() or "no reason is given", 200)
+        refused = _REFUSAL.match(text)
+        if refused is not None:
+            reason = one_line(refused.group(1) or "no reason is given", 200)
             raise RefusedError(f"the reasoner's policy refuses to draw {request[:80]!r}: {reason}")
         reason = flaw(request, text, self.config.language, self.config.max_characters)
         return Refinement(request, request, reason) if reason else Refinement(request, text)

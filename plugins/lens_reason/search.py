@@ -59,7 +59,8 @@ def run_search(
     reasoner = _built(catalog, "reasoner", _without_system(search.reasoner))
     reflector = reflector or _built(catalog, "llm", search.reflector)
     dev, heldout = (_part(catalog, search, name) for name in ("dev", "heldout"))
-    _check_parts(search, dev, heldout)
+    heldout = _unseen(dev, heldout, log)
+    _check_budget(search, dev, heldout)
     start = start_of(search, default_policy())
     pipeline = pipeline or LensPipeline.from_pretrained(search.model, catalog=catalog, device="auto")
     with locked(folder, "search"):
@@ -267,14 +268,22 @@ def _part(catalog: Catalog, search: Search, name: str) -> Part:
     return Part(name, benchmark, prompts_of(benchmark))
 
 
-def _check_parts(search: Search, dev: Part, heldout: Part) -> None:
+def _unseen(dev: Part, heldout: Part, log: Callable[[str], None]) -> Part:
+    """The held-out part without the prompts that the search sees. Raises ConfigError where these are many."""
     both = {p.text for p in dev.prompts} & {p.text for p in heldout.prompts}
-    share = len(both) / max(1, len(heldout.prompts))
-    if both and share > 0.25:
+    rest = [p for p in heldout.prompts if p.text not in both]
+    shared = len(heldout.prompts) - len(rest)
+    if shared > 0.25 * len(heldout.prompts):
         raise ConfigError(
-            f"dev and heldout share {len(both)} of {len(heldout.prompts)} prompts, such as {sorted(both)[0][:60]!r}: "
+            f"dev and heldout share {shared} of {len(heldout.prompts)} prompts, such as {sorted(both)[0][:60]!r}: "
             "what is held out must be other prompts; give each its own split"
         )
+    if shared:
+        log(f"{shared} of {len(heldout.prompts)} held-out prompts are dev prompts too; they are left out")
+    return Part(heldout.name, heldout.benchmark, rest)
+
+
+def _check_budget(search: Search, dev: Part, heldout: Part) -> None:
     least = len(dev.prompts) + 2 * len(heldout.prompts)
     if search.budget.pictures < least:
         raise ConfigError(

@@ -23,6 +23,7 @@ from lens_core.attribution import (
     checked_loss,
     checked_scores,
     checked_step,
+    headline_tasks_of,
     items,
     latents_of,
     pixels_of,
@@ -112,6 +113,10 @@ MUST = "it must return one Score an image"
         ("ok", f"lens_red:red.score returned str; {MUST}"),
         ([Score("ok", 1.0), None], f"lens_red:red.score returned NoneType; {MUST}"),
         ([Score("ok", 1.0)], f"lens_red:red.score returned 1 scores for 2 images; {MUST}"),
+        (
+            [Score("ok", 1.0, {"a": "b"}), Score("ok", 1.0)],
+            "lens_red:red.score gave, as components, dict; the components of a Score must be {name: number}",
+        ),
         ([], f"lens_red:red.score returned 0 scores for 2 images; {MUST}"),
     ],
 )
@@ -251,6 +256,28 @@ def test_a_method_is_held_to_its_contract() -> None:
         message = line(lambda step=step: checked_step(method, step))
         assert message.startswith("lens_red:red.steps yielded ") and "a list of micro-batches" in message
     assert "yielded no micro-batch" in line(lambda: checked_step(method, []))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (Prompt("a", task=None), "as a task, NoneType; a task must be a text"),  # type: ignore[arg-type]
+        (Prompt("a", task="overall"), "as a task, str; a task must be a text, and none of overall, all pictures"),
+        (Prompt("a", data={"question": ["a", 1]}), "as data, dict; the data of a Prompt must be a mapping"),
+        (Prompt("a", data=[1]), "as data, list of int; the data of a Prompt must be a mapping"),  # type: ignore[arg-type]
+    ],
+)
+def test_tasks_and_data_of_prompts_are_checked(prompt: Prompt, words: str) -> None:
+    broken = red("benchmark", prompts=lambda self: [prompt])
+    assert line(lambda: prompts_of(broken)).startswith(f"lens_red:red.prompts gave, {words}")
+
+
+def test_a_headline_is_a_list_of_tasks() -> None:
+    assert headline_tasks_of(red("benchmark", headline=["a"])) == ("a",) and headline_tasks_of(red("benchmark")) == ()
+    for headline in (None, "ab", [1]):
+        assert line(lambda headline=headline: headline_tasks_of(red("benchmark", headline=headline))).endswith(
+            "it must be a list of tasks"
+        )
 
 
 def test_prompts_are_checked() -> None:

@@ -159,6 +159,31 @@ def test_a_benchmark_is_its_options_however_they_were_written() -> None:
         compare([plain, result([1, 0], "b")])
 
 
+def test_a_weight_is_that_of_a_picture_with_a_score_whatever_the_order_of_seeds() -> None:
+    def measured(model: str, seed: int, long: float | None, short: float) -> dict[str, Any]:
+        made = result([long, short], model, seed=seed, headline=["x"])
+        for picture, weight in zip(made["pictures"], (100, 1), strict=False):
+            picture |= {"task": "x"} | ({} if picture["value"] is None else {"weight": weight})
+        return made
+
+    base, failed, whole = measured("a", 0, 0.0, 1.0), measured("b", 0, None, 1.0), measured("b", 1, 1.0, 1.0)
+    for others in ([failed, whole], [whole, failed]):
+        row = compare([base, *others])[1]
+        assert row.difference is not None and row.difference.value == pytest.approx(100 / 101)
+
+
+def test_few_pairs_that_are_all_alike_have_no_interval_and_a_bar_in_a_task_is_no_column() -> None:
+    rows = compare([result([0, 0]), result([1, 1], "b")])
+    assert "| +1.000 | – | 2 |" in table(rows)
+    many = compare([result([0.0] * 60), result([1.0] * 60, "b")])
+    assert "| +1.000 | +1.000 to +1.000 | 60 |" in table(many)
+    barred = result([1, 0])
+    for picture in barred["pictures"]:
+        picture["task"] = {"x": "x|z"}.get(picture["task"], picture["task"])
+    head, _, row = table(compare([barred | {"headline": ["x|z", "y"]}])).splitlines()
+    assert "x\\|z" in head and head.replace("\\|", "").count("|") == row.count("|")
+
+
 def test_the_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, run in {"a": result([1, 0, 1, 0]), "b": result([1, 1, 1, 1], "b")}.items():
         (tmp_path / name).mkdir()

@@ -17,9 +17,11 @@ import stage_worker
 import torch
 from stage_worker import Brightness, Dots, png, run
 
+from lens_core.catalog import Catalog
 from lens_core.cli.main import main
 from lens_core.evaluation import comparison, cost, perception, stages
 from lens_core.evaluation.bench import BenchmarkRequest, generator_spec, parse_stages
+from lens_core.evaluation.pipeline_generator import PipelineGenerator
 from lens_core.evaluation.processes import Processes
 from lens_core.evaluation.run import picture_seed
 from lens_core.io.locks import LockedError
@@ -31,6 +33,7 @@ from lens_core.types import (
     PictureRequest,
     PluginError,
     Prompt,
+    RefusedError,
     Score,
     StopGeneration,
 )
@@ -67,6 +70,46 @@ def test_a_finished_stage_is_not_done_again(tmp_path: Path, monkeypatch: pytest.
     assert run(tmp_path / "run", stages=("perceive", "decide")).text == first.text
     assert run(tmp_path / "run", stages=("decide",)).text == first.text
     assert run(tmp_path / "run", stages=("perceive",)) is None
+
+
+def test_another_scorer_reads_the_same_pictures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = str(tmp_path / "drawn")
+    first = run(tmp_path / "run", log=log)
+    drawn = Path(log).read_text()
+    monkeypatch.setattr(Brightness, "score", lambda self, images, prompts: [Score("ok", 0.75) for _ in images])
+    assert run(tmp_path / "run", log=log).text == first.text, "the same source: what was kept counts"
+    source = tmp_path / "scorer.py"
+    source.write_text("# edited")
+    monkeypatch.setattr(stage_worker, "__file__", str(source))
+    assert run(tmp_path / "run", log=log).decision.official["overall"].value == 0.75
+    assert Path(log).read_text() == drawn, "no picture is drawn again"
+
+
+def test_data_of_prompts_that_is_no_json_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Brightness, "prompts", lambda self: [Prompt("a", data={"x": object()})])
+    with pytest.raises(PluginError, match=r"brightness\.prompts gave, as data, dict; .* JSON"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_what_a_reasoner_refuses_is_refused_and_the_others_are_drawn(checkpoint: Path, catalog: Catalog) -> None:
+    asked: list[list[str]] = []
+
+    class Careful:
+        def refine(self, prompts: Sequence[str]) -> list[str]:
+            asked.append(list(prompts))
+            if "a person" in prompts:
+                raise RefusedError("no persons")
+            return [f"{prompt}, at noon" for prompt in prompts]
+
+    generator = PipelineGenerator(PipelineGenerator.Config(model=str(checkpoint), steps=1), catalog)
+    generator.pipeline.use_reasoner(Careful())
+    prompts = ["a dog", "a person", "a cat"]
+    requests = [PictureRequest(prompt, i, (16, 16), f"{i}", 0) for i, prompt in enumerate(prompts)]
+    outcomes = {o.request.prompt: o for o in generator.generate(requests)}
+    assert (outcomes["a person"].status, outcomes["a person"].reason) == ("refused", "no persons")
+    assert [outcomes[p].sent_prompt for p in ("a dog", "a cat")] == ["a dog, at noon", "a cat, at noon"]
+    assert asked == [prompts, ["a dog"], ["a person"], ["a cat"]], "each is asked about alone, once"
 
 
 def test_refusals_are_final_and_failures_are_tried_again(tmp_path: Path) -> None:

@@ -114,7 +114,32 @@ def test_a_missing_picture_may_come_later(drawn: Path, tmp_path: Path) -> None:
     assert second.status == "ok" and second.image == (root / "04-2.webp").read_bytes()
 
 
-@pytest.mark.parametrize("pattern", ["", "x", "{index", "{0}", "{a}_{index}", "../{id}_{index}", "/{id}", "{id.x}"])
+def test_another_folder_is_another_run_and_pictures_of_a_prompt_need_a_number(drawn: Path, tmp_path: Path) -> None:
+    here, there = (Folder(Folder.Config(str(tmp_path / name))) for name in ("a", "b"))
+    for folder in (here, there):
+        folder.folder.mkdir()
+    assert here.describe() != there.describe()
+    request = PictureRequest("p", prompt_id="000004", index=1)
+    with pytest.raises(ConfigError, match=r"has no \{index\}"):
+        list(Folder(Folder.Config(str(tmp_path), "{number}")).generate([request]))
+    run = ["bench", spec(drawn), "--num-images", "1", "--output", str(tmp_path / "run"), "--generator"]
+    assert main([*run, folder_of(drawn)]) == 0
+    assert main([*run, folder_of(tmp_path / "a")]) == 2
+
+
+def test_a_dry_run_counts_the_prompts_of_a_file_and_refuses_more_than_there_are(
+    drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", spec(drawn), "--dry-run"]) == 0
+    assert f"| pipeline | {COUNT} | {4 * COUNT} |" in capsys.readouterr().out
+    assert main(["bench", "geneval", "--limit", "10000", "--dry-run"]) == 2
+    assert "there are 553 prompts, not 10000" in capsys.readouterr().err
+    assert main(["bench", "{use: geneval, file: nowhere.jsonl}", "--dry-run"]) == 2
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "x", "{index}", "{index", "{0}", "{a}_{index}", "../{id}_{index}", "/{id}", "{id.x}"]
+)
 def test_a_pattern_that_names_no_file_is_refused(pattern: str) -> None:
     with pytest.raises(ConfigError):
         Folder.Config("pictures", pattern)

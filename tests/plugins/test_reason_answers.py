@@ -114,7 +114,8 @@ CAT = "A red cat sits on a blue mat."
         f"{CAT}\n\nLet me know if you want changes!", f"{CAT}\n\nNote: I kept the colours.",
         f"Option 1: {CAT}\n\nOption 2: A dog runs.", f"{CAT}\n\nAlternatively:\nA dog runs.",
         f'{{"prompt": "{CAT}"}}', f'```json\n{{"prompt": "{CAT}"}}\n```', f"<answer>{CAT}</answer>",
-        f"Certainly! {CAT}", f"1. {CAT}\n2. A dog runs.", "A red cat\nsits on  a blue mat.", f"# Prompt: {CAT}",
+        f"Certainly! {CAT}", f"{CAT}\n\n---\n**Changes made:**\n- a mat", f"Here it is:\n{CAT}",
+        f"Here's something lovely:\n\n{CAT}", "A red cat\nsits on  a blue mat.", f"# Prompt: {CAT}",
     ],
 )  # fmt: skip
 def test_what_stands_around_a_prompt_is_taken_away(answer):
@@ -127,11 +128,34 @@ def test_what_stands_around_a_prompt_is_taken_away(answer):
         '"CAT" is written above "DOG"', 'the word "STOP"', '"OPEN"', "a sign: no entry", "a sure-footed goat",
         "a here-and-now poster", "two cats, or one cat in a mirror", "a prompt book on a stage", "it's a dog's life",
         "a clock at 1. There is a cat.", "a cat {in braces}", 'a note that says "Note: buy milk" on a fridge',
-        "'Twas night", "an answer: 42 in neon",
+        "'Twas night", "an answer: 42 in neon", 'This is a neon sign in an alley, reading: "OPEN LATE"',
+        'Here is a chalkboard with the answer: "42"', "A poster. Or, seen from afar, a stamp.",
     ],
 )  # fmt: skip
 def test_what_belongs_to_a_prompt_stays(prompt):
     assert clean(prompt) == prompt
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        ("Three cups:\n1. A red cup.\n2. A blue cup.\n3. A white cup.", "1. A red cup. 2. A blue cup. 3. A white cup."),
+        ("1. A cat sleeps.\n2. A dog stands.", "2. A dog stands."),
+        ("A chalkboard in a classroom.\nNote the dusty window and the red apple.", "the red apple."),
+        (
+            "A poster on a wall.\n---\nBelow it stands a green bench.",
+            "A poster on a wall. Below it stands a green bench.",
+        ),
+        ("A stage.\nOr the moon rises behind it.", "A stage. Or the moon rises behind it."),
+    ],
+)
+def test_things_that_are_listed_are_all_drawn(answer, kept):
+    assert kept in clean(answer)
+
+
+def test_of_numbered_versions_the_first_is_drawn():
+    versions = [f"{animal} {CAT[2:]} " * 4 for animal in ("A", "Another")]
+    assert clean(f"1. {versions[0]}\n2. {versions[1]}") == versions[0].strip()
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------

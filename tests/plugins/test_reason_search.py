@@ -13,8 +13,10 @@ import torch
 import yaml
 from attrs import evolve, frozen
 from lens_reason import report
+from lens_reason.chat import ChatReasoner
+from lens_reason.judging import BudgetReached, Judge, Part, Purse
 from lens_reason.recipe import Budget, Search, read_search
-from lens_reason.search import Searching, run_search
+from lens_reason.search import Searching, _unseen, run_search
 from lens_reason.state import Judgement, SearchFiles
 from lens_shapes.editor import ShapesEditor
 from lens_shapes.styles import FULL, WORDINGS, style_of, system_prompt
@@ -210,6 +212,36 @@ def test_calls_and_dollars_end_a_search_too(tmp_path):
     assert paid.files.spent == {"calls": 3.0, "usd": 1.5} and "$1.2 is spent" in paid.ended
     again = search(tmp_path / "usd", recipe, reflector=Paid(ShapesEditor.Config()))
     assert again.files.spent == paid.files.spent and again.best == paid.best
+
+
+def test_the_calls_of_the_reasoner_are_bounded_within_a_part(tmp_path):
+    class Paid(Writer):
+        def __init__(self, config):
+            self.spend = types.SimpleNamespace(calls=0, usd=0.0)
+
+        def chat(self, messages):
+            self.spend.calls += 1
+            return super().chat(messages)
+
+    reasoner = ChatReasoner(ChatReasoner.Config(llm=ComponentSpec("writer")))
+    reasoner.llm = Paid(Writer.Config())
+    pipeline, files = Fake(), SearchFiles(tmp_path, {})
+    purse = Purse(Budget(pictures=600, calls=7), files, [reasoner.llm])
+    words = Words(Words.Config())
+    judge = Judge(RECIPE, pipeline, reasoner, purse, print)
+    with pytest.raises(BudgetReached, match="all 7 calls are made"):
+        judge.judge("Be brief.", Part("dev", words, words.prompts()), range(12))
+    assert reasoner.llm.spend.calls == len(pipeline.drawn) == 5, "one batch, which the budget pays for"
+
+
+def test_held_out_prompts_that_the_search_sees_are_left_out():
+    words = Words(Words.Config())
+    seen, rest = words.prompts()[:2], [Prompt(f"other {n}", n) for n in range(10)]
+    said = []
+    held = _unseen(Part("dev", words, words.prompts()), Part("heldout", words, [*seen, *rest]), said.append)
+    assert list(held.prompts) == rest and said == ["2 of 12 held-out prompts are dev prompts too; they are left out"]
+    with pytest.raises(ConfigError, match="share 2 of 3 prompts"):
+        _unseen(Part("dev", words, words.prompts()), Part("heldout", words, [*seen, rest[0]]), said.append)
 
 
 def test_a_failed_judgement_is_missing_and_not_zero(tmp_path):

@@ -27,6 +27,7 @@ from lens_shapes.scenes import (
     prompt_facts,
     sample,
 )
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from lens_core.types import ConfigError, Prompt
@@ -468,3 +469,15 @@ def test_many_faint_patches_are_refused_though_none_is_seen_alone():
         image = render(scene, SIDE, SIDE).astype(float)
         mosaic = np.kron(rng.choice([-14.0, 14.0], (16, 16, 3)), np.ones((4, 4, 1)))
         assert not satisfies(read(np.clip(image + mosaic, 0, 255).astype(np.uint8)), prompt_facts(scene))
+
+
+@pytest.mark.parametrize(("sides", "accepted"), [(4, False), (5, True), (6, True), (60, True)])
+def test_round_polygons_pass_as_circles_which_is_a_known_limit(sides, accepted):
+    """docs/proving-ground.md says so. A square is refused."""
+    turns = 2 * np.pi * np.arange(sides) / sides
+    corners = [(512 + 160 * np.cos(t), 512 + 160 * np.sin(t)) for t in turns]
+    large = Image.new("RGB", (1024, 1024), BACKGROUNDS["white"])
+    ImageDraw.Draw(large).polygon(corners, fill=COLOURS["red"])
+    facts = prompt_facts(Scene("colours", (Thing("circle", "red", "medium", 0.5, 0.5),), ("white",)))
+    image = np.asarray(large.resize((128, 128), Image.Resampling.BOX))
+    assert satisfies(read(image), facts) is accepted
