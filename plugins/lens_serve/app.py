@@ -44,10 +44,12 @@ def make_app(engine: Engine, options: AppOptions | None = None) -> FastAPI:
         return PlainTextResponse(metrics.text(engine), media_type=CONTENT_TYPE)
 
     def output(request: Request) -> Response:  # not async: FastAPI runs it in a thread, for it reads a file
-        data = options.outputs.read(request.path_params["name"]) if options.outputs is not None else None
+        name = request.path_params["name"]
+        data = options.outputs.read(name) if options.outputs is not None else None
         if data is None:
             raise ApiError(404, "there is no such picture", "not_found")
-        return Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=86400"})
+        kind = f"image/{name.rpartition('.')[2]}"  # png, jpeg or webp
+        return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=86400"})
 
     app = FastAPI(
         title="Lens",

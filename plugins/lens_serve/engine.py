@@ -31,6 +31,7 @@ from lens_core.inference.image_to_image import read_init_image
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.requests import GenerateRequest, ModelRequest
 from lens_core.io import readers
+from lens_core.recipe import unstructure
 from lens_core.types import ConfigError, LensError, did_you_mean
 from lens_serve.jobs import Busy, Cancelled, Done, DrawnImage, Failed, ImageRequest, Job, Limits, Queued, Stopping
 from lens_serve.live import AllCancelled, LiveBatch, Unit
@@ -83,11 +84,13 @@ class Engine:
         base_loras: Sequence[tuple[Path, float]] = (),
     ) -> None:
         """`name`: the model's, for clients. `loras`: the files that requests may name. `base_loras` are folded into the
-        pipeline already, and stay under those of requests."""
+        pipeline already, and stay under those of requests. Raises LensError for a pipeline that cannot draw."""
+        pipeline.store.require_all()
         self.name = name or pipeline.source or "model"
         self.limits = limits or Limits()
         self.loras = dict(loras or {})
         self.counters = Counters()
+        self._model = ModelRequest()  # how another is loaded; what `load` was given
         self._pipeline = pipeline
         self._base_loras = tuple(base_loras)
         self._state: ModelState | None = ModelState(None, ())  # None: unknown, after a failure
@@ -103,8 +106,17 @@ class Engine:
     def load(
         cls, model: ModelRequest, *, limits: Limits | None = None, loras: Mapping[str, Path] | None = None
     ) -> Self:
-        """Read the model, and start. Raises CheckpointError and ConfigError."""
-        return cls(model.load(), name=model.name, limits=limits, loras=loras, base_loras=model.loras)
+        """Read the model, and start. Raises CheckpointError and ConfigError, and LensError for one that cannot draw."""
+        engine = cls(model.load(), name=model.name, limits=limits, loras=loras, base_loras=model.loras)
+        engine._model = model
+        return engine
+
+    def another(self, model: str) -> Self:
+        """An engine of another checkpoint, on the same device, in the same dtype and within the same limits. The caller
+        closes it. Raises as `load` does."""
+        here = self._model
+        request = ModelRequest(model, device=here.device, dtype=here.dtype, offload=here.offload)
+        return type(self).load(request, limits=self.limits)
 
     # ---- what it offers -----------------------------------------------------------------------------------------
 
@@ -127,6 +139,20 @@ class Engine:
     def samplers(self) -> list[str]:
         """The names of samplers, for requests."""
         return [entry.short for entry in self._catalog.entries("sampler")]
+
+    @property
+    def lossy_vae_tile(self) -> int | None:
+        """Side of the tiles in which pictures are decoded, px; None: whole."""
+        return self._pipeline.lossy_vae_tile
+
+    def sampler_facts(self, name: str | None) -> Mapping[str, Any]:
+        """The sampler and its options that a request of this name is drawn with, as pictures record it; {} where the
+        model's own has no name. Raises ConfigError."""
+        sampler, spec = self._default_sampler
+        parts = LensPipeline(sampler=sampler, specs={"sampler": spec} if spec else {}, catalog=self._catalog)
+        if name is not None:
+            parts.use_sampler(name)
+        return unstructure(parts.specs["sampler"]) if "sampler" in parts.specs else {}
 
     @property
     def waiting(self) -> int:
@@ -348,7 +374,9 @@ class Engine:
         before, self._state = self._state, None
         pipeline = self._pipeline
         if before is None or before.sampler != state.sampler:
+            version = pipeline.version  # stays: this is the checkpoint's own sampler, or one that the version names
             pipeline.put("sampler", *self._default_sampler)  # whose options the next one takes, not the last one's
+            pipeline.version = version
             if state.sampler is not None:
                 pipeline.use_sampler(state.sampler)
         if before is None or before.loras != state.loras:
@@ -375,7 +403,7 @@ def _check_text(name: str, text: Any, most: int) -> None:
 
 def _seeds(request: ImageRequest) -> tuple[int, ...]:
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-    first = whole("seed", seed, 0, MAX_SEED - request.num_images)
+    first = whole("seed", seed, 0, MAX_SEED - request.num_images + 1)  # the last picture's is MAX_SEED at most
     return tuple(first + i for i in range(request.num_images))
 
 

@@ -90,6 +90,11 @@ def _assembled(values: Mapping[str, Any]) -> Parsed:
     )
     if answer.partial_images and not answer.stream:
         raise bad_request("partial_images has no effect without stream; set stream to true", "partial_images")
+    if answer.url and answer.stream:  # OpenAI's events have no address, and its client reads none
+        raise bad_request(
+            "response_format url cannot be streamed; use b64_json, or leave stream out",
+            "response_format", "unsupported_value",
+        )  # fmt: skip
     if answer.compression is not None and answer.format == "png":
         raise bad_request("output_compression has no effect on png; set output_format", "output_compression")
     settings = GenerateRequest(

@@ -113,15 +113,19 @@ class ImagesApi:
         }
 
     def _item(self, job: Job, index: int, drawn: DrawnImage, answer: AnswerOptions, base: str = "") -> dict[str, Any]:
-        """One picture of an answer; it is written into the outputs folder, where there is one."""
+        """One picture of an answer; it is written into the outputs folder, where there is one. `base`: the address of
+        this server, for an answer that is no stream."""
         item: dict[str, Any] = {"seed": drawn.seed}
         if "requested_prompt" in drawn.facts:
             item["revised_prompt"] = drawn.facts["prompt"]
         name = self._outputs.save(drawn.image, job.id, index, drawn.facts) if self._outputs is not None else ""
-        if answer.url and base:
-            item["url"] = f"{base}outputs/{name}"
-        else:
+        if not answer.url:
             item["b64_json"] = pictures.as_base64(pictures.encoded(drawn.image, answer, drawn.facts))
+            return item
+        assert self._outputs is not None  # or `_parsed` had refused the request
+        if answer.format != "png":
+            name = self._outputs.add(name, answer.format, pictures.encoded(drawn.image, answer))
+        item["url"] = f"{base}outputs/{name}"
         return item
 
     async def _stream(self, job: Job, answer: AnswerOptions, kind: str) -> AsyncIterator[str]:

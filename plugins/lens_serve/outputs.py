@@ -1,4 +1,4 @@
-"""The outputs folder: finished pictures as PNG files, and nothing else that can be read over HTTP."""
+"""The outputs folder: finished pictures, and nothing else that can be read over HTTP."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lens_core.inference import png_metadata
+from lens_core.io.atomic_files import write_atomic
 from lens_core.types import ConfigError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NAME = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{12}-[0-9]{1,4}\.png")
-"""The names that `save` gives, and the only ones that are read: no separator, no dot but one."""
+NAME = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{12}-[0-9]{1,4}\.(png|jpeg|webp)")
+"""The names that `save` and `add` give, and the only ones that are read: no separator, no dot but one."""
 
 
 class Outputs:
@@ -38,12 +39,19 @@ class Outputs:
         png_metadata.save(image, self.folder / name, dict(facts))
         return name
 
+    def add(self, name: str, kind: str, data: bytes) -> str:
+        """Write the same picture as jpeg or webp beside the PNG that `save` called `name`; returns the new file's name.
+        Raises WriteError."""
+        other = f"{name.removesuffix('.png')}.{kind}"
+        write_atomic(self.folder / other, lambda path: path.write_bytes(data))
+        return other
+
     def names(self) -> list[str]:
         """The pictures in the folder, the newest first."""
         return sorted((name for name in os.listdir(self._handle) if NAME.fullmatch(name)), reverse=True)
 
     def read(self, name: str) -> bytes | None:
-        """A picture that `save` wrote, or None: another name, a symbolic link and whatever is no file are not read."""
+        """A picture that was written here, or None: another name, a link and whatever is no file are not read."""
         if not NAME.fullmatch(name):
             return None
         try:

@@ -18,7 +18,7 @@ from attrs import frozen
 from lens_core.catalog import Catalog, resolve
 from lens_core.types import ConfigError
 from lens_serve.engine import Engine
-from lens_serve.jobs import ImageRequest, Job
+from lens_serve.jobs import DrawnImage, ImageRequest, Job
 from lens_serve.outputs import Outputs
 
 if TYPE_CHECKING:
@@ -70,6 +70,15 @@ class Drawing:
         return self.engine.loras
 
     @property
+    def lossy_vae_tile(self) -> int | None:
+        """Side of the tiles in which pictures are decoded, px; None: whole."""
+        return self.engine.lossy_vae_tile
+
+    def sampler_facts(self, name: str) -> Mapping[str, Any]:
+        """The sampler of this name with the options that it has here, as pictures record it. Raises ConfigError."""
+        return self.engine.sampler_facts(name)
+
+    @property
     def max_images(self) -> int:
         """Pictures of one request."""
         return self.engine.limits.max_images
@@ -81,6 +90,16 @@ class Drawing:
     def start(self, **fields: Any) -> Job:
         """Submit a request with the fields of `ImageRequest`. Raises ConfigError, or Busy, in one line."""
         return self.engine.submit(ImageRequest(**fields))
+
+    def draw_with(self, model: str, **fields: Any) -> DrawnImage:
+        """Draw one picture with another checkpoint, within the same limits; it is loaded for this and let go again.
+        Waits for the picture. Raises LensError, in one line."""
+        engine = self.engine.another(model)
+        try:
+            (drawn,) = engine.submit(ImageRequest(**fields)).result()
+        finally:
+            engine.close(0)
+        return drawn
 
     def keep(self, image: Image, job: str, index: int, facts: Mapping[str, Any]) -> None:
         """Write a finished picture into the outputs folder, if there is one."""

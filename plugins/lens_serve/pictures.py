@@ -59,7 +59,7 @@ def _decoded(name: str, data: bytes, most: int) -> Image:
 def _mask(data: bytes, original: tuple[int, int], size: tuple[int, int], most: int) -> Image:
     """A mask as Lens has it, L, white where the picture is repainted.
 
-    OpenAI's masks are transparent there. One without transparency is taken as black and white.
+    OpenAI's masks are transparent there. One that is opaque all over is taken as black and white, whatever its mode.
     """
     try:
         raw = images.read_raw(data, "the mask", most)
@@ -68,8 +68,9 @@ def _mask(data: bytes, original: tuple[int, int], size: tuple[int, int], most: i
                 f"the mask is {raw.width}x{raw.height} px and the image {original[0]}x{original[1]}; make them equal",
                 "mask", "invalid_image",
             )  # fmt: skip
-        if raw.has_transparency_data:
-            mask = raw.convert("RGBA").getchannel("A").point(lambda opacity: 255 if opacity < 128 else 0)
+        alpha = raw.convert("RGBA").getchannel("A") if raw.has_transparency_data else None
+        if alpha is not None and alpha.getextrema()[0] < 255:  # editors save opaque masks with an alpha channel too
+            mask = alpha.point(lambda opacity: 255 if opacity < 128 else 0)
         else:
             mask = images.to_mask(raw)
     except ConfigError as error:

@@ -35,9 +35,10 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints import lora_keys
 from lens_core.checkpoints.adapters import LoRA
 from lens_core.inference import png_metadata
+from lens_core.inference.call_arguments import MAX_SEED
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.inference.requests import GenerateRequest
-from lens_core.types import ConfigError, Refinement
+from lens_core.inference.requests import GenerateRequest, ModelRequest
+from lens_core.types import ConfigError, LensError, Refinement
 
 SMALL = GenerateRequest(height=32, width=32)
 
@@ -393,6 +394,35 @@ def test_a_listener_hears_of_every_event_and_a_late_one_of_those_before(engine: 
     heard = threading.Event()
     job.listen(heard.set)
     assert heard.is_set() and isinstance(job.take()[-1], Done)
+
+
+def test_a_sampler_that_was_assigned_leaves_the_version_as_it_is(
+    pipeline: LensPipeline, engine: Callable[..., Engine]
+) -> None:
+    pipeline.catalog, pipeline.version = Catalog.of(toy, lens_flow), "abc"
+    pipeline.sampler = toy.Even(toy.Even.Config())
+    running = engine()
+    hashes = {running.submit(request(sampler=name)).result(WAIT)[0].facts["model_hash"] for name in ("heun", None) * 2}
+    assert hashes == {"abc+sampler"} == {running.model_hash}
+
+
+def test_a_model_that_cannot_draw_is_refused_at_the_start(pipeline: LensPipeline) -> None:
+    with pytest.raises(LensError, match="there is no vae and no backbone and no sampler in this pipeline") as fault:
+        Engine.load(ModelRequest("tiny:reasoner"))
+    assert "\n" not in str(fault.value)
+    pipeline.store = pipeline.store.replaced("vae", None)
+    with pytest.raises(LensError, match="there is no vae in this pipeline"):
+        Engine(pipeline)
+
+
+def test_the_largest_seed_is_that_of_the_last_picture(engine: Callable[..., Engine]) -> None:
+    running = engine()
+    for count in (1, 3):
+        first = MAX_SEED - count + 1
+        drawn = running.submit(request(seed=first, num_images=count)).result(WAIT)
+        assert [one.seed for one in drawn] == list(range(first, MAX_SEED + 1))
+        with pytest.raises(ConfigError, match=f"seed must be at most {first}"):
+            running.submit(request(seed=first + 1, num_images=count))
 
 
 def test_a_sampler_has_the_shift_of_the_checkpoint_whichever_came_before(

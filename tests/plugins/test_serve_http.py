@@ -189,6 +189,21 @@ def test_an_edit_repaints_where_the_mask_is_transparent_and_keeps_the_rest(clien
     assert same.data is not None and picture(same.data[0].b64_json).tobytes() == new.tobytes()
 
 
+def test_an_opaque_mask_with_an_alpha_channel_is_black_and_white(client: OpenAI) -> None:
+    image = png(Image.new("RGB", (32, 32), (10, 200, 30)))
+    mask = Image.new("RGB", (32, 32))
+    mask.paste((255, 255, 255), (0, 0, 16, 32))
+    drawn = []
+    for mode in ("RGB", "RGBA", "LA"):
+        answer = client.images.edit(
+            image=image, mask=png(mask.convert(mode)), prompt="red", extra_body={"seed": 1, "steps": 4}
+        )
+        assert answer.data is not None
+        drawn.append(picture(answer.data[0].b64_json).convert("RGB"))
+    assert drawn[0].getpixel((0, 0)) != (10, 200, 30) == drawn[0].getpixel((16, 0))
+    assert {one.tobytes() for one in drawn} == {drawn[0].tobytes()}
+
+
 def test_an_edit_without_a_mask_changes_a_share_of_the_picture(client: OpenAI, quick: LensPipeline) -> None:
     image = Image.new("RGB", (32, 32), (10, 200, 30))
     answer = client.images.edit(image=[png(image)], prompt="red", n=2, extra_body={"seed": 1, "strength": 1})
@@ -359,6 +374,27 @@ def test_an_outputs_folder_keeps_pictures_and_serves_them_and_nothing_else(quick
             status, _, body = server.ask("GET", f"/outputs/{path}")
             assert status == 404 and b"secret" not in body.replace(b"secret.png", b""), path
         assert Outputs(folder).names() == sorted([*names, link, pipe], reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_an_address_serves_the_format_that_was_asked_for(quick: LensPipeline, tmp_path: Path, kind: Any) -> None:
+    folder = tmp_path / "outputs"
+    with running(quick, outputs=Outputs(folder)) as server, client_of(server) as client:
+        sizes = []
+        for compression in (10, 100):
+            answer = client.images.generate(
+                prompt="red", response_format="url", output_format=kind, output_compression=compression,
+                extra_body={"seed": 5},
+            )  # fmt: skip
+            assert answer.data is not None and answer.output_format == kind and answer.data[0].b64_json is None
+            name = str(answer.data[0].url).rpartition("/")[2]
+            status, headers, body = server.ask("GET", f"/outputs/{name}")
+            assert (status, headers["content-type"]) == (200, f"image/{kind}")
+            assert Image.open(io.BytesIO(body)).format == kind.upper()
+            sizes.append(len(body))
+            kept = folder / f"{name.rpartition('.')[0]}.png"  # the PNG with its facts stays beside it
+            assert png_metadata.facts(kept)[1]["seed"] == 5
+        assert sizes[0] < sizes[1]
 
 
 def test_the_name_of_an_upload_is_used_for_nothing(quick: LensPipeline, tmp_path: Path) -> None:

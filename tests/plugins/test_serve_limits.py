@@ -206,6 +206,12 @@ def test_the_type_of_a_body_must_be_right(server: Running) -> None:
         ({"stream": "true"}, "stream must be true or false", "stream", "invalid_type"),
         ({"partial_images": 4, "stream": True}, "partial_images must be 0 to 3", "partial_images", "invalid_value"),
         ({"partial_images": 1}, "set stream to true", "partial_images", "invalid_value"),
+        (
+            {"response_format": "url", "stream": True},
+            "response_format url cannot be streamed; use b64_json",
+            "response_format",
+            "unsupported_value",
+        ),
         ({"loras": ["a"]}, "loras must be an object", "loras", "invalid_value"),
         ({"loras": {"a": "b"}}, "loras.a must be a number", "loras.a", "invalid_type"),
         ({"loras": {"a": 1}}, "no LoRA is called 'a'", "loras", "invalid_value"),
