@@ -9,7 +9,6 @@ from typing import Any
 import gradio as gr
 from attrs import evolve
 
-from lens_core.inference.requests import ModelRequest
 from lens_core.io.readers import one_line, shown
 from lens_core.types import ConfigError, LensError
 from lens_studio.draw import BUTTONS, PRIVATE, WINDOWS, answer, sizes
@@ -64,13 +63,10 @@ class Comparer:
         fields = form.fields(self.drawing.grid)
         if model == self.drawing.name:
             (drawn,) = self.drawing.start(**fields).result()
-            return drawn.image, dict(drawn.facts)
-        settings, seed = fields["settings"], fields["seed"]
-        with self._loading:
-            pipeline = ModelRequest(model).load(log=lambda line: None)
-            pipeline.progress_bar_config = {"disable": True}
-            result = pipeline(fields["prompt"], seed=seed, **settings.arguments())
-        return result.images[0], {"seed": result.seeds[0]}
+        else:
+            with self._loading:
+                drawn = self.drawing.draw_with(model, **fields)
+        return drawn.image, dict(drawn.facts)
 
 
 def grid(cells: Sequence[tuple[str, Any]]) -> Any:

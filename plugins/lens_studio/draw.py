@@ -153,7 +153,10 @@ def tab(drawing: Any, drawer: Drawer) -> None:
         if path is None:
             return [gr.skip()] * (len(AGAIN) + 1)
         try:
-            facts_again = read_again(Path(path), drawing.model_hash, drawing.loras)
+            facts_again = read_again(
+                Path(path), drawing.model_hash, drawing.loras,
+                sampler_facts=drawing.sampler_facts, lossy_vae_tile=drawing.lossy_vae_tile,
+            )  # fmt: skip
         except LensError as error:
             raise answer(error) from error
         return [*(facts_again.values[name] for name in AGAIN), "\n".join(f"- {line}" for line in facts_again.notes)]
@@ -165,7 +168,7 @@ def tab(drawing: Any, drawer: Drawer) -> None:
     dropped.upload(again, dropped, [*(fields[name] for name in AGAIN), notes], **PRIVATE)
 
 
-AGAIN = ("prompt", "negative_prompt", "size", "steps", "guidance_scale", "sampler", "seed", "loras")
+AGAIN = ("prompt", "negative_prompt", "size", "steps", "guidance_scale", "sampler", "seed", "loras", "strength")
 """The fields that a dropped picture fills."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ from attrs import evolve, frozen
 from lens_core.inference import foreign_facts, png_metadata
 from lens_core.inference.requests import GenerateRequest
 from lens_core.io import images
-from lens_core.io.readers import shown
-from lens_core.types import ConfigError
+from lens_core.io.readers import one_line, shown
+from lens_core.types import ConfigError, LensError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PRESET = "preset"
 """What stands in a field for which the checkpoint's preset is taken."""
 MAX_LORAS = 16
+MAX_NAMED = 8  # options of a sampler in one note
 
 
 @frozen(kw_only=True)
@@ -150,9 +151,17 @@ class Again:
     notes: tuple[str, ...]
 
 
-def read_again(path: Path, model_hash: str, loras: Mapping[str, Path]) -> Again:
+def read_again(
+    path: Path,
+    model_hash: str,
+    loras: Mapping[str, Path],
+    *,
+    sampler_facts: Callable[[str], Mapping[str, Any]] | None = None,
+    lossy_vae_tile: int | None = None,
+) -> Again:
     """The form's values from a PNG of Lens, ComfyUI or A1111. `model_hash`: of the model that is served; `loras`: those
-    that it offers. Raises ConfigError, in one line."""
+    that it offers; `sampler_facts`: a sampler's name -> how pictures record it, with the options that it has here;
+    `lossy_vae_tile`: in what tiles it decodes, px. Raises ConfigError, in one line."""
     foreign = foreign_facts.read(path)
     if foreign is not None:
         taken = dict(foreign.taken)
@@ -160,28 +169,102 @@ def read_again(path: Path, model_hash: str, loras: Mapping[str, Path]) -> Again:
         notes += [f"not taken: {line}" for line in foreign.left]
     else:
         _, taken = png_metadata.facts(path)
-        taken["sampler"] = taken.get("sampler", {}).get("use", PRESET).partition(":")[2] or PRESET
         notes = [] if not model_hash or taken["model_hash"] == model_hash else [
             f"was drawn by {shown(taken['model'], 60)} of hash {shown(taken['model_hash'], 40)}, not by this model"
         ]  # fmt: skip
-        if "image_hash" in taken:
-            notes.append("was drawn from an init image: give it too")
-    rows = dict.fromkeys(loras, 0.0)
-    for entry in taken.get("loras", ()):
-        name, _, weight = entry.rpartition(":")
-        known = next((k for k, p in loras.items() if PurePosixPath(name).stem in (k, p.stem)), None)
-        if known is None:
-            notes.append(f"its LoRA {shown(entry, 60)} is not offered here")
-        else:
-            rows[known] = float(weight)
+        notes += _differences(taken, sampler_facts, lossy_vae_tile)
+        taken["sampler"] = _sampler_name(taken)
+    chosen, lora_notes = _loras_again(path, taken.get("loras", ()), loras)
     values = {
         "prompt": taken.get("requested_prompt", taken["prompt"]),
         "negative_prompt": taken.get("negative_prompt", ""),
         "size": f"{taken['height']}x{taken['width']}" if "height" in taken else PRESET,
         "steps": str(taken.get("steps", "")),
-        "guidance_scale": f"{taken['guidance_scale']:g}" if "guidance_scale" in taken else "",
+        "guidance_scale": _digits(taken["guidance_scale"]) if "guidance_scale" in taken else "",
         "sampler": taken.get("sampler", PRESET),
         "seed": str(taken["seed"]) if "seed" in taken else "",
-        "loras": [[name, weight] for name, weight in rows.items()],
+        "loras": [[name, weight] for name, weight in chosen.items()],
+        "strength": _digits(taken["strength"]) if "strength" in taken else "",
     }
-    return Again(values, tuple(notes))
+    return Again(values, (*notes, *lora_notes))
+
+
+def _digits(number: float) -> str:
+    """A number in the fewest digits that are read as the same number."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
+
+
+def _sampler_name(facts: Mapping[str, Any]) -> str:
+    """The form's name of the sampler that drew a picture."""
+    return facts.get("sampler", {}).get("use", PRESET).partition(":")[2] or PRESET
+
+
+def _differences(
+    facts: Mapping[str, Any], sampler_facts: Callable[[str], Mapping[str, Any]] | None, tile: int | None
+) -> list[str]:
+    """A line for each fact of a picture of Lens that the form cannot set, and that differs from what is served."""
+    notes = []
+    if "image_hash" in facts:
+        mask = " and its mask" if "mask_hash" in facts else ""
+        notes.append(f"was drawn from an init image: give it{mask} too")
+    if "guidance_interval" in facts and facts["guidance_scale"] != 1:
+        low, high = (_digits(time) for time in facts["guidance_interval"])
+        notes.append(f"was guided at times from {low} to {high} alone; this page guides at all times")
+    if facts.get("lossy_vae_tile") != tile:
+        was, now = (f"in tiles of {n} px" if n else "whole" for n in (facts.get("lossy_vae_tile"), tile))
+        notes.append(f"was decoded {was}; this server decodes {now}")
+    if sampler_facts is not None and (name := _sampler_name(facts)) != PRESET:
+        notes += _sampler_differences(facts["sampler"], name, sampler_facts)
+    return notes
+
+
+def _sampler_differences(
+    stored: Mapping[str, Any], name: str, sampler_facts: Callable[[str], Mapping[str, Any]]
+) -> list[str]:
+    """A line where a sampler of this name is another here, or has other options."""
+    try:
+        here = sampler_facts(name)
+    except LensError:
+        return [f"its sampler {shown(stored['use'], 60)} is not offered here; choose another"]
+    if here["use"] != stored["use"]:
+        return [f"its sampler was {shown(stored['use'], 60)}; {name} is {here['use']} here"]
+    changed = [key for key, value in stored.items() if here.get(key) != value][:MAX_NAMED]
+    if not changed:
+        return []
+    was, now = (
+        ", ".join(f"{one_line(key, 40)} {shown(options.get(key), 40)}" for key in changed) for options in (stored, here)
+    )
+    return [f"its sampler {name} had {was}; here it has {now}"]
+
+
+def _loras_again(path: Path, entries: Sequence[str], loras: Mapping[str, Path]) -> tuple[dict[str, float], list[str]]:
+    """The weight of each offered LoRA in a picture, whose facts name them as FILE:WEIGHT, and notes. Raises
+    ConfigError for an entry of another form."""
+    weights, notes = dict.fromkeys(loras, 0.0), []
+    for entry in entries:
+        file, _, text = entry.rpartition(":")
+        weight = _weight(text)
+        if not file or weight is None:
+            raise ConfigError(f"{path}: its LoRA {shown(entry, 60)} is not FILE:WEIGHT; give the form's values by hand")
+        stem = PurePosixPath(file).stem
+        fitting = [name for name, place in loras.items() if place.name == file]
+        fitting = fitting or [name for name, place in loras.items() if stem in (name, place.stem)]
+        if not fitting:
+            notes.append(f"its LoRA {shown(entry, 60)} is not offered here")
+            continue
+        taken = next((name for name in fitting if not weights[name]), fitting[0])
+        weights[taken] = weight
+        if len(fitting) > 1:
+            names = ", ".join(fitting)
+            notes.append(f"its LoRA {shown(file, 60)} may be any of {names}, whose files have one name; {taken} is set")
+    return weights, notes
+
+
+def _weight(text: str) -> float | None:
+    """A finite number, or None."""
+    try:
+        weight = float(text)
+    except ValueError:
+        return None
+    return weight if math.isfinite(weight) else None

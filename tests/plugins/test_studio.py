@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lens_flow
 import pytest
 import torch
 import toy
@@ -133,6 +134,77 @@ def test_loras_of_a_picture_are_found_among_those_offered(tmp_path: Path) -> Non
     again = read_again(tmp_path / "a.png", "h", {"night": Path("x/moon.safetensors"), "noon": Path("noon.safetensors")})
     assert again.values["loras"] == [["night", 0.8], ["noon", 0.0]] and again.values["prompt"] == "b"
     assert any("sun.safetensors:1' is not offered" in note for note in again.notes)
+
+
+def dropped(path: Path, **more: Any) -> Path:
+    """A picture with facts of Lens."""
+    facts = {"prompt": "a", "negative_prompt": "", "model": "m", "model_hash": "h", "seed": 1, "height": 16,
+             "width": 16, "steps": 1, "guidance_scale": 3.0, **more}  # fmt: skip
+    png_metadata.save(Image.new("RGB", (16, 16)), path, facts)
+    return path
+
+
+def test_what_the_form_cannot_set_is_noted(quick: LensPipeline, tmp_path: Path) -> None:
+    quick.catalog = Catalog.of(toy, lens_flow)
+    quick.use_sampler("euler", mu=0.7)
+    engine = Engine(quick, name="toy")
+    drawing = Drawing(engine, None)
+    served = {"sampler_facts": drawing.sampler_facts, "lossy_vae_tile": drawing.lossy_vae_tile}
+    here = drawing.sampler_facts("euler")
+    heun = drawing.sampler_facts("heun")
+    assert here["mu"] == heun["mu"] == 0.7 and heun["use"] == "lens_flow:heun"  # the checkpoint's shift is kept
+
+    def notes(**facts: Any) -> tuple[str, ...]:
+        return read_again(dropped(tmp_path / "a.png", **facts), "h", {}, **served).notes  # type: ignore[arg-type]
+
+    assert notes() == notes(sampler=here) == notes(sampler=heun) == ()
+    assert notes(guidance_interval=[0.2, 0.9]) == (
+        "was guided at times from 0.2 to 0.9 alone; this page guides at all times",
+    )
+    assert notes(guidance_interval=[0.2, 0.9], guidance_scale=1.0) == ()  # of no effect
+    assert notes(sampler={**here, "mu": 2.5}) == ("its sampler euler had mu 2.5; here it has mu 0.7",)
+    assert notes(sampler={"use": "lens_other:euler"}) == (
+        "its sampler was 'lens_other:euler'; euler is lens_flow:euler here",
+    )
+    assert notes(sampler={"use": "lens_other:gone"}) == (
+        "its sampler 'lens_other:gone' is not offered here; choose another",
+    )
+    assert notes(lossy_vae_tile=32) == ("was decoded in tiles of 32 px; this server decodes whole",)
+    served["lossy_vae_tile"] = 32
+    assert notes(lossy_vae_tile=32) == ()
+    assert notes() == ("was decoded whole; this server decodes in tiles of 32 px",)
+    assert notes(lossy_vae_tile=32, image_hash="i", mask_hash="m", strength=0.75) == (
+        "was drawn from an init image: give it and its mask too",
+    )
+    assert engine.close(WAIT)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "text"), [(3.0, "3"), (1.23456789, "1.23456789"), (0.1, "0.1"), (1 / 3, repr(1 / 3))]
+)
+def test_a_number_keeps_all_its_digits(guidance: float, text: str, tmp_path: Path) -> None:
+    values = read_again(dropped(tmp_path / "a.png", guidance_scale=guidance, strength=guidance), "h", {}).values
+    assert values["guidance_scale"] == values["strength"] == text
+    assert Form(**values).fields(16)["settings"].guidance_scale == guidance
+
+
+def test_loras_whose_files_have_one_name_are_noted(tmp_path: Path) -> None:
+    offered = {"night": Path("x/moon.safetensors"), "dusk": Path("y/moon.safetensors"), "moon": Path("z/sun.pt")}
+    one = read_again(dropped(tmp_path / "a.png", loras=["moon.safetensors:0.8"]), "h", offered)
+    assert dict(one.values["loras"]) == {"night": 0.8, "dusk": 0.0, "moon": 0.0}
+    assert one.notes == (
+        "its LoRA 'moon.safetensors' may be any of night, dusk, whose files have one name; night is set",
+    )
+    both = read_again(dropped(tmp_path / "a.png", loras=["moon.safetensors:0.8", "moon.safetensors:0.5"]), "h", offered)
+    assert dict(both.values["loras"]) == {"night": 0.8, "dusk": 0.5, "moon": 0.0} and len(both.notes) == 2
+
+
+@pytest.mark.parametrize("entry", ["moon.safetensors:abc", "moon.safetensors:nan", "moon.safetensors", "", ":1"])
+def test_an_entry_that_names_no_lora_and_weight_is_one_clear_line(entry: str, tmp_path: Path) -> None:
+    path = dropped(tmp_path / "a.png", loras=[entry])
+    with pytest.raises(ConfigError, match="is not FILE:WEIGHT") as fault:
+        read_again(path, "h", {"moon": Path("moon.safetensors")})
+    assert "\n" not in str(fault.value)
 
 
 # ---- drawing ------------------------------------------------------------------------------------------------------
@@ -268,6 +340,34 @@ def test_a_comparison_over_checkpoints_loads_those_that_are_allowed_alone(
     ):
         with pytest.raises(ConfigError, match=words):
             comparer.values(*arguments)
+
+
+def test_another_checkpoint_is_drawn_within_the_servers_limits_and_as_the_server_holds_its_own(
+    quick: LensPipeline, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = LensPipeline.from_parts(evolve(toy.PARTS, steps=3), catalog)
+    loaded = []
+
+    def load(request: ModelRequest, **_: Any) -> LensPipeline:
+        loaded.append(request)
+        return quick if request.model == "toy" else other
+
+    monkeypatch.setattr(ModelRequest, "load", load)
+    served = ModelRequest("toy", device="cpu", dtype="float32", offload=None, loras=((Path("base"), 1.0),))
+    engine = Engine.load(served, limits=Limits(max_pixels=32 * 32, max_steps=4))
+    comparer = Comparer(Drawing(engine, None), ["other"])
+    for form, words in (
+        (Form(prompt="a", size="64x32"), "this server draws at most 1024"),
+        (Form(prompt="a", size="32x32", steps="5"), "steps must be at most 4 on this server"),
+        (Form(prompt=" ", size="32x32"), "the prompt is empty"),
+    ):
+        for model in ("toy + base:1", "other"):
+            with pytest.raises(ConfigError, match=words):
+                list(comparer.cells(form, "checkpoints", [model]))
+    ((_, drawn),) = comparer.cells(Form(prompt="a", size="32x32", seed="3"), "checkpoints", ["other"])
+    assert drawn.tobytes() == other("a", seed=3, height=32, width=32).images[0].tobytes()
+    assert loaded[1:] == [ModelRequest("other", device="cpu", dtype="float32", offload=None)] * 4
+    assert engine.close(WAIT)
 
 
 # ---- runs and results ---------------------------------------------------------------------------------------------
