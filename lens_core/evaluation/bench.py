@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,7 @@ def run_benchmark(
     the folder holds another run.
     """
     catalog = catalog or Catalog.installed()
-    spec = request.spec()
-    name, cls, config = build(catalog, "benchmark", spec, "$")
+    name, cls, config = build_benchmark(request, catalog)
     generator = make_generator(request.generator, catalog) if "generate" in request.stages else None
     with building(name):
         benchmark = cls(config)
@@ -99,7 +98,7 @@ def run_benchmark(
         generator.planned_size = plan.size
     processes = Processes.from_environment()
     info = None if generator is None else generation.describe(generator)
-    base = Path("runs") / f"bench-{spec.use.replace(':', '-')}"
+    base = Path("runs") / f"bench-{request.spec().use.replace(':', '-')}"
     folder = folder or (base if info is None else stages.default_folder(base, plan.facts(info)))
     processes.wait()  # until all have chosen the same folder
     with locked(folder, "benchmark run") if processes.rank == 0 else contextlib.nullcontext():
@@ -113,6 +112,18 @@ def run_benchmark(
         if "decide" not in request.stages or processes.rank != 0:
             return None
         return _decide(folder, plan, benchmark, manifest, {**run, "label": request.benchmark})
+
+
+def build_benchmark(request: BenchmarkRequest, catalog: Catalog) -> tuple[str, type[Any], Any]:
+    """(qualified name, class, config) of the benchmark. Raises ConfigError, also for a file of prompts where the
+    benchmark takes none."""
+    try:
+        return build(catalog, "benchmark", request.spec(), "$")
+    except ConfigError as error:
+        if "file" in request.options and any(line.startswith("$.file: unknown") for line in error.problems):
+            use = request.spec().use
+            raise ConfigError(f"the benchmark {use} takes no --prompts-file; leave it out") from error
+        raise
 
 
 def make_generator(spec: ComponentSpec, catalog: Catalog) -> Any:
@@ -193,17 +204,33 @@ def _check_same(folder: Path, plan: Plan, run: Mapping[str, Any]) -> None:
             )
 
 
+@contextlib.contextmanager
+def _naming_first_failure(plan: Plan, manifest: Manifest) -> Iterator[None]:
+    """Where there is no score because there is no picture: why there is not, of the first one."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except LensError as error:
+        entries = [manifest.entries[key] for key in plan.requests() if key in manifest.entries]
+        if not entries or any(entry.status == "ok" for entry in entries):
+            raise
+        first = f"{entries[0].prompt_id}_{entries[0].index} ({entries[0].status}): {entries[0].reason}"
+        raise LensError(f"{error}: there are no pictures; the first, {first}") from error
+
+
 def _decide(folder: Path, plan: Plan, benchmark: Any, manifest: Manifest, run: dict[str, Any]) -> BenchmarkReport:
     lines = perception.read_lines(folder, plan, benchmark, manifest)
     perceivers: Any = {}
-    if hasattr(benchmark, "decide"):
-        for line in lines:  # are they of these pictures?
-            perceivers = perceivers or line.get("perceiver", {})
-        decided: Decision = benchmark.decide(folder / stages.PERCEPTIONS)
-    else:
-        tasks = {name: prompt.task for name, prompt in plan.by_id.items()}
-        clusters = {name: cluster_of(prompt) for name, prompt in plan.by_id.items()}
-        decided = decision.decide_scores(lines, tasks, clusters, headline_tasks_of(benchmark))
+    with _naming_first_failure(plan, manifest):
+        if hasattr(benchmark, "decide"):
+            for line in lines:  # are they of these pictures?
+                perceivers = perceivers or line.get("perceiver", {})
+            decided: Decision = benchmark.decide(folder / stages.PERCEPTIONS)
+        else:
+            tasks = {name: prompt.task for name, prompt in plan.by_id.items()}
+            clusters = {name: cluster_of(prompt) for name, prompt in plan.by_id.items()}
+            decided = decision.decide_scores(lines, tasks, clusters, headline_tasks_of(benchmark))
     if not sum(decided.statuses.values()):
         raise LensError(f"{folder}: no picture was perceived; there is nothing to report")
     stored = atomic_files.read_json(folder / CEILING) if (folder / CEILING).is_file() else {}

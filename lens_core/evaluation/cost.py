@@ -9,8 +9,7 @@ from attrs import frozen
 
 from lens_core.attribution import building, calling, prompts_of
 from lens_core.catalog import Catalog
-from lens_core.evaluation.bench import BenchmarkRequest, make_generator
-from lens_core.recipe import build
+from lens_core.evaluation.bench import BenchmarkRequest, build_benchmark, make_generator
 from lens_core.types import ConfigError, GenerationEstimate
 
 
@@ -29,8 +28,7 @@ class Cost:
 def estimate(request: BenchmarkRequest, catalog: Catalog) -> Cost:
     """The cost of a run. A benchmark that has `workload(images)` says how many prompts and questions it has, so that
     no prompt file is needed."""
-    spec = request.spec()
-    name, cls, config = build(catalog, "benchmark", spec, "$")
+    name, cls, config = build_benchmark(request, catalog)
     with building(name):
         benchmark = cls(config)
     images = request.images or getattr(benchmark, "images_per_prompt", 1)
@@ -49,7 +47,7 @@ def estimate(request: BenchmarkRequest, catalog: Catalog) -> Cost:
     options = request.generator.options
     label = str(options.get("model", options.get("folder", "")))
     system = f"{request.generator.use} {label}".strip()
-    return Cost(spec.use, system, prompts, prompts * images, generation, workload)
+    return Cost(request.spec().use, system, prompts, prompts * images, generation, workload)
 
 
 def table(requests: Sequence[BenchmarkRequest], catalog: Catalog | None = None) -> str:

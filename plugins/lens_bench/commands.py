@@ -23,7 +23,8 @@ def score(
     Parameters
     ----------
     benchmark
-        geneval, cvtg2k, longtext_en, longtext_zh, oneig_text_en or oneig_text_zh.
+        geneval, cvtg2k, longtext_en or oneig_text_en, oneig_alignment_en, oneig_diversity_en, oneig_style_en,
+        oneig_reasoning_en; each of the last six with _zh too.
     file
         A .jsonl of perceptions, one picture a line; docs/benchmarks.md has the fields.
     output

@@ -20,7 +20,7 @@ from stage_worker import Brightness, Dots, png, run
 from lens_core.catalog import Catalog
 from lens_core.cli.main import main
 from lens_core.evaluation import comparison, cost, perception, stages
-from lens_core.evaluation.bench import BenchmarkRequest, generator_spec, parse_stages
+from lens_core.evaluation.bench import BenchmarkRequest, generator_spec, parse_stages, run_benchmark
 from lens_core.evaluation.pipeline_generator import PipelineGenerator
 from lens_core.evaluation.processes import Processes
 from lens_core.evaluation.run import picture_seed
@@ -130,9 +130,20 @@ def test_what_is_missing_vanishes_officially_and_is_0_strictly(tmp_path: Path) -
 
 
 def test_a_run_without_any_picture_has_no_score(tmp_path: Path) -> None:
-    with pytest.raises(LensError, match="no picture has a score"):
-        run(tmp_path / "run", words=("refuse a",))
+    words = r"no picture has a score.*; the first, 000000_0 \(refused\): moderation_blocked: no$"
+    with pytest.raises(LensError, match=words):
+        run(tmp_path / "run", words=("refuse a", "fail b"))
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_file_of_prompts_for_a_benchmark_that_takes_none_is_refused_by_its_option(tmp_path: Path) -> None:
+    request = BenchmarkRequest("brightness", ComponentSpec("dots"), options={"file": "prompts.txt"})
+    for refused in (
+        lambda: run_benchmark(request, tmp_path / "run", catalog=stage_worker.CATALOG),
+        lambda: cost.estimate(request, stage_worker.CATALOG),
+    ):
+        with pytest.raises(ConfigError, match=r"the benchmark brightness takes no --prompts-file; leave it out$"):
+            refused()
 
 
 def test_a_generator_that_stops_keeps_what_it_finished(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import lens_bench
 import numpy as np
 import pytest
 from lens_bench import geneval, oneig, report
+from lens_bench.benchmarks import BENCHMARKS
 from lens_bench.commands import score
 
 from lens_core.catalog import Catalog
@@ -315,3 +316,8 @@ def test_a_line_that_is_too_long_is_one_wrong_line(write: Write, monkeypatch: py
     monkeypatch.setattr(json_fields.readers, "LARGEST_LINE", 200)
     numbered = list(json_fields.numbered(write("x" * 1000, json.dumps({"a": 1}))))
     assert str(numbered[0][1]).startswith("line: is longer") and numbered[1] == (2, {"a": 1})
+
+
+def test_the_help_names_every_benchmark() -> None:
+    words = set((score.__doc__ or "").replace(",", " ").replace(";", " ").split())
+    assert {name.replace("_zh", "_en") for name in BENCHMARKS} <= words
