@@ -14,6 +14,7 @@ Sources: PEFT (`tuners/lora`, `loha`, `lokr`) and LyCORIS (`functional`), which 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -181,3 +182,16 @@ def kind_of(names: Mapping[str, object]) -> str | None:
     """The kind that factors of these names belong to; None where they are of none, or of more than one."""
     kinds = [kind for kind, factors in FACTORS.items() if names.keys() & set(factors)]
     return kinds[0] if len(kinds) == 1 else None
+
+
+def digest(changes: Mapping[str, Adapter]) -> str:
+    """A short hash of the adapters of all layers: the same in every key format, another for any other number."""
+    sha = hashlib.sha256()
+    for layer, adapter in sorted(changes.items()):
+        sha.update(f"{layer} {adapter.kind} {adapter.alpha!r}".encode())
+        tensors = adapter.factors | {"magnitude": adapter.magnitude, "bias": adapter.bias}
+        for name, value in tensors.items():
+            if value is not None:
+                sha.update(f" {name} {value.dtype} {list(value.shape)} ".encode())
+                sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:16]

@@ -83,7 +83,7 @@ class InitImage:
         """(x, the first step, the velocity): x is the init image with the noise of that step's time added."""
         start = steps - (max(1, round(self.strength * steps)) if self.strength else 0)
         if start == steps:
-            return self.z.expand_as(noise), start, velocity
+            return self.z.expand_as(noise).clone(), start, velocity  # a callback may write into each row
         if start and "start" not in inspect.signature(sampler.sample).parameters:
             raise ConfigError("this sampler can only begin at noise: use strength 1, or the sampler euler")
         x = noise

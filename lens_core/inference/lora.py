@@ -7,6 +7,7 @@ Files of DoRA, LoHa and LoKr are folded as well (`checkpoints.adapters`); LoRA a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -171,11 +172,13 @@ def unfold(net: nn.Module, originals: dict[str, Original]) -> None:
 
 @frozen
 class Adapter:
-    """One LoRA of a stack: the name that the user calls it by, its file's name, its changes, and its weight."""
+    """One LoRA of a stack: the name that the user calls it by, its file's name, its changes with their hash, and its
+    weight."""
 
     name: str
     file: str
     changes: Mapping[str, adapters.Adapter]
+    digest: str
     weight: float
 
 
@@ -191,19 +194,29 @@ class LoRAStack:
         """FILE:WEIGHT of each LoRA."""
         return [f"{adapter.file}:{adapter.weight:g}" for adapter in self.adapters]
 
+    @property
+    def hashes(self) -> list[str]:
+        """A short hash of the content of each LoRA, whose file may have the name of another."""
+        return [adapter.digest for adapter in self.adapters]
+
+    def facts(self) -> dict[str, list[str]]:
+        """What a picture records."""
+        return {"loras": self.names, "lora_hashes": self.hashes} if self.adapters else {}
+
     def add(self, backbone: nn.Module, path: str | Path, weight: float, name: str | None = None) -> None:
         """Fold a LoRA, a file or its folder, into `backbone`. Raises ConfigError and CheckpointError.
 
-        `name`, for `reweight`, is default_0, default_1 … if None.
+        `name`, for `reweight`, is the first of default_0, default_1 … that is free if None.
         """
         if not math.isfinite(weight):
             raise ConfigError(f"{path}: its weight is {weight}; give a finite number")
-        name = f"default_{len(self.adapters)}" if name is None else name
-        if any(adapter.name == name for adapter in self.adapters):
+        taken = {adapter.name for adapter in self.adapters}
+        name = next(n for i in itertools.count() if (n := f"default_{i}") not in taken) if name is None else name
+        if name in taken:
             raise ConfigError(f"an adapter called {name!r} is loaded already; give another name")
         changes = read(Path(path).expanduser(), backbone)
         fold(backbone, changes, weight, self._originals)
-        self.adapters.append(Adapter(name, Path(path).name, changes, weight))
+        self.adapters.append(Adapter(name, Path(path).name, changes, adapters.digest(changes), weight))
 
     def replaces_weights(self, backbone: nn.Module) -> bool:
         """Whether folding or unfolding gives layers other tensors, instead of other values in those that they have."""

@@ -399,11 +399,11 @@ class LensPipeline(PipelineParts):
         return {
             "height": settings.size[0], "width": settings.size[1], "steps": settings.steps,
             "guidance_scale": settings.guidance_scale, "negative_prompt": arguments.negative_prompt or "",
-            "model": self.source, "model_hash": self.version,
+            "model": self.source, "model_hash": self.version, "dtype": self.dtype,
             **({"sampler": unstructure(self.specs["sampler"])} if "sampler" in self.specs else {}),
             **({"guidance_interval": list(interval)} if interval != (0, 1) else {}),
             **({"lossy_vae_tile": self.lossy_vae_tile} if self.lossy_vae_tile is not None else {}),
             **(init.metadata() if init is not None else {}),
-            **({"loras": list(self.loras)} if self.loras else {}),
+            **self._loras.facts(),
             **({"reasoner": refinement.provenance(self.reasoner)} if self.reasoner is not None else {}),
         }  # fmt: skip

@@ -351,11 +351,16 @@ class PipelineParts(DiffusersNames):
         """The LoRAs that are folded into the backbone, as NAME:WEIGHT."""
         return self._loras.names
 
+    @property
+    def lora_hashes(self) -> list[str]:
+        """A short hash of the content of each of `loras`."""
+        return self._loras.hashes
+
     def load_lora_weights(self, path: str | Path, weight: float = 1.0, *, adapter_name: str | None = None) -> None:
         """Fold a LoRA, DoRA, LoHa or LoKr, a file or its folder, into the backbone, beside those already there. Reads
         the names of diffusers, PEFT, Comfy, sd-scripts and LyCORIS (`lora_keys`); it is as strong as in PEFT's own
-        forward. Sampling costs no more than before. `adapter_name`, for `set_adapters`, is default_0, default_1 … if
-        None. Raises CheckpointError, also for what cannot be honoured, such as Tucker's form."""
+        forward. Sampling costs no more than before. `adapter_name`, for `set_adapters`, is the first free one of
+        default_0, default_1 … if None. Raises CheckpointError, also for what cannot be honoured: Tucker's form."""
         with self._replacing_weights():
             self._loras.add(self.backbone, path, weight, adapter_name)
 

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 LARGEST = 1 << 20
 """Bytes of facts that are read from a picture."""
+OPTIONAL = (
+    "guidance_interval", "strength", "lossy_vae_tile", "sampler", "loras", "lora_hashes", "dtype", "requested_prompt",
+    "reasoner",
+)  # fmt: skip
+"""Facts that a picture may lack: it was drawn without, or by an older Lens."""
 WRITERS = 4
 """Threads that compress pictures; zlib runs without Python's lock."""
 
@@ -90,13 +95,14 @@ def facts(path: Path) -> tuple[Image, dict[str, Any]]:
         "strength": _finite,
         "lossy_vae_tile": lambda v: _whole(v, 1, 2**14 + 1),
         "sampler": lambda v: isinstance(v, dict) and isinstance(v.get("use"), str),
-        "loras": lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
+        "loras": _are_texts,
+        "lora_hashes": _are_texts,
+        "dtype": lambda v: isinstance(v, str),
         "requested_prompt": lambda v: isinstance(v, str),
         "reasoner": lambda v: isinstance(v, dict) and all(isinstance(x, str) for x in v.values()),
     }
-    optional = ("guidance_interval", "strength", "lossy_vae_tile", "sampler", "loras", "requested_prompt", "reasoner")
     for name, holds in rules.items():
-        if name not in facts and name in optional:
+        if name not in facts and name in OPTIONAL:
             continue
         if name not in facts or not holds(facts[name]):
             raise ConfigError(f"{path}: its facts have no sound {name!r}; the picture cannot be drawn from them")
@@ -105,6 +111,10 @@ def facts(path: Path) -> tuple[Image, dict[str, Any]]:
 
 def _whole(value: object, low: int, high: int) -> bool:
     return type(value) is int and low <= value < high
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _finite(value: object) -> bool:

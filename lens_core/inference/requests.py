@@ -135,6 +135,10 @@ class GenerateRequest:
             decisive.append(f"tiles of {pipeline.lossy_vae_tile} px")
         if pipeline.reasoner is not None:
             decisive.append(refinement.provenance(pipeline.reasoner))
+        if pipeline.loras:
+            decisive.append(pipeline.lora_hashes)
+        if pipeline.dtype != "float32":
+            decisive.append(pipeline.dtype)
         return hashlib.sha256(json.dumps([*decisive, prompt, seed], default=str).encode()).hexdigest()[:16]
 
 

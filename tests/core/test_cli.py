@@ -15,6 +15,8 @@ from PIL import Image
 
 from lens_core import catalog as catalogs
 from lens_core.catalog import Catalog
+from lens_core.checkpoints import lora_keys
+from lens_core.checkpoints.adapters import LoRA
 from lens_core.checkpoints.tensor_files import read_weights, save_tensors
 from lens_core.cli import main as command
 from lens_core.cli.main import main
@@ -377,11 +379,59 @@ def test_a_picture_is_drawn_again_from_what_it_carries(checkpoint: Path, capsys:
     assert sorted(p.name for p in Path().iterdir()) == ["a.png", "b.png"]
 
 
-def tamper(name: str, change: dict[str, Any] | str, other: str = "bad.png", pixel: int | None = None) -> str:
+def write_lora(checkpoint: Path, path: Path, value: float) -> str:
+    """A LoRA for the toy backbone, whose numbers are `value`."""
+    high, wide = read_weights(checkpoint / "transformer")["inner.weight"].shape
+    path.parent.mkdir(exist_ok=True)
+    lora_keys.write(path, {"inner": LoRA(torch.full((1, wide), value), torch.ones(high, 1), 1.0)})
+    return str(path)
+
+
+def test_another_lora_of_the_same_name_is_another_lora(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"a": 1.0, "b": 2.0}
+    one, other = (write_lora(checkpoint, Path(name, "style.safetensors"), value) for name, value in values.items())
+    lora_keys.write(Path("comfy.safetensors"), lora_keys.read(Path(one)), "comfy")
+    Path("style.safetensors").write_bytes(Path("comfy.safetensors").read_bytes())
+    Path("p.txt").write_text("one\ntwo\n", encoding="utf-8")
+    flags = ("--prompts-file", "p.txt", "-o", "a.png", "--seed", "5")
+    assert draw(checkpoint, *flags, "--lora", one) == 0
+    facts = read_picture("a-0000.png")[2]
+    assert facts["loras"] == ["style.safetensors:1"] and [len(digest) for digest in facts["lora_hashes"]] == [16]
+    capsys.readouterr()
+    assert "is there, and was asked for differently" in refused(capsys, draw(checkpoint, *flags, "--lora", other))
+    assert draw(checkpoint, *flags, "--lora", "style.safetensors") == 0  # the same numbers in another key format
+    assert "2 of 2 pictures are there already" in capsys.readouterr().err
+    assert again(checkpoint, "--reproduce", "a-0000.png", "--lora", one) == 0
+    assert capsys.readouterr().out == "identical\n"
+    line = refused(capsys, again(checkpoint, "--reproduce", "a-0000.png", "--lora", other))
+    assert "another LoRA style.safetensors:1, of hash" in line and "give that file, --lora" in line
+    older = tamper("a-0000.png", {}, leave_out=("lora_hashes", "dtype"))
+    assert again(checkpoint, "--reproduce", older, "--lora", one) == 0
+    assert capsys.readouterr().out == "identical\n"
+
+
+def test_the_dtype_is_recorded_and_drawn_with_again(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("p.txt").write_text("one\ntwo\n", encoding="utf-8")
+    flags = ("--prompts-file", "p.txt", "-o", "a.png", "--seed", "5")
+    assert draw(checkpoint, *flags, "--dtype", "bfloat16") == 0
+    assert read_picture("a-0000.png")[2]["dtype"] == "bfloat16"
+    capsys.readouterr()
+    assert "is there, and was asked for differently" in refused(capsys, draw(checkpoint, *flags))
+    assert draw(checkpoint, *flags, "--dtype", "bfloat16") == 0
+    assert "2 of 2 pictures are there already" in capsys.readouterr().err
+    assert again(checkpoint, "--reproduce", "a-0000.png") == 0
+    assert capsys.readouterr().out == "identical\n"
+    again(checkpoint, "--reproduce", "a-0000.png", "--dtype", "float32")
+    assert capsys.readouterr().out.startswith('dtype: was "bfloat16", is "float32"\n')
+
+
+def tamper(name: str, change: dict[str, Any] | str, other: str = "bad.png", pixel: int | None = None,
+           leave_out: tuple[str, ...] = ()) -> str:  # fmt: skip
     from PIL.PngImagePlugin import PngInfo
 
     with Image.open(name) as picture:
-        facts = change if isinstance(change, str) else json.dumps({**json.loads(picture.info["lens"]), **change})
+        kept = {name: value for name, value in json.loads(picture.info["lens"]).items() if name not in leave_out}
+        facts = change if isinstance(change, str) else json.dumps({**kept, **change})
         info = PngInfo()
         info.add_itxt("lens", facts)
         image = picture.convert("RGB")
@@ -423,6 +473,9 @@ def test_a_picture_that_differs_is_reported(checkpoint: Path, capsys: pytest.Cap
         ({"sampler": {"use": "even", "path": "/etc"}}, "unknown"),
         ({"model_hash": "0"}, "was drawn by"),
         ({"loras": ["a.safetensors:1"]}, "give --model and --lora"),
+        ({"lora_hashes": "0"}, "no sound 'lora_hashes'"),
+        ({"dtype": 16}, "no sound 'dtype'"),
+        ({"dtype": "int4"}, "no dtype is called 'int4'"),
         ({"image_hash": "0"}, "was drawn from one: give it, --image"),
         ({"guidance_interval": [1, 0]}, "0 <= low < high <= 1"),
         ({"height": 48}, "the picture is 32x48 px, but its facts say 48x48"),

@@ -361,6 +361,30 @@ def test_loras_go_with_the_backbone_that_they_are_in(pipeline: LensPipeline, tmp
     assert torch.equal(fresh.inner.weight, weight)
 
 
+def test_a_lora_without_a_name_gets_one_that_is_free(pipeline: LensPipeline, tmp_path: Path) -> None:
+    from lens_core.checkpoints.adapters import LoRA
+    from lens_core.checkpoints.lora_keys import write
+
+    write(tmp_path / "a.safetensors", {"inner": LoRA(torch.ones(1, 5), torch.ones(16, 1), 1.0)})
+    pipeline.load_lora_weights(tmp_path / "a.safetensors", adapter_name="default_1")
+    for _ in range(2):
+        pipeline.load_lora_weights(tmp_path / "a.safetensors")
+    pipeline.set_adapters(["default_1", "default_0", "default_2"], [1, 2, 3])
+    assert pipeline.loras == ["a.safetensors:1", "a.safetensors:2", "a.safetensors:3"]
+
+
+def test_a_callback_may_replace_the_latents_of_several_pictures_at_strength_0(pipeline: LensPipeline) -> None:
+    from PIL import Image
+
+    def replaced(pipeline: LensPipeline, step: int, t: float, values: dict[str, Any]) -> dict[str, Any]:
+        rows = torch.arange(2.0).view(2, 1, 1, 1)
+        return {"latents": rows.expand_as(values["latents"])}
+
+    start = {"image": Image.new("RGB", (48, 32), "red"), "strength": 0.0, "output_type": "latent"}
+    latents = pipeline(["a", "b"], **start, seed=0, callback_on_step_end=replaced).images
+    assert latents[0].eq(0).all() and latents[1].eq(1).all()
+
+
 def test_model_index_has_what_each_component_says_of_itself(
     pipeline: LensPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,6 +449,7 @@ def test_the_settings_say_what_was_drawn(pipeline: LensPipeline, checkpoint: Pat
         "negative_prompt": "b",
         "model": str(checkpoint),
         "model_hash": again.version,
+        "dtype": "float32",
         "sampler": {"use": "toy:even"},
     }
     assert len(again.version) == 16
