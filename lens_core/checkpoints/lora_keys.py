@@ -147,6 +147,10 @@ def _part(match: re.Match[str]) -> str | None:
 
 def _file(path: Path) -> Path:
     """The LoRA file that is meant by a path: itself, or the one in a folder."""
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: there is no such LoRA; names of the Hub are not read here: give its file or folder"
+        )
     if not path.is_dir():
         return path
     there = [path / name for name in (FILE, peft_config.MODEL) if (path / name).is_file()]

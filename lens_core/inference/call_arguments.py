@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,12 @@ def _steps(value: Any) -> int | None:
     return None if value is None else whole("num_inference_steps", value, 1, MAX_COUNT)
 
 
+def _callback(value: Any) -> Any:
+    if value is not None and not callable(value):
+        raise ConfigError(f"callback_on_step_end must be a function of (pipeline, step, t, values), not {shown(value)}")
+    return value
+
+
 def _scale(value: Any) -> float | None:
     return None if value is None else number("guidance_scale", value, -(2**16), 2**16)
 
@@ -91,6 +97,7 @@ class CallArguments:
     width: int | None = None
     aspect_ratio: str | None = None
     base_resolution: int | None = None
+    callback: Any = field(default=None, converter=_callback)
 
     def settings(self, presets: Mapping[str, Any], grid: int) -> GenerationSettings:
         """Complete the arguments with a model's presets. `grid`: px that a latent cell is wide."""
@@ -235,7 +242,8 @@ def make_generators(
         return [torch.Generator().manual_seed(s) for s in seeds], seeds
     if seed is not None:
         raise ConfigError("give a generator or a seed, not both")
-    several = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
+    listed = generator if isinstance(generator, Iterable) else [generator]
+    several = [generator] * count if isinstance(generator, torch.Generator) else list(listed)
     if any(not isinstance(g, torch.Generator) for g in several):
         raise ConfigError(f"generator must be a torch.Generator, or a list of them, not {shown(generator)}")
     if len(several) != count:

@@ -34,7 +34,8 @@ class LoadOptions:
     deferred: parts with weights that are read when they are first used.
     workload: the pipeline -> what will be drawn, for the offload plan.
     sampler: the name or spec of a sampler to draw with instead of the checkpoint's.
-    variant: of diffusers; None alone, since files of a variant differ in dtype, which `dtype` chooses.
+    variant, revision: of diffusers; None alone, since files of a variant differ in dtype, which `dtype` chooses, and a
+        revision is written into the name, `org/name@revision`.
     """
 
     parts: Sequence[str] = PIPELINE_PARTS
@@ -48,10 +49,13 @@ class LoadOptions:
     workload: Callable[[Any], Workload] | None = None
     sampler: str | ComponentSpec | None = None
     variant: str | None = None
+    revision: str | None = None
 
     def __attrs_post_init__(self) -> None:
         if self.variant is not None:
             raise ConfigError(f"variant={self.variant!r}: Lens reads one set of files; choose the precision by dtype")
+        if self.revision is not None:
+            raise ConfigError(f"revision={self.revision!r}: write it into the name, org/name@{self.revision}")
 
     @property
     def files(self) -> dict[str, Path]:

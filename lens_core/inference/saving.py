@@ -62,8 +62,10 @@ class CheckpointContent:
 
 def save_pretrained(content: CheckpointContent, folder: str | Path) -> None:
     """Write a checkpoint. Raises LensError before anything is touched if a part cannot be saved."""
-    root = Path(folder)
+    root = Path(folder).expanduser()
     content.check_savable(MODEL_PARTS)
+    if root.exists() and not root.is_dir():
+        raise CheckpointError(f"{root}: is a file; choose a new folder")
     root.mkdir(parents=True, exist_ok=True)
     before = integrity.stamps(root)
     if any(root.iterdir()) and not (root / "lens.json").is_file():

@@ -19,7 +19,7 @@ from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.pixels import to_images, to_pixels
 from lens_core.recipe import ComponentSpec, PipelineSpec
-from lens_core.types import ConfigError, LensError, NumericalError
+from lens_core.types import CheckpointError, ConfigError, LensError, NumericalError
 
 SIZE: dict[str, Any] = {"height": 32, "width": 48}
 
@@ -137,6 +137,8 @@ def test_a_call_that_makes_no_sense_is_refused(call: dict[str, Any], words: str,
         ({"seed": 2**64}, "seed must be at most"),
         ({"seed": ["a"]}, "seed must be a whole number, not 'a'"),
         ({"generator": [3]}, "generator must be a torch.Generator"),
+        ({"generator": 5}, "generator must be a torch.Generator, or a list of them, not 5"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end must be a function .* not 5"),
         ({"latents": np.zeros((1, 4, 2, 3))}, "latents must be a tensor, not ndarray"),
         ({"image": 3}, r"image must be a picture \(PIL, path, array or tensor\), not int"),
     ],
@@ -359,6 +361,26 @@ def test_loras_go_with_the_backbone_that_they_are_in(pipeline: LensPipeline, tmp
     assert pipeline.loras == []
     pipeline.unload_lora_weights()
     assert torch.equal(fresh.inner.weight, weight)
+
+
+def test_a_checkpoint_goes_into_a_folder_alone(
+    pipeline: LensPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, catalog: Catalog
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Path("file").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"^file: is a file; choose a new folder$"):
+        pipeline.save_pretrained("file")
+    pipeline.save_pretrained("~/model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "home"]
+    assert LensPipeline.from_pretrained("~/model", catalog=catalog).version
+
+
+def test_names_of_the_hub_are_refused_where_they_are_not_read(pipeline: LensPipeline, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"^org/repo: there is no such LoRA; names of the Hub are not read here"):
+        pipeline.load_lora_weights("org/repo")
+    with pytest.raises(ConfigError, match=r"^revision='main': write it into the name, org/name@main$"):
+        LensPipeline.from_pretrained("org/name", revision="main")
 
 
 def test_a_lora_without_a_name_gets_one_that_is_free(pipeline: LensPipeline, tmp_path: Path) -> None:
