@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,20 @@ def texts(name: str, value: Any) -> list[str]:
         if not isinstance(text, str):
             raise ConfigError(f"{name} must be a text, or a list of texts, but {shown(text)} is among them")
     return list(several)
+
+
+def wrong_ending(path: Path, ending: str, what: str) -> ConfigError:
+    """The error for an output that does not end in `ending`; `what` says what is written so."""
+    if path.is_dir() or path.name in ("", ".."):
+        return ConfigError(f"{path}: is a folder; name a {ending} file in it")
+    return ConfigError(f"{path}: {what} written as {ending}; use {path.with_suffix(ending)}")
+
+
+def refuse_existing(paths: Iterable[Path], name: str = "--output") -> None:
+    """Raise ConfigError for a file that is there already; `name` is the argument that names another."""
+    for path in paths:
+        if path.exists():
+            raise ConfigError(f"{path}: is there already; use --overwrite, or another {name}")
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

@@ -6,12 +6,14 @@ import json
 import secrets
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from cyclopts import Parameter
 
+from lens_core.arguments import refuse_existing
 from lens_core.cli.options import (
     DEFAULT_MODEL,
     INIT_IMAGE,
@@ -24,6 +26,7 @@ from lens_core.cli.options import (
     parse_size,
     read_prompts,
 )
+from lens_core.cli.terminal import printable
 from lens_core.types import ConfigError
 
 if TYPE_CHECKING:
@@ -71,10 +74,11 @@ def generate(
     output
         The PNG to write, lens.png if not given; several pictures become NAME-0000.png, NAME-0001.png, …
     overwrite
-        Draw over pictures that are there.
+        Draw over pictures that are there, and over a preview.
     reproduce
         A PNG that Lens drew: draw it again from the facts in it, and print how far the two are apart. Of a PNG of
-        ComfyUI or A1111, draw what its facts name with --model, and list what was taken from them and what was not.
+        ComfyUI or A1111, draw what its facts name with --model, as far as no other option is given, and list what was
+        taken from them and what was not.
     seed
         Picture i has the seed SEED + i. Random if not given, and printed.
     size
@@ -108,12 +112,12 @@ def generate(
     json_
         Print one JSON object a picture.
     """
+    from lens_core.inference import foreign_facts
     from lens_core.inference.batch import (
         generate_files,
         image_tasks,
         output_paths,
         pending,
-        refuse_existing,
         unused_path,
     )
     from lens_core.inference.requests import GenerateRequest
@@ -122,27 +126,49 @@ def generate(
 
     init_image = read_rgb(image) if image is not None else None
     mask_image = read_raw(mask) if mask is not None else None  # not read_rgb: its transparency counts
-    model_request = model.request()
+    model_request, foreign = model.request(), None
     if reproduce is not None:
         if prompt is not None or prompts_file is not None:
             raise ConfigError("--reproduce draws what the picture says; leave the prompt out")
         if model.reasoner is not None:
             raise ConfigError("--reproduce draws the prompt that is recorded and asks nobody; leave --reasoner out")
+        foreign = foreign_facts.read(reproduce)
+    if reproduce is not None and foreign is None:
+        _refuse_unused({
+            "seed": seed, "size": size, "aspect-ratio": aspect_ratio, "base-resolution": base_resolution,
+            "steps": steps, "guidance-scale": guidance_scale, "guidance-interval": guidance_interval,
+            "negative-prompt": negative_prompt, "strength": strength, "sampler": model.sampler,
+            "lossy-vae-tile": model.lossy_vae_tile, "num-images": num_images if num_images != 1 else None,
+            "batch-size": batch_size if batch_size != 8 else None, "preview": preview,
+            "show-prompt": show_prompt or None, "json": json_ or None,
+            "overwrite": overwrite or None if output is None else None,
+        })  # fmt: skip
+        if output is not None and not overwrite:
+            refuse_existing([output])
         return _reproduce(reproduce, model_request, init_image, mask_image, output)
     if num_images < 1 or batch_size < 1:
         raise ConfigError(f"--num-images and --batch-size must be at least 1, not {num_images} and {batch_size}")
-    prompts = read_prompts(prompt, prompts_file)
-    first_seed = secrets.randbelow(2**32) if seed is None else seed
-    chosen = output or unused_path(Path("lens.png"))
-    output_paths(preview, 1) if preview is not None else None
-    tasks = image_tasks(prompts, chosen, num_images=num_images, seed=first_seed)
-    if prompts_file is None and not overwrite:
-        refuse_existing(tasks)
     height, width = parse_size(size)
     request = GenerateRequest(
         negative_prompt, height, width, aspect_ratio, base_resolution, check_steps(steps), guidance_scale,
         parse_interval(guidance_interval), init_image, mask_image, strength,
     )  # fmt: skip
+    if foreign is None:
+        prompts = read_prompts(prompt, prompts_file)
+    else:
+        foreign, request, model_request, seed = _complete(foreign, request, model_request, seed)
+        prompts = [foreign.taken["prompt"]]
+    first_seed = secrets.randbelow(2**32) if seed is None else seed
+    # A run that goes on, and one that draws over pictures, have the names of the run before.
+    chosen = output or unused_path(Path("lens.png"), 1 if prompts_file or overwrite else len(prompts) * num_images)
+    tasks = image_tasks(prompts, chosen, num_images=num_images, seed=first_seed)
+    if prompts_file is None and not overwrite:
+        refuse_existing(task.path for task in tasks)
+    if preview is not None:
+        output_paths(preview, 1)
+        _check_preview(preview, (image, mask, reproduce, *(task.path for task in tasks)), overwrite=overwrite)
+    if foreign is not None:
+        _print_foreign(foreign, sys.stderr if json_ else sys.stdout)
     start = time.perf_counter()
     pipeline = model_request.load(lambda loaded: request.workload(loaded, min(batch_size, len(tasks))))
     for note in pipeline.notes:
@@ -153,7 +179,7 @@ def generate(
         todo = pending(pipeline, request, tasks)
         if len(todo) < len(tasks):
             print(f"lens: {len(tasks) - len(todo)} of {len(tasks)} pictures are there already", file=sys.stderr)
-    on_step = partial(_on_step, _preset_note(pipeline, steps, guidance_scale))
+    on_step = partial(_on_step, _preset_note(pipeline, request.steps, request.guidance_scale))
     with progress_bar(len(todo), "image", disable=None if len(todo) > batch_size else True) as bar:
         for image_file in generate_files(
             pipeline, request, todo, batch_size=batch_size, on_step=on_step, preview=preview
@@ -175,8 +201,12 @@ def _print_file(image_file: GeneratedFile, loading: float, *, as_json: bool, sho
         line = {"file": str(task.path), "seconds": round(seconds, 3), **image_file.facts}
         print(json.dumps(line, ensure_ascii=False))
     else:
-        drawn = f"\n  drawn as: {image_file.facts['prompt']}" if show_prompt else ""
-        print(f"{task.prompt}{drawn}\n  {task.path}  seed {task.seed}  {seconds:.2f} s (and {loading:.1f} s to load)")
+        # Prompts may come from files of others.
+        drawn = f"\n  drawn as: {printable(image_file.facts['prompt'])}" if show_prompt else ""
+        print(
+            f"{printable(task.prompt)}{drawn}\n  {printable(task.path)}  seed {task.seed}  {seconds:.2f} s (and "
+            f"{loading:.1f} s to load)"
+        )
 
 
 def _preset_note(pipeline: LensPipeline, steps: int | None, scale: float | None) -> str:
@@ -193,14 +223,10 @@ def _reproduce(
     picture: Path, model: ModelRequest, image: Image | None, mask: Image | None, output: Path | None
 ) -> int:  # fmt: skip
     """Draw a picture again, print what differs, and return 0 if no pixel differs beyond rounding."""
-    from lens_core.inference import foreign_facts, png_metadata
+    from lens_core.inference import png_metadata
     from lens_core.inference.batch import output_paths
     from lens_core.inference.reproduce import reproduce
-    from lens_core.inference.requests import GenerateRequest
 
-    foreign = foreign_facts.read(picture)
-    if foreign is not None:
-        return _draw_foreign(foreign, model, GenerateRequest(image=image, mask=mask), output)
     paths = output_paths(output, 1) if output is not None else []
     again = reproduce(picture, model, image, mask)
     for path in paths:
@@ -214,24 +240,44 @@ def _reproduce(
     return 0 if again.max_difference <= 1 else 1
 
 
-def _draw_foreign(foreign: ForeignFacts, model: ModelRequest, start: GenerateRequest, output: Path | None) -> int:
-    """Draw what another tool's picture names, after a list of what was taken from it and what was not."""
+def _refuse_unused(options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for options that change nothing when a picture of Lens is drawn again."""
+    names = [f"--{name}" for name, value in options.items() if value is not None]
+    if names:
+        raise ConfigError(f"--reproduce draws what the picture says; leave out {', '.join(names)}")
+
+
+def _check_preview(preview: Path, pictures: Iterable[Path | None], *, overwrite: bool) -> None:
+    """Raise ConfigError for a preview that would be written over a picture of the run, or over a file that is there."""
+    if any(path is not None and path.resolve() == preview.resolve() for path in pictures):
+        raise ConfigError(f"{preview}: is a picture that the run reads or writes; choose another --preview")
+    if not overwrite:
+        refuse_existing([preview], "--preview")
+
+
+def _complete(
+    foreign: ForeignFacts, request: GenerateRequest, model: ModelRequest, seed: int | None
+) -> tuple[ForeignFacts, GenerateRequest, ModelRequest, int | None]:
+    """Add what another tool's picture names to what the options ask for -> what was taken, and all that was asked."""
     from attrs import evolve
 
-    from lens_core.inference.batch import generate_files, image_tasks, refuse_existing, unused_path
     from lens_core.recipe import ComponentSpec
 
-    seed = foreign.taken.get("seed", secrets.randbelow(2**32))
-    (task,) = image_tasks([foreign.taken["prompt"]], output or unused_path(Path("lens.png")), seed=seed)
-    refuse_existing([task])
-    request = evolve(foreign.request(), image=start.image, mask=start.mask)
-    if model.sampler is None and "sampler" in foreign.taken:
+    options = {"seed": seed, "sampler": model.sampler, "steps": request.steps, "guidance_scale": request.guidance_scale,
+               "negative_prompt": request.negative_prompt}  # fmt: skip
+    replaced = {name for name, value in options.items() if value is not None}
+    if any(value is not None for value in (request.height, request.aspect_ratio, request.base_resolution)):
+        replaced |= {"height", "width"}
+    foreign = foreign.without(replaced)
+    if "sampler" in foreign.taken:
         model = evolve(model, sampler=ComponentSpec(foreign.taken["sampler"]))
+    return foreign, foreign.complete(request), model, foreign.taken.get("seed", seed)
+
+
+def _print_foreign(foreign: ForeignFacts, stream: TextIO) -> None:
+    """List what was taken from another tool's picture, and what was not."""
     for name, value in foreign.taken.items():
-        print(f"taken from {foreign.tool}: {name} {json.dumps(value, ensure_ascii=False)}")
+        text = printable(json.dumps(value, ensure_ascii=False))
+        print(f"taken from {foreign.tool}: {name} {text}", file=stream)
     for line in foreign.left:
-        print(f"not taken: {line}")
-    pipeline = model.load(lambda loaded: request.workload(loaded, 1))
-    for image_file in generate_files(pipeline, request, [task]):
-        _print_file(image_file, 0.0, as_json=False, show_prompt=False)
-    return 0
+        print(f"not taken: {printable(line)}", file=stream)

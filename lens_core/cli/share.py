@@ -68,6 +68,7 @@ def convert(
     *,
     to: Literal["diffusers", "comfy", "sd-scripts"],
     model: str | None = None,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Write a LoRA in another tool's key format; its numbers stay bit for bit.
 
@@ -81,10 +82,12 @@ def convert(
         diffusers (PEFT), comfy or sd-scripts.
     model
         The model that it is for, against which its layers are checked; needed where names have underscores for dots.
+    overwrite
+        Write over a file that is there.
     """
     from lens_core.inference.lora_convert import convert_lora
 
-    layers = convert_lora(source, output, to, model)
+    layers = convert_lora(source, output, to, model, overwrite=overwrite)
     print(f"{output}  {layers} layers, as {to}")
     return 0
 

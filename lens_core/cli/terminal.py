@@ -79,9 +79,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return not spoken_for and bool(re.search("out of memory|allocate memory", str(error)))  # torch's words
 
 
+def printable(line: object) -> str:
+    """The text of `line`, with the characters spelled out that would break a line or command a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(line))
+
+
 def print_error(*lines: str) -> None:
-    """Print lines to stderr. Characters that would break a line or command a terminal are spelled out."""
-    text = "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
+    """Print lines to stderr, `printable`."""
+    text = "\n".join(map(printable, lines))
     with contextlib.suppress(OSError, ValueError):  # stderr is full, broken or closed: nobody can be told
         print(f"lens: {text}", file=sys.stderr, flush=True)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
+from lens_core.arguments import wrong_ending
 from lens_core.inference import png_metadata
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.pipeline_parts import NO_PREVIEW
@@ -46,8 +47,8 @@ def output_paths(output: Path, count: int) -> list[Path]:
     Raises ConfigError where they cannot be written, before the time for drawing is spent.
     """
     if output.suffix.lower() != ".png":
-        raise ConfigError(f"{output}: pictures are written as .png; use {output.with_suffix('.png')}")
-    paths = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i:04d}") for i in range(count)]
+        raise wrong_ending(output, ".png", "pictures are")
+    paths = _numbered(output, count)
     parent = output.parent
     if not parent.is_dir():
         raise ConfigError(f"{parent}: there is no such folder; make it first")
@@ -77,20 +78,18 @@ def image_tasks(prompts: Sequence[str], output: Path, *, num_images: int = 1, se
     return [ImageTask(text, seed + i, path) for i, (text, path) in enumerate(zip(texts, paths, strict=True))]
 
 
-def unused_path(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3 … that no file has."""
+def _numbered(output: Path, count: int) -> list[Path]:
+    """The files of `count` images."""
+    return [output] if count == 1 else [output.with_stem(f"{output.stem}-{i:04d}") for i in range(count)]
+
+
+def unused_path(path: Path, count: int = 1) -> Path:
+    """`path`, or the first of path-2, path-3 … under which none of `count` images has a file."""
     number, free = 1, path
-    while free.exists():
+    while any(file.exists() for file in _numbered(free, count)):
         number += 1
         free = path.with_stem(f"{path.stem}-{number}")
     return free
-
-
-def refuse_existing(tasks: Sequence[ImageTask]) -> None:
-    """Raise ConfigError for a task whose file is there already."""
-    for task in tasks:
-        if task.path.exists():
-            raise ConfigError(f"{task.path}: is there already; use --overwrite, or another --output")
 
 
 def pending(pipeline: LensPipeline, request: GenerateRequest, tasks: Sequence[ImageTask]) -> list[ImageTask]:

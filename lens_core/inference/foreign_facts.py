@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from lens_core.inference import comfy_graph
 from lens_core.inference.call_arguments import MAX_COUNT, MAX_SEED, MAX_SIDE
@@ -41,10 +42,18 @@ class ForeignFacts:
     taken: dict[str, Any]
     left: tuple[str, ...]
 
-    def request(self) -> GenerateRequest:
-        """What they ask for beside prompt and seed."""
+    def without(self, names: Collection[str]) -> ForeignFacts:
+        """The same without the facts of these `names`, which options replace."""
+        replaced = [
+            f"{name} {shown(value, 60)}: another is given" for name, value in self.taken.items() if name in names
+        ]
+        rest = {name: value for name, value in self.taken.items() if name not in names}
+        return ForeignFacts(self.tool, rest, (*replaced, *self.left))
+
+    def complete(self, request: GenerateRequest) -> GenerateRequest:
+        """`request` with what they ask for beside prompt, seed and sampler."""
         names = ("negative_prompt", "height", "width", "steps", "guidance_scale")
-        return GenerateRequest(**{name: self.taken[name] for name in names if name in self.taken})
+        return evolve(request, **{name: self.taken[name] for name in names if name in self.taken})
 
 
 def read(path: Path) -> ForeignFacts | None:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from lens_core.arguments import wrong_ending
 from lens_core.catalog import Catalog
 from lens_core.types import ConfigError
 
@@ -199,7 +200,7 @@ def curves(
     if not runs:
         raise ConfigError("give the folder of a run, or of several")
     if output.suffix.lower() != ".png":
-        raise ConfigError(f"{output}: pictures are written as .png; use {output.with_suffix('.png')}")
+        raise wrong_ending(output, ".png", "pictures are")
     groups = drawing.read_groups(runs)
     drawing.save(drawing.draw(groups, show or ()), output)
     if table:

@@ -174,6 +174,8 @@ def test_pictures_do_not_depend_on_the_batch(checkpoint: Path) -> None:
         (["a", "-o", "x.jpg"], "pictures are written as .png; use x.png"),
         (["a", "-o", "no/x.png"], "there is no such folder"),
         (["a", "-o", "folder.png"], "is a folder; name a .png file"),
+        (["a", "-o", "."], ".: is a folder; name a .png file in it"),
+        (["a", "-o", ".."], "..: is a folder; name a .png file in it"),
         (["a", "--model", "nowhere"], "no such folder, and not a Hub name"),
         (["a", "--model", "empty"], "neither lens.json nor a layout"),
         (["a", "--device", "warp"], "no device is called 'warp'"),
@@ -423,6 +425,54 @@ def test_the_dtype_is_recorded_and_drawn_with_again(checkpoint: Path, capsys: py
     assert capsys.readouterr().out == "identical\n"
     again(checkpoint, "--reproduce", "a-0000.png", "--dtype", "float32")
     assert capsys.readouterr().out.startswith('dtype: was "bfloat16", is "float32"\n')
+
+
+def test_what_a_picture_decides_is_no_option_beside_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw(checkpoint, "a red cat", "--seed", "9", "-o", "a.png") == 0
+    capsys.readouterr()
+    options = (
+        "--seed",
+        "9",
+        "--size",
+        "32x48",
+        "--sampler",
+        "even",
+        "--num-images",
+        "4",
+        "--json",
+        "--preview",
+        "p.png",
+    )
+    line = refused(capsys, again(checkpoint, "--reproduce", "a.png", *options))
+    for name in ("--seed", "--size", "--sampler", "--num-images", "--json", "--preview"):
+        assert name in line
+    Path("b.png").write_bytes(b"mine")
+    line = refused(capsys, again(checkpoint, "--reproduce", "a.png", "-o", "b.png"))
+    assert "b.png: is there already; use --overwrite" in line and Path("b.png").read_bytes() == b"mine"
+    assert again(checkpoint, "--reproduce", "a.png", "-o", "b.png", "--overwrite") == 0
+    assert read_picture("b.png")[:2] == read_picture("a.png")[:2]
+
+
+def test_names_that_nobody_gave_are_free(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert draw(checkpoint, "a red cat", "--seed", "9", "--num-images", "2") == 0
+    names = ["lens-0000.png", "lens-0001.png", "lens-2-0000.png", "lens-2-0001.png"]
+    assert sorted(path.name for path in Path().iterdir()) == names
+    Path("p.txt").write_text("one\ntwo\n", encoding="utf-8")
+    capsys.readouterr()
+    assert "was asked for differently" in refused(capsys, draw(checkpoint, "--prompts-file", "p.txt", "--seed", "9"))
+
+
+def test_a_preview_is_written_over_no_picture(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (48, 32), "red").save("init.png")
+    Path("link.png").symlink_to("init.png")
+    before = Path("init.png").read_bytes()
+    for name in ("init.png", "link.png", "out.png"):
+        flags = ("--image", "init.png", "-o", "out.png", "--preview", name, "--overwrite")
+        assert f"{name}: is a picture that the run reads or writes" in refused(capsys, draw(checkpoint, "a", *flags))
+    line = refused(capsys, draw(checkpoint, "a", "-o", "out.png", "--preview", "init.png"))
+    assert "init.png: is there already; use --overwrite, or another --preview" in line
+    assert Path("init.png").read_bytes() == before
 
 
 def tamper(name: str, change: dict[str, Any] | str, other: str = "bad.png", pixel: int | None = None,

@@ -242,3 +242,27 @@ def test_reproduce_draws_what_the_facts_name_and_lists_both_sides(
     assert facts[0] == facts[1]
     assert main(["generate", "--reproduce", "comfy.png", *model, "-o", "a.png"]) == 2
     assert "a.png: is there already" in capsys.readouterr().err
+    other = ("--seed", "3", "--size", "32x48", "--steps", "1", "--sampler", "heun", "--num-images", "2", "-o", "a.png")
+    assert main(["generate", "--reproduce", "comfy.png", *model, *other, "--overwrite", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert (
+        "not taken: seed 156680208700286: another is given" in err and "taken from ComfyUI: guidance_scale 2.5" in err
+    )
+    drawn = [json.loads(line) for line in out.splitlines()]
+    assert [(facts["seed"], facts["file"]) for facts in drawn] == [(3, "a-0000.png"), (4, "a-0001.png")]
+    names = ("height", "width", "steps", "sampler", "negative_prompt", "prompt")
+    wanted = [32, 48, 1, {"use": "lens_flow:heun", "mu": 1.0}, "a blue star", "a red circle"]
+    assert [drawn[0][name] for name in names] == wanted
+
+
+def test_what_a_file_of_others_says_does_not_command_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "a \x1b]0;owned\x07 \x9b2J cat <lora:\x1b[2J:1>"
+    path = png(
+        tmp_path / "evil.png", parameters=f"{evil}\nSteps: 1, Sampler: Euler, Size: 32x32, Odd\x1b: \x1b[2J, A: \x9b"
+    )
+    flags = ("--model", "tiny:turbo", "--device", "cpu", "-o", str(tmp_path / "a.png"))
+    assert main(["generate", "--reproduce", str(path), *flags]) == 0
+    out, err = capsys.readouterr()
+    assert "owned" in out and all(c.isprintable() or c == "\n" for c in out + err)

@@ -178,8 +178,16 @@ def test_the_command_rewrites_a_lora(
     assert main(["lora", "convert", str(bare), back, "--to", "diffusers", "--model", str(checkpoint)]) == 0
     assert Path(back).read_bytes() == Path(names["diffusers"]).read_bytes()
     write(bare, {"outer": low["inner"]})
-    assert main(["lora", "convert", str(bare), back, "--to", "comfy", "--model", str(checkpoint)]) == 2
+    over = ["lora", "convert", str(bare), back, "--to", "comfy", "--model", str(checkpoint)]
+    assert main(over) == 2
+    assert "back.safetensors: is there already; use --overwrite, or another output" in capsys.readouterr().err
+    assert main([*over, "--overwrite"]) == 2
     assert "made for another model" in capsys.readouterr().err
+    assert Path(back).read_bytes() == Path(names["diffusers"]).read_bytes()
+    assert main(["lora", "convert", names["comfy"], back, "--to", "comfy", "--overwrite"]) == 0
+    assert Path(back).read_bytes() == Path(names["comfy"]).read_bytes()
+    assert main(["lora", "convert", names["comfy"], ".", "--to", "comfy"]) == 2
+    assert ".: is a folder; name a .safetensors file in it" in capsys.readouterr().err
     assert (
         main(["lora", "convert", str(bare), "x.pt", "--to", "comfy"])
         == main(["lora", "convert", str(bare), back, "--to", "xl"])
