@@ -59,14 +59,19 @@ def read_picture(root: Path, relative: str, captions: tuple[Mapping[str, Any], .
         image = _read(path, sources.LARGEST_PICTURE)
         if image is None:
             return SourceItem(relative, fault=sources.TOO_LARGE)
-        beside = os.path.splitext(path)[0]
-        text = next((beside + end for end in (".txt", ".TXT", ".Txt") if os.path.isfile(beside + end)), None)
+        text = text_beside(path)
         if text is not None:
             caption = _read(text, sources.LARGEST_TEXT)
             captions = (*captions, {"fault": sources.LONG_TEXT} if caption is None else {"caption": caption})
     except (OSError, ValueError):
         return SourceItem(relative, fault="unreadable file")
     return SourceItem(relative, image, captions)
+
+
+def text_beside(path: str) -> str | None:
+    """The file with the caption of the picture at `path`; None where there is none."""
+    stem = os.path.splitext(path)[0]
+    return next((stem + end for end in (".txt", ".TXT", ".Txt") if os.path.isfile(stem + end)), None)
 
 
 def _read(path: str, most: int) -> bytes | None:

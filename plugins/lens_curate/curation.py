@@ -78,6 +78,8 @@ class _Curation:
         self.spec, self.store, self.catalog = spec, store, catalog
         self.filters: list[Filter] = build_filters(spec, catalog)
         self.sources: list[NamedSource] = build_sources(spec.sources, catalog)
+        self.names = [source.name for source in self.sources]
+        self.listed = np.zeros(0, "S16")  # the parts that the sources have, sorted
         self.captioner = None if spec.captions is None else Captioner(spec.captions, catalog, caption_store)
         for source in self.sources:
             _check_source(source, store, caption_store)
@@ -90,9 +92,10 @@ class _Curation:
         self.cheap = tuple(n for n, made in enumerate(self.filters) if not made.costly)
 
     def run(self, preview: int | None = None) -> Report:
+        wanted, pending = self._planned(preview)
         self._hash_own()
-        read = self._read(preview)
-        records = self.tables.records()
+        read = self._read(wanted, pending)
+        records = self._records()
         verdicts = self._decided(records, costly=False)
         if len(self.cheap) < len(self.filters):
             verdicts = self._decided(records, costly=True)
@@ -105,7 +108,7 @@ class _Curation:
             filler.caption(self._images, limit=None if preview is None else 20)
         filler.judge_captions(preview=preview is not None)
         if preview is None:
-            filler.remove()
+            filler.remove(self.names)
         filler.write_verdicts(self.spec)
         if preview is None:
             filler.fill(self._images)
@@ -124,39 +127,60 @@ class _Curation:
             for part in source.source.parts():
                 yield number, source, part, bytes.fromhex(source.digest(part))
 
-    def _read(self, preview: int | None) -> int:
-        """Read what has not been read, and score it by all filters that are not costly; then score what a new filter
-        has not seen. How many records were read."""
-        read = self.tables.parts()
-        pending = [0, 0]  # pictures of parts that know how many they have, parts that do not
+    def _records(self) -> t.RecordArrays:
+        return self.tables.records(self.names, self.listed)
 
-        def tasks(count: bool) -> Iterator[PartTask]:
+    def _planned(self, preview: int | None) -> tuple[Callable[[], Iterator[PartTask]], tuple[int, int]]:
+        """What has not been read, as a function that lists it; and of that, the pictures of parts that know how many
+        they have, and the parts that do not. Fills `listed`."""
+        read = self.tables.parts()
+        digests, pending, silent = bytearray(), [0, 0], set(self.names)
+
+        def tasks(first: bool) -> Iterator[PartTask]:
             for number, source, part, digest in self._listed():
+                if first:
+                    digests.extend(digest)
+                    silent.discard(source.name)
                 if not read.has(digest, f"{source.identity} {part.stamp}"):
-                    if count:
+                    if first:
                         pending[0 if part.count else 1] += part.count or 1
                     yield PartTask(number, part, True, self.cheap)
 
+        wanted: Callable[[], Iterator[PartTask]]
         if preview is not None:
-            sample = list(_sample(tasks(False), preview))
-            wanted: Callable[[], Iterator[PartTask]] = lambda: iter(sample)  # noqa: E731
-            pending = [preview, 0]
+            sample = list(_sample(tasks(True), preview))
+            wanted, pending = lambda: iter(sample), [preview, 0]
         else:
             for _ in tasks(True):
                 pass
             wanted = lambda: tasks(False)  # noqa: E731
+        self.listed = np.sort(np.frombuffer(bytes(digests), "S16"))
+        for _, sources in self.tables.stored_by_curations() if silent else ():
+            for name in silent.intersection(sources.tolist()):
+                raise ConfigError(
+                    f"{name}: has no picture any more, and {self.store} has pictures from it, which would all be "
+                    "removed; check the path of this source, or choose a new --output"
+                )
+        return wanted, (pending[0], pending[1])
+
+    def _read(self, wanted: Callable[[], Iterator[PartTask]], pending: tuple[int, int]) -> int:
+        """Read what has not been read, and score it by all filters that are not costly; then score what a new filter
+        has not seen. How many records were read."""
         progress = Progress("read", pending[0])
         self._commit(self.engine(_grouped(wanted())), progress, pending[1])
         progress.end()
-        records = self.tables.records()
+        records = self._records()
         self._score(records, [self.filters[n] for n in self.cheap], np.ones(len(records), bool))
         return progress.done
 
     def _hash_own(self) -> None:
-        """Hash the pictures of the store that no record is about: those that were imported."""
+        """Hash the pictures of the store that no curation has put there, and that are not hashed yet."""
         if not len(self.tables.store):
             return
-        known = np.sort(self.tables.records().id)
+        records = self.tables.records()
+        put = [ids for ids, _ in self.tables.stored_by_curations()]
+        known = np.sort(np.concatenate([records.id[records.in_store], *put]))
+        del records, put
         present = t.own_source(self.store, self.catalog)
 
         def tasks() -> Iterator[PartTask]:

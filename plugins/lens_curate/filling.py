@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,27 +127,29 @@ class Filler:
 
     # ---- the store -----------------------------------------------------------------------------------------------
 
-    def remove(self) -> None:
-        """Remove from the store what an earlier run has put there and this one does not keep. Comes before the new
-        verdicts are written, for the old ones say what was put there."""
-        records = self.records
-        dropped = t.among(records.id, self._put()) & self._stored() & self.verdicts.ours
-        ids = np.unique(records.id[dropped])
-        drop = ids[~t.among(ids, [records.id[self.verdicts.kept]])] if len(ids) else ids
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove from the store what an earlier run has put there from the sources with these names, and no record that
+        is kept stands for. Comes before the new verdicts are written, for the old ones say what was put there."""
+        kept = np.sort(self.records.id[self.verdicts.kept])
+        mine, others = [np.zeros(0, "S32")], [np.zeros(0, "S32")]
+        for ids, sources in self.tables.stored_by_curations():
+            lost, ours = t.places(kept, ids) < 0, np.isin(sources, names)
+            mine.append(ids[lost & ours])
+            others.append(ids[lost & ~ours])
+        drop = np.setdiff1d(np.concatenate(mine), np.concatenate(others))
+        drop = drop[t.among(drop, self._store_ids())] if len(drop) else drop
         if len(drop):
             self.tables.store.delete(t.hex_texts(drop))
             self.removed = len(drop)
         t.release_memory()
 
-    def _put(self) -> Iterator[NDArray[np.bytes_]]:
-        """Ids that the last run has kept, in batches."""
-        for batch in self.tables.batches(t.VERDICTS, "id", "kept"):
-            yield t.hex_array(batch["id"].to_pylist(), 32)[np.array(batch["kept"].to_pylist(), bool)]
+    def _store_ids(self) -> Iterator[NDArray[np.bytes_]]:
+        for batch in self.tables.store.batches("id"):
+            yield t.hex_array(batch["id"].to_pylist(), 32)
 
     def _stored(self) -> NDArray[np.bool_]:
         """Records whose file is in the store."""
-        batches = self.tables.store.batches("id")
-        return t.among(self.records.id, (t.hex_array(batch["id"].to_pylist(), 32) for batch in batches))
+        return t.among(self.records.id, self._store_ids())
 
     def fill(self, images: Images) -> None:
         """Add what is kept to the store, and replace captions there. Other pictures in it stay as they are."""

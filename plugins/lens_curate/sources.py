@@ -112,7 +112,8 @@ class Folder(_Files):
                 for listed in captions
             ]  # fmt: skip
             file = root / relative
-            stamp = f"{_stamp(file, file.with_suffix('.txt'))} {text_digest(json.dumps(facts))}"
+            beside = folders.text_beside(str(file))
+            stamp = f"{_stamp(file, Path(beside or file.with_suffix('.txt')))} {text_digest(json.dumps(facts))}"
             yield Part(relative, stamp, payload={"captions": facts})
 
     def read(self, part: Part) -> Iterator[SourceItem]:
@@ -199,7 +200,7 @@ class StoreSource:
             ids, rows = batch["id"].to_pylist(), batch["_rowid"].to_pylist()
             for start in range(0, len(ids), STORE_ROWS):
                 stop = min(start + STORE_ROWS, len(ids))
-                yield Part(ids[start], str(stop - start), stop - start, {"rows": rows[start:stop]})
+                yield Part(ids[start], text_digest(*ids[start:stop]), stop - start, {"rows": rows[start:stop]})
 
     def read(self, part: Part) -> Iterator[SourceItem]:
         stored = self.store.rows(part.payload["rows"], "id", "image", "brief", "dense", "source")

@@ -7,7 +7,8 @@ scores_…         the numbers of one filter, by the id of a file, or by a hash 
 curate_captions  captions that were made, by id and by what asked for them
 curate_verdicts  one row for each record: whether it is kept, and if not, why; written anew by every run
 
-All but the last only grow. Where a row stands twice (a part was read again), the last one counts.
+All but the last only grow. Where a row stands twice (a part was read again), the last one counts. Records that the
+newest reading of their part has not found again count no more, nor do those of parts that their source has no more.
 """
 
 from __future__ import annotations
@@ -135,10 +136,11 @@ class RecordArrays:
 
 @frozen
 class PartIndex:
-    """Digests of parts, sorted, and those of their stamps."""
+    """Digests of parts, sorted, those of their stamps, and the records that each has."""
 
     part: NDArray[np.bytes_]
     stamp: NDArray[np.bytes_]
+    count: NDArray[np.int32]
 
     def has(self, part: bytes, stamp: str) -> bool:
         """Whether a part has been read as it is now."""
@@ -187,14 +189,15 @@ class Tables:
 
     def parts(self) -> PartIndex:
         """The parts that have been read to their end."""
-        parts, stamps = [np.zeros(0, "S16")], [np.zeros(0, "S16")]
-        for batch in self.batches(PARTS, "part", "stamp"):
+        parts, stamps, counts = [np.zeros(0, "S16")], [np.zeros(0, "S16")], [np.zeros(0, np.int32)]
+        for batch in self.batches(PARTS, "part", "stamp", "count"):
             parts.append(hex_array(batch["part"].to_pylist(), 16))
             stamps.append(np.array([stamp_digest(stamp) for stamp in batch["stamp"].to_pylist()], "S16"))
-        part, stamp = np.concatenate(parts), np.concatenate(stamps)
+            counts.append(np.array(batch["count"].to_pylist(), np.int32))
+        part, stamp, count = np.concatenate(parts), np.concatenate(stamps), np.concatenate(counts)
         last = _last_of_each(part)
-        order = np.argsort(part[last])
-        return PartIndex(part[last][order], stamp[last][order])
+        order = last[np.argsort(part[last])]
+        return PartIndex(part[order], stamp[order], count[order])
 
     def rows(self, name: str, numbers: Sequence[int], *columns: str) -> dict[int, dict[str, Any]]:
         """These columns of the rows with these `_rowid`, by row id."""
@@ -217,8 +220,17 @@ class Tables:
         order = last[np.argsort(ids[last])]
         return ids[order], rows[order], flawed[order]
 
-    def records(self) -> RecordArrays:
-        """All records; of those that stand twice, the last."""
+    def stored_by_curations(self) -> Iterator[tuple[NDArray[np.bytes_], NDArray[np.str_]]]:
+        """Ids of pictures that the last run has kept, and so put into the store, and their sources, in batches. The
+        store's own pictures are none of them."""
+        for batch in self.batches(VERDICTS, "id", "source", "kept"):
+            sources = np.array(batch["source"].to_pylist(), np.str_)
+            put = np.array(batch["kept"].to_pylist(), bool) & (sources != OWN)
+            yield hex_array(batch["id"].to_pylist(), 32)[put], sources[put]
+
+    def records(self, names: Sequence[str] = (), listed: NDArray[np.bytes_] | None = None) -> RecordArrays:
+        """All records of the newest reading of each part; of those that stand twice, the last. `listed`: the parts,
+        sorted, that the sources with these names have now; records of their other parts are left out."""
         columns = ("key", "part", "source", "id", "fault", "pixels", "phash", "mirrored", "height", "width",
                    "sharpness", "brief", "dense")  # fmt: skip
         sources: dict[str, int] = {}
@@ -231,7 +243,12 @@ class Tables:
             for name, values in _arrays(batch, sources, faults).items():
                 arrays[name][at : at + batch.num_rows] = values
             at += batch.num_rows
-        last = _last_of_each(arrays["key"])
+        current = _newest_reading(arrays["part"], self.parts())
+        if listed is not None:
+            theirs = np.isin(arrays["source"], [number for name, number in sources.items() if name in names])
+            current &= (places(listed, arrays["part"]) >= 0) | ~theirs | arrays["in_store"]
+        rows = np.flatnonzero(current)
+        last = rows[_last_of_each(arrays["key"][rows])]
         if len(last) < count:
             for name in arrays:
                 arrays[name] = arrays[name][last]
@@ -390,6 +407,19 @@ def _arrays(batch: Any, sources: dict[str, int], faults: dict[str, int]) -> dict
         "brief": np.array([bool(text) for text in columns["brief"]], bool),
         "dense": np.array([bool(text) for text in columns["dense"]], bool),
     }
+
+
+def _newest_reading(part: NDArray[np.bytes_], read: PartIndex) -> NDArray[np.bool_]:
+    """Which records are of the newest reading of their part: as many of the last ones as it has, for a reading writes
+    all of them. Of a part that was not read to its end, all."""
+    order = np.argsort(part, kind="stable")
+    ordered = part[order]
+    behind = np.searchsorted(ordered, ordered, side="right") - np.arange(len(ordered))  # 1: the last one
+    at = places(read.part, ordered)
+    newest = np.ones(len(part), bool)
+    if len(read.count):
+        newest[order] = (at < 0) | (behind <= read.count[at])
+    return newest
 
 
 def _last_of_each(keys: NDArray[np.bytes_]) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,12 @@ def stages(store: Path) -> dict[str, str]:
 def stored(store: Path) -> dict[str, dict[str, Any]]:
     rows = Store(str(store)).columns("id", "brief", "dense", "height", "width", "source").to_pylist()
     return {row["id"]: {k: v for k, v in row.items() if k != "_rowid"} for row in rows}
+
+
+def hashes(folder: Path, *names: str) -> set[str]:
+    """The ids of these pictures of a folder; of all that are PNGs by default."""
+    files = [folder / name for name in names] or list(folder.glob("*.png"))
+    return {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 EXPECTED = {
@@ -175,6 +183,132 @@ def test_a_picture_that_changes_is_read_again(folder: Path, tmp_path: Path) -> N
     report = run(spec(folder), tmp_path / "store")
     assert report.data["read"] == 1 and report.data["records"] == 13
     assert stages(tmp_path / "store")["torn.png"] == ""
+
+
+def test_a_picture_that_changes_takes_the_place_of_its_old_version_in_the_store(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    add(raw, "0.png", picture(0))
+    add(raw, "1.png", picture(1))
+    run(spec(raw, filters=[]), tmp_path / "store")
+    old = hashes(raw)
+    add(raw, "1.png", picture(1).point(lambda value: min(255, value + 6)))
+    report = run(spec(raw, filters=[]), tmp_path / "store")
+    assert report.data["stored"] == {"added": 1, "removed": 1, "changed": 0, "gone": 0}
+    assert stored(tmp_path / "store").keys() == hashes(raw) != old
+    report = run(spec(raw, filters=[]), tmp_path / "store")
+    assert report.data["stored"] == {"added": 0, "removed": 0, "changed": 0, "gone": 0}
+    assert stored(tmp_path / "store").keys() == hashes(raw)
+
+
+def test_a_picture_that_is_deleted_leaves_the_store_and_the_report(folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    add(own, "mine.png", picture(50))
+    import_folder(tmp_path / "store", own)
+    run(spec(folder), tmp_path / "store")
+    before = stored(tmp_path / "store").keys()
+    gone = hashes(folder, "5.png")
+    (folder / "5.png").unlink()
+    (folder / "5.txt").unlink()
+    report = run(spec(folder), tmp_path / "store")
+    assert report.data["records"] == 12 and report.data["stored"]["removed"] == 1
+    assert stored(tmp_path / "store").keys() == before - gone
+    assert "5.png" not in stages(tmp_path / "store")
+    assert hashes(own) <= stored(tmp_path / "store").keys()
+
+
+def test_a_source_that_is_empty_at_once_removes_nothing(folder: Path, tmp_path: Path) -> None:
+    run(spec(folder), tmp_path / "store")
+    before = stored(tmp_path / "store")
+    folder.rename(tmp_path / "elsewhere")
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=r"raw: has no picture any more.*check the path"):
+        run(spec(folder), tmp_path / "store")
+    assert stored(tmp_path / "store") == before
+
+
+def test_a_tar_that_loses_a_sample_loses_it_in_the_store(folder: Path, tmp_path: Path) -> None:
+    def pack(*names: str) -> None:
+        with tarfile.open(tmp_path / "tars" / "a.tar", "w") as tar:
+            for name in names:
+                tar.add(folder / f"{name}.png", f"{name}.png")
+                tar.add(folder / f"{name}.txt", f"{name}.txt")
+
+    (tmp_path / "tars").mkdir()
+    recipe = structure(CurationSpec, {"sources": [{"use": "tars", "path": str(tmp_path / "tars")}]})
+    pack("0", "1", "2")
+    run(recipe, tmp_path / "store")
+    pack("0", "2")
+    assert run(recipe, tmp_path / "store").data["stored"]["removed"] == 1
+    assert stored(tmp_path / "store").keys() == hashes(folder, "0.png", "2.png")
+    pack("0", "1", "2")
+    run(recipe, tmp_path / "store")
+    assert stored(tmp_path / "store").keys() == hashes(folder, "0.png", "1.png", "2.png")
+
+
+def test_a_source_store_that_loses_a_picture_loses_that_one_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lens_curate.sources.STORE_ROWS", 2)
+    import_folder(tmp_path / "source", folder)
+    recipe = structure(CurationSpec, {"sources": [{"use": "store", "path": str(tmp_path / "source")}]})
+    run(recipe, tmp_path / "store")
+    before = stored(tmp_path / "store").keys()
+    lost = hashes(folder, "0.png")
+    Store(str(tmp_path / "source")).delete(list(lost))
+    run(recipe, tmp_path / "store")
+    assert stored(tmp_path / "store").keys() >= before - lost
+    assert not lost & stored(tmp_path / "store").keys()
+
+
+# The records, the part, the removal, the verdicts, the new picture.
+@pytest.mark.parametrize("after", range(1, 6))
+def test_a_run_that_is_killed_after_pictures_changed_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for seed in (3, 4, 5):
+        add(folder, f"{seed}.png", picture(seed))
+    recipe = spec(folder, filters=[])
+    for name in ("whole", "store"):
+        run(recipe, tmp_path / name)
+    add(folder, "4.png", picture(4).point(lambda value: min(255, value + 6)))
+    (folder / "5.png").unlink()
+    run(recipe, tmp_path / "whole")
+    killed = [0]
+
+    def dying(plain: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            killed[0] += 1
+            if killed[0] == after:
+                raise KeyboardInterrupt
+            return plain(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("append", "rewrite", "delete", "insert"):
+            patch.setattr(Store, name, dying(getattr(Store, name)))
+        patch.setattr(curation, "FLUSH_ROWS", 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "store")
+    for _ in range(2):
+        run(recipe, tmp_path / "store")
+        assert stored(tmp_path / "store") == stored(tmp_path / "whole")
+        assert stages(tmp_path / "store") == stages(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("ending", [".TXT", ".Txt"])
+def test_a_changed_caption_is_read_again_however_its_ending_is_written(tmp_path: Path, ending: str) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    picture(0).save(raw / "0.png")
+    for words in ("A texture.", "Another caption of it."):
+        (raw / f"0{ending}").write_text(words)
+        run(spec(raw, filters=[]), tmp_path / "store")
+        assert [row["dense"] for row in stored(tmp_path / "store").values()] == [words]
 
 
 @pytest.mark.parametrize("after", [1, 4, 9])
