@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,15 +22,17 @@ from lens_core.io import atomic_files
 from lens_core.recipe import Recipe, structure, unstructure
 from lens_core.training.distributed import SHARDS, STATE
 from lens_core.training.state import TrainingState
-from lens_core.types import CheckpointError, ConfigError
+from lens_core.types import CheckpointError, ConfigError, PluginError
 
 SCHEMA = 2
 """The version of a training checkpoint."""
+_NAME = re.compile(r"step-[0-9]{7,}")
 
 
 def folders(out: Path) -> list[Path]:
-    """The checkpoints of the run in `out`, oldest first."""
-    return sorted((out / "checkpoints").glob("step-*"))
+    """The checkpoints of the run in `out`, oldest first; copies under other names are none of them."""
+    there = (out / "checkpoints").glob("step-*")
+    return sorted((p for p in there if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -139,7 +142,7 @@ def _verify(folder: Path) -> None:
 
 
 def resume(state: TrainingState) -> None:
-    """Go on from the newest good checkpoint, where there is one. All processes call it."""
+    """Go on from the newest good checkpoint, where there is one, and write `recipe.json`. All processes call it."""
     # The first process looks for all, so that all go on from the same one.
     folder: Path | None = state.ranks.broadcast(newest(state.out, state.log) if state.ranks.rank == 0 else None)
     if folder is not None:
@@ -155,6 +158,8 @@ def resume(state: TrainingState) -> None:
             state.evaluator.resume(state.step if started or not state.recipe_changes else -1, state.recipe_changes)
     if state.evaluator is not None:
         state.evaluator.lines = state.ranks.broadcast(state.evaluator.lines)
+    if state.ranks.rank == 0:  # last: a resume that fails leaves the run to its own recipe
+        atomic_files.write_json(state.out / "recipe.json", _plain(state.recipe))
 
 
 def _layout(state: TrainingState) -> dict[str, Tensor]:
@@ -174,15 +179,20 @@ def restore(state: TrainingState, plain: Mapping[str, Any], tensors: Mapping[str
     def under(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    with calling(state.method, "load_state_dict"):
+    with _restoring(state, "method", state.method):
         state.method.load_state_dict({**plain["method"], **under("method/")})
     for dataset in state.datasets:
-        dataset.load_state_dict(plain["dataset"])
+        with _restoring(state, "dataset", dataset):
+            dataset.load_state_dict(plain["dataset"])
     for module_name in state.modules:
         state.load_trainable_state(module_name, under(f"net/{module_name}/"))
         if module_name in state.ema:
             average = state.ema[module_name]  # whose device may be another than that of the tensors read
-            state.ema[module_name] = {k: v.to(average[k].device) for k, v in under(f"ema/{module_name}/").items()}
+            # A run that had none begins them at the weights that it goes on from.
+            averaged = under(f"ema/{module_name}/") or {
+                k: v.detach().clone() for k, v in state.trainable_state(module_name).items()
+            }
+            state.ema[module_name] = {k: v.to(average[k].device) for k, v in averaged.items()}
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in under(f"optimizer/{module_name}/").items():
             index, _, slot = name.partition("/")
@@ -199,30 +209,54 @@ def restore(state: TrainingState, plain: Mapping[str, Any], tensors: Mapping[str
     state.last_good_step = state.step - 1 - max(state.spike_detector.row.values())
 
 
-def check_recipe(state: TrainingState, allow_changed: bool) -> None:
-    """Compare the recipe with the one that the run was started with, and write it to `recipe.json`.
+@contextlib.contextmanager
+def _restoring(state: TrainingState, part: str, component: object) -> Iterator[None]:
+    """What is raised inside, while a component gets its state back, becomes an error about it: where the recipe has
+    changed that component, one that says so."""
+    try:
+        with calling(component, "load_state_dict"):
+            yield
+    except PluginError as error:
+        if not any(change.startswith(f"$.{part}") for change in state.recipe_changes):
+            raise
+        raise CheckpointError(
+            f"{state.out}: the checkpoint's {part} is another than the recipe's, and its state does not fit: {error}; "
+            f"undo the change of {part}, or choose a new --output"
+        ) from error
 
-    Raises ConfigError, with each difference, where checkpoints would go on with another one unasked.
+
+def check_recipe(state: TrainingState, allow_changed: bool) -> None:
+    """Compare the recipe with the one that the run was started with.
+
+    Raises ConfigError, with each difference, where checkpoints would go on with another one unasked, or its model would
+    be replaced.
     """
     path = state.out / "recipe.json"
-    now = json.loads(json.dumps(unstructure(state.recipe)))
+    now = _plain(state.recipe)
+    begun = bool(folders(state.out)) or any((state.out / name).is_dir() for name in ("model", "adapters"))
     if path.is_file():
         try:  # by way of a Recipe, so that options which are newer than the run count as their defaults
             before = structure(Recipe, atomic_files.read_json(path, finite=False))
-            state.recipe_changes = list(_differences(json.loads(json.dumps(unstructure(before))), now, "$"))
+            state.recipe_changes = list(_differences(_plain(before), now, "$"))
         except (ConfigError, CheckpointError) as error:
-            if folders(state.out):
+            if begun:
                 raise ConfigError(f"{path}: this Lens cannot read it; choose a new --output: {error}") from error
             state.recipe_changes = ["$"]  # nothing of that run is left to go on with
-        changes = state.recipe_changes if folders(state.out) else []
+        changes = state.recipe_changes if begun else []
         for line in changes if allow_changed else ():
             state.log(f"changed, as allowed: {line}")
         if changes and not allow_changed:
+            resumes = bool(folders(state.out))
             raise ConfigError(
-                f"{state.out}: was begun with another recipe: {'; '.join(changes)}. "
-                "Choose a new --output, or go on with --allow-changed"
+                f"{state.out}: {'was begun with' if resumes else 'holds the model of'} another recipe: "
+                f"{'; '.join(changes)}. Choose a new --output, or {'go on' if resumes else 'replace it'} with "
+                "--allow-changed"
             )
-    atomic_files.write_json(path, now)
+
+
+def _plain(recipe: Recipe) -> Any:
+    """A recipe as JSON has it."""
+    return json.loads(json.dumps(unstructure(recipe)))
 
 
 def _differences(before: Any, now: Any, path: str) -> Iterator[str]:

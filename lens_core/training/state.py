@@ -54,19 +54,20 @@ class TrainingState:
         name, method, config = build(catalog, "method", recipe.method, "$.method")
         with building(name):
             self.method = method(config, self.pipeline)
-        self.datasets = self._build_datasets(unread)
-        self.modules = trainable_modules_of(self.method)
-        self._prepare_modules()
-        self._prepare_optimization()
-        self.rng = torch.Generator().manual_seed(recipe.seed)
-        if recipe.train.activation_checkpointing:
-            self._checkpoint_activations()
+        self.datasets = self._build_datasets()
         self.evaluator: Evaluator | None = None
         if recipe.evaluation is not None:
             with self.isolated_rng():
                 self.evaluator = Evaluator(
                     recipe.evaluation, catalog, self.pipeline, self.method, out, self.log, writes=self.ranks.rank == 0
                 )
+        self._check_encoders(unread)  # before training changes or casts the encoders
+        self.modules = trainable_modules_of(self.method)
+        self._prepare_modules()
+        self._prepare_optimization()
+        self.rng = torch.Generator().manual_seed(recipe.seed)
+        if recipe.train.activation_checkpointing:
+            self._checkpoint_activations()
         self.recipe_changes: list[str] = []  # where the recipe differs from the one that the run was started with
         self.step = 0
         self.saved_step = 0  # of the newest checkpoint
@@ -76,7 +77,7 @@ class TrainingState:
 
     # ---- set-up -------------------------------------------------------------------------------------------------
 
-    def _build_datasets(self, unread: tuple[str, ...]) -> list[Any]:
+    def _build_datasets(self) -> list[Any]:
         """One dataset for each micro-batch of this process, all in one state; none for a method that reads none."""
         recipe, shards_itself = self.recipe, getattr(self.method, "shards_itself", False)
         datasets: list[Any] = []
@@ -84,9 +85,6 @@ class TrainingState:
             name, dataset, config = build(self.catalog, "dataset", recipe.dataset, "$.dataset")
             with building(name):
                 datasets = [dataset(config) for _ in self.ranks.local_micro_batches]
-            if hasattr(datasets[0], "check_encoders"):  # before training changes or casts the encoders
-                datasets[0].check_encoders(self.pipeline, recipe.train.precision)
-                self.pipeline.defer(unread)
         elif self.ranks.micro_batches > 1 and not shards_itself:
             raise ConfigError(f"{recipe.method.use} reads no dataset, so it cannot be split; run it as one process")
         if self.ranks.sharded and shards_itself:
@@ -95,6 +93,15 @@ class TrainingState:
                 "other's weights in step; use fsdp_shards: 1, and train.lora where memory is short"
             )
         return datasets
+
+    def _check_encoders(self, unread: tuple[str, ...]) -> None:
+        """Have datasets, that of the validation too, refuse encoders other than those which made what they hold."""
+        held = [] if self.evaluator is None else [self.evaluator.held]
+        for dataset in (*self.datasets[:1], *held):
+            if hasattr(dataset, "check_encoders"):
+                dataset.check_encoders(self.pipeline, self.train_config.precision)
+        if self.datasets and hasattr(self.datasets[0], "check_encoders"):
+            self.pipeline.defer(unread)
 
     def _prepare_modules(self) -> None:
         """Attach LoRA, cast what is frozen, compile and shard, in this order: each works on what the last one made."""
@@ -169,8 +176,15 @@ class TrainingState:
 
     def load_trainable_state(self, module_name: str, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `trainable_state` returned. Raises CheckpointError for the tensors of another network."""
-        if tensors.keys() != self.trainable_state(module_name).keys():
-            raise CheckpointError(f"{self.out}: the checkpoint's {module_name} is another network than the recipe's")
+        mine = self.trainable_state(module_name)
+        names = sorted(tensors.keys() | mine.keys())
+        wrong = next((name for name in names if _shape(tensors, name) != _shape(mine, name)), None)
+        if wrong is not None:
+            raise CheckpointError(
+                f"{self.out}: the checkpoint's {module_name} is another network than the recipe's: {wrong} is "
+                f"{_shape(tensors, wrong)} there and {_shape(mine, wrong)} here; undo that change of the recipe, or "
+                "choose a new --output"
+            )
         self.modules[module_name].load_state_dict(tensors, strict=module_name not in self.train_config.lora)
 
     def autocast(self) -> torch.autocast:
@@ -187,6 +201,10 @@ class TrainingState:
         eager = torch.compiler.set_stance("force_eager" if self.train_config.compile else "default")
         with torch.random.fork_rng(cuda), torch.no_grad(), self.autocast(), eager:
             yield
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
+    return str(list(tensors[name].shape)) if name in tensors else "missing"
 
 
 def _accelerator(config: Training, out: Path) -> Any:

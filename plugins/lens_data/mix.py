@@ -10,7 +10,7 @@ from attrs import evolve, field, frozen
 
 from lens_core.catalog import Catalog
 from lens_core.recipe import ComponentSpec, build, options
-from lens_core.types import Batch
+from lens_core.types import Batch, CheckpointError
 from lens_core.validators import SEED, each, real
 
 
@@ -69,6 +69,11 @@ class Mix:
         return {"batch": self._handed, "datasets": [part.state_dict() for part in self.datasets]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if len(state["datasets"]) != len(self.datasets):
+            raise CheckpointError(
+                f"mix: the checkpoint is of {len(state['datasets'])} datasets, and the recipe names "
+                f"{len(self.datasets)}; undo that change of the recipe, or choose a new --output"
+            )
         self._handed = int(state["batch"])
         for part, saved in zip(self.datasets, state["datasets"], strict=True):
             part.load_state_dict(saved)

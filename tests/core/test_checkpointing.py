@@ -36,4 +36,7 @@ def test_checkpoints_are_listed_by_step_and_none_is_none(tmp_path: Path) -> None
     assert checkpointing.folders(tmp_path) == [] and checkpointing.newest(tmp_path, print) is None
     for step in (500, 20):
         (tmp_path / "checkpoints" / f"step-{step:07d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-0000020-good").mkdir()  # a copy that somebody has made
+    (tmp_path / "checkpoints" / "step-notes.txt").touch()
+    (tmp_path / "checkpoints" / "step-0000030").touch()
     assert [checkpointing.step_of(folder) for folder in checkpointing.folders(tmp_path)] == [20, 500]

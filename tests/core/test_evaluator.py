@@ -493,7 +493,12 @@ def test_a_run_without_a_checkpoint_begun_with_another_recipe_is_evaluated_anew(
 ) -> None:
     runner("a", JUDGED).train()
     shutil.rmtree(tmp_path / "a" / "checkpoints")
-    runner("a", JUDGED, base=evolve(BASE, seed=4)).train()
+    other = evolve(BASE, seed=4)
+    with pytest.raises(
+        ConfigError, match=r"holds the model of another recipe: \$\.seed .*replace it with --allow-changed"
+    ):
+        runner("a", JUDGED, base=other).train()
+    runner("a", JUDGED, base=other, allow_changed=True).train()
     assert Scripted.evaluations == 8 and [n["step"] for n in runner.lines("a")] == [0, 2, 4, 6]
     log = [json.loads(line)["step"] for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert log == [2, 4, 6], "its log begins anew as well"

@@ -23,7 +23,7 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints import manifest, tensor_files
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.io import atomic_files
-from lens_core.recipe import ComponentSpec, Evaluation, Recipe, Training
+from lens_core.recipe import ComponentSpec, Evaluation, LoraSpec, Recipe, Training
 from lens_core.training import optimizers
 from lens_core.training.step import lr_factor
 from lens_core.training.trainer import Trainer
@@ -274,6 +274,69 @@ def test_a_changed_recipe_is_refused_and_named(runner: Runner) -> None:
     assert again.train().steps == 8
     assert "changed, as allowed: $.train.lr was 0.01 and is 0.001" in runner.said
     runner.run(recipe(lr=1e-3, steps=8), "a").train()  # which is the run's recipe from now on
+
+
+def changed(runner: Runner, plan: Recipe, name: str) -> Trainer:
+    return Trainer(plan, runner.catalog, runner.folder / name, log=runner.said.append, allow_changed=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"pipeline": evolve(toy.PARTS, backbone=ComponentSpec("mixer", {"width": 4}))},
+            r"checkpoint's backbone is another network than the recipe's: inner\.bias is \[8\] there and \[4\] here",
+        ),
+        ({"dataset": ComponentSpec("ranks")}, r"checkpoint's dataset is another than the recipe's.*undo the change"),
+    ],
+)
+def test_a_change_that_does_not_fit_the_checkpoint_is_one_line_and_leaves_the_run_its_recipe(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    class Counted(toy.Squares):
+        def load_state_dict(self, state: Any) -> None:
+            self.served = state["count"]
+
+    counted = types.ModuleType("counted")
+    counted.lens_datasets = hookimpl(lambda: {"ranks": Counted}, specname="lens_datasets")  # type: ignore[attr-defined]
+    runner.catalog = Catalog.of(toy, counted)
+    runner.run(recipe(steps=2), "a").train()
+    before = (runner.folder / "a" / "recipe.json").read_bytes()
+    with pytest.raises(CheckpointError, match=message) as caught:
+        changed(runner, evolve(recipe(steps=4), **change), "a").train()
+    assert len(str(caught.value).splitlines()) == 1
+    assert (runner.folder / "a" / "recipe.json").read_bytes() == before
+    runner.run(recipe(steps=2), "a").train()
+
+
+def test_another_rank_of_lora_does_not_fit_the_checkpoint(runner: Runner) -> None:
+    def plan(rank: int) -> Recipe:
+        return recipe(steps=2, ema_decay=0.0, lora={"backbone": LoraSpec(rank=rank, targets=("inner",))})
+
+    runner.run(plan(2), "a").train()
+    with pytest.raises(CheckpointError, match="checkpoint's backbone is another network than the recipe's"):
+        changed(runner, plan(4), "a").train()
+
+
+def test_averages_that_begin_later_begin_at_the_weights_of_the_checkpoint(runner: Runner) -> None:
+    runner.run(recipe(steps=2, ema_decay=0.0), "a").train()
+    weights = runner.state("a", 2)
+    run = changed(runner, recipe(steps=2, ema_decay=0.9), "a")
+    run.train()
+    for name, value in run.ema["backbone"].items():
+        assert torch.equal(value, weights[f"net/backbone/{name}"])
+    changed(runner, recipe(steps=4, ema_decay=0.9), "a").train()
+    after = runner.state("a", 4)
+    moved = [n for n in run.ema["backbone"] if not torch.equal(after[f"ema/backbone/{n}"], after[f"net/backbone/{n}"])]
+    assert moved, "and then they follow"
+
+
+def test_a_copy_of_a_checkpoint_under_another_name_is_left_alone(runner: Runner) -> None:
+    runner.run(recipe(steps=2), "a").train()
+    kept = runner.folder / "a" / "checkpoints" / "step-0000002-good"
+    shutil.copytree(kept.with_name("step-0000002"), kept)
+    changed(runner, recipe(steps=6, keep_checkpoints=1), "a").train()
+    assert sorted(p.name for p in kept.parent.iterdir()) == ["step-0000002-good", "step-0000006"]
 
 
 def test_a_method_with_nothing_to_learn_from_says_so(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -620,6 +683,24 @@ def test_a_dataset_that_yields_something_else_is_refused_by_name_at_its_first_ba
     with pytest.raises(LensError, match=rf"squares\.batches yielded .*{words}"):
         runner.run(recipe(), "a").train()
     assert left(tmp_path / "a") == []
+
+
+def test_a_validation_dataset_is_asked_about_the_encoders_before_they_change(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_in: list[str] = []
+
+    def check_encoders(_: Any, pipeline: Any, precision: str) -> None:
+        assert precision == "bf16" and pipeline.text_encoder.table.weight.dtype == torch.float32
+        asked_in.append(precision)
+        if len(asked_in) == 2:  # the training's, then the validation's
+            raise LensError("made by others")
+
+    monkeypatch.setattr(toy.Fit, "validate", lambda *_: {"loss": 0.0}, raising=False)
+    monkeypatch.setattr(toy.Squares, "check_encoders", check_encoders, raising=False)
+    plan = evolve(recipe(precision="bf16"), evaluation=Evaluation(every=1, validation=ComponentSpec("squares")))
+    with pytest.raises(LensError, match="made by others"):
+        runner.run(plan, "a")
 
 
 def test_a_validation_dataset_is_checked_as_well(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

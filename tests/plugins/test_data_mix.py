@@ -13,7 +13,7 @@ from lens_shapes.dataset import ShapesDataset
 from lens_core.catalog import Catalog
 from lens_core.recipe import ComponentSpec, build, read_recipe
 from lens_core.testing import check_dataset
-from lens_core.types import ConfigError
+from lens_core.types import CheckpointError, ConfigError
 
 KNOWN = {"sizes": [[64, 64]], "batch": 4, "pool_size": 8, "dense_caption_ratio": 0.0}
 NEW = {**KNOWN, "tasks": {"novel": 1.0}}
@@ -93,3 +93,10 @@ def test_a_recipe_may_mix(tmp_path: Path):
     assert read_recipe(path, Catalog.installed()).dataset == ComponentSpec(
         "mix", {"datasets": [{"use": "shapes", "weight": 2}]}
     )
+
+
+def test_the_state_of_another_number_of_datasets_is_refused_in_one_line():
+    state = mix().state_dict()
+    state["datasets"] = state["datasets"][:1]
+    with pytest.raises(CheckpointError, match="the checkpoint is of 1 datasets, and the recipe names 2; undo"):
+        mix().load_state_dict(state)
