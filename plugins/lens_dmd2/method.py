@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor, nn
 
 from lens_core import flow
@@ -42,7 +42,8 @@ class ExitStep:
 
 @frozen
 class MicroBatch:
-    """A micro-batch: the captions' text, the latent grid (h, w) to draw at, and real latents z [B,C,h,w] for a GAN.
+    """A micro-batch: the captions' text, the latent grid (h, w) to draw at, real latents z [B,C,h,w] for a GAN, and
+    the weight of its losses (`Batch.weight`).
 
     Each loss takes the next of `exit_steps`, or draws its own where none is left. They are drawn once for the
     whole batch: an exit step decides the number of passes, and with FSDP every process must make as many, or all would
@@ -52,6 +53,7 @@ class MicroBatch:
     text: TextFeatures
     size: tuple[int, int]
     z: Tensor | None = None
+    weight: float = 1.0
     exit_steps: Iterator[ExitStep] = field(factory=lambda: iter(()), eq=False)
 
     def __len__(self) -> int:
@@ -203,7 +205,7 @@ class DMD2:
             grid = grid_of(self.pipeline, batch, self.config.sizes, rng)
             updates = self.config.fake_score_updates * len(self._modules)  # of a step, or more
             exit_steps = [self._draw(rng) for _ in range(updates)]
-            yield (MicroBatch(text_of(self.pipeline, batch), grid, z, iter(exit_steps)),)
+            yield (MicroBatch(text_of(self.pipeline, batch), grid, z, batch.weight, iter(exit_steps)),)
 
     def _draw(self, rng: torch.Generator) -> ExitStep:
         """Any of the student's steps, each as likely as the others."""
@@ -232,7 +234,8 @@ class DMD2:
                 f"dmd2: {module_name} shares the teacher's weights and would change them; name it in train.lora as well"
             )
         losses_of = {"generator": self._generator, "fake": self._fake, "heads": self._discriminator}
-        return losses_of[module_name](modules, batch, rng)
+        loss = losses_of[module_name](modules, batch, rng)
+        return evolve(loss, total=loss.total * batch.weight)
 
     def _exit_step(
         self, modules: Mapping[str, nn.Module], batch: MicroBatch, rng: torch.Generator

@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 @frozen
 class Segment:
-    """A micro-batch: the captions' text, the latent grid (h, w), and the step of the student that learns from it."""
+    """A micro-batch: the captions' text, the latent grid (h, w), the step of the student that learns from it, and
+    the share of the captions that are not there again."""
 
     text: TextFeatures
     size: tuple[int, int]
     number: int
+    share: float = 1.0
 
     def __len__(self) -> int:
         return len(self.text)
@@ -104,7 +106,8 @@ class TrajectoryRegression(BaseMethod):
         for batch in batches:
             grid, text = grid_of(self.pipeline, batch, self.config.sizes, rng), text_of(self.pipeline, batch)
             rows = [i % len(text) for i in range(max(count, len(text)))]
-            yield [Segment(text[rows[step::count]], grid, step) for step in range(count)]
+            share = len(text) / len(rows)
+            yield [Segment(text[rows[step::count]], grid, step, share) for step in range(count)]
 
     def loss(self, module_name: str, modules: Mapping[str, nn.Module], batch: Segment, rng: torch.Generator) -> Loss:
         """`rng` gives the noise that the student begins with."""
@@ -118,7 +121,7 @@ class TrajectoryRegression(BaseMethod):
         error = (student(x, flow.at(t, x)).float() - wanted).square().mean()
         # Against the best guess that is the same for all rows and places: what is left to learn, as a share.
         unexplained = error.detach() / wanted.var().clamp(min=1e-12)
-        return Loss(error, {"unexplained": unexplained}, weight=float(len(batch)))
+        return Loss(error, {"unexplained": unexplained}, weight=batch.share * len(batch))
 
     @torch.no_grad()
     def _mean_velocity(self, x: Tensor, t: float, after: float, text: TextFeatures) -> Tensor:

@@ -87,7 +87,7 @@ class Autoencode(BaseMethod):
         moments = self.vae.moments(mean) if torch.is_grad_enabled() else {}
         parts = _terms(guess.float() - pixels.to(guess.device), mean.float(), logvar.float())
         total = sum((getattr(self.config, name) * part for name, part in parts.items()), guess.new_zeros(()).float())
-        return Loss(total, {name: part.detach() for name, part in parts.items()}, sums=moments)
+        return Loss(total * batch.weight, {name: part.detach() for name, part in parts.items()}, sums=moments)
 
     def after_update(self, module_name: str, modules: Mapping[str, nn.Module], sums: Mapping[str, Tensor]) -> None:
         """Folds the moments of the whole step, of all its parts, into the latent statistics."""
@@ -102,7 +102,8 @@ def _crop(batch: Batch, side: int, rng: torch.Generator) -> Batch:
     room = [n - side + 1 for n in images.shape[-2:]]
     corners = [torch.randint(n, (len(batch),), generator=rng).tolist() for n in room]
     rows = zip(images, *corners, strict=True)
-    return Batch(torch.stack([i[:, y : y + side, x : x + side] for i, y, x in rows]), batch.captions)
+    windows = torch.stack([i[:, y : y + side, x : x + side] for i, y, x in rows])
+    return Batch(windows, batch.captions, weight=batch.weight)
 
 
 def _terms(error: Tensor, mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:

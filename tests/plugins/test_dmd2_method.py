@@ -79,6 +79,18 @@ def sample(m: DMD2, rows: int = 4, h: int = 3, w: int = 2) -> MicroBatch:
     return MicroBatch(text, (h, w), torch.randn(rows, 4, h, w, generator=rng(8)))
 
 
+@pytest.mark.parametrize("module_name", ["generator", "fake", "heads"])
+def test_the_weight_of_a_batch_weighs_its_losses(module_name: str) -> None:
+    m = method(**GAN)
+    m.trainable_modules()[module_name].requires_grad_(True)
+    plain = next(toy.Squares(toy.Squares.Config()).batches(0, 1))
+    totals = {}
+    for weight in (1.0, 0.25):
+        (made,) = next(iter(m.steps(iter([evolve(plain, weight=weight)]), m.trainable_modules(), rng())))
+        totals[weight] = m.loss(module_name, m.trainable_modules(), made, rng()).total
+    assert torch.equal(totals[0.25], 0.25 * totals[1.0]) and totals[1.0] != 0
+
+
 def loss_of(m: DMD2, module_name: str, seed: int = 3) -> Loss:
     """The loss as the loop asks for it: `module_name` alone can learn."""
     m.trainable_modules()[module_name].requires_grad_(True)

@@ -53,6 +53,14 @@ def batches(captions: list[str]) -> Any:
     return iter([Batch(None, tuple(captions))])
 
 
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_the_losses_of_a_step_weigh_as_many_as_it_has_captions(count: int) -> None:
+    m = method(steps=4)
+    (parts,) = list(m.steps(batches(WORDS[:count]), m.trainable_modules(), rng()))
+    losses = [m.loss("student", m.trainable_modules(), part, rng()) for part in parts]
+    assert sum(loss.weight or 0.0 for loss in losses) == pytest.approx(count)
+
+
 # ---- the loss ---------------------------------------------------------------------------------------------------
 
 

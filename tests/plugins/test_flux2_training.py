@@ -57,6 +57,16 @@ def test_the_loss_is_the_weighted_sum_of_its_four_terms():
     assert loss.total.requires_grad and not any(part.requires_grad for part in loss.parts.values())
 
 
+@pytest.mark.parametrize("crop", [0, 8])
+def test_the_weight_of_a_batch_weighs_its_loss(crop: int):
+    m = method(crop=crop)
+    totals = {}
+    for weight in (1.0, 0.25):
+        (made,) = next(iter(m.steps(iter([evolve(batch(), weight=weight)]), m.trainable_modules(), rng(1))))
+        totals[weight] = m.loss("vae", m.trainable_modules(), made, rng()).total
+    assert torch.equal(totals[0.25], 0.25 * totals[1.0]) and totals[1.0] > 0
+
+
 def test_every_weight_learns():
     m = method()
     m.loss("vae", m.trainable_modules(), batch(), rng()).total.backward()
