@@ -229,12 +229,13 @@ def change_data(data: Any, change: str) -> Iterator[str]:
     """Put PATH=VALUE into the data of a recipe, or raise with the reason."""
     path, sign, text = change.partition("=")
     *way, last = path.strip().split(".")
-    try:
-        value, twice = readers.parse_yaml(text)
-    except ValueError:
-        sign = ""
     if not sign or not all([*way, last]):
         yield f"{shown(change)} is no change of a recipe; write PATH=VALUE, method.gan=0 for instance"
+        return
+    try:
+        value, twice = readers.parse_yaml(text)
+    except ValueError as error:
+        yield f"{shown(change)}: the value of {path.strip()} cannot be read as YAML: {error}"
         return
     yield from twice
     here = data

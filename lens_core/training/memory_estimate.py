@@ -21,6 +21,7 @@ from lens_core.recipe import ComponentSpec, PipelineSpec, Recipe, build, unstruc
 from lens_core.training import frozen_weights
 from lens_core.training.muon import block_matrices
 from lens_core.training.optimizers import check_module_names
+from lens_core.training.trackers import check_trackers
 from lens_core.types import ConfigError, LensError
 
 PUBLISHED = "published:"
@@ -235,6 +236,7 @@ def describe(recipe: Recipe, catalog: Catalog) -> str:
     """The recipe with its defaults, who learns how much, and memory by part, as text."""
     import yaml
 
+    check_trackers(recipe.train.trackers)
     _, method, config = build(catalog, "method", recipe.method, "$.method")
     uses, _, _ = parts(recipe.pipeline, catalog)
     pipeline: dict[str, Any] = {

@@ -22,7 +22,7 @@ from lens_core.io.captions import printable, read_captions
 from lens_core.io.digests import Ids, of_ids, position
 from lens_core.io.locks import locked
 from lens_core.io.progress import progress
-from lens_core.io.sources import SourceItem
+from lens_core.io.sources import SourceItem, is_picture
 from lens_core.io.system_files import is_system_file
 from lens_core.types import ConfigError
 from lens_data import pictures
@@ -265,12 +265,22 @@ def import_path(
 
 
 def format_of(path: Path) -> str:
-    """Whether a path is of parquet files, of tars, or a folder of pictures, by the first file that tells."""
+    """Whether a path is of parquet files, of tars, or a folder of pictures. Raises ConfigError for one that has several
+    of them."""
+    first: dict[str, Path] = {}  # a file of each kind
     for file in [path] if path.is_file() else path.rglob("*"):
         if is_system_file(file.relative_to(path) if file != path else file.name):
             continue
-        if parquet.is_parquet(file.name):
-            return "parquet"
-        if tars.is_tar(file.name):
-            return "tars"
-    return "folder"
+        kind = next((kind for kind, of_kind in _KINDS.items() if of_kind(file.name)), None)
+        if kind is not None and file.is_file():
+            first.setdefault(kind, file)
+        if len(first) > 1:
+            (one, here), (other, there) = ((kind, printable(str(f.relative_to(path)))) for kind, f in first.items())
+            raise ConfigError(
+                f"{path}: has files of two kinds, {here} ({one}) and {there} ({other}); say which are meant: "
+                f"--format {one} or --format {other}"
+            )
+    return next(iter(first), "folder")
+
+
+_KINDS: dict[str, Callable[[str], bool]] = {"parquet": parquet.is_parquet, "tars": tars.is_tar, "folder": is_picture}

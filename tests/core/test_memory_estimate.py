@@ -112,6 +112,12 @@ def test_what_is_divided_is_reported_by_the_process(everything: Catalog) -> None
     assert len(lines) == 1 and float(lines[0].split()[-1]) == pytest.approx(each, abs=1e-3)
 
 
+def test_a_dry_run_refuses_a_tracker_that_a_run_would_refuse(capsys: pytest.CaptureFixture[str]) -> None:
+    path = RECIPES / "tiny" / "5_distill_turbo.yaml"
+    assert main(["train", str(path), "--dry-run", "--set", "train.trackers=[tensorbord]"]) != 0
+    assert "$.train.trackers: no tracker is called 'tensorbord'. Did you mean" in capsys.readouterr().err
+
+
 def test_the_command_prints_the_recipe_and_starts_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -284,3 +284,15 @@ def test_an_unknown_format_or_caption_is_refused(tmp_path):
         import_(str(tmp_path / "store"), source, format="zip")
     with pytest.raises(ConfigError, match="brief or dense, not 'long'"):
         import_folder(tmp_path / "store", source, caption="long")
+
+
+def test_a_folder_of_pictures_and_tars_is_refused_until_the_kind_is_named(tmp_path):
+    source = folder(tmp_path / "in", a__png=png(1), a__txt="one", b__png=png(2), b__txt="two")
+    (source / "sub").mkdir()
+    tar(source / "sub" / "backup.tar", ("c.png", png(3)), ("c.txt", b"three"))
+    with pytest.raises(ConfigError, match=r"has files of two kinds, .*--format (folder|tars) or --format") as caught:
+        import_(str(tmp_path / "store"), source)
+    assert all(name in str(caught.value) for name in (".png (folder)", "sub/backup.tar (tars)"))
+    assert len(str(caught.value).splitlines()) == 1
+    import_(str(tmp_path / "store"), source, format="folder")
+    assert [row["dense"] for row in rows(tmp_path / "store")] == ["one", "two"]
