@@ -49,18 +49,17 @@ class DiffusersNames:
     def from_pipe(cls: Any, pipeline: Any, **parts: Any) -> Any:
         """Another pipeline with the same parts, which are shared, not copied; `parts` by name replace some.
 
+        LoRAs, device and offload plan are those of the shared weights: a change through one pipeline holds for both.
         Raises ConfigError for a part that there is not.
         """
         unknown = sorted(parts.keys() - NAMES.keys() - set(PIPELINE_PARTS))
         if unknown:
             raise ConfigError(f"a pipeline has no part {unknown[0]!r}; parts are {', '.join(PIPELINE_PARTS)}")
-        new = cls(
-            **{kind: getattr(pipeline, kind) for kind in PIPELINE_PARTS},
-            presets=pipeline.presets, specs=pipeline.specs, catalog=pipeline.catalog,
-        )  # fmt: skip
-        new.source, new.version, new.plugins, new.provenance, new.device = (
-            pipeline.source, pipeline.version, dict(pipeline.plugins), dict(pipeline.provenance), pipeline.device,
-        )  # fmt: skip
+        replaced = {NAMES.get(name, name) for name in parts}
+        for kind in PIPELINE_PARTS:
+            if kind not in replaced:
+                getattr(pipeline, kind)  # read now, if it is deferred, so that it is read once for both
+        new = pipeline._sharing.another(cls, pipeline)
         for name, part in parts.items():
             new.put(NAMES.get(name, name), part)
         return new

@@ -243,6 +243,11 @@ class LoRAStack:
         unfold(backbone, self._originals)
         self.adapters.clear()
 
+    def forget(self) -> None:
+        """Keep what is folded in for good."""
+        self.adapters.clear()
+        self._originals.clear()
+
     def provenance(self, earlier: Mapping[str, Any]) -> dict[str, list[str]]:
         """What a checkpoint records: the LoRAs that were fused before, by `earlier`, and those that are in now."""
         names = [*earlier.get("loras", ()), *self.names]

@@ -28,6 +28,7 @@ from lens_core.inference.offload_plans import MemoryEstimate, Workload, find_pla
 from lens_core.inference.parts import DEFAULT_PRESETS, PartStore, check_dtype, move_whole, resolve_device
 from lens_core.inference.pixels import to_images
 from lens_core.inference.prompt_cache import PromptCache, weights_state
+from lens_core.inference.sharing import SharingPipelines
 from lens_core.inference.tiling import check_tile, decode_tiles
 from lens_core.protocols import PrecomputesModulation, dtype_of
 from lens_core.recipe import ComponentSpec, build, unstructure
@@ -101,6 +102,7 @@ class PipelineParts(DiffusersNames):
         self.reasoner: Any = None  # rewrites prompts before they are encoded; None: they are sent as they are
         self.progress_bar_config: dict[str, Any] = {}  # options of tqdm
         self._refined: dict[str, Refinement] = {}  # what the reasoner made of the last prompts
+        self._sharing = SharingPipelines(self)
         self.use_reasoner(reasoner)
 
     def __repr__(self) -> str:
@@ -121,13 +123,14 @@ class PipelineParts(DiffusersNames):
         weighty = any(isinstance(part, nn.Module) for part in (component, self.store.loaded[kind]))
         manager = self.offload_manager if weighty or kind in self.store.deferred else None
         if manager is not None:
+            self._sharing.check_alone(self, kind)
             self.to("cpu")
         self.store = self.store.replaced(kind, component)
         if kind == "vae":
             self._preview, self.lossy_vae_tile = None, None  # which were chosen for another
         if kind == "text_encoder":
             self._encoder_origin, self._encoder_state = "", None
-            self.prompt_cache.entries.clear()  # what another encoder gave
+            self.prompt_cache = PromptCache(self.prompt_cache.folder)  # without what another encoder gave
         if kind == "backbone":
             self._loras = LoRAStack()
         self.specs = {k: s for k, s in self.specs.items() if k != kind} | ({kind: spec} if spec is not None else {})
@@ -216,7 +219,16 @@ class PipelineParts(DiffusersNames):
         return decode_tiles(partial(pixels_of, self.vae), z, self.lossy_vae_tile // self.vae.downscale)
 
     def defer(self, kinds: Iterable[str]) -> None:
-        """Let go of parts with weights of the checkpoint; they are read again when they are next used."""
+        """Let go of parts with weights of the checkpoint; they are read again when they are next used. Raises
+        ConfigError for a backbone with LoRAs in it."""
+        kinds = list(kinds)
+        if "backbone" in kinds and "backbone" in self.store.readers:
+            if self.loras:
+                raise ConfigError(
+                    f"the backbone cannot be let go of with LoRAs in it ({', '.join(self.loras)}), which its files do "
+                    "not hold; call unload_lora_weights() before"
+                )
+            self._loras = LoRAStack()  # of the backbone that is read next, which no other pipeline shares
         self.store = self.store.deferring(kinds)
 
     def _read_deferred(self, kind: str) -> None:
@@ -261,7 +273,7 @@ class PipelineParts(DiffusersNames):
             self.offload_manager = None
         encoder = self.store.loaded["text_encoder"]
         if dtype is not None and isinstance(encoder, nn.Module) and dtype_of(encoder) != dtype:
-            self._encoder_origin = ""  # cast there and back, weights are rounded: no longer those of the file
+            self._sharing.rounded(encoder)  # cast there and back, too
         try:
             move_whole(self.present().values(), device, dtype)
         except BaseException:
@@ -272,6 +284,7 @@ class PipelineParts(DiffusersNames):
             self._dtype = dtype
         if device is not None:
             self.device = torch.device(device)
+        self._sharing.moved(self)
         return self
 
     @property
@@ -325,6 +338,7 @@ class PipelineParts(DiffusersNames):
             self.to("cpu")  # out of memory, say: else some parts would be on the device, and the others not
             raise
         self.offload_manager, self.device = manager, accelerator.device
+        self._sharing.moved(self)
         return manager.estimate
 
     def _plan_anew(self, manager: OffloadManager) -> None:
@@ -387,10 +401,7 @@ class PipelineParts(DiffusersNames):
 
     def fuse_lora(self) -> None:
         """Keep every LoRA for good: the weights before them are forgotten, and what is saved names them."""
-        if self.loras:
-            self.version = f"{self.version}+{'+'.join(self.loras)}"
-        self.provenance |= self._loras.provenance(self.provenance)
-        self._loras = LoRAStack()
+        self._sharing.fused(self._loras)
 
 
 def _is_sharded(net: Any) -> bool:

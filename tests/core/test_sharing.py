@@ -1,0 +1,103 @@
+"""Pipelines of `from_pipe`: the state of shared weights is shared, and what describes a pipeline is its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from torch import Tensor
+
+from lens_core.catalog import Catalog
+from lens_core.checkpoints.adapters import LoRA
+from lens_core.checkpoints.latent_preview import LatentPreview
+from lens_core.checkpoints.lora_keys import write
+from lens_core.inference.pipeline import LensPipeline
+from lens_core.types import ConfigError
+
+
+def drawn(pipeline: LensPipeline) -> Tensor:
+    latents: Tensor = pipeline("red", height=32, width=32, seed=0, output_type="latent").images
+    return latents
+
+
+def lora(path: Path, pipeline: LensPipeline, value: float) -> Path:
+    layer = pipeline.backbone.inner
+    write(path, {"inner": LoRA(torch.full((1, layer.in_features), value), torch.ones(layer.out_features, 1), 1.0)})
+    return path
+
+
+def test_loras_are_those_of_the_shared_backbone(pipeline: LensPipeline, tmp_path: Path) -> None:
+    plain = drawn(pipeline)
+    a, b = (lora(tmp_path / f"{name}.safetensors", pipeline, value) for name, value in (("a", 1.0), ("b", -0.5)))
+    pipeline.load_lora_weights(a)
+    other = LensPipeline.from_pipe(pipeline)
+    assert other.loras == ["a.safetensors:1"]
+    other.load_lora_weights(b)
+    assert pipeline.loras == other.loras == ["a.safetensors:1", "b.safetensors:1"]
+    assert torch.equal(drawn(pipeline), drawn(other)) and not torch.equal(drawn(other), plain)
+    other.unload_lora_weights()
+    assert pipeline.loras == other.loras == [] and torch.equal(drawn(pipeline), plain)
+
+
+def test_a_lora_that_is_fused_is_recorded_by_every_pipeline_that_draws_with_it(
+    pipeline: LensPipeline, tmp_path: Path
+) -> None:
+    other = LensPipeline.from_pipe(pipeline)
+    alone = LensPipeline.from_pipe(pipeline, transformer=toy.Mixer(toy.Mixer.Config()))
+    pipeline.load_lora_weights(lora(tmp_path / "a.safetensors", pipeline, 1.0))
+    pipeline.fuse_lora()
+    fused = drawn(pipeline)
+    other.unload_lora_weights()
+    assert torch.equal(drawn(other), fused)
+    for one in (pipeline, other):
+        assert one.version.endswith("+a.safetensors:1") and one.provenance["loras"] == ["a.safetensors:1"]
+    assert alone.loras == [] and "loras" not in alone.provenance and "a.safetensors" not in alone.version
+
+
+def test_the_map_of_previews_and_all_that_was_chosen_is_carried_over(pipeline: LensPipeline, tmp_path: Path) -> None:
+    pipeline.latent_preview = LatentPreview(torch.zeros(3, 4), torch.zeros(3), 1, 1.0, 1)
+    pipeline.reasoner, pipeline.note = object(), "a note"
+    pipeline.lossy_vae_tile = 64
+    other = LensPipeline.from_pipe(pipeline)
+    assert other.preview(torch.zeros(1, 4, 2, 2)).shape == (1, 3, 2, 2)
+    assert (other.reasoner, other.note, other.lossy_vae_tile) == (pipeline.reasoner, "a note", 64)
+    assert other.prompt_cache is pipeline.prompt_cache
+    other.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "vae" / "latent_preview.json").is_file()
+    other.presets["steps"], other.specs["vae"] = 99, pipeline.specs["sampler"]
+    assert pipeline.presets["steps"] == 3 and pipeline.specs["vae"].use == "toy:blocks"
+    replaced = LensPipeline.from_pipe(pipeline, vae=toy.Blocks(None))
+    assert replaced.latent_preview is None and replaced.lossy_vae_tile is None
+
+
+def test_an_encoder_that_is_replaced_leaves_the_cache_of_the_other(pipeline: LensPipeline) -> None:
+    drawn(pipeline)
+    other = LensPipeline.from_pipe(pipeline, text_encoder=toy.Letters(None))
+    assert pipeline.prompt_cache.entries and not other.prompt_cache.entries
+
+
+def test_an_offload_plan_and_where_weights_are_hold_for_both(pipeline: LensPipeline) -> None:
+    before = drawn(pipeline)
+    other = LensPipeline.from_pipe(pipeline)
+    pipeline.offload("model", "cpu")
+    assert other.offload_manager is pipeline.offload_manager is not None
+    assert torch.equal(drawn(LensPipeline.from_pipe(pipeline, scheduler=toy.Even(toy.Even.Config()))), before)
+    with pytest.raises(ConfigError, match=r"vae: another pipeline of from_pipe is under the same offload plan; call"):
+        other.vae = toy.Blocks(None)
+    other.to(torch.bfloat16)
+    assert pipeline.offload_manager is None and pipeline.dtype == "bfloat16"
+
+
+def test_a_backbone_with_loras_is_not_let_go_of(checkpoint: Path, catalog: Catalog, tmp_path: Path) -> None:
+    pipeline = LensPipeline.from_pretrained(checkpoint, catalog=catalog, device="cpu")
+    plain, other = drawn(pipeline), LensPipeline.from_pipe(pipeline)
+    pipeline.load_lora_weights(lora(tmp_path / "a.safetensors", pipeline, 1.0))
+    with pytest.raises(ConfigError, match=r"backbone cannot be let go of with LoRAs in it \(a.safetensors:1\).*unload"):
+        pipeline.defer(["backbone"])
+    pipeline.defer(["vae"])
+    pipeline.unload_lora_weights()
+    pipeline.defer(["backbone"])
+    other.load_lora_weights(tmp_path / "a.safetensors")
+    assert pipeline.loras == [] and torch.equal(drawn(pipeline), plain)
