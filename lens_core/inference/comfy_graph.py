@@ -25,6 +25,15 @@ WIDGETS = {
     "CFGGuider": ("cfg",),
     "KSamplerSelect": ("sampler_name",),
     "BasicScheduler": ("scheduler", "steps", "denoise"),
+    "FluxGuidance": ("guidance",),
+    "ModelSamplingAuraFlow": ("shift",),
+    "ModelSamplingSD3": ("shift",),
+    "CheckpointLoaderSimple": ("ckpt_name",),
+    "LoraLoader": ("lora_name", "strength_model", "strength_clip"),
+    "LoraLoaderModelOnly": ("lora_name", "strength_model"),
+    "PrimitiveInt": ("value",),
+    "PrimitiveFloat": ("value",),
+    "PrimitiveNode": ("value",),
 }
 """What the values of a node in a `workflow` are, by their places; "" is of no interest."""
 SOURCES = {
@@ -49,12 +58,22 @@ FIELDS = {
     "width": ("width",),
 }
 """What nodes call a fact."""
+FIRST, SECOND = ("conditioning_1", "conditioning_to"), ("conditioning_2", "conditioning_from")
+"""The links of a node that puts two conditionings together: the text of the first is taken."""
 THROUGH = {
-    "prompt": ("positive", "conditioning", *FIELDS["prompt"]),
-    "negative_prompt": ("negative", "conditioning", *FIELDS["negative_prompt"]),
+    "prompt": ("positive", "conditioning", *FIRST, *FIELDS["prompt"]),
+    "negative_prompt": ("negative", "conditioning", *FIRST, *FIELDS["negative_prompt"]),
 }
 """Links that are followed further on the way to a text; to anything else, any link is."""
 
+ZERO = "ConditioningZeroOut"
+"""A conditioning without a text, whatever it is made of."""
+NEUTRAL = {"denoise": 1, "batch_size": 1}
+"""Values that change nothing."""
+ELSEWHERE = ("filename_prefix", "control_after_generate")
+"""What decides no picture."""
+
+Place = tuple[str, str]  # the id of a node, and the name of an input
 Graph = dict[str, tuple[str, dict[str, Any]]]  # id -> class, inputs
 
 
@@ -112,64 +131,93 @@ def facts(graph: Graph) -> tuple[dict[str, Any], list[str]]:
     if not samplers:
         raise ValueError(f"its graph has no sampler that is known ({', '.join(SAMPLERS)})")
     # Of a picture that is drawn and then refined, the sampler that begins at an empty latent is the one that draws it.
-    chosen = next((name for name in samplers if _value(graph, name, "width") is not None), samplers[0])
+    chosen = next((name for name in samplers if _value(graph, name, "width", set()) is not None), samplers[0])
     kind, inputs = graph[chosen]
-    values = {fact: _value(graph, chosen, fact) for fact in FIELDS}
+    used: set[Place] = set()
+    values = {fact: _value(graph, chosen, fact, used) for fact in FIELDS}
     taken = {fact: value for fact, value in values.items() if value is not None}
     left = [f"node {name}: {graph[name][0]}, another sampler" for name in samplers if name != chosen]
+    for fact in (fact for fact, value in values.items() if value is None and fact not in THROUGH):
+        for link in (inputs[field] for field in FIELDS[fact] if _is_link(inputs.get(field))):
+            left.append(f"{fact}: that of node {link[0]}, {_class(graph, link)}, which names no value")
     for name in ("scheduler", "denoise", "start_at_step", "end_at_step", "add_noise"):
-        if name in inputs and not isinstance(inputs[name], list) and (name, inputs[name]) != ("denoise", 1):
+        if name in inputs and not isinstance(inputs[name], list) and NEUTRAL.get(name) != inputs[name]:
             left.append(f"{name}: {shown(inputs[name], 60)} of node {chosen}, {kind}")
-    for name, (other, about) in graph.items():
-        named = [
-            f"{key}={shown(about[key], 60)}" for key in about if key.endswith(("_name", "strength_model", "image"))
-        ]
-        if name not in samplers and other != "KSamplerSelect" and named:
-            left.append(f"node {name}: {other}, {', '.join(named[:4])}")
-    return taken, left
+    return taken, left + [line for name in graph if name not in samplers for line in _left_of(graph, name, used)]
 
 
-def _value(graph: Graph, sampler: str, fact: str) -> Any:
-    """The value of a fact: the sampler's, or that of the nearest node that its links lead to."""
+def _left_of(graph: Graph, name: str, used: set[Place]) -> Iterator[str]:
+    """Lines for what a node says that is not `used`."""
+    kind, inputs = graph[name]
+    named = [
+        f"{key}={shown(value, 60)}"
+        for key, value in inputs.items()
+        if not _is_link(value)
+        and (name, key) not in used
+        and key not in ELSEWHERE
+        and value not in (None, "")
+        and NEUTRAL.get(key) != value
+    ]
+    if named:
+        yield f"node {name}: {kind}, {', '.join(named[:4])}"
+    for key in SECOND:
+        if _is_link(inputs.get(key)):
+            text = _followed(graph, inputs[key], "prompt", (name, key), set())
+            yield f"node {name}: {kind}, whose {key} is {_class(graph, inputs[key])} {shown(text, 60)}"
+
+
+def _class(graph: Graph, link: Any) -> str:
+    return graph[str(link[0])][0] if str(link[0]) in graph else "which is not there"
+
+
+def _value(graph: Graph, sampler: str, fact: str, used: set[Place]) -> Any:
+    """The value of a fact: the sampler's, or that of the nearest node that its links lead to; its place is `used`."""
     inputs = graph[sampler][1]
     for field in FIELDS[fact] if fact not in THROUGH else ():
         if field in inputs:
-            return _followed(graph, inputs[field], fact)
+            return _followed(graph, inputs[field], fact, (sampler, field), used)
     for link in SOURCES[fact]:
-        if link in inputs and (value := _followed(graph, inputs[link], fact)) is not None:
+        if link in inputs and (value := _followed(graph, inputs[link], fact, (sampler, link), used)) is not None:
             return value
     return None
 
 
-def _followed(graph: Graph, start: Any, fact: str) -> Any:
-    """The first value of `fact` on the way along links from `start`; a value itself. None if the way ends, or turns in
-    a circle, before one."""
-    waiting, seen = [start], set()
+def _followed(graph: Graph, start: Any, fact: str, place: Place, used: set[Place]) -> Any:
+    """The first value of `fact` on the way along links from `start`, the input at `place`; a value itself. None if the
+    way ends, or turns in a circle, before one."""
+    waiting, seen = [(start, place)], set()
     while waiting:
-        link = waiting.pop(0)
+        link, place = waiting.pop(0)
         if not _is_link(link):
+            used.add(place)
             return link
         name = str(link[0])
         if name in seen or name not in graph:
             continue
         seen.add(name)
         kind, inputs = graph[name]
-        if kind in SAMPLERS:  # a refining sampler's latent is another's picture, whose size is its own
+        # A refining sampler's latent is another's picture, whose size is its own.
+        if kind in SAMPLERS or (kind == ZERO and fact in THROUGH):
             continue
-        waiting += list(_next(inputs, fact))
+        waiting += [(inputs[key], (name, key)) for key in _next(inputs, fact, place[1])]
     return None
 
 
-def _next(inputs: Mapping[str, Any], fact: str) -> Iterator[Any]:
-    """Where to go on from a node: to the value if it has one, else along the links that may lead there."""
-    for field in FIELDS[fact]:
+def _next(inputs: Mapping[str, Any], fact: str, by: str) -> Iterator[str]:
+    """Where to go on from a node that the input `by` led to: to the value if it has one, else along the links that may
+    lead there."""
+    direct = by in FIELDS[fact] or by == "value"  # the node is there for this value alone
+    for field in (*FIELDS[fact], *(("value",) if direct else ())):
         # A node that resizes another's latents has a size too, but none that a picture is begun with.
         if field in inputs and not (fact in ("height", "width") and "samples" in inputs):
-            yield inputs[field]
+            yield field
             return
+    names = THROUGH.get(fact, inputs)
+    if (by, fact) == ("guider", "negative_prompt"):
+        names = ("negative",)  # a guider's `conditioning` is what it draws
     for name, value in inputs.items():
-        if _is_link(value) and (fact not in THROUGH or name in THROUGH[fact]):
-            yield value
+        if _is_link(value) and name in names:
+            yield name
 
 
 def _is_link(value: Any) -> bool:

@@ -104,6 +104,71 @@ def test_a_graph_of_separate_nodes_is_followed(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def with_nodes(changes: dict[str, dict[str, Any]], **nodes: Any) -> dict[str, Any]:
+    """GRAPH with other inputs of some nodes, and with more nodes, `n50` for the node 50."""
+    graph = {**GRAPH, **{name.removeprefix("n"): node for name, node in nodes.items()}}
+    changed = {name: {**graph[name], "inputs": {**graph[name]["inputs"], **more}} for name, more in changes.items()}
+    return {**graph, **changed}
+
+
+def test_a_conditioning_of_zeros_is_no_negative_prompt(tmp_path: Path) -> None:
+    zeros = {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["6", 0]}}
+    facts = read(tmp_path, prompt=with_nodes({"3": {"negative": ["50", 0]}}, n50=zeros))
+    assert facts.taken["prompt"] == "a red circle" and "negative_prompt" not in facts.taken
+
+
+def test_a_guider_without_a_negative_has_none(tmp_path: Path) -> None:
+    graph = {
+        "1": {"class_type": "SamplerCustomAdvanced", "inputs": {"guider": ["2", 0]}},
+        "2": {"class_type": "BasicGuider", "inputs": {"conditioning": ["3", 0]}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "a red circle"}},
+    }
+    assert read(tmp_path, prompt=graph).taken == {"prompt": "a red circle"}
+
+
+def test_all_that_other_nodes_say_is_listed(tmp_path: Path) -> None:
+    graph = with_nodes(
+        {"3": {"positive": ["50", 0], "model": ["51", 0]}, "5": {"batch_size": 4}},
+        n50={"class_type": "FluxGuidance", "inputs": {"guidance": 3.5, "conditioning": ["6", 0]}},
+        n51={"class_type": "ModelSamplingAuraFlow", "inputs": {"shift": 3.1, "model": ["10", 0]}},
+        n9={"class_type": "SaveImage", "inputs": {"filename_prefix": "a", "images": ["8", 0]}},
+    )
+    facts = read(tmp_path, prompt=graph)
+    assert {
+        "node 50: FluxGuidance, guidance=3.5", "node 51: ModelSamplingAuraFlow, shift=3.1",
+        "node 5: EmptyLatentImage, batch_size=4",
+    } <= set(facts.left)  # fmt: skip
+    assert facts.taken["prompt"] == "a red circle"
+    assert not any("SaveImage" in line or "CLIPTextEncode" in line for line in facts.left)
+
+
+def test_a_seed_is_followed_to_the_node_that_holds_it_or_listed(tmp_path: Path) -> None:
+    number = {"class_type": "PrimitiveInt", "inputs": {"value": 77}}
+    graph = with_nodes({"3": {"seed": ["50", 0]}}, n50=number)
+    facts = read(tmp_path, prompt=graph)
+    assert facts.taken["seed"] == 77 and not any("PrimitiveInt" in line for line in facts.left)
+    graph = with_nodes({"3": {"seed": ["50", 0]}}, n50={"class_type": "RandomInt", "inputs": {"low": 1}})
+    facts = read(tmp_path, prompt=graph)
+    assert "seed" not in facts.taken and "seed: that of node 50, RandomInt, which names no value" in facts.left
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "second"),
+    [
+        ("ConditioningCombine", "conditioning_1", "conditioning_2"),
+        ("ConditioningConcat", "conditioning_to", "conditioning_from"),
+    ],
+)
+def test_of_two_conditionings_the_first_is_taken_and_the_second_listed(
+    tmp_path: Path, kind: str, first: str, second: str
+) -> None:
+    both = {"class_type": kind, "inputs": {second: ["51", 0], first: ["6", 0]}}
+    more = {"class_type": "CLIPTextEncode", "inputs": {"text": "on white", "clip": ["10", 1]}}
+    facts = read(tmp_path, prompt=with_nodes({"3": {"positive": ["50", 0]}}, n50=both, n51=more))
+    assert facts.taken["prompt"] == "a red circle"
+    assert f"node 50: {kind}, whose {second} is CLIPTextEncode 'on white'" in facts.left
+
+
 def test_of_two_samplers_the_one_at_an_empty_latent_draws(tmp_path: Path) -> None:
     again = {**GRAPH["3"]["inputs"], "steps": 3, "latent_image": ["20", 0]}
     refined = {
