@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,14 @@ ABOUT = (
 """What the folders of parts hold by custom: their weights, and what describes them."""
 FOLDERS = {"vae": ("vae/",), "text_encoder": ("text_encoder/", "tokenizer/"), "backbone": ("transformer/",)}
 """Where the files of a part with weights lie in a checkpoint."""
+
+SHARD = re.compile(r"(diffusion_pytorch_model|model)-\d{5}-of-\d{5}\.safetensors")
+
+
+def is_layout_file(name: str) -> bool:
+    """Whether a file in the folder of a part is one that checkpoints hold by custom, as far as it decides pictures."""
+    about = any(fnmatchcase(name, pattern) for pattern in ABOUT) and name != "latent_preview.json"
+    return about or name in WEIGHTS or SHARD.fullmatch(name) is not None
 
 
 def is_name(text: str) -> bool:

@@ -17,6 +17,9 @@ from lens_core.io import atomic_files
 from lens_core.recipe import ComponentSpec, build, unstructure
 from lens_core.types import CheckpointError, LensError
 
+SAMPLER_FILE = "scheduler/scheduler_config.json"
+"""The sampler, for other tools."""
+
 
 @frozen
 class CheckpointContent:
@@ -79,7 +82,20 @@ def save_pretrained(content: CheckpointContent, folder: str | Path) -> None:
         content.preview.write(root)
     else:
         (root / "vae" / manifest.PREVIEW_FILE).unlink(missing_ok=True)  # that of a checkpoint which stood here before
+    _remove_leftovers(content, root, before)
     save_about(content, root, before=before)
+
+
+def _remove_leftovers(content: CheckpointContent, root: Path, before: integrity.Stamps) -> None:
+    """Remove, of the parts that have been written, what a checkpoint held that stood here before: shards, an index or a
+    config that the new part does not have. The sampler's config goes; `save_about` writes that of the new one. Files
+    by other names stay."""
+    now = integrity.stamps(root)
+    written = tuple(f for kind in MODEL_PARTS if content.parts.get(kind) is not None for f in hub.FOLDERS[kind])
+    for name in (name for name, stamp in before.items() if now.get(name) == stamp):
+        folder, _, file = name.rpartition("/")
+        if name == SAMPLER_FILE or (f"{folder}/" in written and hub.is_layout_file(file)):
+            (root / name).unlink()
 
 
 def save_about(

@@ -1,0 +1,56 @@
+"""What `save_pretrained` leaves of a checkpoint that stood in the folder before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lens_core.catalog import Catalog
+from lens_core.checkpoints import integrity, manifest
+from lens_core.inference.pipeline import LensPipeline
+
+LEFTOVERS = (
+    "scheduler/scheduler_config.json", "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors.index.json",
+    "transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "text_encoder/model-00001-of-00003.safetensors",
+)  # fmt: skip
+OTHERS = ("transformer/mine.safetensors", "transformer/model-old.safetensors", "notes/config.json", "my.json")
+
+
+def test_what_an_earlier_checkpoint_left_is_removed(pipeline: LensPipeline, checkpoint: Path, catalog: Catalog) -> None:
+    put(checkpoint, LEFTOVERS)
+    pipeline.save_pretrained(checkpoint)
+    assert not any((checkpoint / name).exists() for name in LEFTOVERS)
+    LensPipeline.from_pretrained(checkpoint, catalog=catalog, verify=True, device="cpu")
+
+
+def test_files_by_other_names_stay(pipeline: LensPipeline, checkpoint: Path, catalog: Catalog) -> None:
+    put(checkpoint, OTHERS)
+    pipeline.save_pretrained(checkpoint)
+    assert all((checkpoint / name).read_text() == "{}" for name in OTHERS)
+    report = integrity.check(checkpoint, manifest.read_manifest(checkpoint, catalog))
+    assert set(report.extra) == set(OTHERS) and not report.missing and not report.differ
+
+
+def test_files_of_a_part_that_is_not_written_stay(pipeline: LensPipeline, checkpoint: Path) -> None:
+    kept = checkpoint / "text_encoder" / "diffusion_pytorch_model.safetensors"
+    assert kept.is_file()
+    pipeline.text_encoder = None
+    pipeline.save_pretrained(checkpoint)
+    assert kept.is_file()
+
+
+@pytest.mark.parametrize("sampler", ["heun", "euler"])
+def test_another_sampler_leaves_a_checkpoint_that_verifies(tmp_path: Path, sampler: str) -> None:
+    pipeline = LensPipeline.from_pretrained("tiny:turbo", device="cpu")
+    pipeline.save_pretrained(tmp_path)
+    pipeline.use_sampler(sampler, mu=1.0)
+    pipeline.save_pretrained(tmp_path)
+    assert LensPipeline.from_pretrained(tmp_path, verify=True, device="cpu").specs["sampler"].options["mu"] == 1.0
+
+
+def put(root: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("{}")
