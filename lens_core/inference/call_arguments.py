@@ -98,6 +98,11 @@ class CallArguments:
     aspect_ratio: str | None = None
     base_resolution: int | None = None
     callback: Any = field(default=None, converter=_callback)
+    negative_prompt_embeds: Any = None  # instead of the text
+
+    def __attrs_post_init__(self) -> None:
+        if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
+            raise ConfigError("give a negative_prompt or negative_prompt_embeds, not both")
 
     def settings(self, presets: Mapping[str, Any], grid: int) -> GenerationSettings:
         """Complete the arguments with a model's presets. `grid`: px that a latent cell is wide."""
@@ -132,7 +137,7 @@ class CallArguments:
     def warn_of_no_effect(self, guidance_scale: float) -> None:
         """Warn the caller of the pipeline of arguments that change nothing."""
         unused = [
-            ("a negative prompt", any(self.negative_prompt or ())),
+            ("a negative prompt", any(self.negative_prompt or ()) or self.negative_prompt_embeds is not None),
             ("a guidance interval", self.guidance_interval != (0, 1)),
         ]
         for name in (name for name, present in unused if present and guidance_scale == 1.0):

@@ -320,10 +320,11 @@ class LensPipeline(PipelineParts):
         self.store.require_all()
         arguments = CallArguments(
             prompt=prompt if prompt_embeds is None else texts_of_embeds(prompt, prompt_embeds),
-            negative_prompt=negative_prompt, num_images_per_prompt=num_images_per_prompt,
+            negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds, image=image,
             height=height, width=width, aspect_ratio=aspect_ratio, base_resolution=base_resolution,
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, output_type=output_type,
-            guidance_interval=guidance_interval, image=image, mask_image=mask_image, callback=callback_on_step_end,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, mask_image=mask_image,
+            num_images_per_prompt=num_images_per_prompt, guidance_interval=guidance_interval, output_type=output_type,
+            callback=callback_on_step_end,
         )  # fmt: skip
         settings = arguments.settings(self.presets, self.vae.downscale)
         init = self._init_image(arguments.image, arguments.mask_image, strength, settings.size)

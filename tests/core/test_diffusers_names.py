@@ -198,3 +198,11 @@ def test_the_bar_of_a_call_can_be_set(pipe: LensPipeline, capsys: pytest.Capture
     pipe.set_progress_bar_config(disable=False, desc="drawing")
     drawn(pipe)
     assert "drawing" in capsys.readouterr().err
+
+
+def test_a_negative_prompt_beside_its_embeds_is_refused(pipe: LensPipeline) -> None:
+    _, negative = pipe.encode_prompt("a red circle", "a square")
+    with pytest.raises(ConfigError, match="give a negative_prompt or negative_prompt_embeds, not both"):
+        drawn(pipe, negative_prompt="a star", negative_prompt_embeds=negative)
+    with pytest.warns(UserWarning, match="a negative prompt has no effect at guidance 1"):
+        drawn(pipe, negative_prompt_embeds=negative, guidance_scale=1.0)
