@@ -285,10 +285,12 @@ class Catalog:
         message = f"no {label} is called {shown(name)}.{did_you_mean(name, known)}"
         if plugin_name and all(p.name != plugin_name for p in self.plugins):
             message += f" The plugin {shown(plugin_name)} is not installed: pip install the package that brings it."
-        disabled = [p for p in self.plugins if p.error and (not plugin_name or p.name == plugin_name)]
-        if disabled:
-            message += " Disabled: " + "; ".join(f"{p.name} ({p.error})" for p in disabled) + "."
-        raise LensError(message)
+        raise LensError(message + self.disabled(plugin_name))
+
+    def disabled(self, name: str = "") -> str:
+        """The end of a message: which plugins are disabled, of all or of those called `name`, and why; "" if none."""
+        plugins = [p for p in self.plugins if p.error and (not name or p.name == name)]
+        return f" Disabled: {'; '.join(f'{p.name} ({p.error})' for p in plugins)}." if plugins else ""
 
     def commands(self, taken: Collection[str] = ()) -> dict[str, str]:
         """The commands that plugins bring: name -> "module:attribute". A name that is taken, or brought twice, is used

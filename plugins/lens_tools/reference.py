@@ -159,7 +159,10 @@ def describe(catalog: Catalog, name: str, kind: str | None = None) -> list[Descr
         every = list_components(catalog, kind)
         known = sorted({row.name.partition(":")[2] for row in every} | {row.name for row in every})
         of = f" {kind}" if kind else ""
-        raise ConfigError(f"no{of} component is called {name!r}.{did_you_mean(name, known)} lens components lists all.")
+        raise ConfigError(
+            f"no{of} component is called {name!r}.{did_you_mean(name, known)} lens components lists all."
+            + catalog.disabled(name.partition(":")[0] if ":" in name else "")
+        )
     return [_description(catalog, catalog.find(row.kind, row.name)) for row in rows]
 
 

@@ -30,10 +30,13 @@ def components(
     """
     from attrs import asdict
 
+    from lens_core.cli.terminal import print_error
     from lens_tools import reference, reference_pages
 
     catalog = Catalog.installed()
     rows = reference.list_components(catalog, kind)
+    if disabled := catalog.disabled().strip():
+        print_error(disabled)
     if markdown is not None:
         for path in reference_pages.write(catalog, markdown):
             print(path)

@@ -97,6 +97,30 @@ def test_unknown_names_and_kinds_are_one_line(catalog: Catalog, capsys: pytest.C
     assert "Did you mean 'sampler'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("import no_such_module_here", "ModuleNotFoundError: No module named 'no_such_module_here'"),
+        (
+            "class Mine:\n    kind = 'reward'\n    def score(self, images, prompts): return []\n",
+            "Mine has no nested Config",
+        ),
+    ],
+)
+def test_a_plugin_that_is_disabled_is_named_where_its_components_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], source: str, error: str
+) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(source)
+    monkeypatch.setenv("LENS_PLUGIN_FILES", "")
+    assert main(["--plugin", str(path), "show", "mine", "--kind", "reward"]) == 2
+    shown = capsys.readouterr().err
+    assert "no reward component is called 'mine'" in shown and "Disabled: broken (" in shown and error in shown
+    assert main(["--plugin", str(path), "components", "reward"]) == 0
+    printed = capsys.readouterr()
+    assert "Disabled: broken (" in printed.err and error in printed.err and "Disabled" not in printed.out
+
+
 def test_the_pages_are_those_that_the_command_writes(catalog: Catalog) -> None:
     pages = reference_pages.pages(catalog)
     assert sorted(p.stem for p in PAGES.glob("*.md")) == sorted(pages)
