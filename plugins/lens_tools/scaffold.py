@@ -6,6 +6,7 @@ files are the examples of docs/write-a-plugin.md.
 
 from __future__ import annotations
 
+import builtins
 import keyword
 import os
 import re
@@ -14,7 +15,10 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+
+import yaml
 
 from lens_core import __version__
 from lens_core.io.readers import read_text, shown
@@ -140,14 +144,38 @@ def _check_name(name: str, package: str) -> None:
         raise ConfigError(f"{shown(name)} cannot be the name of a package; write it as lens-sparkle, in lower case")
     if package == "lens_core" or package in sys.stdlib_module_names:
         raise ConfigError(f"{shown(name)} is the name of another package; write it as lens-sparkle, say")
+    short = short_name(package)
+    if not isinstance(yaml.safe_load(short), str):
+        raise ConfigError(
+            f"{shown(name)}: a recipe would read its short name {short!r} as a value; choose another name"
+        )
     plugins = Path(__file__).parents[1]
     if (plugins / package / "__init__.py").is_file():
         raise ConfigError(f"{shown(name)} is the name of a plugin that comes with Lens; choose another")
+    spec = find_spec(package)
+    if spec is not None and spec.origin is not None:
+        raise ConfigError(
+            f"{shown(name)} is the name of another package, {spec.origin}; write it as lens-sparkle, say"
+        )
+
+
+def short_name(package: str) -> str:
+    """What recipes call the component of a package."""
+    return package.removeprefix("lens_") or package
+
+
+def class_name(short: str, kinds: Sequence[str]) -> str:
+    """A name for the classes of a package that is no word of Python, nor one of the templates of `kinds`."""
+    texts = [read_text(TEMPLATES / f"{kind}{end}.py") for kind in kinds for end in ("", "_test")] + [HOOK, TEST]
+    taken = {*re.findall(r"\w+", "".join(texts)), *dir(builtins), "hookimpl"} - {"Example"}
+    plain = "".join(word.capitalize() for word in short.split("_"))
+    names = (f"{'Lens' * times}{plain}" for times in range(len(taken) + 1))
+    return next(name for name in names if name.isidentifier() and not keyword.iskeyword(name) and name not in taken)
 
 
 def _files(name: str, package: str, kinds: list[str]) -> dict[str, str]:
-    short = package.removeprefix("lens_") or package
-    cls = "".join(word.capitalize() for word in short.split("_"))
+    short = short_name(package)
+    cls = class_name(short, kinds)
     words = {"project": name, "package": package, "short": short, "cls": cls, "version": __version__}
     listed = ", ".join(f"a {kind.replace('_', ' ')}" for kind in kinds)
     uses = "\n".join(f"`{short}` of the kind {kind} is named in: {USED_IN[kind]}." for kind in kinds)

@@ -45,12 +45,33 @@ def test_the_command_prints_what_it_wrote(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
+    ("name", "kind", "cls"),
+    [
+        ("lens-3d", "reward", "Lens3d"),
+        ("lens-none", "sampler", "LensNone"),
+        ("lens-score", "reward", "LensScore"),
+        ("lens-tensor", "backbone", "LensTensor"),
+        ("lens-any", "vae", "LensAny"),
+    ],
+)
+def test_a_name_that_means_something_else_in_python_gets_a_class_of_its_own(
+    tmp_path: Path, name: str, kind: str, cls: str
+) -> None:
+    for path in scaffold.write_plugin(name, [kind], tmp_path):
+        if path.suffix == ".py":
+            compile(path.read_text(), str(path), "exec")
+    assert f"class {cls}" in (tmp_path / name / name.replace("-", "_") / f"{kind}.py").read_text()
+
+
+@pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
         ("../up", "reward", "cannot be the name of a package"),
         ("Lens-Sparkle", "reward", "cannot be the name of a package"),
         ("class", "reward", "cannot be the name of a package"),
         ("json", "reward", "is the name of another package"),
+        ("torch", "reward", "is the name of another package"),
+        ("lens-null", "reward", "a recipe would read its short name 'null' as a value"),
         ("lens-core", "reward", "is the name of another package"),
         ("lens-shapes", "reward", "comes with Lens"),
         ("lens-sparkle", "rewrad", r"kinds are .*Did you mean 'reward'\?"),
