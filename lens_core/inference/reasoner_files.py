@@ -61,7 +61,7 @@ def read_reasoner(path: Path) -> ComponentSpec:
 
 def read_prompt(path: Path) -> tuple[object, str, list[str]]:
     """(front matter, system prompt, problems of the front matter) of a text file; without front matter that is {}."""
-    text = readers.read_text(path, MAX_PROMPT, ConfigError)
+    text = readers.read_text(path, MAX_PROMPT, ConfigError).replace("\r\n", "\n")  # as Windows ends lines
     front: object = {}
     problems: list[str] = []
     if text.startswith("---\n"):

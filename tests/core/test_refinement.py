@@ -11,7 +11,7 @@ from attrs import evolve, frozen
 
 from lens_core.cli.main import main
 from lens_core.cli.options import parse_reasoner
-from lens_core.inference import batch, png_metadata
+from lens_core.inference import batch, png_metadata, reasoner_files
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.requests import GenerateRequest
 from lens_core.recipe import ComponentSpec
@@ -205,3 +205,10 @@ def test_a_reasoner_is_not_saved(pipeline, tmp_path):
     pipeline.use_reasoner(Shout(Shout.Config()))
     pipeline.save_pretrained(tmp_path / "m")
     assert "reasoner" not in json.loads((tmp_path / "m" / "lens.json").read_text())["components"]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_front_matter_with_the_line_ends_of_windows_is_read(tmp_path: Path, mark: bytes) -> None:
+    path = tmp_path / "reasoner.md"
+    path.write_bytes(mark + b"---\r\nuse: gpt_oss\r\n---\r\nWrite\r\nmore.\r\n")
+    assert reasoner_files.read_prompt(path) == ({"use": "gpt_oss"}, "Write\nmore.", [])
