@@ -48,7 +48,8 @@ class Scheduled:
         self.config = config
 
     def times(self, size: tuple[int, int], steps: int) -> Tensor:
-        """Latent grid (h, w) -> float32 [steps + 1], falling from 1 to 0. Raises ConfigError for fewer than 1 step."""
+        """Latent grid (h, w) -> float32 [steps + 1], falling from 1 to 0. Raises ConfigError for fewer than 1 step, and
+        for more than float32 tells apart."""
         if steps < 1:
             raise ConfigError(f"sampler: the number of steps is {steps}; it must be at least 1")
         mu = published_mu(size[0] * size[1], steps) if self.config.mu is None else self.config.mu
@@ -60,7 +61,13 @@ class Scheduled:
         # float32 throughout, like the published scheduler: the times are equal to the last bit.
         even = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
         shifted = math.exp(mu) / (math.exp(mu) + (1 / even - 1))
-        return torch.from_numpy(np.append(shifted, 0).astype(np.float32))
+        times = np.append(shifted, 0).astype(np.float32)
+        if not (np.diff(times) < 0).all():
+            raise ConfigError(
+                f"sampler: with mu {mu:g} some of the times of {steps} steps are equal in float32; give a smaller mu, "
+                "or take fewer steps"
+            )
+        return torch.from_numpy(times)
 
     def spans(self, x: Tensor, steps: int, start: int) -> Iterator[tuple[float, float, float]]:
         """(t, t', t' - t) of each step from `start` on; the difference is float32's, as the published scheduler's."""

@@ -110,3 +110,11 @@ def test_fewer_than_one_step_is_refused(steps):
 def test_an_infinite_mu_is_refused():
     with pytest.raises(ConfigError, match="mu: must be finite"):
         Euler.Config(mu=math.inf)
+
+
+@pytest.mark.parametrize(("mu", "steps"), [(20.0, 40), (12.0, 100), (14.0, 50), (15.0, 30)])
+def test_times_that_float32_does_not_tell_apart_are_refused(mu: float, steps: int) -> None:
+    sampler = Euler(Euler.Config(mu=mu))
+    with pytest.raises(ConfigError, match=rf"with mu {mu:g} some of the times of {steps} steps are equal in float32"):
+        sampler.times((4, 4), steps)
+    assert len(sampler.times((4, 4), 1)) == 2
