@@ -73,7 +73,9 @@ def as_use(value: Any, _: Any = None) -> ComponentSpec:
     if isinstance(value, str):
         return ComponentSpec(value)
     if not isinstance(value, Mapping) or not isinstance(value.get("use"), str):
-        raise WrongType(f"must name a component (`flux2`, or `{{use: flux2, …}}`), not {shown(value)}")
+        first = next(iter(value), None) if isinstance(value, Mapping) and len(value) == 1 else None
+        name = first if isinstance(first, str) and re.fullmatch(r"[\w:-]{1,60}", first) else "flux2"
+        raise WrongType(f"must name a component (`{name}`, or `{{use: {name}, …}}`), not {shown(value)}")
     return ComponentSpec(value["use"], {k: v for k, v in value.items() if k != "use"})
 
 
@@ -83,7 +85,7 @@ def parse_use(text: str) -> ComponentSpec:
         value, problems = readers.parse_yaml(text)
         use = as_use(value, None)
     except ValueError as error:  # no YAML, or what as_use refuses
-        raise ConfigError(f"{shown(text)[1:-1]}: {one_line(error)}") from error
+        raise ConfigError(f"{shown(text.rstrip(': ') or text)[1:-1]}: {one_line(error)}") from error
     if problems:
         raise ConfigError([f"{shown(text)[1:-1]}: {problem}" for problem in problems])
     return use

@@ -13,6 +13,8 @@ import sys
 from lens_core.io import readers
 from lens_core.types import ConfigError, LensError, PluginError
 
+_LATE_PLUGIN = re.compile(r"Unknown option: \W*--plugin\b")
+
 
 def check_arguments(words: list[str]) -> None:
     """Raise ConfigError for arguments that are no text: no tokenizer, no file and no terminal could take them."""
@@ -56,7 +58,9 @@ def report_error(error: BaseException, code: int) -> int:
     elif isinstance(error, LensError | SystemExit):
         lines = (str(error),)
     elif isinstance(error, CycloptsError):
-        lines, code = (f"{readers.one_line(error)} See lens --help.",), 2
+        text = readers.one_line(error)
+        hint = " It stands before the command: lens --plugin FILE generate …" if _LATE_PLUGIN.search(text) else ""
+        lines, code = (f"{text}{hint} See lens --help.",), 2
     elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         lines = (f"{where}{error.strerror or readers.one_line(error)}; check the path, its permissions and its disk",)

@@ -584,6 +584,8 @@ def test_a_picture_can_be_begun_at_and_drawn_again_from_it(
         (("--sampler", "evan"), "Did you mean 'even'?"),
         (("--sampler", "{use: even, mu: 1.0}"), "sampler.mu: unknown"),
         (("--sampler", "[even]"), "must name a component"),
+        (("--sampler", "even:"), "even: must name a component (`even`, or `{use: even, …}`), not {'even': None}"),
+        (("--plugin", "mine.py"), "It stands before the command: lens --plugin FILE generate"),
     ):
         assert again(checkpoint, "a cat", *words, "-o", "x.png") == 2
         assert message in capsys.readouterr().err
