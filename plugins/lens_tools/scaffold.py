@@ -154,9 +154,7 @@ def _check_name(name: str, package: str) -> None:
         raise ConfigError(f"{shown(name)} is the name of a plugin that comes with Lens; choose another")
     spec = find_spec(package)
     if spec is not None and spec.origin is not None:
-        raise ConfigError(
-            f"{shown(name)} is the name of another package, {spec.origin}; write it as lens-sparkle, say"
-        )
+        raise ConfigError(f"{shown(name)} is the name of another package, {spec.origin}; write it as lens-sparkle, say")
 
 
 def short_name(package: str) -> str:
