@@ -248,10 +248,13 @@ def _refuse_unused(options: Mapping[str, Any]) -> None:
 
 
 def _check_preview(preview: Path, pictures: Iterable[Path | None], *, overwrite: bool) -> None:
-    """Raise ConfigError for a preview that would be written over a picture of the run, or over a file that is there."""
+    """Raise ConfigError for a preview that would be written over a picture of the run, or over a file that is there and
+    no earlier preview."""
+    from lens_core.inference.batch import is_preview
+
     if any(path is not None and path.resolve() == preview.resolve() for path in pictures):
         raise ConfigError(f"{preview}: is a picture that the run reads or writes; choose another --preview")
-    if not overwrite:
+    if not overwrite and not is_preview(preview):
         refuse_existing([preview], "--preview")
 
 

@@ -123,7 +123,9 @@ class PipelineGenerator:
         replaced = [path for path in (c.backbone, c.text_encoder, c.vae) if path is not None]
         name = " + ".join([c.model, *replaced, *c.loras])
         # As it comes back from JSON, so that a stored description equals a new one.
-        return SystemInfo(name, "+".join([pipeline.version, *pipeline.loras]), json.loads(json.dumps(settings)))
+        # Two LoRAs of one name differ by their hash.
+        loras = [f"{lora}@{digest}" for lora, digest in zip(pipeline.loras, pipeline.lora_hashes, strict=True)]
+        return SystemInfo(name, "+".join([pipeline.version, *loras]), json.loads(json.dumps(settings)))
 
     def generate(self, requests: Sequence[PictureRequest]) -> Iterator[PictureOutcome]:
         """One call of the pipeline for each size among the requests; seconds are shares of the call's. A prompt that a

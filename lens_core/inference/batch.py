@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
@@ -21,6 +21,9 @@ from lens_core.inference.requests import MAX_IMAGES, GenerateRequest
 from lens_core.io.atomic_files import write_atomic
 from lens_core.io.images import read_raw
 from lens_core.types import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.PngImagePlugin import PngInfo
 
 
 @frozen
@@ -167,4 +170,27 @@ def _report_step(
     on_step(first, step, t)
     if preview is not None:
         (row,) = to_pil(torch.cat(list(pipeline.preview(values["denoised"])), dim=-1)[None])
-        write_atomic(preview, lambda path: row.save(path, format="PNG"))
+        write_atomic(preview, lambda path: row.save(path, format="PNG", pnginfo=_preview_mark()))
+
+
+PREVIEW_MARK = "lens_preview"
+"""The text chunk by which a preview is known: it may be written over, a picture may not."""
+
+
+def _preview_mark() -> PngInfo:
+    from PIL.PngImagePlugin import PngInfo
+
+    mark = PngInfo()
+    mark.add_text(PREVIEW_MARK, "1")
+    return mark
+
+
+def is_preview(path: Path) -> bool:
+    """Whether a file is a preview of an earlier run."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return PREVIEW_MARK in image.info
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False

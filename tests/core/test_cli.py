@@ -21,6 +21,7 @@ from lens_core.checkpoints.tensor_files import read_weights, save_tensors
 from lens_core.cli import main as command
 from lens_core.cli.main import main
 from lens_core.cli.options import CORE_COMMANDS, read_prompts
+from lens_core.inference.batch import is_preview
 from lens_core.io.atomic_files import read_json, write_json
 from lens_core.types import PluginError
 
@@ -289,6 +290,7 @@ def test_help_and_plugins_import_no_model_library() -> None:
     script = """
 import sys
 from lens_core.cli.main import main
+from lens_core.inference.batch import is_preview
 assert main(["--help"]) == 0
 assert main(["plugins"]) == 0
 heavy = {"torch", "diffusers", "transformers", "numpy", "accelerate", "safetensors"} & set(sys.modules)
@@ -315,6 +317,7 @@ from lens_core.catalog import Catalog
 import brings
 catalogs.Catalog.installed = classmethod(lambda cls: Catalog.of(brings))
 from lens_core.cli.main import main
+from lens_core.inference.batch import is_preview
 assert main(["weigh", "--times", "3"]) == 7
 assert main(["--help"]) == 0
 """
@@ -472,6 +475,7 @@ def test_a_preview_is_written_over_no_picture(checkpoint: Path, capsys: pytest.C
         assert f"{name}: is a picture that the run reads or writes" in refused(capsys, draw(checkpoint, "a", *flags))
     line = refused(capsys, draw(checkpoint, "a", "-o", "out.png", "--preview", "init.png"))
     assert "init.png: is there already; use --overwrite, or another --preview" in line
+    assert not is_preview(Path("init.png")) and not is_preview(Path("absent.png"))
     assert Path("init.png").read_bytes() == before
 
 
@@ -718,6 +722,7 @@ def test_help_describes_every_command_and_imports_none_for_it() -> None:
     script = """
 import sys
 from lens_core.cli.main import main
+from lens_core.inference.batch import is_preview
 assert main(["--help"]) == 0
 heavy = {"torch", "lens_data.commands", "lens_bench.figures", "lens_reason.commands"} & set(sys.modules)
 assert not heavy, heavy

@@ -161,6 +161,7 @@ def test_generate_shows_a_picture_while_it_is_drawn(tmp_path: Path, monkeypatch:
     assert main(["generate", "a red circle", *flags, "-o", "a.png", "--preview", str(shown)]) == 0
     with Image.open(shown) as small, Image.open("a-0000.png") as drawn:
         assert small.size == (drawn.width, drawn.height // 2)  # two pictures side by side, 4 px for each cell of 8
+    assert main(["generate", "a red circle", *flags, "-o", "c.png", "--preview", str(shown)]) == 0, "over a preview"
     assert main(["generate", "a red circle", *flags, "-o", "b.png"]) == 0
     assert Path("a-0001.png").read_bytes() == Path("b-0001.png").read_bytes()
 
