@@ -320,9 +320,9 @@ class LensPipeline(PipelineParts):
         self.store.require_all()
         arguments = CallArguments(
             prompt=prompt if prompt_embeds is None else texts_of_embeds(prompt, prompt_embeds),
-            negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds, image=image, mask_image=mask_image,
-            height=height, width=width, aspect_ratio=aspect_ratio, base_resolution=base_resolution,
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, callback=callback_on_step_end,
+            negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds, image=image,
+            mask_image=mask_image, height=height, width=width, aspect_ratio=aspect_ratio, callback=callback_on_step_end,
+            base_resolution=base_resolution, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt, guidance_interval=guidance_interval, output_type=output_type,
         )  # fmt: skip
         settings = arguments.settings(self.presets, self.vae.downscale)
