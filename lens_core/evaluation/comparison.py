@@ -160,15 +160,15 @@ def compare(results: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def _same_benchmark(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether the results are of one benchmark with the same options, however these were written. Of an option that one
-    of them does not name, an older file, nothing is known; where neither names any, what was written must be equal."""
+    """Whether the results are of one benchmark: written alike, or with the same options, however these were written. Of
+    an option that one of them does not name, an older file, nothing is known."""
+    if a["benchmark"] == b["benchmark"]:
+        return True
     ours, theirs = (r["run"] if isinstance(r.get("run"), Mapping) else {} for r in (a, b))
     options = [r.get("options") for r in (ours, theirs)]
-    if not all(isinstance(o, Mapping) for o in options):
-        return bool(a["benchmark"] == b["benchmark"])
-    return ours.get("benchmark") == theirs.get("benchmark") and all(
-        options[0][name] == options[1][name] for name in options[0].keys() & options[1].keys()
-    )
+    if not all(isinstance(o, Mapping) for o in options) or ours.get("benchmark") != theirs.get("benchmark"):
+        return False
+    return all(options[0][name] == options[1][name] for name in options[0].keys() & options[1].keys())
 
 
 def _machine(result: Mapping[str, Any]) -> tuple[Any, ...]:
