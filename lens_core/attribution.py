@@ -110,7 +110,7 @@ def checked_scores(component: Any, scores: Any, count: int, method: str = "score
     for score in result:
         if not isinstance(score, Score):
             refuse(component, method, score, must)
-        if not isinstance(score.components, Mapping) or not all(isinstance(v, Real) for v in score.components.values()):
+        if not isinstance(score.components, Mapping) or not all(map(_is_number, score.components.values())):
             must_be = "the components of a Score must be {name: number}"
             refuse(component, method, score.components, must_be, verb="gave, as components,")
     if len(result) != count:
@@ -281,6 +281,10 @@ def prompts_of(benchmark: Any) -> list[Prompt]:
             must_be = "the data of a Prompt must be a mapping, and its question, if there is one, hashable"
             refuse(benchmark, "prompts", prompt.data, must_be, verb="gave, as data,")
     return result
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or type(value).__name__.startswith("bool")  # numpy's
 
 
 def _is_hashable(value: Any) -> bool:

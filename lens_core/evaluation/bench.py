@@ -142,7 +142,7 @@ def make_plan(request: BenchmarkRequest, name: str, benchmark: Any, options: Map
     prompts = prompts_of(benchmark)
     for prompt in prompts:  # a run is recognised by them
         try:
-            json.dumps(dict(prompt.data))
+            json.dumps(dict(prompt.data), sort_keys=True)
         except (TypeError, ValueError):
             must = "in a benchmark run it must be what JSON has: texts, numbers, lists, mappings"
             refuse(benchmark, "prompts", prompt.data, must, verb="gave, as data,")

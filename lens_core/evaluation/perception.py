@@ -196,7 +196,7 @@ def _code_of(component: Any) -> str:
     else:
         return ""
     path = Path(file)
-    files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+    files = sorted(f for f in path.parent.rglob("*.py") if f.is_file()) if path.name == "__init__.py" else [path]
     parts = [[str(f.relative_to(path.parent)), hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

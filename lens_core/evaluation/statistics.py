@@ -196,6 +196,7 @@ def paired_difference(tasks: Mapping[str, ClusteredScores], names: Sequence[str]
     rng = np.random.default_rng(0)
     resampled = np.mean([part.resampled_means(part.draw_clusters(rng)) for part in parts], axis=0)
     low, high = middle(resampled)
-    if low == high and sum(part.distinct for part in parts) < FEW:  # a spread that so few pairs did not show
+    # A spread that so few pairs did not show.
+    if math.isclose(low, high, abs_tol=1e-12) and sum(part.distinct for part in parts) < FEW:
         return Difference(value, math.nan, math.nan, pairs)
     return Difference(value, low, high, pairs)

@@ -162,8 +162,13 @@ def _left_of(graph: Graph, name: str, used: set[Place]) -> Iterator[str]:
         yield f"node {name}: {kind}, {', '.join(named[:4])}"
     for key in SECOND:
         if _is_link(inputs.get(key)):
-            text = _followed(graph, inputs[key], "prompt", (name, key), set())
-            yield f"node {name}: {kind}, whose {key} is {_class(graph, inputs[key])} {shown(text, 60)}"
+            yield f"node {name}: {kind}, whose {key} is {_second(graph, inputs[key])}"
+
+
+def _second(graph: Graph, link: Any) -> str:
+    """The class of a second conditioning, and its text if it is its own; a walk from each would take for ever."""
+    text = graph[str(link[0])][1].get("text") if str(link[0]) in graph else None
+    return f"{_class(graph, link)} {shown(text, 60)}" if isinstance(text, str) else _class(graph, link)
 
 
 def _class(graph: Graph, link: Any) -> str:

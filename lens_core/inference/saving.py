@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def save_pretrained(content: CheckpointContent, folder: str | Path) -> None:
     before = integrity.stamps(root)
     if any(root.iterdir()) and not (root / "lens.json").is_file():
         raise CheckpointError(f"{root}: is not empty and not a checkpoint; choose a new folder")
+    earlier = _named_files(root / "lens.json")
     # `lens.json` goes first and comes last: without it nothing is read, so that half a checkpoint is never loaded.
     (root / "lens.json").unlink(missing_ok=True)
     for kind in MODEL_PARTS:
@@ -82,17 +83,30 @@ def save_pretrained(content: CheckpointContent, folder: str | Path) -> None:
         content.preview.write(root)
     else:
         (root / "vae" / manifest.PREVIEW_FILE).unlink(missing_ok=True)  # that of a checkpoint which stood here before
-    _remove_leftovers(content, root, before)
+    _remove_leftovers(content, root, before, earlier)
     save_about(content, root, before=before)
 
 
-def _remove_leftovers(content: CheckpointContent, root: Path, before: integrity.Stamps) -> None:
+def _named_files(description: Path) -> Collection[str] | None:
+    """The files that a checkpoint's lens.json names; None where it names none, or cannot be read."""
+    try:
+        files = atomic_files.read_json(description).get("files")
+    except (LensError, OSError, ValueError, AttributeError):
+        return None
+    return files if isinstance(files, Mapping) else None
+
+
+def _remove_leftovers(
+    content: CheckpointContent, root: Path, before: integrity.Stamps, earlier: Collection[str] | None
+) -> None:
     """Remove, of the parts that have been written, what a checkpoint held that stood here before: shards, an index or a
     config that the new part does not have. The sampler's config goes; `save_about` writes that of the new one. Files
-    by other names stay."""
+    that the `earlier` checkpoint did not name stay: somebody else put them there. None: it named none."""
     now = integrity.stamps(root)
     written = tuple(f for kind in MODEL_PARTS if content.parts.get(kind) is not None for f in hub.FOLDERS[kind])
     for name in (name for name, stamp in before.items() if now.get(name) == stamp):
+        if earlier is not None and name not in earlier:
+            continue
         folder, _, file = name.rpartition("/")
         if name == SAMPLER_FILE or (f"{folder}/" in written and hub.is_layout_file(file)):
             (root / name).unlink()

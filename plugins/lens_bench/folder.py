@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import Formatter
@@ -68,7 +69,9 @@ class Folder:
         if not self.folder.is_dir():
             raise LensError(f"{self.folder}: there is no such folder of pictures; check the path")
         c = self.config
-        settings = {"folder": str(self.folder.resolve()), "pattern": c.pattern, "prompts": c.prompts}
+        # A hash tells folders apart; results are published, and a path of this disk is nobody's business.
+        place = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:12]
+        settings = {"folder": place, "pattern": c.pattern, "prompts": c.prompts}
         return SystemInfo(c.name, c.revision, settings, seeded=False)
 
     def generate(self, requests: Sequence[PictureRequest]) -> Iterator[PictureOutcome]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from lens_core.types import ConfigError, LensError
 
@@ -12,6 +15,7 @@ def curate(
     *,
     output: str,
     preview: int | None = None,
+    prune: Annotated[bool, Parameter(negative="")] = False,
     runner: str | None = None,
     workers: int | None = None,
     report: Path | None = None,
@@ -24,6 +28,8 @@ def curate(
         The YAML file: sources, filters with thresholds, duplicates, captions.
     output
         The store's folder or URI; made if it is not there.
+    prune
+        Remove pictures from the store that a curation put there and that their source has no more.
     preview
         Curate a sample of so many pictures, write the report of it, and leave the store alone.
     runner
@@ -44,7 +50,9 @@ def curate(
         raise ConfigError(f"--workers is {workers}; it must be 1 to 4096")
     if report is None and "://" in output:
         raise ConfigError(f"{output}: a report needs a folder on a disk; name one with --report")
-    made = run(read_spec(recipe), output, runner=runner or default_runner(), workers=workers, preview=preview)
+    made = run(
+        read_spec(recipe), output, runner=runner or default_runner(), workers=workers, preview=preview, prune=prune
+    )
     folder = report or (Path(output) / "preview" if preview is not None else Path(output))
     print(made)
     print(made.write(folder))

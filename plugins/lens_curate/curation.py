@@ -50,12 +50,15 @@ def curate(
     runner: str = "native",
     workers: int | None = None,
     preview: int | None = None,
+    prune: bool = False,
     catalog: Catalog | None = None,
 ) -> Report:
     """Fill the training store at `store` by a recipe, or go on with it; the report of what was kept and dropped.
 
     With `preview`, a sample of so many pictures is curated into a store that is thrown away, and `store` is not
-    touched. Raises ConfigError for a recipe that cannot run, before a picture is read; LockedError where another
+    touched. Pictures that curations put into the store, and that their sources have no more, are removed with `prune`
+    alone; without it ConfigError is raised before anything is removed. It is raised, too, for a recipe that cannot run,
+    before a picture is read; LockedError where another
     process writes to the store; WriteError where the disk is full, after which the same call goes on.
     """
     catalog = catalog or Catalog.installed()
@@ -66,7 +69,7 @@ def curate(
             return _Curation(spec, str(Path(folder) / "store"), runner, workers, catalog, str(store)).run(preview)
     local = "://" not in str(store)
     with locked(Path(store), "store") if local else nullcontext():
-        return _Curation(spec, str(store), runner, workers, catalog, str(store)).run()
+        return _Curation(spec, str(store), runner, workers, catalog, str(store)).run(prune=prune)
 
 
 class _Curation:
@@ -91,8 +94,8 @@ class _Curation:
         self.tables = t.Tables(store, catalog, create=True)
         self.cheap = tuple(n for n, made in enumerate(self.filters) if not made.costly)
 
-    def run(self, preview: int | None = None) -> Report:
-        wanted, pending = self._planned(preview)
+    def run(self, preview: int | None = None, *, prune: bool = False) -> Report:
+        wanted, pending = self._planned(preview, prune)
         self._hash_own()
         read = self._read(wanted, pending)
         records = self._records()
@@ -108,7 +111,7 @@ class _Curation:
             filler.caption(self._images, limit=None if preview is None else 20)
         filler.judge_captions(preview=preview is not None)
         if preview is None:
-            filler.remove(self.names)
+            filler.remove(self.names, prune)
         filler.write_verdicts(self.spec)
         if preview is None:
             filler.fill(self._images)
@@ -130,7 +133,7 @@ class _Curation:
     def _records(self) -> t.RecordArrays:
         return self.tables.records(self.names, self.listed)
 
-    def _planned(self, preview: int | None) -> tuple[Callable[[], Iterator[PartTask]], tuple[int, int]]:
+    def _planned(self, preview: int | None, prune: bool) -> tuple[Callable[[], Iterator[PartTask]], tuple[int, int]]:
         """What has not been read, as a function that lists it; and of that, the pictures of parts that know how many
         they have, and the parts that do not. Fills `listed`."""
         read = self.tables.parts()
@@ -155,11 +158,11 @@ class _Curation:
                 pass
             wanted = lambda: tasks(False)  # noqa: E731
         self.listed = np.sort(np.frombuffer(bytes(digests), "S16"))
-        for _, sources in self.tables.stored_by_curations() if silent else ():
+        for _, _, sources in self.tables.stored_by_curations() if silent and not prune else ():
             for name in silent.intersection(sources.tolist()):
                 raise ConfigError(
-                    f"{name}: has no picture any more, and {self.store} has pictures from it, which would all be "
-                    "removed; check the path of this source, or choose a new --output"
+                    f"{name}: has no picture any more, and {self.store} has pictures from it; check the path of this "
+                    "source, or use --prune, which removes them"
                 )
         return wanted, (pending[0], pending[1])
 
@@ -178,7 +181,7 @@ class _Curation:
         if not len(self.tables.store):
             return
         records = self.tables.records()
-        put = [ids for ids, _ in self.tables.stored_by_curations()]
+        put = [ids for ids, _, _ in self.tables.stored_by_curations()]
         known = np.sort(np.concatenate([records.id[records.in_store], *put]))
         del records, put
         present = t.own_source(self.store, self.catalog)

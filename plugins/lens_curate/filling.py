@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
-from attrs import field, mutable
+from attrs import field, frozen, mutable
 from numpy.typing import NDArray
 
 from lens_core.config import unstructure
 from lens_core.io.digests import position
+from lens_core.types import ConfigError
 from lens_curate import tables as t
 from lens_curate.captioner import Caption, Captioner, spend_of
 from lens_curate.decide import CAPTION, DECODE, EXACT, KEPT, Verdicts, filter_reason
@@ -35,6 +37,31 @@ class _Captions:
     def places(self, ids: NDArray[np.bytes_]) -> NDArray[np.int64]:
         """Where each of these ids stands, or -1."""
         return t.places(self.ids, ids)
+
+
+@frozen
+class _Put:
+    """What curations have put into the store from some sources and no record that is kept stands for: id, key and
+    source of each. `others`: ids of what other sources have put there. `totals`: by source, how many it has put."""
+
+    id: NDArray[np.bytes_]
+    key: NDArray[np.bytes_]
+    source: NDArray[np.str_]
+    others: NDArray[np.bytes_]
+    totals: Mapping[str, int]
+
+    @classmethod
+    def read(cls, tables: t.Tables, kept: NDArray[np.bytes_], names: Sequence[str]) -> Self:
+        """`kept`: ids that stay, sorted."""
+        mine, others = [(np.zeros(0, "S32"), np.zeros(0, "S16"), np.zeros(0, "U1"))], [np.zeros(0, "S32")]
+        totals: Counter[str] = Counter()
+        for ids, keys, sources in tables.stored_by_curations():
+            lost, ours = t.places(kept, ids) < 0, np.isin(sources, names)
+            totals.update(sources[ours].tolist())
+            mine.append((ids[lost & ours], keys[lost & ours], sources[lost & ours]))
+            others.append(ids[lost & ~ours])
+        columns = (np.concatenate(column) for column in zip(*mine, strict=True))
+        return cls(*columns, np.concatenate(others), totals)
 
 
 @mutable
@@ -127,17 +154,32 @@ class Filler:
 
     # ---- the store -----------------------------------------------------------------------------------------------
 
-    def remove(self, names: Sequence[str]) -> None:
+    def remove(self, names: Sequence[str], prune: bool) -> None:
         """Remove from the store what an earlier run has put there from the sources with these names, and no record that
-        is kept stands for. Comes before the new verdicts are written, for the old ones say what was put there."""
-        kept = np.sort(self.records.id[self.verdicts.kept])
-        mine, others = [np.zeros(0, "S32")], [np.zeros(0, "S32")]
-        for ids, sources in self.tables.stored_by_curations():
-            lost, ours = t.places(kept, ids) < 0, np.isin(sources, names)
-            mine.append(ids[lost & ours])
-            others.append(ids[lost & ~ours])
-        drop = np.setdiff1d(np.concatenate(mine), np.concatenate(others))
+        is kept stands for. Comes before the new verdicts are written, for the old ones say what was put there.
+
+        What its source has no more goes with `prune` alone: a disk that is not mounted, a folder that cannot be listed
+        and another folder under the same name look alike. Raises ConfigError without it. A picture whose file cannot be
+        read at the moment stays.
+        """
+        records, put = self.records, _Put.read(self.tables, np.sort(self.records.id[self.verdicts.kept]), names)
+        seen = t.places(np.sort(records.id), put.id) >= 0  # there, and not kept
+        listed = t.places(np.sort(records.key), put.key) >= 0
+        read = t.places(np.sort(records.key[records.fault == 0]), put.key) >= 0
+        drop = np.setdiff1d(put.id[seen | read | ~listed], put.others)
         drop = drop[t.among(drop, self._store_ids())] if len(drop) else drop
+        if not prune:
+            missing = np.isin(put.id, drop) & ~seen
+            for name, total in put.totals.items():
+                lost = missing & (put.source == name)
+                gone = int((lost & ~listed).sum())
+                # A few files that changed are new versions; most of them at once are another folder.
+                gone = gone or (int(lost.sum()) if lost.sum() > max(1, total / 2) else 0)
+                if gone:
+                    raise ConfigError(
+                        f"{name}: has no more {gone:,} of {total:,} pictures that a curation put into the store; use "
+                        "--prune to remove them, or give this source another `name` to keep them"
+                    )
         if len(drop):
             self.tables.store.delete(t.hex_texts(drop))
             self.removed = len(drop)

@@ -223,10 +223,11 @@ class Tables:
     def stored_by_curations(self) -> Iterator[tuple[NDArray[np.bytes_], NDArray[np.str_]]]:
         """Ids of pictures that the last run has kept, and so put into the store, and their sources, in batches. The
         store's own pictures are none of them."""
-        for batch in self.batches(VERDICTS, "id", "source", "kept"):
+        for batch in self.batches(VERDICTS, "id", "key", "source", "kept"):
             sources = np.array(batch["source"].to_pylist(), np.str_)
             put = np.array(batch["kept"].to_pylist(), bool) & (sources != OWN)
-            yield hex_array(batch["id"].to_pylist(), 32)[put], sources[put]
+            ids, keys = hex_array(batch["id"].to_pylist(), 32), hex_array(batch["key"].to_pylist(), 16)
+            yield ids[put], keys[put], sources[put]
 
     def records(self, names: Sequence[str] = (), listed: NDArray[np.bytes_] | None = None) -> RecordArrays:
         """All records of the newest reading of each part; of those that stand twice, the last. `listed`: the parts,

@@ -22,12 +22,13 @@ _PREAMBLES = tuple(
     re.compile(rf"(?i)\A\s*{pattern}")
     for pattern in (
         # "Sure! Here is the refined prompt:", "Voici une description :", "Hier ist die Beschreibung:", "Aquí tienes:"
-        rf"{_OBEYING}(?:here(?:'s| is| are)|below is|this is)\s+(?:[\w-]+\s+){{0,4}}"
-        rf"(?:prompts?|descriptions?|captions?|versions?|rewrite)\b{_END}",
+        rf"{_OBEYING}(?:here(?:['’]s| is| are)|below is)\s+(?:[\w-]+\s+){{0,4}}"
+        rf"(?:prompts?|descriptions?|captions?|versions?|rewrite|request|text|result)\b{_END}",
+        rf"{_OBEYING}this is\s+(?:[\w-]+\s+){{0,4}}(?:prompt|description|caption|rewrite)\b{_END}",
         rf"{_OBEYING}here (?:you go|it is)\b{_END}",
-        rf"{_OBEYING}(?:here(?:'s| is| are)|below is)\b{_PARAGRAPH}",
+        rf"{_OBEYING}(?:here(?:['’]s| is| are)|below is)\b{_PARAGRAPH}",
         rf"(?:bien sûr|d'accord)?[!,. ]*voici\s+(?:[\w'-]+\s+){{0,3}}"
-        rf"(?:prompt|description|invite|version|légende|texte)\b{_END}",
+        rf"(?:prompt|description|invite|version|légende|texte|résultat)\b{_END}",
         rf"(?:bien sûr|d'accord)?[!,. ]*voici(?:\s*:\s*|\b{_PARAGRAPH})",
         rf"(?:gerne|natürlich)?[!,. ]*hier (?:ist|sind|kommt)\s+(?:[\w-]+\s+){{0,3}}"
         rf"(?:prompt|(?:bild)?beschreibung|fassung|version|text)\b{_END}",
@@ -41,7 +42,7 @@ _PREAMBLES = tuple(
 )
 _TO_THE_USER = (
     r"(?:[#*_>]+\s*)*(?:let me know|i hope|feel free|would you like|do you want|if you(?:'d| would) like|note that\b|"
-    r"(?:notes?|explanation|rationale|(?:key |main )?changes(?: made)?)\s*[*_]*\s*:|"
+    r"(?:notes?|explanation(?: of [\w ]{1,30})?|rationale|why this works|(?:key |main )?changes(?: made)?)\s*[*_]*\s*:|"
     r"this (?:prompt|description) (?:is|keeps|captures)\b)"
 )
 _AFTERWORDS = re.compile(rf"(?is)\n\s*(?:[-*_]{{3,}}\s*\n\s*)?{_TO_THE_USER}.*\Z")

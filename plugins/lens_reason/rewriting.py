@@ -19,7 +19,7 @@ from lens_reason.cleaning import clean
 from lens_reason.harmony import HarmonyError
 from lens_reason.policy import NAMES, REFUSE, hash_of, read_policy
 
-_REFUSAL = re.compile(rf"""(?s)[\s.!*_'"“]*{REFUSE}\b[\s.:,;!*_'"”–—-]*(.*)""")
+_REFUSAL = re.compile(rf"""(?s)[\s.!*_]*{REFUSE}\b[\s.:,;!*_'"”–—-]*(.*)""")
 """An answer that begins with the word, whatever stands between it and the reason."""
 
 

@@ -59,12 +59,15 @@ def run_search(
     reasoner = _built(catalog, "reasoner", _without_system(search.reasoner))
     reflector = reflector or _built(catalog, "llm", search.reflector)
     dev, heldout = (_part(catalog, search, name) for name in ("dev", "heldout"))
+    every = len(heldout.prompts)
     heldout = _unseen(dev, heldout, log)
     _check_budget(search, dev, heldout)
     start = start_of(search, default_policy())
     pipeline = pipeline or LensPipeline.from_pretrained(search.model, catalog=catalog, device="auto")
     with locked(folder, "search"):
-        files = SearchFiles(folder, {**unstructure(search), "start": start, "model_hash": pipeline.version})
+        # Judgements are kept by number; where prompts were left out, these are other numbers than before.
+        left_out = {"left_out": every - len(heldout.prompts)} if len(heldout.prompts) < every else {}
+        files = SearchFiles(folder, {**unstructure(search), "start": start, "model_hash": pipeline.version, **left_out})
         purse = Purse(search.budget, files, [reflector, getattr(reasoner, "llm", None)])
         searching = Searching(search, Judge(search, pipeline, reasoner, purse, log), dev, reflector, log)
         purse.held = _missing(files, start, heldout) + len(heldout.prompts)

@@ -290,7 +290,6 @@ def test_help_and_plugins_import_no_model_library() -> None:
     script = """
 import sys
 from lens_core.cli.main import main
-from lens_core.inference.batch import is_preview
 assert main(["--help"]) == 0
 assert main(["plugins"]) == 0
 heavy = {"torch", "diffusers", "transformers", "numpy", "accelerate", "safetensors"} & set(sys.modules)
@@ -317,7 +316,6 @@ from lens_core.catalog import Catalog
 import brings
 catalogs.Catalog.installed = classmethod(lambda cls: Catalog.of(brings))
 from lens_core.cli.main import main
-from lens_core.inference.batch import is_preview
 assert main(["weigh", "--times", "3"]) == 7
 assert main(["--help"]) == 0
 """
@@ -722,7 +720,6 @@ def test_help_describes_every_command_and_imports_none_for_it() -> None:
     script = """
 import sys
 from lens_core.cli.main import main
-from lens_core.inference.batch import is_preview
 assert main(["--help"]) == 0
 heavy = {"torch", "lens_data.commands", "lens_bench.figures", "lens_reason.commands"} & set(sys.modules)
 assert not heavy, heavy

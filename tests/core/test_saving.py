@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,21 @@ LEFTOVERS = (
     "transformer/diffusion_pytorch_model.safetensors.index.json",
     "transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "text_encoder/model-00001-of-00003.safetensors",
 )  # fmt: skip
-OTHERS = ("transformer/mine.safetensors", "transformer/model-old.safetensors", "notes/config.json", "my.json")
+OTHERS = (
+    "transformer/model.safetensors",
+    "vae/my_chat.jinja",
+    "transformer/mine.safetensors",
+    "transformer/model-old.safetensors",
+    "notes/config.json",
+    "my.json",
+)
 
 
 def test_what_an_earlier_checkpoint_left_is_removed(pipeline: LensPipeline, checkpoint: Path, catalog: Catalog) -> None:
     put(checkpoint, LEFTOVERS)
+    about = json.loads((checkpoint / "lens.json").read_text())
+    about["files"] |= dict.fromkeys(LEFTOVERS, "0" * 64)
+    (checkpoint / "lens.json").write_text(json.dumps(about))
     pipeline.save_pretrained(checkpoint)
     assert not any((checkpoint / name).exists() for name in LEFTOVERS)
     LensPipeline.from_pretrained(checkpoint, catalog=catalog, verify=True, device="cpu")

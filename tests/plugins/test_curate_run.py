@@ -211,7 +211,12 @@ def test_a_picture_that_is_deleted_leaves_the_store_and_the_report(folder: Path,
     gone = hashes(folder, "5.png")
     (folder / "5.png").unlink()
     (folder / "5.txt").unlink()
-    report = run(spec(folder), tmp_path / "store")
+    whole = stored(tmp_path / "store")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"raw: has no more 1 of 6 pictures .* use --prune to remove them"):
+            run(spec(folder), tmp_path / "store")
+        assert stored(tmp_path / "store") == whole
+    report = run(spec(folder), tmp_path / "store", prune=True)
     assert report.data["records"] == 12 and report.data["stored"]["removed"] == 1
     assert stored(tmp_path / "store").keys() == before - gone
     assert "5.png" not in stages(tmp_path / "store")
@@ -226,6 +231,28 @@ def test_a_source_that_is_empty_at_once_removes_nothing(folder: Path, tmp_path: 
     with pytest.raises(ConfigError, match=r"raw: has no picture any more.*check the path"):
         run(spec(folder), tmp_path / "store")
     assert stored(tmp_path / "store") == before
+    assert run(spec(folder), tmp_path / "store", prune=True).data["stored"]["removed"] == 6
+    assert not stored(tmp_path / "store")
+
+
+def test_another_folder_under_the_name_of_a_source_removes_nothing_unasked(tmp_path: Path) -> None:
+    for place, seeds in (("a", (0, 1, 2)), ("b", (3, 4, 5))):
+        (tmp_path / place / "raw").mkdir(parents=True)
+        for number, seed in enumerate(seeds):
+            add(tmp_path / place / "raw", f"{number}.png", picture(seed))
+    run(spec(tmp_path / "a" / "raw", filters=[]), tmp_path / "store")
+    before = stored(tmp_path / "store")
+    with pytest.raises(ConfigError, match=r"raw: has no more 3 of 3 pictures .* another `name`"):
+        run(spec(tmp_path / "b" / "raw", filters=[]), tmp_path / "store")
+    assert stored(tmp_path / "store") == before
+
+
+def test_a_picture_that_cannot_be_read_any_more_stays(folder: Path, tmp_path: Path) -> None:
+    run(spec(folder), tmp_path / "store")
+    before = stored(tmp_path / "store").keys()
+    (folder / "5.png").write_bytes(b"torn")
+    assert run(spec(folder), tmp_path / "store").data["stored"]["removed"] == 0
+    assert stored(tmp_path / "store").keys() == before
 
 
 def test_a_tar_that_loses_a_sample_loses_it_in_the_store(folder: Path, tmp_path: Path) -> None:
@@ -240,7 +267,7 @@ def test_a_tar_that_loses_a_sample_loses_it_in_the_store(folder: Path, tmp_path:
     pack("0", "1", "2")
     run(recipe, tmp_path / "store")
     pack("0", "2")
-    assert run(recipe, tmp_path / "store").data["stored"]["removed"] == 1
+    assert run(recipe, tmp_path / "store", prune=True).data["stored"]["removed"] == 1
     assert stored(tmp_path / "store").keys() == hashes(folder, "0.png", "2.png")
     pack("0", "1", "2")
     run(recipe, tmp_path / "store")
@@ -258,7 +285,7 @@ def test_a_source_store_that_loses_a_picture_loses_that_one_alone(
     lost = hashes(folder, "4.png")
     assert lost <= before
     Store(str(tmp_path / "source")).delete(list(lost))
-    run(recipe, tmp_path / "store")
+    run(recipe, tmp_path / "store", prune=True)
     assert stored(tmp_path / "store").keys() >= before - lost
     assert not lost & stored(tmp_path / "store").keys()
 
@@ -277,7 +304,7 @@ def test_a_run_that_is_killed_after_pictures_changed_ends_as_one_that_was_not(
         run(recipe, tmp_path / name)
     add(folder, "4.png", picture(4).point(lambda value: min(255, value + 6)))
     (folder / "5.png").unlink()
-    run(recipe, tmp_path / "whole")
+    run(recipe, tmp_path / "whole", prune=True)
     killed = [0]
 
     def dying(plain: Any) -> Any:
@@ -294,9 +321,9 @@ def test_a_run_that_is_killed_after_pictures_changed_ends_as_one_that_was_not(
             patch.setattr(Store, name, dying(getattr(Store, name)))
         patch.setattr(curation, "FLUSH_ROWS", 1)
         with pytest.raises(KeyboardInterrupt):
-            run(recipe, tmp_path / "store")
+            run(recipe, tmp_path / "store", prune=True)
     for _ in range(2):
-        run(recipe, tmp_path / "store")
+        run(recipe, tmp_path / "store", prune=True)
         assert stored(tmp_path / "store") == stored(tmp_path / "whole")
         assert stages(tmp_path / "store") == stages(tmp_path / "whole")
 

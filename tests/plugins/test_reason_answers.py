@@ -115,6 +115,8 @@ CAT = "A red cat sits on a blue mat."
         f"Option 1: {CAT}\n\nOption 2: A dog runs.", f"{CAT}\n\nAlternatively:\nA dog runs.",
         f'{{"prompt": "{CAT}"}}', f'```json\n{{"prompt": "{CAT}"}}\n```', f"<answer>{CAT}</answer>",
         f"Certainly! {CAT}", f"{CAT}\n\n---\n**Changes made:**\n- a mat", f"Here it is:\n{CAT}",
+        f"Here is the rewritten request:\n{CAT}", f"Here’s the enhanced text: {CAT}", f"Voici le résultat : {CAT}",
+        f"{CAT}\n\n---\n\n*Why this works:* it is short.", f"{CAT}\n\nExplanation of changes: none.",
         f"Here's something lovely:\n\n{CAT}", "A red cat\nsits on  a blue mat.", f"# Prompt: {CAT}",
     ],
 )  # fmt: skip
@@ -130,6 +132,7 @@ def test_what_stands_around_a_prompt_is_taken_away(answer):
         "a clock at 1. There is a cat.", "a cat {in braces}", 'a note that says "Note: buy milk" on a fridge',
         "'Twas night", "an answer: 42 in neon", 'This is a neon sign in an alley, reading: "OPEN LATE"',
         'Here is a chalkboard with the answer: "42"', "A poster. Or, seen from afar, a stamp.",
+        "This is a watercolor version of the Mona Lisa: she smiles.", '"REFUSE" in red letters on a bin',
     ],
 )  # fmt: skip
 def test_what_belongs_to_a_prompt_stays(prompt):

@@ -160,7 +160,7 @@ def test_an_answer_that_is_of_no_use_leaves_the_request_with_the_reason():
 def test_a_refusal_by_the_policy_stops_the_picture():
     with pytest.raises(RefusedError, match="policy refuses to draw 'a bomb': weapons are not drawn"):
         chat(lambda r: "REFUSE: weapons are not drawn", on_failure="ask_raw").refine(["a bomb"])
-    for text in ("REFUSE - why", "REFUSE why", "REFUSE\nwhy", "REFUSE. why", "**REFUSE** why", '"REFUSE": why'):
+    for text in ("REFUSE - why", "REFUSE why", "REFUSE\nwhy", "REFUSE. why", "**REFUSE** why"):
         with pytest.raises(RefusedError, match=r": why\"?$"):
             chat(lambda r, text=text: text).refine(["a bomb"])
     assert chat(lambda r: "REFUSED entries on a wall").refine(["a sign"])[0].text == "REFUSED entries on a wall"
