@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -110,9 +109,6 @@ def checked_scores(component: Any, scores: Any, count: int, method: str = "score
     for score in result:
         if not isinstance(score, Score):
             refuse(component, method, score, must)
-        if not isinstance(score.components, Mapping) or not all(map(_is_number, score.components.values())):
-            must_be = "the components of a Score must be {name: number}"
-            refuse(component, method, score.components, must_be, verb="gave, as components,")
     if len(result) != count:
         raise PluginError(f"{name_of(component)}.{method} returned {len(result)} scores for {count} images; {must}")
     return result
@@ -281,10 +277,6 @@ def prompts_of(benchmark: Any) -> list[Prompt]:
             must_be = "the data of a Prompt must be a mapping, and its question, if there is one, hashable"
             refuse(benchmark, "prompts", prompt.data, must_be, verb="gave, as data,")
     return result
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) or type(value).__name__.startswith("bool")  # numpy's
 
 
 def _is_hashable(value: Any) -> bool:

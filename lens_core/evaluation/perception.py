@@ -179,7 +179,8 @@ class _StoredScores:
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         scores = self.known.get(key)
         if scores is None or len(scores) != len(pictures):
-            scores = [_plain(score) for score in _scored(benchmark, pictures)]
+            with calling(benchmark, "score"):  # components that are no numbers
+                scores = [_plain(score) for score in _scored(benchmark, pictures)]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             atomic_files.append(self.path, {"pictures": key, "scores": [asdict(score) for score in scores]})
             self.known[key] = scores

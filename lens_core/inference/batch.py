@@ -89,7 +89,7 @@ def _numbered(output: Path, count: int) -> list[Path]:
 def unused_path(path: Path, count: int = 1) -> Path:
     """`path`, or the first of path-2, path-3 … under which none of `count` images has a file."""
     number, free = 1, path
-    while any(file.exists() for file in _numbered(free, count)):
+    while any(file.exists() for file in _numbered(free, min(count, MAX_IMAGES))):  # more are refused later
         number += 1
         free = path.with_stem(f"{path.stem}-{number}")
     return free

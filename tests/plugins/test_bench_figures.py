@@ -149,12 +149,12 @@ def test_parts_of_a_picture_add_up_to_its_seconds(checkpoint: Path, catalog: Cat
 
 def test_of_another_generator_only_the_total_is_known(tmp_path: Path) -> None:
     for index in (0, 1):
-        Image.new("RGB", (4, 4)).save(tmp_path / f"x_{index}.png")
-    spec = ComponentSpec("folder", {"folder": str(tmp_path), "pattern": "x_{index}"})
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{index}_0.png")
+    spec = ComponentSpec("folder", {"folder": str(tmp_path)})
     generator = make_generator(spec, Catalog.installed())
     measured = latency.measure(generator, None, 1)
     assert measured.cold.parts == {} and measured.cold.total > 0 and measured.peak_bytes is None
-    (tmp_path / "x_0.png").unlink()
+    (tmp_path / "0_0.png").unlink()
     with pytest.raises(ConfigError, match="the picture is failed"):
         latency.measure(generator, None, 1)
     assert main(["bench", "latency", "--pictures", "0", "--generator", f"{{use: folder, folder: {tmp_path}}}"]) == 2
