@@ -149,7 +149,7 @@ def test_parts_of_a_picture_add_up_to_its_seconds(checkpoint: Path, catalog: Cat
 
 def test_of_another_generator_only_the_total_is_known(tmp_path: Path) -> None:
     for index in (0, 1):
-        Image.new("RGB", (4, 4)).save(tmp_path / f"{index}_0.png")
+        Image.new("RGB", (4, 4)).save(tmp_path / f"0_{index}.png")
     spec = ComponentSpec("folder", {"folder": str(tmp_path)})
     generator = make_generator(spec, Catalog.installed())
     measured = latency.measure(generator, None, 1)
