@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from fnmatch import fnmatch, fnmatchcase
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,14 @@ FOLDERS = {"vae": ("vae/",), "text_encoder": ("text_encoder/", "tokenizer/"), "b
 SHARD = re.compile(r"(diffusion_pytorch_model|model)-\d{5}-of-\d{5}\.safetensors")
 
 
+def _is_usual(name: str) -> bool:
+    """Whether a file in the folder of a part is, by its name, its weights or what describes them."""
+    return name in WEIGHTS or any(fnmatch(name, pattern) for pattern in ABOUT)
+
+
 def is_layout_file(name: str) -> bool:
     """Whether a file in the folder of a part is one that checkpoints hold by custom, as far as it decides pictures."""
-    about = any(fnmatchcase(name, pattern) for pattern in ABOUT) and name != "latent_preview.json"
-    return about or name in WEIGHTS or SHARD.fullmatch(name) is not None
+    return (_is_usual(name) and name != "latent_preview.json") or SHARD.fullmatch(name) is not None
 
 
 def is_name(text: str) -> bool:
@@ -135,7 +139,7 @@ def named(folder: Path, described: Mapping[str, Any]) -> list[str]:
     names += described.get("files", ())
     for path in folder.glob("*/*"):
         name = path.relative_to(folder).as_posix()
-        if name.startswith(parts) and (path.name in WEIGHTS or any(fnmatch(path.name, p) for p in ABOUT)):
+        if name.startswith(parts) and _is_usual(path.name):
             names.append(name)
     ours = {n for n in names if is_file(folder / n) and not is_system_file(n) and not _is_shared_file(n, described)}
     return sorted(ours)

@@ -25,6 +25,11 @@ ENDINGS = ("png", "jpg", "jpeg", "webp")
 FIELDS = ("id", "number", "index")
 
 
+def _fields(pattern: str) -> set[str]:
+    """The fields that a pattern names. Raises ValueError for one that cannot be parsed."""
+    return {name for _, name, _, _ in Formatter().parse(pattern) if name is not None}
+
+
 class Folder:
     """Take pictures that are there already from a folder, by file name.
 
@@ -45,7 +50,7 @@ class Folder:
 
         def __attrs_post_init__(self) -> None:
             try:
-                names = {name for _, name, _, _ in Formatter().parse(self.pattern) if name is not None}
+                names = _fields(self.pattern)
                 self.pattern.format(id="000000", number=0, index=0)
             except (ValueError, LookupError, AttributeError) as error:
                 raise ConfigError(f"pattern: {readers.shown(self.pattern)} is no pattern ({error})") from error
@@ -76,7 +81,7 @@ class Folder:
 
     def generate(self, requests: Sequence[PictureRequest]) -> Iterator[PictureOutcome]:
         for request in requests:
-            if request.index and "{index" not in self.config.pattern:
+            if request.index and "index" not in _fields(self.config.pattern):
                 raise ConfigError(
                     f"pattern: {readers.shown(self.config.pattern)} has no {{index}}, and each prompt has several "
                     "pictures; add it, or ask for one (--num-images 1)"

@@ -58,8 +58,8 @@ def curate(
     With `preview`, a sample of so many pictures is curated into a store that is thrown away, and `store` is not
     touched. Pictures that curations put into the store, and that their sources have no more, are removed with `prune`
     alone; without it ConfigError is raised before anything is removed. It is raised, too, for a recipe that cannot run,
-    before a picture is read; LockedError where another
-    process writes to the store; WriteError where the disk is full, after which the same call goes on.
+    before a picture is read; LockedError where another process writes to the store; WriteError where the disk is full,
+    after which the same call goes on.
     """
     catalog = catalog or Catalog.installed()
     t.steady_memory()

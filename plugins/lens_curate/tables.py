@@ -220,8 +220,8 @@ class Tables:
         order = last[np.argsort(ids[last])]
         return ids[order], rows[order], flawed[order]
 
-    def stored_by_curations(self) -> Iterator[tuple[NDArray[np.bytes_], NDArray[np.str_]]]:
-        """Ids of pictures that the last run has kept, and so put into the store, and their sources, in batches. The
+    def stored_by_curations(self) -> Iterator[tuple[NDArray[np.bytes_], NDArray[np.bytes_], NDArray[np.str_]]]:
+        """Ids, keys and sources of pictures that the last run has kept, and so put into the store, in batches. The
         store's own pictures are none of them."""
         for batch in self.batches(VERDICTS, "id", "key", "source", "kept"):
             sources = np.array(batch["source"].to_pylist(), np.str_)

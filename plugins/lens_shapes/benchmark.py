@@ -214,7 +214,7 @@ class ShapesReward:
     class Config:
         partial: bool = False  # credit for the share of facts that are there: a weak model's pictures differ then
         # That read pictures; more are faster, with the same scores. A script needs `if __name__ == "__main__":`.
-        processes: int = field(default=1, validator=PROCESSES, metadata={SPEED_ONLY: True})
+        processes: int = field(default=1, validator=PROCESSES)
 
     def __init__(self, config: Config) -> None:
         self.config = config
