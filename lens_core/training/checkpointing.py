@@ -81,6 +81,7 @@ def save(state: TrainingState) -> Path:
         "method": {k: v for k, v in method.items() if not isinstance(v, Tensor)},
         "spikes": state.spike_detector.state_dict(),
         "optimizer": state.train_config.optimizer,
+        "start": state.start_version,
     }
     first = state.ranks.rank == 0
     final = state.out / "checkpoints" / f"step-{state.step:07d}"
@@ -141,12 +142,19 @@ def _verify(folder: Path) -> None:
             raise CheckpointError(f"{folder / name}: is not what was written; some of its bits have changed")
 
 
-def resume(state: TrainingState) -> None:
-    """Go on from the newest good checkpoint, where there is one, and write `recipe.json`. All processes call it."""
+def resume(state: TrainingState, allow_changed: bool = False) -> None:
+    """Go on from the newest good checkpoint, where there is one, and write `recipe.json`. All processes call it.
+
+    Raises CheckpointError where the start is another than the run began with, unless `allow_changed`.
+    """
+    if state.ranks.rank == 0:
+        for partial in (state.out / "checkpoints").glob(".step-*.partial"):  # of a run that was killed while it saved
+            shutil.rmtree(partial, ignore_errors=True)
     # The first process looks for all, so that all go on from the same one.
     folder: Path | None = state.ranks.broadcast(newest(state.out, state.log) if state.ranks.rank == 0 else None)
     if folder is not None:
         plain = atomic_files.read_json(folder / "state.json", finite=False)
+        _check_start(state, plain.get("start"), allow_changed)
         restore(state, plain, state.ranks.read(folder, _layout(state)))
         state.log(f"resumed at step {state.step} from {folder}")
     if state.ranks.rank == 0:
@@ -160,6 +168,20 @@ def resume(state: TrainingState) -> None:
         state.evaluator.lines = state.ranks.broadcast(state.evaluator.lines)
     if state.ranks.rank == 0:  # last: a resume that fails leaves the run to its own recipe
         atomic_files.write_json(state.out / "recipe.json", _plain(state.recipe))
+
+
+def _check_start(state: TrainingState, before: Any, allow_changed: bool) -> None:
+    """Checkpoints hold what learns. What does not, such as the weights beside a LoRA, is read from the start again."""
+    if before is None or before == state.start_version:  # None: of an older Lens
+        return
+    start = state.recipe.pipeline.start
+    change = f"the start {start or '(none)'}, whose hash was {before or 'none'} and is {state.start_version or 'none'}"
+    if not allow_changed:
+        raise CheckpointError(
+            f"{state.out}: its checkpoints stand on other weights than there are now: {change}; put the old start back, "
+            "choose a new --output, or go on with --allow-changed"
+        )
+    state.log(f"changed, as allowed: {change}")
 
 
 def _layout(state: TrainingState) -> dict[str, Tensor]:
@@ -229,11 +251,18 @@ def check_recipe(state: TrainingState, allow_changed: bool) -> None:
     """Compare the recipe with the one that the run was started with.
 
     Raises ConfigError, with each difference, where checkpoints would go on with another one unasked, or its model would
-    be replaced.
+    be replaced; and where a folder has a model or checkpoints, but no recipe that says whose they are.
     """
     path = state.out / "recipe.json"
     now = _plain(state.recipe)
-    begun = bool(folders(state.out)) or any((state.out / name).is_dir() for name in ("model", "adapters"))
+    there = ["checkpoints"] if folders(state.out) else []
+    there += [name for name in ("model", "adapters") if (state.out / name).is_dir()]
+    begun = bool(there)
+    if begun and not path.is_file() and not allow_changed:
+        raise ConfigError(
+            f"{state.out}: holds {' and '.join(f'{name}/' for name in there)}, but the recipe.json of their run is "
+            f"missing. Choose a new --output, or {'go on' if folders(state.out) else 'replace it'} with --allow-changed"
+        )
     if path.is_file():
         try:  # by way of a Recipe, so that options which are newer than the run count as their defaults
             before = structure(Recipe, atomic_files.read_json(path, finite=False))

@@ -51,6 +51,7 @@ class TrainingState:
         set_seed(recipe.seed)  # before anything is built: initial weights are part of the recipe
         unread = frozen_weights.unread(recipe, catalog)  # the dataset brings what these would make
         self.pipeline = LensPipeline.from_parts(recipe.pipeline, catalog, unread).to(self.accelerator.device)
+        self.start_version = self.pipeline.version  # hash of the start; "" without one. Before anything is replaced
         name, method, config = build(catalog, "method", recipe.method, "$.method")
         with building(name):
             self.method = method(config, self.pipeline)

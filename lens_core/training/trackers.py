@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lens_core.io.readers import one_line
 from lens_core.types import ConfigError, did_you_mean
 
 
@@ -26,7 +27,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Accelerate's trackers of a run. One that fails is logged and left out; it never stops the run."""
+    """Accelerate's trackers of a run. One that fails while it runs is logged and left out; it never stops the run."""
 
     def __init__(self, accelerator: Any, recipe: Mapping[str, Any], out: Path, log: Callable[[str], None]) -> None:
         self.log_line = log
@@ -42,11 +43,15 @@ class Trackers:
                 tracker.log(numbers, step=step)
             except Exception as error:  # whatever a service or its client does, the training is worth more
                 self.trackers.remove(tracker)
-                self.log_line(f"the tracker {tracker.name} failed and is left out from now on: {error}")
+                self.log_line(f"the tracker {tracker.name} failed and is left out from now on: {one_line(error)}")
 
     def finish(self) -> None:
         while self.trackers:
-            self.trackers.pop().finish()
+            tracker = self.trackers.pop()
+            try:
+                tracker.finish()
+            except Exception as error:
+                self.log_line(f"the tracker {tracker.name} failed as it ended: {one_line(error)}")
 
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -75,7 +75,7 @@ class Trainer(TrainingState):
             if self.ranks.rank == 0:
                 checkpointing.check_recipe(self, self.allow_changed)
             self.ranks.barrier()
-            checkpointing.resume(self)
+            checkpointing.resume(self, self.allow_changed)
             # After resuming: rates and time left count from the step that was resumed.
             self.throughput = Throughput(self.step, peak(self.accelerator.device))
             self.trackers = Trackers(self.accelerator, unstructure(self.recipe), self.out, self.log)

@@ -334,6 +334,18 @@ def test_a_tracker_that_fails_stops_nothing(fake: type[Fake], tmp_path: Path, mo
     )
 
 
+def test_a_tracker_that_fails_as_it_ends_takes_nothing_away(
+    fake: type[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finish(self: Fake) -> None:
+        raise ConnectionError("the service\nis down")
+
+    monkeypatch.setattr(fake, "finish", finish)
+    said: list[str] = []
+    assert run(recipe(trackers=("fake",)), tmp_path, said).train().model == tmp_path / "model"
+    assert "the tracker fake failed as it ended: the service is down" in said
+
+
 def test_a_tracker_is_finished_where_a_run_breaks(fake: type[Fake], tmp_path: Path) -> None:
     plan = evolve(recipe(trackers=("fake",), max_skipped_steps=1), method=ComponentSpec("fit", {"bad": [0]}))
     with pytest.raises(NumericalError):

@@ -23,7 +23,7 @@ from lens_core.catalog import Catalog
 from lens_core.checkpoints import manifest, tensor_files
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.io import atomic_files
-from lens_core.recipe import ComponentSpec, Evaluation, LoraSpec, Recipe, Training
+from lens_core.recipe import ComponentSpec, Evaluation, LoraSpec, PipelineSpec, Recipe, Training
 from lens_core.training import optimizers
 from lens_core.training.step import lr_factor
 from lens_core.training.trainer import Trainer
@@ -329,6 +329,51 @@ def test_averages_that_begin_later_begin_at_the_weights_of_the_checkpoint(runner
     after = runner.state("a", 4)
     moved = [n for n in run.ema["backbone"] if not torch.equal(after[f"ema/backbone/{n}"], after[f"net/backbone/{n}"])]
     assert moved, "and then they follow"
+
+
+def test_a_model_that_no_run_made_is_not_replaced_unasked(runner: Runner) -> None:
+    mine = runner.folder / "a" / "model" / "mine.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"weeks of work")
+    with pytest.raises(ConfigError, match=r"holds model/, but the recipe\.json of their run is missing.*replace it with"):
+        runner.run(recipe(steps=2), "a").train()
+    assert mine.read_bytes() == b"weeks of work"
+    changed(runner, recipe(steps=2), "a").train()
+    (runner.folder / "a" / "recipe.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds checkpoints/ and model/, .* go on with --allow-changed"):
+        runner.run(recipe(steps=4), "a").train()
+    assert changed(runner, recipe(steps=4), "a").train().steps == 4
+
+
+def test_a_run_refuses_a_start_that_has_changed_since_it_began(runner: Runner) -> None:
+    def start(seed: int) -> None:
+        torch.manual_seed(seed)
+        LensPipeline.from_parts(toy.NARROW, runner.catalog).save_pretrained(runner.folder / "start")
+
+    adapter = {"backbone": LoraSpec(rank=2, targets=("inner",))}
+    plan = recipe(steps=2, ema_decay=0.0, lora=adapter)
+    plan = evolve(plan, pipeline=PipelineSpec(start=str(runner.folder / "start")))
+    longer = evolve(plan, train=evolve(plan.train, steps=4))
+    start(1)
+    runner.run(plan, "a").train()
+    start(2)  # the adapters were learned beside weights that are gone
+    with pytest.raises(CheckpointError, match=r"stand on other weights.*start .*/start, whose hash was \w+ and is \w+;"):
+        runner.run(plan, "a").train()
+    assert changed(runner, longer, "a").train().steps == 4
+    assert any(line.startswith("changed, as allowed: the start ") for line in runner.said)
+    start(1)
+    runner.said.clear()
+    with pytest.raises(CheckpointError, match="stand on other weights"):
+        runner.run(longer, "a").train()
+
+
+def test_what_a_killed_save_left_is_removed_when_the_run_goes_on(runner: Runner) -> None:
+    runner.run(recipe(steps=2), "a").train()
+    partial = runner.folder / "a" / "checkpoints" / ".step-0000003.partial"
+    partial.mkdir()
+    (partial / "state.safetensors").write_bytes(bytes(1000))
+    changed(runner, recipe(steps=4), "a").train()
+    assert sorted(p.name for p in partial.parent.iterdir()) == ["step-0000002", "step-0000004"]
 
 
 def test_a_copy_of_a_checkpoint_under_another_name_is_left_alone(runner: Runner) -> None:
