@@ -178,7 +178,7 @@ def _check_start(state: TrainingState, before: Any, allow_changed: bool) -> None
     change = f"the start {start or '(none)'}, whose hash was {before or 'none'} and is {state.start_version or 'none'}"
     if not allow_changed:
         raise CheckpointError(
-            f"{state.out}: its checkpoints stand on other weights than there are now: {change}; put the old start back, "
+            f"{state.out}: its checkpoints stand on other weights than there are now: {change}; put the old one back, "
             "choose a new --output, or go on with --allow-changed"
         )
     state.log(f"changed, as allowed: {change}")

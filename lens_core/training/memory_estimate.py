@@ -14,6 +14,7 @@ from lens_core.attribution import check_on_meta
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import hub, manifest
 from lens_core.inference import lora
+from lens_core.inference.loading import CheckpointInfo
 from lens_core.inference.parts import MODEL_PARTS, PIPELINE_PARTS
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.sizes import resolve_sizes, specs_of
@@ -26,6 +27,9 @@ from lens_core.types import ConfigError, LensError
 
 PUBLISHED = "published:"
 """The name under which a plugin describes the published model (`lens_describe`)."""
+
+STANDS_IN = "the published model stands in for it"
+"""The note of a pipeline whose start is not on this disk, so that its parts may be others."""
 
 
 def published(catalog: Catalog, name: str = PUBLISHED) -> dict[str, Any]:
@@ -77,12 +81,13 @@ def _here(start: str, catalog: Catalog) -> Path | None:
 def on_meta(recipe: Recipe, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
     """The recipe's pipeline with every shape and no weights, and what was assumed."""
     pipeline, notes = pipeline_on_meta(recipe.pipeline, catalog)
-    _check_sizes(recipe, catalog, pipeline)
+    if pipeline.note != STANDS_IN:
+        check_sizes(recipe, catalog, pipeline)
     return pipeline, notes
 
 
 def pipeline_on_meta(spec: PipelineSpec, catalog: Catalog) -> tuple[LensPipeline, list[str]]:
-    """As `on_meta`, of a recipe's `pipeline` alone."""
+    """As `on_meta`, of a recipe's `pipeline` alone. Its `note` is STANDS_IN where nothing here knows the start."""
     uses, presets, notes = parts(spec, catalog)
     built: dict[str, Any] = {}
     for kind, use in uses.items():
@@ -95,18 +100,19 @@ def pipeline_on_meta(spec: PipelineSpec, catalog: Catalog) -> tuple[LensPipeline
     known = not notes or catalog.first("lens_describe", Path(spec.start or "")) is not None
     if known:
         check_on_meta(*(built.get(kind) for kind in ("vae", "text_encoder", "backbone")))
-    return LensPipeline(**built, presets=presets, specs=uses, catalog=catalog), notes
+    info = CheckpointInfo(note="" if known else STANDS_IN)
+    return LensPipeline(**built, presets=presets, specs=uses, catalog=catalog, info=info), notes
 
 
-def _check_sizes(recipe: Recipe, catalog: Catalog, pipeline: LensPipeline) -> None:
+def check_sizes(recipe: Recipe, catalog: Catalog, pipeline: LensPipeline) -> None:
     """Raise ConfigError for a picture size of the recipe that is not on the VAE's grid."""
     if pipeline.vae is None or pipeline.backbone is None:
         return
-    sizes = [("$.evaluation.size", recipe.evaluation.size)] if recipe.evaluation and recipe.evaluation.size else []
-    for kind in ("dataset", "method"):
-        spec = getattr(recipe, kind)
-        config = build(catalog, kind, spec, f"$.{kind}")[2] if spec is not None else None
-        sizes += [(f"$.{kind}.sizes", size) for size in _pairs(getattr(config, "sizes", ()))]
+    sizes = _sizes_of("dataset", recipe.dataset, "$.dataset", catalog)
+    sizes += _sizes_of("method", recipe.method, "$.method", catalog)
+    if recipe.evaluation is not None:
+        sizes += [("$.evaluation.size", recipe.evaluation.size)] if recipe.evaluation.size else []
+        sizes += _sizes_of("dataset", recipe.evaluation.validation, "$.evaluation.validation", catalog)
     for path, size in sizes:
         try:
             pipeline.size(*size)
@@ -114,8 +120,22 @@ def _check_sizes(recipe: Recipe, catalog: Catalog, pipeline: LensPipeline) -> No
             raise ConfigError(f"{path}: {error}") from error
 
 
+def _sizes_of(kind: str, spec: ComponentSpec | None, path: str, catalog: Catalog) -> list[tuple[str, tuple[int, int]]]:
+    """The (height, width) in the options `sizes` and `buckets` of a component and of the datasets that it names."""
+    if spec is None:
+        return []
+    config = build(catalog, kind, spec, path)[2]
+    sizes = [(f"{path}.sizes", size) for size in _pairs(getattr(config, "sizes", ()))]
+    groups = getattr(config, "buckets", ())
+    for group in groups if isinstance(groups, tuple | list) else ():
+        sizes += [(f"{path}.buckets", size) for size in _pairs(group)]
+    for place, inner, use in getattr(config, "uses", tuple)():
+        sizes += _sizes_of(inner, use, f"{path}.{place}", catalog) if inner == "dataset" else []
+    return sizes
+
+
 def _pairs(sizes: Any) -> list[tuple[int, int]]:
-    """The (height, width) in an option `sizes`, which another plugin may use for something else."""
+    """The (height, width) in an option, which another plugin may use for something else."""
     if not isinstance(sizes, tuple | list):
         return []
     return [(s[0], s[1]) for s in sizes if isinstance(s, tuple | list) and [type(n) for n in s] == [int, int]]

@@ -23,7 +23,7 @@ from lens_core.inference import lora
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.io.progress import print_line
 from lens_core.recipe import Recipe, Training, build
-from lens_core.training import frozen_weights, optimizers
+from lens_core.training import frozen_weights, memory_estimate, optimizers
 from lens_core.training.distributed import Ranks
 from lens_core.training.evaluator import Evaluator
 from lens_core.training.spikes import SpikeDetector
@@ -62,6 +62,7 @@ class TrainingState:
                 self.evaluator = Evaluator(
                     recipe.evaluation, catalog, self.pipeline, self.method, out, self.log, writes=self.ranks.rank == 0
                 )
+        memory_estimate.check_sizes(recipe, catalog, self.pipeline)
         self._check_encoders(unread)  # before training changes or casts the encoders
         self.modules = trainable_modules_of(self.method)
         self._prepare_modules()

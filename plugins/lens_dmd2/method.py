@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lens_core import flow
 from lens_core.attribution import latents_of
+from lens_core.checkpoints import packed_linear
 from lens_core.flow import Velocity
 from lens_core.inference.pixels import to_pixels
 from lens_core.protocols import dtype_of
@@ -352,5 +353,6 @@ class DMD2:
         check_teacher("dmd2", state["teacher"], self._teacher_version)
 
 
-def _shapes(net: nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in net.named_parameters()}
+def _shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of the weights as they are when training has unpacked those that are quantised."""
+    return {name: tuple(tensor.shape) for name, tensor in packed_linear.plain_tensors(net).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from lens_core.catalog import Catalog
 from lens_core.flow import Velocity
 from lens_core.recipe import PipelineSpec, build
 from lens_core.training.frozen_weights import frozen_copy
+from lens_core.training.memory_estimate import STANDS_IN, pipeline_on_meta
 from lens_core.types import Batch, CheckpointError, ConfigError, TextFeatures
 
 if TYPE_CHECKING:
@@ -35,11 +37,21 @@ def teacher_of(method: str, uri: str | None, pipeline: LensPipeline, shared: Ite
 
     Its size may differ from the student's. Its VAE and text encoder are not read: their types and options must be those
     of the pipeline, or ConfigError is raised. That their weights are the same is not checked.
+
+    Where a recipe is only tried, and one of the two is not on this disk, a copy of the student is the teacher.
     """
     if uri is None:
         copied = frozen_copy(pipeline.backbone, shared)
         return Teacher(copied, float(pipeline.presets["guidance_scale"]), pipeline.version)
-    other = _checkpoint(uri, pipeline)
+    tried = any(p.is_meta for p in pipeline.backbone.parameters())
+    other = _tried_checkpoint(uri, pipeline) if tried else _checkpoint(uri, pipeline)
+    absent = [name for name, one in ((uri, other), ("the start", pipeline)) if tried and one.note == STANDS_IN]
+    if absent:
+        warnings.warn(
+            f"{method}: {absent[0]} is not on this disk; the teacher is taken to be as large as the student",
+            stacklevel=2,
+        )
+        return Teacher(frozen_copy(pipeline.backbone), float(other.presets["guidance_scale"]), other.version)
     if other.backbone is None:
         raise ConfigError(f"{method}: {uri} has no backbone, so it cannot be the teacher")
     for kind in ("vae", "text_encoder"):
@@ -55,16 +67,19 @@ def teacher_of(method: str, uri: str | None, pipeline: LensPipeline, shared: Ite
 
 
 def _checkpoint(uri: str, pipeline: LensPipeline) -> LensPipeline:
-    """The checkpoint with its backbone alone read; without weights, and fetching nothing, where the pipeline has none
-    either: then a recipe is only tried."""
-    from lens_core.training.memory_estimate import pipeline_on_meta
-
-    catalog = pipeline.catalog or Catalog.installed()
-    if any(p.is_meta for p in pipeline.backbone.parameters()):
-        return pipeline_on_meta(PipelineSpec(start=uri), catalog)[0]
+    """The checkpoint with its backbone alone read."""
     return type(pipeline).from_pretrained(
-        uri, catalog=catalog, dtype=torch.float32, device=pipeline.device, deferred=("vae", "text_encoder")
+        uri,
+        catalog=pipeline.catalog or Catalog.installed(),
+        dtype=torch.float32,
+        device=pipeline.device,
+        deferred=("vae", "text_encoder"),
     )
+
+
+def _tried_checkpoint(uri: str, pipeline: LensPipeline) -> LensPipeline:
+    """The checkpoint without weights; fetches nothing."""
+    return pipeline_on_meta(PipelineSpec(start=uri), pipeline.catalog or Catalog.installed())[0]
 
 
 def _options(pipeline: LensPipeline, kind: str) -> tuple[str, Any] | None:

@@ -14,15 +14,19 @@ from itertools import islice
 from pathlib import Path
 
 import lens_data
+import lens_flow
 import numpy as np
 import pytest
 import torch
+import toy
 from lens_data.dataset import StoreDataset
 from lens_data.store import Store
 from PIL import Image
 
 from lens_core.catalog import Catalog
-from lens_core.recipe import structure
+from lens_core.recipe import ComponentSpec, Recipe, Training, structure
+from lens_core.training.memory_estimate import memory
+from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, ConfigError, LensError
 
 BUCKETS = (((16, 16), (16, 24), (24, 16)), ((32, 32),))
@@ -348,3 +352,18 @@ def test_read_ahead_in_many_threads_keeps_the_order(store, monkeypatch):
 def test_more_ranks_than_samples_are_refused(store):
     with pytest.raises(ConfigError, match="a batch of 4 has no equal shares for 8 ranks; use a multiple of 8"):
         take(make(store), 1, world=8)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_bucket_that_is_not_on_the_grid_of_the_vae_is_refused_before_anything_is_trained(store, tmp_path, mixed):
+    part = {"store": str(store), "buckets": (((16, 16), (16, 24)),), "batch": 2}
+    dataset = ComponentSpec("mix", {"datasets": [{"use": "store", **part}]}) if mixed else ComponentSpec("store", part)
+    catalog = Catalog.of(toy, lens_data, lens_flow)
+    plan = Recipe(
+        method=ComponentSpec("flow_matching"), dataset=dataset, train=Training(steps=2, lr=1e-2), pipeline=toy.PARTS
+    )
+    message = r"\$\.dataset.*\.buckets: width 24 is not a multiple of 16 px, the VAE's grid; use"
+    with pytest.raises(ConfigError, match=message):
+        memory(plan, catalog)
+    with pytest.raises(ConfigError, match=message):
+        Trainer(plan, catalog, tmp_path / "run", log=lambda line: None)

@@ -132,7 +132,8 @@ def test_captions_are_drawn_by_the_place_in_the_stream(store: Path) -> None:
 def test_a_run_whose_ranks_draw_areas_of_their_own_ends_with_the_same_bits_when_it_was_stopped(
     store: Path, tmp_path: Path
 ) -> None:
-    options = {"store": str(store), "buckets": [[[16, 16], [16, 24], [24, 16]], [[32, 32]]], "local_batch_sizes": LOCAL}
+    buckets = [[[16, 16], [16, 32], [32, 16]], [[32, 32]]]
+    options = {"store": str(store), "buckets": buckets, "max_upscale": 1.5, "local_batch_sizes": LOCAL}
     parts = {"vae": "blocks", "text_encoder": "letters", "backbone": {"use": "mixer", "width": 8}, "sampler": "euler"}
     settings = {"steps": 6, "lr": 1e-2, "save_every": 3, "keep_checkpoints": 9, "micro_batches": 3}
     data = {"use": "store", **options}

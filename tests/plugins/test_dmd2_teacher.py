@@ -17,6 +17,7 @@ from lens_dmd2.regression import TrajectoryRegression
 
 from lens_core import hookimpl
 from lens_core.catalog import Catalog
+from lens_core.checkpoints import packed_linear
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.recipe import ComponentSpec, PipelineSpec, Recipe, Training, structure
 from lens_core.training import memory_estimate
@@ -26,6 +27,23 @@ from lens_core.types import CheckpointError, ConfigError
 runes = types.ModuleType("runes")
 runes.lens_text_encoders = hookimpl(lambda: {"runes": type("Runes", (toy.Letters,), {})})  # type: ignore[attr-defined]
 runes.lens_text_encoders.__name__ = "lens_text_encoders"
+PUBLISHED = {
+    "components": {
+        "vae": {"use": "toy:blocks"},
+        "text_encoder": {"use": "runes:runes"},
+        "backbone": {"use": "toy:mixer", "config": {"width": 64}},
+        "sampler": {"use": "toy:even"},
+    },
+    "presets": {"guidance_scale": 3.0},
+}
+
+
+def lens_describe(folder: Path) -> dict[str, Any] | None:
+    return PUBLISHED if str(folder) == memory_estimate.PUBLISHED else None
+
+
+published = types.ModuleType("published")  # a model with another text encoder
+published.lens_describe = hookimpl(lens_describe)  # type: ignore[attr-defined]
 CATALOG = Catalog.of(toy, lens_dmd2, lens_flow, runes)
 METHODS: dict[str, Any] = {"dmd2": DMD2, "trajectory_regression": TrajectoryRegression}
 
@@ -145,3 +163,39 @@ def test_a_dry_run_counts_the_teacher_at_its_own_size_and_reads_no_weights(name:
     assert sizes["teacher: weights"] == 4 * sum(p.numel() for p in large.backbone.parameters())
     student = "generator" if name == "dmd2" else "student"
     assert sizes[f"{student}: weights"] < sizes["teacher: weights"] / 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_dry_run_does_not_compare_with_what_stands_in_for_an_absent_checkpoint(name: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "here", 1, guidance_scale=3.0, backbone=ComponentSpec("mixer", {"width": 8}))
+    absent, catalog = tmp_path / "runs" / "absent", Catalog.of(toy, lens_dmd2, lens_flow, runes, published)
+    plans = {
+        str(absent): recipe(name, tmp_path / "here", teacher=str(absent)),
+        "the start": recipe(name, absent, teacher=str(tmp_path / "here")),
+    }
+    for missing, plan in plans.items():
+        with pytest.warns(UserWarning, match=f"{missing} is not on this disk; the teacher is taken to be as large as"):
+            sizes, _, _ = memory_estimate.memory(plan, catalog)
+        student = "generator" if name == "dmd2" else "student"
+        assert sizes["teacher: weights"] == sizes[f"{student}: weights"]
+
+
+def test_a_quantised_teacher_of_the_students_size_is_of_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = LensPipeline.from_pretrained
+
+    def packed(uri: Any, **options: Any) -> LensPipeline:
+        pipeline = read(uri, **options)
+        if not str(uri).endswith("teacher"):
+            return pipeline
+        layer = pipeline.backbone.inner
+        halves = layer.weight.detach().half().contiguous()
+        packed_linear.pack(layer, "F16", halves.view(torch.uint8).reshape(len(halves), -1))
+        return pipeline
+
+    checkpoint(tmp_path / "teacher", 1, guidance_scale=3.0)
+    checkpoint(tmp_path / "student", 2)
+    monkeypatch.setattr(LensPipeline, "from_pretrained", packed)
+    made = method("dmd2", tmp_path / "student", teacher=str(tmp_path / "teacher"))
+    assert packed_linear.packed_layers(made.teacher)
