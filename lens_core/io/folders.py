@@ -29,25 +29,17 @@ def read_folder(root: Path) -> Iterator[SourceItem]:
 def list_folder(root: Path) -> Iterator[tuple[str, tuple[Mapping[str, Any], ...]] | SourceItem]:
     """What `read_folder` would read, in its order, without opening a picture: the path below `root` of each, and the
     captions that a list has for it; an item for each thing that cannot be used."""
-    listed = Ids()
-    for folder, names in _walk(root):
+    listed, faults = Ids(), list[SourceItem]()
+    for folder, names in sources.walk(root, faults):
         for name in LISTS:
             if name in names:
                 yield from _in_list(root, folder, name, listed)
-    for folder, names in _walk(root):
+    yield from faults
+    for folder, names in sources.walk(root, []):
         for name in names:
             relative = f"{folder}{name}"
             if is_picture(name) and _name_digest(relative) not in listed:
                 yield relative, ()
-
-
-def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """For each folder, its path below `root` with a slash at its end, and the pictures and lists in it, sorted."""
-    for here, folders, names in os.walk(root):
-        below = os.path.relpath(here, root)
-        prefix = "" if below == "." else f"{below}/"
-        folders[:] = sorted(name for name in folders if not is_system_file(name))
-        yield prefix, sorted(n for n in names if (is_picture(n) or n in LISTS) and not is_system_file(n))
 
 
 def read_picture(root: Path, relative: str, captions: tuple[Mapping[str, Any], ...]) -> SourceItem:
@@ -55,7 +47,7 @@ def read_picture(root: Path, relative: str, captions: tuple[Mapping[str, Any], .
     path = os.path.join(root, relative)
     try:
         if not os.path.isfile(path):  # a broken link, a pipe
-            return SourceItem(relative, fault="unreadable file")
+            return SourceItem(relative, fault=sources.UNREADABLE)
         image = _read(path, sources.LARGEST_PICTURE)
         if image is None:
             return SourceItem(relative, fault=sources.TOO_LARGE)
@@ -63,8 +55,8 @@ def read_picture(root: Path, relative: str, captions: tuple[Mapping[str, Any], .
         if text is not None:
             caption = _read(text, sources.LARGEST_TEXT)
             captions = (*captions, {"fault": sources.LONG_TEXT} if caption is None else {"caption": caption})
-    except (OSError, ValueError):
-        return SourceItem(relative, fault="unreadable file")
+    except (OSError, ValueError) as error:
+        return sources.broken(relative, error, sources.UNREADABLE)
     return SourceItem(relative, image, captions)
 
 
@@ -101,8 +93,8 @@ def _in_list(
                 else:
                     listed.add(digest)
                     yield relative, (facts,)
-    except OSError:
-        yield SourceItem(where, fault="unreadable file")
+    except OSError as error:
+        yield sources.broken(where, error, sources.UNREADABLE)
 
 
 def _resolve(root: Path, folder: str, listed_name: str) -> str | None:

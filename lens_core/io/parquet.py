@@ -44,11 +44,11 @@ def list_groups(
 ) -> Iterator[RowGroup | SourceItem]:
     """What `read_parquet` reads, in its order, without reading a row; an item for each file that cannot be used.
     `captions`: whether a file without a column of captions is refused."""
-    first = True
-    for file in files_below(path, is_parquet):
+    first, faults = True, list[SourceItem]()
+    for file in files_below(path, is_parquet, faults):
         reader = _opened(file)
-        if reader is None:
-            yield SourceItem(file.name, fault="damaged parquet file")
+        if isinstance(reader, SourceItem):
+            yield reader
             continue
         with reader:
             try:
@@ -65,28 +65,32 @@ def list_groups(
                 rows = reader.metadata.row_group(group).num_rows
                 yield RowGroup(file, group, start, rows, image, names)
                 start += rows
+    yield from faults
 
 
 def _opened(file: Path) -> Any:
-    """A reader of a parquet file; None for one that is damaged."""
+    """A reader of a parquet file; an item for one that cannot be read."""
     import pyarrow.parquet as pq
 
     try:
         reader = pq.ParquetFile(file, buffer_size=1024**2, page_checksum_verification=True)
         _ = reader.schema_arrow
-    except Exception:  # pyarrow raises whatever it stumbles over: OSError, ValueError, its own
-        return None
+    except Exception as error:  # pyarrow raises whatever it stumbles over: OSError, ValueError, its own
+        return sources.broken(file.name, error, "damaged parquet file")
     return reader
 
 
 def read_group(entry: RowGroup) -> Iterator[SourceItem]:
     """The rows of a row group, in their order."""
     reader = _opened(entry.file)
-    if reader is None or entry.group >= reader.num_row_groups:
-        yield SourceItem(entry.file.name, fault="damaged parquet file")
+    if isinstance(reader, SourceItem):
+        yield reader
         return
     with reader:
-        yield from _read_rows(reader, entry)
+        if entry.group >= reader.num_row_groups:
+            yield SourceItem(entry.file.name, fault="damaged parquet file")
+        else:
+            yield from _read_rows(reader, entry)
 
 
 def _read_rows(reader: Any, entry: RowGroup) -> Iterator[SourceItem]:
@@ -122,8 +126,8 @@ def _read_rows(reader: Any, entry: RowGroup) -> Iterator[SourceItem]:
                 else:
                     yield SourceItem(f"{name}:{row}", data, (captions,))
                 row += 1
-    except Exception:  # whatever a damaged file makes pyarrow raise; it is counted, and the next group is read
-        yield SourceItem(f"{name}:{row}", fault="damaged row group, its rest is lost")
+    except Exception as error:  # whatever a damaged file makes pyarrow raise; it is counted, and the next group is read
+        yield sources.broken(f"{name}:{row}", error, "damaged row group, its rest is lost")
 
 
 def _binary(batch: Any, name: str) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ CAPTION_KEYS = ("brief", "dense", "caption", "text")
 IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp")
 """Names of what holds the picture, in columns and in tars, the likeliest first."""
 
+UNREADABLE = "unreadable file"
 TOO_LARGE = f"image file larger than {LARGEST_PICTURE >> 20} MiB"
 LONG_TEXT = f"caption file larger than {LARGEST_TEXT >> 20} MiB"
 
@@ -46,21 +47,48 @@ class SourceItem:
     """One picture as its source has it.
 
     `captions` are texts, or their UTF-8 bytes, by key, the better source first. `fault` says why the picture cannot be
-    used.
+    used; with `retry` it is one of the disk or the net, which may pass.
     """
 
     name: str
     image: bytes | None = None
     captions: tuple[Mapping[str, Any], ...] = ()
     fault: str = ""
+    retry: bool = False
 
 
-def files_below(path: Path, wanted: Callable[[str], bool]) -> list[Path]:
-    """The files below a folder whose names are `wanted`, sorted; of a file, itself."""
+def broken(name: str, error: Exception, fault: str) -> SourceItem:
+    """The item for what could not be read: unreadable for now where the system said so, else with `fault`."""
+    if isinstance(error, OSError) and error.errno is not None:  # decoders raise OSError too, without a number
+        return SourceItem(name, fault=UNREADABLE, retry=True)
+    return SourceItem(name, fault=fault)
+
+
+def walk(root: Path, faults: list[SourceItem]) -> Iterator[tuple[str, list[str]]]:
+    """For each folder below `root`, in order: its path below `root` with a slash at its end, and its files, sorted.
+
+    `faults` gets an item for each folder that cannot be listed, and for each link to one: links are not followed.
+    """
+
+    def unlisted(error: OSError) -> None:
+        faults.append(SourceItem(os.path.relpath(error.filename, root), fault="unreadable folder", retry=True))
+
+    for here, folders, names in os.walk(root, onerror=unlisted):
+        below = os.path.relpath(here, root)
+        prefix = "" if below == "." else f"{below}/"
+        folders[:] = sorted(name for name in folders if not is_system_file(name))
+        links = [name for name in folders if os.path.islink(os.path.join(here, name))]
+        faults += [SourceItem(f"{prefix}{name}", fault="link to a folder, which is not followed") for name in links]
+        yield prefix, sorted(name for name in names if not is_system_file(name))
+
+
+def files_below(path: Path, wanted: Callable[[str], bool], faults: list[SourceItem] | None = None) -> list[Path]:
+    """The files below a folder whose names are `wanted`, sorted; of a file, itself. `faults` as in `walk`."""
     if not path.is_dir():
         return [path]
-    candidates = (p for p in path.rglob("*") if wanted(p.name) and not is_system_file(p.relative_to(path)))
-    return sorted(p for p in candidates if p.is_file())
+    listing = walk(path, [] if faults is None else faults)
+    files = (path / prefix / name for prefix, names in listing for name in names if wanted(name))
+    return sorted(file for file in files if os.path.isfile(file))
 
 
 def is_picture(name: str) -> bool:

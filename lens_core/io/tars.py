@@ -22,8 +22,10 @@ def is_tar(name: str) -> bool:
 
 def read_tars(path: Path) -> Iterator[SourceItem]:
     """Samples of one WebDataset tar, or of all below a folder: members with one name up to the first dot."""
-    for tar in files_below(path, is_tar):
+    faults: list[SourceItem] = []
+    for tar in files_below(path, is_tar, faults):
         yield from read_tar(tar)
+    yield from faults
 
 
 def read_tar(tar: Path) -> Iterator[SourceItem]:
@@ -33,7 +35,7 @@ def read_tar(tar: Path) -> Iterator[SourceItem]:
     except Exception as error:  # tarfile and the decompressors raise whatever they stumble over
         # The sample at the break may lack a member: it is given up with the rest.
         reason = " ".join(f"{error}".split())[:200] or type(error).__name__
-        yield SourceItem(f"{tar.name} ({reason})", fault="damaged archive, its rest is lost")
+        yield sources.broken(f"{tar.name} ({reason})", error, "damaged archive, its rest is lost")
 
 
 @mutable

@@ -141,6 +141,11 @@ class _Curation:
 
         def tasks(first: bool) -> Iterator[PartTask]:
             for number, source, part, digest in self._listed():
+                if first and prune and part.retry:
+                    raise ConfigError(
+                        f"{source.name}: {part.key} is an {part.fault} now, and --prune would remove what was in it; "
+                        "make it readable, or leave --prune out"
+                    )
                 if first:
                     digests.extend(digest)
                     silent.discard(source.name)

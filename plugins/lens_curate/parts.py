@@ -19,6 +19,7 @@ class Part:
     count: int = 1
     payload: Mapping[str, Any] = field(factory=dict)
     fault: str = ""  # why it cannot be read
+    retry: bool = False  # the fault may pass, see `SourceItem`
 
 
 def text_digest(*words: str) -> str:

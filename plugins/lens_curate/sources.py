@@ -103,7 +103,7 @@ class Folder(_Files):
         root = _existing(self.config.path)
         for entry in folders.list_folder(root):
             if isinstance(entry, SourceItem):
-                yield Part(entry.name, fault=entry.fault)
+                yield Part(entry.name, fault=entry.fault, retry=entry.retry)
                 continue
             relative, captions = entry
             facts = [
@@ -129,8 +129,11 @@ class Tars(_Files):
 
     def parts(self) -> Iterator[Part]:
         root = _existing(self.config.path)
-        for tar in files_below(root, tars.is_tar):
+        faults: list[SourceItem] = []
+        for tar in files_below(root, tars.is_tar, faults):
             yield Part(str(tar.relative_to(root) if root.is_dir() else tar.name), _stamp(tar), count=0)
+        for fault in faults:
+            yield Part(fault.name, fault=fault.fault, retry=fault.retry)
 
     def read(self, part: Part) -> Iterator[SourceItem]:
         root = Path(self.config.path).expanduser()
@@ -160,7 +163,7 @@ class Parquet(_Files):
         root = _existing(self.config.path)
         for entry in self._groups():
             if isinstance(entry, SourceItem):
-                yield Part(entry.name, fault=entry.fault)
+                yield Part(entry.name, fault=entry.fault, retry=entry.retry)
                 continue
             file = str(entry.file.relative_to(root)) if root.is_dir() else entry.file.name
             payload = {"file": file, "group": entry.group, "first": entry.first, "rows": entry.rows,

@@ -31,6 +31,7 @@ from lens_curate.parts import Part
 if TYPE_CHECKING:
     from lens_core.catalog import Catalog
 AT_ONCE = 32  # addresses of a part
+FAILURES = 6  # after which an address counts as gone; a run asks once or twice, for records and for files
 REDIRECTS = 5
 FORBIDDING = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
 _KEPT = (403, 404, 410, 451)  # answers that another attempt would not change
@@ -86,32 +87,34 @@ class Urls:
     def read(self, part: Part) -> Iterator[SourceItem]:
         entries = part.payload["urls"]
         with ThreadPoolExecutor(min(self.config.concurrency, len(entries))) as pool:
-            for entry, answer in zip(entries, pool.map(self._picture, [e["url"] for e in entries]), strict=True):
+            fetched = pool.map(self._picture, [e["url"] for e in entries])
+            for entry, (answer, final) in zip(entries, fetched, strict=True):
                 name, captions = entry["url"], (entry["captions"],)
                 if isinstance(answer, bytes):
                     yield SourceItem(name, answer, captions)
                 else:
-                    yield SourceItem(name, fault=answer)
+                    yield SourceItem(name, fault=answer, retry=not final)
 
-    def _picture(self, url: str) -> bytes | str:
-        """A picture, from the folder or the net, or why there is none."""
+    def _picture(self, url: str) -> tuple[bytes | str, bool]:
+        """(a picture, from the folder or the net, or why there is none; whether the next run would have the same)."""
         name = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
         place = Path(self.config.downloads).expanduser() / name[:2] / name
-        fault = place.with_suffix(".fault")
+        fault, failures = place.with_suffix(".fault"), place.with_suffix(".failures")
         if place.is_file():
-            return readers.read_bytes(place, LARGEST_PICTURE)
+            return readers.read_bytes(place, LARGEST_PICTURE), True
         if fault.is_file():
-            return readers.read_text(fault)
-        for attempt in range(self.config.retries + 1):
+            return readers.read_text(fault), True
+        for _ in range(self.config.retries + 1):
             answer, final = self._fetch(url)
-            if isinstance(answer, bytes):
-                write_atomic(place, lambda path, data=answer: path.write_bytes(data))  # type: ignore[misc]
-                return answer
-            if final or attempt == self.config.retries:
-                if final:
-                    write_atomic(fault, lambda path, words=answer: path.write_text(words))  # type: ignore[misc]
-                return answer
-        return "not fetched"
+            if final:
+                break
+        count = 0 if final else 1 + (failures.stat().st_size if failures.is_file() else 0)  # a byte for each
+        final = final or count >= FAILURES
+        if isinstance(answer, bytes):
+            _keep(place, answer)
+        else:
+            _keep(fault if final else failures, answer.encode() if final else bytes(count))
+        return answer, final
 
     def _fetch(self, url: str) -> tuple[bytes | str, bool]:
         """(the picture or why there is none, whether another attempt would end in the same way)."""
@@ -153,6 +156,10 @@ class Urls:
         except (OSError, UnicodeError, ValueError):
             return None  # the request will say what is wrong
         return None if public else "is of this machine or of a private network; private_hosts: true allows it"
+
+
+def _keep(place: Path, data: bytes) -> None:
+    write_atomic(place, lambda path: path.write_bytes(data))
 
 
 def forbids(robots: str) -> bool:

@@ -22,7 +22,7 @@ from lens_core.config import structure, unstructure
 from lens_core.io.captions import printable, read_captions
 from lens_core.io.images import ImageError, read_raw, to_rgb
 from lens_core.io.readers import one_line
-from lens_core.io.sources import SourceItem
+from lens_core.io.sources import SourceItem, broken
 from lens_core.types import LensError, Record
 from lens_curate import tables
 from lens_curate.hashes import colour_grid, perceptual_hash, pixel_digest
@@ -126,8 +126,9 @@ class Worker:
         source = self.source(task.source)
         digest = source.digest(task.part)
         seen: dict[str, int] = {}
-        wanted, sent, count = short_ids(task.images), set[str](), 0
+        wanted, sent, count, retry = short_ids(task.images), set[str](), 0, False
         for count, item in enumerate(self._items(source, task), start=1):
+            retry |= item.retry
             again = seen[item.name] = seen.get(item.name, 0) + 1
             name = item.name if again == 1 else f"{item.name} ({again})"
             if wanted and item.image is not None:
@@ -150,7 +151,7 @@ class Worker:
                 break
             self.note(0)
         self._score(task, held)
-        if task.records:
+        if task.records and not retry:  # else it is not read to its end: the next run reads it again
             held.add("parts", {"part": digest, "stamp": f"{source.identity} {task.part.stamp}", "count": count})
 
     def _give_up(self, task: PartTask, held: _Held, row: dict[str, Any], why: str) -> None:
@@ -166,7 +167,7 @@ class Worker:
         """What counts as a picture of a part, in the order of the source."""
         part = task.part
         if part.fault:
-            yield SourceItem(part.key, fault=part.fault)
+            yield SourceItem(part.key, fault=part.fault, retry=part.retry)
             return
         if task.unreadable is not None:
             number, why = task.unreadable
@@ -176,9 +177,9 @@ class Worker:
         try:
             yield from (item for item in source.source.read(part) if item.fault not in NOT_COUNTED)
         except LensError as error:
-            yield SourceItem(part.key, fault=one_line(error, 120))
+            yield SourceItem(part.key, fault=one_line(error, 120), retry=True)
         except Exception as error:  # a source of files that strangers wrote may stumble over anything
-            yield SourceItem(part.key, fault=f"cannot be read ({type(error).__name__})")
+            yield broken(part.key, error, f"cannot be read ({type(error).__name__})")
 
     def _row(self, source: NamedSource, part: str, name: str, item: SourceItem) -> dict[str, Any]:
         """The row of a picture that has not been decoded."""

@@ -69,7 +69,9 @@ def import_folder(
     which it is, is a `caption`: "brief" or "dense". `source` names the origin (default: the folder's name). `update`
     replaces the captions of pictures that the store has already.
     """
-    return _fill(store, folders.read_folder(_existing(path)), caption, source or _origin(path), update)
+    if not _existing(path).is_dir():
+        raise ConfigError(f"{path}: is one file, and neither a tar nor a parquet file; name the folder of the pictures")
+    return _fill(store, folders.read_folder(Path(path)), caption, source or _origin(path), update)
 
 
 def import_tars(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lens_core.types import ConfigError
 from lens_core.validators import PIXELS, integer, real
 from lens_data.dataset import ROWS, StoreDataset, StoreOptions
-from lens_data.packing import block_flops, fill, share, text_tokens
+from lens_data.packing import block_flops, fill, share, text_tokens, words_of
 from lens_data.schedule import CAPTION, ORDER, BatchContents, generator
 
 
@@ -49,6 +49,8 @@ class PackedDataset(StoreDataset):
         # Channels of the backbone: its linears cost width^2, its attention width.
         backbone_width: int = field(default=1536, validator=integer(at_least=1))
         patch_size: int = field(default=16, validator=PIXELS)  # px that a token of a picture is wide and high
+        # Tokens of a caption at most: what the text encoder cuts off costs nothing.
+        max_text_tokens: int = field(default=512, validator=integer(at_least=1))
 
     @classmethod
     def estimate(cls, config: Any) -> str:
@@ -71,7 +73,7 @@ class PackedDataset(StoreDataset):
             part = self._rows[start : start + ROWS].tolist()
             rows = self.store.rows(part, "brief", "dense")
             for words, name in ((brief, "brief"), (dense, "dense")):
-                words[start : start + len(part)] = [len(rows[number][name].split()) for number in part]
+                words[start : start + len(part)] = [words_of(rows[number][name]) for number in part]
         # As with the captions themselves: the other one, where a picture has none of the kind.
         self._words = np.where(brief > 0, brief, dense), np.where(dense > 0, dense, brief)
         self._epoch = lru_cache(2)(self._shuffle_epoch)
@@ -94,7 +96,8 @@ class PackedDataset(StoreDataset):
         buckets, members = self._bucket_of[order], self._all[order]
         dense = generator(config.seed, CAPTION, number).random(len(order)) < config.dense_caption_ratio
         brief_words, dense_words = (words[members] for words in self._words)
-        tokens = self._image_tokens[buckets] + text_tokens(np.where(dense, dense_words, brief_words))
+        texts = text_tokens(np.where(dense, dense_words, brief_words)).clip(max=config.max_text_tokens)
+        tokens = self._image_tokens[buckets] + texts
         costs = self._work(tokens)
         if costs.max() > config.budget:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lens_curate import urls
 from lens_curate.sources import build_sources
 from lens_curate.text_pictures import COLOURS, TextPictures, contrast
 from lens_curate.urls import Urls, forbids
@@ -22,6 +24,7 @@ from test_curate_run import add, picture, run, stages, stored
 
 from lens_core.catalog import Catalog
 from lens_core.config import ComponentSpec, structure
+from lens_core.io import folders
 from lens_core.io.images import read_rgb
 from lens_core.types import ConfigError
 
@@ -205,6 +208,89 @@ def test_addresses_are_fetched_once_and_within_limits(site: Any, tmp_path: Path)
     run(spec(use), tmp_path / "third")
     again = {row["name"].rpartition("/")[2]: row["reason"] for row in verdicts(str(tmp_path / "third"))}
     assert "private network" in again["down.png"] and set(site.requests[requests_before:]) == {"/down.png"}
+
+
+def test_an_address_that_failed_is_tried_again_by_the_same_command_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("good", "slow", "dead")
+    lines = [json.dumps({"url": f"http://a.example/{name}", "caption": f"Picture {name}."}) for name in names]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    asked: list[str] = []
+    down = {"slow", "dead"}
+
+    def fetch(self: Any, url: str) -> tuple[bytes | str, bool]:
+        asked.append(name := url.rpartition("/")[2])
+        return ("not fetched: HTTP 503", False) if name in down else (png(ord(name[0])), True)
+
+    monkeypatch.setattr(Urls, "_fetch", fetch)
+    use = {"use": "urls", "path": str(tmp_path / "list.txt"), "downloads": str(tmp_path / "kept"), "retries": 0}
+    assert run(spec(use, duplicates={"exact": True, "distance": None}), tmp_path / "store").data["kept"] == 1
+    down.remove("slow")
+    asked.clear()
+    report = run(spec(use, duplicates={"exact": True, "distance": None}), tmp_path / "store")
+    assert report.data["kept"] == 2 and report.data["records"] == 3 and set(asked) == {"dead", "slow"}
+    for _ in range(urls.FAILURES):
+        run(spec(use, duplicates={"exact": True, "distance": None}), tmp_path / "store")
+    asked.clear()
+    run(spec(use, duplicates={"exact": True, "distance": None}), tmp_path / "store")
+    assert not asked
+    assert len(stored(tmp_path / "store")) == 2
+
+
+def test_a_file_that_the_disk_did_not_give_is_read_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for seed in range(3):
+        add(raw, f"{seed}.png", picture(seed))
+    read = folders._read
+
+    def failing(path: str, most: int) -> bytes | None:
+        if path.endswith("1.png"):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, most)
+
+    recipe = spec({"use": "folder", "path": str(raw)})
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_read", failing)
+        run(recipe, tmp_path / "store")
+    assert stages(tmp_path / "store") == {"0.png": "", "1.png": "decode", "2.png": ""}
+    run(recipe, tmp_path / "store")
+    assert stages(tmp_path / "store") == {"0.png": "", "1.png": "", "2.png": ""}
+
+
+def test_a_folder_that_cannot_be_listed_is_counted_and_never_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tmp_path / "raw"
+    (raw / "sub").mkdir(parents=True)
+    add(raw, "0.png", picture(0))
+    add(raw / "sub", "1.png", picture(1))
+    (raw / "link").symlink_to(tmp_path)
+    recipe = spec({"use": "folder", "path": str(raw)})
+    run(recipe, tmp_path / "store")
+    before = stored(tmp_path / "store")
+    scan = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("sub"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refusing)
+        with pytest.raises(ConfigError, match="raw: sub is an unreadable folder now, and --prune would remove"):
+            run(recipe, tmp_path / "store", prune=True)
+        with pytest.raises(ConfigError, match="raw: has no more 1 of 2 pictures"):
+            run(recipe, tmp_path / "store")
+        assert stored(tmp_path / "store") == before
+        run(recipe, tmp_path / "other")
+        reasons = {row["name"]: row["reason"] for row in verdicts(str(tmp_path / "other"))}
+        assert reasons == {"0.png": "", "sub": "unreadable folder", "link": "link to a folder, which is not followed"}
+    run(recipe, tmp_path / "other")
+    assert stages(tmp_path / "other") == {"0.png": "", "sub/1.png": "", "link": "decode"}
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,16 @@ def test_longer_captions_cost_more(tmp_path: Path) -> None:
     assert len(take(dataset, 1)[0]) == np.searchsorted(costs.cumsum(), 40.0, "right") < 20
 
 
+def test_a_caption_costs_no_more_than_what_the_encoder_reads_of_it_and_needs_no_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    captions = ["word " * 10_000, "一" * 80, "a b"]
+    Store(str(path), create=True).add([row(n, 32, 32, dense=captions[n % 3], brief="") for n in range(12)])
+    with pytest.warns(UserWarning, match="3 of 4 buckets have no picture"):
+        dataset = make(path, max_text_tokens=100)
+    assert set(dataset.tokens(12).round(3).tolist()) == {64 + 100, 64 + 22 + 1.3 * 30, 64 + 22 + 1.3 * 2}
+    assert len(take(dataset, 1)[0]) > 0, "one endless caption does not stop the training"
+
+
 @pytest.mark.filterwarnings("ignore:.*is corrupt")
 def test_a_corrupt_picture_is_replaced_by_one_of_its_bucket_on_any_ranks(tmp_path: Path) -> None:
     path = corrupt(tmp_path / "store", 3, 6, 13)

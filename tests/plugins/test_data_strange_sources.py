@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from lens_data import imports
 from lens_data.commands import import_
-from lens_data.imports import ImportReport, import_folder, import_parquet, import_tars
+from lens_data.imports import ImportReport, import_folder, import_parquet, import_path, import_tars
 from lens_data.store import Store
 from PIL import Image
 from test_data_imports import folder, png, rows, tar
@@ -32,6 +33,7 @@ from lens_core.io.atomic_files import WriteError
 from lens_core.io.captions import LONGEST_CAPTION
 from lens_core.io.digests import Ids
 from lens_core.io.locks import LockedError
+from lens_core.types import ConfigError
 
 SURROGATE = "caption with half a character (a lone surrogate)"
 CONTROL = "caption with control characters (UTF-16?)"
@@ -234,6 +236,35 @@ def test_pictures_that_cannot_be_read_are_counted_and_not_passed_over(tmp_path: 
     assert twice(import_folder, tmp_path / "store", source).skipped == {
         "unsupported image": 1, "corrupt image": 1, "unreadable file": 2,
     }  # fmt: skip
+
+
+def test_folders_that_are_not_read_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder(tmp_path / "in", a__png=png(1), a__txt="one")
+    for name in ("locked", "lost+found"):
+        (source / name).mkdir()
+    (source / "link").symlink_to(tmp_path)
+    (source / "loop").symlink_to(source)
+    scan = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith(("locked", "lost+found")):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    report = import_folder(tmp_path / "store", source)
+    assert report.added == 1
+    assert report.skipped == {"unreadable folder": 1, "link to a folder, which is not followed": 2}
+    assert report.examples["unreadable folder"] == ["locked"]
+
+
+def test_one_picture_is_no_folder_to_import(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", a__png=png(1), a__txt="one")
+    with pytest.raises(
+        ConfigError, match=r"a\.png: is one file, and neither a tar nor a parquet file; name the folder"
+    ):
+        import_path(tmp_path / "store", source / "a.png")
+    assert not (tmp_path / "store").exists()
 
 
 # ---- tars ---------------------------------------------------------------------------------------------------------
