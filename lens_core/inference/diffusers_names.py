@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lens_core.arguments import texts
 from lens_core.inference.parts import PIPELINE_PARTS
 from lens_core.types import ConfigError
 
@@ -68,9 +69,14 @@ class DiffusersNames:
         self: Any, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None
     ) -> tuple[TextFeatures, TextFeatures | None]:
         """Prompts -> (prompt_embeds, negative_prompt_embeds), which a call takes instead of the texts."""
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negative = [negative_prompt] * len(texts) if isinstance(negative_prompt, str) else negative_prompt
-        return self.encode_once(texts)[0], self._encode_negative(list(negative) if negative is not None else None)
+        prompts = texts("prompt", prompt)
+        if not prompts:
+            raise ConfigError("there is no prompt")
+        negative = None if negative_prompt is None else texts("negative_prompt", negative_prompt)
+        negative = negative * len(prompts) if negative is not None and len(negative) == 1 else negative
+        if negative is not None and len(negative) != len(prompts):
+            raise ConfigError(f"{len(negative)} negative prompts do not fit {len(prompts)}; give one, or one each")
+        return self.encode_once(prompts)[0], self._encode_negative(negative)
 
     def enable_model_cpu_offload(self: Any, device: str | torch.device | None = None) -> None:
         """`offload("model", device)`: each part comes to the device when it works."""
@@ -85,8 +91,12 @@ class DiffusersNames:
 
         `adapter_names`: of `load_lora_weights(adapter_name=…)`. Raises ConfigError for a name that is not loaded.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
+        names = texts("adapter_names", adapter_names)
+        plain = adapter_weights.tolist() if hasattr(adapter_weights, "tolist") else adapter_weights  # numpy's
+        several = isinstance(plain, Sequence) and not isinstance(plain, str)
+        weights = list(plain) if several else [plain] * len(names)
+        if len(set(names)) != len(names):
+            raise ConfigError("an adapter is named twice; name each once, with its weight")
         if len(weights) != len(names):
             raise ConfigError(f"{len(names)} adapters and {len(weights)} weights; give one weight, or one each")
         with self._replacing_weights():

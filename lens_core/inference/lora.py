@@ -8,8 +8,8 @@ Files of DoRA, LoHa and LoKr are folded as well (`checkpoints.adapters`); LoRA a
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor, nn
 
+from lens_core.arguments import number
 from lens_core.checkpoints import adapters, packed_linear
 from lens_core.checkpoints.lora_keys import FILE, write
 from lens_core.checkpoints.lora_keys import read as read_adapters
 from lens_core.checkpoints.packed_linear import PackedLinear, PackedWeight
+from lens_core.io.readers import shown
 from lens_core.recipe import LoraSpec
 from lens_core.types import CheckpointError, ConfigError
 
 __all__ = ["FILE", "LoRAStack", "Original", "attach", "fold", "merge", "owned", "read", "save", "tensors", "unfold"]
 NAME = "default"  # PEFT's, which file formats leave out
+ATTRIBUTE = "lens_loras"  # of a backbone: its LoRAStack
 
 
 def attach(net: nn.Module, adapter: LoraSpec) -> None:
@@ -165,9 +168,9 @@ def _add(target: Tensor, delta: Tensor) -> None:
 @torch.no_grad()
 def unfold(net: nn.Module, originals: dict[str, Original]) -> None:
     """Put back, exactly, what `fold` changed, and empty `originals`."""
-    for name, before in originals.items():
-        before.restore(net.get_submodule(name))  # type: ignore[arg-type]  # a linear layer
-    originals.clear()
+    for name in list(originals):
+        originals[name].restore(net.get_submodule(name))  # type: ignore[arg-type]  # a linear layer
+        del originals[name]  # one by one: after Ctrl-C the rest is put back by the next call
 
 
 @frozen
@@ -183,11 +186,20 @@ class Adapter:
 
 
 class LoRAStack:
-    """The LoRAs that are folded into a backbone, and its weights from before, so that they can be taken out again."""
+    """The LoRAs that are folded into a backbone, and its weights from before, so that they can be taken out again.
+
+    An error while they change, Ctrl-C included, leaves those in that were in.
+    """
 
     def __init__(self) -> None:
         self.adapters: list[Adapter] = []  # in the order in which they were added
         self._originals: dict[str, Original] = {}  # layer -> what it is without any LoRA
+
+    @classmethod
+    def of(cls, backbone: Any) -> LoRAStack:
+        """That of a backbone, which has one from its first LoRA on: all pipelines that draw with it share the LoRAs."""
+        stack = getattr(backbone, ATTRIBUTE, None)
+        return stack if isinstance(stack, cls) else cls()
 
     @property
     def names(self) -> list[str]:
@@ -208,15 +220,19 @@ class LoRAStack:
 
         `name`, for `reweight`, is the first of default_0, default_1 … that is free if None.
         """
-        if not math.isfinite(weight):
-            raise ConfigError(f"{path}: its weight is {weight}; give a finite number")
-        taken = {adapter.name for adapter in self.adapters}
+        weight = number("the weight of a LoRA", weight)
+        taken = [adapter.name for adapter in self.adapters]
         name = next(n for i in itertools.count() if (n := f"default_{i}") not in taken) if name is None else name
+        if not isinstance(name, str):
+            raise ConfigError(f"adapter_name must be a text, not {shown(name)}")
         if name in taken:
             raise ConfigError(f"an adapter called {name!r} is loaded already; give another name")
         changes = read(Path(path).expanduser(), backbone)
-        fold(backbone, changes, weight, self._originals)
-        self.adapters.append(Adapter(name, Path(path).name, changes, adapters.digest(changes), weight))
+        new = Adapter(name, Path(path).name, changes, adapters.digest(changes), weight)
+        setattr(backbone, ATTRIBUTE, self)
+        with self._restored_after_an_error(backbone):
+            fold(backbone, changes, weight, self._originals)
+            self.adapters = [*self.adapters, new]
 
     def replaces_weights(self, backbone: nn.Module) -> bool:
         """Whether folding or unfolding gives layers other tensors, instead of other values in those that they have."""
@@ -227,26 +243,42 @@ class LoRAStack:
         """Give each LoRA the weight of its name, 0 where it is not named. Raises ConfigError for an unknown name and
         a weight that is not finite."""
         known = [adapter.name for adapter in self.adapters]
-        for name, weight in weights.items():
+        for name in weights:
             if name not in known:
                 raise ConfigError(f"no adapter called {name!r} is loaded; loaded are {', '.join(known) or 'none'}")
-            if not math.isfinite(weight):
-                raise ConfigError(f"the weight of the adapter {name!r} is {weight}; give a finite number")
+        chosen = {name: number(f"the weight of the adapter {name!r}", weight) for name, weight in weights.items()}
+        with self._restored_after_an_error(backbone):
+            self.adapters = [evolve(adapter, weight=chosen.get(adapter.name, 0.0)) for adapter in self.adapters]
+            self._fold_anew(backbone)
+
+    def remove(self, backbone: nn.Module) -> None:
+        """Put the weights of `backbone` back, bit for bit. Subtracting would leave rounding errors."""
+        with self._restored_after_an_error(backbone):
+            unfold(backbone, self._originals)
+            self.adapters = []
+
+    def forget(self) -> None:
+        """Keep what is folded in for good."""
+        self.adapters = []
+        self._originals.clear()
+
+    def _fold_anew(self, backbone: nn.Module) -> None:
+        """Let the weights be those before any LoRA, changed by `adapters`."""
         unfold(backbone, self._originals)
-        self.adapters = [evolve(adapter, weight=float(weights.get(adapter.name, 0))) for adapter in self.adapters]
         for adapter in self.adapters:
             if adapter.weight:
                 fold(backbone, adapter.changes, adapter.weight, self._originals)
 
-    def remove(self, backbone: nn.Module) -> None:
-        """Put the weights of `backbone` back, bit for bit. Subtracting would leave rounding errors."""
-        unfold(backbone, self._originals)
-        self.adapters.clear()
-
-    def forget(self) -> None:
-        """Keep what is folded in for good."""
-        self.adapters.clear()
-        self._originals.clear()
+    @contextmanager
+    def _restored_after_an_error(self, backbone: nn.Module) -> Iterator[None]:
+        """The time in which LoRAs change. Half a LoRA would draw, and no picture would record it."""
+        before = self.adapters
+        try:
+            yield
+        except BaseException:
+            self.adapters = before
+            self._fold_anew(backbone)
+            raise
 
     def provenance(self, earlier: Mapping[str, Any]) -> dict[str, list[str]]:
         """What a checkpoint records: the LoRAs that were fused before, by `earlier`, and those that are in now."""

@@ -97,7 +97,6 @@ class PipelineParts(DiffusersNames):
         self.prompt_cache = PromptCache()
         self._encoder_origin = ""  # identifies the text encoder's files; "" where no file holds it
         self._encoder_state: Any = None  # of its weights as they were read
-        self._loras = LoRAStack()
         self.offload_manager: OffloadManager | None = None  # None: every part stays on the device
         self.reasoner: Any = None  # rewrites prompts before they are encoded; None: they are sent as they are
         self.progress_bar_config: dict[str, Any] = {}  # options of tqdm
@@ -114,7 +113,7 @@ class PipelineParts(DiffusersNames):
         """Make `component` the part `kind` from now on; `spec` says by what name and config it is built again.
 
         Without a `spec` this is forgotten, and the hash of the checkpoint no longer stands for what is drawn. LoRAs
-        that were folded into another backbone go with it; an offload plan is made anew.
+        are those of the new backbone, an offload plan is made anew.
         """
         unchanged = component is self.store.loaded[kind] and kind not in self.store.deferred
         if unchanged and spec is None:
@@ -131,8 +130,6 @@ class PipelineParts(DiffusersNames):
         if kind == "text_encoder":
             self._encoder_origin, self._encoder_state = "", None
             self.prompt_cache = PromptCache(self.prompt_cache.folder)  # without what another encoder gave
-        if kind == "backbone":
-            self._loras = LoRAStack()
         self.specs = {k: s for k, s in self.specs.items() if k != kind} | ({kind: spec} if spec is not None else {})
         if spec is None and self.version:
             self.version = f"{self.version}+{kind}"
@@ -222,13 +219,11 @@ class PipelineParts(DiffusersNames):
         """Let go of parts with weights of the checkpoint; they are read again when they are next used. Raises
         ConfigError for a backbone with LoRAs in it."""
         kinds = list(kinds)
-        if "backbone" in kinds and "backbone" in self.store.readers:
-            if self.loras:
-                raise ConfigError(
-                    f"the backbone cannot be let go of with LoRAs in it ({', '.join(self.loras)}), which its files do "
-                    "not hold; call unload_lora_weights() before"
-                )
-            self._loras = LoRAStack()  # of the backbone that is read next, which no other pipeline shares
+        if "backbone" in kinds and "backbone" in self.store.readers and self.loras:
+            raise ConfigError(
+                f"the backbone cannot be let go of with LoRAs in it ({', '.join(self.loras)}), which its files do "
+                "not hold; call unload_lora_weights() before"
+            )
         self.store = self.store.deferring(kinds)
 
     def _read_deferred(self, kind: str) -> None:
@@ -359,6 +354,10 @@ class PipelineParts(DiffusersNames):
         return self.backbone.precomputed(times, on_device)
 
     # ---- LoRA ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _loras(self) -> LoRAStack:
+        return LoRAStack.of(self.store.loaded["backbone"])
 
     @property
     def loras(self) -> list[str]:

@@ -203,6 +203,33 @@ def test_it_is_taken_out_bit_for_bit(kind: str, dtype: torch.dtype, net: Net, tm
     assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
 
 
+@pytest.mark.parametrize("change", ["add", "reweight", "remove"])
+def test_an_interrupted_change_leaves_the_loras_that_were_in(
+    change: str, net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, stack, layers = tmp_path / "a.safetensors", LoRAStack(), []
+    lora_keys.write(file, made("LoRA") | made("LoRA", "last"), "comfy")
+    stack.add(net, file, 0.7, "one")
+    before, names = copy.deepcopy(net.state_dict()), stack.names
+    owner, name = (lora.Original, "restore") if change == "remove" else (lora, "_add")
+    step = getattr(owner, name)
+
+    def interrupted(*arguments: Any) -> None:
+        layers.append(arguments)
+        if len(layers) == 2:
+            raise KeyboardInterrupt
+        step(*arguments)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        {"add": lambda: stack.add(net, file, 0.2), "reweight": lambda: stack.reweight(net, {"one": 0.1})}.get(
+            change, lambda: stack.remove(net)
+        )()
+    assert stack.names == names and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    stack.remove(net)
+    assert stack.names == [] and not torch.equal(net.last.weight, before["last.weight"])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_scale_a_change_and_changes_add_up_in_any_order(kind: str, net: Net) -> None:
     one, two = made(kind), made("LoRA DoRA", seed=5)

@@ -173,10 +173,37 @@ def test_adapters_are_mixed_by_name(tmp_path: Path) -> None:
             pipe.set_adapters(wrong, [1.0, 2.0, 3.0] if len(wrong) > 1 else 1.0)
     with pytest.raises(ConfigError, match="an adapter called 'a' is loaded already"):
         pipe.load_lora_weights(a, adapter_name="a")
+    for names, weights, message in (
+        (5, 1.0, "adapter_names must be a text, or a list of texts, not 5"),
+        (["a", "a"], [1.0, 2.0], "an adapter is named twice"),
+        ("a", "0.5", "the weight of the adapter 'a' must be a number, not '0.5'"),
+        ("a", {"a": 1}, "the weight of the adapter 'a' must be a number"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pipe.set_adapters(names, weights)
+    with pytest.raises(ConfigError, match="the weight of a LoRA must be a number, not None"):
+        pipe.load_lora_weights(a, None)
+    with pytest.raises(ConfigError, match="adapter_name must be a text, not 5"):
+        pipe.load_lora_weights(a, adapter_name=5)
+    pipe.set_adapters(["a", "b"], np.array([0.5, 0.25]))
+    assert pipe.loras == ["1.safetensors:0.5", "2.safetensors:0.25"]
     pipe.unload_lora_weights()
     assert torch.equal(drawn(pipe), plain) and pipe.loras == []
     with pytest.raises(ConfigError, match="take LoRAs out with unload_lora_weights"):
         pipe.unfuse_lora()
+
+
+def test_what_cannot_be_encoded_is_refused_by_its_name() -> None:
+    pipe = LensPipeline.from_pretrained("tiny:")
+    for prompt, negative, message in (
+        ([], None, "there is no prompt"),
+        (None, None, "prompt must be a text, or a list of texts, not None"),
+        ("a", [5], "negative_prompt must be a text, or a list of texts, but 5 is among them"),
+        (["a", "b", "c"], ["x", "y"], "2 negative prompts do not fit 3; give one, or one each"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pipe.encode_prompt(prompt, negative)
+    assert [len(rows.mask) for rows in pipe.encode_prompt(["a", "b"], ["x"]) if rows is not None] == [2, 2]
 
 
 def test_a_sampler_may_be_named_and_a_variant_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,20 @@ def test_loras_are_those_of_the_shared_backbone(pipeline: LensPipeline, tmp_path
     assert torch.equal(drawn(pipeline), drawn(other)) and not torch.equal(drawn(other), plain)
     other.unload_lora_weights()
     assert pipeline.loras == other.loras == [] and torch.equal(drawn(pipeline), plain)
+
+
+def test_loras_go_with_the_backbone_that_they_are_in(pipeline: LensPipeline, catalog: Catalog, tmp_path: Path) -> None:
+    plain, backbone = drawn(pipeline), pipeline.backbone
+    pipeline.load_lora_weights(lora(tmp_path / "a.safetensors", pipeline, 1.0))
+    changed = drawn(pipeline)
+    by_hand = LensPipeline.from_parts(toy.PARTS, catalog)
+    by_hand.backbone, copied = backbone, copy.copy(pipeline)
+    pipeline.backbone = toy.Mixer(toy.Mixer.Config())
+    assert pipeline.loras == [] and by_hand.loras == copied.loras == ["a.safetensors:1"]
+    pipeline.backbone = backbone
+    assert pipeline.loras == ["a.safetensors:1"] and torch.equal(drawn(pipeline), changed)
+    by_hand.unload_lora_weights()
+    assert pipeline.loras == copied.loras == [] and torch.equal(drawn(pipeline), plain)
 
 
 def test_a_lora_that_is_fused_is_recorded_by_every_pipeline_that_draws_with_it(
