@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lens_core.arguments import texts
 from lens_core.inference.parts import PIPELINE_PARTS
+from lens_core.io.readers import shown
 from lens_core.types import ConfigError
 
 if TYPE_CHECKING:
@@ -50,13 +51,17 @@ class DiffusersNames:
     def from_pipe(cls: Any, pipeline: Any, **parts: Any) -> Any:
         """Another pipeline with the same parts, which are shared, not copied; `parts` by name replace some.
 
-        LoRAs, device and offload plan are those of the shared weights: a change through one pipeline holds for both.
-        Raises ConfigError for a part that there is not.
+        LoRAs, device and offload plan are those of the shared weights: a change through one pipeline holds for both,
+        and the other's own parts follow to the device. Raises ConfigError for a part that there is not.
         """
+        if not isinstance(pipeline, DiffusersNames):
+            raise ConfigError(f"from_pipe takes a pipeline, not {shown(pipeline)}; from_pretrained reads a checkpoint")
         unknown = sorted(parts.keys() - NAMES.keys() - set(PIPELINE_PARTS))
         if unknown:
             raise ConfigError(f"a pipeline has no part {unknown[0]!r}; parts are {', '.join(PIPELINE_PARTS)}")
         replaced = {NAMES.get(name, name) for name in parts}
+        if len(replaced) < len(parts):
+            raise ConfigError(f"one part has two names among {', '.join(sorted(parts))}; give each part once")
         for kind in PIPELINE_PARTS:
             if kind not in replaced:
                 getattr(pipeline, kind)  # read now, if it is deferred, so that it is read once for both

@@ -7,7 +7,8 @@ afterwards: the host's copy never changes. Pictures are bit for bit those of pla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_core.inference.offload_plans import (
+    PHASES,
     PLANS,
     SLOTS,
     Workload,
@@ -224,6 +226,7 @@ class OffloadedModule:
     """One part of a pipeline under a plan. `how`: stays, visits, streams or host, as in `PLANS`."""
 
     def __init__(self, module: Any, how: str, skips: bool, accelerator: Accelerator) -> None:
+        self.module = module
         self.depth = 0  # of nested `at_work`s: the outermost one moves the weights
         self.groups: list[TensorGroup] = []
         self.unused_groups: dict[int, TensorGroup] = {}  # by the id of an unused module
@@ -311,14 +314,26 @@ class OffloadManager:
             if requested == "auto"
             else estimate_memory(requested, modules, workload)
         )
-        skips = self.estimate.plan != "none"
         self.parts: dict[str, OffloadedModule] = {}
+        self._place(modules)
+
+    def _place(self, modules: Mapping[str, Any]) -> None:
+        """Put those of `modules` under the plan that are not yet."""
+        plan, new = self.estimate.plan, [part for part in PHASES if part in modules and part not in self.parts]
         try:
-            for part, mode in self.estimate.how.items():
-                self.parts[part] = OffloadedModule(modules[part], mode, skips, accelerator)
+            for part in new:
+                self.parts[part] = OffloadedModule(modules[part], PLANS[plan][part], plan != "none", self.accelerator)
         except BaseException:  # out of memory, say: no hook may stay behind
-            self.remove()
+            self.remove(new)
             raise
+
+    def extended(self, modules: Mapping[str, Any], placed: Iterable[OffloadedModule]) -> OffloadManager:
+        """The same plan for a pipeline with other parts, of which some are `placed` under it already."""
+        known = {id(part.module): part for part in placed}
+        other = copy.copy(self)
+        other.parts = {part: known[id(module)] for part, module in modules.items() if id(module) in known}
+        other._place(modules)
+        return other
 
     def on_host(self, part: str) -> bool:
         """Whether the plan lets a part compute on the host."""
@@ -334,7 +349,8 @@ class OffloadManager:
             )
         self.accelerator.settle()
 
-    def remove(self) -> None:
-        """Let go: weights stay where they are just now."""
-        for part in self.parts.values():
-            part.remove()
+    def remove(self, parts: Iterable[str] | None = None) -> None:
+        """Let go of the named parts, or of all: weights stay where they are just now."""
+        for part in self.parts if parts is None else parts:
+            if part in self.parts:
+                self.parts[part].remove()

@@ -122,7 +122,6 @@ class PipelineParts(DiffusersNames):
         weighty = any(isinstance(part, nn.Module) for part in (component, self.store.loaded[kind]))
         manager = self.offload_manager if weighty or kind in self.store.deferred else None
         if manager is not None:
-            self._sharing.check_alone(self, kind)
             self.to("cpu")
         self.store = self.store.replaced(kind, component)
         if kind == "vae":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import toy
+from test_offload import Meter
 from torch import Tensor
 
 from lens_core.catalog import Catalog
@@ -99,10 +101,55 @@ def test_an_offload_plan_and_where_weights_are_hold_for_both(pipeline: LensPipel
     pipeline.offload("model", "cpu")
     assert other.offload_manager is pipeline.offload_manager is not None
     assert torch.equal(drawn(LensPipeline.from_pipe(pipeline, scheduler=toy.Even(toy.Even.Config()))), before)
-    with pytest.raises(ConfigError, match=r"vae: another pipeline of from_pipe is under the same offload plan; call"):
-        other.vae = toy.Blocks(None)
     other.to(torch.bfloat16)
     assert pipeline.offload_manager is None and pipeline.dtype == "bfloat16"
+
+
+def test_parts_that_are_not_shared_come_along_to_a_device(pipeline: LensPipeline) -> None:
+    first = LensPipeline.from_pipe(pipeline, vae=toy.Blocks(None))
+    second = LensPipeline.from_pipe(first, backbone=toy.Mixer(toy.Mixer.Config()), text_encoder=toy.Letters(None))
+    strange = LensPipeline(toy.Blocks(None), toy.Letters(None), toy.Mixer(toy.Mixer.Config()))
+    pipeline.to("meta")
+    for one in (pipeline, first, second):  # the last has one part in common with the one before alone
+        assert {p.device.type for net in one.present().values() for p in net.parameters()} == {one.device.type}
+        assert one.device.type == "meta"
+    assert strange.device.type == "cpu"
+
+
+@pytest.mark.parametrize("plan", ["none", "model", "block"])
+def test_a_plan_takes_in_parts_that_are_not_shared(plan: str, pipeline: LensPipeline) -> None:
+    brighter = toy.Blocks(None)
+    brighter.gain.data.mul_(2)
+    before = LensPipeline.from_pipe(pipeline, vae=brighter), LensPipeline.from_pipe(pipeline)
+    pictures = [one("red", height=32, width=32, seed=0, output_type="pt").images for one in before]
+    pipeline.offload(plan, accelerator=(meter := Meter()))
+    after = LensPipeline.from_pipe(pipeline, vae=copy.deepcopy(brighter))
+    before[0].offload(plan, accelerator=meter)
+    for one, picture in zip((*before, pipeline, after), (*pictures, pictures[1], pictures[0]), strict=True):
+        assert one.offload_manager is not None and one.offload_manager.parts["vae"].module is one.vae
+        assert torch.equal(one("red", height=32, width=32, seed=0, output_type="pt").images, picture)
+    vaes = [one.offload_manager.parts["vae"] for one in (before[1], pipeline, before[0], after) if one.offload_manager]
+    assert vaes[0] is vaes[1] and len(set(map(id, vaes))) == 3  # one part is under the plan once
+    after.to("cpu")
+    assert plan == "none" or not meter.held  # what stays there has been on the CPU all the time
+    assert all(one.offload_manager is None for one in (*before, pipeline, after))
+    assert torch.equal(pipeline("red", height=32, width=32, seed=0, output_type="pt").images, pictures[1])
+
+
+def test_a_subclass_sets_itself_up_and_what_is_no_pipeline_is_refused(pipeline: LensPipeline) -> None:
+    class Mine(LensPipeline):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.extra = [1]
+
+    mine = Mine.from_pipe(pipeline)
+    mine.extra.append(2)
+    assert Mine.from_pipe(mine).extra == [1, 2] and torch.equal(drawn(mine), drawn(pipeline))
+    assert type(LensPipeline.from_pipe(mine)) is LensPipeline
+    with pytest.raises(ConfigError, match="from_pipe takes a pipeline, not 'tiny:'; from_pretrained reads"):
+        LensPipeline.from_pipe("tiny:")
+    with pytest.raises(ConfigError, match="one part has two names among backbone, transformer"):
+        LensPipeline.from_pipe(pipeline, transformer=pipeline.backbone, backbone=pipeline.backbone)
 
 
 def test_a_backbone_with_loras_is_not_let_go_of(checkpoint: Path, catalog: Catalog, tmp_path: Path) -> None:
