@@ -75,7 +75,7 @@ class Guard:
                 "reach it by another name", "host_not_allowed",
             )  # fmt: skip
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _site(origin) != host.lower():
             return ApiError(403, "a page of another site made this request, which is not allowed", "origin_not_allowed")
         if self._token is None or scope["path"] in OPEN_PATHS or self._is_right(headers.get("authorization", "")):
             return None
@@ -110,6 +110,14 @@ def _hostname(host: str) -> str:
     """The name in a Host header, without its port and brackets."""
     try:
         return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _site(origin: str) -> str:
+    """The name and port in an Origin header; "" where it has none."""
+    try:
+        return urlsplit(origin).netloc.lower()
     except ValueError:
         return ""
 

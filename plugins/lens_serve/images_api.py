@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from lens_core.types import ConfigError, LensError
+from lens_core.types import ConfigError, LensError, RefusedError
 from lens_serve import pictures
 from lens_serve.bodies import BodyReader
 from lens_serve.engine import Engine
@@ -214,6 +214,8 @@ def _images(final: Event) -> tuple[DrawnImage, ...]:
 
 def _error(final: Event) -> ApiError:
     if isinstance(final, Failed):
+        if isinstance(final.error, RefusedError):  # not 5xx: clients would send it again
+            return bad_request(final.message, "prompt", "moderation_blocked")
         if final.bad_request:
             return _refusal(final.error)
         return ApiError(500, final.message, "generation_failed")

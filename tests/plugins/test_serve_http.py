@@ -22,7 +22,7 @@ from serving import WAIT, Gate, Running, running, until
 
 from lens_core.inference import png_metadata
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.types import Refinement
+from lens_core.types import Refinement, RefusedError
 
 
 @pytest.fixture
@@ -121,6 +121,33 @@ def test_the_prompt_that_a_reasoner_wrote_is_the_revised_prompt(quick: LensPipel
     with running(quick) as server, client_of(server) as client:
         answer = client.images.generate(prompt="red")
     assert answer.data is not None and answer.data[0].revised_prompt == "red, in detail"
+
+
+def test_a_request_that_a_policy_refuses_is_the_clients_fault_and_is_not_sent_again(
+    quick: LensPipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from lens_remote.openai_images import OpenAIImages
+
+    from lens_core.types import PictureRequest
+
+    class Strict:
+        asked = 0
+
+        def refine(self, _: list[str]) -> list[Refinement]:
+            Strict.asked += 1
+            raise RefusedError("the policy refuses to draw 'red': no colours")
+
+    quick.use_reasoner(Strict())
+    monkeypatch.setenv("SERVED_KEY", "none")
+    with running(quick) as server, client_of(server).with_options(max_retries=2) as client:
+        with pytest.raises(openai.BadRequestError, match="no colours") as fault:
+            client.images.generate(prompt="red")
+        with pytest.raises(openai.APIError, match="no colours"):
+            list(client.images.generate(prompt="red", stream=True))
+        config = OpenAIImages.Config(model="toy", base_url=server.url, key_env="SERVED_KEY", ledger=str(tmp_path))
+        (outcome,) = OpenAIImages(config).generate([PictureRequest("red")])
+    assert (fault.value.code, fault.value.param) == ("moderation_blocked", "prompt")
+    assert Strict.asked == 3 and outcome.status == "refused"
 
 
 def test_models(client: OpenAI) -> None:

@@ -362,6 +362,7 @@ def test_with_a_token_only_those_who_have_it_get_in(
         ({"Host": "localhost", "Origin": "https://evil.example"}, 403, "origin_not_allowed"),
         ({"Host": "localhost", "Origin": "http://localhost:9999"}, 403, "origin_not_allowed"),
         ({"Host": "localhost", "Origin": "null"}, 403, "origin_not_allowed"),
+        ({"Host": "localhost", "Origin": "http://["}, 403, "origin_not_allowed"),
     ],
 )
 def test_pages_of_other_sites_get_nothing(
