@@ -26,7 +26,7 @@ from lens_core.cli.options import (
     parse_size,
     read_prompts,
 )
-from lens_core.cli.terminal import printable
+from lens_core.cli.terminal import json_text, printable
 from lens_core.types import ConfigError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def generate(
         ComfyUI or A1111, draw what its facts name with --model, as far as no other option is given, and list what was
         taken from them and what was not.
     seed
-        Picture i has the seed SEED + i. Random if not given, and printed.
+        Picture i has the seed SEED + i. If not given, random, and printed; a run that goes on keeps its own.
     size
         Height x width in px, for example 128x160.
     aspect_ratio
@@ -114,6 +114,7 @@ def generate(
     """
     from lens_core.inference import foreign_facts
     from lens_core.inference.batch import (
+        earlier_seed,
         generate_files,
         image_tasks,
         output_paths,
@@ -158,9 +159,11 @@ def generate(
     else:
         foreign, request, model_request, seed = _complete(foreign, request, model_request, seed)
         prompts = [foreign.taken["prompt"]]
+    # A run that goes on, and one that draws over pictures, have the names of the run before, the former its seeds too.
+    goes_on, count, usual = prompts_file is not None and not overwrite, len(prompts) * num_images, Path("lens.png")
+    chosen = output or (usual if goes_on or overwrite else unused_path(usual, count))
+    seed = earlier_seed(chosen, count) if seed is None and goes_on else seed
     first_seed = secrets.randbelow(2**32) if seed is None else seed
-    # A run that goes on, and one that draws over pictures, have the names of the run before.
-    chosen = output or unused_path(Path("lens.png"), 1 if prompts_file or overwrite else len(prompts) * num_images)
     tasks = image_tasks(prompts, chosen, num_images=num_images, seed=first_seed)
     if prompts_file is None and not overwrite:
         refuse_existing(task.path for task in tasks)
@@ -175,7 +178,7 @@ def generate(
         print(f"lens: {note}", file=sys.stderr)
     loading = time.perf_counter() - start
     todo = tasks
-    if prompts_file is not None and not overwrite:
+    if goes_on:
         todo = pending(pipeline, request, tasks)
         if len(todo) < len(tasks):
             print(f"lens: {len(tasks) - len(todo)} of {len(tasks)} pictures are there already", file=sys.stderr)
@@ -199,7 +202,7 @@ def _print_file(image_file: GeneratedFile, loading: float, *, as_json: bool, sho
     task, seconds = image_file.task, image_file.seconds
     if as_json:
         line = {"file": str(task.path), "seconds": round(seconds, 3), **image_file.facts}
-        print(json.dumps(line, ensure_ascii=False))
+        print(json_text(line))
     else:
         # Prompts may come from files of others.
         drawn = f"\n  drawn as: {printable(image_file.facts['prompt'])}" if show_prompt else ""

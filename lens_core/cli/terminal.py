@@ -88,6 +88,12 @@ def printable(line: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(line))
 
 
+def json_text(value: object, indent: int | None = None) -> str:
+    """`value` as JSON for a terminal: characters that would command it are escaped, all others stand as they are."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text)
+
+
 def print_error(*lines: str) -> None:
     """Print lines to stderr, `printable`."""
     text = "\n".join(map(printable, lines))

@@ -95,6 +95,16 @@ def unused_path(path: Path, count: int = 1) -> Path:
     return free
 
 
+def earlier_seed(output: Path, count: int) -> int | None:
+    """The first seed of a run that wrote some of these `count` images before; None where none of them is there. Raises
+    ConfigError as `output_paths`."""
+    for place, path in enumerate(output_paths(output, min(count, MAX_IMAGES))):  # more are refused later
+        if path.exists() and read_raw(path).info.get("lens"):
+            seed = int(png_metadata.facts(path)[1]["seed"]) - place
+            return seed if seed >= 0 else None  # another run's: `pending` refuses it
+    return None
+
+
 def pending(pipeline: LensPipeline, request: GenerateRequest, tasks: Sequence[ImageTask]) -> list[ImageTask]:
     """The tasks whose files are not there yet. Raises ConfigError where a file was drawn by another request."""
     return [task for task in tasks if not _is_done(task, request.fingerprint(pipeline, task.prompt, task.seed))]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+
+from lens_core.cli.terminal import json_text
 
 
 def ledger(folder: Path, *, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
@@ -24,5 +25,5 @@ def ledger(folder: Path, *, json_: Annotated[bool, Parameter(name="--json", nega
     from lens_remote.ledger import read_lines, table
 
     lines = read_lines(folder)
-    print("\n".join(json.dumps(asdict(line), ensure_ascii=False) for line in lines) if json_ else table(lines))
+    print("\n".join(json_text(asdict(line)) for line in lines) if json_ else table(lines))
     return 0

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from lens_core.arguments import wrong_ending
 from lens_core.catalog import Catalog
+from lens_core.cli.terminal import json_text
 from lens_core.types import ConfigError
 
 
@@ -258,5 +259,5 @@ def doctor(
         print(practice.table(practice.published(catalog)))
         return 0
     sections = practice.examine(catalog)
-    print(json.dumps(sections, indent=2, ensure_ascii=False) if json_ else practice.describe(sections))
+    print(json_text(sections, indent=2) if json_ else practice.describe(sections))
     return 0

@@ -21,6 +21,7 @@ from lens_core.checkpoints.tensor_files import read_weights, save_tensors
 from lens_core.cli import main as command
 from lens_core.cli.main import main
 from lens_core.cli.options import CORE_COMMANDS, read_prompts
+from lens_core.inference import png_metadata
 from lens_core.inference.batch import is_preview
 from lens_core.io.atomic_files import read_json, write_json
 from lens_core.types import PluginError
@@ -346,6 +347,36 @@ def test_prompts_from_a_file_go_on_where_they_stopped(checkpoint: Path, capsys: 
     assert names[1] in out and names[0] not in out
     assert [Path(n).stat().st_mtime_ns for n in (names[0], names[2])] == stamps
     assert [read_picture(n) for n in names] == before
+
+
+def test_a_run_without_a_seed_goes_on_with_the_seeds_that_it_had(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("p.txt").write_text("one\ntwo\nthree\n", encoding="utf-8")
+    assert draw(checkpoint, "--prompts-file", "p.txt") == 0
+    pictures = {n: read_picture(n) for n in ("lens-0000.png", "lens-0001.png", "lens-0002.png")}
+    Path("lens-0000.png").unlink()
+    assert draw(checkpoint, "--prompts-file", "p.txt") == 0
+    assert "2 of 3 pictures are there already" in capsys.readouterr().err
+    assert {path.name: read_picture(path.name) for path in Path().glob("*.png")} == pictures
+    Path("p.txt").write_text("one\n", encoding="utf-8")
+    for _ in range(2):
+        assert draw(checkpoint, "--prompts-file", "p.txt") == 0
+    assert len(list(Path().glob("*.png"))) == 4 and "1 of 1 pictures are there already" in capsys.readouterr().err
+
+
+def test_json_holds_no_character_that_commands_a_terminal(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "a \x9b31m\u202e ü\U0001f534\U000e0041 cat\x7f"
+    assert draw(checkpoint, prompt, "--json") == 0
+    line = capsys.readouterr().out
+    assert line.rstrip("\n").isprintable() and "ü\U0001f534" in line and json.loads(line)["prompt"] == prompt
+
+
+def test_overwrite_draws_over_the_picture_of_the_usual_name(checkpoint: Path) -> None:
+    for seed in ("1", "2"):
+        assert draw(checkpoint, "a red cat", "--seed", seed, "--overwrite") == 0
+    assert [path.name for path in Path().glob("*.png")] == ["lens.png"]
+    assert png_metadata.facts(Path("lens.png"))[1]["seed"] == 2
 
 
 def test_a_picture_that_was_asked_for_differently_is_not_overwritten(
