@@ -45,19 +45,23 @@ _TO_THE_USER = (
     r"(?:notes?|explanation(?: of [\w ]{1,30})?|rationale|why this works|(?:key |main )?changes(?: made)?)\s*[*_]*\s*:|"
     r"this (?:prompt|description) (?:is|keeps|captures)\b)"
 )
-_AFTERWORDS = re.compile(rf"(?is)\n\s*(?:[-*_]{{3,}}\s*\n\s*)?{_TO_THE_USER}.*\Z")
+_AFTERWORDS = re.compile(rf"(?i)(\n\s*(?:[-*_]{{3,}}\s*\n\s*)?){_TO_THE_USER}")
+_ONE_LINE = re.compile(r"[^\n]*(?:\n\s*(?:[-*•]|\d+[.)])[^\n]*)*\s*")  # and a list under it
 _RULE = re.compile(r"(?m)^[ \t]*[-*_]{3,}[ \t]*$")  # a line that only divides
 _SECOND = re.compile(
-    r"(?is)\n\s*(?:[#*_>-]+\s*)*(?:or\s*:|(?:or(?=\s*\n)|alternatively|alternative(?:\s+\w+)?|"
+    r"(?is)(\n\s*)(?:[#*_>-]+\s*)*(?:or\s*:|(?:or(?=\s*\n)|alternatively|alternative(?:\s+\w+)?|"
     r"another (?:option|version)|(?:option|version|prompt|variant|variation)\s*(?:b|2|two|#2))"
     r"\s*(?:\*\*|__)?\s*(?::|\n|\s)).*\Z"
 )
 _NUMBERED = re.compile(r"(?s)\A\s*(?:[#*_>-]+\s*)*1[.)]\s*(.+?)\n\s*(?:[#*_>-]+\s*)*2[.)]\s")
 LONG = 25
 """Words of the first item of a numbered list from which on the items are taken for versions of the prompt. Shorter ones
-are things in one picture."""
+are things in one picture, as the panels of a comic are."""
+_PANEL = re.compile(r"(?i)\bpanels?\b")
 _FIRST = re.compile(r"(?i)\A\s*(?:[#*_>-]+\s*)*(?:(?:option|version|prompt|variant|variation)\s*(?:a|1|one|#1)|1[.)])"
                     r"\s*(?:\*\*|__)?\s*[:.)]?\s*(?:\*\*|__)?\s*")  # fmt: skip
+_ENDS = ".!?…。！？)]\"'”’»」*_`"
+"""What a sentence ends with."""
 _QUOTES = ('""', "''", "“”", "„“", "«»", "‘’", "``", "「」", "『』")
 _KEYS = ("prompt", "refined_prompt", "description", "caption", "output", "answer", "text")
 
@@ -76,24 +80,41 @@ def clean(answer: str) -> str:
 def _peeled(text: str) -> str:
     fence = _FENCE.search(text)
     if fence is not None and fence.group(1).strip():
-        text = fence.group(1)
+        before, after = text[: fence.start()].rstrip(), text[fence.end() :].lstrip()
+        part = (before and before[-1] not in f"{_ENDS}:") or after[:1].islower()  # of a sentence: a screen's text
+        text = _FENCE.sub(r"\1", text) if part else fence.group(1)
     tags = _TAGS.match(text)
     text = tags.group(2) if tags is not None else text
     text = _of_json(text)
     for preamble in _PREAMBLES:
         text = preamble.sub("", text, count=1)
     numbered = _NUMBERED.match(text)
-    if numbered is not None and len(numbered.group(1).split()) >= LONG:
+    if numbered is not None and len(numbered.group(1).split()) >= LONG and not _PANEL.search(numbered.group(1)):
         text = numbered.group(1)
-    second = _SECOND.search(text)
-    if second is not None and text[: second.start()].strip():
+    second, first = _SECOND.search(text), _FIRST.match(text)
+    if second is not None and text[: second.start()].strip() and (first or _is_apart(text, second)):
         text = text[: second.start()]
         text = _FIRST.sub("", text, count=1)
-    elif _FIRST.match(text) and text.lstrip()[:1] != "1":
+    elif first and text.lstrip()[:1] != "1":
         text = _FIRST.sub("", text, count=1)
-    shorter = _AFTERWORDS.sub("", text)
-    text = shorter if shorter.strip() else text
-    return _unquoted(_RULE.sub("", text).strip())
+    return _unquoted(_RULE.sub("", _without_afterwords(text)).strip())
+
+
+def _is_apart(text: str, mark: re.Match[str]) -> bool:
+    """Whether what is above a mark is complete, so that no word of the picture is cut off: a sentence or, before an
+    empty line, whatever does not lead on to it."""
+    before = text[: mark.start()].rstrip()
+    return before[-1:] not in (",", ":") if mark[1].count("\n") > 1 else before[-1:] in tuple(_ENDS)
+
+
+def _without_afterwords(text: str) -> str:
+    """Without what is said to the user below the prompt. A line like it within the prompt is an inscription."""
+    for mark in _AFTERWORDS.finditer(text):
+        paragraph = mark[1].count("\n") > 1
+        below = text[mark.end(1) :]
+        if text[: mark.start()].strip() and _is_apart(text, mark) and (paragraph or _ONE_LINE.fullmatch(below)):
+            return text[: mark.start()]
+    return text
 
 
 def _of_json(text: str) -> str:

@@ -111,6 +111,9 @@ CAT = "A red cat sits on a blue mat."
         f"Sure! Here's a detailed prompt for you: {CAT}", f"**Prompt:** {CAT}", f"Refined prompt: \"{CAT}\"",
         f"Voici une description : {CAT}", f"Hier ist die Beschreibung: {CAT}", f"Aquí tienes: {CAT}",
         f"<think>The user wants a cat. {CAT} no</think>\n{CAT}", f"thoughts without a start</think>{CAT}",
+        f"{CAT}\n**Changes made:**\n- a mat\n- a cat", f"{CAT}\nNote that I kept the colours.",
+        f"{CAT}\nOr:\nA dog runs.",
+        f"Option A: {CAT}\nOption B: A dog runs.", f"I made it vivid.\n```\n{CAT}\n```\nLet me know!",
         f"{CAT}\n\nLet me know if you want changes!", f"{CAT}\n\nNote: I kept the colours.",
         f"Option 1: {CAT}\n\nOption 2: A dog runs.", f"{CAT}\n\nAlternatively:\nA dog runs.",
         f'{{"prompt": "{CAT}"}}', f'```json\n{{"prompt": "{CAT}"}}\n```', f"<answer>{CAT}</answer>",
@@ -150,6 +153,17 @@ def test_what_belongs_to_a_prompt_stays(prompt):
             "A poster on a wall. Below it stands a green bench.",
         ),
         ("A stage.\nOr the moon rises behind it.", "A stage. Or the moon rises behind it."),
+        ("A handwritten page.\nNote: buy milk\nA red pin holds it.", "page. Note: buy milk A red pin holds it."),
+        ("A sticky note that reads\nNote: buy milk", "reads Note: buy milk"),
+        (
+            "A card that says:\n\nI hope you feel better\n\nwith a bear below.",
+            "says: I hope you feel better with",
+        ),
+        ("A waiter's speech bubble:\nWould you like some tea?\nA cat nods.", "tea? A cat nods."),
+        ("A sign that says\nOR\nin neon.", "says OR in neon."),
+        ("A road forks; a sign for each way:\nOption B\npoints left.", "way: Option B points left."),
+        ("A terminal window showing\n```\n$ ls\n```\non a black screen.", "showing $ ls on a black screen."),
+        (f"1. In the first panel {CAT * 4}\n2. In the second panel a dog runs.", "2. In the second panel a dog runs."),
     ],
 )
 def test_things_that_are_listed_are_all_drawn(answer, kept):
