@@ -59,10 +59,10 @@ class PluginError(LensError):
     """A plugin's component raised what it should not, or returned what its kind may not; the message names it."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str]) -> str:
     """`" Did you mean 'flux2'?"` if something known is close to `word`, else the list of what is known."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1)
+    close = difflib.get_close_matches(str(word), names, n=1)
     if close:
         return f" Did you mean {close[0]!r}?"
     return f" Known: {', '.join(names)}." if names else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lens_core.arguments import texts
-from lens_core.inference.parts import PIPELINE_PARTS
+from lens_core.inference.parts import PIPELINE_PARTS, resolve_device, resolve_dtype
 from lens_core.io.readers import shown
 from lens_core.types import ConfigError
 
@@ -54,7 +54,7 @@ class DiffusersNames:
         LoRAs, device and offload plan are those of the shared weights: a change through one pipeline holds for both,
         and the other's own parts follow to the device. Raises ConfigError for a part that there is not.
         """
-        if not isinstance(pipeline, DiffusersNames):
+        if not hasattr(pipeline, "_sharing"):
             raise ConfigError(f"from_pipe takes a pipeline, not {shown(pipeline)}; from_pretrained reads a checkpoint")
         unknown = sorted(parts.keys() - NAMES.keys() - set(PIPELINE_PARTS))
         if unknown:
@@ -119,9 +119,9 @@ class DiffusersNames:
         self.progress_bar_config = {**self.progress_bar_config, **options}
 
 
-def positional_target(target: Any, device: Any, dtype: Any) -> tuple[Any, Any]:
+def positional_target(target: Any, device: Any, dtype: Any) -> tuple[torch.device | None, torch.dtype | None]:
     """(device, dtype) of `to(target, dtype)`, where the first may be a dtype as in torch. ConfigError for a device that
-    this machine does not have."""
+    this machine does not have, and for a dtype that weights cannot have."""
     import torch
 
     if isinstance(target, torch.dtype):
@@ -129,14 +129,8 @@ def positional_target(target: Any, device: Any, dtype: Any) -> tuple[Any, Any]:
             raise ConfigError(f"to({target}, {dtype}): give one dtype")
         target, dtype = None, target
     device = target if target is not None else device
-    if device is not None:
-        try:
-            where = torch.device(device)
-        except RuntimeError as error:
-            raise ConfigError(f"{device!r} is no device; use cpu, cuda or cuda:1") from error
-        if where.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("there is no CUDA device here; use to('cpu'), or see lens doctor")
-    return device, dtype
+    where = None if device is None else resolve_device(device)
+    return where, None if dtype is None else resolve_dtype(dtype, where or torch.device("cpu"))
 
 
 def account(pipeline: Any) -> str:

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from attrs import field, frozen
+from attrs import field, fields, frozen
 from torch import nn
 
+from lens_core.arguments import texts
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import hub, integrity, manifest, model_card
 from lens_core.inference.offload_plans import Workload
 from lens_core.inference.parts import MODEL_PARTS, PIPELINE_PARTS, PartReader, PartStore, check_dtype
 from lens_core.io.progress import progress_bar
+from lens_core.io.readers import shown
 from lens_core.recipe import ComponentSpec, build, unstructure
-from lens_core.types import CheckpointError, ConfigError
+from lens_core.types import CheckpointError, ConfigError, did_you_mean
+
+
+def _part_names(value: Any) -> tuple[str, ...]:
+    """One name of a part, or several. Raises ConfigError."""
+    names = tuple(value) if isinstance(value, Set) else tuple(texts("parts", value))
+    for name in names:
+        if name not in PIPELINE_PARTS:
+            raise ConfigError(f"a pipeline has no part {name!r}.{did_you_mean(name, PIPELINE_PARTS)}")
+    return names
 
 
 @frozen(kw_only=True)
@@ -38,20 +49,33 @@ class LoadOptions:
         revision is written into the name, `org/name@revision`.
     """
 
-    parts: Sequence[str] = PIPELINE_PARTS
+    parts: Sequence[str] = field(default=PIPELINE_PARTS, converter=_part_names)
     backbone: str | Path | None = None
     text_encoder: str | Path | None = None
     vae: str | Path | None = None
     torch_dtype: str | torch.dtype | None = None
     prompt_cache: str | Path | None = None
     verify: bool = False
-    deferred: Collection[str] = ()
+    deferred: Collection[str] = field(default=(), converter=_part_names)
     workload: Callable[[Any], Workload] | None = None
     sampler: str | ComponentSpec | None = None
     variant: str | None = None
     revision: str | None = None
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """The options by name. Raises ConfigError for a name that there is not, and for a wrong value."""
+        names = [attribute.name for attribute in fields(cls)]
+        for name in options:
+            if name not in names:
+                raise ConfigError(f"from_pretrained has no option {name!r}.{did_you_mean(name, names)}")
+        return cls(**options)
+
     def __attrs_post_init__(self) -> None:
+        if not isinstance(self.sampler, str | ComponentSpec | None):
+            raise ConfigError(
+                f"sampler must be a name or a ComponentSpec, not {shown(self.sampler)}; assign pipeline.sampler instead"
+            )
         if self.variant is not None:
             raise ConfigError(f"variant={self.variant!r}: Lens reads one set of files; choose the precision by dtype")
         if self.revision is not None:

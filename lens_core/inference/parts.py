@@ -72,13 +72,18 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"no device is called {str(device)!r}; use cpu, cuda or cuda:1") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{device}: this machine has no CUDA device that torch can use; use cpu")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ConfigError(f"{device}: CUDA devices are numbered from 0, and there are {count}; use cuda:{count - 1}")
+    if resolved.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(0, device=resolved)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"{device}: torch can use no such device on this machine; use cpu") from error
     return resolved
 
 
@@ -86,12 +91,13 @@ def resolve_dtype(name: str | torch.dtype | None, device: torch.device) -> torch
     """The dtype of this name; None and "auto": float32 on CPUs, bfloat16 elsewhere. Raises ConfigError."""
     if name is None or name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if isinstance(name, torch.dtype):
-        return name
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
+    dtype = known.get(name) if isinstance(name, str) else name
+    if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"no dtype is called {name!r}.{did_you_mean(name, known)}")
-    return known[name]
+    if not dtype.is_floating_point:
+        raise ConfigError(f"weights cannot be {dtype}; use float32 or bfloat16")
+    return dtype
 
 
 def check_dtype(component: Any, dtype: torch.dtype) -> None:

@@ -81,7 +81,7 @@ class LensPipeline(PipelineParts):
         `options` are the fields of `lens_core.inference.loading.LoadOptions`: `parts`, `backbone`, `text_encoder`,
         `vae`, `torch_dtype`, `prompt_cache`, `verify`, `deferred`, `workload`. Raises CheckpointError or ConfigError.
         """
-        chosen = LoadOptions(**options)
+        chosen = LoadOptions.of(options)
         if offload not in (None, "auto"):
             find_plan(str(offload))
         catalog = catalog or Catalog.installed()

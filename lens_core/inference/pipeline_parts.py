@@ -277,7 +277,7 @@ class PipelineParts(DiffusersNames):
         if dtype is not None:
             self._dtype = dtype
         if device is not None:
-            self.device = torch.device(device)
+            self.device = device
         self._sharing.moved(self)
         return self
 

@@ -9,8 +9,9 @@ from typing import Any
 from lens_core.attribution import building, calling, name_of, refuse
 from lens_core.catalog import Catalog
 from lens_core.inference.reasoner_files import named_reasoner
+from lens_core.io.readers import shown
 from lens_core.recipe import ComponentSpec, build
-from lens_core.types import PluginError, Refinement
+from lens_core.types import ConfigError, PluginError, Refinement
 
 MAX_IN_MEMORY = 1 << 16
 """Answers that a pipeline keeps of earlier calls."""
@@ -20,6 +21,10 @@ def make_reasoner(reasoner: Any, catalog: Catalog | None) -> Any:
     """The component that a name (as of `named_reasoner`) or a ComponentSpec stands for; a component, or None, as it is.
     Raises ConfigError."""
     if not isinstance(reasoner, str | ComponentSpec):
+        if reasoner is not None and not callable(getattr(reasoner, "refine", None)):
+            raise ConfigError(
+                f"reasoner must be a name, a ComponentSpec or have refine(prompts), not {shown(reasoner)}"
+            )
         return reasoner
     catalog = catalog or Catalog.installed()
     spec = named_reasoner(reasoner, catalog) if isinstance(reasoner, str) else reasoner

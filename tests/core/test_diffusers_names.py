@@ -57,13 +57,47 @@ def test_to_takes_a_device_or_a_dtype_and_refuses_a_device_that_is_not_there() -
     assert pipe.to(torch.bfloat16).dtype == "bfloat16"
     assert pipe.to("cpu", torch.float32).dtype == "float32"
     assert pipe.to(device="cpu") is pipe
-    with pytest.raises(ConfigError, match="'gpu' is no device; use cpu, cuda"):
-        pipe.to("gpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="there is no CUDA device here"):
-            pipe.to("cuda")
+    assert pipe.to(dtype="bfloat16").dtype == "bfloat16" and pipe.to("auto", "float32").dtype == "float32"
+    for target, dtype, message in (
+        ("gpu", None, "no device is called 'gpu'; use cpu, cuda"),
+        ([], None, r"no device is called '\[\]'"),
+        (None, torch.int8, "weights cannot be torch.int8; use float32 or bfloat16"),
+        (torch.complex64, None, "weights cannot be torch.complex64"),
+        (None, "half", "no dtype is called 'half'"),
+        *([] if torch.cuda.is_available() else [("cuda", None, "this machine has no CUDA device")]),
+        *([] if torch.backends.mps.is_available() else [("mps", None, "mps: torch can use no such device")]),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pipe.to(target, dtype)
     with pytest.raises(ConfigError, match="give one dtype"):
         pipe.to(torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_safetensors": True}, "from_pretrained has no option 'use_safetensors'. Known: backbone"),
+        ({"prompt_cach": "x"}, "from_pretrained has no option 'prompt_cach'. Did you mean 'prompt_cache'"),
+        ({"deferred": ["text_encodr"]}, "a pipeline has no part 'text_encodr'. Did you mean 'text_encoder'"),
+        ({"parts": ["vea"]}, "a pipeline has no part 'vea'. Did you mean 'vae'"),
+        ({"parts": 5}, "parts must be a text, or a list of texts, not 5"),
+        ({"dtype": 5}, "no dtype is called 5"),
+        ({"dtype": torch.int8}, "weights cannot be torch.int8"),
+        ({"sampler": 5}, "sampler must be a name or a ComponentSpec, not 5; assign pipeline.sampler"),
+        ({"reasoner": 5}, "reasoner must be a name, a ComponentSpec or have refine"),
+        ({"offload": 5}, "no offload plan is called '5'"),
+    ],
+)
+def test_an_option_that_there_is_not_is_refused_by_its_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LensPipeline.from_pretrained("tiny:", **options)
+
+
+def test_one_part_may_be_named_alone() -> None:
+    pipe = LensPipeline.from_pretrained("tiny:", parts="vae", deferred="vae")
+    assert list(pipe.store.deferred) == ["vae"] and pipe.store.loaded["sampler"] is None
+    with pytest.raises(ConfigError, match="no offload plan is called 5"):
+        pipe.offload(5)
 
 
 def test_encoded_prompts_draw_what_the_prompts_draw(pipe: LensPipeline) -> None:
