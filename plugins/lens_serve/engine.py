@@ -25,7 +25,8 @@ import attrs
 from attrs import define, field, frozen
 
 from lens_core.arguments import whole
-from lens_core.inference import png_metadata
+from lens_core.checkpoints import adapters
+from lens_core.inference import lora, png_metadata
 from lens_core.inference.call_arguments import MAX_SEED, CallArguments, GenerationSettings
 from lens_core.inference.image_to_image import read_init_image
 from lens_core.inference.pipeline import LensPipeline
@@ -144,6 +145,15 @@ class Engine:
     def lossy_vae_tile(self) -> int | None:
         """Side of the tiles in which pictures are decoded, px; None: whole."""
         return self._pipeline.lossy_vae_tile
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the backbone's weights, as pictures record it."""
+        return self._pipeline.dtype
+
+    def lora_hash(self, name: str) -> str:
+        """The hash of the content of one of `loras`, as pictures record it. Raises LensError for a broken file."""
+        return adapters.digest(lora.read(self.loras[name].expanduser(), self._pipeline.backbone))
 
     def sampler_facts(self, name: str | None) -> Mapping[str, Any]:
         """The sampler and its options that a request of this name is drawn with, as pictures record it; {} where the

@@ -74,6 +74,15 @@ class Drawing:
         """Side of the tiles in which pictures are decoded, px; None: whole."""
         return self.engine.lossy_vae_tile
 
+    @property
+    def dtype(self) -> str:
+        """The dtype in which pictures are drawn, as they record it."""
+        return self.engine.dtype
+
+    def lora_hash(self, name: str) -> str:
+        """The hash of an offered LoRA's content, as pictures record it. Raises LensError."""
+        return self.engine.lora_hash(name)
+
     def sampler_facts(self, name: str) -> Mapping[str, Any]:
         """The sampler of this name with the options that it has here, as pictures record it. Raises ConfigError."""
         return self.engine.sampler_facts(name)

@@ -156,6 +156,7 @@ def tab(drawing: Any, drawer: Drawer) -> None:
             facts_again = read_again(
                 Path(path), drawing.model_hash, drawing.loras,
                 sampler_facts=drawing.sampler_facts, lossy_vae_tile=drawing.lossy_vae_tile,
+                dtype=drawing.dtype, lora_hash=drawing.lora_hash,
             )  # fmt: skip
         except LensError as error:
             raise answer(error) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -158,10 +159,13 @@ def read_again(
     *,
     sampler_facts: Callable[[str], Mapping[str, Any]] | None = None,
     lossy_vae_tile: int | None = None,
+    dtype: str = "",
+    lora_hash: Callable[[str], str] | None = None,
 ) -> Again:
     """The form's values from a PNG of Lens, ComfyUI or A1111. `model_hash`: of the model that is served; `loras`: those
     that it offers; `sampler_facts`: a sampler's name -> how pictures record it, with the options that it has here;
-    `lossy_vae_tile`: in what tiles it decodes, px. Raises ConfigError, in one line."""
+    `lossy_vae_tile`: in what tiles it decodes, px; `dtype`: in which it draws; `lora_hash`: a name of `loras` -> the
+    hash of its content. Raises ConfigError, in one line."""
     foreign = foreign_facts.read(path)
     if foreign is not None:
         taken = dict(foreign.taken)
@@ -173,8 +177,10 @@ def read_again(
             f"was drawn by {shown(taken['model'], 60)} of hash {shown(taken['model_hash'], 40)}, not by this model"
         ]  # fmt: skip
         notes += _differences(taken, sampler_facts, lossy_vae_tile)
+        if dtype and taken.get("dtype", dtype) != dtype:  # older pictures have none
+            notes.append(f"was drawn in {shown(taken['dtype'], 40)}; this server draws in {dtype}")
         taken["sampler"] = _sampler_name(taken)
-    chosen, lora_notes = _loras_again(path, taken.get("loras", ()), loras)
+    chosen, lora_notes = _loras_again(path, taken, loras, lora_hash)
     values = {
         "prompt": taken.get("requested_prompt", taken["prompt"]),
         "negative_prompt": taken.get("negative_prompt", ""),
@@ -238,11 +244,16 @@ def _sampler_differences(
     return [f"its sampler {name} had {was}; here it has {now}"]
 
 
-def _loras_again(path: Path, entries: Sequence[str], loras: Mapping[str, Path]) -> tuple[dict[str, float], list[str]]:
+def _loras_again(
+    path: Path, facts: Mapping[str, Any], loras: Mapping[str, Path], lora_hash: Callable[[str], str] | None
+) -> tuple[dict[str, float], list[str]]:
     """The weight of each offered LoRA in a picture, whose facts name them as FILE:WEIGHT, and notes. Raises
     ConfigError for an entry of another form."""
     weights, notes = dict.fromkeys(loras, 0.0), []
-    for entry in entries:
+    hashes = facts.get("lora_hashes", ()) if lora_hash is not None else ()
+    for entry, digest in zip_longest(facts.get("loras", ()), hashes):
+        if entry is None:
+            break  # more hashes than LoRAs
         file, _, text = entry.rpartition(":")
         weight = _weight(text)
         if not file or weight is None:
@@ -253,6 +264,10 @@ def _loras_again(path: Path, entries: Sequence[str], loras: Mapping[str, Path]) 
         if not fitting:
             notes.append(f"its LoRA {shown(entry, 60)} is not offered here")
             continue
+        same = [name for name in fitting if digest is not None and lora_hash is not None and lora_hash(name) == digest]
+        if digest is not None and not same:
+            notes.append(f"its LoRA {shown(file, 60)} had other content, of hash {shown(digest, 40)}")
+        fitting = same or fitting
         taken = next((name for name in fitting if not weights[name]), fitting[0])
         weights[taken] = weight
         if len(fitting) > 1:

@@ -33,6 +33,8 @@ from lens_studio.results import read as read_result
 from serving import WAIT, Gate, Running, running
 
 from lens_core.catalog import Catalog
+from lens_core.checkpoints import lora_keys
+from lens_core.checkpoints.adapters import LoRA
 from lens_core.inference import png_metadata
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.requests import ModelRequest
@@ -186,6 +188,28 @@ def test_a_number_keeps_all_its_digits(guidance: float, text: str, tmp_path: Pat
     values = read_again(dropped(tmp_path / "a.png", guidance_scale=guidance, strength=guidance), "h", {}).values
     assert values["guidance_scale"] == values["strength"] == text
     assert Form(**values).fields(16)["settings"].guidance_scale == guidance
+
+
+def test_another_dtype_and_another_content_of_a_lora_are_noted(quick: LensPipeline, tmp_path: Path) -> None:
+    offered = {"night": tmp_path / "x" / "moon.safetensors", "dusk": tmp_path / "y" / "moon.safetensors"}
+    for value, path in enumerate(offered.values(), 1):
+        path.parent.mkdir()
+        down, up = torch.full((1, 5), float(value)), torch.ones(quick.backbone.inner.out_features, 1)
+        lora_keys.write(path, {"inner": LoRA(down, up, 1.0)})
+    engine = Engine(quick, name="toy", loras=offered)
+    drawing = Drawing(engine, None)
+    served = {"dtype": drawing.dtype, "lora_hash": drawing.lora_hash}
+    (drawn,) = drawing.start(prompt="red", loras=(("dusk", 0.5),)).result()
+    png_metadata.save(drawn.image, tmp_path / "a.png", dict(drawn.facts))
+    again = read_again(tmp_path / "a.png", "", offered, **served)
+    assert dict(again.values["loras"]) == {"night": 0.0, "dusk": 0.5} and again.notes == ()
+    offered["dusk"].write_bytes(offered["night"].read_bytes())
+    (note,) = read_again(tmp_path / "a.png", "", {"dusk": offered["dusk"]}, **served).notes
+    assert note == f"its LoRA 'moon.safetensors' had other content, of hash {drawn.facts['lora_hashes'][0]!r}"
+    assert read_again(dropped(tmp_path / "b.png", dtype="bfloat16"), "h", {}, **served).notes == (
+        "was drawn in 'bfloat16'; this server draws in float32",
+    )
+    assert engine.close(WAIT)
 
 
 def test_loras_whose_files_have_one_name_are_noted(tmp_path: Path) -> None:
