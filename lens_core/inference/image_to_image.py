@@ -62,7 +62,8 @@ def read_init_image(
     height, width = size
     picture = to_tensor(rgb if rgb.size == (width, height) else rgb.resize((width, height)))
     if repainted is not None and tuple(repainted.shape[-2:]) != size:
-        repainted = torch.nn.functional.interpolate(repainted.float(), size) >= 0.5
+        # Of a thin stroke every pixel counts: nearest neighbours could lose it, and nothing would be drawn.
+        repainted = torch.nn.functional.adaptive_max_pool2d(repainted.float(), size).bool()
     return picture, share, repainted
 
 

@@ -46,17 +46,20 @@ class Comparer:
         return chosen
 
     def cells(self, form: Form, axis: str, values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-        """(caption, PIL picture) of each value. Raises LensError. All cells share the first one's seed."""
-        seed = form.seed
+        """(caption, PIL picture) of each value. Raises LensError. All cells share the first one's seed; of checkpoints
+        the served one comes first, and where its reasoner rewrites the prompt, all of them draw what it wrote."""
+        seed, prompt = form.seed, form.prompt
+        if axis == "checkpoints":
+            values = sorted(values, key=lambda model: bool(model != self.drawing.name))
         for value in values:
             if axis == "steps":
                 changed = evolve(form, steps=value, seed=seed)
             elif axis == "samplers":
                 changed = evolve(form, sampler=value, seed=seed)
             else:
-                changed = evolve(form, seed=seed)
+                changed = evolve(form, seed=seed, prompt=prompt)
             drawn, facts = self._cell(changed, value if axis == "checkpoints" else self.drawing.name)
-            seed = str(facts["seed"])
+            seed, prompt = str(facts["seed"]), facts["prompt"]
             yield f"{value} steps" if axis == "steps" else str(value), drawn
 
     def _cell(self, form: Form, model: str) -> tuple[Any, dict[str, Any]]:

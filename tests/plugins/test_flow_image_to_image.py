@@ -187,6 +187,16 @@ def test_a_size_that_is_asked_for_resizes_picture_and_mask(drawn):
     assert torch.equal(images[:, :, 24:], want[:, :, 24:])
 
 
+def test_one_white_pixel_of_a_larger_mask_is_repainted(drawn):
+    mask = Image.new("L", (96, 64))
+    mask.putpixel((3, 5), 255)
+    how = {"image": photo(64, 96), "height": 32, "width": 48}
+    before = drawn("a cat", strength=0.0, mask_image=mask, **how, **HOW).images
+    after = drawn("a cat", mask_image=mask, **how, **HOW).images
+    changed = (before != after).any(dim=1)[0].nonzero()
+    assert changed.tolist() == [[2, 1]]
+
+
 def test_a_mask_that_is_white_and_transparent_keeps_the_picture_there(drawn):
     clear = Image.new("RGBA", (48, 32), (255, 255, 255, 0))
     clear.paste((255, 255, 255, 255), (0, 0, 24, 32))

@@ -38,7 +38,7 @@ from lens_core.checkpoints.adapters import LoRA
 from lens_core.inference import png_metadata
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.requests import ModelRequest
-from lens_core.types import ConfigError, LensError
+from lens_core.types import ConfigError, LensError, Refinement
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -364,6 +364,22 @@ def test_a_comparison_over_checkpoints_loads_those_that_are_allowed_alone(
     ):
         with pytest.raises(ConfigError, match=words):
             comparer.values(*arguments)
+
+
+def test_checkpoints_are_compared_on_the_prompt_that_the_reasoner_wrote(
+    drawer: Drawer, quick: LensPipeline, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Longer:
+        def refine(self, prompts: list[str]) -> list[Refinement]:
+            return [Refinement(prompt, f"{prompt}, in detail") for prompt in prompts]
+
+    quick.use_reasoner(Longer())
+    other = LensPipeline.from_parts(evolve(toy.PARTS, steps=3), catalog)
+    monkeypatch.setattr(ModelRequest, "load", lambda self, **_: other)
+    form = Form(prompt="a", seed="3", size="32x32")
+    cells = list(Comparer(drawer.drawing, ["other"]).cells(form, "checkpoints", ["other", "toy"]))
+    alone = other("a, in detail", seed=3, height=32, width=32).images[0]
+    assert [name for name, _ in cells] == ["toy", "other"] and cells[1][1].tobytes() == alone.tobytes()
 
 
 def test_another_checkpoint_is_drawn_within_the_servers_limits_and_as_the_server_holds_its_own(
