@@ -74,6 +74,8 @@ def _checked(reasoner: Any, answers: Any, prompts: Sequence[str]) -> list[Refine
 
 
 def _fitting(one: Refinement, encoder: Any) -> Refinement:
+    if one.request.strip() and not one.text.strip():
+        return Refinement(one.request, one.request, one.reason or "it is empty")
     if encoder is None or one.text == one.request or not hasattr(encoder, "excess_tokens"):
         return one
     with calling(encoder, "excess_tokens"):

@@ -19,6 +19,8 @@ from lens_core.types import CheckpointError, LensError
 
 SAMPLER_FILE = "scheduler/scheduler_config.json"
 """The sampler, for other tools."""
+UNFINISHED = "lens.json.unfinished"
+"""What stands in a folder while a checkpoint is written: after Ctrl-C or a full disk, it may be written there again."""
 
 
 @frozen
@@ -70,12 +72,14 @@ def save_pretrained(content: CheckpointContent, folder: str | Path) -> None:
     if root.exists() and not root.is_dir():
         raise CheckpointError(f"{root}: is a file; choose a new folder")
     root.mkdir(parents=True, exist_ok=True)
-    before = integrity.stamps(root)
-    if any(root.iterdir()) and not (root / "lens.json").is_file():
+    present, unfinished = root / "lens.json", root / UNFINISHED
+    if any(root.iterdir()) and not present.is_file() and not unfinished.is_file():
         raise CheckpointError(f"{root}: is not empty and not a checkpoint; choose a new folder")
-    earlier = _named_files(root / "lens.json")
     # `lens.json` goes first and comes last: without it nothing is read, so that half a checkpoint is never loaded.
-    (root / "lens.json").unlink(missing_ok=True)
+    if present.is_file():
+        present.replace(unfinished)
+    unfinished.touch()
+    before, earlier = integrity.stamps(root), _named_files(unfinished)
     for kind in MODEL_PARTS:
         if content.parts.get(kind) is not None:
             content.parts[kind].save(root)
@@ -85,6 +89,7 @@ def save_pretrained(content: CheckpointContent, folder: str | Path) -> None:
         (root / "vae" / manifest.PREVIEW_FILE).unlink(missing_ok=True)  # that of a checkpoint which stood here before
     _remove_leftovers(content, root, before, earlier)
     save_about(content, root, before=before)
+    unfinished.unlink()
 
 
 def _named_files(description: Path) -> Collection[str] | None:

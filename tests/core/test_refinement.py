@@ -76,6 +76,15 @@ def test_an_answer_that_is_not_used_is_reported_with_its_reason(pipeline):
     assert result.prompts == (Refinement("2 cats", "2 cats", "it holds a digit"), Refinement("a cat", "A CAT!"))
 
 
+def test_an_empty_text_is_not_used(pipeline):
+    shout = Shout(Shout.Config())
+    shout.refine = lambda prompts: [" \n"]
+    pipeline.use_reasoner(shout)
+    with pytest.warns(UserWarning, match="drawn as it is: it is empty"):
+        (prompt,) = pipeline("cat", seed=1, height=32, width=32).prompts
+    assert prompt == Refinement("cat", "cat", "it is empty")
+
+
 def test_a_text_that_the_encoder_would_cut_is_not_used(pipeline):
     pipeline.text_encoder.excess_tokens = lambda prompt: max(0, len(prompt) - 4)
     pipeline.use_reasoner(Shout(Shout.Config("!" * 4)))

@@ -10,6 +10,7 @@ import pytest
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import integrity, manifest
 from lens_core.inference.pipeline import LensPipeline
+from lens_core.types import CheckpointError
 
 LEFTOVERS = (
     "scheduler/scheduler_config.json", "transformer/config.json",
@@ -34,6 +35,32 @@ def test_what_an_earlier_checkpoint_left_is_removed(pipeline: LensPipeline, chec
     pipeline.save_pretrained(checkpoint)
     assert not any((checkpoint / name).exists() for name in LEFTOVERS)
     LensPipeline.from_pretrained(checkpoint, catalog=catalog, verify=True, device="cpu")
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_what_was_interrupted_is_no_checkpoint_and_may_be_saved_again(
+    new: bool,
+    pipeline: LensPipeline,
+    checkpoint: Path,
+    catalog: Catalog,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = checkpoint / ".." / "new" if new else checkpoint
+    put(checkpoint, ("vae/mine.safetensors",))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipeline.backbone), "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            pipeline.save_pretrained(folder)
+    with pytest.raises(CheckpointError):
+        LensPipeline.from_pretrained(folder, catalog=catalog)
+    pipeline.save_pretrained(folder)
+    LensPipeline.from_pretrained(folder, catalog=catalog, device="cpu", verify=new)
+    assert not list(folder.glob("*.unfinished")) and (checkpoint / "vae" / "mine.safetensors").is_file()
 
 
 def test_files_by_other_names_stay(pipeline: LensPipeline, checkpoint: Path, catalog: Catalog) -> None:
