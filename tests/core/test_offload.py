@@ -527,7 +527,7 @@ def test_a_plan_that_runs_out_of_memory_leaves_everything_on_the_host(plan: str)
     with pytest.raises(torch.OutOfMemoryError):
         pipeline.offload(plan, accelerator=Full())
     assert not meter.held and pipeline.offload_manager is None and pipeline.device.type == "cpu"
-    assert moves == ["cpu"]
+    assert moves == [torch.device("cpu")]
     assert not any(block._forward_hooks for block in pipeline.backbone.transformer_blocks)
     assert torch.equal(draw(pipeline), latents)
 
