@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lens_core.checkpoints.gguf_files import GgufTensor, read_gguf
 from lens_core.checkpoints.lazy_tensors import LazyTensor
 from lens_core.io.readers import shown
@@ -189,11 +191,12 @@ def _tokenizer(keys: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast |
     """The tokenizer that the keys describe; None where there is none, or one that splits texts in another way."""
     if TOKENS not in keys or keys.get("tokenizer.ggml.pre") != SPLIT:
         return None
-    tokens, kinds, merges = keys[TOKENS], keys.get(KINDS), keys.get(MERGES, [])
-    vocabulary = {token: number for number, token in enumerate(tokens)} if isinstance(tokens, list) else {}
+    kinds, merges = keys.get(KINDS), keys.get(MERGES, [])
+    tokens: list[str] = keys[TOKENS] if isinstance(keys[TOKENS], list) else []
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     pairs = [merge.split(" ") for merge in merges] if isinstance(merges, list) else [[]]
-    numbers = kinds.tolist() if hasattr(kinds, "tolist") else []
-    if len(vocabulary) != len(tokens) or len(numbers) != len(tokens) or any(len(pair) != 2 for pair in pairs):
+    numbers = kinds.tolist() if isinstance(kinds, np.ndarray) else []
+    if not 0 < len(tokens) == len(vocabulary) == len(numbers) or any(len(pair) != 2 for pair in pairs):
         raise CheckpointError(
             f"{where}: its tokenizer has {len(tokens)} tokens, {len(vocabulary)} of them different, {len(numbers)} "
             f"kinds and {len(pairs)} merges, which do not fit; fetch it again"

@@ -212,6 +212,7 @@ def test_experts_in_mxfp4_are_saved_as_transformers_has_them(encoder: GptOssEnco
         ({"gpt-oss.expert_used_count": 9}, "num_experts_per_tok"),
         ({"gpt-oss.attention.sliding_window": "wide"}, "sliding_window"),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, r"its tokenizer has 2 tokens, 1 of them different"),
+        ({"tokenizer.ggml.tokens": 400}, r"its tokenizer has 0 tokens"),
         ({"tokenizer.ggml.merges": ["a b c"]}, "which do not fit"),
         ({"tokenizer.ggml.merges": ["a nothing"]}, "tokenizer_json cannot be read"),
         ({"split.count": 3}, "one of 3 parts; join them first: llama-gguf-split --merge"),
