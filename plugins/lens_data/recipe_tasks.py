@@ -26,6 +26,8 @@ def fill_recipe_cache(recipe: Path, rank: int = 0, world: int = 1) -> None:
 
     catalog = Catalog.installed()
     plan = read_recipe(recipe, catalog)
+    if plan.dataset is None:
+        raise ConfigError(f"{recipe}: has no dataset, so nothing to encode; add one with `use: store`")
     _, cls, config = build(catalog, "dataset", plan.dataset, "$.dataset")
     if not issubclass(cls, StoreDataset):
         raise ConfigError(f"{recipe}: its dataset is {plan.dataset.use!r}, which has no cache; use `store`")

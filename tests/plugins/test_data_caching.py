@@ -177,6 +177,9 @@ def test_a_recipe_fills_its_cache_and_trains_from_its_store(store, tmp_path, mon
     recipe.write_text(recipe.read_text().replace("use: store, ", "use: words, "))
     with pytest.raises(ConfigError, match="no dataset is called 'words'"):
         cache(recipe)
+    recipe.write_text(re.sub(r" *dataset: .*\n", "", recipe.read_text()))
+    with pytest.raises(ConfigError, match="has no dataset"):
+        cache(recipe)
 
 
 RECIPE = """
