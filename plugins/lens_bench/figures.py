@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from attrs import frozen
 from cyclopts import App
@@ -52,7 +52,7 @@ def points(folders: Sequence[Path]) -> tuple[list[Point], str]:
     return result_points, f"{short}, {first.get('metric', 'overall')}"
 
 
-def _positive(value: Any) -> bool:
+def _positive(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
 
 

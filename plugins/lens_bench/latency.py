@@ -103,7 +103,7 @@ def _watched(pipeline: LensPipeline | None, parts: dict[str, float]) -> Iterator
     try:
         for name, part in names.items():
             setattr(pipeline, name, timed(getattr(pipeline, name), part))
-        pipeline.sample = sampled  # type: ignore[method-assign]  # for the time of one picture
+        pipeline.sample = sampled  # type: ignore[method-assign,assignment]  # for the time of one picture
         yield
     finally:
         for name in (*names, "sample"):

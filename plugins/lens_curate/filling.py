@@ -60,8 +60,8 @@ class _Put:
             totals.update(sources[ours].tolist())
             mine.append((ids[lost & ours], keys[lost & ours], sources[lost & ours]))
             others.append(ids[lost & ~ours])
-        columns = (np.concatenate(column) for column in zip(*mine, strict=True))
-        return cls(*columns, np.concatenate(others), totals)
+        ids, keys, sources = (np.concatenate(column) for column in zip(*mine, strict=True))
+        return cls(ids, keys, sources, np.concatenate(others), totals)
 
 
 @mutable

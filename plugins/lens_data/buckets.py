@@ -6,6 +6,7 @@ Lens trains at 27 sizes: 3 areas of 9 aspect ratios each (paper, section 3).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from attrs import frozen
@@ -41,8 +42,8 @@ class Assignment:
 
 
 def assign(
-    heights: Sequence[int] | NDArray[np.int64],
-    widths: Sequence[int] | NDArray[np.int64],
+    heights: Sequence[int] | NDArray[np.integer[Any]],
+    widths: Sequence[int] | NDArray[np.integer[Any]],
     buckets: Buckets,
     *,
     max_upscale: float = 1.0,

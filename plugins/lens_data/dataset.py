@@ -233,7 +233,7 @@ class StoreDataset:
 
     def _least(self) -> int:
         """Pictures that a batch takes."""
-        return max(self.config.group_batch_sizes)
+        return int(max(self.config.group_batch_sizes))
 
     def _steps(self, world: int) -> Iterator[BatchContents]:
         """The contents of all steps from here on. Raises ConfigError where so many ranks cannot share them."""

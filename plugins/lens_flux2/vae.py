@@ -46,7 +46,7 @@ class Flux2VAE(nn.Module):
     single = "vae/flux2-vae.safetensors"
     model_index: ClassVar = {"vae": ("diffusers", "AutoencoderKLFlux2")}
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Flux2VAEConfig) -> None:
         super().__init__()
         self.config = config
         levels = len(config.block_out_channels)
@@ -120,7 +120,8 @@ class Flux2VAE(nn.Module):
         """Estimated bytes of a decoding: the second level's channels at full size, three times over. Workspaces of
         convolution kernels come on top."""
         wide = (self.config.decoder_block_out_channels or self.config.block_out_channels)[:2][-1]
-        return int(3.25 * workload.batch * workload.size[0] * workload.size[1] * wide) * self.net.dtype.itemsize
+        itemsize: int = self.net.dtype.itemsize
+        return int(3.25 * workload.batch * workload.size[0] * workload.size[1] * wide) * itemsize
 
     def save(self, folder: Path) -> None:
         """Write `vae/config.json` and `vae/diffusion_pytorch_model.safetensors` under `folder`, for diffusers too."""
@@ -132,7 +133,7 @@ class Flux2VAE(nn.Module):
         write_json(folder / FOLDER / "config.json", json.loads(self.net.to_json_string()))
 
     @classmethod
-    def load(cls, folder: Path, config: Config, dtype: torch.dtype | None = None) -> Self:
+    def load(cls, folder: Path, config: Flux2VAEConfig, dtype: torch.dtype | None = None) -> Self:
         """Read `folder/vae`, floats as `dtype` (None: as stored). Its own config.json decides; a `config` that differs
         from it and from the defaults is a CheckpointError, as is any foreign or damaged file."""
         path = folder / FOLDER / "config.json"
@@ -151,8 +152,8 @@ class Flux2VAE(nn.Module):
 
     @classmethod
     def from_header(
-        cls, file: Path, config: Config, folder: Path, *, plain: bool = False
-    ) -> tuple[Self, Config, dict[str, LazyTensor]]:
+        cls, file: Path, config: Flux2VAEConfig, folder: Path, *, plain: bool = False
+    ) -> tuple[Self, Flux2VAEConfig, dict[str, LazyTensor]]:
         """A single file: the VAE without values, its config, and the tensors for `load_weights`. `folder` is the
         checkpoint whose VAE it takes the place of. See `single.convert_single_file`."""
         path = folder / FOLDER / "config.json"
@@ -166,7 +167,7 @@ class Flux2VAE(nn.Module):
         load_module(self.net, file.parent, file.stem, dtype=dtype, tensors=dict(tensors))
 
     @classmethod
-    def _read(cls, path: Path) -> Config:
+    def _read(cls, path: Path) -> Flux2VAEConfig:
         data = {k: v for k, v in read_json(path).items() if not k.startswith("_") or k == "_class_name"}
         if (kind := data.pop("_class_name", None)) != "AutoencoderKLFlux2":
             raise CheckpointError(

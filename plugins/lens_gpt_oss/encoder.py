@@ -55,7 +55,7 @@ class GptOssEncoder(WritesText, nn.Module):
         TOKENIZER: ("transformers", "PreTrainedTokenizerFast"),
     }
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: GptOssEncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.layers = len(config.selected_layers)
@@ -237,7 +237,7 @@ class GptOssEncoder(WritesText, nn.Module):
         # An expert that is unpacked: float32 values, then twice in the model's dtype.
         expert = 2 * self.config.hidden_size * self.config.intermediate_size
         unpacked = (4 + 2 * self.model.dtype.itemsize) * expert if self.config.experts == "auto" else 0
-        return (scores + 16 * longest * self.width) * self.model.dtype.itemsize + unpacked
+        return int((scores + 16 * longest * self.width) * self.model.dtype.itemsize + unpacked)
 
     def sizes_in_4_bits(self) -> dict[int, int]:
         """id of a weight -> its bytes in the published file, where experts are MXFP4: 4 bits each and 8 for 32."""
@@ -304,7 +304,7 @@ class GptOssEncoder(WritesText, nn.Module):
         tokenizer.save_pretrained(folder / TOKENIZER)
 
     @classmethod
-    def load(cls, folder: Path, config: Config, dtype: torch.dtype | None = None) -> Self:
+    def load(cls, folder: Path, config: GptOssEncoderConfig, dtype: torch.dtype | None = None) -> Self:
         """Read the layout that `save` writes, MXFP4 experts and sharded files included; the sizes are those on disk.
 
         Experts in MXFP4 stay packed with `experts: auto`, and no layer after the last selected one is held; with
@@ -321,8 +321,8 @@ class GptOssEncoder(WritesText, nn.Module):
 
     @classmethod
     def from_header(
-        cls, file: Path, config: Config, folder: Path, *, plain: bool = False
-    ) -> tuple[Self, Config, dict[str, LazyTensor]]:
+        cls, file: Path, config: GptOssEncoderConfig, folder: Path, *, plain: bool = False
+    ) -> tuple[Self, GptOssEncoderConfig, dict[str, LazyTensor]]:
         """A single file: the encoder without values, its config and the tensors for `load_weights`; `plain`: no nvfp4.
 
         `file` may be a folder as transformers saves it, in shards, or a GGUF file of llama.cpp. The tokenizer is the

@@ -116,10 +116,10 @@ def _experts(what: str, place: str, parts: Mapping[str, LazyTensor]) -> dict[str
             if f"{part}.{side}" not in parts:
                 raise CheckpointError(f"{what}ffn_{part}_exps.{side} is missing; fetch the file again")
     for side, ndim in (("weight", 3), ("bias", 2)):
-        gate, up = (parts[f"{part}.{side}"].shape for part in ("gate", "up"))
-        if gate != up or len(gate) != ndim or len(parts[f"down.{side}"].shape) != ndim:
+        shape, other = (parts[f"{part}.{side}"].shape for part in ("gate", "up"))
+        if shape != other or len(shape) != ndim or len(parts[f"down.{side}"].shape) != ndim:
             raise CheckpointError(
-                f"{what}its experts are {list(gate)} and {list(up)}, which do not fit; fetch it again"
+                f"{what}its experts are {list(shape)} and {list(other)}, which do not fit; fetch it again"
             )
     gate, up, down = (parts[f"{part}.weight"] for part in ("gate", "up", "down"))
     result = {

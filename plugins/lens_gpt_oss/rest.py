@@ -41,6 +41,6 @@ def read_rest(encoder: Any, tensors: Mapping[str, LazyTensor], file: Path, dtype
     for parameter in rest.parameters():
         parameter.requires_grad_(any(p.requires_grad for p in encoder.parameters()))
     device = encoder.model.embed_tokens.weight.device
-    for layer in rest.model.layers.values():
+    for layer in rest.model.layers.values():  # type: ignore[operator]  # a ModuleDict
         encoder.model.layers.append(layer.to(device))
     encoder.lm_head = rest.lm_head.to(device)

@@ -72,11 +72,11 @@ def unpack(answer: Answer, secret: str, tokens_in: int, tokens_out: int, as_is: 
         if "json" in answer.content_type:
             return Fault(f"unreadable answer: {error}", again=True, billed=True)
         return Fault(f"not a chat completion; check base_url: {head}", billed=True)
-    error = _error(data)
+    reported = _error(data)
     if not 200 <= answer.status < 300:
-        return fault_of_status(answer.status, error[1] if error else head, answer.retry_after)
-    if error is not None:
-        status, words = error
+        return fault_of_status(answer.status, reported[1] if reported else head, answer.retry_after)
+    if reported is not None:
+        status, words = reported
         if status is not None:
             return fault_of_status(status, words, answer.retry_after)
         return Fault(f"the endpoint reports an error: {words}", billed=True, tokens=_usage(data, expected, ""))
@@ -127,7 +127,8 @@ def _first(data: Any) -> dict[str, Any] | None:
 def _text(content: Any) -> str | None:
     """The text of a message: a string, or a list of parts of which some are text. Half characters are replaced."""
     if isinstance(content, list):
-        texts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") in ("text", "output_text")]
+        parts = [p for p in content if isinstance(p, dict) and p.get("type") in ("text", "output_text")]
+        texts: list[Any] = [part.get("text") for part in parts]
         content = "".join(texts) if texts and all(isinstance(t, str) for t in texts) else None
     return replace_surrogates(content) if isinstance(content, str) else None
 

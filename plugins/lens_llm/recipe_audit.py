@@ -64,7 +64,9 @@ def sampled(prompts: Sequence[Prompt], tasks: Sequence[str], count: int, seed: i
     import numpy as np
 
     mine = prompts_of_tasks(prompts, tasks)
-    picked = np.random.default_rng(seed).choice(len(mine), min(count, len(mine)), replace=False) if mine else []
+    if not mine:
+        return []
+    picked = np.random.default_rng(seed).choice(len(mine), min(count, len(mine)), replace=False)
     return [mine[i] for i in sorted(picked)]
 
 

@@ -63,7 +63,7 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
     _no_split_modules: ClassVar = ["Block"]  # diffusers: a device map keeps a block whole
     _repeated_blocks: ClassVar = ["Block"]  # diffusers: what compile_repeated_blocks compiles
 
-    def __init__(self, config: Config | None = None, **fields: Any) -> None:
+    def __init__(self, config: MMDiTConfig | None = None, **fields: Any) -> None:
         super().__init__()
         c = self.Config(**fields) if config is None else config
         self.register_to_config(**asdict(c) | {"inner_dim": c.width})
@@ -134,7 +134,7 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
         precise = torch.complex128 if self.dtype == torch.float64 else torch.complex64
         longest = -(-tokens // 64) * 64  # a multiple of 64: few different tables, which the cache of `rotations` holds
         tables = [rotations(*x.shape[-2:], longest, self.config.axes_dims_rope, x.device, precise) for x in xs]
-        parts = zip(tables, segments.image_lengths, columns.split(segments.text_lengths), strict=True)
+        parts = zip(tables, segments.image_lengths, torch.split(columns, list(segments.text_lengths)), strict=True)
         images, texts = zip(*((table[:n], table[n:][places]) for table, n, places in parts), strict=True)
         return torch.cat([*images, *texts])
 
@@ -184,7 +184,8 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
 
     def modulations(self) -> list[Modulation]:
         """Those of all blocks and of `norm_out`; none if one is of another class, such as an adapter's."""
-        layers = [mod[1] for block in self.transformer_blocks for mod in (block.img_mod, block.txt_mod)]
+        blocks: list[Any] = self.blocks()
+        layers = [mod[1] for block in blocks for mod in (block.img_mod, block.txt_mod)]
         layers.append(self.norm_out.linear)
         return layers if all(isinstance(layer, Modulation) for layer in layers) else []
 
@@ -198,14 +199,14 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
         tokens = branches * workload.cells + workload.tokens  # the unconditional branch has no text
         width = self.config.inner_dim
         rows = workload.steps * sum(layer.out_features for layer in self.modulations())
-        work = (12 * workload.batch * tokens * width + rows) * self.dtype.itemsize
+        work: int = (12 * workload.batch * tokens * width + rows) * self.dtype.itemsize
         return work + packed_linear.transient_bytes(self)
 
     def flops(self, size: tuple[int, int], tokens: int) -> int:
         """FLOPs of a forward for one sample of latent grid `size` with `tokens` text tokens: linear layers and
         attention, a multiply-add as two."""
-        c, n = self.config, math.prod(size)
-        d, hidden = c.inner_dim, self.transformer_blocks[0].img_mlp.w1.out_features
+        c, n, blocks = self.config, math.prod(size), self.blocks()
+        d, hidden = c.inner_dim, blocks[0].img_mlp.w1.out_features  # type: ignore[union-attr]  # a Block
         rest = d * d + 3 * d * hidden  # for a token after attention: output projection and SwiGLU
         once = (FREQUENCIES + d + 2 * d) * d + len(self.transformer_blocks) * (2 if tokens else 1) * 6 * d * d
         ends = n * 2 * c.in_channels * d + tokens * len(self.txt_norm) * c.enc_hidden_dim * d
@@ -327,7 +328,7 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
         write_json(folder / FOLDER / "config.json", json.loads(self.to_json_string()))
 
     @classmethod
-    def load(cls, folder: Path, config: Config, dtype: torch.dtype | None = None) -> Self:
+    def load(cls, folder: Path, config: MMDiTConfig, dtype: torch.dtype | None = None) -> Self:
         """Read `folder/transformer`, floats as `dtype` (None: as stored). Raises CheckpointError, and NumericalError
         for float16."""
         if dtype is not None and (reason := cls.refuses(dtype)):
@@ -339,8 +340,8 @@ class LensTransformer2DModel(PrecomputedModulation, ModelMixin, ConfigMixin, Pef
 
     @classmethod
     def from_header(
-        cls, file: Path, config: Config, folder: Path, *, plain: bool = False
-    ) -> tuple[Self, Config, dict[str, LazyTensor]]:
+        cls, file: Path, config: MMDiTConfig, folder: Path, *, plain: bool = False
+    ) -> tuple[Self, MMDiTConfig, dict[str, LazyTensor]]:
         """A single file: the model without values, its config and the tensors for `load_weights`. See
         `single.convert_single_file`. Layers of a GGUF file stay quantised unless `plain`."""
         seen, tensors = convert_single_file(*read_single_file(file), config, str(file))

@@ -107,7 +107,7 @@ def norm_and_rotate(x: Tensor, weight: Tensor, rotation: Tensor, eps: float) -> 
     kernel of it each way, but none of complex numbers."""
     precise = x.float()
     normed = precise * (precise.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
-    even, odd = normed.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = torch.unflatten(normed, -1, (-1, 2)).unbind(-1)
     turn = torch.view_as_real(rotation) if rotation.is_complex() else rotation
     cosine, sine = turn[..., 0], turn[..., 1]
     out = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)

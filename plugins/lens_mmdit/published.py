@@ -152,7 +152,7 @@ def _single_file(file: Path) -> dict[str, Any] | None:
 
 def _comfy_folder(folder: Path) -> dict[str, Any]:
     """Comfy's layout: `diffusion_models/`, `text_encoders/` and `vae/`, one file in each. Parts may be absent."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for part, (place, use) in PARTS.items():
         files = sorted(p.relative_to(folder) for p in (folder / place).glob("*") if p.suffix in SINGLE_FILES)
         if len(files) > 1:

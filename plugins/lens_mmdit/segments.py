@@ -151,15 +151,15 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kerne
 def _attention_by_shape(q: Tensor, k: Tensor, v: Tensor, segments: Segments, attention: Attention) -> Tensor:
     """One call of `attention` for all samples of a shape: they stack to a batch that needs no mask."""
     count, lengths = len(segments.image_lengths), [*segments.image_lengths, *segments.text_lengths]
-    keys, values = k.split(lengths), v.split(lengths)
+    keys, values = torch.split(k, lengths), torch.split(v, lengths)
     with_text = len(q) == len(k)
-    queries = q.split(lengths if with_text else list(segments.image_lengths))
+    queries = torch.split(q, lengths if with_text else list(segments.image_lengths))
     outputs: list[Tensor] = list(queries)  # piece s is the image of sample s, piece count + s its text
     for (n, m), samples in segments.samples_by_shape().items():
 
         def stack(pieces: Sequence[Tensor], both: bool, samples: list[int] = samples) -> Tensor:
             rows = [pieces[i] for s in samples for i in ((s, count + s) if both else (s,))]
-            return torch.cat(rows).unflatten(0, (len(samples), -1)).transpose(1, 2)  # [G,H,S,E]
+            return torch.unflatten(torch.cat(rows), 0, (len(samples), -1)).transpose(1, 2)  # [G,H,S,E]
 
         out = attention(stack(queries, with_text), stack(keys, True), stack(values, True), None).transpose(1, 2)
         for sample, row in zip(samples, out, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from lens_core.checkpoints.lazy_tensors import LazyTensor
 from lens_core.checkpoints.quantization import plain
@@ -35,7 +36,7 @@ def convert_single_file(
     width, channels = shape_of(weights, "img_in.weight", 2, where)
     (head,) = shape_of(weights, "transformer_blocks.0.attn.norm_q.weight", 1, where)
     (feature_width,) = shape_of(weights, "txt_norm.0.weight", 1, where)
-    inferred = {
+    inferred: dict[str, Any] = {
         "attention_head_dim": head,
         "in_channels": channels,
         "num_attention_heads": width // head,

@@ -196,7 +196,8 @@ class DiffusionNFT:
             self._drawn = {n: self._accepted(seed, Shard(n, shard.count)) for n in local_micro_batches(shard.count)}
             local = [counted_scores(*self._score_arrays(*part)) for part in self._drawn.values()]
             self._scales = self.rollout, standard_deviations([part for other in all_gather(local) for part in other])
-        pictures, scores = self._drawn.pop(shard.index, None) or self._accepted(seed, shard)
+        drawn = self._drawn.pop(shard.index, None)
+        pictures, scores = drawn or self._accepted(seed, shard)
         return pictures, scores, self._advantages(pictures, scores, self._scales[1])
 
     def _accepted(self, seed: int, shard: Shard) -> tuple[list[Picture], RewardScores]:
@@ -223,9 +224,9 @@ class DiffusionNFT:
     def _advantages(
         self, pictures: Sequence[Picture], scores: RewardScores, scales: Sequence[float] | None = None
     ) -> Advantages:
-        *about, sum_first = self._score_arrays(pictures, scores)
+        values, failed, groups, weights, sum_first = self._score_arrays(pictures, scores)
         over_rollout = self.config.std_scope == "rollout"
-        return advantages(*about, self.config.min_std, over_rollout, sum_first, scales)
+        return advantages(values, failed, groups, weights, self.config.min_std, over_rollout, sum_first, scales)
 
     def update_order(self, step: int) -> Sequence[str]:
         return ("backbone",)

@@ -62,7 +62,7 @@ _FIRST = re.compile(r"(?i)\A\s*(?:[#*_>-]+\s*)*(?:(?:option|version|prompt|varia
                     r"\s*(?:\*\*|__)?\s*[:.)]?\s*(?:\*\*|__)?\s*")  # fmt: skip
 _ENDS = ".!?…。！？)]\"'”’»」*_`"
 """What a sentence ends with."""
-_QUOTES = ('""', "''", "“”", "„“", "«»", "‘’", "``", "「」", "『』")
+_QUOTES = [(pair[0], pair[1]) for pair in ('""', "''", "“”", "„“", "«»", "‘’", "``", "「」", "『』")]
 _KEYS = ("prompt", "refined_prompt", "description", "caption", "output", "answer", "text")
 
 

@@ -104,7 +104,7 @@ class Rewriter(ABC):
         text = clean(answer)
         refused = _REFUSAL.match(text)
         if refused is not None:
-            reason = one_line(refused.group(1) or "no reason is given", 200)
-            raise RefusedError(f"the reasoner's policy refuses to draw {request[:80]!r}: {reason}")
+            why = one_line(refused.group(1) or "no reason is given", 200)
+            raise RefusedError(f"the reasoner's policy refuses to draw {request[:80]!r}: {why}")
         reason = flaw(request, text, self.config.language, self.config.max_characters)
         return Refinement(request, request, reason) if reason else Refinement(request, text)

@@ -151,7 +151,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def _whole(low: int, high: int) -> Reader:
-    return _number(int, "a whole number", (low, high), f"{low} to {high}")
+    return _number((int,), "a whole number", (low, high), f"{low} to {high}")
 
 
 def _real(low: float, high: float) -> Reader:
@@ -159,7 +159,7 @@ def _real(low: float, high: float) -> Reader:
     return lambda name, value: float(read(name, value))
 
 
-def _number(types: type | tuple[type, ...], kind: str, bounds: tuple[float, float], wording: str) -> Reader:
+def _number(types: tuple[type[int] | type[float], ...], kind: str, bounds: tuple[float, float], wording: str) -> Reader:
     def read(name: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, types):
             raise bad_request(f"{name} must be {kind}, not {readers.shown(value, SHOWN)}", name, "invalid_type")

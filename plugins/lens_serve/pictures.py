@@ -69,7 +69,8 @@ def _mask(data: bytes, original: tuple[int, int], size: tuple[int, int], most: i
                 "mask", "invalid_image",
             )  # fmt: skip
         alpha = raw.convert("RGBA").getchannel("A") if raw.has_transparency_data else None
-        if alpha is not None and alpha.getextrema()[0] < 255:  # editors save opaque masks with an alpha channel too
+        # Editors save opaque masks with an alpha channel too.
+        if alpha is not None and alpha.getextrema()[0] < 255:  # type: ignore[operator]  # one channel, so two numbers
             mask = alpha.point(lambda opacity: 255 if opacity < 128 else 0)
         else:
             mask = images.to_mask(raw)

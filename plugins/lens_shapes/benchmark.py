@@ -84,7 +84,7 @@ def reconstruct(vae: Any, images: Tensor, batch: int = 32) -> Tensor:
     weight = next(iter(vae.parameters()), None) if hasattr(vae, "parameters") else None
     reconstructed = []
     with torch.no_grad():
-        for part in images.split(batch):
+        for part in torch.split(images, batch):
             pixels = part.float() / 127.5 - 1
             pixels = pixels if weight is None else pixels.to(weight.device, weight.dtype)
             back = vae.decode(vae.encode(pixels)).float().clamp(-1, 1)

@@ -95,7 +95,7 @@ def _of_copies(truths: Sequence[Truth], rows: Mapping[str, Mapping[str, Any]]) -
             distances[row["stage"]].append(int(row["distance"]))
         else:
             wrong[row["stage"]] += 1
-    made = {}
+    made: dict[str, dict[str, Any]] = {}
     for kind in COPIES:
         stage = "mirrored" if kind == "mirrored" else "near"
         groups = {group for group, damage in kinds.items() if damage == kind}

@@ -11,7 +11,7 @@ import numpy as np
 from attrs import evolve
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage  # type: ignore[import-untyped]  # scipy ships no types
+from scipy import ndimage
 
 from lens_shapes.render import GLYPHS, coverage, render
 from lens_shapes.scenes import BACKGROUNDS, COLOURS, INK, SHAPES, Scene, Thing
@@ -23,8 +23,11 @@ Make = Callable[[Scene, int, int, np.random.Generator], Picture | None]
 
 def _over(image: Picture, alpha: NDArray[Any], colour: Any) -> Picture:
     """`colour` over `image` with opacity `alpha`, 0-1 [H,W]."""
-    mixed = image + alpha[..., None] * (np.asarray(colour, np.float32) - image)
-    return np.clip(mixed.round(), 0, 255).astype(np.uint8)
+    return _rounded(image + alpha[..., None] * (np.asarray(colour, np.float32) - image))
+
+
+def _rounded(values: NDArray[Any]) -> Picture:
+    return np.asarray(np.clip(values.round(), 0, 255), np.uint8)
 
 
 def _room(scene: Scene, radius: float, rng: np.random.Generator, high: float = 1.0) -> tuple[float, float] | None:
@@ -96,7 +99,7 @@ def _confetti(side: int, count: int) -> Make:
 
 
 def _added(image: Picture, change: NDArray[Any]) -> Picture:
-    return np.clip((image + change).round(), 0, 255).astype(np.uint8)
+    return _rounded(image + change)
 
 
 def _slope(scene: Scene, height: int, width: int, rng: np.random.Generator) -> Picture | None:
@@ -274,7 +277,7 @@ HOSTILE: dict[str, Make] = {
 def blurred(image: Picture, rng: np.random.Generator) -> Picture:
     """A blur of one pixel, a tint and noise, as an autoencoder adds them."""
     soft = ndimage.gaussian_filter(image.astype(float), (1.0, 1.0, 0.0))
-    return np.clip(soft + rng.normal(0, 5, 3) + rng.normal(0, 5, image.shape), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(soft + rng.normal(0, 5, 3) + rng.normal(0, 5, image.shape), 0, 255), np.uint8)
 
 
 def hazed(image: Picture, rng: np.random.Generator) -> Picture:
@@ -283,7 +286,7 @@ def hazed(image: Picture, rng: np.random.Generator) -> Picture:
     narrow, wide = (ndimage.gaussian_filter(sharp, (sigma, sigma, 0)) for sigma in (1.0, 1.9))
     grain = ndimage.gaussian_filter(rng.normal(0, 10, image.shape), (0.7, 0.7, 0)) + rng.normal(0, 3, 3)
     soft = ndimage.gaussian_filter(sharp, (0.8, 0.8, 0)) + 0.45 * (narrow - wide) + grain
-    return np.clip(soft.round(), 0, 255).astype(np.uint8)
+    return _rounded(soft)
 
 
 def jpeg(image: Picture, rng: np.random.Generator) -> Picture:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage  # type: ignore[import-untyped]  # scipy ships no types
+from scipy import ndimage
 
 from lens_core.types import ConfigError
 from lens_shapes.reading import NAMES, Reading, Seen
@@ -135,7 +135,8 @@ def _background(pixels: Floats) -> tuple[tuple[str, ...], str, Floats, Floats]:
     row, column = np.arange(height)[:, None], np.arange(width)
     ways = {"": np.zeros((height, width), int), "across": np.broadcast_to(row >= height // 2, (height, width)) * 1}
     ways["down"] = np.broadcast_to(column >= width // 2, (height, width)) * 1
-    best, best_reading = 0.0, ("", (0,))
+    best = 0.0
+    best_reading: tuple[str, tuple[int, ...]] = "", (0,)
     for way, side in ways.items():
         votes = [np.bincount(nearest[flat & (side == n)], minlength=len(_BACKS)) for n in range(1 if not way else 2)]
         names = tuple(int(v.argmax()) for v in votes)
@@ -251,19 +252,20 @@ def _drawn(
         alpha = coverage(thing.shape, radius, *inside).astype(np.float32)[..., None] / 255
         image[top:bottom, left:right] += alpha * (colour - image[top:bottom, left:right])
     if word:
-        top, left, tall, pitch = place
+        above, start, tall, pitch = place
         wide = pitch / 6
         for number, letter in enumerate(word):
             for row, column in np.argwhere(GLYPHS[letter]):
-                y, x = top + row * tall, left + number * pitch + column * wide
-                image[round(y) : max(round(y) + 1, round(y + tall)), round(x) : max(round(x) + 1, round(x + wide))] = 0
+                y0, x0 = above + row * tall, start + number * pitch + column * wide
+                y1, x1 = max(round(y0) + 1, round(y0 + tall)), max(round(x0) + 1, round(x0 + wide))
+                image[round(y0) : y1, round(x0) : x1] = 0
     return image
 
 
 @cache
 def _middle(shape: str) -> tuple[float, float]:
     """Where the centre of mass of a shape of radius 1 lies (y, x): what `_thing` calls its place."""
-    _, y, x, _ = _normal(coverage(shape, 100.0, 130.0, 130.0, 260, 260).astype(np.float32) / 255)
+    _, y, x, _ = _normal(coverage(shape, 100.0, 130.0, 130.0, 260, 260).astype(np.float32) / np.float32(255))
     return (y - 130) / 100, (x - 130) / 100
 
 
@@ -319,7 +321,8 @@ def _reduced(values: Floats, step: int) -> Floats:
         return values
     height, width, channels = values.shape
     filled = np.pad(values, ((0, -height % step), (0, -width % step), (0, 0)))
-    return filled.reshape(-(-height // step), step, -(-width // step), step, channels).mean((1, 3))
+    means: Floats = filled.reshape(-(-height // step), step, -(-width // step), step, channels).mean((1, 3))
+    return means
 
 
 def _unexplained(pixels: Floats, drawn: Floats) -> list[Seen]:

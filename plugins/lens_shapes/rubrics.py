@@ -47,9 +47,9 @@ def rubrics(facts: Mapping[str, Any]) -> dict[str, Any]:
     ask("count", f"Is the number of shapes in the whole picture exactly {NUMBERS[total]}?", "total_eq", n=total)
     if facts["relation"]:
         one, two = facts["groups"]
-        words = [group_words(g["shape"], g["count"], g["colour"]) for g in (one, two)]
+        first, second = (group_words(g["shape"], g["count"], g["colour"]) for g in (one, two))
         verb = "Is" if one["count"] == 1 else "Are"
-        q = f"{verb} {words[0]} {facts['relation']} {words[1]}?"
+        q = f"{verb} {first} {facts['relation']} {second}?"
         ask("spatial", q, "lies", subject=one, relation=facts["relation"], other=two)
     word = facts["word"]
     q = (

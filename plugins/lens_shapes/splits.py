@@ -120,9 +120,9 @@ def _candidates(task: str, split: Split) -> Iterator[Question]:
             yield Question(task, ((a, None, 1), (b, None, 1)), side)
     elif task in ("attribution", "coloured position"):
         pairs = combinations(ones, 2) if task == "attribution" else permutations(ones, 2)
-        for (a, b), side in product(pairs, ("",) if task == "attribution" else ("left of", "above")):
-            if a[0] != b[0] and a[1] != b[1]:
-                yield Question(task, ((*a, 1), (*b, 1)), side)
+        for (first, second), side in product(pairs, ("",) if task == "attribution" else ("left of", "above")):
+            if first[0] != second[0] and first[1] != second[1]:
+                yield Question(task, ((*first, 1), (*second, 1)), side)
     elif task == "groups":
         yield from _group_candidates(task, split)
     else:

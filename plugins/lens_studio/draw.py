@@ -18,7 +18,7 @@ from lens_studio.forms import PRESET, Form, read_again
 RATIOS = ("1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16")
 WINDOWS = 64  # requests of the page that are followed at once; the engine draws them one after the other
 PREVIEW_PX = 384  # side of the live preview, to which the small pictures of the map are enlarged
-BUTTONS = ["download", "fullscreen"]  # of a picture; gradio's third shares it with another site
+BUTTONS: list[Any] = ["download", "fullscreen"]  # of a picture; gradio's third shares it with another site
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every event: programs have the HTTP API, which is validated and documented."""
 

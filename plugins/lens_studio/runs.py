@@ -72,7 +72,7 @@ def tab(root: Path) -> None:
         except LensError as error:
             raise answer(error) from error
         usual = [key for key in known if key.endswith(USUAL)]
-        chosen = (usual or list(known) or [None])[0]
+        chosen = next(iter(usual or known), None)
         return [gr.update(choices=list(known), value=chosen), *read(name, chosen)]
 
     def read(name: str | None, key: str | None) -> list[Any]:
