@@ -139,10 +139,12 @@ def prefix_ratios(repeats: int, seed: int) -> dict[str, Any]:
         valid = mask[:, head:, None]
 
         def plain(ids: Tensor = ids, valid: Tensor = valid) -> Tensor:
-            return encoder._run_layers(ids, DynamicCache())[0][:, head:] * valid
+            features: Tensor = encoder._run_layers(ids, DynamicCache())[0]
+            return features[:, head:] * valid
 
         def lens(ids: Tensor = ids, mask: Tensor = mask) -> Tensor:
-            return encoder.encode_ids(ids[:, head:], mask[:, head:]).features[:, 0]
+            features: Tensor = encoder.encode_ids(ids[:, head:], mask[:, head:]).features
+            return features[:, 0]
 
         assert distance(lens(), plain()) < 1e-4
         rounds = in_turn({"plain": plain, "lens": lens}, torch.device("cpu"), repeats)

@@ -9,6 +9,7 @@ import base64
 import io
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,16 @@ def spoil(folder: Path, count: int = 240) -> None:
         (folder / f"{number:03}.txt").write_text(f"{prompt(scene)}.")
         kind = number % 24
         noisy = np.clip(np.asarray(image, float) + rng.normal(0, 30, (160, 160, 3)), 0, 255).astype(np.uint8)
-        change = {
+        changes: dict[int, Callable[[Image.Image], Image.Image]] = {
             0: lambda i: i.filter(ImageFilter.GaussianBlur(5)),
             1: lambda i: ImageEnhance.Brightness(i).enhance(0.08),
             2: lambda i: Image.blend(i, Image.new("RGB", i.size, "white"), 0.93),
-            3: lambda i, n=noisy: Image.fromarray(n),
+            3: lambda i: Image.fromarray(noisy),  # noqa: B023  # called in this round
             4: lambda i: i.resize((64, 64)),
             5: lambda i: i.resize((420, 120)),
-        }.get(kind, lambda i: i)
-        change(image).save(folder / f"{number:03}.png")
+        }
+        changed = changes[kind](image) if kind in changes else image
+        changed.save(folder / f"{number:03}.png")
         for ending, copy in (("copy.jpg", image.resize((140, 140))), ("mirror.png", ImageOps.mirror(image))):
             if kind == {"copy.jpg": 6, "mirror.png": 7}[ending]:
                 copy.save(folder / f"{number:03}-{ending}")

@@ -180,6 +180,7 @@ def driver(count: int, store: Path) -> int:
     from lens_curate.parts import Part, text_digest
 
     from lens_core.io.sources import SourceItem
+    from lens_core.types import Record
 
     class Simulated(sources.Tars):
         def check(self) -> None:
@@ -202,10 +203,10 @@ def driver(count: int, store: Path) -> int:
         row |= {"id": sha256(item.image).hexdigest(), "pixels": drawn[:16].hex(), "phash": drawn[16:48],
                 "mirrored": drawn[48:80], "colours": rng.bytes(192), "height": 64, "width": 64, "format": "PNG",
                 "sharpness": rng.random(), "size": len(item.image), "thumbnail": rng.bytes(1500)}  # fmt: skip
-        return row, worker.Record(item.image, np.zeros((1, 1, 3), np.uint8))
+        return row, Record(item.image, np.zeros((1, 1, 3), np.uint8))
 
     worker.Worker._record = record  # type: ignore[method-assign]
-    worker.score_batch = lambda made, records, ids: [  # type: ignore[assignment]
+    worker.score_batch = lambda made, records, ids: [
         {"id": key, "fault": "", **dict.fromkeys(made.curator.columns, 100.0)} for key in ids
     ]
     sources.SOURCES["simulated"] = Simulated  # type: ignore[index]
@@ -222,7 +223,7 @@ PEERS: dict[str, Any] = {"pool": pool, "datasets": with_datasets}
 
 def engine(name: str, folder: Path, store: Path) -> int:
     if name in PEERS:
-        return PEERS[name](folder, store)
+        return int(PEERS[name](folder, store))
     if name.startswith("driver"):
         return driver(int(name.removeprefix("driver")), store)
     if name == "memory":
@@ -318,7 +319,7 @@ def hashes(counts: list[int]) -> None:
 
 
 def table(rows: list[dict[str, Any]], count: int) -> None:
-    parts_of = {"pool": (pool_tar, pool), "datasets": (datasets_row, with_datasets)}
+    parts_of: dict[str, tuple[Any, ...]] = {"pool": (pool_tar, pool), "datasets": (datasets_row, with_datasets)}
     lines = {
         name: sum(len(inspect.getsource(part).splitlines()) for part in (measured, distinct, *parts))
         for name, parts in parts_of.items()

@@ -36,9 +36,9 @@ def main() -> None:
         return
     from lens_curate.verdicts import verdicts
 
-    made = figures(read_truth(options.folder), list(verdicts(options.store)))
-    (options.output or Path(options.store) / "stages.json").write_text(json.dumps(made, indent=1) + "\n")
-    print(table(made))
+    scores = figures(read_truth(options.folder), list(verdicts(options.store)))
+    (options.output or Path(options.store) / "stages.json").write_text(json.dumps(scores, indent=1) + "\n")
+    print(table(scores))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ from lens_core.types import LensError
 
 ARMS = ("dirty", "random", "curated", "dense", "mixed", "shuffled")  # pay_training.ARMS says what each is
 STORES = ("dirty", "curated", "random")
-WEB = {"pictures": 12_000, "share": 0.75, "seed": 11, "side": 160}
+WEB: dict[str, Any] = {"pictures": 12_000, "share": 0.75, "seed": 11, "side": 160}
 TASKS = {"single": 0.3, "two": 0.3, "colours": 0.4}
 CURATION = Path("examples/curation/dirty-web.yaml")
 

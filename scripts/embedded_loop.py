@@ -136,7 +136,7 @@ class Step:
         """Three real steps, so that every kernel is chosen and every state exists, then the recording of one."""
         held = (z.clone(), features.clone(), mask.clone())
         text = _text(*held[1:])
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):

@@ -148,11 +148,12 @@ class Samples:
 
     def __init__(self, bundle: Bundle, pipeline: LensPipeline, arms: Sequence[Arm]) -> None:
         self.bundle, self.device = bundle, pipeline.device
-        self.latents = torch.cat([self._latents(pipeline.vae, part) for part in bundle.images.split(256)])
+        self.latents = torch.cat([self._latents(pipeline.vae, part) for part in torch.split(bundle.images, 256)])
         self.stores: dict[int, TextStore] = {}
         self.rows: dict[tuple[int, bool], Tensor] = {}  # by columns and kind of caption: the row of each picture's
         for tokens in sorted({arm.tokens for arm in arms}):
-            places = torch.cat([bundle.members[arm.store] for arm in arms if arm.tokens == tokens]).unique().tolist()
+            members = torch.cat([bundle.members[arm.store] for arm in arms if arm.tokens == tokens])
+            places = torch.unique(members).tolist()
             self._encode(pipeline.text_encoder, tokens, places)
 
     @torch.no_grad()

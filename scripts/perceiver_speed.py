@@ -11,11 +11,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "plugins"), str(ROOT / "tests" / "plugins")]
 
-import bench_models  # noqa: E402  # the path comes first
+import bench_models  # type: ignore[import-not-found]  # noqa: E402  # of the tests; the path comes first
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from lens_bench.perceive import detection  # noqa: E402
@@ -29,7 +30,7 @@ def pictures(count: int, side: int) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
 
 
-def report(name: str, perceiver: object, images: list[Image.Image], question: object, device: str) -> None:
+def report(name: str, perceiver: Any, images: list[Image.Image], question: Any, device: str) -> None:
     """Time `perceiver` on batches of its own size, after one to warm up."""
     batch = perceiver.batch_size
     cuda = device.startswith("cuda")
@@ -51,7 +52,8 @@ def probabilities(folder: Path, image: Image.Image, device: str) -> torch.Tensor
     pixels, _ = detection.preprocess(np.asarray(image))
     with torch.inference_mode():
         output = model(pixel_values=torch.from_numpy(pixels)[None].to(model.device))
-    return output.class_queries_logits[0].softmax(-1).cpu()
+    logits: torch.Tensor = output.class_queries_logits[0]
+    return logits.softmax(-1).cpu()
 
 
 def main() -> None:

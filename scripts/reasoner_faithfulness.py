@@ -64,7 +64,7 @@ def main(
         answers = pipeline.refine([request for _, request, _ in questions])
     seconds = time.perf_counter() - begin
     facts = [prompt_facts(scene) for scene, _, _ in questions]
-    result = {
+    result: dict[str, Any] = {
         "model": model,
         "split": split,
         "part": part,

@@ -95,14 +95,12 @@ def arrays() -> int:
     from attrs import fields
     from lens_curate.tables import RecordArrays
 
-    widths = {"bytes_": {"key": 16, "part": 16, "id": 32, "pixels": 16}, "hashes": 32, "mirrored": 32}
+    widths = {"key": 16, "part": 16, "id": 32, "hashes": 32, "mirrored": 32}
     total = 0
     for each in fields(RecordArrays):
         kind = str(each.type)
-        if each.name in ("hashes", "mirrored"):
+        if each.name in widths:
             total += widths[each.name]
-        elif "bytes_" in kind:
-            total += widths["bytes_"][each.name]
         elif "NDArray" in kind:
             total += 8 if "64" in kind else 4 if "32" in kind else 1
     return total
