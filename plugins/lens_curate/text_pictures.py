@@ -47,7 +47,6 @@ WORDS: Mapping[str, tuple[str, ...]] = {
 COLOURS = ("black", "white", "red", "navy", "darkgreen", "orange", "purple", "gold", "teal", "crimson", "ivory", "gray")
 _NAMES = {"navy": "dark blue", "darkgreen": "dark green", "gray": "grey"}
 PLACES = ("top", "middle", "bottom")
-_PHRASES = {"top": "at the top", "middle": "in the middle", "bottom": "at the bottom"}
 _CONTRAST = 4.5  # least ratio of luminances of text and background, as WCAG asks for
 _NOWHERE = "\U0010ffff"  # no font has a glyph for it
 

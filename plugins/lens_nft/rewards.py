@@ -113,7 +113,7 @@ def score_pictures(rewards: Sequence[WeightedReward], pictures: Sequence[Picture
     weights: list[float] = []
     replaced: set[int] = set()
     for one in rewards:
-        first: list[Score | None] = [*_scores_of(one.name, one.reward, pictures)]
+        first: list[Score | None] = [*_scores_of(one.reward, pictures)]
         scores[one.name] = first
         weights.append(one.weight)
         if one.fallback is None:
@@ -124,7 +124,7 @@ def score_pictures(rewards: Sequence[WeightedReward], pictures: Sequence[Picture
         weights.append(one.weight)
         spoiled = {p.prompt.id for p, s in zip(pictures, first, strict=True) if s is not None and s.status == "failed"}
         again = [i for i, p in enumerate(pictures) if p.prompt.id in spoiled]
-        answers = dict(zip(again, _scores_of(name, one.fallback, [pictures[i] for i in again]), strict=True))
+        answers = dict(zip(again, _scores_of(one.fallback, [pictures[i] for i in again]), strict=True))
         for key in spoiled:
             group = [i for i in again if pictures[i].prompt.id == key]
             before = sum(s is not None and s.value is not None for s in (first[i] for i in group))
@@ -146,7 +146,7 @@ def total_spend(rewards: Sequence[WeightedReward]) -> dict[str, float]:
     return metrics
 
 
-def _scores_of(name: str, reward: Any, pictures: Sequence[Picture]) -> list[Score]:
+def _scores_of(reward: Any, pictures: Sequence[Picture]) -> list[Score]:
     """One score a picture. A value that is not finite is a failure, and so is whatever a reward raises, whose
     message becomes the evidence: an endpoint that is away must not end a run that a fallback can save.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,9 +76,3 @@ class RemoteConfig:
             yield "request is longer than 100,000 characters"
         for name in sorted(self.reserved & set(self.request)):
             yield f"request must not set {name}: it is set for each picture"
-
-
-def whole_size(value: str) -> tuple[int, int] | None:
-    """(height, width) of "WIDTHxHEIGHT", None of anything else."""
-    match = re.fullmatch(r"([1-9][0-9]{1,4})x([1-9][0-9]{1,4})", value)
-    return (int(match[2]), int(match[1])) if match else None

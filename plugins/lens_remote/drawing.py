@@ -82,7 +82,7 @@ class Drawing:
             taken = self._take(answer, line, begun, facts)
             seconds = time.monotonic() - begun
             if not isinstance(taken, Failure):
-                return self._ok(request, taken, seconds, line, facts)
+                return self._ok(request, taken, seconds, facts)
             failure = taken
             if not self._is_worth_another(failure) or attempt == c.retries:
                 break
@@ -214,7 +214,7 @@ class Drawing:
     # ---- outcomes -----------------------------------------------------------------------------------------------
 
     def _ok(
-        self, request: PictureRequest, checked: pictures.Checked, seconds: float, line: Line, facts: Mapping[str, Any]
+        self, request: PictureRequest, checked: pictures.Checked, seconds: float, facts: Mapping[str, Any]
     ) -> PictureOutcome:
         with self._lock:
             self._failures = 0
@@ -273,7 +273,7 @@ class Drawing:
             self.ledger.settle(
                 line, "drawn", pictures=line.pictures, seconds=line.seconds, place=place, facts=line.facts
             )
-        return self._ok(request, checked, line.seconds, line, line.facts)
+        return self._ok(request, checked, line.seconds, line.facts)
 
     def _line(self, failure: Failure) -> str:
         return redacted_line(failure.reason, self._key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -107,8 +106,3 @@ def kernels(run: Run, device: torch.device, most: int = 12) -> dict[str, Any]:
         "milliseconds": round(sum(took for took, _ in totals.values()), 3),
         "top": [{"name": name[:120], "ms": round(took, 3), "calls": count} for name, (took, count) in top],
     }
-
-
-def is_finite(value: float) -> bool:
-    """Whether a measured number may be written to JSON."""
-    return math.isfinite(value)
