@@ -26,7 +26,7 @@ from lens_dmd2 import losses
 from lens_dmd2.heads import HEADS, Heads
 from lens_dmd2.losses import MATCHINGS, NOISE_LEVELS, MatchingOptions, Schedule, Views
 from lens_dmd2.rollout import ROLLOUTS
-from lens_dmd2.student import check_teacher, empty_text, grid_of, teacher_of, text_of, velocity_of
+from lens_dmd2.student import check_teacher, empty_text, grid_of, teacher_of, text_of_batch, velocity_of
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
@@ -206,7 +206,7 @@ class DMD2:
             grid = grid_of(self.pipeline, batch, self.config.sizes, rng)
             updates = self.config.fake_score_updates * len(self._modules)  # of a step, or more
             exit_steps = [self._draw(rng) for _ in range(updates)]
-            yield (MicroBatch(text_of(self.pipeline, batch), grid, z, batch.weight, iter(exit_steps)),)
+            yield (MicroBatch(text_of_batch(self.pipeline, batch), grid, z, batch.weight, iter(exit_steps)),)
 
     def _draw(self, rng: torch.Generator) -> ExitStep:
         """Any of the student's steps, each as likely as the others."""

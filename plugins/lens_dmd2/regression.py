@@ -20,7 +20,7 @@ from lens_core.protocols import BaseMethod, Sampler
 from lens_core.types import Batch, ConfigError, Loss, TextFeatures, move
 from lens_core.validators import GUIDANCE, PIXELS, STEPS, each, integer, optional, text
 from lens_dmd2.rollout import ode
-from lens_dmd2.student import check_teacher, empty_text, grid_of, teacher_of, text_of, velocity_of
+from lens_dmd2.student import check_teacher, empty_text, grid_of, teacher_of, text_of_batch, velocity_of
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
@@ -104,7 +104,7 @@ class TrajectoryRegression(BaseMethod):
         than steps, each is used several times: all processes must make as many passes, or with FSDP all would hang."""
         count = self.config.steps
         for batch in batches:
-            grid, text = grid_of(self.pipeline, batch, self.config.sizes, rng), text_of(self.pipeline, batch)
+            grid, text = grid_of(self.pipeline, batch, self.config.sizes, rng), text_of_batch(self.pipeline, batch)
             rows = [i % len(text) for i in range(max(count, len(text)))]
             share = len(text) / len(rows)
             yield [Segment(text[rows[step::count]], grid, step, share) for step in range(count)]

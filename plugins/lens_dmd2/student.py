@@ -107,7 +107,7 @@ def empty_text(text: TextFeatures) -> TextFeatures:
     return TextFeatures.empty(len(text), layers, width, text.features)
 
 
-def text_of(pipeline: LensPipeline, batch: Batch) -> TextFeatures:
+def text_of_batch(pipeline: LensPipeline, batch: Batch) -> TextFeatures:
     """The text of a batch: the dataset's, where it was cached."""
     return pipeline.encode(batch.captions) if batch.text is None else batch.text.to(pipeline.device)
 
