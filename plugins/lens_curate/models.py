@@ -7,7 +7,7 @@ loads them when it scores its first picture.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -77,13 +77,18 @@ class Classifier:
 
         model, processor = self._loaded
         values: list[float] = []
-        for start in range(0, len(records), self.config.batch):
-            pictures = [np.ascontiguousarray(r.pixels) for r in records[start : start + self.config.batch]]
-            inputs = processor(images=pictures, return_tensors="pt").to(model.device)
+        for inputs in _inputs(records, self.config.batch, processor, model.device):
             with torch.no_grad():
                 logits = model(**inputs).logits.float()
             values += torch.softmax(logits, dim=-1)[:, self._label].tolist()
         return {self.config.column: values}
+
+
+def _inputs(records: Sequence[Record], batch: int, processor: Any, device: Any) -> Iterator[Any]:
+    """What a model takes, on its device, `batch` pictures at a time."""
+    for start in range(0, len(records), batch):
+        pictures = [np.ascontiguousarray(record.pixels) for record in records[start : start + batch]]
+        yield processor(images=pictures, return_tensors="pt").to(device)
 
 
 class Aesthetics:
@@ -131,9 +136,7 @@ class Aesthetics:
 
         model, processor, head = self._loaded
         values: list[float] = []
-        for start in range(0, len(records), self.config.batch):
-            pictures = [np.ascontiguousarray(r.pixels) for r in records[start : start + self.config.batch]]
-            inputs = processor(images=pictures, return_tensors="pt").to(model.device)
+        for inputs in _inputs(records, self.config.batch, processor, model.device):
             with torch.no_grad():
                 pooled = model.vision_model(**inputs).pooler_output
                 values += head(normalize(model.visual_projection(pooled), dim=-1)).squeeze(-1).tolist()

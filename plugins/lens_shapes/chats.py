@@ -19,6 +19,7 @@ from lens_core.types import Batch, ConfigError, Message
 from lens_core.validators import SEED, each, integer, one_of, optional, real, text, within
 from lens_shapes import languages, splits
 from lens_shapes.captions import phrasings, pick, prompt
+from lens_shapes.dataset import rows_of_rank
 from lens_shapes.renaming import rename, renaming
 from lens_shapes.scenes import OPPOSITE, TASKS, Scene, prompt_facts
 from lens_shapes.styles import FULL, KINDS, Style, describe, random_style, system_prompt
@@ -92,13 +93,8 @@ class ShapesChats:
 
     def batches(self, rank: int, world: int) -> Iterator[Batch]:
         """Endless. Every rank sees its own slice of the same global batch."""
-        if self.config.batch % world:
-            raise ConfigError(
-                f"a batch of {self.config.batch} has no equal shares for {world} ranks; use a multiple of {world}"
-            )
-        share = self.config.batch // world
+        rows = rows_of_rank(self.config.batch, rank, world)
         while True:
-            rows = range(rank * share, (rank + 1) * share)
             chats = tuple(self.chat(self._handed, row) for row in rows)
             self._handed += 1
             yield Batch(None, tuple(turns[-1].text for turns in chats), chats=chats)

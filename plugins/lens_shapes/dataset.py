@@ -20,6 +20,14 @@ from lens_shapes.scenes import TASKS, Scene, sample
 _SCENE, _CAPTION, _ORDER, _STYLE = range(4)  # separate streams of randomness
 
 
+def rows_of_rank(batch: int, rank: int, world: int) -> range:
+    """The rows of a batch of all ranks together that are this rank's. Raises ConfigError where shares are not equal."""
+    if batch % world:
+        raise ConfigError(f"a batch of {batch} has no equal shares for {world} ranks; use a multiple of {world}")
+    share = batch // world
+    return range(rank * share, (rank + 1) * share)
+
+
 class ShapesDataset:
     """Rendered scenes of coloured shapes with captions, of the train split.
 
@@ -66,13 +74,9 @@ class ShapesDataset:
 
     def batches(self, rank: int, world: int) -> Iterator[Batch]:
         """Endless. Every rank sees the same size and its own slice of the same global batch."""
-        if self.config.batch % world:
-            raise ConfigError(
-                f"a batch of {self.config.batch} has no equal shares for {world} ranks; use a multiple of {world}"
-            )
-        share = self.config.batch // world
+        rows = rows_of_rank(self.config.batch, rank, world)
         while True:
-            batch = self._batch(self._handed, slice(rank * share, (rank + 1) * share))
+            batch = self._batch(self._handed, slice(rows.start, rows.stop))
             self._handed += 1
             yield batch
 

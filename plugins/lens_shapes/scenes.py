@@ -183,8 +183,7 @@ def sample(
     `largest`: all things have the largest size that as many of them may have, instead of any.
     """
     if task is None:
-        names, weights = list(tasks), np.cumsum(list(tasks.values()))
-        task = names[int(np.searchsorted(weights, rng.random() * weights[-1], side="right"))]
+        task = choose_weighted(rng, tasks)
     while True:  # a fifth of the combinations is kept back, so this ends soon
         draft = _draft(rng, task, largest)
         if is_in_split(draft, split):
@@ -203,6 +202,12 @@ def choose(rng: np.random.Generator, options: Iterable[str]) -> str:
     """One of the names, at random."""
     names = tuple(options)
     return names[int(rng.integers(len(names)))]
+
+
+def choose_weighted(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
+    """One of the names, at random with these weights."""
+    names, sums = list(weights), np.cumsum(list(weights.values()))
+    return names[int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))]
 
 
 def two_of(rng: np.random.Generator, options: Iterable[str]) -> tuple[str, str]:

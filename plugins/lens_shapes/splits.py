@@ -32,6 +32,7 @@ from lens_shapes.scenes import (
     Scene,
     Thing,
     choose,
+    choose_weighted,
     layout,
     sizes_for,
     two_of,
@@ -274,8 +275,7 @@ def sample(
     `largest`: all things have the largest size that as many of them may have, instead of any.
     """
     if task is None:
-        names, weights = list(tasks), np.cumsum(list(tasks.values()))
-        task = names[int(np.searchsorted(weights, rng.random() * weights[-1], side="right"))]
+        task = choose_weighted(rng, tasks)
     while True:  # some colourings leave two things hardly a way to lie: then another question
         question = draw_question(rng, split, task)
         for _ in range(20):

@@ -25,7 +25,7 @@ from lens_shapes.captions import (
     spelled_word,
     with_article,
 )
-from lens_shapes.scenes import Scene, Thing
+from lens_shapes.scenes import Scene, Thing, choose_weighted
 
 
 @frozen
@@ -94,8 +94,7 @@ KINDS = {"phrase": 0.14, "sentence": 0.12, "full": 0.44, "parts": 0.3}
 
 def random_style(rng: np.random.Generator, kinds: Mapping[str, float] = KINDS) -> Style:
     """A phrase, a sentence, everything or some parts, with these weights, perhaps in an order of its own."""
-    names, sums = list(kinds), np.cumsum(list(kinds.values()))
-    kind = names[int(np.searchsorted(sums, rng.random() * sums[-1], side="right"))]
+    kind = choose_weighted(rng, kinds)
     if kind == "phrase":
         return Style(phrase=True)
     if kind == "sentence":
