@@ -89,7 +89,7 @@ def bundle(stores: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from lens_core.io.atomic_files import write_atomic
+    from lens_core.io.atomic_files import write_atomic, write_text
 
     if (folder / "pictures.jsonl").is_file():  # written last
         return
@@ -108,7 +108,7 @@ def bundle(stores: Path, folder: Path) -> None:
     ends = torch.tensor([len(data) for data in files]).cumsum(0)
     tensors = {"files": torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8), "ends": ends}
     write_atomic(folder / "pictures.safetensors", lambda path: save_file(tensors, path))
-    write_atomic(folder / "pictures.jsonl", lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    write_text(folder / "pictures.jsonl", "\n".join(lines) + "\n")
     print(f"{folder}: {len(files)} pictures", flush=True)
 
 

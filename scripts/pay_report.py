@@ -12,7 +12,7 @@ from attrs import frozen
 from pay_training import ARMS, TASKS
 
 from lens_core.evaluation.statistics import ClusteredScores, Difference, mean_of_tasks, paired_difference
-from lens_core.io.atomic_files import read_json, write_atomic
+from lens_core.io.atomic_files import read_json, write_atomic, write_text
 from lens_core.types import LensError
 
 HEADLINE = tuple(task for task in TASKS if task != "single")  # single things cannot be held out
@@ -243,6 +243,6 @@ def report(folder: Path) -> None:
     """Write `report/` in a folder of results: tables and figures; print the tables."""
     results = read_results(folder)
     text = tables(results)
-    write_atomic(folder / "report" / "tables.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / "report" / "tables.md", text)
     print(text)
     figures(results, folder)

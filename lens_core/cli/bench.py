@@ -112,6 +112,6 @@ def compare(*folders: str, output: Path | None = None) -> int:
         raise ConfigError("give the folders that lens bench wrote, the model to measure against first")
     text = comparison.table(comparison.compare(comparison.read_folders(folders)))
     if output is not None:
-        atomic_files.write_atomic(output, lambda p: p.write_text(f"{text}\n", encoding="utf-8"))
+        atomic_files.write_text(output, f"{text}\n")
     print(text)
     return 0

@@ -59,7 +59,7 @@ def perceive(
                 lines += reading.lines(names)
                 bar.update(len(names))
         text = "".join(f"{_one_line(line)}\n" for line in lines)
-        atomic_files.write_atomic(folder / PERCEPTIONS, lambda p: p.write_text(text, encoding="utf-8"))
+        atomic_files.write_text(folder / PERCEPTIONS, text)
     processes.wait()
 
 

@@ -76,10 +76,10 @@ def settings(run: Mapping[str, Any], plan: Plan, manifest: Manifest) -> dict[str
 def write(measured: Measured) -> None:
     """Each file whole or not at all; result.json comes last."""
     folder = measured.manifest.folder
-    atomic_files.write_atomic(folder / "table.md", lambda p: p.write_text(f"{measured.text}\n", encoding="utf-8"))
+    atomic_files.write_text(folder / "table.md", f"{measured.text}\n")
     if measured.decision.verdicts:
         lines = "".join(json.dumps(verdict) + "\n" for verdict in measured.decision.verdicts)
-        atomic_files.write_atomic(folder / "verdicts.jsonl", lambda p: p.write_text(lines, encoding="utf-8"))
+        atomic_files.write_text(folder / "verdicts.jsonl", lines)
     _write_sheet(measured)
     atomic_files.write_json(folder / "result.json", {**measured.settings, **result_json(measured)})
 

@@ -147,7 +147,7 @@ def save_about(
     }
     card = root / model_card.FILE
     if model_card.may_replace(card):  # a card that a person wrote or changed stays
-        atomic_files.write_atomic(card, lambda p: p.write_text(model_card.text(description), encoding="utf-8"))
+        atomic_files.write_text(card, model_card.text(description))
     atomic_files.write_json(root / "lens.json", description)
 
 

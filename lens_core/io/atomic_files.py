@@ -80,11 +80,16 @@ def read_log(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
 def rewrite_log(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """These lines and no others."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file of this text, in UTF-8: whole or not at all."""
     write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, data: Any) -> None:
-    write_atomic(path, lambda p: p.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, *, finite: bool = True, most: int = readers.LARGEST_TEXT) -> dict[str, Any]:

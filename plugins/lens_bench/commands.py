@@ -72,7 +72,7 @@ def ocr(*, perceiver: str = "rapidocr", output: Path | None = None) -> int:
     results = list(progress(recall.measure(engine, drawn), "picture", len(drawn), desc="read"))
     text = f"{recall.table(results)}\n{', '.join(f'{key} {value}' for key, value in described.items())}"
     if output is not None:
-        atomic_files.write_atomic(output, lambda p: p.write_text(f"{text}\n", encoding="utf-8"))
+        atomic_files.write_text(output, f"{text}\n")
     print(text)
     return 0
 
@@ -143,7 +143,7 @@ def table(*results: Path, output: Path | None = None) -> int:
     text = published.table([*published.PUBLISHED, *published.measured(results)])
     text += "\n\nPublished figures are quoted, of other machines and protocols; compare raw prompts with raw."
     if output is not None:
-        atomic_files.write_atomic(output, lambda p: p.write_text(f"{text}\n", encoding="utf-8"))
+        atomic_files.write_text(output, f"{text}\n")
     print(text)
     return 0
 

@@ -118,7 +118,7 @@ def _fetched(source: Source, name: str) -> Path:
         raise ConfigError(f"{path}: is not there, and the server answers {answer.status}; {advice}")
     digest = hashlib.sha256(answer.body).hexdigest()
     atomic_files.write_atomic(path, lambda p: p.write_bytes(answer.body))
-    atomic_files.write_atomic(stamp, lambda p: p.write_text(f"{digest}\n", encoding="utf-8"))
+    atomic_files.write_text(stamp, f"{digest}\n")
     return path
 
 

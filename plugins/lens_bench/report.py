@@ -161,7 +161,7 @@ def write(path: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in verdicts)
     for end in "\x85\u2028\u2029":  # many readers of lines take these for line ends
         text = text.replace(end, f"\\u{ord(end):04x}")
-    atomic_files.write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+    atomic_files.write_text(path, text)
 
 
 def as_json(report: Report) -> dict[str, Any]:

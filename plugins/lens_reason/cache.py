@@ -7,7 +7,7 @@ import json
 import warnings
 from pathlib import Path
 
-from lens_core.io.atomic_files import WriteError, write_atomic
+from lens_core.io.atomic_files import WriteError, write_text
 from lens_core.io.readers import parse_json
 
 MAX_BYTES = 1 << 20  # of an entry
@@ -50,7 +50,7 @@ class AnswerFiles:
             return
         text = json.dumps({"key": key, "answer": answer}, ensure_ascii=False)
         try:
-            write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+            write_text(path, text)
         except (WriteError, UnicodeEncodeError) as error:
             if not self._warned:
                 warnings.warn(f"answers of the reasoner are not kept: {error}", stacklevel=3)

@@ -16,7 +16,7 @@ from lens_core.evaluation.statistics import (
     paired_difference,
 )
 from lens_core.inference.reasoner_files import prompt_file
-from lens_core.io.atomic_files import write_atomic, write_json
+from lens_core.io.atomic_files import write_atomic, write_json, write_text
 from lens_core.types import LensError, Score
 from lens_reason.judging import Part
 from lens_reason.recipe import Search
@@ -56,11 +56,11 @@ def _headline(part: Part, tasks: Any) -> tuple[str, ...]:
 def write(result: SearchResult, search: Search, folder: Path) -> None:
     """Each file whole or not at all; best.txt comes first: it has been paid for."""
     text = prompt_file(search.reasoner, result.best.system)
-    write_atomic(folder / "best.txt", lambda p: p.write_text(text, encoding="utf-8"))
+    write_text(folder / "best.txt", text)
     rows = candidate_rows(result)
     write_json(folder / "candidates.json", {"best": result.best.name, "ended": result.ended, "candidates": rows})
     words = report(result, search, rows)
-    write_atomic(folder / "report.md", lambda p: p.write_text(words, encoding="utf-8"))
+    write_text(folder / "report.md", words)
     plot(rows, folder / "progress.png")
 
 

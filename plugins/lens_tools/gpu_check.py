@@ -76,7 +76,7 @@ def check(request: CheckRequest) -> dict[str, Any]:
     from lens_tools.gpu_report import report
 
     text = report(request.output)
-    atomic_files.write_atomic(request.output / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    atomic_files.write_text(request.output / "report.md", text)
     return summary
 
 
