@@ -34,7 +34,7 @@ _COMMON = {
     "es": "el la los las un una unos unas de del y es son en con a al sobre que dos tres fondo izquierda derecha",
 }
 _FREQUENT = {language: frozenset(words.split()) for language, words in _COMMON.items()}
-LEAST_WORDS = 4
+LEAST_WORDS = 3
 """A shorter text shows no language by its words alone."""
 
 
@@ -89,7 +89,7 @@ def language_flaw(request: str, answer: str, language: str) -> str | None:
 
 
 def script_of(text: str) -> str:
-    """The script of most letters outside quotation marks: LATIN, CYRILLIC, CJK, HIRAGANA …; "" without letters."""
+    """The script of most letters outside quotation marks: LATIN, CYRILLIC, CJK (kana too) …; "" without letters."""
     counts: Counter[str] = Counter()
     for c in QUOTED.sub(" ", text)[:4000]:
         if c.isalpha():
@@ -101,7 +101,7 @@ def script_of(text: str) -> str:
 def language_of(text: str) -> str:
     """en, fr, de or es where frequent words say so plainly, else "": of a short text, or of another language."""
     words = [word.lower() for word in _WORDS.findall(QUOTED.sub(" ", text)[:4000])]
-    if len(words) < LEAST_WORDS - 1:
+    if len(words) < LEAST_WORDS:
         return ""
     hits = {language: sum(word in known for word in words) for language, known in _FREQUENT.items()}
     (best, most), (_, second) = Counter(hits).most_common(2)

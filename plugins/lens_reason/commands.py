@@ -25,7 +25,7 @@ def search(
     recipe
         A YAML file: reasoner, benchmark, dev, heldout, reflector and budget; see docs/reasoner.md.
     output
-        The folder to write; search/ beside the recipe's name in runs/ if not given.
+        The folder to write; runs/search-NAME for the recipe NAME.yaml if not given.
     set_
         PATH=VALUE changes a field of the recipe, as in budget.pictures=500; may be given more than once.
     """

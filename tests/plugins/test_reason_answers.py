@@ -240,4 +240,6 @@ def test_languages_are_told_by_frequent_words_and_short_texts_by_none():
     assert language_of("ein Stern ist links von dem Kreis") == "de"
     assert language_of("un rond bleu est sur le fond blanc") == "fr"
     assert language_of("una estrella a la izquierda de un círculo") == "es"
+    assert language_of("der die das") == "de"
+    assert language_of("der die") == ""
     assert language_of("cat") == language_of("Stern") == language_of("kissa istuu matolla sateessa") == ""
