@@ -60,7 +60,7 @@ class Classifier:
         labels = model_config(self.config).get("id2label")
         if not isinstance(labels, dict) or not labels:
             raise CheckpointError(f"{self.config.model}: its config.json names no labels; it is no classifier")
-        numbers = {str(label): int(number) for number, label in labels.items()}
+        numbers = {str(label): int(number) for number, label in labels.items() if number.isdecimal()}
         if self.config.label not in numbers:
             hint = did_you_mean(self.config.label, numbers)
             raise ConfigError(f"{self.config.model}: has no label {shown(self.config.label)}.{hint}")

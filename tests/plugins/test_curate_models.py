@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,9 @@ def test_weights_that_cannot_be_had_are_refused_before_a_picture_is_read(
     refused("must be its commit", use="classifier", model="nobody/nothing", label="nsfw")
     refused("40 hexadecimal digits", use="classifier", model="nobody/nothing", revision="main", label="nsfw")
     refused("has no label 'porn'", use="classifier", model=str(classifier), label="porn")
+    config = shutil.copytree(classifier, tmp_path / "lettered") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "id2label": {"a": "nsfw"}}))
+    refused("has no label 'nsfw'", use="classifier", model=str(config.parent), label="nsfw")
     refused("projection_dim", use="aesthetics", model=str(classifier), head="head.safetensors")
     (tmp_path / "empty").mkdir()
     refused("has no config.json", use="classifier", model=str(tmp_path / "empty"), label="nsfw")
