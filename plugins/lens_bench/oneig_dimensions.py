@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 
 from attrs import frozen
 
-DIMENSIONS = ("alignment", "text", "reasoning", "style", "diversity")
 YES = "Yes"
 
 

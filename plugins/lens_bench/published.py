@@ -13,6 +13,7 @@ from typing import Any
 
 from attrs import frozen
 
+from lens_bench.decisions import DIMENSIONS
 from lens_core.evaluation.comparison import read
 from lens_core.types import ConfigError
 
@@ -53,7 +54,6 @@ _METRICS = {
     "longtext": {"LongText-EN": "text score"},
     "cvtg": {"CVTG WA": "word accuracy", "CVTG NED": "NED", "CVTG CLIP": "CLIPScore"},
 }
-DIMENSIONS = ("alignment", "text", "diversity", "style", "reasoning")
 
 
 def measured(folders: Sequence[Path]) -> list[Row]:
