@@ -61,7 +61,7 @@ def reading(side: int, count: int = 6) -> tuple[float, dict[str, float]]:
 
     worker = Worker(structure(CurationSpec, RECIPE), "/nonexistent")
     items = [SourceItem(f"{n}.jpg", photo(side, n), ({"caption": "A picture of noise. " * 20},)) for n in range(count)]
-    worker.sources[0].source.read = lambda part: iter(items)
+    worker.sources[0].source.read = lambda part: iter(items)  # type: ignore[method-assign]
     task = PartTask(0, Part("part"), True, tuple(range(len(worker.filters))))
     begun = time.process_time()
     answers = list(worker.run([task]))

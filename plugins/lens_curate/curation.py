@@ -332,9 +332,9 @@ def _check_source(source: NamedSource, *stores: str) -> None:
     source.source.check()
     if source.name == t.OWN:
         raise ConfigError(f"a source is called {t.OWN!r}, which names the store's own pictures; give it another `name`")
-    path = getattr(source.source.config, "path", "")
-    if isinstance(source.source, StoreSource) and any(_same(path, store) for store in stores):
-        raise ConfigError(f"{path}: is both a source and the output; curate it into another store")
+    read = source.source
+    if isinstance(read, StoreSource) and any(_same(read.config.path, store) for store in stores):
+        raise ConfigError(f"{read.config.path}: is both a source and the output; curate it into another store")
 
 
 def _same(first: str, second: str) -> bool:

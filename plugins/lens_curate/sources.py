@@ -46,7 +46,7 @@ class NamedSource:
     name: str
     license: str
     caption: str  # what a caption is that does not say so: brief or dense
-    source: Any
+    source: Source
     identity: str  # changes when its pictures must be read again
 
     def digest(self, part: Part) -> str:

@@ -26,7 +26,7 @@ def verdicts(store: str, catalog: Catalog | None = None) -> Iterator[dict[str, A
 
 
 def explain(store: str, which: str, catalog: Catalog) -> list[str]:
-    """Every verdict on the records with this id, a beginning of it, or this name, as lines; none for no record."""
+    """Every verdict on at most 64 records with this id, a beginning of it, or this name, as lines."""
     tables = t.open_tables(store, catalog)
     table = tables.table(t.VERDICTS)
     if re.fullmatch("[0-9a-f]{6,64}", which):

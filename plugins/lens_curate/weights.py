@@ -69,7 +69,7 @@ def load_processor(options: ModelOptions) -> Any:
     folder = model_folder(options)
     try:
         return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-    except Exception as error:  # as above
+    except Exception as error:  # transformers raises whatever its readers do
         raise CheckpointError(f"{folder}: its image processor cannot be read ({readers.one_line(error)})") from error
 
 
