@@ -7,7 +7,6 @@ weight}, provenance: {…}}, and what else its users need, such as sizes or chec
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,9 +17,10 @@ from attrs import field, frozen
 
 from lens_core.catalog import Catalog
 from lens_core.io import readers
+from lens_core.io.atomic_files import write_text
 from lens_core.io.readers import shown
 from lens_core.recipe import ComponentSpec, build
-from lens_core.types import ConfigError, LensError, Prompt, Score
+from lens_core.types import ConfigError, Prompt, Score
 from lens_core.validators import integer, one_of, optional, real, text
 from lens_llm.duplicates import near_duplicates, words
 
@@ -106,19 +106,13 @@ def write(
     rubrics: int | None = 10,
     similarity_threshold: float | None = SIMILARITY_THRESHOLD,
 ) -> None:
-    """One line an entry, whole or not at all. ConfigError, and no file, where the set has problems; LensError where the
-    file cannot be written."""
+    """One line an entry, whole or not at all. ConfigError, and no file, where the set has problems; WriteError where it
+    cannot be written."""
     lines = [json.dumps({"schema": SCHEMA, **e}, ensure_ascii=False) for e in entries]
     problems = lint(lines, rubrics, similarity_threshold)
     if problems:
         raise ConfigError([f"{path}: {p}" for p in problems])
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise LensError(f"{path}: cannot be written ({error.strerror or error}); make room, or name another") from error
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 class PromptFile:

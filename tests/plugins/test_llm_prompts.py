@@ -241,11 +241,11 @@ def test_any_number_of_rubrics_has_an_end():
 
 
 def test_a_set_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch):
-    def full(source: Any, target: Any) -> None:
+    def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lens_llm.prompts.os.replace", full)
-    with pytest.raises(LensError, match=r"cannot be written \(No space left on device"):
+    monkeypatch.setattr("lens_core.io.atomic_files.os.fsync", full)
+    with pytest.raises(LensError, match="cannot be written: No space left on device"):
         write(tmp_path / "set.jsonl", [entry(0)])
     assert list(tmp_path.iterdir()) == []
 
