@@ -219,9 +219,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=32, help="of each measurement of a rate")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument(
-        "--side", type=int, default=64, help="px, of the load; rates are measured at it and at its double"
-    )
+    parser.add_argument("--side", type=int, default=64, help="px, of every picture")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers are stopped too
     before = os.getloadavg()
