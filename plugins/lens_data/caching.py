@@ -100,7 +100,7 @@ class EncodingCache:
     """The cache `name` of a store as it is now. It is made where `made_by`, which `encoders` gives, is given."""
 
     def __init__(self, store: Store, name: str, made_by: Mapping[str, Mapping[str, str]] | None = None) -> None:
-        self.name, self.where = name, store.path
+        self.name, self.where, self._store = name, store.path, store
         text = json.dumps(made_by, sort_keys=True) if made_by else ""
         self._table = store.side_table(f"cache-{name}", {"key": "string", "data": "large_binary"}, text)
         if self._table is None:
@@ -153,8 +153,8 @@ class EncodingCache:
         return {row["key"]: from_bytes(row["data"]) if row["data"] else {} for row in entries}
 
     def add(self, rows: Mapping[str, bytes]) -> None:
-        """Append rows that are not there yet. What is added is seen when the cache is opened again."""
-        self._table.add([{"key": key, "data": data} for key, data in rows.items()])
+        """Append rows that are not there yet; they are seen when the cache is opened again. Raises WriteError."""
+        self._store.append(self._table, [{"key": key, "data": data} for key, data in rows.items()])
 
 
 @frozen

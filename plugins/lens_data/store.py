@@ -118,7 +118,7 @@ class Store:
         return self._open(name, _schema(columns, "lens.made_by", made_by) if made_by else None)
 
     def append(self, table: Any, rows: Any) -> None:
-        """Add an Arrow table to a side table; all of its rows appear, or none. Raises WriteError."""
+        """Add an Arrow table, or rows, to a side table; all of its rows appear, or none. Raises WriteError."""
         with _writing(self.path):
             table.add(rows)
 

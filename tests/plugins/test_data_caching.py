@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
+import resource
+import signal
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import torch
 import toy
 from attrs import evolve
 from lens_data import caching
+from lens_data.caching import encoders
 from lens_data.commands import cache
 from lens_data.dataset import StoreDataset, fill_cache
 from lens_data.store import Store
@@ -24,6 +28,7 @@ from PIL import Image
 
 from lens_core.catalog import Catalog
 from lens_core.inference.pipeline import LensPipeline
+from lens_core.io.atomic_files import WriteError
 from lens_core.recipe import read_recipe, structure
 from lens_core.training.trainer import Trainer
 from lens_core.types import Batch, ConfigError, LensError
@@ -115,6 +120,21 @@ def test_a_cache_that_was_not_finished_is_refused_then_gone_on_with(store, pipel
     assert len(calls) == 11 + 30 and len(take(config(store), 3)) == 3
     fill_cache(config(store), pipeline, log=quiet)
     assert len(calls) == 41
+
+
+def test_a_full_disk_is_one_line_and_the_cache_goes_on_afterwards(store, pipeline):
+    Store(str(store)).side_table("cache-c", {"key": "string", "data": "large_binary"}, json.dumps(encoders(pipeline)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
+        with pytest.raises(WriteError, match=r"store: cannot be written: File too large; make room"):
+            fill_cache(config(store), pipeline, log=quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    fill_cache(config(store), pipeline, log=quiet)
+    assert len(take(config(store), 3)) == 3
 
 
 def test_ranks_share_the_work_and_the_result_is_that_of_one(store, pipeline):
