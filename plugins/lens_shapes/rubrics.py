@@ -18,6 +18,7 @@ from lens_shapes.captions import NUMBERS, group_words, plural
 from lens_shapes.reader import read
 from lens_shapes.reading import NAMES, Reading, check_facts, lies_behind
 from lens_shapes.scenes import BACKGROUNDS, COLOURS, RELATIONS
+from lens_shapes.scoring import check_one_each
 
 
 def rubrics(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,8 +140,7 @@ class ShapesRubrics:
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
         """Images uint8 [B,3,H,W] -> one Score each; components by rubric id."""
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} pictures cannot answer {len(prompts)} prompts; pass one picture a prompt")
+        check_one_each(images, prompts)
         return [self._judge(image, question) for image, question in zip(images, prompts, strict=True)]
 
     def _judge(self, image: Tensor, question: Prompt) -> Score:

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def check_one_each(images: Tensor, prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError unless there is a picture for each prompt."""
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} pictures cannot answer {len(prompts)} prompts; pass one picture a prompt")
+
+
 def score_images(
     images: Tensor, prompts: Sequence[Prompt], partial: bool = False, extras: bool = False, processes: int = 1
 ) -> list[Score]:
@@ -33,8 +39,7 @@ def score_images(
     prompt counts, as by GenEval's rules. `processes` above 1: that many read at once, with the same scores; they are
     started by the first call, and a script that calls this needs `if __name__ == "__main__":`.
     """
-    if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} pictures cannot answer {len(prompts)} prompts; pass one picture a prompt")
+    check_one_each(images, prompts)
     # A copy in the memory order of pixels: the reader's results do not depend on it, but its speed does.
     pictures = np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy())
     score = functools.partial(_score, partial=partial, extras=extras)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lens_core.types import Prompt, Score
 from lens_core.validators import SEED, integer
 from lens_shapes.benchmark import RULES, ShapesBenchmark
+from lens_shapes.scoring import check_one_each
 
 
 class Variety:
@@ -54,8 +55,7 @@ class Variety:
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
         """Images uint8 [B,3,H,W] -> for each, its mean distance to the others of its group: the root mean square
         difference over pixels and channels, black to white being 1. A picture alone in its group abstains."""
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} pictures cannot answer {len(prompts)} prompts; pass one picture a prompt")
+        check_one_each(images, prompts)
         groups: dict[object, list[int]] = {}
         for place, prompt in enumerate(prompts):
             groups.setdefault(prompt.data.get("group"), []).append(place)
