@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lens_core.io import readers
+from lens_core.io import markdown, readers
 from lens_core.types import LensError
 
 FILE = "README.md"
@@ -34,7 +34,7 @@ def text(described: Mapping[str, Any], name: str = ".") -> str:
     facts |= {"LoRAs in it": ", ".join(known["loras"])} if known.get("loras") else {}
     facts |= {"plugins": ", ".join(f"{k} ({v})" for k, v in described.get("plugins", {}).items())}
     title = "A checkpoint of Lens" if name == "." else name
-    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in facts.items())
+    rows = "\n".join(markdown.row(fact) for fact in facts.items())
     body = f"""---
 {chr(10).join(f"{key}: {json.dumps(value)}" for key, value in head.items())}
 ---
@@ -57,10 +57,6 @@ or `lens generate "a red star above a blue ring" --model {name} --seed 7`.
 {rows}
 """
     return body + _MARK.format(_hash(body))
-
-
-def _cell(value: Any) -> str:
-    return " ".join(str(value).replace("|", "\\|").split())
 
 
 def _hash(body: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from attrs import frozen
 
 from lens_core.evaluation.statistics import ClusteredScores, Difference, Estimate, mean_of_tasks, paired_difference
+from lens_core.io import markdown
 from lens_core.io.atomic_files import read_json
 from lens_core.io.readers import shown
 from lens_core.types import CheckpointError, ConfigError, LensError
@@ -126,17 +127,8 @@ def compare(results: Sequence[Mapping[str, Any]]) -> list[Row]:
         one = ("group",) if "group" in result else _MODEL
         settings = [(key, result.get(key)) for key in (*one, *_SETTINGS, *_MACHINE)]
         groups.setdefault(repr(settings), []).append(result)
+    check_comparable(results)
     first = results[0]
-    prompts = [(p["task"], p["prompt"]) for p in first["pictures"]]
-    for result in results:
-        if not _same_benchmark(result, first):
-            raise ConfigError(
-                f"{result['benchmark']} and {first['benchmark']} are two benchmarks; compare one at a time"
-            )
-        if [(p["task"], p["prompt"]) for p in result["pictures"]] != prompts:
-            raise ConfigError(
-                f"{result['model']}: was measured on other prompts than {first['model']}; measure it again"
-            )
     rows: list[Row] = []
     members_of_first: Sequence[Mapping[str, Any]] = ()
     for members in groups.values():
@@ -157,6 +149,21 @@ def compare(results: Sequence[Mapping[str, Any]]) -> list[Row]:
         except LensError as error:
             raise ConfigError(f"{here['model']}: {error}") from error
     return rows
+
+
+def check_comparable(results: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ConfigError unless the results are of one benchmark and of the same prompts."""
+    first = results[0]
+    prompts = [(p["task"], p["prompt"]) for p in first["pictures"]]
+    for result in results:
+        if not _same_benchmark(result, first):
+            raise ConfigError(
+                f"{result['benchmark']} and {first['benchmark']} are two benchmarks; compare one at a time"
+            )
+        if [(p["task"], p["prompt"]) for p in result["pictures"]] != prompts:
+            raise ConfigError(
+                f"{result['model']}: was measured on other prompts than {first['model']}; measure it again"
+            )
 
 
 def _same_benchmark(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -258,19 +265,14 @@ def _interval(of: Estimate | Difference, sign: str = "") -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table; differences are to the first row, on the pairs of pictures that both have a score for."""
-    names = [name.replace("|", "\\|") for name in rows[0].tasks]
-    lines = [
-        "| model | seeds | "
-        + " | ".join(names)
-        + " | **overall** | 95 % interval | without score | difference | 95 % interval | pairs |",
-        "|" + "---|" * (len(names) + 8),
-    ]
+    tasks = list(rows[0].tasks)
+    ends = ("**overall**", "95 % interval", "without score", "difference", "95 % interval", "pairs")
+    lines = markdown.header(["model", "seeds", *tasks, *ends])
     for row in rows:
         whole, apart = row.overall, row.difference
-        by = f"{apart.value:+.3f} | {_interval(apart, '+')} | {apart.pairs}" if apart else " | | "
-        cells = " | ".join("–" if math.isnan(row.tasks[name]) else f"{row.tasks[name]:.2f}" for name in rows[0].tasks)
-        lines.append(
-            f"| {row.name} | {row.seeds} | {cells} | **{whole.value:.3f}** | {_interval(whole)} | {whole.missing} "
-            f"| {by} |"
-        )
+        cells = [row.name, row.seeds]
+        cells += ["–" if math.isnan(row.tasks[name]) else f"{row.tasks[name]:.2f}" for name in tasks]
+        cells += [f"**{whole.value:.3f}**", _interval(whole), whole.missing]
+        cells += [f"{apart.value:+.3f}", _interval(apart, "+"), apart.pairs] if apart else ["", "", ""]
+        lines.append(markdown.row(cells))
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from attrs import frozen
 from lens_core.attribution import building, calling, prompts_of
 from lens_core.catalog import Catalog
 from lens_core.evaluation.bench import BenchmarkRequest, build_benchmark, make_generator
+from lens_core.io import markdown
 from lens_core.types import ConfigError, GenerationEstimate
 
 
@@ -61,7 +62,7 @@ def table(requests: Sequence[BenchmarkRequest], catalog: Catalog | None = None) 
             problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise ConfigError(problems)
-    rows = ["| benchmark | generator | prompts | pictures | calls | hours | USD | perceptions |", "|" + "---|" * 8]
+    rows = markdown.header(("benchmark", "generator", "prompts", "pictures", "calls", "hours", "USD", "perceptions"))
     rows += [_row(cost) for cost in costs]
     if len(costs) > 1:
         rows.append(_sums(costs))
@@ -73,7 +74,7 @@ def _row(cost: Cost) -> str:
     e = cost.generation
     perceptions = ", ".join(f"{count:,} {what}" for what, count in cost.perceptions.items()) or "–"
     cells = [cost.benchmark, cost.generator, f"{cost.prompts:,}", f"{cost.pictures:,}", f"{e.calls:,}"]
-    return "| " + " | ".join([*cells, _hours(e.seconds), _usd(e.usd), perceptions]) + " |"
+    return markdown.row([*cells, _hours(e.seconds), _usd(e.usd), perceptions])
 
 
 def _sums(costs: Sequence[Cost]) -> str:

@@ -11,6 +11,7 @@ from attrs import asdict
 
 from lens_core.evaluation.run import BenchmarkResult, picture_seed
 from lens_core.evaluation.statistics import Estimate, cluster_of
+from lens_core.io import markdown
 from lens_core.types import Prompt
 
 if TYPE_CHECKING:
@@ -52,11 +53,8 @@ def result_json(result: BenchmarkResult, prompts: Sequence[Prompt], seed: int) -
 def table(result: BenchmarkResult) -> str:
     """A Markdown table of scores with 95 % intervals by prompt, and the ceiling where it is known."""
     ceiling = result.ceiling
-    more = " ceiling |" if ceiling else ""
-    rows = [
-        f"| task | score | 95 % interval | pictures | distinct prompts |{more}",
-        "|---|---|---|---|---|" + "---|" * bool(more),
-    ]
+    more = ["ceiling"] if ceiling else []
+    rows = markdown.header(["task", "score", "95 % interval", "pictures", "distinct prompts", *more])
     tasks = len([name for name in result.tasks if name in result.headline])
     named = {
         **{name: (name, estimate) for name, estimate in result.tasks.items()},
@@ -64,10 +62,17 @@ def table(result: BenchmarkResult) -> str:
         "pooled": ("all pictures", result.pooled),
     }
     for key, (name, estimate) in named.items():
-        span = f"{estimate.low:.3f} to {estimate.high:.3f}"
-        row = f"| {name} | {estimate.value:.3f} | {span} | {estimate.count} | {estimate.distinct} |"
-        rows.append(row + (f" {ceiling[key]:.3f} |" if ceiling and key in ceiling else " |" if ceiling else ""))
+        more = [f"{ceiling[key]:.3f}" if key in ceiling else ""] if ceiling else []
+        rows.append(markdown.row([name, *cells_of(estimate), estimate.count, estimate.distinct, *more]))
     return "\n".join(rows)
+
+
+def cells_of(estimate: Estimate | None) -> list[str]:
+    """A score and its interval for two cells of a table; a dash where there is no score."""
+    if estimate is None or math.isnan(estimate.value):
+        return ["–", ""]
+    span = "" if math.isnan(estimate.low) else f"{estimate.low:.3f} to {estimate.high:.3f}"
+    return [f"{estimate.value:.3f}", span]
 
 
 def contact_sheet(images: Tensor, labels: Sequence[str], passed: Sequence[bool | None], columns: int = 8) -> Image:

@@ -12,11 +12,11 @@ from attrs import frozen
 
 from lens_core.evaluation.decision import Decision, PictureScore, by_task, numbers
 from lens_core.evaluation.manifest import Entry, Manifest
-from lens_core.evaluation.report import contact_sheet
+from lens_core.evaluation.report import cells_of, contact_sheet
 from lens_core.evaluation.stages import Plan
-from lens_core.evaluation.statistics import Estimate, cluster_of, pooled
+from lens_core.evaluation.statistics import cluster_of, pooled
 from lens_core.inference import png_metadata
-from lens_core.io import atomic_files
+from lens_core.io import atomic_files, markdown
 from lens_core.io.images import read_raw, read_rgb
 
 if TYPE_CHECKING:
@@ -139,34 +139,23 @@ def table(decided: Decision, ceiling: Mapping[str, float] | None = None) -> str:
     shown = [*decided.official.values(), *(e for metrics in decided.categories.values() for e in metrics.values())]
     words = any(estimate.count > sum(decided.statuses.values()) for estimate in shown)  # each is a yes or no
     head += ["scores" if words else "pictures", "distinct prompts", *(["ceiling"] if ceiling else [])]
-    rows = [_row(head), "|" + "---|" * len(head)]
+    rows = markdown.header(head)
     for name, estimate in decided.official.items():
         label = f"**{name}**" if name == decided.headline else name
         if name == "overall" and len(decided.tasks) > 1:
             label += f" (mean of {len(decided.tasks)} tasks)"
-        cells = [label, *_cells(estimate)]
-        cells += _cells(decided.strict.get(name)) if strict else []
+        cells = [label, *cells_of(estimate)]
+        cells += cells_of(decided.strict.get(name)) if strict else []
         cells += [str(estimate.count), str(estimate.distinct)]
         bound = ceiling.get("pooled" if name == "all pictures" else name)
         cells += ["" if bound is None else f"{bound:.3f}"] if ceiling else []
-        rows.append(_row(cells))
+        rows.append(markdown.row(cells))
     for category, metrics in decided.categories.items():
         for name, estimate in metrics.items():
-            cells = [f"{category}: {name}", *_cells(estimate), *(["", ""] if strict else [])]
+            cells = [f"{category}: {name}", *cells_of(estimate), *(["", ""] if strict else [])]
             cells += [str(estimate.count), str(estimate.distinct), *([""] if ceiling else [])]
-            rows.append(_row(cells))
+            rows.append(markdown.row(cells))
     return "\n".join(rows)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _cells(estimate: Estimate | None) -> list[str]:
-    if estimate is None or math.isnan(estimate.value):
-        return ["–", ""]
-    span = "" if math.isnan(estimate.low) else f"{estimate.low:.3f} to {estimate.high:.3f}"
-    return [f"{estimate.value:.3f}", span]
 
 
 def _write_sheet(measured: Measured) -> None:

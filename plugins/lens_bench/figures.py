@@ -27,20 +27,17 @@ class Point:
 
 def points(folders: Sequence[Path]) -> tuple[list[Point], str]:
     """(a point for each result, the name of their benchmark and metric). Raises ConfigError for results of two
-    benchmarks, or one without a score or without seconds."""
-    from lens_core.evaluation.comparison import read
+    benchmarks or of other prompts, or one without a score or without seconds."""
+    from lens_core.evaluation.comparison import check_comparable, read
 
     results = [(folder, read(folder / "result.json")) for folder in folders]
     if not results:
         raise ConfigError("give the folders that lens bench wrote")
+    check_comparable([result for _, result in results])
     first = results[0][1]
     several = len({result.get("device") for _, result in results}) > 1
     result_points = []
     for folder, result in results:
-        if result["benchmark"] != first["benchmark"]:
-            raise ConfigError(
-                f"{folder}: is of {result['benchmark']}, not of {first['benchmark']}; one figure, one scale"
-            )
         overall, seconds = result.get("overall"), result.get("seconds_per_picture")
         if not isinstance(overall, dict) or not _positive(seconds) or not isinstance(overall.get("value"), int | float):
             raise ConfigError(f"{folder}: has no score or no seconds a picture; run lens bench again with this version")

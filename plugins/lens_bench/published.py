@@ -15,6 +15,7 @@ from attrs import frozen
 
 from lens_bench.decisions import DIMENSIONS
 from lens_core.evaluation.comparison import read
+from lens_core.io import markdown
 from lens_core.types import ConfigError
 
 COLUMNS = ("GenEval", "OneIG-EN", "LongText-EN", "CVTG WA", "CVTG NED", "CVTG CLIP")
@@ -124,8 +125,8 @@ def _part(result: Mapping[str, Any]) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Markdown; every row says where its figures are from and which prompts the system got."""
     head = ["system", "prompts", *COLUMNS, "source"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = markdown.header(head)
     for row in rows:
         cells = [row.system, row.prompts, *(row.values.get(column, "–") for column in COLUMNS), row.source]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(markdown.row(cells))
     return "\n".join(lines)

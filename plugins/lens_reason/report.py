@@ -16,6 +16,7 @@ from lens_core.evaluation.statistics import (
     paired_difference,
 )
 from lens_core.inference.reasoner_files import prompt_file
+from lens_core.io import markdown
 from lens_core.io.atomic_files import write_atomic, write_json, write_text
 from lens_core.types import LensError, Score
 from lens_reason.judging import Part
@@ -101,8 +102,7 @@ def report(result: SearchResult, search: Search, rows: list[dict[str, Any]]) -> 
     for row in rows:
         score = "–" if row["dev_score"] is None else f"{row['dev_score']:.3f}"
         mark = " (best)" if row["name"] == result.best.name else ""
-        why = row["reason"].replace("|", "\\|")
-        lines.append(f"| {row['name']}{mark} | {row['parent']} | {score} | {row['dev_pictures']} | {why} |")
+        lines.append(markdown.row([f"{row['name']}{mark}", row["parent"], score, row["dev_pictures"], row["reason"]]))
     return "\n".join([*lines, "", "The best system prompt:", "", *(f"> {line}" for line in best.splitlines()), ""])
 
 

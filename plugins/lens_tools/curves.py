@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lens_core.io import atomic_files
+from lens_core.io import atomic_files, markdown
 from lens_core.types import ConfigError
 
 if TYPE_CHECKING:
@@ -90,14 +90,14 @@ def table(runs: Mapping[str, Sequence[Series]], show: Sequence[str] = ()) -> str
     for name in chosen(dict.fromkeys(name for several in runs.values() for one in several for name in one), show):
         curves = {run: [one[name] for one in several if name in one] for run, several in runs.items()}
         means = {run: dict(mean(mine)) if mine else {} for run, mine in curves.items()}
-        lines = [f"| step | {' | '.join(runs)} |", "|---" * (1 + len(runs)) + "|"]
+        lines = markdown.header(["step", *runs])
         for step in sorted({step for known in means.values() for step in known}):
             cells = []
             for run, known in means.items():
                 values = [dict(curve)[step] for curve in curves[run]] if step in known else []
                 spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
                 cells.append(f"{known[step]:.3f}{spread}" if values else "")
-            lines.append(f"| {step:.0f} | {' | '.join(cells)} |")
+            lines.append(markdown.row([f"{step:.0f}", *cells]))
         tables.append(f"{name}\n\n" + "\n".join(lines) + "\n")
     return "\n".join(tables)
 

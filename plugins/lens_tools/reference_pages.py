@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from lens_core.catalog import Catalog
+from lens_core.io import markdown
 from lens_core.io.atomic_files import write_atomic
 from lens_core.protocols import KINDS
 from lens_tools.reference import USED_IN, Description, Option, Summary, describe, list_components
@@ -83,4 +84,4 @@ def _paragraphs(docstring: str) -> str:
 def _row(option: Option) -> str:
     default = "required" if option.default is None else f"`{option.default}`"
     cells = (f"`{option.name}`", option.type, default, option.range, option.comment)
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return markdown.row(cells)

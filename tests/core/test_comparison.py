@@ -172,16 +172,17 @@ def test_a_weight_is_that_of_a_picture_with_a_score_whatever_the_order_of_seeds(
         assert row.difference is not None and row.difference.value == pytest.approx(100 / 101)
 
 
-def test_few_pairs_that_are_all_alike_have_no_interval_and_a_bar_in_a_task_is_no_column() -> None:
+def test_few_pairs_that_are_all_alike_have_no_interval_and_a_bar_in_a_name_is_no_column() -> None:
     rows = compare([result([0, 0]), result([1, 1], "b")])
     assert "| +1.000 | – | 2 |" in table(rows)
     many = compare([result([0.0] * 60), result([1.0] * 60, "b")])
     assert "| +1.000 | +1.000 to +1.000 | 60 |" in table(many)
-    barred = result([1, 0])
+    barred = result([1, 0], "a|b")
     for picture in barred["pictures"]:
         picture["task"] = {"x": "x|z"}.get(picture["task"], picture["task"])
     head, _, row = table(compare([barred | {"headline": ["x|z", "y"]}])).splitlines()
-    assert "x\\|z" in head and head.replace("\\|", "").count("|") == row.count("|")
+    assert "x\\|z" in head and "| a\\|b, 4 steps" in row
+    assert head.replace("\\|", "").count("|") == row.replace("\\|", "").count("|")
 
 
 def test_the_command_prints_and_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lens_core.evaluation import report
 from lens_core.evaluation.report import contact_sheet, result_json, table
-from lens_core.evaluation.run import evaluate, picture_seed
+from lens_core.evaluation.run import evaluate, picture_seed, score
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.types import ConfigError, LensError, Prompt, Score
 
@@ -100,6 +100,15 @@ class Known(toy.Reds):
     def ceiling(self, vae: torch.nn.Module, height: int, width: int) -> list[Score]:
         assert isinstance(vae, torch.nn.Module) and (height, width) == (16, 32)
         return [Score("ok", float(i > 0)) if i % 2 == 0 else Score("abstain") for i in range(self.config.prompts)]
+
+
+def test_a_bar_in_a_task_is_no_column_and_a_task_without_scores_has_a_dash() -> None:
+    benchmark = toy.Reds(toy.Reds.Config(2))
+    benchmark.score = lambda images, prompts: [Score("ok", 1.0), Score("abstain")]  # type: ignore[method-assign]
+    benchmark.headline = ("a|b",)  # type: ignore[attr-defined]
+    prompts = [Prompt("one", task="a|b"), Prompt("two", task="c")]
+    lines = table(score(benchmark, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), prompts)).splitlines()
+    assert lines[2] == "| a\\|b | 1.000 | 0.207 to 1.000 | 1 | 1 |" and lines[3] == "| c | – |  | 0 | 0 |"
 
 
 def test_the_ceiling_stands_beside_each_score(pipeline: LensPipeline) -> None:

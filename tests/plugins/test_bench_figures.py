@@ -113,8 +113,10 @@ def test_the_figure_is_drawn_from_results_alone(ending: str, tmp_path: Path) -> 
 
 def test_the_figure_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
     one = result(tmp_path / "a")
-    with pytest.raises(ConfigError, match="is of other, not of geneval"):
+    with pytest.raises(ConfigError, match="other and geneval are two benchmarks"):
         figures.points([one, result(tmp_path / "b", "other")])
+    with pytest.raises(ConfigError, match="was measured on other prompts"):
+        figures.points([one, result(tmp_path / "h", pictures=[{"prompt": "p0", "task": "x", "value": 0.5}])])
     for name, value in (("c", None), ("d", 0), ("e", "1"), ("f", True)):
         with pytest.raises(ConfigError, match="has no score or no seconds"):
             figures.points([result(tmp_path / name, seconds_per_picture=value)])
@@ -124,6 +126,18 @@ def test_the_figure_refuses_what_does_not_belong_together(tmp_path: Path) -> Non
         figures.points([])
     with pytest.raises(ConfigError, match=r"written as \.png"):
         speed_quality(one, output=tmp_path / "f.txt")
+
+
+def test_a_benchmark_that_was_written_in_two_ways_is_one_figure(tmp_path: Path) -> None:
+    label = "{use: geneval, prompts: null}"
+    run = {"benchmark": "lens_bench:geneval", "options": {}}
+    folders = [result(tmp_path / "a"), result(tmp_path / "b", label, run=run)]
+    assert len(figures.points(folders)[0]) == 2
+
+
+def test_a_bar_in_the_name_of_a_system_is_no_column(tmp_path: Path) -> None:
+    lines = published.table(published.measured([result(tmp_path / "a", model="a|b")])).splitlines()
+    assert "a\\|b" in lines[2] and len({line.replace("\\|", "").count("|") for line in lines}) == 1
 
 
 # ---- latency --------------------------------------------------------------------------------------------------------
