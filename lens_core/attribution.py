@@ -8,13 +8,17 @@ The error is a PluginError, whose cause is the original. A LensError passes: its
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
-from lens_core.io.readers import one_line
+from attrs import evolve
+
+from lens_core.io.readers import check_text, one_line
+from lens_core.io.redaction import replace_surrogates
 from lens_core.types import Batch, ConfigError, LensError, Loss, PluginError, Prompt, Score, TextFeatures
 
 if TYPE_CHECKING:
@@ -100,7 +104,8 @@ def checked_tensor(
 
 
 def checked_scores(component: Any, scores: Any, count: int, method: str = "score") -> tuple[Score, ...]:
-    """What a reward or a benchmark returned for `count` pictures."""
+    """What a reward or a benchmark returned for `count` pictures. A value that is not finite, or beyond LARGEST_SCORE,
+    is a failure of its one picture."""
     must = "it must return one Score an image"
     if isinstance(scores, str | Mapping) or not isinstance(scores, Iterable):
         refuse(component, method, scores, must)
@@ -111,7 +116,24 @@ def checked_scores(component: Any, scores: Any, count: int, method: str = "score
             refuse(component, method, score, must)
     if len(result) != count:
         raise PluginError(f"{name_of(component)}.{method} returned {len(result)} scores for {count} images; {must}")
-    return result
+    return tuple(map(_averageable, result))
+
+
+LARGEST_SCORE = 1e100
+"""Sums and squares of larger ones are not finite."""
+
+
+def _averageable(score: Score) -> Score:
+    if score.value is None:
+        return evolve(score, evidence=replace_surrogates(str(score.evidence)))
+    try:
+        value = float(score.value)
+    except OverflowError:  # an int beyond what a float can hold
+        value = math.inf
+    if not abs(value) <= LARGEST_SCORE:
+        what = f"beyond {LARGEST_SCORE:g}" if math.isfinite(value) else "not finite"
+        return Score("failed", evidence=f"{what}: {value}")
+    return evolve(score, value=value, evidence=replace_surrogates(str(score.evidence)))
 
 
 def checked_loss(component: Any, loss: Any) -> Loss:
@@ -255,8 +277,8 @@ def trajectory_of(sampler: Any, velocity: Any, x: Tensor, steps: int, **more: An
         raise PluginError(f"{name_of(sampler)}.sample ended at t = {last}; it must end at t = 0, which is the picture")
 
 
-RESERVED_TASKS = ("overall", "all pictures")
-"""The rows of a benchmark's table that are no task."""
+RESERVED_TASKS = ("overall", "all pictures", "pooled")
+"""The rows of a benchmark's table and the fields of its results that are no task."""
 
 
 def prompts_of(benchmark: Any) -> list[Prompt]:
@@ -270,13 +292,24 @@ def prompts_of(benchmark: Any) -> list[Prompt]:
     for prompt in result:
         if not isinstance(prompt, Prompt) or not isinstance(prompt.text, str):
             refuse(benchmark, "prompts", prompt, must)
-        if not isinstance(prompt.task, str) or prompt.task in RESERVED_TASKS:
-            must_be = f"a task must be a text, and none of {', '.join(RESERVED_TASKS)}"
+        if not is_text(prompt.text):
+            refuse(benchmark, "prompts", prompt.text, "a prompt must be a text that UTF-8 can hold", verb="gave")
+        if not isinstance(prompt.task, str) or not prompt.task.isprintable() or prompt.task in RESERVED_TASKS:
+            must_be = f"a task must be a line of text, and none of {', '.join(RESERVED_TASKS)}"
             refuse(benchmark, "prompts", prompt.task, must_be, verb="gave, as a task,")
-        if not isinstance(prompt.data, Mapping) or not _is_hashable(prompt.data.get("question")):
+        question = prompt.data.get("question") if isinstance(prompt.data, Mapping) else []
+        if not _is_hashable(question) or (isinstance(question, str) and not is_text(question)):
             must_be = "the data of a Prompt must be a mapping, and its question, if there is one, hashable"
             refuse(benchmark, "prompts", prompt.data, must_be, verb="gave, as data,")
     return result
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is text that a file can hold: without half characters (lone surrogates)."""
+    try:
+        return isinstance(value, str) and check_text(value) is not None
+    except ValueError:
+        return False
 
 
 def _is_hashable(value: Any) -> bool:
@@ -292,6 +325,8 @@ def headline_tasks_of(benchmark: Any) -> tuple[str, ...]:
     names = getattr(benchmark, "headline", ())
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         refuse(benchmark, "headline", names, "it must be a list of tasks", verb="is")
+    if len(set(names)) < len(names):
+        raise PluginError(f"{name_of(benchmark)}.headline names a task twice, {', '.join(names)}; name each once")
     return tuple(names)
 
 

@@ -7,17 +7,16 @@ table.md, result.json and sheet.png (decide).
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from attrs import field, frozen
 
-from lens_core.attribution import building, headline_tasks_of, prompts_of, refuse
+from lens_core.attribution import building, calling, headline_tasks_of, prompts_of, refuse
 from lens_core.catalog import Catalog
 from lens_core.config import decisive
-from lens_core.evaluation import decision, generation, perception, run_report, stages
+from lens_core.evaluation import contracts, decision, generation, perception, run_report, stages
 from lens_core.evaluation.decision import Decision
 from lens_core.evaluation.manifest import Manifest
 from lens_core.evaluation.pipeline_generator import PipelineGenerator
@@ -52,7 +51,7 @@ class BenchmarkRequest:
     generator: ComponentSpec = field(factory=lambda: ComponentSpec("pipeline"))
     size: tuple[int, int] | None = field(default=None, validator=optional(each(PIXELS)))  # (height, width) px
     limit: int | None = field(default=None, validator=optional(integer(at_least=1, at_most=MAX_PROMPTS)))  # prompts
-    images: int | None = field(default=None, validator=optional(integer(at_least=1, at_most=1000)))  # of each prompt
+    images: int | None = field(default=None, validator=optional(contracts.IMAGES))  # of each prompt
     seed: int = field(default=0, validator=SEED)
     stages: tuple[str, ...] = field(default=stages.STAGES, validator=each(one_of(*stages.STAGES), at_least=1))
     options: Mapping[str, Any] = field(factory=dict)  # of the benchmark, beside those in its name
@@ -97,7 +96,7 @@ def run_benchmark(
     if isinstance(generator, PipelineGenerator):
         generator.planned_size = plan.size
     processes = Processes.from_environment()
-    info = None if generator is None else generation.describe(generator)
+    info = None if generator is None else contracts.describe(generator)
     base = Path("runs") / f"bench-{request.spec().use.replace(':', '-')}"
     folder = folder or (base if info is None else stages.default_folder(base, plan.facts(info)))
     processes.wait()  # until all have chosen the same folder
@@ -139,21 +138,21 @@ def make_generator(spec: ComponentSpec, catalog: Catalog) -> Any:
 
 def make_plan(request: BenchmarkRequest, name: str, benchmark: Any, options: Mapping[str, Any]) -> Plan:
     """Every picture that a request asks for. Raises ConfigError for none, or too many."""
+    contracts.check_methods(benchmark)
     prompts = prompts_of(benchmark)
-    for prompt in prompts:  # a run is recognised by them
-        try:
-            json.dumps(dict(prompt.data), sort_keys=True)
-        except (TypeError, ValueError):
-            must = "in a benchmark run it must be what JSON has: texts, numbers, lists, mappings"
-            refuse(benchmark, "prompts", prompt.data, must, verb="gave, as data,")
     generation.check_prompts(prompts)
-    images: int = request.images or int(getattr(benchmark, "images_per_prompt", 1))
+    images = request.images or contracts.images_of(benchmark)
     if len(prompts) * images > PICTURES_PER_SEED:
         raise ConfigError(
             f"a run may have {PICTURES_PER_SEED:,} pictures at most, not {len(prompts) * images:,}; ask for fewer"
         )
-    size = request.size or getattr(benchmark, "size", None)
-    return Plan(name, options, prompts, images, size, request.seed)
+    plan = Plan(name, options, prompts, images, request.size or contracts.size_of(benchmark), request.seed)
+    try:
+        plan.prompts_sha256  # noqa: B018  # by which the run is recognised; needed at every start
+    except (TypeError, ValueError):
+        must = "in a benchmark run it must be what JSON has: texts, numbers, lists, mappings"
+        refuse(benchmark, "prompts", prompts[0].data, must, verb="gave, as data,")
+    return plan
 
 
 # ---- stages -------------------------------------------------------------------------------------------------------
@@ -170,7 +169,8 @@ def _generate(folder: Path, plan: Plan, benchmark: Any, generator: Any, info: Sy
     processes.wait()  # before anything is written that another process would read as done
     try:
         if hasattr(generator, "open"):
-            generator.open(folder)
+            with calling(generator, "open"):
+                generator.open(folder)
         share = processes.share(missing)
         generation.generate(generator, requests, share, manifest, seeded=info.seeded)
     except LensError as error:
@@ -178,7 +178,8 @@ def _generate(folder: Path, plan: Plan, benchmark: Any, generator: Any, info: Sy
         raise kind(f"{error}; what was drawn is kept in {folder}, start again to go on") from error
     finally:
         if hasattr(generator, "close"):
-            generator.close()
+            with calling(generator, "close"):
+                generator.close()
     if processes.rank == 0 and isinstance(generator, PipelineGenerator):
         _write_ceiling(folder, plan, benchmark, generator)
     processes.wait()
@@ -226,7 +227,7 @@ def _decide(folder: Path, plan: Plan, benchmark: Any, manifest: Manifest, run: d
         if hasattr(benchmark, "decide"):
             for line in lines:  # are they of these pictures?
                 perceivers = perceivers or line.get("perceiver", {})
-            decided: Decision = benchmark.decide(folder / stages.PERCEPTIONS)
+            decided = decision.decided_by(benchmark, folder / stages.PERCEPTIONS, plan.by_id)
         else:
             tasks = {name: prompt.task for name, prompt in plan.by_id.items()}
             clusters = {name: cluster_of(prompt) for name, prompt in plan.by_id.items()}

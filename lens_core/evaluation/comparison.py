@@ -9,6 +9,7 @@ from typing import Any
 
 from attrs import frozen
 
+from lens_core.attribution import LARGEST_SCORE
 from lens_core.evaluation.statistics import ClusteredScores, Difference, Estimate, mean_of_tasks, paired_difference
 from lens_core.io import markdown
 from lens_core.io.atomic_files import read_json
@@ -81,8 +82,8 @@ def _is_picture(entry: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a score or a setting; sums and squares of what is beyond 1e100 are not finite."""
-    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= 1e100
+    """Whether it is a score or a setting."""
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= LARGEST_SCORE
 
 
 def _is_optional(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:

@@ -9,6 +9,7 @@ from attrs import frozen
 
 from lens_core.attribution import building, calling, prompts_of
 from lens_core.catalog import Catalog
+from lens_core.evaluation import contracts
 from lens_core.evaluation.bench import BenchmarkRequest, build_benchmark, make_generator
 from lens_core.io import markdown
 from lens_core.types import ConfigError, GenerationEstimate
@@ -32,7 +33,7 @@ def estimate(request: BenchmarkRequest, catalog: Catalog) -> Cost:
     name, cls, config = build_benchmark(request, catalog)
     with building(name):
         benchmark = cls(config)
-    images = request.images or getattr(benchmark, "images_per_prompt", 1)
+    images = request.images or contracts.images_of(benchmark)
     if hasattr(benchmark, "workload"):
         with calling(benchmark, "workload"):
             workload = dict(benchmark.workload(images))
@@ -40,7 +41,7 @@ def estimate(request: BenchmarkRequest, catalog: Catalog) -> Cost:
     else:
         prompts, workload = len(prompts_of(benchmark)), {}
     generator = make_generator(request.generator, catalog)
-    size = request.size or getattr(benchmark, "size", None)
+    size = request.size or contracts.size_of(benchmark)
     generation = GenerationEstimate(prompts * images)
     if hasattr(generator, "estimate"):
         with calling(generator, "estimate"):

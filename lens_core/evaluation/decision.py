@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from attrs import asdict, field, frozen
 
+from lens_core.attribution import calling, name_of, refuse
+from lens_core.evaluation.contracts import naming_first
 from lens_core.evaluation.perception import read_score
 from lens_core.evaluation.statistics import ClusteredScores, Estimate, mean_of_tasks, pooled
-from lens_core.types import ConfigError, LensError, Score
+from lens_core.io.readers import shown
+from lens_core.types import ConfigError, LensError, PluginError, Prompt, Score
 
 Metrics = Mapping[str, Estimate]
 
@@ -53,6 +57,19 @@ class Decision:
         return self.statuses.get("ok", 0) / max(1, sum(self.statuses.values()))
 
 
+def decided_by(benchmark: Any, perceptions: Path, prompts: Mapping[str, Prompt]) -> Decision:
+    """What a benchmark's `decide` returned about the pictures of `prompts`, prompt id -> prompt."""
+    with calling(benchmark, "decide"):
+        decided = benchmark.decide(perceptions)
+    if not isinstance(decided, Decision):
+        refuse(benchmark, "decide", decided, "it must return a Decision")
+    for score in decided.scores:
+        if not isinstance(score, PictureScore) or score.prompt_id not in prompts:
+            what = score.prompt_id if isinstance(score, PictureScore) else score
+            raise PluginError(f"{name_of(benchmark)}.decide scored {shown(what)}, which is no picture of this run")
+    return decided
+
+
 def decide_scores(
     lines: Iterable[Mapping[str, Any]], tasks: Mapping[str, str], clusters: Mapping[str, Any], headline: Sequence[str]
 ) -> Decision:
@@ -64,7 +81,7 @@ def decide_scores(
     scores: list[PictureScore] = []
     statuses: Counter[str] = Counter()
     seen: set[tuple[str, int]] = set()
-    unscored: set[tuple[str, int]] = set()  # a picture is there, and the judge had nothing to say
+    unscored: dict[tuple[str, int], Score] = {}  # a picture is there, and the judge gave no score
     for line in lines:
         name, index, status = line.get("prompt_id"), line.get("index"), line.get("status")
         if not isinstance(name, str) or name not in tasks or type(index) is not int or not isinstance(status, str):
@@ -74,11 +91,12 @@ def decide_scores(
         seen.add((name, index))
         statuses[status] += 1
         score = _score_of(line) if status == "ok" else None
-        if status == "ok" and (score is None or score.value is None):
-            unscored.add((name, index))
+        if score is not None and score.value is None:
+            unscored[name, index] = score
         scores.append(PictureScore(name, index, tasks[name], None if score is None else score.value))
     names = tuple(headline) or tuple(dict.fromkeys(tasks.values()))
-    official = _metrics(scores, clusters, names)
+    with naming_first(unscored.values()):
+        official = _metrics(scores, clusters, names)
     zeros = [
         score if score.value is not None or (score.prompt_id, score.index) in unscored else _zero(score)
         for score in scores

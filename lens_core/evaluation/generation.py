@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lens_core.attribution import calling, items, refuse
+from lens_core.attribution import calling, items, name_of, refuse
+from lens_core.evaluation.contracts import checked_outcome, most_failures_of
 from lens_core.evaluation.manifest import Key, Manifest
 from lens_core.io.images import ImageError, read_raw
 from lens_core.io.json_fields import LONGEST_TEXT
@@ -21,7 +22,6 @@ from lens_core.types import (
     PluginError,
     Prompt,
     StopGeneration,
-    SystemInfo,
 )
 
 SUFFIXES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
@@ -35,17 +35,6 @@ def prompt_ids(prompts: Sequence[Prompt]) -> list[str]:
     ids = [prompt.id for prompt in prompts]
     sound = len(set(ids)) == len(ids) and all(type(i) is int and 0 <= i < 10**40 for i in ids)
     return [f"{i:06d}" for i in (ids if sound else range(len(ids)))]
-
-
-def describe(generator: Any) -> SystemInfo:
-    """What a generator is, checked."""
-    with calling(generator, "describe"):
-        info = generator.describe()
-    if not isinstance(info, SystemInfo):
-        refuse(generator, "describe", info, "it must return a SystemInfo")
-    if not isinstance(info.name, str) or not info.name.strip() or not isinstance(info.revision, str):
-        refuse(generator, "describe", info.name, "name must be a text that is not empty, and revision a text")
-    return info
 
 
 def generate(
@@ -64,7 +53,7 @@ def generate(
     size = getattr(generator, "batch_size", 1)
     if type(size) is not int or size < 1:
         refuse(generator, "batch_size", size, "it must be a whole number of at least 1", verb="is")
-    most = getattr(generator, "most_failures", FAILURES_IN_A_ROW)
+    most = most_failures_of(generator, FAILURES_IN_A_ROW)
     failures = 0
     for outcome in progress(
         _all_outcomes(generator, requests, missing, size), "picture", len(missing), desc="generate"
@@ -91,19 +80,18 @@ def _outcomes(generator: Any, chunk: Mapping[Key, PictureRequest]) -> Any:
     open_requests = dict(chunk)
     with calling(generator, "generate"):
         outcomes = generator.generate(list(chunk.values()))
-    for outcome in items(generator, "generate", outcomes):
-        if not isinstance(outcome, PictureOutcome):
-            refuse(generator, "generate", outcome, "it must yield PictureOutcomes", verb="yielded")
+    for item in items(generator, "generate", outcomes):
+        outcome = checked_outcome(generator, item)
         request = outcome.request
         if open_requests.pop((request.prompt_id, request.index), None) != request:
             raise PluginError(
-                f"{type(generator).__name__}.generate yielded an outcome that was not asked for, or twice: picture "
+                f"{name_of(generator)}.generate yielded an outcome that was not asked for, or twice: picture "
                 f"{request.index} of {request.prompt_id!r}"
             )
         yield outcome
     if open_requests:
         raise PluginError(
-            f"{type(generator).__name__}.generate yielded nothing for {len(open_requests)} of {len(chunk)} requests; "
+            f"{name_of(generator)}.generate yielded nothing for {len(open_requests)} of {len(chunk)} requests; "
             "it must yield one outcome each, or raise StopGeneration"
         )
 

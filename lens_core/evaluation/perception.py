@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import asdict
+from attrs import asdict, evolve
 
-from lens_core.attribution import calling, checked_scores, refuse
+from lens_core.attribution import calling, checked_scores
+from lens_core.evaluation.contracts import checked_lines, references_of
 from lens_core.evaluation.manifest import Entry, Key, Manifest
 from lens_core.evaluation.processes import Processes
 from lens_core.evaluation.stages import CACHE, PERCEPTIONS, Plan
@@ -25,6 +26,7 @@ from lens_core.io import atomic_files, json_fields, readers
 from lens_core.io.images import read_raw, read_rgb
 from lens_core.io.json_fields import FieldError
 from lens_core.io.progress import progress_bar
+from lens_core.io.redaction import replace_surrogates
 from lens_core.types import ConfigError, Picture, Prompt, Score
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def perceive(
 
 
 def _one_line(line: Line) -> str:
-    text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+    text = replace_surrogates(json.dumps(line, ensure_ascii=False, allow_nan=False))
     for end in "\x85\u2028\u2029":  # many readers of lines take these for line ends
         text = text.replace(end, f"\\u{ord(end):04x}")
     return text
@@ -125,15 +127,9 @@ class _Reading:
             return []
         if self.scores is not None:
             return [[{"score": asdict(score)}] for score in self.scores.of(self.benchmark, pictures)]
-        must = "it must return a list of lines for each picture"
         with calling(self.benchmark, "perceive"):
             lines = self.benchmark.perceive(pictures, self.folder / CACHE, self.log)
-        sound = isinstance(lines, list) and all(
-            isinstance(some, list) and all(isinstance(line, Mapping) for line in some) for some in lines
-        )
-        if not sound or len(lines) != len(pictures):
-            refuse(self.benchmark, "perceive", lines, must)
-        return lines  # type: ignore[no-any-return]  # as was just seen
+        return checked_lines(self.benchmark, lines, len(pictures))
 
     def _lines(self, key: Key, entry: Entry | None, fields: Sequence[Mapping[str, Any]] | None) -> Iterator[Line]:
         """The lines of one picture: where it was not perceived, one for each benchmark that it counts for."""
@@ -144,8 +140,7 @@ class _Reading:
             base["sha256"] = entry.sha256
         references: Sequence[Mapping[str, Any]] = [{}]
         if self.scores is None:
-            with calling(self.benchmark, "references"):
-                references = self.benchmark.references(prompt)
+            references = references_of(self.benchmark, prompt)
         by_bench = {reference.get("bench"): reference for reference in references}
         if fields is None:
             yield from ({**base, **reference} for reference in references)
@@ -203,13 +198,9 @@ def _code_of(component: Any) -> str:
 
 
 def _plain(score: Score) -> Score:
-    """The score with numbers that JSON can hold; one that is not finite has failed."""
-    if score.value is not None and not math.isfinite(score.value):
-        return Score("failed", evidence=f"the score is {score.value}")
-    value = None if score.value is None else float(score.value)
-    components = {str(name): float(part) for name, part in score.components.items()}
-    finite = {name: part for name, part in components.items() if math.isfinite(part)}
-    return Score(score.status, value, finite, str(score.evidence))
+    """The score with components that JSON can hold."""
+    components = {replace_surrogates(str(name)): float(part) for name, part in score.components.items()}
+    return evolve(score, components={name: part for name, part in components.items() if math.isfinite(part)})
 
 
 def _stored(line: Any) -> tuple[str, list[Score]] | None:
@@ -284,4 +275,4 @@ def read_lines(folder: Path, plan: Plan, benchmark: Any, manifest: Manifest) -> 
 
 def _counts(benchmark: Any, prompt: Prompt) -> bool:
     """Whether pictures of a prompt have lines: not where nothing that was named perceives them."""
-    return not hasattr(benchmark, "perceive") or bool(benchmark.references(prompt))
+    return not hasattr(benchmark, "perceive") or bool(references_of(benchmark, prompt))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from lens_core.attribution import calling, checked_scores, headline_tasks_of, prompts_of
+from lens_core.evaluation.contracts import naming_first
 from lens_core.evaluation.statistics import ClusteredScores, Estimate, cluster_of, mean_of_tasks, pooled
 from lens_core.types import ConfigError, Prompt, Score
 
@@ -111,7 +112,8 @@ def score(
     tasks = by_task(prompts, scores)
     headline = headline_tasks_of(benchmark) or tuple(tasks)
     estimates = {name: task.estimate() for name, task in tasks.items()}
-    overall = mean_of_tasks(tasks, headline)
+    with naming_first(scores):
+        overall = mean_of_tasks(tasks, headline)
     return BenchmarkResult(estimates, overall, pooled(tasks), scores, images, headline, dict(ceiling or {}))
 
 

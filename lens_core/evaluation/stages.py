@@ -62,14 +62,19 @@ class Plan:
             for index in range(self.images)
         }
 
+    @cached_property
+    def prompts_sha256(self) -> str:
+        """A hash of all that is asked for. Raises TypeError or ValueError where data of a prompt is no JSON."""
+        prompts = [[p.text, p.task, dict(p.data)] for p in self.prompts]
+        return hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()
+
     def facts(self, system: SystemInfo) -> dict[str, Any]:
         """What decides the pictures, as run.json has it."""
-        prompts = [[p.text, p.task, dict(p.data)] for p in self.prompts]
         return {
             "format": 1,
             "benchmark": self.benchmark,
             "prompts": len(self.prompts),
-            "prompts_sha256": hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest(),
+            "prompts_sha256": self.prompts_sha256,
             "images_per_prompt": self.images,
             "size": None if self.size is None else list(self.size),
             "seed": self.seed,

@@ -15,7 +15,6 @@ from attrs import frozen
 from torch import Tensor
 
 from lens_core.attribution import calling, checked_scores
-from lens_core.io.readers import shown
 from lens_core.recipe import ComponentSpec
 from lens_core.types import ConfigError, LensError, Score
 from lens_nft.rollout import Picture, group_by
@@ -147,8 +146,8 @@ def total_spend(rewards: Sequence[WeightedReward]) -> dict[str, float]:
 
 
 def _scores_of(reward: Any, pictures: Sequence[Picture]) -> list[Score]:
-    """One score a picture. A value that is not finite is a failure, and so is whatever a reward raises, whose
-    message becomes the evidence: an endpoint that is away must not end a run that a fallback can save.
+    """One score a picture. Whatever a reward raises is a failure, whose evidence is the message: an endpoint that is
+    away must not end a run that a fallback can save.
 
     Pictures of one size are scored in one call, and a group has one size, so a reward can look at whole groups, or ask
     in parallel. Raises LensError where a reward does not give one Score a picture, ConfigError as it comes.
@@ -164,10 +163,7 @@ def _scores_of(reward: Any, pictures: Sequence[Picture]) -> list[Score]:
         except LensError as error:
             scores = [Score("failed", evidence=str(error))] * len(rows)
         by_index.update(zip(rows, checked_scores(reward, scores, len(rows)), strict=True))
-    return [
-        s if s.value is None or _finite(s.value) else Score("failed", evidence=f"not finite: {shown(s.value)}")
-        for s in (by_index[i] for i in range(len(pictures)))
-    ]
+    return [by_index[i] for i in range(len(pictures))]
 
 
 def _finite(value: Any) -> bool:

@@ -1,0 +1,192 @@
+"""What the components of a benchmark run may return, checked: whatever else becomes one line that names the component.
+
+The checks of scores, prompts and headlines, which training uses too, are in `lens_core.attribution`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+from attrs import evolve
+
+from lens_core.attribution import calling, name_of, refuse
+from lens_core.io.readers import one_line, shown
+from lens_core.io.redaction import replace_surrogates
+from lens_core.types import LensError, PictureOutcome, PictureRequest, PluginError, Prompt, Score, SystemInfo
+from lens_core.validators import PIXELS, Rule, integer
+
+IMAGES = integer(at_least=1, at_most=1000)
+"""Pictures of one prompt."""
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON gives it back, half characters (lone surrogates) replaced.
+
+    Raises TypeError or ValueError for what JSON cannot hold, NaN and infinite numbers included.
+    """
+    return json.loads(replace_surrogates(json.dumps(value, ensure_ascii=False, allow_nan=False)))
+
+
+# ---- benchmarks -----------------------------------------------------------------------------------------------------
+
+
+def images_of(benchmark: Any) -> int:
+    """How many pictures of each prompt a benchmark asks for, checked; 1 where it does not say."""
+    images: int = getattr(benchmark, "images_per_prompt", 1)
+    _check_attribute(benchmark, "images_per_prompt", images, IMAGES, f"a whole number, {IMAGES.words()}")
+    return images
+
+
+def size_of(benchmark: Any) -> tuple[int, int] | None:
+    """The (height, width) px that a benchmark asks for, checked; None: the generator's own."""
+    size = getattr(benchmark, "size", None)
+    if size is None:
+        return None
+    must = f"(height, width) in px, each {PIXELS.words()}"
+    if not isinstance(size, tuple | list) or len(size) != 2:
+        refuse(benchmark, "size", size, f"it must be {must}", verb="is")
+    for side in size:
+        _check_attribute(benchmark, "size", side, PIXELS, must)
+    return size[0], size[1]
+
+
+def _check_attribute(component: Any, name: str, value: Any, rule: Rule, must: str) -> None:
+    if not rule.allows(value):
+        raise PluginError(f"{name_of(component)}.{name} is {shown(value)}; it must be {must}")
+
+
+def check_methods(benchmark: Any) -> None:
+    """Raise PluginError where a benchmark has one or two of perceive, references and decide: they belong together."""
+    names = ("perceive", "references", "decide")
+    lacks = [name for name in names if not callable(getattr(benchmark, name, None))]
+    if lacks and len(lacks) < len(names):
+        has = " and ".join(name for name in names if name not in lacks)
+        raise PluginError(f"{name_of(benchmark)} has {has} and lacks {' and '.join(lacks)}; they belong together")
+
+
+def references_of(benchmark: Any, prompt: Prompt) -> list[Mapping[str, Any]]:
+    """What a benchmark knows of a prompt's pictures without seeing them: the fields of each of their lines."""
+    with calling(benchmark, "references"):
+        references = benchmark.references(prompt)
+    if not _is_list_of_mappings(references):
+        refuse(benchmark, "references", references, "it must return a list of mappings, one for each line of a picture")
+    return list(references)
+
+
+def checked_lines(benchmark: Any, lines: Any, count: int) -> Sequence[Sequence[Mapping[str, Any]]]:
+    """What a benchmark's `perceive` returned for `count` pictures."""
+    if not isinstance(lines, list) or not all(map(_is_list_of_mappings, lines)) or len(lines) != count:
+        refuse(benchmark, "perceive", lines, "it must return a list of lines for each picture")
+    try:
+        result: Sequence[Sequence[Mapping[str, Any]]] = plain([[dict(line) for line in some] for some in lines])
+    except (TypeError, ValueError) as error:
+        raise PluginError(
+            f"{name_of(benchmark)}.perceive returned lines that are no JSON ({error}); it must return texts, finite "
+            "numbers, lists and mappings"
+        ) from error
+    return result
+
+
+@contextlib.contextmanager
+def naming_first(scores: Iterable[Score]) -> Iterator[None]:
+    """Where means cannot be taken inside, for pictures without a score: say why the first of `scores` has none."""
+    try:
+        yield
+    except LensError as error:
+        first = next((score for score in scores if score.value is None), None)
+        if first is None:
+            raise
+        reason = one_line(first.evidence) or "no reason was given"
+        raise LensError(f"{error}; the first picture without a score: {first.status}, {reason}") from error
+
+
+def _is_list_of_mappings(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, Mapping) for item in value)
+
+
+# ---- generators -----------------------------------------------------------------------------------------------------
+
+_LINES = ("dtype", "device", "prompts")
+"""Settings of a system that reports print and compare, where it has them."""
+
+
+def describe(generator: Any) -> SystemInfo:
+    """What a generator is, checked."""
+    with calling(generator, "describe"):
+        info = generator.describe()
+    if not isinstance(info, SystemInfo):
+        refuse(generator, "describe", info, "it must return a SystemInfo")
+    must = ""
+    if not _is_line(info.name) or not info.name.strip() or not _is_line(info.revision):
+        must = "name must be a line of text that is not empty, and revision a line of text"
+    elif type(info.seeded) is not bool:
+        must = "seeded must be True or False"
+    else:
+        try:
+            if not isinstance(info.settings, Mapping):
+                raise TypeError(f"they are {shown(info.settings)}")
+            plain(dict(info.settings))
+        except (TypeError, ValueError) as error:
+            must = f"settings must be a mapping of what JSON has ({error})"
+        else:
+            must = _flaw_of_settings(info.settings)
+    if must:
+        raise PluginError(f"{name_of(generator)}.describe returned a SystemInfo that cannot be recorded: {must}")
+    return info
+
+
+def _flaw_of_settings(settings: Mapping[str, Any]) -> str:
+    steps, guidance = settings.get("steps"), settings.get("guidance_scale")
+    if steps is not None and type(steps) is not int:
+        return f"settings.steps must be a whole number or None, not {shown(steps)}"
+    if guidance is not None and type(guidance) not in (int, float):
+        return f"settings.guidance_scale must be a number or None, not {shown(guidance)}"
+    wrong = [name for name in _LINES if name in settings and not _is_line(settings[name])]
+    return f"settings.{wrong[0]} must be a line of text, not {shown(settings[wrong[0]])}" if wrong else ""
+
+
+def _is_line(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def most_failures_of(generator: Any, default: int) -> int | None:
+    """After how many failures in a row a run with this generator stops, checked; None: it never does."""
+    most: int | None = getattr(generator, "most_failures", default)
+    if most is not None:
+        _check_attribute(generator, "most_failures", most, integer(at_least=1), "a whole number of at least 1, or None")
+    return most
+
+
+def checked_outcome(generator: Any, outcome: Any) -> PictureOutcome:
+    """An item of a generator's `generate`, with facts as JSON has them and without half characters."""
+
+    def fail(value: Any, must: str) -> NoReturn:
+        refuse(generator, "generate", value, must, verb="yielded")
+
+    if not isinstance(outcome, PictureOutcome):
+        fail(outcome, "it must yield PictureOutcomes")
+    if not isinstance(outcome.request, PictureRequest):
+        fail(outcome.request, "the request of an outcome must be the one that it answers")
+    if not isinstance(outcome.image, bytes):
+        fail(outcome.image, "the image of an outcome must be bytes: a PNG, JPEG or WebP file")
+    for name in ("seconds", "usd"):
+        value = getattr(outcome, name)
+        if type(value) is bool or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            must = f"the {name} of an outcome must be a number of at least 0"
+            raise PluginError(f"{name_of(generator)}.generate yielded, as {name}, {shown(value)}; {must}")
+    if not isinstance(outcome.reason, str):
+        fail(outcome.reason, "the reason of an outcome must be a text")
+    if not isinstance(outcome.sent_prompt, str | None):
+        fail(outcome.sent_prompt, "the sent_prompt of an outcome must be a text or None")
+    try:
+        facts = plain(dict(outcome.facts))
+    except (TypeError, ValueError) as error:
+        raise PluginError(
+            f"{name_of(generator)}.generate yielded facts that are no mapping of what JSON has ({error})"
+        ) from error
+    sent = None if outcome.sent_prompt is None else replace_surrogates(outcome.sent_prompt)
+    return evolve(outcome, reason=replace_surrogates(outcome.reason), sent_prompt=sent, facts=facts)

@@ -1,0 +1,171 @@
+"""What a plugin's benchmark or generator wrongly gives to a benchmark run is one line that names the component."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stage_worker import Brightness, Dots, png, run
+
+from lens_core.evaluation import run as evaluation
+from lens_core.types import LensError, PictureOutcome, PluginError, Prompt, Score, SystemInfo
+
+HALF = "\udcff"  # half a character, as Python reads a file name that is not UTF-8
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Brightness, "images_per_prompt", 1)
+
+
+def answering(**fields: Any) -> Callable[..., Any]:
+    """A `generate` whose outcomes have these fields."""
+    return lambda self, requests: [PictureOutcome(r, **{"status": "ok", "image": png(9), **fields}) for r in requests]
+
+
+def describing(*fields: Any, **more: Any) -> Callable[..., Any]:
+    return lambda self: SystemInfo(*fields, **more)
+
+
+def perceiving(line: Any) -> Callable[..., Any]:
+    return lambda self, pictures, folder, log: [[line] for _ in pictures]
+
+
+def refusal(tmp_path: Path) -> str:
+    with pytest.raises(PluginError) as caught:
+        run(tmp_path / "run", words=("a", "b"))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"seconds": None}, "as seconds, None; the seconds of an outcome must be a number of at least 0"),
+        ({"seconds": float("nan")}, "as seconds, nan"),
+        ({"usd": -1.0}, "as usd, -1.0"),
+        ({"usd": True}, "as usd, True"),
+        ({"image": "a.png"}, "str; the image of an outcome must be bytes"),
+        ({"image": bytearray(b"x")}, "bytearray; the image of an outcome must be bytes"),
+        ({"sent_prompt": 3}, "int; the sent_prompt of an outcome must be a text or None"),
+        ({"facts": None}, "facts that are no mapping of what JSON has"),
+        ({"facts": {"a": np.int64(2)}}, "facts that are no mapping of what JSON has (Object of type int64"),
+        ({"status": "failed", "image": b"", "reason": ValueError("x")}, "ValueError; the reason of an outcome"),
+    ],
+)
+def test_an_outcome_that_cannot_be_recorded_names_its_generator(
+    fields: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Dots, "generate", answering(**fields))
+    message = refusal(tmp_path)
+    assert message.startswith("stage_worker:dots.generate yielded") and words in message
+
+
+def test_an_outcome_without_a_request_names_its_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dots, "generate", lambda self, requests: [PictureOutcome(None, "ok", png(1))])  # type: ignore[arg-type]
+    assert refusal(tmp_path).startswith("stage_worker:dots.generate yielded NoneType; the request of an outcome must")
+
+
+@pytest.mark.parametrize(
+    ("describe", "words"),
+    [
+        (describing("a\nb"), "name must be a line of text"),
+        (describing(HALF), "name must be a line of text"),
+        (describing("a", None), "revision a line of text"),
+        (describing("a", seeded="no"), "seeded must be True or False"),
+        (describing("a", settings=None), "settings must be a mapping of what JSON has (they are None)"),
+        (describing("a", settings={"x": Path("x")}), "settings must be a mapping of what JSON has (Object of type"),
+        (describing("a", settings={"x": float("nan")}), "settings must be a mapping of what JSON has"),
+        (describing("a", settings={"steps": "20"}), "settings.steps must be a whole number or None, not '20'"),
+        (describing("a", settings={"guidance_scale": "3"}), "settings.guidance_scale must be a number or None"),
+        (describing("a", settings={"prompts": ["raw"]}), "settings.prompts must be a line of text, not ['raw']"),
+    ],
+)
+def test_a_system_that_no_report_can_name_is_refused_before_anything_is_drawn(
+    describe: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Dots, "describe", describe)
+    message = refusal(tmp_path)
+    assert message.startswith("stage_worker:dots.describe returned a SystemInfo that cannot be recorded: ")
+    assert words in message and not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value", "words"),
+    [
+        (Dots, "most_failures", "x", "dots.most_failures is 'x'; it must be a whole number of at least 1, or None"),
+        (Dots, "most_failures", 0, "dots.most_failures is 0"),
+        (Dots, "open", lambda self, folder: 1 / 0, "dots.open raised ZeroDivisionError"),
+        (Dots, "close", lambda self: 1 / 0, "dots.close raised ZeroDivisionError"),
+        (Brightness, "images_per_prompt", None, "brightness.images_per_prompt is None; it must be a whole number"),
+        (Brightness, "images_per_prompt", 0, "brightness.images_per_prompt is 0"),
+        (Brightness, "size", 512, "brightness.size is int; it must be (height, width) in px"),
+        (Brightness, "size", (512,), "brightness.size is tuple of int; it must be (height, width) in px"),
+        (Brightness, "size", (512, -1), "brightness.size is -1"),
+        (Brightness, "headline", ("even", "even"), "brightness.headline names a task twice, even, even"),
+        (Brightness, "decide", lambda self, path: None, "brightness has decide and lacks perceive and references"),
+        (Brightness, "prompts", lambda self: [Prompt("a", task="x\ny")], "a task must be a line of text"),
+        (Brightness, "prompts", lambda self: [Prompt("a", task="pooled")], "none of overall, all pictures, pooled"),
+        (Brightness, "prompts", lambda self: [Prompt(HALF)], "a prompt must be a text that UTF-8 can hold"),
+        (Brightness, "prompts", lambda self: [Prompt("a", data={"question": HALF})], "gave, as data, dict"),
+    ],
+)
+def test_what_a_component_says_of_itself_is_checked(
+    cls: Any, name: str, value: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cls, name, value, raising=False)
+    assert words in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "references", "decided", "words"),
+    [
+        ({"x": np.float32(1)}, [{}], None, "perceive returned lines that are no JSON (Object of type float32"),
+        ({"x": float("nan")}, [{}], None, "perceive returned lines that are no JSON"),
+        ("line", [{}], None, "perceive returned list of list; it must return a list of lines"),
+        ({}, None, None, "references returned NoneType; it must return a list of mappings"),
+        ({}, [{}], None, "decide returned NoneType; it must return a Decision"),
+        ({"x": HALF}, [{}], None, "decide returned NoneType; it must return a Decision"),
+    ],
+)
+def test_a_benchmark_that_perceives_and_decides_is_held_to_its_contract(
+    line: Any, references: Any, decided: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Brightness, "perceive", perceiving(line), raising=False)
+    monkeypatch.setattr(Brightness, "references", lambda self, prompt: references, raising=False)
+    monkeypatch.setattr(Brightness, "decide", lambda self, path: decided, raising=False)
+    assert refusal(tmp_path).startswith(f"stage_worker:brightness.{words}")
+
+
+def test_half_characters_of_plugins_do_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the message of an error about a file name."""
+    scored = [Score("ok", 0.5, {HALF: 1.0}, HALF), Score("abstain", evidence=HALF)]
+    monkeypatch.setattr(Brightness, "score", lambda self, images, prompts: scored)
+    monkeypatch.setattr(Brightness, "headline", ("even",), raising=False)
+    monkeypatch.setattr(Dots, "generate", answering(facts={"said": [HALF]}, sent_prompt=HALF))
+    report = run(tmp_path / "run", words=("a", "b"))
+    assert report.decision.official["even"].value == 0.5
+    entry = json.loads((tmp_path / "run" / "manifest.jsonl").read_text().splitlines()[0])
+    assert (entry["facts"], entry["sent_prompt"]) == ({"said": ["\ufffd"]}, "\ufffd")
+
+
+def test_a_run_without_any_score_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = Score("failed", evidence="the judge is away")
+    monkeypatch.setattr(Brightness, "score", lambda self, images, prompts: [failed] * len(prompts))
+    with pytest.raises(LensError, match=re.escape("; the first picture without a score: failed, the judge is away")):
+        run(tmp_path / "run", words=("a", "b"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, 1e200])
+def test_a_score_that_cannot_be_averaged_is_a_failure_of_its_picture_in_training_too(value: Any) -> None:
+    scores = [Score("ok", value), Score("ok", 1.0), Score("ok", 0.0)]
+    benchmark = Brightness(Brightness.Config())
+    benchmark.score = lambda images, prompts: scores  # type: ignore[method-assign]
+    result = evaluation.score(benchmark, torch.zeros(3, 3, 4, 4, dtype=torch.uint8), [Prompt("a")] * 3)
+    assert (result.overall.value, result.overall.missing, result.scores[0].status) == (0.5, 1, "failed")
