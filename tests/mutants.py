@@ -348,6 +348,7 @@ MUTANTS = [
         "plugins/lens_bench/benchmarks.py",
         "tests/plugins/test_bench_score.py",
         ("whole = set(tasks) >= set(geneval.TAGS)", "whole = bool(tasks)"),
+        ("set(tasks) >= set(geneval.TAGS)", "set(tasks) == set(geneval.TAGS)"),
         ('| {"edit_distance": worst, "completed": 0}', '| {"completed": 0}'),
         ("scores.binary = scores.binary and shares", "scores.binary = scores.binary"),
         ("for i in range(of)]", "for i in range(min(of, 1))]"),

@@ -70,6 +70,13 @@ def text(value: Any, name: str) -> str:
     return value
 
 
+def line(value: Any, name: str) -> str:
+    """A text that is one line, without control characters, as a row of a table has it."""
+    if not text(value, name).isprintable():
+        raise FieldError(name, f"must be one line without control characters, not {readers.shown(value)}")
+    return str(value)
+
+
 def texts(value: Any, name: str) -> list[str]:
     if not isinstance(value, list):
         raise FieldError(name, f"must be a list of texts, not {readers.shown(value)}")

@@ -20,6 +20,7 @@ from lens_core.io import json_fields, readers
 from lens_core.io.json_fields import FieldError
 
 MOST_ROWS = 2**12  # detections of one class
+MEANS = ("overall", "pictures")  # of GenEval's tags, which no tag can be called
 LARGEST_COORDINATE = 1e6  # pixels; squares and products of larger ones leave a float's range in the end
 
 Line = Mapping[str, Any]
@@ -68,7 +69,9 @@ def _clauses(metadata: Mapping[str, Any], kind: str) -> None:
 
 def _metadata(line: Line) -> dict[str, Any]:
     metadata = json_fields.mapping(json_fields.field(line, "metadata"), "metadata")
-    json_fields.text(json_fields.field(metadata, "tag", "metadata."), "metadata.tag")
+    tag = json_fields.line(json_fields.field(metadata, "tag", "metadata."), "metadata.tag")
+    if tag in MEANS:
+        raise FieldError("metadata.tag", f"{tag!r} is a mean over tags; give the tag another name")
     _clauses(metadata, "include")
     _clauses(metadata, "exclude")
     return metadata
@@ -327,7 +330,7 @@ def _dimensions(language: str) -> dict[str, Benchmark]:
 
 
 def _category(line: Line) -> str:
-    return json_fields.text(line.get("category", ""), "category")
+    return json_fields.line(line.get("category", ""), "category")
 
 
 BENCHMARKS = {

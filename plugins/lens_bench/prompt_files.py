@@ -191,7 +191,7 @@ def longtext(path: Path) -> list[Prompt]:
         texts = [texts] if isinstance(texts, str) else json_fields.texts(texts, "text")
         number = json_fields.field(row, "prompt_id")
         number = int(number) if isinstance(number, str) and number.isdecimal() else number
-        category = json_fields.text(row.get("category", ""), "category")
+        category = json_fields.line(row.get("category", ""), "category")
         data = {"text": texts, "category": category}
         return Prompt(_prompt_text(row, "prompt"), json_fields.whole(number, "prompt_id", low=0), category, data)
 

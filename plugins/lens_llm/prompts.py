@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
+from lens_core.attribution import RESERVED_TASKS, calling, checked_scores
 from lens_core.catalog import Catalog
 from lens_core.io import readers
 from lens_core.io.atomic_files import write_text
@@ -158,7 +159,9 @@ class PromptFile:
         """The reward's scores; abstains where none is named."""
         if self.reward is None:
             return [Score("abstain", evidence="the benchmark 'prompts' names no reward") for _ in prompts]
-        return list(self.reward.score(images, prompts))
+        with calling(self.reward, "score"):
+            scores = self.reward.score(images, prompts)
+        return list(checked_scores(self.reward, scores, len(prompts)))
 
 
 def _lint(
@@ -212,6 +215,9 @@ def flaws_of(entry: Any, rubrics: int | None) -> Iterator[str]:
         yield "taxonomy.class is missing"
     elif len(taxonomy["class"]) > NAME:
         yield f"taxonomy.class has {len(taxonomy['class']):,} characters; it may have {NAME}"
+    elif not taxonomy["class"].isprintable() or taxonomy["class"] in RESERVED_TASKS:
+        names = ", ".join(RESERVED_TASKS)
+        yield f"taxonomy.class must be one line of text, and none of {names}, not {shown(taxonomy['class'])}"
     if not isinstance(entry.get("provenance"), dict) or not entry["provenance"]:
         yield "provenance is missing; name who made the prompt, and its license"
     sizes = entry.get("sizes", [])

@@ -98,6 +98,22 @@ def test_geneval_is_the_mean_of_six_tags_over_pictures(write: Write) -> None:
     assert list(summary.official) == ["overall", *geneval.TAGS, "pictures"] and summary.notes == []
 
 
+def test_a_tag_of_ones_own_is_a_row_and_no_part_of_the_overall_score(write: Write) -> None:
+    tags = [SEEN | {"metadata": DOG | {"tag": tag}, "prompt_id": tag} for tag in geneval.TAGS if tag != "counting"]
+    counted = UNSEEN | {"metadata": DOG | {"tag": "counting"}, "prompt_id": "counting"}
+    mine = UNSEEN | {"metadata": DOG | {"tag": "mine"}, "prompt_id": "mine"}
+    summary = report.score("geneval", write(*tags, counted, mine))
+    assert list(summary.official) == ["overall", *geneval.TAGS, "mine", "pictures"] and summary.notes == []
+    assert summary.official["overall"].value == pytest.approx(5 / 6) and summary.official["overall"].count == 6
+    assert (summary.official["mine"].value, summary.official["pictures"].value) == (0, 5 / 7)
+
+
+@pytest.mark.parametrize("tag", ["overall", "pictures", "a\nb", "\x1b[31m"])
+def test_a_tag_that_is_the_name_of_a_mean_or_no_line_is_refused(tag: str, write: Write) -> None:
+    with pytest.raises(ConfigError, match=r"line 1: metadata\.tag: "):
+        report.score("geneval", write(SEEN | {"metadata": DOG | {"tag": tag}}))
+
+
 def test_a_tag_without_pictures_is_absent_and_never_averaged_away(write: Write) -> None:
     summary = report.score("geneval", write(SEEN, UNSEEN))
     assert "overall" not in summary.official and "overall" not in summary.strict

@@ -11,7 +11,7 @@ import torch
 from lens_llm.duplicates import MAX_COMPARISONS, Nearest, near_duplicates, words
 from lens_llm.prompts import PromptFile, lint, read, write
 
-from lens_core.types import ConfigError, LensError, Score
+from lens_core.types import ConfigError, LensError, PluginError, Score
 
 TEXTS = ("a red cat on a mat", "two green parrots in rain", "an empty café at night", "the word OPEN on a door")
 
@@ -205,6 +205,8 @@ def test_other_prompts_in_scripts_without_spaces_stay_other(one, two):
         ({"prompt_id": 1.0}, "prompt_id"),
         ({"taxonomy": {"class": "c" * 1000}}, "taxonomy.class has 1,000"),
         ({"taxonomy": {"class": "\udfff"}}, "half a character"),
+        ({"taxonomy": {"class": "a\nb"}}, "taxonomy.class must be one line of text"),
+        ({"taxonomy": {"class": "overall"}}, "none of overall, all pictures, pooled, not 'overall'"),
         ({"global": {"id": "g", "q": "x" * 5000}}, "global.q has 5,000"),
         ({"global": {"id": "g", "q": "Whole?", "weight": 1e308}}, "global.weight"),
         ({"global": {"id": "g", "q": "Whole?", "weight": 10**60}}, "global.weight"),
@@ -250,7 +252,7 @@ def test_a_set_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_benchmark_gives_one_split_and_abstains_without_a_reward(tmp_path: Path):
+def test_the_benchmark_gives_one_split_and_abstains_without_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "set.jsonl"
     write(path, [entry(0), entry(1, split="eval"), entry(2)])
     assert [p.id for p in PromptFile(PromptFile.Config(str(path))).prompts()] == [0, 1, 2]
@@ -265,6 +267,9 @@ def test_the_benchmark_gives_one_split_and_abstains_without_a_reward(tmp_path: P
             return [Score("ok", 0.75) for _ in prompts]
 
     assert PromptFile(held.config, Kind()).score(images, prompts)[0].value == 0.75
+    monkeypatch.setattr(Kind, "score", lambda self, images, prompts: None)
+    with pytest.raises(PluginError, match=r"Kind\.score returned NoneType; it must return one Score an image"):
+        PromptFile(held.config, Kind()).score(images, prompts)
 
 
 def test_a_file_with_one_prompt_a_line_is_a_set_without_rubrics(tmp_path: Path):
