@@ -103,10 +103,27 @@ def _weaknesses(cls: type[Any], kind: str) -> list[str]:
         problems.append(f"cannot be built as {cls.__name__}({', '.join(arguments)}); change its __init__")
     except ValueError:
         pass  # a class that does not say what it takes
-    lacks = [m for m in ("save", "load") if HasWeights in KINDS[kind][1].__mro__ and not hasattr(cls, m)]
+    protocol = KINDS[kind][1]
+    problems += [flaw for m in _methods_of(protocol) if (flaw := _flaw_of_method(cls, m, vars(protocol)[m]))]
+    lacks = [m for m in ("save", "load") if HasWeights in protocol.__mro__ and not hasattr(cls, m)]
     if lacks:
         problems.append(f"lacks {' and '.join(lacks)}, without which no checkpoint can hold it")
     return problems
+
+
+def _flaw_of_method(cls: type[Any], name: str, wanted: Callable[..., Any]) -> str | None:
+    """Why a method cannot be called as its protocol's `wanted` is, or None."""
+    method = inspect.getattr_static(cls, name, None)
+    if not isfunction(method):
+        return None
+    required = [p.name for p in inspect.signature(wanted).parameters.values() if p.default is p.empty]
+    taken = inspect.signature(method)
+    try:
+        taken.bind(*required)
+    except TypeError:
+        arguments = ", ".join(required[1:])  # without self
+        return f"{cls.__name__}.{name}({', '.join(taken.parameters)}) cannot be called as {name}({arguments})"
+    return None
 
 
 def _offered(module: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
@@ -118,6 +135,9 @@ def _offered(module: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"in {hook}: {_one_line(error)}"]
     if not isinstance(offered, dict) or not all(isinstance(n, str) for n in offered):
         return {}, [f"in {hook}: {hook} must return {{short name: class}}, not {shown(offered)}"]
+    for short in offered:
+        if not re.fullmatch(r"\w[\w.-]*", short):
+            return {}, [f"in {hook}: {shown(short)} is no name of a component; use letters, digits, '_', '-' and '.'"]
     flaws = {short: flaw for short, component in offered.items() if (flaw := _flaw(component, kind))}
     return offered, [f"in {hook}: {hook}[{short!r}] {flaw}" for short, flaw in flaws.items()]
 
@@ -144,6 +164,17 @@ def _commands(module: Any, taken: Collection[str]) -> tuple[dict[str, str], list
         elif name in taken:
             problems.append(f"{where}: the command {name!r} is the core's own; give yours another name")
     return offered, problems
+
+
+def _pages(module: Any) -> tuple[dict[str, str], list[str]]:
+    """(the pages that a plugin brings, everything that is wrong with them)."""
+    try:
+        offered = module.lens_pages()
+    except (Exception, SystemExit) as error:  # as above
+        return {}, [f"in lens_pages: {_one_line(error)}"]
+    if not isinstance(offered, dict) or not all(isinstance(text, str) for text in (*offered, *offered.values())):
+        return {}, [f'in lens_pages: lens_pages must return {{name: "module:function"}}, not {shown(offered)}']
+    return offered, []
 
 
 def resolve(place: str) -> Any:
@@ -315,19 +346,19 @@ class Catalog:
         return {name: place for name, place in commands.items() if owners[name].error is None}
 
     def pages(self) -> dict[str, str]:
-        """The pages that plugins bring: name -> "module:function". Raises PluginError for what is none."""
+        """The pages that plugins bring: name -> "module:function". A plugin whose hook fails is disabled."""
         pages: dict[str, str] = {}
-        for plugin in self.plugins:
-            if plugin.error is None and plugin.module is not None and hasattr(plugin.module, "lens_pages"):
-                offered = plugin.module.lens_pages()
-                if not isinstance(offered, dict) or not all(isinstance(place, str) for place in offered.values()):
-                    raise PluginError(f"{plugin.name}: lens_pages must return {{name: 'module:function'}}")
+        for plugin in list(self.plugins):
+            if plugin.error is None and hasattr(plugin.module, "lens_pages"):
+                offered, problems = _pages(plugin.module)
                 pages |= offered
+                if problems:
+                    self._disable(plugin, problems[0])
         return pages
 
     def check(self, taken: Collection[str] = ()) -> dict[str, list[str]]:
         """Ask every plugin everything: name -> all that is wrong with it. Imports what each plugin offers, its commands
-        included; `taken` are the names of the core's own."""
+        and pages included; `taken` are the names of the core's own."""
         problems_by_plugin: dict[str, list[str]] = {}
         for plugin in list(self.plugins):
             problems = problems_by_plugin.setdefault(plugin.name, [])
@@ -342,14 +373,17 @@ class Catalog:
                 for short, cls in offered.items():
                     if isinstance(cls, type):
                         problems += [f"in {hook}: {hook}[{short!r}] {flaw}" for flaw in _weaknesses(cls, kind)]
-            if hasattr(plugin.module, "lens_commands"):
-                offered, wrong = _commands(plugin.module, taken)
+            for hook, what, ask in (
+                ("lens_commands", "command", partial(_commands, taken=taken)),
+                ("lens_pages", "page", _pages),
+            ):
+                offered, wrong = ask(plugin.module) if hasattr(plugin.module, hook) else ({}, [])
                 problems += wrong
                 for name, place in offered.items() if not wrong else ():
                     try:
                         resolve(place)
                     except LensError as error:
-                        problems.append(f"in lens_commands: the command {name!r}: {error}")
+                        problems.append(f"in {hook}: the {what} {name!r}: {error}")
             known = [n for n in vars(hookspecs) if n.startswith("lens_")]
             for name, value in vars(plugin.module).items():
                 defined_here = isfunction(value) and value.__module__ == plugin.module.__name__

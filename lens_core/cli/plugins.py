@@ -23,7 +23,7 @@ def plugins(
     Parameters
     ----------
     check
-        Ask each plugin for all that it offers, commands included, and list what is wrong; exit 1 if anything is.
+        Ask each plugin for all that it offers, commands and pages too, and list what is wrong; exit 1 if anything is.
     json_
         Print JSON instead of a table.
     """
@@ -47,7 +47,9 @@ def describe_plugins(catalog: Catalog, check: Collection[str] | None = None) -> 
     for plugin in catalog.plugins:
         # A hook's presence is enough: calling it would import models.
         hooks = [k for k, (hook, _) in KINDS.items() if hasattr(plugin.module, hook)]
-        hooks += [r for r in ("lens_commands", "lens_fetch", "lens_describe") if hasattr(plugin.module, r)]
+        hooks += [
+            r for r in ("lens_commands", "lens_pages", "lens_fetch", "lens_describe") if hasattr(plugin.module, r)
+        ]
         row: dict[str, Any] = {"name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
         row |= {"offers": hooks, "error": plugin.error}
         rows.append(row | ({"problems": problems[plugin.name]} if check is not None else {}))

@@ -118,8 +118,9 @@ class Drawing:
 
 def check_installed() -> None:
     """Raise ConfigError where no plugin brings a page, or what it needs is missing."""
-    if not Catalog.installed().pages():
-        raise ConfigError("--ui: no plugin brings a page; lens_studio does, see lens plugins")
+    catalog = Catalog.installed()
+    if not catalog.pages():
+        raise ConfigError(f"--ui: no plugin brings a page; lens_studio does, see lens plugins.{catalog.disabled()}")
     if find_spec("gradio") is None:
         raise ConfigError("--ui needs gradio: pip install 'lens-t2i[ui]'")
 

@@ -159,6 +159,11 @@ class Shy(toy.Even):
         pass
 
 
+class Hasty(toy.Even):
+    def sample(self, velocity: Any) -> Any:  # type: ignore[override]  # what the test is about
+        return velocity
+
+
 def fetch(uri: str) -> Path | None:
     return None
 
@@ -183,6 +188,17 @@ def misspelt() -> types.ModuleType:
         (module("p", lens_samplers={"x": Unfrozen}), "Unfrozen.Config is not frozen"),
         (module("p", lens_samplers={"x": Shy}), "cannot be built as Shy(config)"),
         (module("p", lens_backbones={"x": Silent}), "Silent lacks forward()"),
+        (
+            module("p", lens_samplers={"x": Hasty}),
+            "Hasty.sample(self, velocity) cannot be called as sample(velocity, x, ",
+        ),
+        (module("p", lens_samplers={"a:b": toy.Even}), "'a:b' is no name of a component; use letters"),
+        (module("p", lens_samplers={"": toy.Even}), "'' is no name of a component"),
+        (
+            module("p", lens_pages={"mine": "no_such_module:page"}),
+            "in lens_pages: the page 'mine': no_such_module:page",
+        ),
+        (module("p", lens_pages=["mine"]), 'lens_pages must return {name: "module:function"}, not'),
         (module("p", lens_commands={"train": "a:b"}), "the command 'train' is the core's own"),
         (module("p", lens_commands={"mine": "no_such_module:app"}), "No module named 'no_such_module'"),
         (module("p", lens_commands={"mine": "json:no_such_function"}), "no_such_function"),
@@ -214,6 +230,14 @@ def test_check_says_that_weights_cannot_be_saved() -> None:
 
     problems = Catalog.of(module("f", lens_vaes={"x": Fleeting})).check()["f"]
     assert problems == ["in lens_vaes: lens_vaes['x'] lacks save and load, without which no checkpoint can hold it"]
+
+
+def test_a_plugin_whose_pages_fail_is_disabled_and_the_others_are_mounted() -> None:
+    good, bad = module("good", lens_pages={"mine": "json:loads"}), types.ModuleType("bad")
+    bad.lens_pages = lambda: 1 / 0  # type: ignore[attr-defined]
+    catalog = Catalog.of(bad, good)
+    assert catalog.pages() == {"mine": "json:loads"}
+    assert catalog.disabled() == " Disabled: bad (in lens_pages: ZeroDivisionError: division by zero)."
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *plugins: types.ModuleType) -> None:
