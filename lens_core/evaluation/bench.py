@@ -114,14 +114,15 @@ def run_benchmark(
 
 
 def build_benchmark(request: BenchmarkRequest, catalog: Catalog) -> tuple[str, type[Any], Any]:
-    """(qualified name, class, config) of the benchmark. Raises ConfigError, also for a file of prompts where the
-    benchmark takes none."""
+    """(qualified name, class, config) of the benchmark. Raises ConfigError, also for a file of prompts or a number of
+    them where the benchmark takes none."""
     try:
         return build(catalog, "benchmark", request.spec(), "$")
     except ConfigError as error:
-        if "file" in request.options and any(line.startswith("$.file: unknown") for line in error.problems):
-            use = request.spec().use
-            raise ConfigError(f"the benchmark {use} takes no --prompts-file; leave it out") from error
+        flags = {"file": "file" in request.options and "--prompts-file", "prompts": request.limit and "--limit"}
+        for name, flag in flags.items():
+            if flag and any(line.startswith(f"$.{name}: unknown") for line in error.problems):
+                raise ConfigError(f"the benchmark {request.spec().use} takes no {flag}; leave it out") from error
         raise
 
 

@@ -16,7 +16,16 @@ from attrs import evolve
 from lens_core.attribution import calling, name_of, refuse
 from lens_core.io.readers import one_line, shown
 from lens_core.io.redaction import replace_surrogates
-from lens_core.types import LensError, PictureOutcome, PictureRequest, PluginError, Prompt, Score, SystemInfo
+from lens_core.types import (
+    GenerationEstimate,
+    LensError,
+    PictureOutcome,
+    PictureRequest,
+    PluginError,
+    Prompt,
+    Score,
+    SystemInfo,
+)
 from lens_core.validators import PIXELS, Rule, integer
 
 IMAGES = integer(at_least=1, at_most=1000)
@@ -66,6 +75,17 @@ def check_methods(benchmark: Any) -> None:
     if lacks and len(lacks) < len(names):
         has = " and ".join(name for name in names if name not in lacks)
         raise PluginError(f"{name_of(benchmark)} has {has} and lacks {' and '.join(lacks)}; they belong together")
+
+
+def workload_of(benchmark: Any, images: int) -> dict[str, int]:
+    """How many "prompts" a benchmark says that it has, and how often each of its perceivers is asked, checked."""
+    with calling(benchmark, "workload"):
+        workload = benchmark.workload(images)
+    sound = isinstance(workload, Mapping) and "prompts" in workload
+    if not sound or not all(isinstance(k, str) and type(n) is int and n >= 0 for k, n in workload.items()):
+        must = 'it must return {"prompts": their number, …: how often each perceiver is asked}'
+        raise PluginError(f"{name_of(benchmark)}.workload returned {shown(workload)}; {must}")
+    return dict(workload)
 
 
 def references_of(benchmark: Any, prompt: Prompt) -> list[Mapping[str, Any]]:
@@ -161,6 +181,23 @@ def most_failures_of(generator: Any, default: int) -> int | None:
     return most
 
 
+def estimate_of(generator: Any, count: int, size: tuple[int, int] | None) -> GenerationEstimate:
+    """What a generator says that `count` pictures will cost, checked."""
+    with calling(generator, "estimate"):
+        estimate = generator.estimate(count, size)
+    if not isinstance(estimate, GenerationEstimate):
+        refuse(generator, "estimate", estimate, "it must return a GenerationEstimate")
+    known = [value for value in (estimate.usd, estimate.seconds) if value is not None]
+    if type(estimate.calls) is not int or not all(map(_is_amount, known)):
+        must = "calls must be a whole number, and usd and seconds numbers of at least 0, or None"
+        raise PluginError(f"{name_of(generator)}.estimate returned a GenerationEstimate that cannot be: {must}")
+    return estimate
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and 0 <= value < math.inf
+
+
 def checked_outcome(generator: Any, outcome: Any) -> PictureOutcome:
     """An item of a generator's `generate`, with facts as JSON has them and without half characters."""
 
@@ -175,7 +212,7 @@ def checked_outcome(generator: Any, outcome: Any) -> PictureOutcome:
         fail(outcome.image, "the image of an outcome must be bytes: a PNG, JPEG or WebP file")
     for name in ("seconds", "usd"):
         value = getattr(outcome, name)
-        if type(value) is bool or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if not _is_amount(value):
             must = f"the {name} of an outcome must be a number of at least 0"
             raise PluginError(f"{name_of(generator)}.generate yielded, as {name}, {shown(value)}; {must}")
     if not isinstance(outcome.reason, str):

@@ -7,7 +7,7 @@ from typing import Any
 
 from attrs import frozen
 
-from lens_core.attribution import building, calling, prompts_of
+from lens_core.attribution import building, prompts_of
 from lens_core.catalog import Catalog
 from lens_core.evaluation import contracts
 from lens_core.evaluation.bench import BenchmarkRequest, build_benchmark, make_generator
@@ -35,8 +35,7 @@ def estimate(request: BenchmarkRequest, catalog: Catalog) -> Cost:
         benchmark = cls(config)
     images = request.images or contracts.images_of(benchmark)
     if hasattr(benchmark, "workload"):
-        with calling(benchmark, "workload"):
-            workload = dict(benchmark.workload(images))
+        workload = contracts.workload_of(benchmark, images)
         prompts = workload.pop("prompts")
     else:
         prompts, workload = len(prompts_of(benchmark)), {}
@@ -44,8 +43,7 @@ def estimate(request: BenchmarkRequest, catalog: Catalog) -> Cost:
     size = request.size or contracts.size_of(benchmark)
     generation = GenerationEstimate(prompts * images)
     if hasattr(generator, "estimate"):
-        with calling(generator, "estimate"):
-            generation = generator.estimate(prompts * images, size)
+        generation = contracts.estimate_of(generator, prompts * images, size)
     options = request.generator.options
     label = str(options.get("model", options.get("folder", "")))
     system = f"{request.generator.use} {label}".strip()

@@ -11,10 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stage_worker import Brightness, Dots, png, run
+from attrs import frozen
+from stage_worker import CATALOG, Brightness, Dots, png, run
 
+from lens_core.evaluation import cost
 from lens_core.evaluation import run as evaluation
-from lens_core.types import LensError, PictureOutcome, PluginError, Prompt, Score, SystemInfo
+from lens_core.evaluation.bench import BenchmarkRequest
+from lens_core.recipe import ComponentSpec
+from lens_core.types import (
+    ConfigError,
+    GenerationEstimate,
+    LensError,
+    PictureOutcome,
+    PluginError,
+    Prompt,
+    Score,
+    SystemInfo,
+)
 
 HALF = "\udcff"  # half a character, as Python reads a file name that is not UTF-8
 
@@ -141,6 +154,42 @@ def test_a_benchmark_that_perceives_and_decides_is_held_to_its_contract(
     monkeypatch.setattr(Brightness, "references", lambda self, prompt: references, raising=False)
     monkeypatch.setattr(Brightness, "decide", lambda self, path: decided, raising=False)
     assert refusal(tmp_path).startswith(f"stage_worker:brightness.{words}")
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value", "words"),
+    [
+        (Brightness, "workload", {}, 'brightness.workload returned {}; it must return {"prompts": their number'),
+        (Brightness, "workload", {"prompts": "x"}, "brightness.workload returned {'prompts': 'x'}"),
+        (Brightness, "workload", None, "brightness.workload returned None"),
+        (Dots, "estimate", None, "dots.estimate returned NoneType; it must return a GenerationEstimate"),
+        (
+            Dots,
+            "estimate",
+            GenerationEstimate(3, usd="x"),
+            "dots.estimate returned a GenerationEstimate that cannot be",
+        ),  # type: ignore[arg-type]
+    ],
+)
+def test_a_dry_run_names_whose_figures_are_none(
+    cls: Any, name: str, value: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cls, name, lambda *_: value, raising=False)
+    request = BenchmarkRequest("brightness", ComponentSpec("dots"))
+    with pytest.raises(PluginError, match=re.escape(words)):
+        cost.table([request], CATALOG)
+
+
+def test_a_limit_for_a_benchmark_that_takes_none_is_refused_by_its_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @frozen
+    class Config:
+        words: tuple[str, ...] = ("a",)
+
+    monkeypatch.setattr(Brightness, "Config", Config)
+    with pytest.raises(ConfigError, match="the benchmark brightness takes no --limit; leave it out"):
+        run(tmp_path / "run", limit=2)
 
 
 def test_half_characters_of_plugins_do_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
