@@ -18,17 +18,19 @@ def score(
     output: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
-    """Decide stored perceptions by a public benchmark's rules, and print its scores with their intervals.
+    """Compute a public benchmark's scores from what detectors, OCR or language models read in the pictures.
+
+    Draws nothing and loads no model: perceptions.jsonl, which `lens bench` writes, is enough.
 
     Parameters
     ----------
     benchmark
-        geneval, cvtg2k, longtext_en or oneig_text_en, oneig_alignment_en, oneig_diversity_en, oneig_style_en,
-        oneig_reasoning_en; each of the last six with _zh too.
+        geneval, cvtg2k, longtext_en, oneig_text_en, oneig_alignment_en, oneig_diversity_en, oneig_style_en,
+        oneig_reasoning_en; for pictures of Chinese prompts, the last six with _zh.
     file
-        A .jsonl of perceptions, one picture a line; docs/benchmarks.md has the fields.
+        A .jsonl file with one picture a line; docs/benchmarks.md lists the fields.
     output
-        A .jsonl to write the verdicts to, one a line, in the same order.
+        A .jsonl file to write each picture's verdict to, in the same order.
     json_
         Print JSON instead of a table.
     """
