@@ -91,7 +91,10 @@ def draw(result_points: Sequence[Point], title: str, output: Path) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.margins(x=0.25, y=0.15)
+    fastest, slowest = min(p.seconds for p in result_points), max(p.seconds for p in result_points)
+    room = max(1.5, (slowest / fastest) ** 0.25)  # a logarithmic axis of one point has no width of its own
+    axes.set_xlim(fastest / room, slowest * room)
+    axes.margins(y=0.15)
     axes.grid(True, which="both", alpha=0.25)
     kind = output.suffix.removeprefix(".")
     atomic_files.write_atomic(output, lambda p: figure.savefig(p, format=kind, dpi=150))

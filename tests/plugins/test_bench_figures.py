@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from lens_bench import figures, latency, published
 from lens_bench.commands import table as table_command
@@ -126,6 +128,14 @@ def test_the_figure_refuses_what_does_not_belong_together(tmp_path: Path) -> Non
         figures.points([])
     with pytest.raises(ConfigError, match=r"written as \.png"):
         speed_quality(one, output=tmp_path / "f.txt")
+
+
+def test_one_result_is_a_figure_without_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "f.png"
+    with warnings.catch_warnings(), np.errstate(divide="raise", invalid="raise"):
+        warnings.simplefilter("error")
+        alone = result(tmp_path / "a", overall=estimate(0.794) | {"low": None, "high": None}, seconds_per_picture=0.0625)
+        assert speed_quality(alone, output=path) == 0 and path.stat().st_size > 1000
 
 
 def test_a_benchmark_that_was_written_in_two_ways_is_one_figure(tmp_path: Path) -> None:
