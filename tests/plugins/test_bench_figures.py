@@ -134,7 +134,8 @@ def test_one_result_is_a_figure_without_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "f.png"
     with warnings.catch_warnings(), np.errstate(divide="raise", invalid="raise"):
         warnings.simplefilter("error")
-        alone = result(tmp_path / "a", overall=estimate(0.794) | {"low": None, "high": None}, seconds_per_picture=0.0625)
+        overall = estimate(0.794) | {"low": None, "high": None}
+        alone = result(tmp_path / "a", overall=overall, seconds_per_picture=0.0625)
         assert speed_quality(alone, output=path) == 0 and path.stat().st_size > 1000
 
 
