@@ -1,66 +1,136 @@
-"""An answer without what models put around it: thoughts, fences, quotes, preambles, labels, second versions."""
+"""An answer without what models put around it: thoughts, fences, quotes, preambles, labels, remarks, second versions.
+
+Words that frame a prompt and words to be drawn can look alike. Position decides: what stands above or below the prompt,
+on lines of its own, is taken away; what the text before leads on to ("a sign that reads:") is an inscription.
+Patterns are bounded, and looked for once a line, so the time is linear in the length of the answer.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 
-_THOUGHT = re.compile(r"(?is)<(think|thinking|reasoning|analysis|thought)>.*?</\1>")
-_OPEN_THOUGHT = re.compile(r"(?is)<(think|thinking|reasoning|analysis|thought)>.*\Z")
-_CLOSED_THOUGHT = re.compile(r"(?is)\A.*</(?:think|thinking|reasoning|analysis|thought)>")
-_FENCE = re.compile(r"(?s)```[^\n`]*\n(.*?)\n?[ \t]*```")
-_TAGS = re.compile(r"(?is)\A\s*<(request|prompt|answer|output|result|description)>(.*?)</\1>\s*\Z")
-_LABEL = (
-    r"(?:(?:final|refined|rewritten|revised|improved|detailed|enhanced|image|new)\s+)*"
-    r"(?:prompt|description|caption|answer|output|version|rewrite)(?:\s+(?:a|1|one|#1))?"
+_THOUGHT = re.compile(r"(?i)<(/?)(?:think|thinking|reasoning|analysis|thought)>")
+_MARKS = r"[^\w\n\"'“„«‘「『<]{0,12}"  # what decorates a heading: #, *, >, an emoji
+_INFO = r"[\w+.# -]{0,20}\n"  # what is behind the marks that open a fence
+_FENCE = re.compile(rf"(?sm)(?:^```|```(?={_INFO}))(?:{_INFO})?(.*?)```")
+_OPEN_FENCE = re.compile(rf"\A```{_INFO}")
+_TAGS = re.compile(r"(?is)\A<(request|prompt|answer|output|result|description)>(.*?)</\1>\Z")
+
+# ---- above the prompt -----------------------------------------------------------------------------------------------
+
+_YES = (
+    r"(?:¡?(?:sure|certainly|of course|absolutely|okay|ok|great|yes|got it|bien sûr|d'accord|gerne|natürlich|klar|"
+    r"claro|por supuesto|certo|конечно)\b[^\n:]{0,40}?[!,.:]\W{0,6})?"
 )
-_OBEYING = r"(?:(?:sure|certainly|of course|absolutely|okay|ok|great|yes)\b[^\n:]{0,40}?[!,.:]\s*)?"
-_END = r"[^\n:]{0,40}:\s*"
-_PARAGRAPH = r"[^\n:]{0,80}:[ \t]*\n\s*\n\s*"  # whatever is introduced, it stands apart
+_HERE = (
+    r"(?:here(?:['’]s| is| are)|below is|voici|hier (?:ist|sind|kommt|is)|aquí (?:está|tienes|va)|aqui está|ecco|вот)"
+)
+_NOUN = (
+    r"(?:prompts?|descriptions?|captions?|versions?|rewrite|request|text|result|json|options|variations|"
+    r"invite|légende|texte|résultat|(?:bild)?beschreibung|fassung|descripción|versión|texto|descrição|versão|"
+    r"descrizione|versione|промпт|описание|запрос)"
+)
+_LABEL = (
+    r"(?:(?:final|refined|rewritten|revised|improved|detailed|enhanced|optimized|expanded|polished|full|your|image|new|"
+    r"finaler|verbesserter|überarbeiteter|optimierter)\s+){0,4}"
+    r"(?:prompt|description|caption|answer|output|version|rewrite|beschreibung|descripción)"
+    r"(?:\s+(?:amélioré|final|mejorado|optimizado|melhorado|migliorato))?"
+)
+_COLON = "[:：]"
+_END = rf"(?:[^\n:：]{{0,40}}{_COLON}|[^\w\n]{{0,9}}\n)\s*"
+_PARAGRAPH = rf"[^\n:：]{{0,80}}{_COLON}\n\n"  # whatever is introduced, it stands apart
+_DONE = (
+    r"(?:kept|preserved|added|changed|made|used|included|removed|replaced|expanded|enhanced|refined|rewrote|rewritten|"
+    r"improved|created|crafted|turned|adjusted|avoided|focused|chose|emphasi[sz]ed|translated|interpreted|assumed)"
+)
+_I_DID = rf"i(?:['’]ve| have)?\s+(?:also\s+)?{_DONE}\b"
 # A preamble says what follows it: a prompt, a description. "This is a sign that reads: …" is the picture itself.
 _PREAMBLES = tuple(
-    re.compile(rf"(?i)\A\s*{pattern}")
+    re.compile(rf"(?i)\A{pattern}")
     for pattern in (
         # "Sure! Here is the refined prompt:", "Voici une description :", "Hier ist die Beschreibung:", "Aquí tienes:"
-        rf"{_OBEYING}(?:here(?:['’]s| is| are)|below is)\s+(?:[\w-]+\s+){{0,4}}"
-        rf"(?:prompts?|descriptions?|captions?|versions?|rewrite|request|text|result)\b{_END}",
-        rf"{_OBEYING}this is\s+(?:[\w-]+\s+){{0,4}}(?:prompt|description|caption|rewrite)\b{_END}",
-        rf"{_OBEYING}here (?:you go|it is)\b{_END}",
-        rf"{_OBEYING}(?:here(?:['’]s| is| are)|below is)\b{_PARAGRAPH}",
-        rf"(?:bien sûr|d'accord)?[!,. ]*voici\s+(?:[\w'-]+\s+){{0,3}}"
-        rf"(?:prompt|description|invite|version|légende|texte|résultat)\b{_END}",
-        rf"(?:bien sûr|d'accord)?[!,. ]*voici(?:\s*:\s*|\b{_PARAGRAPH})",
-        rf"(?:gerne|natürlich)?[!,. ]*hier (?:ist|sind|kommt)\s+(?:[\w-]+\s+){{0,3}}"
-        rf"(?:prompt|(?:bild)?beschreibung|fassung|version|text)\b{_END}",
-        rf"(?:gerne|natürlich)?[!,. ]*hier (?:ist|sind|kommt)\b{_PARAGRAPH}",
-        rf"(?:claro|por supuesto)?[!,. ]*aquí (?:está|tienes|va)\s+(?:[\w-]+\s+){{0,3}}"
-        rf"(?:prompt|descripción|versión|texto)\b{_END}",
-        rf"(?:claro|por supuesto)?[!,. ]*aquí (?:está|tienes|va)(?:\s*:\s*|\b{_PARAGRAPH})",
+        rf"{_YES}{_MARKS}{_HERE}\s+(?:[\w'’-]+\s+){{0,4}}{_NOUN}\b{_END}",
+        rf"{_YES}this is\s+(?:[\w-]+\s+){{0,4}}(?:prompt|description|caption|rewrite)\b{_END}",
+        rf"{_YES}(?:here (?:you go|it is)\b{_END}|{_HERE}\b(?: ?{_COLON}\s*|{_PARAGRAPH}))",
+        rf"{_I_DID}[^\n:：]{{0,160}}(?:{_COLON}\s*|\n\n)",
         r"(?:sure|certainly|of course|absolutely)\s*[!,.:]\s*",
-        rf"(?:[#*_>]+\s*)*{_LABEL}\s*(?:\*\*|__)?\s*:\s*(?:\*\*|__)?\s*",
+        r"(?:好的|当然(?:可以)?|没问题|もちろん(?:です)?|承知しました|물론입니다|네)[!,.！，。]\s*",
+        r"(?:以下|下面|这|こちら|다음)(?:是|为|が|は|은)[^\n:：。]{0,20}?"
+        rf"(?:提示|描述|版本|prompt|プロンプト|説明|프롬프트|설명)[^\n:：。]{{0,20}}(?:{_COLON}|。?\n)\s*",
+        rf"{_MARKS}(?:(?:优化后的|改进后的|最终)?(?:提示词?|描述)|プロンプト|프롬프트)[*_ ]*{_COLON}[*_]*\s*",
+        rf"{_MARKS}{_LABEL}(?: (?:a|1|one|#1))?(?: ?\([^\n()]{{1,30}}\))?[*_ ]*"
+        rf"(?:{_COLON}[*_]*\s*|[^\w\n]{{0,9}}\n\s*)",
     )
 )
-_TO_THE_USER = (
-    r"(?:[#*_>]+\s*)*(?:let me know|i hope|feel free|would you like|do you want|if you(?:'d| would) like|note that\b|"
-    r"(?:notes?|explanation(?: of [\w ]{1,30})?|rationale|why this works|(?:key |main )?changes(?: made)?)\s*[*_]*\s*:|"
-    r"this (?:prompt|description) (?:is|keeps|captures)\b)"
+
+# ---- below the prompt -----------------------------------------------------------------------------------------------
+
+_ADDRESS = re.compile(
+    rf"(?i){_MARKS}(?:(?:please |just )?let me know(?: if| what| whether| how| which|[!.])|"
+    r"(?:i )?hope (?:(?:this|it) (?:helps|works|captures|meets|fits|is)|you (?:like|enjoy) (?:it|this|the))\b|"
+    r"feel free to (?:adjust|modify|ask|let|tweak|change|use|request|reach)\b|"
+    r"(?:would you like|do you want|want) (?:me to|(?:any|more) (?:changes|adjustments)|another version|a \w+ version)|"
+    r"(?:shall|should) i (?:also|make|adjust|change|add|refine|generate|create)\b|"
+    r"if you(?:['’]d| would)? (?:like|want|prefer|need)\b[^\n]{0,80}?\b(?:i can|i['’]ll|let me know|tell me)\b|"
+    rf"i can also (?:make|adjust|tailor|create|provide|change)\b|(?:notes?|explanation)[*_ ]*:[*_ ]*{_I_DID}|"
+    r"(?:(?:key|main|notable|quick) )?(?:changes|improvements|enhancements|adjustments)(?: i(?:['’]ve)?)?(?: made)?"
+    rf"[*_ ]*(?:{_COLON}|\Z)|what(?: i|['’]s| was| has)? (?:changed|added)\b|why (?:this|it) (?:prompt )?works\b|"
+    rf"explanation of [\w ]{{1,30}}[*_ ]*{_COLON}|negative prompt\b|"
+    r"(?:th(?:is|e) (?:\w+ )?prompt|this (?:\w+ )?description) (?:is|keeps|captures|adds|now|should|preserves|"
+    r"maintains|emphasi[sz]es|includes|aims)\b|"
+    # The same in other languages: if you want, I can; let me know; shall I; I hope that this; changes.
+    r"(?:(?:wenn|falls) (?:du|sie)|si (?:vous (?:souhaitez|voulez)|tu (?:souhaites|veux)|quieres|deseas)|"
+    r"se (?:quiser|vuoi)|если (?:хотите|нужно))\b[^\n]{0,80}?\b(?:kann ich|sag|gib|lass|je peux|dis-moi|dites|"
+    r"n['’]hésite|puedo|dime|avísame|posso|fammi|могу|скажите|напишите|дайте)|"
+    r"(?:sag|sagen sie|gib|geben sie) mir (?:einfach )?bescheid|lass(?:en sie)? mich wissen|ich hoffe, (?:das|dies)|"
+    r"änderungen[*_ ]*:|n['’]hésite[sz]? pas|(?:dis|dites)-moi si|(?:souhaite[sz]|veux|voulez)-(?:tu|vous) que|"
+    r"j['’]espère que c|modifications ?:|avísame|(?:quieres|te gustaría) que|espero que (?:esto|te)|cambios[*_ ]*:|"
+    r"me avise|fammi sapere|дайте знать|如果(?:您|你)?(?:需要|想|希望|有)[^\n]{0,60}?(?:告诉|随时|我可以|调整|修改)|"
+    rf"如需|希望(?:这|对)(?:您|你|对|能)|请告诉我|(?:修改|优化|改动)?说明{_COLON}|负面提示词|"
+    r"ご希望|ご要望|お気軽に|必要であれば|원하시면|필요하시면)"
 )
-_AFTERWORDS = re.compile(rf"(?i)(\n\s*(?:[-*_]{{3,}}\s*\n\s*)?){_TO_THE_USER}")
-_ONE_LINE = re.compile(r"[^\n]*(?:\n\s*(?:[-*•]|\d+[.)])[^\n]*)*\s*")  # and a list under it
-_RULE = re.compile(r"(?m)^[ \t]*[-*_]{3,}[ \t]*$")  # a line that only divides
+"""What can only be said to the user."""
+_REMARK = re.compile(
+    rf"(?i){_MARKS}(?:let me know|i hope|feel free|would you like|do you want|if you(?:['’]d| would) like|note that\b|"
+    rf"(?:notes?|explanation|rationale|tips?|hinweis|anmerkung|remarque|nota|注|备注)[*_ ]*{_COLON}|{_I_DID}|"
+    r"(?:möchtest du|möchten sie|soll ich)\b|(?:enjoy|happy (?:prompting|creating))\b[^\w\n]{0,9}\Z)"
+)
+"""What may be a remark or an inscription."""
+_NEGATIVE = re.compile(rf"(?i)\n{_MARKS}negative prompt\b")
+_LIST = re.compile(r"[-*•]|\d+[.)]")
+_RULE = re.compile(r"(?m)^(?:-{3,}|\*{3,}|_{3,})$")  # a line that only divides
+_OPTION = r"(?:option|version|prompt|variant|variante|variation|opción|版本|方案)"
+_ANOTHER = re.compile(
+    rf"(?i){_MARKS}(?:alternatively\b|(?:(?:another|alternative) (?:option|version|prompt)|alternative|or|oder|ou)"
+    rf"[*_ ]*{_COLON})"
+)
+"""What can only announce a second version."""
 _SECOND = re.compile(
-    r"(?is)(\n\s*)(?:[#*_>-]+\s*)*(?:or\s*:|(?:or(?=\s*\n)|alternatively|alternative(?:\s+\w+)?|"
-    r"another (?:option|version)|(?:option|version|prompt|variant|variation)\s*(?:b|2|two|#2))"
-    r"\s*(?:\*\*|__)?\s*(?::|\n|\s)).*\Z"
+    rf"(?i){_MARKS}(?:(?:or|alternative(?: \w+)?|another (?:option|version))[*_ ]*(?:\Z|[:：(])|"
+    rf"{_OPTION} ?(?:b|2|two|#2|二)[*_ ]*(?:\Z|[:：.)(–—-]))"
 )
-_NUMBERED = re.compile(r"(?s)\A\s*(?:[#*_>-]+\s*)*1[.)]\s*(.+?)\n\s*(?:[#*_>-]+\s*)*2[.)]\s")
+_ONE = rf"{_OPTION} ?(?:a|1|one|#1|一)\b"
+_FIRST = re.compile(
+    rf"(?i)\A(?:#{{1,6}} [*_]{{0,2}}{_ONE}[^\n.]{{0,80}}\n(?=\n?[^\n#*])|\*\*{_ONE}[^\n*.]{{0,80}}\*\*\n|"
+    rf"{_MARKS}{_ONE}[*_ ]*(?:[-–—(][^\n:：]{{0,60}})?[*_ ]*(?:[:：.)]|\n)[*_]*\s*)"
+)
+_NUMBERED = re.compile(rf"(?s)\A{_MARKS}1[.)]\s*(.+?)\n{_MARKS}2[.)]\s")
 LONG = 25
 """Words of the first item of a numbered list from which on the items are taken for versions of the prompt. Shorter ones
 are things in one picture, as the panels of a comic are."""
 _PANEL = re.compile(r"(?i)\bpanels?\b")
-_FIRST = re.compile(r"(?i)\A\s*(?:[#*_>-]+\s*)*(?:(?:option|version|prompt|variant|variation)\s*(?:a|1|one|#1)|1[.)])"
-                    r"\s*(?:\*\*|__)?\s*[:.)]?\s*(?:\*\*|__)?\s*")  # fmt: skip
-_ENDS = ".!?…。！？)]\"'”’»」*_`"
+
+# ---- the picture ----------------------------------------------------------------------------------------------------
+
+_SAYS = re.compile(
+    r"(?i)\b(?:show(?:s|ing)?|read(?:s|ing)?|display(?:s|ing)?|say(?:s|ing)?|print(?:s|ing)|with the (?:text|words?))"
+    rf" ?{_COLON}?\Z"
+)
+"""The end of a line that leads on to an inscription."""
+_CHAT = re.compile(rf"(?i)\b(?:prompt|description|version|here|i|my|your?)\b|^{_MARKS}{_LABEL}|^#|提示|プロンプト")
+_ENDS = tuple(".!?…。！？)]\"'”’»」*_`")
 """What a sentence ends with."""
 _QUOTES = [(pair[0], pair[1]) for pair in ('""', "''", "“”", "„“", "«»", "‘’", "``", "「」", "『』")]
 _KEYS = ("prompt", "refined_prompt", "description", "caption", "output", "answer", "text")
@@ -68,58 +138,121 @@ _KEYS = ("prompt", "refined_prompt", "description", "caption", "output", "answer
 
 def clean(answer: str) -> str:
     """The prompt in an answer, as one paragraph."""
-    text = _THOUGHT.sub("", answer)
-    text = _OPEN_THOUGHT.sub("", _CLOSED_THOUGHT.sub("", text))
-    for _ in range(4):  # a label in a fence in quotes: each layer hides the next
-        before, text = text, _peeled(text.strip())
+    text = _without_thoughts(answer)
+    for _ in range(6):  # a label in a fence in quotes: each layer hides the next
+        before, text = text, _peeled(_tidy(text))
         if text == before:
             break
     return " ".join(text.replace("**", "").split())
 
 
+def _without_thoughts(text: str) -> str:
+    """What is not between tags of thought. A closing tag alone ends a thought that began with the answer."""
+    first, *rest = _THOUGHT.split(text)
+    kept, thinks = [first], False
+    for slash, part in zip(rest[::2], rest[1::2], strict=True):
+        if slash and not thinks:
+            kept.clear()
+        thinks = not slash
+        if not thinks:
+            kept.append(part)
+    return "".join(kept)
+
+
+def _tidy(text: str) -> str:
+    """With single spaces, none at the ends of lines, and at most one empty line in a row."""
+    text = re.sub(r" ?\n ?", "\n", re.sub(r"[^\S\n]+", " ", text))
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
 def _peeled(text: str) -> str:
-    fence = _FENCE.search(text)
-    if fence is not None and fence.group(1).strip():
-        before, after = text[: fence.start()].rstrip(), text[fence.end() :].lstrip()
-        part = (before and before[-1] not in f"{_ENDS}:") or after[:1].islower()  # of a sentence: a screen's text
-        text = _FENCE.sub(r"\1", text) if part else fence.group(1)
+    text = _of_fence(text)
     tags = _TAGS.match(text)
-    text = tags.group(2) if tags is not None else text
-    text = _of_json(text)
+    text = (tags.group(2) if tags is not None else text).strip()
+    if (value := _of_json(text)) != text:
+        return value
+    if text.startswith(">"):
+        text = re.sub(r"(?m)^> ?", "", text)
     for preamble in _PREAMBLES:
         text = preamble.sub("", text, count=1)
     numbered = _NUMBERED.match(text)
     if numbered is not None and len(numbered.group(1).split()) >= LONG and not _PANEL.search(numbered.group(1)):
         text = numbered.group(1)
-    second, first = _SECOND.search(text), _FIRST.match(text)
-    if second is not None and text[: second.start()].strip() and (first or _is_apart(text, second)):
-        text = text[: second.start()]
-        text = _FIRST.sub("", text, count=1)
-    elif first and text.lstrip()[:1] != "1":
-        text = _FIRST.sub("", text, count=1)
-    return _unquoted(_RULE.sub("", _without_afterwords(text)).strip())
+    text = _FIRST.sub("", _without_second(text), count=1)
+    text = _RULE.sub("", _without_afterwords(text)).strip()
+    return _unquoted(re.sub(r"\A\*([^*]+)\*\Z", r"\1", text))
 
 
-def _is_apart(text: str, mark: re.Match[str]) -> bool:
-    """Whether what is above a mark is complete, so that no word of the picture is cut off: a sentence or, before an
-    empty line, whatever does not lead on to it."""
-    before = text[: mark.start()].rstrip()
-    return before[-1:] not in (",", ":") if mark[1].count("\n") > 1 else before[-1:] in tuple(_ENDS)
+def _of_fence(text: str) -> str:
+    """What is in the first fence, unless the fence is the text on a screen or a sign that a sentence leads on to."""
+    negative = _NEGATIVE.search(text)
+    if negative is not None and text[: negative.start()].strip():
+        text = text[: negative.start()]
+    fence = next((fence for fence in _FENCE.finditer(text) if fence.group(1).strip()), None)
+    if fence is None:
+        return _OPEN_FENCE.sub("", text)
+    before = text[: fence.start()].removesuffix("\n").rpartition("\n")[2]
+    is_json = text.startswith("```json", fence.start())
+    if _SAYS.search(before[-80:]) and not _CHAT.search(before) and not is_json:
+        return _FENCE.sub(r"\1", text)
+    return fence.group(1)
+
+
+def _below(lines: list[str]) -> Iterator[tuple[int, str, bool]]:
+    """Each line that has text above: its index, the text line above, and whether an empty line or a rule is between."""
+    above, gap = "", False
+    for index, line in enumerate(lines):
+        if not line or _RULE.match(line):
+            gap = True
+            continue
+        if above:
+            yield index, above, gap
+        above, gap = line, False
+
+
+def _leads_on(above: str) -> bool:
+    return above.endswith((":", "：")) or _SAYS.search(above[-80:]) is not None
+
+
+def _is_apart(above: str, gap: bool) -> bool:
+    """Whether the text above is complete, so that no word of the picture is cut off: a sentence or, before an empty
+    line, whatever does not lead on."""
+    return not above.endswith((",", ":", "：")) if gap else above.endswith(_ENDS)
+
+
+def _without_second(text: str) -> str:
+    """Without a second version and all below it. A line like its title within the prompt is an inscription."""
+    lines, first = text.split("\n"), _FIRST.match(text)
+    listed = not first and re.search(rf"(?im)^{_MARKS}{_ONE}", text)  # the options are in the picture
+    for index, above, gap in _below(lines):
+        line, leads_on = lines[index], _leads_on(above)
+        second = _SECOND.match(line)
+        if (_ANOTHER.match(line) and not leads_on) or (
+            second and (first or _is_apart(above, gap) or not (leads_on or listed or second.group()[-1:] not in ":："))
+        ):
+            return "\n".join(lines[:index])
+    return text
 
 
 def _without_afterwords(text: str) -> str:
-    """Without what is said to the user below the prompt. A line like it within the prompt is an inscription."""
-    for mark in _AFTERWORDS.finditer(text):
-        paragraph = mark[1].count("\n") > 1
-        below = text[mark.end(1) :]
-        if text[: mark.start()].strip() and _is_apart(text, mark) and (paragraph or _ONE_LINE.fullmatch(below)):
-            return text[: mark.start()]
-    return text
+    """Without what is said to the user below the prompt. What may be an inscription is cut where it is a paragraph, or
+    where only remarks and lists are below it."""
+    lines = text.split("\n")
+    below = list(_below(lines))
+    end = next((i for i, above, _ in below if _ADDRESS.match(lines[i]) and not _leads_on(above)), len(lines))
+    remarks_only = True
+    for index, above, gap in reversed([row for row in below if row[0] < end]):
+        remark = _REMARK.match(lines[index])
+        if remark and _is_apart(above, gap) and (gap or remarks_only):
+            end, remarks_only = index, True
+        elif not remark and not _LIST.match(lines[index]):
+            remarks_only = False
+    return "\n".join(lines[:end])
 
 
 def _of_json(text: str) -> str:
     """The one text in a small JSON object, under a name that says that it is the prompt."""
-    if not text.lstrip().startswith("{") or len(text) > 100_000:
+    if not text.startswith("{") or len(text) > 100_000:
         return text
     try:
         value = json.loads(text)

@@ -128,6 +128,79 @@ def test_what_stands_around_a_prompt_is_taken_away(answer):
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        f"## Refined prompt\n```\n{CAT}\n```", f"Here's your prompt ✨\n```\n{CAT}\n```",
+        f"Here is the refined prompt\n```\n{CAT}\n```", f"Final prompt\n```\n{CAT}\n```",
+        f"以下是优化后的提示词：\n```\n{CAT}\n```", f'Here is the JSON\n```json\n{{"prompt": "{CAT}"}}\n```',
+        f"Prompt\n\n```text\n{CAT}\n```", f"```\n{CAT}\n```\nhope this helps!", f"```{CAT}```\nhope this helps!",
+        f"I rewrote it so that the prompt reads\n```\n{CAT}\n```", f"```\n{CAT}",
+        f'The file shows\n```json\n{{"prompt": "{CAT}"}}\n```',
+        f"Prompt:\n```\n{CAT}\n```\nNegative prompt:\n```\nblurry\n```", f"{CAT}\n\nNegative prompt:\n```\nblurry\n```",
+        f"Option 1:\n```\n{CAT}\n```\nOption 2:\n```\nA dog runs.\n```",
+    ],
+)  # fmt: skip
+def test_a_fence_below_chatter_holds_the_prompt(answer):
+    assert clean(answer) == CAT
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        # English, as chat models write it
+        f"Here’s a refined version of your prompt:\n\n> {CAT}\n\nWould you like me to make it more cinematic?",
+        f"Absolutely! 🎨 Here's an enhanced prompt:\n\n**Prompt:**\n{CAT}\n\n**Negative prompt:**\nblurry, low quality",
+        f"**Option 1: Cinematic**\n{CAT}\n\n**Option 2: Minimal**\nA dog runs.",
+        f"**Option 1 (Cinematic):**\n{CAT}\n\n**Option 2 (Minimal):**\nA dog runs.",
+        f"### Option 1 — Cozy\n{CAT}\n\n### Option 2 — Wild\nA dog runs.",
+        f"Here are two options:\n\nOption 1: {CAT}\n\nOption 2: A dog runs.",
+        f"✨ **Refined Prompt** ✨\n\n{CAT}", f"Got it! Here's your prompt:\n\n\"{CAT}\"\n\nEnjoy!", f"*{CAT}*",
+        f"**Refined Prompt**\n\n{CAT}\n\n---\n\nIf you'd like, I can also make a version in another style.",
+        f"I've expanded your prompt into a detailed description:\n\n{CAT}", f"Prompt\n{CAT}",
+        f"# Refined Prompt\n\n{CAT}\n\n## What I changed\n- added a mat\n- a cat",
+        f"Here's a more vivid take:\n\n{CAT}\n\nI kept the composition simple.",
+        f"{CAT}\n\nThe refined prompt keeps your subject.", f"{CAT}\nChanges made:\nmat added\ncat added",
+        f"{CAT}\nLet me know if you want changes!\nI kept the colours as you asked.",
+        f"{CAT}\nNote: the colours are kept.\nExplanation: it is vivid.\n- red\n- blue",
+        # other languages
+        f"当然可以！以下是优化后的提示词：\n\n{CAT}\n\n如果您需要调整，请告诉我！",
+        f"版本一：{CAT}\n\n版本二：A dog runs.",
+        f"**优化后的提示词：**\n\n{CAT}\n\n说明：保留了颜色。",
+        f"以下が改善したプロンプトです：\n\n{CAT}\n\nご希望があればお知らせください。",
+        f"다음은 개선된 프롬프트입니다:\n\n{CAT}\n\n원하시면 수정해 드릴게요.",
+        f"Bien sûr ! Voici une version améliorée :\n\n{CAT}\n\nN'hésitez pas à me dire ce que vous en pensez.",
+        f"Voici le prompt amélioré :\n\n« {CAT} »\n\nSouhaitez-vous que je l'adapte ?",
+        f"Gerne! Hier ist der überarbeitete Prompt:\n\n{CAT}\n\nMöchtest du noch etwas ändern?",
+        f"**Überarbeiteter Prompt:**\n{CAT}\n\n**Änderungen:**\n- Matte", f"{CAT}\n\nOder:\n\nEin Hund rennt.",
+        f"¡Claro! Aquí tienes el prompt mejorado:\n\n{CAT}\n\n¿Quieres que lo adapte?",
+        f"Claro! Aqui está o prompt refinado:\n\n{CAT}\n\nSe quiser, posso ajustar.",
+        f"Ecco il prompt migliorato:\n\n{CAT}\n\nFammi sapere se vuoi modifiche.",
+        f"Конечно! Вот улучшенный промпт:\n\n{CAT}\n\nЕсли хотите, могу изменить.",
+    ],
+)  # fmt: skip
+def test_what_chat_models_say_around_a_prompt_is_taken_away(answer):
+    assert clean(answer) == CAT
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "\nLet me know if you want changes!", "\nNote: I kept the mat.", "\nAlternatively:\nblue cat, 4k",
+        "\nOr:\nblue cat", "\nOption 2: blue cat", "\nThis prompt keeps it short", ",\nFeel free to tweak it",
+    ],
+)  # fmt: skip
+def test_tags_without_a_full_stop_end_where_the_user_is_addressed(said):
+    assert clean(f"red cat, blue mat, 8k{said}").rstrip(",") == "red cat, blue mat, 8k"
+
+
+@pytest.mark.parametrize("run", ["#", "\n", " ", "> ", "\n#", "```\n", "<think>", "A.\nNote: x\n"])
+def test_an_answer_of_one_thing_repeated_is_cleaned(run):
+    """Patterns that go back over what they have read would need hours."""
+    assert "A cat." in clean(f"A cat.{run * 2000}\nx")
+    assert isinstance(clean(f"{run * 2000}\nA cat."), str)
+
+
+@pytest.mark.parametrize(
     "prompt",
     [
         '"CAT" is written above "DOG"', 'the word "STOP"', '"OPEN"', "a sign: no entry", "a sure-footed goat",
@@ -163,6 +236,26 @@ def test_what_belongs_to_a_prompt_stays(prompt):
         ("A sign that says\nOR\nin neon.", "says OR in neon."),
         ("A road forks; a sign for each way:\nOption B\npoints left.", "way: Option B points left."),
         ("A terminal window showing\n```\n$ ls\n```\non a black screen.", "showing $ ls on a black screen."),
+        ("A sign at a fork showing:\n```\nNORTH 5\n```", "A sign at a fork showing: NORTH 5"),
+        ("A CRT monitor displays\n```\nHELLO\n```", "A CRT monitor displays HELLO"),
+        ("A wall with a stencil: ```CODE``` in black", "a stencil: ```CODE``` in black"),
+        ("A ballot on a table listing\nOption A: Yes\nOption B: No", "listing Option A: Yes Option B: No"),
+        (
+            "A chat bubble that says:\nLet me know if you are home\nA thumb above it.",
+            "says: Let me know if you are home A",
+        ),
+        ("Two cats.\nAnother version of the cat sits behind.", "Another version of the cat sits behind."),
+        ("A poster.\nAlternative rock band in neon.", "Alternative rock band in neon."),
+        (
+            "A page.\nShall I compare thee to a summer's day?\nAn inkwell.",
+            "Shall I compare thee to a summer's day? An ink",
+        ),
+        ("A window.\nFeel free to browse\nis painted on it.", "Feel free to browse is painted on it."),
+        ("A banner.\nSi quieres paz, prepárate\ncuelga sobre la calle.", "Si quieres paz, prepárate cuelga"),
+        ("一张海报。\n如果你想飞\n写在天空上。", "如果你想飞 写在天空上。"),
+        ("A board with the words:\nChanges made:\nmat added", "words: Changes made: mat added"),
+        ("**A cat** and **a dog**", "A cat and a dog"),
+        ("Version 1 of a cat robot stands in a lab.", "Version 1 of a cat robot stands in a lab."),
         (f"1. In the first panel {CAT * 4}\n2. In the second panel a dog runs.", "2. In the second panel a dog runs."),
     ],
 )
