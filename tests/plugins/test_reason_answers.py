@@ -154,6 +154,8 @@ def test_a_fence_below_chatter_holds_the_prompt(answer):
         f"**Option 1 (Cinematic):**\n{CAT}\n\n**Option 2 (Minimal):**\nA dog runs.",
         f"### Option 1 — Cozy\n{CAT}\n\n### Option 2 — Wild\nA dog runs.",
         f"Here are two options:\n\nOption 1: {CAT}\n\nOption 2: A dog runs.",
+        f"Option 1 - {CAT}\nOption 2 - A dog runs.",
+        f"### Prompt\n{CAT}\n### Negative Prompt\nblurry",
         f"✨ **Refined Prompt** ✨\n\n{CAT}", f"Got it! Here's your prompt:\n\n\"{CAT}\"\n\nEnjoy!", f"*{CAT}*",
         f"**Refined Prompt**\n\n{CAT}\n\n---\n\nIf you'd like, I can also make a version in another style.",
         f"I've expanded your prompt into a detailed description:\n\n{CAT}", f"Prompt\n{CAT}",
