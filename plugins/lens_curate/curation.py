@@ -152,7 +152,7 @@ class _Curation:
                 if not read.has(digest, f"{source.identity} {part.stamp}"):
                     if first:
                         pending[0 if part.count else 1] += part.count or 1
-                    yield PartTask(number, part, True, self.cheap)
+                    yield PartTask(number, part, True, self.cheap, earlier=read.count_of(digest))
 
         wanted: Callable[[], Iterator[PartTask]]
         if preview is not None:

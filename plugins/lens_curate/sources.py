@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from lens_core.catalog import Catalog
 from lens_core.config import ComponentSpec, structure, unstructure
@@ -139,7 +139,7 @@ class Tars(_Files):
         root = Path(self.config.path).expanduser()
         tar = root / part.key if root.is_dir() else root
         for item in tars.read_tar(tar):
-            yield SourceItem(f"{_prefix(root, tar)}{item.name}", item.image, item.captions, item.fault)
+            yield evolve(item, name=f"{_prefix(root, tar)}{item.name}")
 
 
 class Parquet(_Files):
@@ -175,7 +175,7 @@ class Parquet(_Files):
         file = root / facts.pop("file") if root.is_dir() else root
         facts.pop("file", None)
         for item in parquet.read_group(parquet.RowGroup(file, **facts)):
-            yield SourceItem(f"{_prefix(root, file)}{item.name}", item.image, item.captions, item.fault)
+            yield evolve(item, name=f"{_prefix(root, file)}{item.name}")
 
 
 class StoreSource:

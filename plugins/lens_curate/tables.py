@@ -1,7 +1,7 @@
 """What a curation knows, in tables beside the pictures of the store that it fills.
 
 curate_records   one row for each picture of a source, also of those that cannot be read
-curate_parts     the parts of sources that have been read to their end, with their stamps
+curate_parts     the parts of sources that have been read to their end, with their stamps and how many records count
 scores_…         the numbers of one filter, by the id of a file, or by a hash of it and its captions where the filter
                  reads captions; another version or Config has another table
 curate_captions  captions that were made, by id and by what asked for them
@@ -38,6 +38,9 @@ CAPTIONS = "curate_captions"
 VERDICTS = "curate_verdicts"
 OWN = "(store)"
 """The `part` of pictures that were in the store before, by `lens data import` or another curation."""
+
+UNFINISHED = ""
+"""The stamp of a part that was read before, has changed, and was not read to its end since: the next run reads it."""
 
 COLUMNS: Mapping[str, Mapping[str, str]] = {
     RECORDS: {
@@ -146,6 +149,11 @@ class PartIndex:
         """Whether a part has been read as it is now."""
         place = position(self.part, part)
         return place is not None and bool(self.stamp[place : place + 1] == np.array([stamp_digest(stamp)], "S16"))
+
+    def count_of(self, part: bytes) -> int:
+        """How many records a part has; 0 where it has not been read to its end."""
+        place = position(self.part, part)
+        return 0 if place is None else int(self.count[place])
 
 
 class Tables:

@@ -52,6 +52,7 @@ class PartTask:
     fatal: Mapping[int, str] = field(factory=dict)
     # The number of the picture at whose reading the source itself did, and the reason; the part ends before it.
     unreadable: tuple[int, str] | None = None
+    earlier: int = 0  # records of the part that count and were read when it was another
 
 
 @frozen
@@ -131,6 +132,8 @@ class Worker:
             retry |= item.retry
             again = seen[item.name] = seen.get(item.name, 0) + 1
             name = item.name if again == 1 else f"{item.name} ({again})"
+            if item.retry and task.earlier:  # beside the record that there is, which stays
+                name = f"{name}, as it is now"
             if wanted and item.image is not None:
                 key = hashlib.sha256(item.image).hexdigest()
                 if key[:SHORT] in wanted and key not in sent:
@@ -151,8 +154,10 @@ class Worker:
                 break
             self.note(0)
         self._score(task, held)
-        if task.records and not retry:  # else it is not read to its end: the next run reads it again
+        if task.records and not retry:
             held.add("parts", {"part": digest, "stamp": f"{source.identity} {task.part.stamp}", "count": count})
+        elif task.records and task.earlier:  # not read to its end: what was read before counts beside what is new
+            held.add("parts", {"part": digest, "stamp": tables.UNFINISHED, "count": task.earlier + count})
 
     def _give_up(self, task: PartTask, held: _Held, row: dict[str, Any], why: str) -> None:
         """A picture that is not tried again: a record with a fault, or, where it has a record, scores with one."""

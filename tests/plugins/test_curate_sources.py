@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from lens_curate import urls
 from lens_curate.sources import build_sources
@@ -24,7 +26,7 @@ from test_curate_run import add, picture, run, stages, stored
 
 from lens_core.catalog import Catalog
 from lens_core.config import ComponentSpec, structure
-from lens_core.io import folders
+from lens_core.io import folders, tars
 from lens_core.io.images import read_rgb
 from lens_core.types import ConfigError
 
@@ -60,7 +62,6 @@ def make_tar(path: Path, seeds: range) -> Path:
 
 def make_parquet(path: Path, seeds: range) -> Path:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     rows = [{"image": {"bytes": png(s), "path": f"{s}.png"}, "text": f"A texture called {s}."} for s in seeds]
     path.mkdir(parents=True)
@@ -259,6 +260,64 @@ def test_a_file_that_the_disk_did_not_give_is_read_by_the_next_run(
     assert stages(tmp_path / "store") == {"0.png": "", "1.png": "decode", "2.png": ""}
     run(recipe, tmp_path / "store")
     assert stages(tmp_path / "store") == {"0.png": "", "1.png": "", "2.png": ""}
+
+
+def make_source(use: str, path: Path, seeds: range) -> None:
+    """What a source of this kind reads below `path`, one part for each that it can."""
+    path.mkdir(exist_ok=True)
+    if use == "tars":
+        make_tar(path / "a.tar", seeds)
+    else:
+        make_parquet(path / "a", seeds)
+
+
+def failing(read: Any, after: int) -> Any:
+    """A reader of which the disk gives so many items, and no more."""
+
+    def some(*arguments: Any, **options: Any) -> Iterator[Any]:
+        yield from itertools.islice(read(*arguments, **options), after)
+        raise OSError(errno.EIO, "Input/output error")
+
+    return some
+
+
+PIECES = {"tars": (tars, "_samples"), "parquet": (pq.ParquetFile, "iter_batches")}
+"""What reads the pictures of a part."""
+
+
+@pytest.mark.parametrize("use", PIECES)
+def test_what_the_disk_did_not_give_of_a_larger_file_is_read_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    make_source(use, tmp_path / "raw", range(3))
+    recipe = spec({"use": use, "path": str(tmp_path / "raw")})
+    owner, name = PIECES[use]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing(getattr(owner, name), 0))
+        assert run(recipe, tmp_path / "store").data["kept"] == 0
+    report = run(recipe, tmp_path / "store")
+    assert report.data["kept"] == report.data["records"] == 3, "and the fault is gone"
+
+
+@pytest.mark.parametrize("use", PIECES)
+def test_a_file_that_changes_and_is_not_read_to_its_end_loses_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    make_source(use, tmp_path / "raw", range(2))
+    recipe = spec({"use": use, "path": str(tmp_path / "raw")})
+    run(recipe, tmp_path / "store")
+    before = stored(tmp_path / "store")
+    (tmp_path / "raw").rename(tmp_path / "old")
+    make_source(use, tmp_path / "raw", range(4))
+    owner, name = PIECES[use]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing(getattr(owner, name), 0))
+        for _ in range(2):
+            run(recipe, tmp_path / "store", prune=True)
+            assert stored(tmp_path / "store") == before
+    report = run(recipe, tmp_path / "store", prune=True)
+    assert report.data["kept"] == report.data["records"] == len(stored(tmp_path / "store")) == 4
+    assert run(recipe, tmp_path / "store").data["read"] == 0
 
 
 def test_a_folder_that_cannot_be_listed_is_counted_and_never_pruned(
