@@ -154,6 +154,7 @@ def resume(state: TrainingState, allow_changed: bool = False) -> None:
     folder: Path | None = state.ranks.broadcast(newest(state.out, state.log) if state.ranks.rank == 0 else None)
     if folder is not None:
         plain = atomic_files.read_json(folder / "state.json", finite=False)
+        state.start_version = state.ranks.broadcast(state.start_version)  # of one disk, for one decision
         _check_start(state, plain.get("start"), allow_changed)
         restore(state, plain, state.ranks.read(folder, _layout(state)))
         state.log(f"resumed at step {state.step} from {folder}")
@@ -178,8 +179,8 @@ def _check_start(state: TrainingState, before: Any, allow_changed: bool) -> None
     change = f"the start {start or '(none)'}, whose hash was {before or 'none'} and is {state.start_version or 'none'}"
     if not allow_changed:
         raise CheckpointError(
-            f"{state.out}: its checkpoints stand on other weights than there are now: {change}; put the old one back, "
-            "choose a new --output, or go on with --allow-changed"
+            f"{state.out}: its checkpoints stand on other weights, or JSON files beside them, than there are now: "
+            f"{change}; put the old one back, choose a new --output, or go on with --allow-changed"
         )
     state.log(f"changed, as allowed: {change}")
 
@@ -251,13 +252,20 @@ def check_recipe(state: TrainingState, allow_changed: bool) -> None:
     """Compare the recipe with the one that the run was started with.
 
     Raises ConfigError, with each difference, where checkpoints would go on with another one unasked, or its model would
-    be replaced; and where a folder has a model or checkpoints, but no recipe that says whose they are.
+    be replaced; where a folder has a model or checkpoints, but no recipe that says whose they are; and where a new run
+    would write into its start.
     """
     path = state.out / "recipe.json"
     now = _plain(state.recipe)
     there = ["checkpoints"] if folders(state.out) else []
     there += [name for name in ("model", "adapters") if (state.out / name).is_dir()]
     begun = bool(there)
+    start = state.recipe.pipeline.start
+    if start and not begun and state.out.resolve().is_relative_to(Path(start).expanduser().resolve()):
+        raise ConfigError(
+            f"{state.out}: lies in the start checkpoint {start}, whose hash would change with what the run writes, so "
+            "that it could not resume; choose an --output elsewhere"
+        )
     if begun and not path.is_file() and not allow_changed:
         raise ConfigError(
             f"{state.out}: holds {' and '.join(f'{name}/' for name in there)}, but the recipe.json of their run is "

@@ -367,6 +367,15 @@ def test_a_run_refuses_a_start_that_has_changed_since_it_began(runner: Runner) -
         runner.run(longer, "a").train()
 
 
+def test_a_run_does_not_begin_in_its_own_start(runner: Runner) -> None:
+    LensPipeline.from_parts(toy.NARROW, runner.catalog).save_pretrained(runner.folder / "start")
+    plan = evolve(recipe(steps=2), pipeline=PipelineSpec(start=str(runner.folder / "start")))
+    with pytest.raises(ConfigError, match=r"run: lies in the start checkpoint .*start, .* an --output elsewhere"):
+        runner.run(plan, "start/run").train()
+    assert not list((runner.folder / "start" / "run").glob("[!.]*")), "nothing is written"
+    runner.run(plan, "start-run").train()
+
+
 def test_what_a_killed_save_left_is_removed_when_the_run_goes_on(runner: Runner) -> None:
     runner.run(recipe(steps=2), "a").train()
     partial = runner.folder / "a" / "checkpoints" / ".step-0000003.partial"
