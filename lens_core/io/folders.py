@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import stat
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -35,18 +36,20 @@ def list_folder(root: Path) -> Iterator[tuple[str, tuple[Mapping[str, Any], ...]
             if name in names:
                 yield from _in_list(root, folder, name, listed)
     yield from faults
-    for folder, names in sources.walk(root, []):
+    later = list[SourceItem]()
+    for folder, names in sources.walk(root, later):
         for name in names:
             relative = f"{folder}{name}"
             if is_picture(name) and _name_digest(relative) not in listed:
                 yield relative, ()
+    yield from (fault for fault in later if fault not in faults)  # what could be listed the first time alone
 
 
 def read_picture(root: Path, relative: str, captions: tuple[Mapping[str, Any], ...]) -> SourceItem:
     """The picture of this path below `root`, with these captions, and that of the .txt beside it."""
     path = os.path.join(root, relative)
     try:
-        if not os.path.isfile(path):  # a broken link, a pipe
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe, which would be waited for
             return SourceItem(relative, fault=sources.UNREADABLE)
         image = _read(path, sources.LARGEST_PICTURE)
         if image is None:
@@ -63,7 +66,7 @@ def read_picture(root: Path, relative: str, captions: tuple[Mapping[str, Any], .
 def text_beside(path: str) -> str | None:
     """The file with the caption of the picture at `path`; None where there is none."""
     stem = os.path.splitext(path)[0]
-    return next((stem + end for end in (".txt", ".TXT", ".Txt") if os.path.isfile(stem + end)), None)
+    return next((stem + end for end in (".txt", ".TXT", ".Txt") if sources.may_be_file(stem + end)), None)
 
 
 def _read(path: str, most: int) -> bytes | None:
@@ -104,7 +107,7 @@ def _resolve(root: Path, folder: str, listed_name: str) -> str | None:
         return None
     # macOS takes accents apart in file names.
     forms = dict.fromkeys([str(place), *(unicodedata.normalize(form, str(place)) for form in ("NFC", "NFD"))])
-    return next((f"{folder}{form}" for form in forms if os.path.isfile(os.path.join(root, folder, form))), None)
+    return next((f"{folder}{form}" for form in forms if sources.may_be_file(os.path.join(root, folder, form))), None)
 
 
 def _name_digest(relative: str) -> bytes:

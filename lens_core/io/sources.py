@@ -11,8 +11,10 @@ Nothing larger is held, whatever a header claims.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,12 @@ CAPTION_KEYS = ("brief", "dense", "caption", "text")
 IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp")
 """Names of what holds the picture, in columns and in tars, the likeliest first."""
 
+_ABSENT = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)  # answers that another attempt would not change
 UNREADABLE = "unreadable file"
 TOO_LARGE = f"image file larger than {LARGEST_PICTURE >> 20} MiB"
 LONG_TEXT = f"caption file larger than {LARGEST_TEXT >> 20} MiB"
@@ -83,12 +91,24 @@ def walk(root: Path, faults: list[SourceItem]) -> Iterator[tuple[str, list[str]]
 
 
 def files_below(path: Path, wanted: Callable[[str], bool], faults: list[SourceItem] | None = None) -> list[Path]:
-    """The files below a folder whose names are `wanted`, sorted; of a file, itself. `faults` as in `walk`."""
+    """The files below a folder whose names are `wanted`, sorted, also those about which the system says nothing now,
+    which their reader reports; of a file, itself. `faults` as in `walk`."""
     if not path.is_dir():
         return [path]
     listing = walk(path, [] if faults is None else faults)
     files = (path / prefix / name for prefix, names in listing for name in names if wanted(name))
-    return sorted(file for file in files if os.path.isfile(file))
+    return sorted(file for file in files if may_be_file(file, listed=True))
+
+
+def may_be_file(path: str | Path, listed: bool = False) -> bool:
+    """Whether a regular file is at `path`, or the system cannot tell at the moment: who reads it then learns why.
+    `listed`: its folder names it, so that it is not absent, but a broken link, or its disk has gone."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        return listed or error.errno not in _ABSENT
+    except ValueError:  # a path that no file can have
+        return False
 
 
 def is_picture(name: str) -> bool:

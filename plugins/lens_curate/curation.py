@@ -83,6 +83,7 @@ class _Curation:
         self.sources: list[NamedSource] = build_sources(spec.sources, catalog)
         self.names = [source.name for source in self.sources]
         self.listed = np.zeros(0, "S16")  # the parts that the sources have, sorted
+        self.unlisted: dict[str, str] = {}  # by source, what it could not list
         self.captioner = None if spec.captions is None else Captioner(spec.captions, catalog, caption_store)
         for source in self.sources:
             _check_source(source, store, caption_store)
@@ -111,7 +112,7 @@ class _Curation:
             filler.caption(self._images, limit=None if preview is None else 20)
         filler.judge_captions(preview=preview is not None)
         if preview is None:
-            filler.remove(self.names, prune)
+            filler.remove(self.names, prune, self.unlisted)
         filler.write_verdicts(self.spec)
         if preview is None:
             filler.fill(self._images)
@@ -147,6 +148,8 @@ class _Curation:
                         "make it readable, or leave --prune out"
                     )
                 if first:
+                    if part.retry:
+                        self.unlisted.setdefault(source.name, f"{part.key} is an {part.fault}")
                     digests.extend(digest)
                     silent.discard(source.name)
                 if not read.has(digest, f"{source.identity} {part.stamp}"):

@@ -154,13 +154,13 @@ class Filler:
 
     # ---- the store -----------------------------------------------------------------------------------------------
 
-    def remove(self, names: Sequence[str], prune: bool) -> None:
+    def remove(self, names: Sequence[str], prune: bool, unlisted: Mapping[str, str]) -> None:
         """Remove from the store what an earlier run has put there from the sources with these names, and no record that
         is kept stands for. Comes before the new verdicts are written, for the old ones say what was put there.
 
         What its source has no more goes with `prune` alone: a disk that is not mounted, a folder that cannot be listed
-        and another folder under the same name look alike. Raises ConfigError without it. A picture whose file cannot be
-        read at the moment stays.
+        and another folder under the same name look alike. Raises ConfigError without it; `unlisted` says what a source
+        could not list. A picture whose file cannot be read at the moment stays.
         """
         records, put = self.records, _Put.read(self.tables, np.sort(self.records.id[self.verdicts.kept]), names)
         seen = t.places(np.sort(records.id), put.id) >= 0  # there, and not kept
@@ -176,9 +176,13 @@ class Filler:
                 # A few files that changed are new versions; most of them at once are another folder.
                 gone = gone or (int(lost.sum()) if lost.sum() > max(1, total / 2) else 0)
                 if gone:
+                    step = (
+                        f"{unlisted[name]} now: make it readable, and run again"
+                        if name in unlisted
+                        else "use --prune to remove them, or give this source another `name` to keep them"
+                    )
                     raise ConfigError(
-                        f"{name}: has no more {gone:,} of {total:,} pictures that a curation put into the store; use "
-                        "--prune to remove them, or give this source another `name` to keep them"
+                        f"{name}: has no more {gone:,} of {total:,} pictures that a curation put into the store; {step}"
                     )
         if len(drop):
             self.tables.store.delete(t.hex_texts(drop))

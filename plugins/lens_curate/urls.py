@@ -15,6 +15,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
@@ -22,7 +23,7 @@ from urllib.parse import urljoin, urlsplit
 from attrs import field, frozen
 
 from lens_core.io import http, readers
-from lens_core.io.atomic_files import write_atomic
+from lens_core.io.atomic_files import WriteError, write_atomic
 from lens_core.io.sources import CAPTION_KEYS, LARGEST_PICTURE, LARGEST_TEXT, SourceItem
 from lens_core.types import ConfigError
 from lens_core.validators import integer, matching, real, text
@@ -31,7 +32,7 @@ from lens_curate.parts import Part
 if TYPE_CHECKING:
     from lens_core.catalog import Catalog
 AT_ONCE = 32  # addresses of a part
-FAILURES = 6  # after which an address counts as gone; a run asks once or twice, for records and for files
+FAILURES = 6  # runs in which an address fails, after which it counts as gone
 REDIRECTS = 5
 FORBIDDING = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
 _KEPT = (403, 404, 410, 451)  # answers that another attempt would not change
@@ -87,7 +88,7 @@ class Urls:
     def read(self, part: Part) -> Iterator[SourceItem]:
         entries = part.payload["urls"]
         with ThreadPoolExecutor(min(self.config.concurrency, len(entries))) as pool:
-            fetched = pool.map(self._picture, [e["url"] for e in entries])
+            fetched = pool.map(lambda entry: self._picture(entry["url"], part.again), entries)
             for entry, (answer, final) in zip(entries, fetched, strict=True):
                 name, captions = entry["url"], (entry["captions"],)
                 if isinstance(answer, bytes):
@@ -95,8 +96,9 @@ class Urls:
                 else:
                     yield SourceItem(name, fault=answer, retry=not final)
 
-    def _picture(self, url: str) -> tuple[bytes | str, bool]:
-        """(a picture, from the folder or the net, or why there is none; whether the next run would have the same)."""
+    def _picture(self, url: str, again: bool) -> tuple[bytes | str, bool]:
+        """(a picture, from the folder or the net, or why there is none; whether the next run would have the same).
+        `again`: as in `Part`."""
         name = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
         place = Path(self.config.downloads).expanduser() / name[:2] / name
         fault, failures = place.with_suffix(".fault"), place.with_suffix(".failures")
@@ -104,6 +106,8 @@ class Urls:
             return readers.read_bytes(place, LARGEST_PICTURE), True
         if fault.is_file():
             return readers.read_text(fault), True
+        if again and failures.is_file():
+            return "not fetched", False
         for _ in range(self.config.retries + 1):
             answer, final = self._fetch(url)
             if final:
@@ -113,7 +117,11 @@ class Urls:
         if isinstance(answer, bytes):
             _keep(place, answer)
         else:
-            _keep(fault if final else failures, answer.encode() if final else bytes(count))
+            with suppress(WriteError):  # a failure that cannot be noted is one, and is found again
+                _keep(fault if final else failures, answer.encode() if final else bytes(count))
+        if final:
+            with suppress(OSError):
+                failures.unlink(missing_ok=True)
         return answer, final
 
     def _fetch(self, url: str) -> tuple[bytes | str, bool]:

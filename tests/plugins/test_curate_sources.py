@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import io
 import itertools
@@ -10,6 +11,7 @@ import os
 import tarfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from test_curate_run import add, picture, run, stages, stored
 from lens_core.catalog import Catalog
 from lens_core.config import ComponentSpec, structure
 from lens_core.io import folders, tars
+from lens_core.io.atomic_files import WriteError
 from lens_core.io.images import read_rgb
 from lens_core.types import ConfigError
 
@@ -231,12 +234,40 @@ def test_an_address_that_failed_is_tried_again_by_the_same_command_and_not_for_e
     asked.clear()
     report = run(spec(use, duplicates={"exact": True, "distance": None}), tmp_path / "store")
     assert report.data["kept"] == 2 and report.data["records"] == 3 and set(asked) == {"dead", "slow"}
+    asked.clear()
     for _ in range(urls.FAILURES):
         run(spec(use, duplicates={"exact": True, "distance": None}), tmp_path / "store")
-    asked.clear()
-    run(spec(use, duplicates={"exact": True, "distance": None}), tmp_path / "store")
-    assert not asked
+    assert asked == ["dead"] * (urls.FAILURES - 2), "once a run, and then no more"
     assert len(stored(tmp_path / "store")) == 2
+    assert not list((tmp_path / "kept").rglob("*.failures"))
+    down.clear()
+    for file in (tmp_path / "kept").rglob("*.fault"):
+        file.unlink()
+    asked.clear()
+    report = run(spec({**use, "retries": 1}, duplicates={"exact": True, "distance": None}), tmp_path / "store")
+    assert report.data["kept"] == 3 and asked == ["dead"], "as docs/curate.md has it"
+
+
+def test_a_folder_of_downloads_that_cannot_be_written_loses_none_that_are_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("a", "dead", "b")
+    lines = [json.dumps({"url": f"http://a.example/{name}", "caption": f"Picture {name}."}) for name in names]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+
+    def fetch(self: Any, url: str) -> tuple[bytes | str, bool]:
+        name = url.rpartition("/")[2]
+        return ("not fetched: HTTP 503", False) if name == "dead" else (png(ord(name[0])), True)
+
+    def refused(path: Path, write: Any) -> None:
+        raise WriteError(f"{path}: cannot be written: Read-only file system")
+
+    monkeypatch.setattr(Urls, "_fetch", fetch)
+    use = {"use": "urls", "path": str(tmp_path / "list.txt"), "downloads": str(tmp_path / "kept"), "retries": 0}
+    run(spec(use), tmp_path / "store")
+    monkeypatch.setattr(urls, "write_atomic", refused)
+    assert run(spec(use), tmp_path / "other").data["kept"] == 2
+    assert {row["reason"] for row in verdicts(str(tmp_path / "other"))} == {"", "not fetched: HTTP 503"}
 
 
 def test_a_file_that_the_disk_did_not_give_is_read_by_the_next_run(
@@ -342,7 +373,7 @@ def test_a_folder_that_cannot_be_listed_is_counted_and_never_pruned(
         patch.setattr(os, "scandir", refusing)
         with pytest.raises(ConfigError, match="raw: sub is an unreadable folder now, and --prune would remove"):
             run(recipe, tmp_path / "store", prune=True)
-        with pytest.raises(ConfigError, match="raw: has no more 1 of 2 pictures"):
+        with pytest.raises(ConfigError, match=r"has no more 1 of 2 .* sub is an unreadable folder now: make"):
             run(recipe, tmp_path / "store")
         assert stored(tmp_path / "store") == before
         run(recipe, tmp_path / "other")
@@ -350,6 +381,94 @@ def test_a_folder_that_cannot_be_listed_is_counted_and_never_pruned(
         assert reasons == {"0.png": "", "sub": "unreadable folder", "link": "link to a folder, which is not followed"}
     run(recipe, tmp_path / "other")
     assert stages(tmp_path / "other") == {"0.png": "", "sub/1.png": "", "link": "decode"}
+
+
+def test_what_can_be_listed_only_at_times_is_never_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tmp_path / "raw"
+    (raw / "sub").mkdir(parents=True)
+    add(raw, "0.png", picture(0))
+    add(raw / "sub", "1.png", picture(1))
+    recipe = spec({"use": "folder", "path": str(raw)})
+    run(recipe, tmp_path / "store")
+    before = stored(tmp_path / "store")
+    scan, times = os.scandir, itertools.count()
+
+    def refusing_later(path: Any) -> Any:
+        if str(path).endswith("sub") and next(times):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing_later)
+    with pytest.raises(ConfigError, match="raw: sub is an unreadable folder now"):
+        run(recipe, tmp_path / "store", prune=True)
+    assert stored(tmp_path / "store") == before
+
+
+def lose(patch: pytest.MonkeyPatch, *names: str) -> None:
+    """Have the system give nothing of files with these names, as where a mount has dropped."""
+
+    def stale(call: Any) -> Any:
+        def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+            if str(path).endswith(names):
+                raise OSError(errno.ESTALE, "Stale file handle", str(path))
+            return call(path, *arguments, **options)
+
+        return refuse
+
+    for owner, name in ((os, "stat"), (Path, "stat"), (Path, "open"), (builtins, "open"), (pq, "ParquetFile")):
+        patch.setattr(owner, name, stale(getattr(owner, name)))
+    isfile = os.path.isfile
+    patch.setattr(os.path, "isfile", lambda path: not str(path).endswith(names) and isfile(path))
+
+
+@pytest.mark.parametrize("lost", ["1.png", "1.txt"])
+def test_a_file_that_is_lost_between_listing_and_reading_is_read_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    recipe = spec({"use": "folder", "path": str(make_folder(tmp_path / "raw", range(2)))})
+    read = folders.read_picture
+
+    def read_lost(*arguments: Any) -> Any:
+        with monkeypatch.context() as patch:
+            lose(patch, lost)
+            return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "read_picture", read_lost)
+        assert run(recipe, tmp_path / "store").data["kept"] == 1
+    assert run(recipe, tmp_path / "store").data["kept"] == 2
+
+
+def test_a_picture_of_a_list_about_which_the_system_says_nothing_keeps_its_caption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = make_folder(tmp_path / "raw", range(2))
+    lines = [json.dumps({"file": f"{seed}.png", "dense": "A texture."}) for seed in range(2)]
+    (raw / "captions.jsonl").write_text("\n".join(lines))
+    before = list(folders.list_folder(raw))
+    lose(monkeypatch, "1.png")
+    assert len(before) == 2 and list(folders.list_folder(raw)) == before
+
+
+@pytest.mark.parametrize("use", PIECES)
+def test_a_larger_file_about_which_the_system_says_nothing_is_never_pruned_and_read_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    make_source(use, tmp_path / "raw", range(1))
+    make_source(use, tmp_path / "raw" / "b", range(1, 2))
+    lost = {"tars": "b/a.tar", "parquet": "b/a/train.parquet"}[use]
+    recipe = spec({"use": use, "path": str(tmp_path / "raw")})
+    with monkeypatch.context() as patch:
+        lose(patch, lost)
+        report = run(recipe, tmp_path / "store")
+        assert report.data["kept"] == 1 and report.data["records"] == 2, "it is counted"
+    report = run(recipe, tmp_path / "store")
+    assert report.data["kept"] == report.data["records"] == 2
+    before = stored(tmp_path / "store")
+    lose(monkeypatch, lost)
+    with suppress(ConfigError):  # of parquet files, whose parts cannot be listed then
+        run(recipe, tmp_path / "store", prune=True)
+    assert stored(tmp_path / "store") == before
 
 
 @pytest.mark.parametrize(
