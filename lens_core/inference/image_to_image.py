@@ -62,8 +62,12 @@ def read_init_image(
     height, width = size
     picture = to_tensor(rgb if rgb.size == (width, height) else rgb.resize((width, height)))
     if repainted is not None and tuple(repainted.shape[-2:]) != size:
-        # Of a thin stroke every pixel counts: nearest neighbours could lose it, and nothing would be drawn.
-        repainted = torch.nn.functional.adaptive_max_pool2d(repainted.float(), size).bool()
+        # Larger, every pixel stays as wide as the others. Smaller, of a thin stroke every pixel counts: nearest
+        # neighbours could lose it, and nothing would be drawn.
+        rows, columns = repainted.shape[-2:]
+        larger = max(rows, height), max(columns, width)
+        enlarged = torch.nn.functional.interpolate(repainted.float(), larger, mode="nearest-exact")
+        repainted = torch.nn.functional.adaptive_max_pool2d(enlarged, size).bool()
     return picture, share, repainted
 
 

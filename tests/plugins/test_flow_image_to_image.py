@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lens_core.catalog import Catalog
-from lens_core.inference.image_to_image import to_tensor
+from lens_core.inference.image_to_image import read_init_image, to_tensor
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.pixels import to_pixels
 from lens_core.io.images import to_rgb
@@ -152,6 +152,15 @@ def test_guidance_can_be_kept_to_an_interval(drawn):
     assert not torch.equal(part, whole)
     none = latents(drawn, **size, guidance_scale=5.0, guidance_interval=(0.0, times[-1] / 2))
     assert torch.equal(none, latents(drawn, **size, guidance_scale=1.0))
+
+
+@pytest.mark.parametrize("size", [(40, 64), (40, 70), (32, 64)])
+def test_a_mask_that_is_enlarged_keeps_its_thin_lines(size):
+    mask = Image.new("L", (60, 40), 255)
+    mask.paste(0, (22, 0, 23, 40))  # one column of pixels stays
+    _, _, repainted = read_init_image(photo(40, 60), mask, None, size)
+    kept = ~repainted[0, 0]
+    assert kept.shape == size and 1 <= kept[0].sum() <= 2 and (kept == kept[0]).all()
 
 
 @pytest.mark.parametrize(
