@@ -264,8 +264,12 @@ def _loras_again(
         if not fitting:
             notes.append(f"its LoRA {shown(entry, 60)} is not offered here")
             continue
-        same = [name for name in fitting if digest is not None and lora_hash is not None and lora_hash(name) == digest]
-        if digest is not None and not same:
+        digests: dict[str, str] = {}
+        if digest is not None and lora_hash is not None:
+            digests, unread = _digests(fitting, lora_hash)
+            notes += unread
+        same = [name for name in digests if digests[name] == digest]
+        if digests and not same:
             notes.append(f"its LoRA {shown(file, 60)} had other content, of hash {shown(digest, 40)}")
         fitting = same or fitting
         taken = next((name for name in fitting if not weights[name]), fitting[0])
@@ -274,6 +278,17 @@ def _loras_again(
             names = ", ".join(fitting)
             notes.append(f"its LoRA {shown(file, 60)} may be any of {names}, whose files have one name; {taken} is set")
     return weights, notes
+
+
+def _digests(names: Sequence[str], lora_hash: Callable[[str], str]) -> tuple[dict[str, str], list[str]]:
+    """The hash of each of the LoRAs that can be read, and a line for each file that is gone or broken."""
+    digests, notes = {}, []
+    for name in names:
+        try:
+            digests[name] = lora_hash(name)
+        except LensError as error:
+            notes.append(f"the LoRA {shown(name, 60)} cannot be read: {one_line(str(error), 200)}")
+    return digests, notes
 
 
 def _weight(text: str) -> float | None:

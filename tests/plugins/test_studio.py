@@ -206,6 +206,11 @@ def test_another_dtype_and_another_content_of_a_lora_are_noted(quick: LensPipeli
     offered["dusk"].write_bytes(offered["night"].read_bytes())
     (note,) = read_again(tmp_path / "a.png", "", {"dusk": offered["dusk"]}, **served).notes
     assert note == f"its LoRA 'moon.safetensors' had other content, of hash {drawn.facts['lora_hashes'][0]!r}"
+    for break_it in (lambda path: path.write_bytes(b"broken"), lambda path: path.unlink()):
+        break_it(offered["night"])
+        again = read_again(tmp_path / "a.png", "", {"night": offered["night"]}, **served)
+        assert [note.partition(" cannot be read: ")[0] for note in again.notes] == ["the LoRA 'night'"]
+        assert dict(again.values["loras"]) == {"night": 0.5}, "as where nothing is known of the content"
     assert read_again(dropped(tmp_path / "b.png", dtype="bfloat16"), "h", {}, **served).notes == (
         "was drawn in 'bfloat16'; this server draws in float32",
     )
