@@ -21,6 +21,8 @@ SAMPLER_FILE = "scheduler/scheduler_config.json"
 """The sampler, for other tools."""
 UNFINISHED = "lens.json.unfinished"
 """What stands in a folder while a checkpoint is written: after Ctrl-C or a full disk, it may be written there again."""
+FOREIGN = "foreign"
+"""What the file `UNFINISHED` lists: the files that stood there before, and were no checkpoint's."""
 
 
 @frozen
@@ -76,10 +78,12 @@ def save_pretrained(content: CheckpointContent, folder: str | Path) -> None:
     if any(root.iterdir()) and not present.is_file() and not unfinished.is_file():
         raise CheckpointError(f"{root}: is not empty and not a checkpoint; choose a new folder")
     # `lens.json` goes first and comes last: without it nothing is read, so that half a checkpoint is never loaded.
-    if present.is_file():
-        present.replace(unfinished)
-    unfinished.touch()
-    before, earlier = integrity.stamps(root), _named_files(unfinished)
+    before = integrity.stamps(root)
+    if present.is_file() or _listed(unfinished, FOREIGN) is None:
+        there = _foreign(present if present.is_file() else unfinished, before)
+        atomic_files.write_json(unfinished, {FOREIGN: there})
+        present.unlink(missing_ok=True)
+    foreign = list(_listed(unfinished, FOREIGN) or ())
     for kind in MODEL_PARTS:
         if content.parts.get(kind) is not None:
             content.parts[kind].save(root)
@@ -87,31 +91,35 @@ def save_pretrained(content: CheckpointContent, folder: str | Path) -> None:
         content.preview.write(root)
     else:
         (root / "vae" / manifest.PREVIEW_FILE).unlink(missing_ok=True)  # that of a checkpoint which stood here before
-    _remove_leftovers(content, root, before, earlier)
+    _remove_leftovers(content, root, before, foreign)
     save_about(content, root, before=before)
     unfinished.unlink()
 
 
-def _named_files(description: Path) -> Collection[str] | None:
-    """The files that a checkpoint's lens.json names; None where it names none, or cannot be read."""
+def _listed(path: Path, key: str) -> Collection[str] | None:
+    """The names of files that a JSON file holds; None where it has no such list, or cannot be read."""
     try:
-        files = atomic_files.read_json(description).get("files")
+        names = atomic_files.read_json(path).get(key)
     except (LensError, OSError, ValueError, AttributeError):
         return None
-    return files if isinstance(files, Mapping) else None
+    return names if isinstance(names, Mapping | list) else None
+
+
+def _foreign(description: Path, there: Collection[str]) -> list[str]:
+    """The files that are `there` beside those of a checkpoint. One that names none has all of them."""
+    named = _listed(description, "files")
+    return [name for name in there if named is not None and name not in named]
 
 
 def _remove_leftovers(
-    content: CheckpointContent, root: Path, before: integrity.Stamps, earlier: Collection[str] | None
+    content: CheckpointContent, root: Path, before: integrity.Stamps, foreign: Collection[str]
 ) -> None:
-    """Remove, of the parts that have been written, what a checkpoint held that stood here before: shards, an index or a
-    config that the new part does not have. The sampler's config goes; `save_about` writes that of the new one. Files
-    that the `earlier` checkpoint did not name stay: somebody else put them there. None: it named none."""
+    """Remove, of the parts that have been written, what a checkpoint held that stood here before, or one that was not
+    finished: shards, an index or a config that the new part does not have. The sampler's config goes; `save_about`
+    writes that of the new one. Files that are `foreign` stay: somebody else put them there."""
     now = integrity.stamps(root)
     written = tuple(f for kind in MODEL_PARTS if content.parts.get(kind) is not None for f in hub.FOLDERS[kind])
-    for name in (name for name, stamp in before.items() if now.get(name) == stamp):
-        if earlier is not None and name not in earlier:
-            continue
+    for name in (name for name, stamp in before.items() if now.get(name) == stamp and name not in foreign):
         folder, _, file = name.rpartition("/")
         if name == SAMPLER_FILE or (f"{folder}/" in written and hub.is_layout_file(file)):
             (root / name).unlink()

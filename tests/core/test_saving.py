@@ -63,6 +63,27 @@ def test_what_was_interrupted_is_no_checkpoint_and_may_be_saved_again(
     assert not list(folder.glob("*.unfinished")) and (checkpoint / "vae" / "mine.safetensors").is_file()
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_an_interrupted_save_wrote_is_removed_and_what_was_there_before_stays(
+    times: int, pipeline: LensPipeline, checkpoint: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign, shard = "transformer/model.safetensors", "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
+    put(checkpoint, (foreign,))
+
+    def interrupted(*_: object) -> None:
+        put(checkpoint, (shard,))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipeline.backbone), "save", interrupted)
+        for _ in range(times):
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.save_pretrained(checkpoint)
+    pipeline.save_pretrained(checkpoint)
+    report = integrity.check(checkpoint, manifest.read_manifest(checkpoint, catalog))
+    assert report.extra == (foreign,) and not report.missing and not report.differ
+
+
 def test_files_by_other_names_stay(pipeline: LensPipeline, checkpoint: Path, catalog: Catalog) -> None:
     put(checkpoint, OTHERS)
     pipeline.save_pretrained(checkpoint)
