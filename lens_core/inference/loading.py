@@ -23,13 +23,21 @@ from lens_core.recipe import ComponentSpec, build, unstructure
 from lens_core.types import CheckpointError, ConfigError, did_you_mean
 
 
-def _part_names(value: Any) -> tuple[str, ...]:
-    """One name of a part, or several. Raises ConfigError."""
-    names = tuple(value) if isinstance(value, Set) else tuple(texts("parts", value))
+def _part_names(option: str, value: Any) -> tuple[str, ...]:
+    """One name of a part, or several, in the option of this name. Raises ConfigError."""
+    names = tuple(value) if isinstance(value, Set) else tuple(texts(option, value))
     for name in names:
         if name not in PIPELINE_PARTS:
             raise ConfigError(f"a pipeline has no part {name!r}.{did_you_mean(name, PIPELINE_PARTS)}")
     return names
+
+
+def _parts(value: Any) -> tuple[str, ...]:
+    return _part_names("parts", value)
+
+
+def _deferred(value: Any) -> tuple[str, ...]:
+    return _part_names("deferred", value)
 
 
 @frozen(kw_only=True)
@@ -49,14 +57,14 @@ class LoadOptions:
         revision is written into the name, `org/name@revision`.
     """
 
-    parts: Sequence[str] = field(default=PIPELINE_PARTS, converter=_part_names)
+    parts: Sequence[str] = field(default=PIPELINE_PARTS, converter=_parts)
     backbone: str | Path | None = None
     text_encoder: str | Path | None = None
     vae: str | Path | None = None
     torch_dtype: str | torch.dtype | None = None
     prompt_cache: str | Path | None = None
     verify: bool = False
-    deferred: Collection[str] = field(default=(), converter=_part_names)
+    deferred: Collection[str] = field(default=(), converter=_deferred)
     workload: Callable[[Any], Workload] | None = None
     sampler: str | ComponentSpec | None = None
     variant: str | None = None

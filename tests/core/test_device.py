@@ -161,6 +161,11 @@ def test_a_gpu_that_is_not_there_is_refused_by_number(monkeypatch: pytest.Monkey
         resolve_device("cuda:2")
 
 
+def test_a_device_whose_package_is_missing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="hpu: torch can use no such device on this machine; use cpu"):
+        resolve_device("hpu")
+
+
 def test_modules_go_home_where_not_all_of_them_fit() -> None:
     from lens_gpt_oss.generation import _all_on_one_device
 

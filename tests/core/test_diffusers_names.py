@@ -79,6 +79,7 @@ def test_to_takes_a_device_or_a_dtype_and_refuses_a_device_that_is_not_there() -
         ({"use_safetensors": True}, "from_pretrained has no option 'use_safetensors'. Known: backbone"),
         ({"prompt_cach": "x"}, "from_pretrained has no option 'prompt_cach'. Did you mean 'prompt_cache'"),
         ({"deferred": ["text_encodr"]}, "a pipeline has no part 'text_encodr'. Did you mean 'text_encoder'"),
+        ({"deferred": 5}, "^deferred must be a text"),
         ({"parts": ["vea"]}, "a pipeline has no part 'vea'. Did you mean 'vae'"),
         ({"parts": 5}, "parts must be a text, or a list of texts, not 5"),
         ({"dtype": 5}, "no dtype is called 5"),
