@@ -195,6 +195,12 @@ class LoRAStack:
         self.adapters: list[Adapter] = []  # in the order in which they were added
         self._originals: dict[str, Original] = {}  # layer -> what it is without any LoRA
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoRAStack:
+        """For a copy of the backbone. Nothing writes into the tensors, so they are shared."""
+        other = LoRAStack()
+        other.adapters, other._originals = self.adapters, dict(self._originals)
+        return other
+
     @classmethod
     def of(cls, backbone: Any) -> LoRAStack:
         """That of a backbone, which has one from its first LoRA on: all pipelines that draw with it share the LoRAs."""
