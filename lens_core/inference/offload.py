@@ -335,6 +335,12 @@ class OffloadManager:
         other._place(modules)
         return other
 
+    def without(self, part: str) -> OffloadManager:
+        """The same plan for a pipeline that no longer has `part`, which stays under the plan of others."""
+        other = copy.copy(self)
+        other.parts = {name: held for name, held in self.parts.items() if name != part}
+        return other
+
     def on_host(self, part: str) -> bool:
         """Whether the plan lets a part compute on the host."""
         return PLANS[self.estimate.plan][part] == "host"

@@ -82,7 +82,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if resolved.type not in ("cpu", "cuda"):
         try:
             torch.empty(0, device=resolved)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:  # the last: its package is missing
             raise ConfigError(f"{device}: torch can use no such device on this machine; use cpu") from error
     return resolved
 
@@ -107,12 +107,18 @@ def check_dtype(component: Any, dtype: torch.dtype) -> None:
         raise ConfigError(reason)
 
 
-def move_whole(modules: Iterable[nn.Module], device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-    """Move all of `modules` to a device, a dtype, or both. After an error every weight is where it was, in its
-    dtype; those that were cast to a smaller one in place are rounded. Raises LensError where they do not fit."""
-    roots = list(modules)
+def move_whole(
+    modules: Iterable[nn.Module],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    uncast: Iterable[nn.Module] = (),
+) -> None:
+    """Move all of `modules` to a device, a dtype, or both, and those that are `uncast` to the device. After an error
+    every weight is where it was, in its dtype; those that were cast to a smaller one in place are rounded. Raises
+    LensError where they do not fit."""
+    moves = [*((net, dtype) for net in modules), *((net, None) for net in uncast)]
     target = None if device is None else torch.device(device)
-    inner = [module for net in roots for module in net.modules()]
+    inner = [module for net, _ in moves for module in net.modules()]
     children = [(module._modules, dict(module._modules)) for module in inner]  # which a move may replace
     # What leaves its device is kept until all is there: that takes no more than was taken before. What is cast where it
     # is would be there twice, so it is cast back instead.
@@ -124,8 +130,8 @@ def move_whole(modules: Iterable[nn.Module], device: torch.device | str | None, 
         if tensor is not None
     ]
     try:
-        for net in roots:
-            net.to(device=device, dtype=dtype)
+        for net, to in moves:
+            net.to(device=device, dtype=to)
     except BaseException as error:
         for now, then in children:
             now.update(then)

@@ -121,7 +121,9 @@ class PipelineParts(DiffusersNames):
         # A part without weights, such as a sampler, changes nothing about where the others are.
         weighty = any(isinstance(part, nn.Module) for part in (component, self.store.loaded[kind]))
         manager = self.offload_manager if weighty or kind in self.store.deferred else None
-        if manager is not None:
+        if manager is not None and self._sharing.holds(self, kind):
+            self.offload_manager = manager.without(kind)  # the part stays where it is, under the plan of the others
+        elif manager is not None:
             self.to("cpu")
         self.store = self.store.replaced(kind, component)
         if kind == "vae":
@@ -254,31 +256,24 @@ class PipelineParts(DiffusersNames):
         device: torch.device | str | None = None,
     ) -> Self:
         """Move every part with weights to a device, a dtype, or both. float16 is refused where the backbone refuses it,
-        as is a device that is not there (ConfigError). Where they do not fit (LensError), all stay where they are, or
-        go to the CPU if there was an offload plan."""
+        as is a device that is not there (ConfigError). Pipelines that share weights come along; parts that are theirs
+        alone keep their dtype. Where something does not fit (LensError), all stay where they are, or go to the CPU if
+        there was an offload plan."""
         device, dtype = positional_target(target, device, dtype)
         if dtype is not None and self.backbone is not None:
             check_dtype(type(self.backbone), dtype)
-        planned = self.offload_manager is not None
-        if self.offload_manager is not None:
+        if planned := self._sharing.end_plans(self):
             # Where the plan has put them is not where they belong.
             device = device if device is not None else self.device
-            self.offload_manager.remove()
-            self.offload_manager = None
         encoder = self.store.loaded["text_encoder"]
         if dtype is not None and isinstance(encoder, nn.Module) and dtype_of(encoder) != dtype:
             self._sharing.rounded(encoder)  # cast there and back, too
         try:
-            move_whole(self.present().values(), device, dtype)
+            self._sharing.move(self, device, dtype)
         except BaseException:
             if planned:
                 self.to("cpu")  # the plan had some parts on the device, and others not
             raise
-        if dtype is not None:
-            self._dtype = dtype
-        if device is not None:
-            self.device = device
-        self._sharing.moved(self)
         return self
 
     @property
@@ -323,16 +318,13 @@ class PipelineParts(DiffusersNames):
         if workload is None and self.vae is not None:
             steps, guided = int(self.presets["steps"]), self.presets["guidance_scale"] != 1
             workload = Workload(self.size(), self.vae.downscale, steps=steps, guided=guided)
-        if self.offload_manager is not None:
-            self.offload_manager.remove()
-            self.offload_manager = None
+        self._sharing.end_plans(self)
         try:
             manager = OffloadManager(plan, self.present(), workload or Workload(), accelerator)
+            self._sharing.plan(self, manager)
         except BaseException:
             self.to("cpu")  # out of memory, say: else some parts would be on the device, and the others not
             raise
-        self.offload_manager, self.device = manager, accelerator.device
-        self._sharing.moved(self)
         return manager.estimate
 
     def _plan_anew(self, manager: OffloadManager) -> None:

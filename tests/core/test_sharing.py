@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import toy
-from test_offload import Meter
+from test_offload import Meter, fail_at
 from torch import Tensor
 
 from lens_core.catalog import Catalog
@@ -17,7 +17,7 @@ from lens_core.checkpoints.adapters import LoRA
 from lens_core.checkpoints.latent_preview import LatentPreview
 from lens_core.checkpoints.lora_keys import write
 from lens_core.inference.pipeline import LensPipeline
-from lens_core.types import ConfigError
+from lens_core.types import ConfigError, LensError
 
 
 def drawn(pipeline: LensPipeline) -> Tensor:
@@ -71,6 +71,19 @@ def test_a_lora_that_is_fused_is_recorded_by_every_pipeline_that_draws_with_it(
     for one in (pipeline, other):
         assert one.version.endswith("+a.safetensors:1") and one.provenance["loras"] == ["a.safetensors:1"]
     assert alone.loras == [] and "loras" not in alone.provenance and "a.safetensors" not in alone.version
+
+
+def test_a_copy_of_a_backbone_shares_what_its_layers_were(pipeline: LensPipeline, tmp_path: Path) -> None:
+    plain = drawn(pipeline)
+    pipeline.load_lora_weights(lora(tmp_path / "a.safetensors", pipeline, 1.0))
+    other = LensPipeline.from_pipe(pipeline, backbone=copy.deepcopy(pipeline.backbone))
+    originals = [one._loras._originals["inner"].weight for one in (pipeline, other)]
+    assert originals[0] is originals[1]
+    other.unload_lora_weights()
+    assert other.loras == [] and pipeline.loras == ["a.safetensors:1"]
+    assert torch.equal(drawn(other), plain) and not torch.equal(drawn(pipeline), plain)
+    pipeline.unload_lora_weights()
+    assert torch.equal(drawn(pipeline), plain)
 
 
 def test_the_map_of_previews_and_all_that_was_chosen_is_carried_over(pipeline: LensPipeline, tmp_path: Path) -> None:
@@ -136,12 +149,85 @@ def test_a_plan_takes_in_parts_that_are_not_shared(plan: str, pipeline: LensPipe
     assert torch.equal(pipeline("red", height=32, width=32, seed=0, output_type="pt").images, pictures[1])
 
 
+@pytest.mark.parametrize("plan", ["none", "model", "block"])
+@pytest.mark.parametrize("names", [("vae", "text_encoder", "backbone"), ("backbone",)])
+def test_parts_that_are_replaced_leave_the_plan_of_the_other_pipeline(
+    names: tuple[str, ...], plan: str, pipeline: LensPipeline
+) -> None:
+    picture = pipeline("red", height=32, width=32, seed=0, output_type="pt").images
+    pipeline.offload(plan, accelerator=(meter := Meter()))
+    parts = {name: copy.deepcopy(getattr(pipeline, name)) for name in names}
+    other = LensPipeline.from_pipe(pipeline, **parts)
+    del parts
+    for one in (pipeline, other):
+        assert one.offload_manager is not None and one.offload_manager.estimate.plan == plan
+        assert {k: part.module for k, part in one.offload_manager.parts.items()} == one.present()
+        assert torch.equal(one("red", height=32, width=32, seed=0, output_type="pt").images, picture)
+    other.to("cpu")
+    assert (pipeline.offload_manager is None) is (len(names) == 1)
+    assert torch.equal(pipeline("red", height=32, width=32, seed=0, output_type="pt").images, picture)
+    pipeline.to("cpu")
+    assert plan == "none" or not meter.held
+    assert not any(m._forward_hooks for one in (pipeline, other) for n in one.present().values() for m in n.modules())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_move_that_does_not_fit_another_pipeline_leaves_all_where_they_are(
+    dtype: Any, pipeline: LensPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = LensPipeline.from_pipe(pipeline, backbone=toy.Mixer(toy.Mixer.Config()))
+    before = drawn(pipeline), drawn(other)
+    with monkeypatch.context() as patch:
+        fail_at(other.backbone.inner, patch, torch.OutOfMemoryError("no memory"))
+        with pytest.raises(LensError, match="does not fit on meta, and stays as it was: no memory"):
+            pipeline.to("meta", dtype)
+    assert {one.device.type for one in (pipeline, other)} == {"cpu"}
+    assert torch.equal(drawn(pipeline), before[0]) and torch.equal(drawn(other), before[1])
+
+
+def test_a_plan_that_another_pipeline_does_not_fit_ends_on_the_cpu(pipeline: LensPipeline) -> None:
+    other = LensPipeline.from_pipe(pipeline, backbone=toy.Mixer(toy.Mixer.Config()))
+    other.source = "org/other"
+    before, meter = (drawn(pipeline), drawn(other)), Meter()
+    pipeline.offload("model", accelerator=meter)
+    full, put = next(other.backbone.parameters()), meter.put
+
+    def no_room(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() == full.data_ptr():
+            raise torch.OutOfMemoryError("no memory")
+        return put(tensor)
+
+    meter.put = no_room  # type: ignore[method-assign]
+    says = "^backbone of another pipeline, org/other, which .* does not fit on cpu too, so both are on the CPU: no memo"
+    with pytest.raises(LensError, match=says):
+        pipeline.offload("none", accelerator=meter)
+    assert pipeline.offload_manager is other.offload_manager is None
+    assert torch.equal(drawn(pipeline), before[0]) and torch.equal(drawn(other), before[1])
+
+
+def test_parts_of_another_pipeline_keep_their_dtype(checkpoint: Path, catalog: Catalog) -> None:
+    pipeline = LensPipeline.from_pretrained(checkpoint, catalog=catalog, device="cpu")
+    same = LensPipeline.from_pipe(pipeline)
+    other = LensPipeline.from_pipe(pipeline, backbone=toy.Mixer(toy.Mixer.Config()))
+    pipeline.to(torch.bfloat16)
+    assert other.dtype == "float32" and same.dtype == "bfloat16"
+    for one, dtype in ((other, torch.float32), (same, torch.bfloat16)):
+        one.defer(["text_encoder"])
+        assert next(one.text_encoder.parameters()).dtype == dtype
+
+
 def test_a_subclass_sets_itself_up_and_what_is_no_pipeline_is_refused(pipeline: LensPipeline) -> None:
     class Mine(LensPipeline):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             self.extra = [1]
 
+    class Needs(LensPipeline):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+
+    with pytest.raises(ConfigError, match=r"Needs\(\) needs more than from_pipe gives it.*'depth'.*defaults"):
+        Needs.from_pipe(pipeline)
     mine = Mine.from_pipe(pipeline)
     mine.extra.append(2)
     assert Mine.from_pipe(mine).extra == [1, 2] and torch.equal(drawn(mine), drawn(pipeline))
