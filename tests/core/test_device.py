@@ -199,7 +199,7 @@ def test_a_benchmark_plans_offloading_for_its_own_size(tmp_path: Path, monkeypat
         return generator.describe()
 
     monkeypatch.setattr(ModelRequest, "load", load)
-    monkeypatch.setattr(bench.generation, "describe", describe)
+    monkeypatch.setattr(bench.contracts, "describe", describe)
     generator = ComponentSpec("pipeline", {"batch_size": 3, "steps": 7, "negative_prompt": "x"})
     for size in ((64, 96), None):
         with pytest.raises(LensError, match="far enough"):
