@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from attrs import evolve
 
-from lens_core.io.readers import check_text, one_line
+from lens_core.io.readers import check_text, is_line, one_line, shown
 from lens_core.io.redaction import replace_surrogates
 from lens_core.types import Batch, ConfigError, LensError, Loss, PluginError, Prompt, Score, TextFeatures
 
@@ -279,6 +279,13 @@ def trajectory_of(sampler: Any, velocity: Any, x: Tensor, steps: int, **more: An
 
 RESERVED_TASKS = ("overall", "all pictures", "pooled")
 """The rows of a benchmark's table and the fields of its results that are no task."""
+TASK = f"one line of text, and none of {', '.join(RESERVED_TASKS)}"
+"""What a task must be, in words."""
+
+
+def is_task(name: Any) -> bool:
+    """Whether a task, and so a class or a tag that prompts have as their task, can be called `name`."""
+    return is_line(name) and name not in RESERVED_TASKS
 
 
 def prompts_of(benchmark: Any) -> list[Prompt]:
@@ -294,9 +301,10 @@ def prompts_of(benchmark: Any) -> list[Prompt]:
             refuse(benchmark, "prompts", prompt, must)
         if not is_text(prompt.text):
             refuse(benchmark, "prompts", prompt.text, "a prompt must be a text that UTF-8 can hold", verb="gave")
-        if not isinstance(prompt.task, str) or not prompt.task.isprintable() or prompt.task in RESERVED_TASKS:
-            must_be = f"a task must be a line of text, and none of {', '.join(RESERVED_TASKS)}"
-            refuse(benchmark, "prompts", prompt.task, must_be, verb="gave, as a task,")
+        if not is_task(prompt.task):
+            raise PluginError(
+                f"{name_of(benchmark)}.prompts gave, as a task, {shown(prompt.task)}; a task must be {TASK}"
+            )
         question = prompt.data.get("question") if isinstance(prompt.data, Mapping) else []
         if not _is_hashable(question) or (isinstance(question, str) and not is_text(question)):
             must_be = "the data of a Prompt must be a mapping, and its question, if there is one, hashable"

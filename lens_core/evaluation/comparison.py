@@ -13,7 +13,7 @@ from lens_core.attribution import LARGEST_SCORE
 from lens_core.evaluation.statistics import ClusteredScores, Difference, Estimate, mean_of_tasks, paired_difference
 from lens_core.io import markdown
 from lens_core.io.atomic_files import read_json
-from lens_core.io.readers import shown
+from lens_core.io.readers import is_line, shown
 from lens_core.types import CheckpointError, ConfigError, LensError
 
 _MODEL = ("model", "model_hash")
@@ -96,7 +96,7 @@ def _is_list(value: object, holds: Callable[[Any], bool]) -> bool:
 
 def _is_text(value: object) -> bool:
     """Whether it is text for a line of a table."""
-    return isinstance(value, str) and len(value) <= 1000 and value.isprintable()
+    return is_line(value) and len(value) <= 1000
 
 
 def _is_whole(value: object) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from attrs import evolve
 
 from lens_core.attribution import calling, name_of, refuse
-from lens_core.io.readers import one_line, shown
+from lens_core.io.readers import is_line, one_line, shown
 from lens_core.io.redaction import replace_surrogates
 from lens_core.types import (
     GenerationEstimate,
@@ -141,8 +141,9 @@ def describe(generator: Any) -> SystemInfo:
     if not isinstance(info, SystemInfo):
         refuse(generator, "describe", info, "it must return a SystemInfo")
     must = ""
-    if not _is_line(info.name) or not info.name.strip() or not _is_line(info.revision):
-        must = "name must be a line of text that is not empty, and revision a line of text"
+    if not is_line(info.name) or not info.name.strip() or not is_line(info.revision):
+        must = "name must be a line of text that is not empty, and revision a line of text, "
+        must += f"not {shown(info.name)} and {shown(info.revision)}"
     elif type(info.seeded) is not bool:
         must = "seeded must be True or False"
     else:
@@ -165,12 +166,8 @@ def _flaw_of_settings(settings: Mapping[str, Any]) -> str:
         return f"settings.steps must be a whole number or None, not {shown(steps)}"
     if guidance is not None and type(guidance) not in (int, float):
         return f"settings.guidance_scale must be a number or None, not {shown(guidance)}"
-    wrong = [name for name in _LINES if name in settings and not _is_line(settings[name])]
+    wrong = [name for name in _LINES if name in settings and not is_line(settings[name])]
     return f"settings.{wrong[0]} must be a line of text, not {shown(settings[wrong[0]])}" if wrong else ""
-
-
-def _is_line(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable()
 
 
 def most_failures_of(generator: Any, default: int) -> int | None:

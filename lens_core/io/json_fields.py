@@ -72,7 +72,7 @@ def text(value: Any, name: str) -> str:
 
 def line(value: Any, name: str) -> str:
     """A text that is one line, without control characters, as a row of a table has it."""
-    if not text(value, name).isprintable():
+    if not readers.is_line(text(value, name)):
         raise FieldError(name, f"must be one line without control characters, not {readers.shown(value)}")
     return str(value)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
@@ -91,6 +92,12 @@ def check_text(text: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"holds {text[error.start]!r}, which is half a character; write it anew") from error
     return text
+
+
+def is_line(value: Any) -> bool:
+    """Whether `value` is text that one row of a table can hold: without control characters, line ends and half
+    characters. Spaces of any width and the joiners of Persian words and of emoji are part of a line."""
+    return isinstance(value, str) and not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value)
 
 
 def lines(text: str) -> list[str]:

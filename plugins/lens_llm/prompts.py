@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
-from lens_core.attribution import RESERVED_TASKS, calling, checked_scores
+from lens_core.attribution import TASK, calling, checked_scores, is_task
 from lens_core.catalog import Catalog
 from lens_core.io import readers
 from lens_core.io.atomic_files import write_text
@@ -215,9 +215,8 @@ def flaws_of(entry: Any, rubrics: int | None) -> Iterator[str]:
         yield "taxonomy.class is missing"
     elif len(taxonomy["class"]) > NAME:
         yield f"taxonomy.class has {len(taxonomy['class']):,} characters; it may have {NAME}"
-    elif not taxonomy["class"].isprintable() or taxonomy["class"] in RESERVED_TASKS:
-        names = ", ".join(RESERVED_TASKS)
-        yield f"taxonomy.class must be one line of text, and none of {names}, not {shown(taxonomy['class'])}"
+    elif not is_task(taxonomy["class"]):
+        yield f"taxonomy.class must be {TASK}, not {shown(taxonomy['class'])}"
     if not isinstance(entry.get("provenance"), dict) or not entry["provenance"]:
         yield "provenance is missing; name who made the prompt, and its license"
     sizes = entry.get("sizes", [])

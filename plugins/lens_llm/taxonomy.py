@@ -11,6 +11,7 @@ from pathlib import Path
 
 from attrs import field, frozen
 
+from lens_core.attribution import TASK, is_task
 from lens_core.io import readers
 from lens_core.recipe import ComponentSpec, structure
 from lens_core.types import ConfigError
@@ -106,6 +107,7 @@ class Taxonomy:
         inner = [n for subs in self.classes.values() for s, items in subs.items() for n in (s, *items)]
         names = [*self.classes, *inner, *self.aspects, self.license]
         problems = [f"the name {readers.shown(n)} {flaw}" for n in names for flaw in text_flaws(n, NAME)]
+        problems += [f"the class {readers.shown(n)} must be {TASK}" for n in self.classes if not is_task(n)]
         if problems:
             raise ConfigError(problems)
 

@@ -17,6 +17,7 @@ from stage_worker import CATALOG, Brightness, Dots, png, run
 from lens_core.evaluation import cost
 from lens_core.evaluation import run as evaluation
 from lens_core.evaluation.bench import BenchmarkRequest
+from lens_core.evaluation.comparison import compare, read
 from lens_core.recipe import ComponentSpec
 from lens_core.types import (
     ConfigError,
@@ -88,7 +89,7 @@ def test_an_outcome_without_a_request_names_its_generator(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("describe", "words"),
     [
-        (describing("a\nb"), "name must be a line of text"),
+        (describing("a\nb"), "and revision a line of text, not 'a\\nb' and ''"),
         (describing(HALF), "name must be a line of text"),
         (describing("a", None), "revision a line of text"),
         (describing("a", seeded="no"), "seeded must be True or False"),
@@ -123,7 +124,7 @@ def test_a_system_that_no_report_can_name_is_refused_before_anything_is_drawn(
         (Brightness, "size", (512, -1), "brightness.size is -1"),
         (Brightness, "headline", ("even", "even"), "brightness.headline names a task twice, even, even"),
         (Brightness, "decide", lambda self, path: None, "brightness has decide and lacks perceive and references"),
-        (Brightness, "prompts", lambda self: [Prompt("a", task="x\ny")], "a task must be a line of text"),
+        (Brightness, "prompts", lambda self: [Prompt("a", task="x\ny")], "as a task, 'x\\ny'; a task must be one"),
         (Brightness, "prompts", lambda self: [Prompt("a", task="pooled")], "none of overall, all pictures, pooled"),
         (Brightness, "prompts", lambda self: [Prompt(HALF)], "a prompt must be a text that UTF-8 can hold"),
         (Brightness, "prompts", lambda self: [Prompt("a", data={"question": HALF})], "gave, as data, dict"),
@@ -190,6 +191,16 @@ def test_a_limit_for_a_benchmark_that_takes_none_is_refused_by_its_option(
     monkeypatch.setattr(Brightness, "Config", Config)
     with pytest.raises(ConfigError, match="the benchmark brightness takes no --limit; leave it out"):
         run(tmp_path / "run", limit=2)
+
+
+def test_names_may_hold_every_space_and_joiner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A no-break space, as French has it, and the joiners of Persian words and of emoji."""
+    name, task = "modèle\u00a0x", "می\u200cخواهم 👩\u200d🚀"
+    monkeypatch.setattr(Dots, "describe", describing(name, settings={"device": "cpu\u3000a"}))
+    monkeypatch.setattr(Brightness, "prompts", lambda self: [Prompt("a", task=task)])
+    assert run(tmp_path / "run").decision.tasks == (task,)
+    (row,) = compare([read(tmp_path / "run" / "result.json")])
+    assert row.name == name and list(row.tasks) == [task]
 
 
 def test_half_characters_of_plugins_do_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

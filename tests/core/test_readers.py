@@ -21,6 +21,18 @@ NESTED = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 """9^8 values in 300 bytes."""
 
 
+@pytest.mark.parametrize(
+    "text", ["", "text\u00a0art", "1\u202f000", "全角\u3000空白", "co\u00adop", "می\u200cخواهم", "👩\u200d🚀"]
+)
+def test_a_line_may_hold_every_space_and_joiner(text: str) -> None:
+    assert readers.is_line(text)
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a\tb", "\x1b[31m", "a\x85b", "a\u2028b", "a\u2029b", "\udcff", None, b"a"])
+def test_a_line_holds_no_line_end_control_character_or_half_character(value: Any) -> None:
+    assert not readers.is_line(value)
+
+
 def refusal(call: Any, kind: type[Exception] = ValueError) -> str:
     with pytest.raises(kind) as caught:
         call()

@@ -253,6 +253,19 @@ def test_a_taxonomy_tells_all_its_problems_with_their_paths(tmp_path: Path):
     assert read_taxonomy(path).llm == ComponentSpec("openai")
 
 
+@pytest.mark.parametrize("name", ["overall", "pooled", "all pictures", "a\nb", "a\tb"])
+def test_a_class_that_no_prompt_set_may_have_is_refused_before_anything_is_paid(name: str):
+    with pytest.raises(ConfigError, match=r"the class .* must be one line of text, and none of overall, all pictures"):
+        taxonomy(classes={name: {"b": ["c"]}})
+
+
+def test_a_class_with_a_no_break_space_is_written_and_read_back(tmp_path: Path):
+    """As French has before a colon."""
+    name = "text\u00a0art"
+    compose(Writer(), taxonomy(classes={name: {"b": ["c", "d"]}}), tmp_path / "x.jsonl")
+    assert {prompt.task for prompt in read(tmp_path / "x.jsonl", rubrics=3)} == {name}
+
+
 def test_an_item_named_twice_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="names an item twice"):
         compose(Writer(), taxonomy(classes={"a": {"b": ["c", "c"]}}), tmp_path / "x.jsonl")
