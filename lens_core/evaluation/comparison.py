@@ -96,7 +96,7 @@ def _is_list(value: object, holds: Callable[[Any], bool]) -> bool:
 
 def _is_text(value: object) -> bool:
     """Whether it is text for a line of a table."""
-    return is_line(value) and len(value) <= 1000
+    return isinstance(value, str) and len(value) <= 1000 and is_line(value)
 
 
 def _is_whole(value: object) -> bool:

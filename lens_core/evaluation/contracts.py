@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from decimal import Decimal
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 from attrs import evolve
@@ -40,12 +42,32 @@ def plain(value: Any) -> Any:
     return json.loads(replace_surrogates(json.dumps(value, ensure_ascii=False, allow_nan=False)))
 
 
+def _whole(value: Any) -> Any:
+    """`value` as an int where it is a whole number of any type, as NumPy's or 4.0; else as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return int(float(value)) if float(value).is_integer() else value
+
+
+def _amount(value: Any) -> float | None:
+    """`value` as a float where it is a finite number of at least 0, NumPy's and Decimal too; else None."""
+    if not isinstance(value, Real | Decimal) or isinstance(value, bool):
+        return None
+    try:
+        amount = float(value)
+    except (OverflowError, ValueError):  # 10**400, and Decimal's sNaN
+        return None
+    return amount if 0 <= amount < math.inf else None
+
+
 # ---- benchmarks -----------------------------------------------------------------------------------------------------
 
 
 def images_of(benchmark: Any) -> int:
     """How many pictures of each prompt a benchmark asks for, checked; 1 where it does not say."""
-    images: int = getattr(benchmark, "images_per_prompt", 1)
+    images: int = _whole(getattr(benchmark, "images_per_prompt", 1))
     _check_attribute(benchmark, "images_per_prompt", images, IMAGES, f"a whole number, {IMAGES.words()}")
     return images
 
@@ -58,9 +80,10 @@ def size_of(benchmark: Any) -> tuple[int, int] | None:
     must = f"(height, width) in px, each {PIXELS.words()}"
     if not isinstance(size, tuple | list) or len(size) != 2:
         refuse(benchmark, "size", size, f"it must be {must}", verb="is")
-    for side in size:
+    height, width = map(_whole, size)
+    for side in (height, width):
         _check_attribute(benchmark, "size", side, PIXELS, must)
-    return size[0], size[1]
+    return height, width
 
 
 def _check_attribute(component: Any, name: str, value: Any, rule: Rule, must: str) -> None:
@@ -69,10 +92,10 @@ def _check_attribute(component: Any, name: str, value: Any, rule: Rule, must: st
 
 
 def check_methods(benchmark: Any) -> None:
-    """Raise PluginError where a benchmark has one or two of perceive, references and decide: they belong together."""
+    """Raise PluginError where a benchmark has perceive or decide, and lacks one of perceive, references and decide."""
     names = ("perceive", "references", "decide")
     lacks = [name for name in names if not callable(getattr(benchmark, name, None))]
-    if lacks and len(lacks) < len(names):
+    if lacks and not {"perceive", "decide"} <= set(lacks):
         has = " and ".join(name for name in names if name not in lacks)
         raise PluginError(f"{name_of(benchmark)} has {has} and lacks {' and '.join(lacks)}; they belong together")
 
@@ -81,11 +104,11 @@ def workload_of(benchmark: Any, images: int) -> dict[str, int]:
     """How many "prompts" a benchmark says that it has, and how often each of its perceivers is asked, checked."""
     with calling(benchmark, "workload"):
         workload = benchmark.workload(images)
-    sound = isinstance(workload, Mapping) and "prompts" in workload
-    if not sound or not all(isinstance(k, str) and type(n) is int and n >= 0 for k, n in workload.items()):
+    counts = {name: _whole(count) for name, count in workload.items()} if isinstance(workload, Mapping) else {}
+    if "prompts" not in counts or not all(isinstance(k, str) and type(n) is int and n >= 0 for k, n in counts.items()):
         must = 'it must return {"prompts": their number, …: how often each perceiver is asked}'
         raise PluginError(f"{name_of(benchmark)}.workload returned {shown(workload)}; {must}")
-    return dict(workload)
+    return counts
 
 
 def references_of(benchmark: Any, prompt: Prompt) -> list[Mapping[str, Any]]:
@@ -94,30 +117,40 @@ def references_of(benchmark: Any, prompt: Prompt) -> list[Mapping[str, Any]]:
         references = benchmark.references(prompt)
     if not _is_list_of_mappings(references):
         refuse(benchmark, "references", references, "it must return a list of mappings, one for each line of a picture")
-    return list(references)
+    return _plain_lines(benchmark, "references", references)
 
 
 def checked_lines(benchmark: Any, lines: Any, count: int) -> Sequence[Sequence[Mapping[str, Any]]]:
     """What a benchmark's `perceive` returned for `count` pictures."""
     if not isinstance(lines, list) or not all(map(_is_list_of_mappings, lines)) or len(lines) != count:
         refuse(benchmark, "perceive", lines, "it must return a list of lines for each picture")
+    return [_plain_lines(benchmark, "perceive", some) for some in lines]
+
+
+def _plain_lines(benchmark: Any, method: str, lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines of a picture as JSON gives them back. A line's `bench` says which reference it belongs to."""
     try:
-        result: Sequence[Sequence[Mapping[str, Any]]] = plain([[dict(line) for line in some] for some in lines])
+        result: list[Mapping[str, Any]] = plain([dict(line) for line in lines])
     except (TypeError, ValueError) as error:
         raise PluginError(
-            f"{name_of(benchmark)}.perceive returned lines that are no JSON ({error}); it must return texts, finite "
+            f"{name_of(benchmark)}.{method} returned lines that are no JSON ({error}); it must return texts, finite "
             "numbers, lists and mappings"
         ) from error
+    for bench in (line.get("bench") for line in result):
+        if not isinstance(bench, str | None):
+            raise PluginError(f"{name_of(benchmark)}.{method} returned, as bench, {shown(bench)}; it must be a text")
     return result
 
 
 @contextlib.contextmanager
-def naming_first(scores: Iterable[Score]) -> Iterator[None]:
-    """Where means cannot be taken inside, for pictures without a score: say why the first of `scores` has none."""
+def naming_first(scores: Sequence[tuple[str, Score]], headline: Collection[str]) -> Iterator[None]:
+    """Where means cannot be taken inside: say why the first picture of a headline task without any score has none.
+    `scores` are of pictures that are there, each with its task."""
     try:
         yield
     except LensError as error:
-        first = next((score for score in scores if score.value is None), None)
+        known = {task for task, score in scores if score.value is not None}
+        first = next((score for task, score in scores if task in headline and task not in known), None)
         if first is None:
             raise
         reason = one_line(first.evidence) or "no reason was given"
@@ -140,7 +173,7 @@ def describe(generator: Any) -> SystemInfo:
         info = generator.describe()
     if not isinstance(info, SystemInfo):
         refuse(generator, "describe", info, "it must return a SystemInfo")
-    must = ""
+    must, settings = "", {}
     if not is_line(info.name) or not info.name.strip() or not is_line(info.revision):
         must = "name must be a line of text that is not empty, and revision a line of text, "
         must += f"not {shown(info.name)} and {shown(info.revision)}"
@@ -150,14 +183,15 @@ def describe(generator: Any) -> SystemInfo:
         try:
             if not isinstance(info.settings, Mapping):
                 raise TypeError(f"they are {shown(info.settings)}")
-            plain(dict(info.settings))
+            settings = plain(dict(info.settings))
         except (TypeError, ValueError) as error:
             must = f"settings must be a mapping of what JSON has ({error})"
         else:
-            must = _flaw_of_settings(info.settings)
+            settings |= {"steps": _whole(settings["steps"])} if "steps" in settings else {}
+            must = _flaw_of_settings(settings)
     if must:
         raise PluginError(f"{name_of(generator)}.describe returned a SystemInfo that cannot be recorded: {must}")
-    return info
+    return evolve(info, settings=settings)
 
 
 def _flaw_of_settings(settings: Mapping[str, Any]) -> str:
@@ -166,16 +200,17 @@ def _flaw_of_settings(settings: Mapping[str, Any]) -> str:
         return f"settings.steps must be a whole number or None, not {shown(steps)}"
     if guidance is not None and type(guidance) not in (int, float):
         return f"settings.guidance_scale must be a number or None, not {shown(guidance)}"
-    wrong = [name for name in _LINES if name in settings and not is_line(settings[name])]
-    return f"settings.{wrong[0]} must be a line of text, not {shown(settings[wrong[0]])}" if wrong else ""
+    wrong = [name for name in _LINES if settings.get(name) is not None and not is_line(settings[name])]
+    return f"settings.{wrong[0]} must be a line of text or None, not {shown(settings[wrong[0]])}" if wrong else ""
 
 
-def most_failures_of(generator: Any, default: int) -> int | None:
-    """After how many failures in a row a run with this generator stops, checked; None: it never does."""
-    most: int | None = getattr(generator, "most_failures", default)
-    if most is not None:
-        _check_attribute(generator, "most_failures", most, integer(at_least=1), "a whole number of at least 1, or None")
-    return most
+def most_failures_of(generator: Any, default: int) -> float | None:
+    """After how many failures in a row a run with this generator stops, checked; None or infinity: it never does."""
+    most = _whole(getattr(generator, "most_failures", default))
+    if most not in (None, math.inf) and (type(most) is not int or most < 1):
+        must = "it must be a whole number of at least 1, or None"
+        raise PluginError(f"{name_of(generator)}.most_failures is {shown(most)}; {must}")
+    return most  # type: ignore[no-any-return]  # as was checked
 
 
 def estimate_of(generator: Any, count: int, size: tuple[int, int] | None) -> GenerationEstimate:
@@ -184,15 +219,12 @@ def estimate_of(generator: Any, count: int, size: tuple[int, int] | None) -> Gen
         estimate = generator.estimate(count, size)
     if not isinstance(estimate, GenerationEstimate):
         refuse(generator, "estimate", estimate, "it must return a GenerationEstimate")
-    known = [value for value in (estimate.usd, estimate.seconds) if value is not None]
-    if type(estimate.calls) is not int or not all(map(_is_amount, known)):
-        must = "calls must be a whole number, and usd and seconds numbers of at least 0, or None"
+    calls, usd, seconds = _whole(estimate.calls), _amount(estimate.usd), _amount(estimate.seconds)
+    unknown = [(usd, estimate.usd), (seconds, estimate.seconds)]
+    if type(calls) is not int or calls < 0 or any(a is None and value is not None for a, value in unknown):
+        must = "calls must be a whole number of at least 0, and usd and seconds numbers of at least 0, or None"
         raise PluginError(f"{name_of(generator)}.estimate returned a GenerationEstimate that cannot be: {must}")
-    return estimate
-
-
-def _is_amount(value: Any) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and 0 <= value < math.inf
+    return GenerationEstimate(calls, usd, seconds)
 
 
 def checked_outcome(generator: Any, outcome: Any) -> PictureOutcome:
@@ -207,11 +239,7 @@ def checked_outcome(generator: Any, outcome: Any) -> PictureOutcome:
         fail(outcome.request, "the request of an outcome must be the one that it answers")
     if not isinstance(outcome.image, bytes):
         fail(outcome.image, "the image of an outcome must be bytes: a PNG, JPEG or WebP file")
-    for name in ("seconds", "usd"):
-        value = getattr(outcome, name)
-        if not _is_amount(value):
-            must = f"the {name} of an outcome must be a number of at least 0"
-            raise PluginError(f"{name_of(generator)}.generate yielded, as {name}, {shown(value)}; {must}")
+    seconds, usd = (_outcome_amount(generator, outcome, name) for name in ("seconds", "usd"))
     if not isinstance(outcome.reason, str):
         fail(outcome.reason, "the reason of an outcome must be a text")
     if not isinstance(outcome.sent_prompt, str | None):
@@ -223,4 +251,15 @@ def checked_outcome(generator: Any, outcome: Any) -> PictureOutcome:
             f"{name_of(generator)}.generate yielded facts that are no mapping of what JSON has ({error})"
         ) from error
     sent = None if outcome.sent_prompt is None else replace_surrogates(outcome.sent_prompt)
-    return evolve(outcome, reason=replace_surrogates(outcome.reason), sent_prompt=sent, facts=facts)
+    return evolve(
+        outcome, reason=replace_surrogates(outcome.reason), sent_prompt=sent, facts=facts, seconds=seconds, usd=usd
+    )
+
+
+def _outcome_amount(generator: Any, outcome: PictureOutcome, name: str) -> float:
+    value = getattr(outcome, name)
+    amount = _amount(value)
+    if amount is None:
+        must = f"the {name} of an outcome must be a number of at least 0"
+        raise PluginError(f"{name_of(generator)}.generate yielded, as {name}, {shown(value)}; {must}")
+    return amount

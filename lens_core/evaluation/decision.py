@@ -81,7 +81,8 @@ def decide_scores(
     scores: list[PictureScore] = []
     statuses: Counter[str] = Counter()
     seen: set[tuple[str, int]] = set()
-    unscored: dict[tuple[str, int], Score] = {}  # a picture is there, and the judge gave no score
+    judged: list[tuple[str, Score]] = []  # the task and score of each picture that is there
+    unscored: set[tuple[str, int]] = set()  # those that the judge gave no score
     for line in lines:
         name, index, status = line.get("prompt_id"), line.get("index"), line.get("status")
         if not isinstance(name, str) or name not in tasks or type(index) is not int or not isinstance(status, str):
@@ -91,11 +92,12 @@ def decide_scores(
         seen.add((name, index))
         statuses[status] += 1
         score = _score_of(line) if status == "ok" else None
-        if score is not None and score.value is None:
-            unscored[name, index] = score
+        if score is not None:
+            judged.append((tasks[name], score))
+            unscored |= {(name, index)} if score.value is None else set()
         scores.append(PictureScore(name, index, tasks[name], None if score is None else score.value))
     names = tuple(headline) or tuple(dict.fromkeys(tasks.values()))
-    with naming_first(unscored.values()):
+    with naming_first(judged, names):
         official = _metrics(scores, clusters, names)
     zeros = [
         score if score.value is not None or (score.prompt_id, score.index) in unscored else _zero(score)

@@ -112,7 +112,7 @@ def score(
     tasks = by_task(prompts, scores)
     headline = headline_tasks_of(benchmark) or tuple(tasks)
     estimates = {name: task.estimate() for name, task in tasks.items()}
-    with naming_first(scores):
+    with naming_first([(p.task, s) for p, s in zip(prompts, scores, strict=True)], headline):
         overall = mean_of_tasks(tasks, headline)
     return BenchmarkResult(estimates, overall, pooled(tasks), scores, images, headline, dict(ceiling or {}))
 

@@ -61,7 +61,7 @@ def settings(run: Mapping[str, Any], plan: Plan, manifest: Manifest) -> dict[str
         **{name: of_system.get(name) for name in ("steps", "guidance_scale")},
         "size": size,
         **{name: of_system[name] for name in ("dtype", "device") if isinstance(of_system.get(name), str)},
-        "prompts": of_system.get("prompts", "raw"),  # or refined, by a reasoner or a rewriter
+        "prompts": of_system.get("prompts") or "raw",  # or refined, by a reasoner or a rewriter
         "settings": dict(of_system),
         "versions": run.get("versions", {}),
         "report_versions": {**png_metadata.versions(), **{n: version(n) for n in ("transformers", "pillow", "numpy")}},

@@ -257,10 +257,10 @@ def test_a_method_is_held_to_its_contract() -> None:
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        (Prompt("a", task=None), "as a task, NoneType; a task must be a line of text"),  # type: ignore[arg-type]
+        (Prompt("a", task=None), "as a task, None; a task must be one line of text"),  # type: ignore[arg-type]
         (
             Prompt("a", task="overall"),
-            "as a task, str; a task must be a line of text, and none of overall, all",
+            "as a task, 'overall'; a task must be one line of text, and none of overall, all",
         ),
         (Prompt("a", data={"question": ["a", 1]}), "as data, dict; the data of a Prompt must be a mapping"),
         (Prompt("a", data=[1]), "as data, list of int; the data of a Prompt must be a mapping"),  # type: ignore[arg-type]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,10 @@ def test_an_outcome_without_a_request_names_its_generator(tmp_path: Path, monkey
         (describing("a", settings={"x": float("nan")}), "settings must be a mapping of what JSON has"),
         (describing("a", settings={"steps": "20"}), "settings.steps must be a whole number or None, not '20'"),
         (describing("a", settings={"guidance_scale": "3"}), "settings.guidance_scale must be a number or None"),
-        (describing("a", settings={"prompts": ["raw"]}), "settings.prompts must be a line of text, not ['raw']"),
+        (
+            describing("a", settings={"prompts": ["raw"]}),
+            "settings.prompts must be a line of text or None, not ['raw']",
+        ),
     ],
 )
 def test_a_system_that_no_report_can_name_is_refused_before_anything_is_drawn(
@@ -118,6 +123,7 @@ def test_a_system_that_no_report_can_name_is_refused_before_anything_is_drawn(
         (Dots, "open", lambda self, folder: 1 / 0, "dots.open raised ZeroDivisionError"),
         (Dots, "close", lambda self: 1 / 0, "dots.close raised ZeroDivisionError"),
         (Brightness, "images_per_prompt", None, "brightness.images_per_prompt is None; it must be a whole number"),
+        (Brightness, "images_per_prompt", True, "brightness.images_per_prompt is True"),
         (Brightness, "images_per_prompt", 0, "brightness.images_per_prompt is 0"),
         (Brightness, "size", 512, "brightness.size is int; it must be (height, width) in px"),
         (Brightness, "size", (512,), "brightness.size is tuple of int; it must be (height, width) in px"),
@@ -145,6 +151,9 @@ def test_what_a_component_says_of_itself_is_checked(
         ("line", [{}], None, "perceive returned list of list; it must return a list of lines"),
         ({}, None, None, "references returned NoneType; it must return a list of mappings"),
         ({}, [{}], None, "decide returned NoneType; it must return a Decision"),
+        ({}, [{"x": np.float32(1)}], None, "references returned lines that are no JSON (Object of type float32"),
+        ({}, [{"bench": ["x"]}], None, "references returned, as bench, ['x']; it must be a text"),
+        ({"bench": ["x"]}, [{}], None, "perceive returned, as bench, ['x']; it must be a text"),
         ({"x": HALF}, [{}], None, "decide returned NoneType; it must return a Decision"),
     ],
 )
@@ -170,6 +179,7 @@ def test_a_benchmark_that_perceives_and_decides_is_held_to_its_contract(
             GenerationEstimate(3, usd="x"),
             "dots.estimate returned a GenerationEstimate that cannot be",
         ),  # type: ignore[arg-type]
+        (Dots, "estimate", GenerationEstimate(-1), "calls must be a whole number of at least 0, and usd"),
     ],
 )
 def test_a_dry_run_names_whose_figures_are_none(
@@ -179,6 +189,49 @@ def test_a_dry_run_names_whose_figures_are_none(
     request = BenchmarkRequest("brightness", ComponentSpec("dots"))
     with pytest.raises(PluginError, match=re.escape(words)):
         cost.table([request], CATALOG)
+
+
+def test_numbers_of_every_type_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy's, Decimal dollars, and whole numbers that are floats."""
+    monkeypatch.setattr(Brightness, "images_per_prompt", np.int64(2))
+    monkeypatch.setattr(Brightness, "size", (np.int32(4), 4.0), raising=False)
+    monkeypatch.setattr(Brightness, "workload", lambda self, images: {"prompts": np.int64(2), "x": 4.0}, raising=False)
+    monkeypatch.setattr(Dots, "estimate", lambda *_: GenerationEstimate(4.0, Decimal("0.5"), np.float32(2)))  # type: ignore[arg-type]
+    monkeypatch.setattr(Dots, "generate", answering(seconds=np.float32(2), usd=Decimal("0.25")))
+    monkeypatch.setattr(Dots, "describe", describing("dots", settings={"steps": 20.0}))
+    request = BenchmarkRequest("brightness", ComponentSpec("dots"))
+    assert "| 2 | 4 | 4 | 0.0 | 0.50 | 4 x |" in cost.table([request], CATALOG)
+    report = run(tmp_path / "run", words=("a", "b"))
+    assert (report.settings["steps"], report.settings["size"]) == (20, [4, 4])
+    entry = json.loads((tmp_path / "run" / "manifest.jsonl").read_text().splitlines()[0])
+    assert (entry["seconds"], entry["usd"]) == (2.0, 0.25)
+    assert compare([read(tmp_path / "run" / "result.json")])[0].name == "dots, 20 steps"
+
+
+@pytest.mark.parametrize("most", [sys.maxsize, float("inf"), None, np.int64(9)])
+def test_a_generator_may_allow_any_number_of_failures(
+    most: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Dots, "most_failures", most, raising=False)
+    assert run(tmp_path / "run", words=("fail", "fail 2", "a", "b")).decision.statuses == {"failed": 2, "ok": 2}
+
+
+def test_settings_of_a_system_may_be_none_or_hold_half_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"device": None, "dtype": None, "prompts": None, "folder": HALF}
+    monkeypatch.setattr(Dots, "describe", describing("dots", settings=settings))
+    for _ in range(2):  # and it goes on
+        report = run(tmp_path / "run")
+    assert report.settings["prompts"] == "raw" and "device" not in report.settings
+    assert report.settings["settings"]["folder"] == "\ufffd"
+
+
+def test_a_benchmark_that_scores_may_have_references_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Brightness, "references", lambda self: ["a picture"], raising=False)
+    assert run(tmp_path / "run").decision.statuses["ok"] == 3
 
 
 def test_a_limit_for_a_benchmark_that_takes_none_is_refused_by_its_option(
@@ -220,6 +273,25 @@ def test_a_run_without_any_score_says_why(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Brightness, "score", lambda self, images, prompts: [failed] * len(prompts))
     with pytest.raises(LensError, match=re.escape("; the first picture without a score: failed, the judge is away")):
         run(tmp_path / "run", words=("a", "b"))
+
+
+def test_the_reason_for_a_missing_score_is_that_of_a_task_without_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The picture of a, of one task with c, abstains; that of b is the only one of its task."""
+    scores = [Score("abstain", evidence="blurred"), Score("failed", evidence="the judge is away"), Score("ok", 1.0)]
+    monkeypatch.setattr(Brightness, "score", lambda self, images, prompts: scores)
+    benchmark, prompts = Brightness(Brightness.Config()), [Prompt(w, task=t) for w, t in zip("abc", "eoe", strict=True)]
+    for measure in (
+        lambda: run(tmp_path / "run", words=("a", "b", "c")),
+        lambda: evaluation.score(benchmark, torch.zeros(3, 3, 4, 4, dtype=torch.uint8), prompts),
+    ):
+        with pytest.raises(LensError, match="first picture without a score: failed, the judge is away"):
+            measure()
+    scores[1] = Score("ok", 1.0)  # and where no picture of the task is there, no judge is to blame
+    with pytest.raises(LensError, match="has no score at all") as caught:
+        run(tmp_path / "other", words=("a", "refuse", "b", "refuse", "c"))
+    assert "blurred" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, 1e200])
