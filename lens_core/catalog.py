@@ -55,6 +55,15 @@ class Plugin:
     module: ModuleType | None = None
     error: str | None = None
 
+    @property
+    def note(self) -> str | None:
+        """Of a file: that it offers nothing, as one that only others import. None: it offers something."""
+        if self.version != "file" or self.module is None or self.error is not None:
+            return None
+        if any(name.startswith("lens_") and callable(value) for name, value in vars(self.module).items()):
+            return None
+        return "offers nothing; give a class of its own a line such as kind = 'reward'"
+
 
 def _one_line(error: BaseException) -> str:
     return one_line(error if isinstance(error, LensError) else f"{type(error).__name__}: {error}")
@@ -117,11 +126,12 @@ def _flaw_of_method(cls: type[Any], name: str, wanted: Callable[..., Any]) -> st
     if not isfunction(method):
         return None
     required = [p.name for p in inspect.signature(wanted).parameters.values() if p.default is p.empty]
+    more = ["draw"] if name == "sample" and getattr(cls, "stochastic", False) else []  # which comes by keyword
     taken = inspect.signature(method)
     try:
-        taken.bind(*required)
+        taken.bind(*required, **dict.fromkeys(more))
     except TypeError:
-        arguments = ", ".join(required[1:])  # without self
+        arguments = ", ".join([*required[1:], *(f"{keyword}=…" for keyword in more)])  # without self
         return f"{cls.__name__}.{name}({', '.join(taken.parameters)}) cannot be called as {name}({arguments})"
     return None
 
@@ -319,9 +329,12 @@ class Catalog:
         raise LensError(message + self.disabled(plugin_name))
 
     def disabled(self, name: str = "") -> str:
-        """The end of a message: which plugins are disabled, of all or of those called `name`, and why; "" if none."""
-        plugins = [p for p in self.plugins if p.error and (not name or p.name == name)]
-        return f" Disabled: {'; '.join(f'{p.name} ({p.error})' for p in plugins)}." if plugins else ""
+        """The end of a message: which plugins are disabled, of all or of those called `name`, and why, and which files
+        offer nothing; "" if none."""
+        plugins = [p for p in self.plugins if not name or p.name == name]
+        errors = "; ".join(f"{p.name} ({p.error})" for p in plugins if p.error)
+        notes = "".join(f" {p.name} {p.note}." for p in plugins if p.note)
+        return (f" Disabled: {errors}." if errors else "") + notes
 
     def commands(self, taken: Collection[str] = ()) -> dict[str, str]:
         """The commands that plugins bring: name -> "module:attribute". A name that is taken, or brought twice, is used

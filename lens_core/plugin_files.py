@@ -44,8 +44,8 @@ def from_environment() -> list[Path]:
 
 
 def load(path: Path) -> ModuleType:
-    """Import a file as a module of its own name. Raises ConfigError where that name is taken by another module, where
-    the file offers nothing, and whatever the file raises."""
+    """Import a file as a module of its own name. Raises ConfigError where that name is taken by another module, and
+    whatever the file raises."""
     name = path.stem
     if not name.isidentifier():
         raise ConfigError(f"{path}: {name!r} cannot be the name of a module; use letters, digits and _")
@@ -62,8 +62,6 @@ def load(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
         with_hooks(module)
-        if not any(name.startswith("lens_") and callable(value) for name, value in vars(module).items()):
-            raise ConfigError(f"{path}: offers nothing; give a class of its own a line such as kind = 'reward'")
     except BaseException:  # the next catalog loads it anew, and quotes the same error
         del sys.modules[name]
         raise

@@ -40,8 +40,8 @@ def plugins(
 
 
 def describe_plugins(catalog: Catalog, check: Collection[str] | None = None) -> list[dict[str, Any]]:
-    """One row a plugin: name, distribution, version, offers, error. With `check`, the names of the core's commands,
-    every hook of each plugin is called, and its row has `problems`."""
+    """One row a plugin: name, distribution, version, offers, error, and a note for a file that offers nothing. With `check`,
+    the names of the core's commands, every hook of each plugin is called, and its row has `problems`."""
     problems = catalog.check(check) if check is not None else {}
     rows = []
     for plugin in catalog.plugins:
@@ -52,12 +52,13 @@ def describe_plugins(catalog: Catalog, check: Collection[str] | None = None) -> 
         ]
         row: dict[str, Any] = {"name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
         row |= {"offers": hooks, "error": plugin.error}
+        row |= {"note": plugin.note} if plugin.note else {}
         rows.append(row | ({"problems": problems[plugin.name]} if check is not None else {}))
     return rows
 
 
 def _print_row(row: dict[str, Any]) -> None:
-    what = f"disabled: {row['error']}" if row["error"] else ", ".join(row["offers"])
+    what = f"disabled: {row['error']}" if row["error"] else row.get("note") or ", ".join(row["offers"])
     print(f"{row['name']:16} {row['distribution']} {row['version']:10} {what}")
     for problem in row.get("problems", ()):
         if problem != row["error"]:

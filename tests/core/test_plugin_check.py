@@ -216,6 +216,21 @@ def test_check_finds_it(plugin: types.ModuleType, words: str) -> None:
     assert all("\n" not in problem for problem in problems[plugin.__name__])
 
 
+def test_check_calls_a_stochastic_sampler_with_its_noise_by_keyword() -> None:
+    class Noisy(toy.Even):
+        stochastic = True
+
+        def sample(self, velocity: Any, x: Any, steps: int, start: int = 0, *, draw: Any) -> Any:  # type: ignore[override]
+            return iter(())
+
+    class Deaf(toy.Even):
+        stochastic = True
+
+    problems = Catalog.of(module("p", lens_samplers={"noisy": Noisy, "deaf": Deaf})).check()["p"]
+    assert len(problems) == 1 and "Deaf.sample(" in problems[0]
+    assert problems[0].endswith("cannot be called as sample(velocity, x, steps, draw=…)")
+
+
 def test_check_lists_every_problem_of_a_plugin() -> None:
     bad = module("bad", lens_samplers={"a": Half, "b": Unfrozen}, lens_vaes=[], lens_commands={"x": "no_such:y"})
     assert len(Catalog.of(bad).check()["bad"]) == 4

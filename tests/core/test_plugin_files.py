@@ -13,7 +13,7 @@ import pytest
 from lens_core import plugin_files
 from lens_core.catalog import Catalog
 from lens_core.cli.main import main
-from lens_core.types import ConfigError
+from lens_core.types import ConfigError, LensError
 
 REWARD = '''
 from attrs import frozen
@@ -87,10 +87,6 @@ def test_a_file_that_fails_is_disabled_and_its_error_is_quoted(tmp_path: Path) -
         (REWARD.replace('"reward"', '"rewrd"'), "there is no kind 'rewrd'. Did you mean 'reward'?"),
         (REWARD + "\nclass Other(HalfRed):\n    kind = 'reward'\n    name = 'half_red'\n", "two rewards are called"),
         (REWARD + "\ndef lens_rewards():\n    return {}\n", "keep one of both"),
-        (
-            REWARD.replace('kind = "reward"', ""),
-            "offers nothing; give a class of its own a line such as kind = 'reward'",
-        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -98,6 +94,21 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, text: str, messag
     for _ in range(2):  # each command asks for a catalog of its own
         (error,) = [p.error for p in Catalog.installed().plugins if p.name == "my_wrong"]
         assert error is not None and message in error and "\n" not in error
+
+
+def test_a_file_that_offers_nothing_is_imported_by_others_and_listed_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    helper = written(tmp_path, "def half(value):\n    return value / 2\n", "my_helper.py")
+    mine = written(tmp_path, "from my_helper import half\n" + REWARD)
+    for _ in range(2):  # each command asks for a catalog of its own
+        assert main(["--plugin", str(helper), "--plugin", str(mine), "plugins", "--check"]) == 0
+        stdout = capsys.readouterr().out
+        assert "offers nothing; give a class of its own a line such as kind = 'reward'" in stdout
+    catalog = Catalog.installed()
+    assert catalog.find("reward", "half_red").name == "my_reward:half_red"
+    with pytest.raises(LensError, match=r"no reward is called 'x'\..* my_helper offers nothing; give a class"):
+        catalog.find("reward", "x")
 
 
 @pytest.mark.parametrize("words", [["--plugin", "nowhere.py", "plugins"], ["--plugin", ".", "plugins"], ["--plugin"]])
