@@ -40,8 +40,8 @@ def plugins(
 
 
 def describe_plugins(catalog: Catalog, check: Collection[str] | None = None) -> list[dict[str, Any]]:
-    """One row a plugin: name, distribution, version, offers, error, and a note for a file that offers nothing. With `check`,
-    the names of the core's commands, every hook of each plugin is called, and its row has `problems`."""
+    """One row a plugin: name, distribution, version, offers, error, and a note for a file that offers nothing. With
+    `check`, the names of the core's commands, every hook of each plugin is called, and its row has `problems`."""
     problems = catalog.check(check) if check is not None else {}
     rows = []
     for plugin in catalog.plugins:

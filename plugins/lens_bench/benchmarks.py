@@ -15,12 +15,13 @@ import numpy as np
 from attrs import asdict, evolve, fields_dict, frozen
 
 from lens_bench import cvtg, geneval, longtext, oneig, oneig_dimensions
+from lens_core.attribution import RESERVED_TASKS
 from lens_core.evaluation.statistics import ClusteredScores, Estimate, mean_of_tasks, middle
 from lens_core.io import json_fields, readers
 from lens_core.io.json_fields import FieldError
 
 MOST_ROWS = 2**12  # detections of one class
-MEANS = ("overall", "pictures")  # of GenEval's tags, which no tag can be called
+MEANS = (*RESERVED_TASKS, "pictures")  # which no tag of GenEval can be called
 LARGEST_COORDINATE = 1e6  # pixels; squares and products of larger ones leave a float's range in the end
 
 Line = Mapping[str, Any]
@@ -71,7 +72,7 @@ def _metadata(line: Line) -> dict[str, Any]:
     metadata = json_fields.mapping(json_fields.field(line, "metadata"), "metadata")
     tag = json_fields.line(json_fields.field(metadata, "tag", "metadata."), "metadata.tag")
     if tag in MEANS:
-        raise FieldError("metadata.tag", f"{tag!r} is a mean over tags; give the tag another name")
+        raise FieldError("metadata.tag", f"{tag!r} is the name of a mean; give the tag another name")
     _clauses(metadata, "include")
     _clauses(metadata, "exclude")
     return metadata

@@ -108,7 +108,7 @@ def test_a_tag_of_ones_own_is_a_row_and_no_part_of_the_overall_score(write: Writ
     assert (summary.official["mine"].value, summary.official["pictures"].value) == (0, 5 / 7)
 
 
-@pytest.mark.parametrize("tag", ["overall", "pictures", "a\nb", "\x1b[31m"])
+@pytest.mark.parametrize("tag", ["overall", "all pictures", "pooled", "pictures", "a\nb", "\x1b[31m"])
 def test_a_tag_that_is_the_name_of_a_mean_or_no_line_is_refused(tag: str, write: Write) -> None:
     with pytest.raises(ConfigError, match=r"line 1: metadata\.tag: "):
         report.score("geneval", write(SEEN | {"metadata": DOG | {"tag": tag}}))
