@@ -48,6 +48,21 @@ FURTHER_TASKS = {
 }
 """Of a run that goes on: three of five captions name colours, where it was three of ten. Where captions
 rarely name the colour of a shape, a model learns from pictures alone which colours it has, and draws no other."""
+NAMED_TASKS = {
+    "single": 0.01,
+    "two": 0.07,
+    "counting": 0.09,
+    "colours": 0.20,
+    "position": 0.03,
+    "attribution": 0.16,
+    "words": 0.03,
+    "counted colours": 0.24,
+    "coloured position": 0.14,
+    "groups": 0.02,
+    "word and thing": 0.01,
+}
+"""Three of four captions name colours, and a third of the scenes are about how many there are."""
+MIXTURES = {"first": TASKS, "further": FURTHER_TASKS, "named": NAMED_TASKS}
 
 
 @frozen

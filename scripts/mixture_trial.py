@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from embedded_loop import Cache, Step, TextStore, draw
-from embedded_scenes import FURTHER_TASKS, TASKS, Group, caption_tokens
+from embedded_scenes import MIXTURES, Group, caption_tokens
 from lens_flow.matching import FlowMatching
 from lens_shapes import splits
 from lens_shapes.benchmark import ShapesBenchmark
@@ -31,7 +31,6 @@ from train_embedded import BRIEF, FLOW
 
 from lens_core import LensPipeline
 
-MIXTURES = {"first": TASKS, "further": FURTHER_TASKS}
 ASKED = ("colours", "two", "counting", "position", "attribution")
 PART = 50  # scenes rendered and encoded at once
 

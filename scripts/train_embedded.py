@@ -31,9 +31,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not start CUDA before that
 
 import torch
-from attrs import asdict
+from attrs import asdict, evolve
 from embedded_loop import MODES, Cache, Step, TextStore, draw
-from embedded_scenes import FURTHER_TASKS, TASKS, Group, SceneFactory
+from embedded_scenes import MIXTURES, Group, SceneFactory
 from embedded_vae import by_task, choose_vae
 from lens_flow.matching import FlowMatching
 from lens_mmdit.model import LensTransformer2DModel
@@ -159,6 +159,11 @@ def choose_mode(options: argparse.Namespace, results: dict[str, Any], log: Log) 
 def backbone_config(options: argparse.Namespace) -> Any:
     fields = BACKBONE | (SMALL if options.small and not options.go_on else {})
     return LensTransformer2DModel.Config(**fields)  # type: ignore[arg-type]  # by name
+
+
+def flow_fields(options: argparse.Namespace) -> dict[str, float]:
+    """The options of the method: `--shift` moves logit(t) of all sizes."""
+    return FLOW | {name: FLOW[name] + options.shift for name in ("base_shift", "max_shift")}
 
 
 def batch_size(group: Group, options: argparse.Namespace) -> int:
@@ -316,10 +321,13 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.output)
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out)
-    groups = [Group(g.name, g.size, 2, g.dense, g.tokens, 32) for g in GROUPS] if options.small else list(GROUPS)
+    if options.small:
+        groups = [Group(g.name, g.size, 2, g.dense, g.tokens, 32) for g in GROUPS]
+    else:
+        groups = [evolve(g, chunks=max(1, round(g.chunks * options.scenes))) for g in GROUPS]
     torch.set_num_threads(1)  # until the processes are forked: threads do not survive that
     encoder = LensPipeline.from_pretrained(options.start, dtype=torch.bfloat16, device="cpu").text_encoder
-    tasks = FURTHER_TASKS if options.go_on else TASKS
+    tasks = MIXTURES[options.mixture]
     factory = SceneFactory(groups, encoder, options.seed, options.workers, options.readers, tasks)
     torch.set_num_threads(options.threads)
     children: dict[str, Any] = {}
@@ -339,7 +347,8 @@ def run(options: argparse.Namespace) -> None:
         children["probe"] = subprocess.Popen(command)
     chosen = {name: value for name, value in vars(options).items() if name not in PATHS}
     about = {"torch": torch.__version__, "device": options.device, "cpus": os.cpu_count(), "options": chosen,
-             "tasks": tasks, "flow": FLOW, "backbone": unstructure(backbone_config(options))}  # fmt: skip
+             "tasks": tasks, "flow": flow_fields(options),
+             "backbone": unstructure(backbone_config(options))}  # fmt: skip
     if options.device == "cuda":
         about["device"] = torch.cuda.get_device_name()
     log.keep(**about)
@@ -405,7 +414,7 @@ def _run(
     net = LensTransformer2DModel(backbone_config(options)).to(device)
     if options.go_on:
         net.load_state_dict(pipeline.backbone.state_dict())
-    method = FlowMatching(FlowMatching.Config(**FLOW), pipeline)  # type: ignore[arg-type]  # by name
+    method = FlowMatching(FlowMatching.Config(**flow_fields(options)), pipeline)  # type: ignore[arg-type]  # by name
     step = Step(method, net, mode, options.ema)
     trial = Trial(pipeline, factory, step, out, log)
     train(trial, caches, options, options.minutes * 60 - options.reserve)
@@ -449,7 +458,10 @@ def main() -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--minutes", type=float, default=7.0, help="of the whole run")
     add("--reserve", type=float, default=56.0, help="seconds at the end, for the last evaluation")
-    add("--go-on", action="store_true", help="begin with the backbone of --start, and show more colours")
+    add("--go-on", action="store_true", help="begin with the backbone of --start")
+    add("--mixture", choices=sorted(MIXTURES), help="of tasks; further if --go-on is given, else first")
+    add("--scenes", type=float, default=1.0, help="how many are rendered, as a share of the 780,000 of a whole run")
+    add("--shift", type=float, default=0.0, help="added to the mean of logit(t): above 0, noisier pictures")
     add("--until", default="", help="render, and use the device once there is this file; time counts from then on")
     add("--vae", default="", help="a checkpoint folder whose VAE may be chosen, too")
     add("--vae-seconds", type=float, default=38.0)
@@ -480,6 +492,7 @@ def main() -> None:
     add("--guidance", type=float, default=5.0)
     add("--resolution", type=int, default=128)
     options = parser.parse_args()
+    options.mixture = options.mixture or ("further" if options.go_on else "first")
     torch.backends.cuda.enable_cudnn_sdp(False)  # its attention under a mask is not needed; fewer things to go wrong
     if options.device.startswith("cuda:"):
         torch.cuda.set_device(options.device)  # streams and graphs are the current device's
