@@ -169,7 +169,7 @@ def flow_fields(options: argparse.Namespace) -> dict[str, float]:
 def batch_size(group: Group, options: argparse.Namespace) -> int:
     """Samples of a batch: about `--tokens` tokens in all, text included."""
     tokens = group.size[0] * group.size[1] // 64 + group.tokens
-    return max(2, options.tokens // tokens // 8 * 8)
+    return max(2, int(options.tokens) // tokens // 8 * 8)
 
 
 # ---- the backbone -------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class Trial:
     def __init__(self, pipeline: LensPipeline, factory: SceneFactory, step: Step, out: Path, log: Log) -> None:
         self.pipeline, self.factory, self.step, self.out, self.log = pipeline, factory, step, out, log
         self.shown: Any = copy.deepcopy(step.net).to(torch.bfloat16).eval().requires_grad_(False)
-        for block in self.shown.transformer_blocks:
+        for block in self.shown.transformer_blocks:  # type: ignore[union-attr]  # a module list
             block._compiled_call_impl = None
         self.pending: list[tuple[dict[str, Any], Any, Any]] = []
         self.scores: list[dict[str, Any]] = []
@@ -255,7 +255,8 @@ def train(trial: Trial, caches: dict[str, Cache], options: argparse.Namespace, e
     rng = torch.Generator(step.device).manual_seed(options.seed)
     begin = log.seconds()
     span, lr = max(1.0, end - begin), options.lr
-    seen, steps, marks = defaultdict(int), 0, {"log": begin, "save": begin, "score": begin}
+    seen: dict[str, int] = defaultdict(int)
+    steps, marks = 0, {"log": begin, "save": begin, "score": begin}
     sizes = {name: batch_size(cache.group, options) for name, cache in caches.items()}
     while (share := (log.seconds() - begin) / span) < 1:
         weights = EARLY if share < options.large_from else LATE
