@@ -10,6 +10,7 @@ clock, so the decay is complete whenever the end comes. What is learned is writt
 
     python scripts/train_embedded.py --start model --go-on --vae-seconds 0 --lr 2e-3 --output runs/further  (learn on)
     python scripts/train_embedded.py --assemble runs/embedded --output model            (a checkpoint from its files)
+    python scripts/train_embedded.py --assemble runs/a,runs/b --output model            (from the mean of their weights)
 """
 
 from __future__ import annotations
@@ -433,18 +434,20 @@ def _run(
 
 
 def assemble(options: argparse.Namespace) -> None:
-    """A checkpoint from the files of a run: its backbone and VAE, all else of `--start`."""
-    source = Path(options.assemble)
-    facts = json.loads((source / "result.json").read_text())
+    """A checkpoint from the files of a run: its backbone and VAE, all else of `--start`. Of several runs that began at
+    one start and kept its VAE: the mean of their backbones."""
+    sources = [Path(name) for name in options.assemble.split(",")]
+    facts = json.loads((sources[0] / "result.json").read_text())
     pipeline = LensPipeline.from_pretrained(options.start, dtype=torch.bfloat16, device="cpu")
     config = LensTransformer2DModel.Config(**facts["backbone"])
     net = LensTransformer2DModel(config).to(torch.bfloat16)
-    net.load_state_dict(load_file(source / "backbone.safetensors"))
+    states = [load_file(source / "backbone.safetensors") for source in sources]
+    net.load_state_dict({name: torch.stack([s[name].float() for s in states]).mean(0) for name in states[0]})
     pipeline.backbone = net
     pipeline.specs["backbone"] = ComponentSpec("lens_mmdit:mmdit", unstructure(config))
-    pipeline.vae.net.load_state_dict(load_file(source / "vae.safetensors"))
+    pipeline.vae.net.load_state_dict(load_file(sources[0] / "vae.safetensors"))
     pipeline.presets |= {"steps": 20, "guidance_scale": options.guidance, "base_resolution": options.resolution}
-    digest = hashlib.sha256((source / "backbone.safetensors").read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(b"".join((s / "backbone.safetensors").read_bytes() for s in sources)).hexdigest()[:16]
     made = {"method": "flow_matching", "steps": facts["steps"], "seed": facts["options"]["seed"], "sha256": digest}
     pipeline.provenance = {"recipe": made}
     pipeline.save_pretrained(Path(options.output))
@@ -489,7 +492,7 @@ def main() -> None:
     add("--shuffle-captions", action="store_true", help="a control: each scene gets the caption of another one")
     add("--small", action="store_true", help="a small network and few scenes, to try the script")
     add("--probe", default="", help=argparse.SUPPRESS)
-    add("--assemble", default="", help="a folder that this script wrote; --output becomes a checkpoint")
+    add("--assemble", default="", help="a folder that this script wrote, or several with commas between them")
     add("--guidance", type=float, default=5.0)
     add("--resolution", type=int, default=128)
     options = parser.parse_args()

@@ -206,3 +206,22 @@ def test_the_kernels_and_tests_on_a_gpu_are_those_of_the_results() -> None:
         assert f"| `{name}` | {kernel['launches']} | {kernel['milliseconds']:.1f} | {attention:.1f} |" in page
     outcomes = [test["outcome"] for test in data["correctness"]["tests"].values()]
     assert outcomes == ["passed"] * 48 and "48 of 51 tests passed" in page
+
+
+@pytest.mark.parametrize(
+    ("label", "folder"),
+    {
+        "`tiny:`, where both began": "start",
+        "same noise levels": "same",
+        "noisier": "noisier",
+        "the mean of these two": "mean",
+    }.items(),
+)
+def test_what_learning_on_gave_is_what_its_tables_say(label: str, folder: str) -> None:
+    text = (RESULTS / "embedded" / "named" / folder / "table.md").read_text(encoding="utf-8")
+    cells = [[c.strip(" *") for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    by_task = {row[0].split()[0].strip("*"): row[1:3] for row in cells}
+    *tasks, overall = rows(first_model=False)[label]
+    names = ("two", "counting", "colours", "position", "attribution", "words")
+    assert tasks == [f"{float(by_task[name][0]):.2f}" for name in names]
+    assert overall == f"{by_task['overall'][0]} ({by_task['overall'][1]})"
