@@ -129,7 +129,7 @@ def compare(results: Sequence[Mapping[str, Any]]) -> list[Row]:
         settings = [(key, result.get(key)) for key in (*one, *_SETTINGS, *_MACHINE)]
         groups.setdefault(repr(settings), []).append(result)
     check_comparable(results)
-    first = results[0]
+    first, naming = results[0], _differing(results)
     rows: list[Row] = []
     members_of_first: Sequence[Mapping[str, Any]] = ()
     for members in groups.values():
@@ -140,7 +140,7 @@ def compare(results: Sequence[Mapping[str, Any]]) -> list[Row]:
         try:
             rows.append(
                 Row(
-                    name=_name(here, machines=len({_machine(r) for r in results}) > 1),
+                    name=_name(here, naming, machines=len({_machine(r) for r in results}) > 1),
                     seeds=len(members),
                     tasks={name: task.mean for name, task in tasks.items()},
                     overall=mean_of_tasks(tasks, first["headline"]),
@@ -183,12 +183,27 @@ def _machine(result: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(result.get(key) for key in _MACHINE)
 
 
-def _name(result: Mapping[str, Any], *, machines: bool) -> str:
-    """What a row is called; with dtype and device where the results have several."""
+def _settings(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the system says of itself; nothing in older files."""
+    settings = result.get("settings")
+    return settings if isinstance(settings, Mapping) else {}
+
+
+def _differing(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings of which the results have several values, beside those that every row's name has."""
+    names = dict.fromkeys(name for result in results for name in _settings(result))
+    several = [n for n in names if len({repr(_settings(r).get(n)) for r in results}) > 1]
+    return [name for name in several if name not in (*_SETTINGS, *_MACHINE, "prompts")]
+
+
+def _name(result: Mapping[str, Any], naming: Sequence[str], *, machines: bool) -> str:
+    """What a row is called; with the settings `naming`, and with dtype and device where the results have several."""
     name = str(result.get("group", result["model"]))
     name += "" if result["steps"] is None else f", {result['steps']} steps"
     name += "" if result["guidance_scale"] is None else f", guidance {result['guidance_scale']:g}"
     name += ", refined prompts" if result.get("prompts") == "refined" else ""
+    known = {n: v for n in naming if (v := _settings(result).get(n)) not in (None, "")}
+    name += "".join(f", {n if is_line(n) else shown(n)} {shown(v)}" for n, v in known.items())
     return f"{name}, {' on '.join(map(str, _machine(result)))}" if machines else name
 
 

@@ -41,7 +41,8 @@ class Measured:
     @property
     def text(self) -> str:
         """The table, the notes, and the settings in one line below it."""
-        shown = {k: v for k, v in self.settings.items() if k not in INNER}
+        sampler = self.settings.get("settings", {}).get("sampler")  # None for a system that has none, or does not say
+        shown = {k: v for k, v in self.settings.items() if k not in INNER} | {"sampler": sampler}
         parts = [table(self.decision, self.ceiling), *(f"note: {note}" for note in self.decision.notes)]
         counts = ", ".join(f"{count} {status}" for status, count in self.decision.statuses.items())
         parts.append(f"{counts}; coverage {self.decision.coverage:.1%}")

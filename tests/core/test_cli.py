@@ -224,7 +224,8 @@ def test_a_recipe_is_trained_and_measured(capsys: pytest.CaptureFixture[str]) ->
     assert main(["train", "r.yaml"]) == 0
     assert capsys.readouterr().out.startswith("runs/r/model  2 steps")
     assert main(["bench", "reds", "--model", "runs/r/model", "--size", "16x16", "--device", "cpu"]) == 0
-    assert "| red |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| red |" in out and ", sampler {'use': " in out
     result = json.loads(Path("runs/bench-reds/result.json").read_text())
     assert result["tasks"]["other"]["missing"] == 2 and len(result["pictures"]) == 4
     assert sorted(p.name for p in Path("runs/bench-reds").iterdir()) == [

@@ -229,3 +229,17 @@ def test_a_result_that_lacks_something_is_refused_by_name(tmp_path: Path, change
         read(tmp_path / "result.json")
     (tmp_path / "result.json").write_text(json.dumps(whole), encoding="utf-8")
     assert table(compare([read(tmp_path / "result.json")])).count("\n") == 2
+
+
+def test_rows_that_differ_by_a_setting_alone_are_called_by_it() -> None:
+    early = {"sampler": {"use": "euler", "mu": None}, "negative_prompt": "", "quality": "high"}
+    late = {**early, "sampler": {"use": "euler", "mu": 2.0}, "negative_prompt": "blurred"}
+    rows = compare([result([1, 0, 1, 0], settings=early), result([1, 1, 1, 0], settings=late)])
+    assert [row.name for row in rows] == [
+        "a, 4 steps, guidance 1, sampler {'use': 'euler', 'mu': None}",
+        "a, 4 steps, guidance 1, sampler {'use': 'euler', 'mu': 2.0}, negative_prompt 'blurred'",
+    ]
+    (row,) = compare([result([1, 0, 1, 0], settings=early), result([1, 1, 1, 0], seed=7, settings=early)])
+    assert row.name == "a, 4 steps, guidance 1", "what all have in common is left out"
+    rows = compare([result([1, 0, 1, 0]), result([1, 1, 1, 0], settings=late)])
+    assert rows[0].name == "a, 4 steps, guidance 1", "older files say nothing of it"
