@@ -187,14 +187,21 @@ def _pages(module: Any) -> tuple[dict[str, str], list[str]]:
     return offered, []
 
 
+def _module_of(place: str) -> Any:
+    """The module of "module:attribute". Raises LensError."""
+    try:
+        return importlib.import_module(place.partition(":")[0])
+    except (Exception, SystemExit) as error:  # as above
+        raise LensError(f"{place} cannot be imported ({_one_line(error)})") from error
+
+
 def resolve(place: str) -> Any:
     """What "module:attribute" names. Raises LensError, which says what is missing."""
-    name, _, attribute = place.partition(":")
+    target = _module_of(place)
     try:
-        target: Any = importlib.import_module(name)
-        for part in attribute.split("."):
+        for part in place.partition(":")[2].split("."):
             target = getattr(target, part)
-    except (Exception, SystemExit) as error:  # as above
+    except Exception as error:  # as above
         raise LensError(f"{place} cannot be imported ({_one_line(error)})") from error
     if not callable(target):
         raise LensError(f"{place} is {shown(target)}, which cannot be called; name a function or a cyclopts App")
@@ -386,15 +393,15 @@ class Catalog:
                 for short, cls in offered.items():
                     if isinstance(cls, type):
                         problems += [f"in {hook}: {hook}[{short!r}] {flaw}" for flaw in _weaknesses(cls, kind)]
-            for hook, what, ask in (
-                ("lens_commands", "command", partial(_commands, taken=taken)),
-                ("lens_pages", "page", _pages),
+            for hook, what, ask, look_up in (
+                ("lens_commands", "command", partial(_commands, taken=taken), resolve),
+                ("lens_pages", "page", _pages, _module_of),  # the function is looked up by the server that mounts it
             ):
                 offered, wrong = ask(plugin.module) if hasattr(plugin.module, hook) else ({}, [])
                 problems += wrong
                 for name, place in offered.items() if not wrong else ():
                     try:
-                        resolve(place)
+                        look_up(place)
                     except LensError as error:
                         problems.append(f"in {hook}: the {what} {name!r}: {error}")
             known = [n for n in vars(hookspecs) if n.startswith("lens_")]

@@ -112,7 +112,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "use": "packed",
             "store": os.environ.get("RANKS_STORE", ""),
             "budget": 80.0,
-            "buckets": [[[16, 16], [16, 24], [24, 16]], [[32, 32]]],
+            "buckets": [[[16, 16], [16, 32], [32, 16]], [[32, 32]]],
         },
     },
     "two": {

@@ -39,7 +39,7 @@ def pictures(store: Path) -> None:
     folder = store.with_name("pictures")
     folder.mkdir()
     for n in range(48):
-        height, width = [(16, 16), (16, 24), (24, 16), (32, 32)][n % 4]
+        height, width = [(16, 16), (16, 32), (32, 16), (32, 32)][n % 4]
         Image.new("RGB", (width, height), (5 * n, 255 - 5 * n, 99)).save(folder / f"{n}.png")
         (folder / f"{n}.txt").write_text(f"number {n}")
     import_folder(str(store), folder)

@@ -250,5 +250,5 @@ def test_a_stopped_run_goes_on_bit_for_bit_with_the_same_teacher_and_refuses_ano
     LensPipeline.from_parts(evolve(toy.PARTS, guidance_scale=3.0), CATALOG).save_pretrained(tmp_path / "other")
     (tmp_path / "start").rename(tmp_path / "gone")
     (tmp_path / "other").rename(start)
-    with pytest.raises(CheckpointError, match="trajectory_regression: this run was begun with the teacher"):
+    with pytest.raises(CheckpointError, match="its checkpoints stand on other weights"):
         run("halted")
