@@ -57,8 +57,8 @@ _PREAMBLES = tuple(
         rf"{_I_DID}[^\n:：]{{0,160}}(?:{_COLON}\s*|\n\n)",
         r"(?:sure|certainly|of course|absolutely)\s*[!,.:]\s*",
         r"(?:好的|当然(?:可以)?|没问题|もちろん(?:です)?|承知しました|물론입니다|네)[!,.！，。]\s*",
-        r"(?:以下|下面|这|こちら|다음)(?:是|为|が|は|은)[^\n:：。]{0,20}?"
-        rf"(?:提示|描述|版本|prompt|プロンプト|説明|프롬프트|설명)[^\n:：。]{{0,20}}(?:{_COLON}|。?\n)\s*",
+        r"(?:以下|下面|这|こちら|다음)(?:是|为|が|は|은)[^\n:：。]{0,20}?(?:提示词?|描述|版本|prompt|プロンプト|説明|프롬프트|설명)"
+        rf"(?:如下|内容|です|입니다)?[ *_]{{0,4}}(?:{_COLON}|。?\n)\s*",
         rf"{_MARKS}(?:(?:优化后的|改进后的|最终)?(?:提示词?|描述)|プロンプト|프롬프트)[*_ ]*{_COLON}[*_]*\s*",
         rf"{_MARKS}{_LABEL}(?: (?:a|1|one|#1))?(?: ?\([^\n()]{{1,30}}\))?[*_ ]*"
         rf"(?:{_COLON}[*_]*\s*|[^\w\n]{{0,9}}\n\s*)",
@@ -67,19 +67,19 @@ _PREAMBLES = tuple(
 
 # ---- below the prompt -----------------------------------------------------------------------------------------------
 
+_CHANGES = "(?:changes|improvements|enhancements|adjustments)"
+_NEW = "(?:refined|revised|final|new|enhanced|improved|updated|expanded|rewritten)"
 _ADDRESS = re.compile(
     rf"(?i){_MARKS}(?:(?:please |just )?let me know(?: if| what| whether| how| which|[!.])|"
-    r"(?:i )?hope (?:(?:this|it) (?:helps|works|captures|meets|fits|is)|you (?:like|enjoy) (?:it|this|the))\b|"
+    r"(?:i )?hope (?:this|it) (?:helps|works|captures|meets|fits|is)\b|"
     r"feel free to (?:adjust|modify|ask|let|tweak|change|use|request|reach)\b|"
     r"(?:would you like|do you want|want) (?:me to|(?:any|more) (?:changes|adjustments)|another version|a \w+ version)|"
-    r"(?:shall|should) i (?:also|make|adjust|change|add|refine|generate|create)\b|"
     r"if you(?:['’]d| would)? (?:like|want|prefer|need)\b[^\n]{0,80}?\b(?:i can|i['’]ll|let me know|tell me)\b|"
     rf"i can also (?:make|adjust|tailor|create|provide|change)\b|(?:notes?|explanation)[*_ ]*:[*_ ]*{_I_DID}|"
-    r"(?:(?:key|main|notable|quick) )?(?:changes|improvements|enhancements|adjustments)(?: i(?:['’]ve)?)?(?: made)?"
-    rf"[*_ ]*(?:{_COLON}|\Z)|what(?: i|['’]s| was| has)? (?:changed|added)\b|why (?:this|it) (?:prompt )?works\b|"
-    rf"explanation of [\w ]{{1,30}}[*_ ]*{_COLON}|negative prompt\b|"
-    r"(?:th(?:is|e) (?:\w+ )?prompt|this (?:\w+ )?description) (?:is|keeps|captures|adds|now|should|preserves|"
-    r"maintains|emphasi[sz]es|includes|aims)\b|"
+    rf"(?:(?:key|main|notable|quick) {_CHANGES}|{_CHANGES}(?: i(?:['’]ve)?)? made)[*_ ]*(?:{_COLON}|\Z)|"
+    r"what i(?:['’]ve)? (?:changed|added)\b|why (?:this|it) (?:prompt )?works\b|"
+    rf"(?:rationale|explanation of [\w ]{{1,30}})[*_ ]*{_COLON}|"
+    rf"(?:this|(?:this|the) {_NEW}) (?:prompt|description) (?:keeps|captures|preserves|adds|aims)\b|"
     # The same in other languages: if you want, I can; let me know; shall I; I hope that this; changes.
     r"(?:(?:wenn|falls) (?:du|sie)|si (?:vous (?:souhaitez|voulez)|tu (?:souhaites|veux)|quieres|deseas)|"
     r"se (?:quiser|vuoi)|если (?:хотите|нужно))\b[^\n]{0,80}?\b(?:kann ich|sag|gib|lass|je peux|dis-moi|dites|"
@@ -88,17 +88,20 @@ _ADDRESS = re.compile(
     r"änderungen[*_ ]*:|n['’]hésite[sz]? pas|(?:dis|dites)-moi si|(?:souhaite[sz]|veux|voulez)-(?:tu|vous) que|"
     r"j['’]espère que c|modifications ?:|avísame|(?:quieres|te gustaría) que|espero que (?:esto|te)|cambios[*_ ]*:|"
     r"me avise|fammi sapere|дайте знать|如果(?:您|你)?(?:需要|想|希望|有)[^\n]{0,60}?(?:告诉|随时|我可以|调整|修改)|"
-    rf"如需|希望(?:这|对)(?:您|你|对|能)|请告诉我|(?:修改|优化|改动)?说明{_COLON}|负面提示词|"
-    r"ご希望|ご要望|お気軽に|必要であれば|원하시면|필요하시면)"
+    rf"希望(?:这|对)(?:您|你|对|能)|请告诉我|(?:修改|优化|改动)?说明{_COLON}|负面提示词|"
+    r"ご希望|ご要望|必要であれば|원하시면|필요하시면)"
 )
 """What can only be said to the user."""
 _REMARK = re.compile(
     rf"(?i){_MARKS}(?:let me know|i hope|feel free|would you like|do you want|if you(?:['’]d| would) like|note that\b|"
-    rf"(?:notes?|explanation|rationale|tips?|hinweis|anmerkung|remarque|nota|注|备注)[*_ ]*{_COLON}|{_I_DID}|"
-    r"(?:möchtest du|möchten sie|soll ich)\b|(?:enjoy|happy (?:prompting|creating))\b[^\w\n]{0,9}\Z)"
+    rf"(?:notes?|explanation|hinweis|anmerkung|remarque|nota|注|备注)[*_ ]*{_COLON}|{_I_DID}|"
+    rf"(?:what(?:['’]s| was| has)? (?:changed|added)|{_CHANGES})[*_ ]*(?:{_COLON}|\Z)|hope you (?:like|enjoy)\b|"
+    r"(?:shall|should) i (?:also|make|adjust|change|add|refine|generate|create)\b|"
+    r"(?:möchtest du|möchten sie|soll ich)\b|如需|お気軽に)"
 )
 """What may be a remark or an inscription."""
-_NEGATIVE = re.compile(rf"(?i)\n{_MARKS}negative prompt\b")
+_WISH = re.compile(rf"(?i){_MARKS}(?:enjoy|happy (?:prompting|creating))\b[^\w\n]{{0,9}}\Z")
+_NEGATIVE = re.compile(rf"(?im)\n{_MARKS}negative prompts?\b(?: ?\([^\n()]{{1,30}}\))?[*_ ]*(?:{_COLON}|$)")
 _LIST = re.compile(r"[-*•]|\d+[.)]")
 _RULE = re.compile(r"(?m)^(?:-{3,}|\*{3,}|_{3,})$")  # a line that only divides
 _OPTION = r"(?:option|version|prompt|variant|variante|variation|opción|版本|方案)"
@@ -111,6 +114,8 @@ _SECOND = re.compile(
     rf"(?i){_MARKS}(?:(?:or|alternative(?: \w+)?|another (?:option|version))[*_ ]*(?:\Z|[:：(])|"
     rf"{_OPTION} ?(?:b|2|two|#2|二)[*_ ]*(?:\Z|[:：.)(–—-]))"
 )
+_KEYWORD = r"[^\s,.:;!?]+(?: [^\s,.:;!?]+){0,2}"
+_KEYWORDS = re.compile(rf"{_KEYWORD}(?:, {_KEYWORD})+")
 _ONE = rf"{_OPTION} ?(?:a|1|one|#1|一)\b"
 _FIRST = re.compile(
     rf"(?i)\A(?:#{{1,6}} [*_]{{0,2}}{_ONE}[^\n.]{{0,80}}\n(?=\n?[^\n#*])|\*\*{_ONE}[^\n*.]{{0,80}}\*\*\n(?=\n?[^\n])|"
@@ -125,11 +130,18 @@ _PANEL = re.compile(r"(?i)\bpanels?\b")
 # ---- the picture ----------------------------------------------------------------------------------------------------
 
 _SAYS = re.compile(
-    r"(?i)\b(?:show(?:s|ing)?|read(?:s|ing)?|display(?:s|ing)?|say(?:s|ing)?|print(?:s|ing)|with the (?:text|words?))"
-    rf" ?{_COLON}?\Z"
+    r"(?i)\b(?:show(?:s|ing)?|read(?:s|ing)?|display(?:s|ing)?|say(?:s|ing)?|print(?:s|ing|ed with)|written|labell?ed|"
+    r"spell(?:s|ing)?(?: out)?|with the (?:text|words?|caption)|mit der aufschrift|mit dem text)"
+    rf"(?: (?:the|this|following|text|words?|python|code|prompt|as follows)){{0,3}} ?{_COLON}?\Z"
 )
 """The end of a line that leads on to an inscription."""
-_CHAT = re.compile(rf"(?i)\b(?:prompt|description|version|here|i|my|your?)\b|^{_MARKS}{_LABEL}|^#|提示|プロンプト")
+_CHAT = re.compile(
+    rf"(?i){_MARKS}(?:{_I_DID}|(?:the|this|my) {_LABEL} (?:is|reads|says|shows)\b)|#|"
+    rf".*\byour (?:{_NEW} )?(?:prompt|request)\b"
+)
+"""What is said about the prompt, besides preambles."""
+_COMMAS = (",", "，", "、", "،")
+_COLONS = (":", "：")
 _ENDS = tuple(".!?…。！？)]\"'”’»」*_`")
 """What a sentence ends with."""
 _QUOTES = [(pair[0], pair[1]) for pair in ('""', "''", "“”", "„“", "«»", "‘’", "``", "「」", "『』")]
@@ -178,7 +190,10 @@ def _peeled(text: str) -> str:
     numbered = _NUMBERED.match(text)
     if numbered is not None and len(numbered.group(1).split()) >= LONG and not _PANEL.search(numbered.group(1)):
         text = numbered.group(1)
-    text = _FIRST.sub("", _without_second(text), count=1)
+    one = _without_second(text)
+    if one != text and "\n2" not in one:
+        one = re.sub(r"\A1[.)]\s+", "", one)
+    text = _FIRST.sub("", one, count=1)
     text = _RULE.sub("", _without_afterwords(text)).strip()
     return _unquoted(re.sub(r"\A\*([^*]+)\*\Z", r"\1", text))
 
@@ -191,62 +206,83 @@ def _of_fence(text: str) -> str:
     fence = next((fence for fence in _FENCE.finditer(text) if fence.group(1).strip()), None)
     if fence is None:
         return _OPEN_FENCE.sub("", text)
-    before = text[: fence.start()].removesuffix("\n").rpartition("\n")[2]
+    before = text[: fence.start()].rstrip().rpartition("\n")[2]
+    behind = text[fence.end() :].lstrip().partition("\n")[0]
+    goes_on = behind[:1].islower() and not any(
+        pattern.match(behind) for pattern in (_ADDRESS, _REMARK, _WISH, _ANOTHER, _SECOND)
+    )
     is_json = text.startswith("```json", fence.start())
-    if _SAYS.search(before[-80:]) and not _CHAT.search(before) and not is_json:
+    if (goes_on or _SAYS.search(before[-80:])) and not is_json and not _is_chat(before):
         return _FENCE.sub(r"\1", text)
     return fence.group(1)
 
 
-def _below(lines: list[str]) -> Iterator[tuple[int, str, bool]]:
-    """Each line that has text above: its index, the text line above, and whether an empty line or a rule is between."""
-    above, gap = "", False
+def _is_chat(line: str) -> bool:
+    """Whether a line holds no more than a preamble, or speaks of the prompt."""
+    line += "\n"
+    for preamble in _PREAMBLES:
+        line = preamble.sub("", line, count=1)
+    return not line.strip() or _CHAT.match(line) is not None
+
+
+def _below(lines: list[str]) -> Iterator[tuple[int, str, bool, bool]]:
+    """Each line that has text above: its index, the text line above, whether an empty line or a rule is between, and
+    whether the text above leads on to it: it does to all lines up to the next empty one."""
+    above, gap, led = "", False, False
     for index, line in enumerate(lines):
         if not line or _RULE.match(line):
             gap = True
             continue
         if above:
-            yield index, above, gap
+            led = (led and not gap) or above.endswith(_COLONS) or _SAYS.search(above[-80:]) is not None
+            yield index, above, gap, led
         above, gap = line, False
-
-
-def _leads_on(above: str) -> bool:
-    return above.endswith((":", "：")) or _SAYS.search(above[-80:]) is not None
 
 
 def _is_apart(above: str, gap: bool) -> bool:
     """Whether the text above is complete, so that no word of the picture is cut off: a sentence or, before an empty
     line, whatever does not lead on."""
-    return not above.endswith((",", ":", "：")) if gap else above.endswith(_ENDS)
+    return not above.endswith(_COMMAS + _COLONS) if gap else above.endswith(_ENDS)
+
+
+def _are_tags(above: str, below: list[str]) -> bool:
+    """Whether the line above and the first one below are keywords between commas."""
+    return all(_KEYWORDS.fullmatch(line) for line in (above, next(filter(None, below), "")))
 
 
 def _without_second(text: str) -> str:
     """Without a second version and all below it. A line like its title within the prompt is an inscription."""
     lines, first = text.split("\n"), _FIRST.match(text)
     listed = not first and re.search(rf"(?im)^{_MARKS}{_ONE}", text)  # the options are in the picture
-    for index, above, gap in _below(lines):
-        line, leads_on = lines[index], _leads_on(above)
+    for index, above, gap, led in _below(lines):
+        line = lines[index]
         second = _SECOND.match(line)
-        if (_ANOTHER.match(line) and not leads_on) or (
-            second and (first or _is_apart(above, gap) or not (leads_on or listed or second.group()[-1:] not in ":："))
+        if led and not (first and second):
+            continue
+        is_title = second and second.group()[-1:] in _COLONS and not listed
+        if _ANOTHER.match(line) or (
+            second and (first or is_title or _is_apart(above, gap) or _are_tags(above, lines[index + 1 : index + 3]))
         ):
             return "\n".join(lines[:index])
     return text
 
 
 def _without_afterwords(text: str) -> str:
-    """Without what is said to the user below the prompt. What may be an inscription is cut where it is a paragraph, or
-    where only remarks and lists are below it."""
+    """Without what is said to the user below the prompt. Between lines of the picture it may be an inscription: so it
+    is cut where only remarks and lists are below it, or where it can only be said to the user, in a paragraph of its
+    own or as a heading below a sentence."""
     lines = text.split("\n")
-    below = list(_below(lines))
-    end = next((i for i, above, _ in below if _ADDRESS.match(lines[i]) and not _leads_on(above)), len(lines))
-    remarks_only = True
-    for index, above, gap in reversed([row for row in below if row[0] < end]):
-        remark = _REMARK.match(lines[index])
-        if remark and _is_apart(above, gap) and (gap or remarks_only):
+    end, remarks_only = len(lines), True
+    for index, above, gap, led in reversed(list(_below(lines))):
+        line = lines[index]
+        address = _ADDRESS.match(line)
+        remark = address or _REMARK.match(line) or (gap and _WISH.match(line))
+        apart = _is_apart(above, gap)
+        heads = line.rstrip("*_ ").endswith(_COLONS)
+        if not remark or led or above.endswith(_COMMAS):
+            remarks_only = remarks_only and _LIST.match(line) is not None
+        elif (remarks_only and (apart or address)) or (address and apart and (gap or heads)):
             end, remarks_only = index, True
-        elif not remark and not _LIST.match(lines[index]):
-            remarks_only = False
     return "\n".join(lines[:end])
 
 

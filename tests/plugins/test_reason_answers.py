@@ -135,6 +135,8 @@ def test_what_stands_around_a_prompt_is_taken_away(answer):
         f"以下是优化后的提示词：\n```\n{CAT}\n```", f'Here is the JSON\n```json\n{{"prompt": "{CAT}"}}\n```',
         f"Prompt\n\n```text\n{CAT}\n```", f"```\n{CAT}\n```\nhope this helps!", f"```{CAT}```\nhope this helps!",
         f"I rewrote it so that the prompt reads\n```\n{CAT}\n```", f"```\n{CAT}",
+        f"The refined prompt reads:\n```\n{CAT}\n```", f"Here is the prompt:\n```\n{CAT}\n```\nlet me know!",
+        f"Now your new prompt reads\n```\n{CAT}\n```\nas you asked",
         f'The file shows\n```json\n{{"prompt": "{CAT}"}}\n```',
         f"Prompt:\n```\n{CAT}\n```\nNegative prompt:\n```\nblurry\n```", f"{CAT}\n\nNegative prompt:\n```\nblurry\n```",
         f"Option 1:\n```\n{CAT}\n```\nOption 2:\n```\nA dog runs.\n```",
@@ -167,6 +169,7 @@ def test_a_fence_below_chatter_holds_the_prompt(answer):
         # other languages
         f"当然可以！以下是优化后的提示词：\n\n{CAT}\n\n如果您需要调整，请告诉我！",
         f"版本一：{CAT}\n\n版本二：A dog runs.",
+        f"下面是优化后的提示：\n{CAT}", f"以下是优化后的描述如下：{CAT}",
         f"**优化后的提示词：**\n\n{CAT}\n\n说明：保留了颜色。",
         f"以下が改善したプロンプトです：\n\n{CAT}\n\nご希望があればお知らせください。",
         f"다음은 개선된 프롬프트입니다:\n\n{CAT}\n\n원하시면 수정해 드릴게요.",
@@ -188,11 +191,12 @@ def test_what_chat_models_say_around_a_prompt_is_taken_away(answer):
     "said",
     [
         "\nLet me know if you want changes!", "\nNote: I kept the mat.", "\nAlternatively:\nblue cat, 4k",
-        "\nOr:\nblue cat", "\nOption 2: blue cat", "\nThis prompt keeps it short", ",\nFeel free to tweak it",
+        "\nOr:\nblue cat", "\nOption 2: blue cat", "\nThis prompt keeps it short", "\nFeel free to tweak it",
+        "\nOR\nblue cat, 4k", "\nOR\n\nblue cat, 4k\n\nEnjoy!", "\nRationale: x",
     ],
 )  # fmt: skip
 def test_tags_without_a_full_stop_end_where_the_user_is_addressed(said):
-    assert clean(f"red cat, blue mat, 8k{said}").rstrip(",") == "red cat, blue mat, 8k"
+    assert clean(f"red cat, blue mat, 8k{said}") == "red cat, blue mat, 8k"
 
 
 @pytest.mark.parametrize("run", ["#", "\n", " ", "> ", "\n#", "```\n", "<think>", "A.\nNote: x\n"])
@@ -263,6 +267,82 @@ def test_what_belongs_to_a_prompt_stays(prompt):
 )
 def test_things_that_are_listed_are_all_drawn(answer, kept):
     assert kept in clean(answer)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        # Words that a remark can begin with too.
+        "A dark office with one computer.\nThe command prompt is blinking green on the black screen.",
+        "A dark office with one computer, viewed from behind.\n\nThe prompt is shown in green letters.",
+        "A retro terminal. Green glow.\n\nThe shell prompt now shows a blinking cursor.",
+        "A split screen.\nThe enhanced prompt is glowing on it.",
+        "A museum label beside a vase.\nThis description is engraved in brass.",
+        "A before and after picture.\n\nWhat changed is the light, from dawn to dusk.",
+        "A card. On it, in gold letters:\nHappy birthday\nHope you like it!\nA ribbon lies beside it.",
+        "A greeting card.\nHope you enjoy the day\nA blue ribbon lies beside it.",
+        "A letter. It says:\nDear Bob,\nplease let me know if you come.\nYours, Ann\nThe desk is of oak.",
+        "A letter on a desk with three lines of ink:\n\nDear Bob,\nI hope you like it.\nlet me know if you come",
+        "A slide titled Q3 with bullets:\n- Growth\n- Improvements\n- Costs\nClean flat style.",
+        "An infographic with four headings:\nPlans\nChanges:\nCosts\nOn a white background.",
+        "Two signs at a crossroads:\nYES\nOR\nNO\nin the desert.",
+        "A shop window. A sign says:\nOPEN\nShould I change?\nA cat looks out.",
+        "A mirror in a fitting room.\nShould I change?\nA cat looks out.",
+        "A sign on a door.\nIf you need help, let me know\nin red letters.",
+        "A small card, on it,\nFeel free to ask",
+        "店の入り口に看板、\nお気軽にどうぞ\nと書かれている。",
+        "酒店大堂里有一块告示牌。\n如需帮助，请按铃\n金色字体。",
+        "酒店大堂里有一块告示牌，\n如果您需要帮助，请随时按铃",
+        "Ein Schild an der Tür mit der Aufschrift\nWenn Sie Hilfe brauchen, sagen Sie Bescheid\nin rot.",
+        "A wall of clocks\nnegative prompt text on a screen.",
+        "A café sign in a window at dawn.\nEnjoy!",
+        "A tip jar on a counter. A card beside it.\n\nTip: smile\n\nWarm light.",
+        "A sticky note on a fridge.\n\nNote: buy milk\n\nwritten in red ink.",
+        # A preamble names the prompt last.
+        "这是一张提示牌的照片：上面写着小心", "这是一张描述春天的水彩画：远山如黛",
+        "这是一个红色提示灯的特写：背景模糊", "这为城市天际线的提示图：夜晚",
+    ],
+)  # fmt: skip
+def test_a_picture_with_words_like_a_remark_is_whole(picture):
+    assert clean(picture) == " ".join(picture.split())
+
+
+@pytest.mark.parametrize(
+    ("before", "behind"),
+    [
+        ("The tablet displays the following:", "in green."),
+        ("A monitor displays the following text:", "beside a mug."),
+        ("A monitor shows this code:", "Beside it stands a mug."),
+        ("A monitor showing the Python code", "Beside it stands a mug."),
+        ("A blackboard reading as follows:", "In chalk."),
+        ("A chalkboard on which is written", "In white chalk."),
+        ("A T-shirt printed with", "On a chair."),
+        ("A sign that spells out", "On a chair."),
+        ("A terminal whose text spells", ""),
+        ("A robot holding a sign with the caption", "In a park."),
+        ("A sign labelled:", "It hangs in a window."),
+        ("A screen, my terminal, displaying:", "On a desk."),
+        ("A dim room; here a monitor shows", "In green."),
+        ("Here is a sign that reads:", "On a door."),
+        ("A vintage computer at a desk. Its screen shows the prompt", "In green."),
+        ("A monitor, and on it, in large letters,", "in the middle of a dark room."),
+        ("A poster. The text on it reads:\n", "\nThe background is red."),
+        ("A fork in the road, and a sign for your version of it, reading", "In the mist."),
+    ],
+)
+@pytest.mark.parametrize("info", ["", "python"])
+def test_a_fence_that_a_sentence_leads_on_to_is_an_inscription(before, behind, info):
+    picture = f"{before} HELLO {behind}"
+    assert clean(f"{before}\n```{info}\nHELLO\n```\n{behind}") == " ".join(picture.split())
+    assert clean(f"Prompt:\n{before}\n```{info}\nHELLO\n```\n{behind}") == " ".join(picture.split())
+
+
+@pytest.mark.parametrize("second", ["Alternatively:", "Or:", "Option 2:", "**Option B**:", "**Option B**"])
+def test_the_number_of_a_first_version_goes_with_the_second(second):
+    for number in ("1.", "1)"):
+        assert clean(f"{number} {CAT}\n\n{second}\nblue cat") == CAT
+    cups = f"1. A red cup.\n2. A blue cup.\n\n{second}\nblue cat"
+    assert clean(cups) == "1. A red cup. 2. A blue cup."
 
 
 def test_of_numbered_versions_the_first_is_drawn():
