@@ -22,7 +22,8 @@ SAMPLER_FILE = "scheduler/scheduler_config.json"
 UNFINISHED = "lens.json.unfinished"
 """What stands in a folder while a checkpoint is written: after Ctrl-C or a full disk, it may be written there again."""
 FOREIGN = "foreign"
-"""What the file `UNFINISHED` lists: the files that stood there before, and were no checkpoint's."""
+"""What the file `UNFINISHED` lists beside the description of the checkpoint that stood there before, if there was one:
+the files that were no checkpoint's."""
 
 
 @frozen
@@ -79,11 +80,13 @@ def save_pretrained(content: CheckpointContent, folder: str | Path) -> None:
         raise CheckpointError(f"{root}: is not empty and not a checkpoint; choose a new folder")
     # `lens.json` goes first and comes last: without it nothing is read, so that half a checkpoint is never loaded.
     before = integrity.stamps(root)
-    if present.is_file() or _listed(unfinished, FOREIGN) is None:
-        there = _foreign(present if present.is_file() else unfinished, before)
-        atomic_files.write_json(unfinished, {FOREIGN: there})
+    described = _described(present if present.is_file() else unfinished)
+    if present.is_file() or _listed(described, FOREIGN) is None:
+        # The description stays readable: a save that fails has perhaps touched nothing yet, and it can be put back.
+        described |= {FOREIGN: _foreign(described, before)}
+        atomic_files.write_json(unfinished, described)
         present.unlink(missing_ok=True)
-    foreign = list(_listed(unfinished, FOREIGN) or ())
+    foreign = list(_listed(described, FOREIGN) or ())
     for kind in MODEL_PARTS:
         if content.parts.get(kind) is not None:
             content.parts[kind].save(root)
@@ -96,18 +99,23 @@ def save_pretrained(content: CheckpointContent, folder: str | Path) -> None:
     unfinished.unlink()
 
 
-def _listed(path: Path, key: str) -> Collection[str] | None:
-    """The names of files that a JSON file holds; None where it has no such list, or cannot be read."""
+def _described(path: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing where it cannot be read."""
     try:
-        names = atomic_files.read_json(path).get(key)
-    except (LensError, OSError, ValueError, AttributeError):
-        return None
+        return atomic_files.read_json(path)
+    except (LensError, OSError):
+        return {}
+
+
+def _listed(described: Mapping[str, Any], key: str) -> Collection[str] | None:
+    """The names of files that a description holds; None where it has no such list."""
+    names = described.get(key)
     return names if isinstance(names, Mapping | list) else None
 
 
-def _foreign(description: Path, there: Collection[str]) -> list[str]:
+def _foreign(described: Mapping[str, Any], there: Collection[str]) -> list[str]:
     """The files that are `there` beside those of a checkpoint. One that names none has all of them."""
-    named = _listed(description, "files")
+    named = _listed(described, "files")
     return [name for name in there if named is not None and name not in named]
 
 

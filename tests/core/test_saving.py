@@ -63,6 +63,27 @@ def test_what_was_interrupted_is_no_checkpoint_and_may_be_saved_again(
     assert not list(folder.glob("*.unfinished")) and (checkpoint / "vae" / "mine.safetensors").is_file()
 
 
+def test_a_checkpoint_that_a_failed_save_did_not_touch_can_be_put_back(
+    pipeline: LensPipeline, checkpoint: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = json.loads((checkpoint / "lens.json").read_text())
+    put(checkpoint, ("vae/mine.safetensors",))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(pipeline.vae), "save", full)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            pipeline.save_pretrained(checkpoint)
+    (checkpoint / "lens.json.unfinished").rename(checkpoint / "lens.json")
+    report = integrity.check(checkpoint, manifest.read_manifest(checkpoint, catalog))
+    assert report.named == len(before["files"]) and report.problems == [
+        "vae/mine.safetensors: is extra, and no part of what was written"
+    ]
+    LensPipeline.from_pretrained(checkpoint, catalog=catalog, device="cpu")
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_what_an_interrupted_save_wrote_is_removed_and_what_was_there_before_stays(
     times: int, pipeline: LensPipeline, checkpoint: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
