@@ -81,8 +81,8 @@ def unpack(layer: PackedLinear) -> PackedWeight:
 
 
 def repack(layer: nn.Linear, before: PackedWeight) -> None:
-    """Put back what `unpack` returned."""
-    pack(layer, before.form, before.packed.to(layer.weight.device))
+    """Put back a copy of what `unpack` returned: copies of a model share it, and an offload plan moves tensors."""
+    pack(layer, before.form, before.packed.to(layer.weight.device, copy=True))
 
 
 def _forget(layer: PackedLinear) -> None:

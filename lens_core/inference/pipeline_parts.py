@@ -225,7 +225,16 @@ class PipelineParts(DiffusersNames):
                 f"the backbone cannot be let go of with LoRAs in it ({', '.join(self.loras)}), which its files do "
                 "not hold; call unload_lora_weights() before"
             )
+        for kind in set(kinds) & self.store.readers.keys():
+            self._leave_plan(kind)
         self.store = self.store.deferring(kinds)
+
+    def _leave_plan(self, kind: str) -> None:
+        """Let the offload plan go on without the part `kind`, which stays under it where another pipeline has it."""
+        if self.offload_manager is not None:
+            if not self._sharing.holds(self, kind):
+                self.offload_manager.remove([kind])
+            self.offload_manager = self.offload_manager.without(kind)
 
     def _read_deferred(self, kind: str) -> None:
         self.specs[kind] = self.store.read(kind)
@@ -334,6 +343,7 @@ class PipelineParts(DiffusersNames):
 
     def _at_work(self, part: str) -> AbstractContextManager[Any]:
         """The time in which `part` works, with its weights where they must be."""
+        getattr(self, part)  # one that is deferred is read before, and the plan is made anew with it
         return self.offload_manager.parts[part].at_work() if self.offload_manager is not None else nullcontext()
 
     def _precomputed_modulation(self, times: Tensor) -> AbstractContextManager[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from test_offload import Meter, fail_at
 from torch import Tensor
 
 from lens_core.catalog import Catalog
+from lens_core.checkpoints import packed_linear
 from lens_core.checkpoints.adapters import LoRA
 from lens_core.checkpoints.latent_preview import LatentPreview
 from lens_core.checkpoints.lora_keys import write
+from lens_core.inference.lora import LoRAStack
+from lens_core.inference.offload import OffloadedModule
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.types import ConfigError, LensError
 
@@ -84,6 +89,22 @@ def test_a_copy_of_a_backbone_shares_what_its_layers_were(pipeline: LensPipeline
     assert torch.equal(drawn(other), plain) and not torch.equal(drawn(pipeline), plain)
     pipeline.unload_lora_weights()
     assert torch.equal(drawn(pipeline), plain)
+
+
+def test_copies_of_a_quantised_backbone_have_tensors_of_their_own_after_a_lora(tmp_path: Path) -> None:
+    net = torch.nn.ModuleDict({"inner": torch.nn.Linear(32, 4)})
+    packed_linear.pack(net["inner"], "Q8_0", torch.zeros(4, 34, dtype=torch.uint8))  # type: ignore[arg-type]
+    write(tmp_path / "a.safetensors", {"inner": LoRA(torch.ones(1, 32), torch.ones(4, 1), 1.0)})
+    stack = LoRAStack()
+    stack.add(net, tmp_path / "a.safetensors", 1.0)
+    copied = copy.deepcopy(net)
+    for one in (net, copied):
+        LoRAStack.of(one).remove(one)
+    layer, other = packed_linear.packed_layers(net)["inner"], packed_linear.packed_layers(copied)["inner"]
+    where = other.packed.data_ptr()
+    OffloadedModule(net, "visits", False, Meter())
+    assert layer.packed.data_ptr() != where == other.packed.data_ptr()
+    assert torch.equal(layer.packed, other.packed)
 
 
 def test_the_map_of_previews_and_all_that_was_chosen_is_carried_over(pipeline: LensPipeline, tmp_path: Path) -> None:
@@ -236,6 +257,32 @@ def test_a_subclass_sets_itself_up_and_what_is_no_pipeline_is_refused(pipeline: 
         LensPipeline.from_pipe("tiny:")
     with pytest.raises(ConfigError, match="one part has two names among backbone, transformer"):
         LensPipeline.from_pipe(pipeline, transformer=pipeline.backbone, backbone=pipeline.backbone)
+
+
+@pytest.mark.parametrize("names", [("vae", "text_encoder", "backbone"), ("vae",)])
+def test_parts_that_are_let_go_of_leave_the_plan_of_the_other_pipeline(
+    names: tuple[str, ...], checkpoint: Path, catalog: Catalog
+) -> None:
+    pipeline = LensPipeline.from_pretrained(checkpoint, catalog=catalog, device="cpu")
+    before, meter = drawn(pipeline), Meter()
+    pipeline.offload("model", accelerator=meter)
+    other = LensPipeline.from_pipe(pipeline)
+    other.defer(names)
+    assert other.offload_manager is not None and other.offload_manager.parts.keys() == other.present().keys()
+    pixels = other.decode(before)
+    for one in (pipeline, other):
+        copied = meter.copied
+        one.encode(["red"])
+        assert torch.equal(drawn(one), before) and torch.equal(one.decode(before), pixels)
+        assert meter.copied - copied >= sum(t.nbytes for net in one.present().values() for t in net.parameters())
+
+
+def test_a_part_that_no_other_pipeline_has_is_let_go_of_for_good(checkpoint: Path, catalog: Catalog) -> None:
+    pipeline = LensPipeline.from_pretrained(checkpoint, catalog=catalog, device="cpu", offload="model")
+    part = weakref.ref(pipeline.vae)
+    pipeline.defer(["vae"])
+    gc.collect()
+    assert part() is None
 
 
 def test_a_backbone_with_loras_is_not_let_go_of(checkpoint: Path, catalog: Catalog, tmp_path: Path) -> None:
