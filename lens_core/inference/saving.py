@@ -76,17 +76,17 @@ def save_pretrained(content: CheckpointContent, folder: str | Path) -> None:
         raise CheckpointError(f"{root}: is a file; choose a new folder")
     root.mkdir(parents=True, exist_ok=True)
     present, unfinished = root / "lens.json", root / UNFINISHED
-    if any(root.iterdir()) and not present.is_file() and not unfinished.is_file():
+    empty = not any(root.iterdir())
+    if not empty and not present.is_file() and not unfinished.is_file():
         raise CheckpointError(f"{root}: is not empty and not a checkpoint; choose a new folder")
     # `lens.json` goes first and comes last: without it nothing is read, so that half a checkpoint is never loaded.
     before = integrity.stamps(root)
-    described = _described(present if present.is_file() else unfinished)
+    described = {"files": {}} if empty else _described(present if present.is_file() else unfinished)
     if present.is_file() or _listed(described, FOREIGN) is None:
         # The description stays readable: a save that fails has perhaps touched nothing yet, and it can be put back.
         described |= {FOREIGN: _foreign(described, before)}
         atomic_files.write_json(unfinished, described)
         present.unlink(missing_ok=True)
-    foreign = list(_listed(described, FOREIGN) or ())
     for kind in MODEL_PARTS:
         if content.parts.get(kind) is not None:
             content.parts[kind].save(root)
@@ -94,7 +94,7 @@ def save_pretrained(content: CheckpointContent, folder: str | Path) -> None:
         content.preview.write(root)
     else:
         (root / "vae" / manifest.PREVIEW_FILE).unlink(missing_ok=True)  # that of a checkpoint which stood here before
-    _remove_leftovers(content, root, before, foreign)
+    _remove_leftovers(content, root, before, described)
     save_about(content, root, before=before)
     unfinished.unlink()
 
@@ -120,16 +120,20 @@ def _foreign(described: Mapping[str, Any], there: Collection[str]) -> list[str]:
 
 
 def _remove_leftovers(
-    content: CheckpointContent, root: Path, before: integrity.Stamps, foreign: Collection[str]
+    content: CheckpointContent, root: Path, before: integrity.Stamps, described: Mapping[str, Any]
 ) -> None:
-    """Remove, of the parts that have been written, what a checkpoint held that stood here before, or one that was not
-    finished: shards, an index or a config that the new part does not have. The sampler's config goes; `save_about`
-    writes that of the new one. Files that are `foreign` stay: somebody else put them there."""
-    now = integrity.stamps(root)
-    written = tuple(f for kind in MODEL_PARTS if content.parts.get(kind) is not None for f in hub.FOLDERS[kind])
+    """Remove, of the parts that have been written, what a checkpoint held that stood here before: shards, an index or a
+    config that the new part does not have; of every part, what a save that was not finished added to that checkpoint.
+    The sampler's config goes; `save_about` writes that of the new one. Foreign files stay: somebody else put them
+    there."""
+    now, foreign, complete = integrity.stamps(root), _listed(described, FOREIGN) or (), _listed(described, "files")
+    parts = {folder: kind for kind in MODEL_PARTS for folder in hub.FOLDERS[kind]}
     for name in (name for name, stamp in before.items() if now.get(name) == stamp and name not in foreign):
         folder, _, file = name.rpartition("/")
-        if name == SAMPLER_FILE or (f"{folder}/" in written and hub.is_layout_file(file)):
+        kind = parts.get(f"{folder}/")
+        written = kind is not None and content.parts.get(kind) is not None
+        added = kind is not None and complete is not None and name not in complete
+        if name == SAMPLER_FILE or ((written or added) and hub.is_layout_file(file)):
             (root / name).unlink()
 
 

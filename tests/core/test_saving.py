@@ -10,6 +10,7 @@ import pytest
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import integrity, manifest
 from lens_core.inference.pipeline import LensPipeline
+from lens_core.recipe import ComponentSpec
 from lens_core.types import CheckpointError
 
 LEFTOVERS = (
@@ -103,6 +104,31 @@ def test_what_an_interrupted_save_wrote_is_removed_and_what_was_there_before_sta
     pipeline.save_pretrained(checkpoint)
     report = integrity.check(checkpoint, manifest.read_manifest(checkpoint, catalog))
     assert report.extra == (foreign,) and not report.missing and not report.differ
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_an_interrupted_save_wrote_of_a_part_that_the_next_one_lacks_is_removed(
+    named: bool, pipeline: LensPipeline, tmp_path: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, encoder = tmp_path / "new", pipeline.text_encoder
+    if not named:  # a checkpoint whose files nobody has listed, a text encoder perhaps among them
+        pipeline.text_encoder = None
+        pipeline.save_pretrained(folder)
+        about = json.loads((folder / "lens.json").read_text())
+        del about["files"]
+        (folder / "lens.json").write_text(json.dumps(about))
+        pipeline.put("text_encoder", encoder, ComponentSpec("toy:letters"))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipeline.backbone), "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pipeline.save_pretrained(folder)
+    written = folder / "text_encoder" / "diffusion_pytorch_model.safetensors"
+    assert written.is_file()
+    pipeline.text_encoder = None
+    pipeline.save_pretrained(folder)
+    assert written.is_file() is not named
+    if named:
+        LensPipeline.from_pretrained(folder, catalog=catalog, device="cpu", verify=True)
 
 
 def test_files_by_other_names_stay(pipeline: LensPipeline, checkpoint: Path, catalog: Catalog) -> None:
