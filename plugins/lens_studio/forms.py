@@ -264,14 +264,15 @@ def _loras_again(
         if not fitting:
             notes.append(f"its LoRA {shown(entry, 60)} is not offered here")
             continue
-        digests: dict[str, str] = {}
         if digest is not None and lora_hash is not None:
             digests, unread = _digests(fitting, lora_hash)
             notes += unread
-        same = [name for name in digests if digests[name] == digest]
-        if digests and not same:
-            notes.append(f"its LoRA {shown(file, 60)} had other content, of hash {shown(digest, 40)}")
-        fitting = same or fitting
+            same = [name for name in digests if digests[name] == digest]
+            if digests and not same:
+                notes.append(f"its LoRA {shown(file, 60)} had other content, of hash {shown(digest, 40)}")
+            fitting = same or list(digests)
+        if not fitting:
+            continue  # none can be read, and with its weight nothing could be drawn
         taken = next((name for name in fitting if not weights[name]), fitting[0])
         weights[taken] = weight
         if len(fitting) > 1:

@@ -210,7 +210,10 @@ def test_another_dtype_and_another_content_of_a_lora_are_noted(quick: LensPipeli
         break_it(offered["night"])
         again = read_again(tmp_path / "a.png", "", {"night": offered["night"]}, **served)
         assert [note.partition(" cannot be read: ")[0] for note in again.notes] == ["the LoRA 'night'"]
-        assert dict(again.values["loras"]) == {"night": 0.5}, "as where nothing is known of the content"
+        assert dict(again.values["loras"]) == {"night": 0.0}, "nothing could be drawn with it"
+        again = read_again(tmp_path / "a.png", "", offered, **served)
+        assert [note.partition(" cannot be read: ")[0] for note in again.notes] == ["the LoRA 'night'", note]
+        assert dict(again.values["loras"]) == {"night": 0.0, "dusk": 0.5}, "that of other content can be drawn with"
     assert read_again(dropped(tmp_path / "b.png", dtype="bfloat16"), "h", {}, **served).notes == (
         "was drawn in 'bfloat16'; this server draws in float32",
     )
