@@ -65,9 +65,16 @@ class DiffusersNames:
         for kind in PIPELINE_PARTS:
             if kind not in replaced:
                 getattr(pipeline, kind)  # read now, if it is deferred, so that it is read once for both
+        manager = pipeline.offload_manager
         new = pipeline._sharing.another(cls, pipeline)
-        for name, part in parts.items():
-            new.put(NAMES.get(name, name), part)
+        try:
+            for name, part in parts.items():
+                new.put(NAMES.get(name, name), part)
+        except BaseException:
+            pipeline._sharing.pipelines.discard(new)
+            if manager is not None and pipeline.offload_manager is None:
+                pipeline._plan_anew(manager)  # which ended for both, when the new part did not fit
+            raise
         return new
 
     def encode_prompt(

@@ -226,6 +226,24 @@ def test_a_plan_that_another_pipeline_does_not_fit_ends_on_the_cpu(pipeline: Len
     assert torch.equal(drawn(pipeline), before[0]) and torch.equal(drawn(other), before[1])
 
 
+def test_a_new_part_that_does_not_fit_leaves_the_plan_of_the_other_pipeline(pipeline: LensPipeline) -> None:
+    before, meter = drawn(pipeline), Meter()
+    pipeline.offload("none", accelerator=meter)
+    big, put = toy.Mixer(toy.Mixer.Config()), meter.put
+
+    def no_room(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() == next(big.parameters()).data_ptr():
+            raise torch.OutOfMemoryError("no memory")
+        return put(tensor)
+
+    meter.put = no_room  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError):
+        LensPipeline.from_pipe(pipeline, backbone=big)
+    assert pipeline.offload_manager is not None and pipeline.offload_manager.estimate.plan == "none"
+    assert {k: part.module for k, part in pipeline.offload_manager.parts.items()} == pipeline.present()
+    assert torch.equal(drawn(pipeline), before)
+
+
 def test_parts_of_another_pipeline_keep_their_dtype(checkpoint: Path, catalog: Catalog) -> None:
     pipeline = LensPipeline.from_pretrained(checkpoint, catalog=catalog, device="cpu")
     same = LensPipeline.from_pipe(pipeline)
