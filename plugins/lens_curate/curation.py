@@ -258,7 +258,7 @@ class _Curation:
     def _decided(self, records: t.RecordArrays, costly: bool) -> Verdicts:
         """Verdicts from the scores that there are; with those of costly filters, which score what the others keep."""
         order = [source.name for source in self.sources]
-        earlier = self._kept_earlier(records, order)
+        earlier = self._kept_earlier(records)
 
         def verdicts(filters: Sequence[Filter]) -> Verdicts:
             scores = []
@@ -276,16 +276,15 @@ class _Curation:
                 known.append(made)
         return verdicts(known)
 
-    def _kept_earlier(self, records: t.RecordArrays, names: Sequence[str]) -> NDArray[np.bool_]:
-        """Records of sources that this recipe does not name and that an earlier curation has kept."""
+    def _kept_earlier(self, records: t.RecordArrays) -> NDArray[np.bool_]:
+        """Records that an earlier curation has kept, with the files that they had then."""
         kept = np.zeros(len(records), bool)
-        if set(records.sources) <= {*names, t.OWN}:
-            return kept
         order = np.argsort(records.key)
         ordered = records.key[order]
-        for batch in self.tables.batches(t.VERDICTS, "key", "kept"):
-            at = t.places(ordered, t.hex_array(batch["key"].to_pylist(), 16))
-            kept[order[at[at >= 0]]] = np.array(batch["kept"].to_pylist(), bool)[at >= 0]
+        for ids, keys, _ in self.tables.stored_by_curations():
+            at = t.places(ordered, keys)
+            same = order[at[at >= 0]]
+            kept[same] = records.id[same] == ids[at >= 0]
         return kept
 
     def _commit(self, answers: Iterable[Answer], progress: Progress, unknown: int) -> None:

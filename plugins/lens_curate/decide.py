@@ -55,9 +55,10 @@ def decide(
     earlier: NDArray[np.bool_],
     colours: Colours | None = None,
 ) -> Verdicts:
-    """Verdicts on all records, without captions. `order`: the recipe's sources. `earlier`: records of other sources
-    that another curation of this store has kept; they stay, as do the store's own pictures, and new ones are compared
-    with them. `colours`: the grids of records at these places."""
+    """Verdicts on all records, without captions. `order`: the recipe's sources. `earlier`: records that a curation of
+    this store has kept. Those of other sources stay, as do the store's own pictures, and new ones are compared with
+    them; those of the recipe's sources pass the filters that could not be tried on them, for their source cannot be
+    read now. `colours`: the grids of records at these places."""
     ours = np.isin(records.source, [n for n, name in enumerate(records.sources) if name in order]) & ~records.in_store
     incumbent = records.in_store | (earlier & ~ours)
     stages = (KEPT, DECODE, EXACT, *(s.made.name for s in scores), NEAR, MIRRORED, CAPTION)
@@ -71,7 +72,7 @@ def decide(
         _drop_equal(records, rank, ours & present, present, stage, of, stages.index(EXACT))
     for each in scores:
         if not each.made.costly:
-            _apply(each, ours & present & (stage == 0), stage, column, stages.index(each.made.name))
+            _apply(each, ours & present & (stage == 0), earlier, stage, column, stages.index(each.made.name))
     if duplicates.distance is not None:
         places = np.flatnonzero(present & (stage == 0))
         mirrored = records.mirrored if duplicates.mirrored == "drop" else None
@@ -86,7 +87,7 @@ def decide(
         of[places[drop]], distance[places[drop]] = places[instead[drop]], bits[drop]
     for each in scores:
         if each.made.costly:
-            _apply(each, ours & present & (stage == 0), stage, column, stages.index(each.made.name))
+            _apply(each, ours & present & (stage == 0), earlier, stage, column, stages.index(each.made.name))
     # What no stage of this recipe is about, and no other curation has kept, is not kept.
     stage[~ours & ~incumbent] = -1
     return Verdicts(stages, ours, stage, column, of, distance, tuple(scores))
@@ -144,10 +145,16 @@ def _drop_equal(
 
 
 def _apply(
-    each: Scores, alive: NDArray[np.bool_], stage: NDArray[np.int16], column: NDArray[np.int16], number: int
+    each: Scores,
+    alive: NDArray[np.bool_],
+    earlier: NDArray[np.bool_],
+    stage: NDArray[np.int16],
+    column: NDArray[np.int16],
+    number: int,
 ) -> None:
     if not each.made.keep:
         return
+    alive = alive & ~(earlier & (each.state == UNSCORED))
     failed = alive & (each.state != 0)
     stage[failed], column[failed] = number, -1
     for place, (name, limits) in enumerate(each.made.keep.items()):

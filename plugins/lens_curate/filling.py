@@ -78,6 +78,8 @@ class Filler:
     changed: int = 0
     waiting: int = 0  # captions that were not made: the budget is spent, or the endpoint is down
     trouble: str = ""  # why
+    # Ids, sorted, of files that are to be captioned and that no source gives.
+    unread: NDArray[np.bytes_] = field(factory=lambda: np.zeros(0, "S32"))
     gone: set[int] = field(factory=set)  # places of records whose file was not found again
     captions: dict[str, _Captions] = field(factory=dict)
 
@@ -105,6 +107,7 @@ class Filler:
                 self._ask(captioner, held[: 2 * captioner.concurrency], progress)
                 del held[: 2 * captioner.concurrency]
         self._ask(captioner, held, progress)
+        self.unread = np.sort(t.hex_array([key.hex() for key in lacking], 32))
         progress.end()
         for style in captioner.styles:
             self._load(style)
@@ -141,16 +144,22 @@ class Filler:
         """Drop what has no caption, or one that failed its checks. In a preview, which makes few, only the latter."""
         stage, number = self.verdicts.stage, self.verdicts.stages.index(CAPTION)
         kept = self.verdicts.kept & self.verdicts.ours
+        stays = self._unread()
+        if len(self.unread):  # what was stored before stays as it is until its file is read
+            stays &= t.among(self.records.id, (ids for ids, _, _ in self.tables.stored_by_curations()))
         if self.captioner is None:
             stage[kept & ~self.records.brief & ~self.records.dense] = number
             return
         for style in self.captioner.styles:
             wanted = self._asks(style)
             places = self.captions[style].places(self.records.id)
-            failed = wanted & (places < 0) & (not preview)
+            failed = wanted & (places < 0) & ~stays & (not preview)
             there = wanted & (places >= 0)
             failed[there] = self.captions[style].flawed[places[there]]
             stage[failed] = number
+
+    def _unread(self) -> NDArray[np.bool_]:
+        return np.asarray(t.places(self.unread, self.records.id) >= 0)
 
     # ---- the store -----------------------------------------------------------------------------------------------
 
@@ -201,7 +210,7 @@ class Filler:
         """Add what is kept to the store, and replace captions there. Other pictures in it stay as they are."""
         records, store = self.records, self.tables.store
         there = self._stored()
-        self._replace(there & self.verdicts.kept & self.verdicts.ours)
+        self._replace(there & self.verdicts.kept & self.verdicts.ours & ~self._unread())
         places = np.flatnonzero(self.verdicts.kept & self.verdicts.ours & ~there)
         order = places[np.argsort(records.id[places], kind="stable")]
         ids = records.id[order]

@@ -14,6 +14,8 @@ from test_curate_run import add, picture, run, stages, stored
 from test_llm_client import Endpoint
 
 from lens_core.config import ComponentSpec, structure
+from lens_core.io import folders
+from lens_core.io.sources import SourceItem
 from lens_core.types import ConfigError, LensError
 
 GOOD = "A round red apple lies on a wooden table beside a folded newspaper and a white cup of black coffee."
@@ -100,6 +102,30 @@ def filling_catalog() -> Any:
     from lens_core.catalog import Catalog
 
     return Catalog.installed()
+
+
+def test_a_picture_that_cannot_be_read_for_a_new_caption_stays_with_its_old_one(
+    folder: Path, tmp_path: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(spec(folder, endpoint), tmp_path / "store")
+    before = stored(tmp_path / "store")
+    (tmp_path / "prompt.txt").write_text("Describe it in another way.")
+    read = folders.read_picture
+
+    def refuse(root: Path, relative: str, captions: Any) -> SourceItem:
+        if relative == "1.png":
+            return SourceItem(relative, fault="unreadable file", retry=True)
+        return read(root, relative, captions)
+
+    other = spec(folder, endpoint, prompt=str(tmp_path / "prompt.txt"))
+    endpoint.reply = lambda body: GOOD.replace("red", "green")
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "read_picture", refuse)
+        run(other, tmp_path / "store")
+    now = stored(tmp_path / "store")
+    assert now.keys() == before.keys() and sorted(row["dense"] == GOOD for row in now.values()) == [False] * 3 + [True]
+    run(other, tmp_path / "store")
+    assert {row["dense"] for row in stored(tmp_path / "store").values()} == {GOOD.replace("red", "green")}
 
 
 def test_no_caption_is_paid_for_twice(folder: Path, tmp_path: Path, endpoint: Endpoint) -> None:

@@ -294,7 +294,10 @@ def test_a_file_that_the_disk_did_not_give_is_read_by_the_next_run(
 
 
 def make_source(use: str, path: Path, seeds: range) -> None:
-    """What a source of this kind reads below `path`, one part for each that it can."""
+    """What a source of this kind reads below `path`."""
+    if use == "folder":
+        make_folder(path, seeds)
+        return
     path.mkdir(exist_ok=True)
     if use == "tars":
         make_tar(path / "a.tar", seeds)
@@ -469,6 +472,51 @@ def test_a_larger_file_about_which_the_system_says_nothing_is_never_pruned_and_r
     with suppress(ConfigError):  # of parquet files, whose parts cannot be listed then
         run(recipe, tmp_path / "store", prune=True)
     assert stored(tmp_path / "store") == before
+
+
+@pytest.mark.parametrize("use", ["folder", "tars", "parquet"])
+def test_a_filter_that_is_new_while_pictures_cannot_be_read_removes_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    make_source(use, tmp_path / "raw", range(3))
+    source = {"use": use, "path": str(tmp_path / "raw")}
+    assert run(spec(source), tmp_path / "store").data["kept"] == 3
+    before = stored(tmp_path / "store")
+    new = {"use": "entropy", "keep": {"entropy": {"min": 0.0}}}
+    with monkeypatch.context() as patch:
+        lose(patch, *{"folder": ("0.png", "1.png"), "tars": (".tar",), "parquet": (".parquet",)}[use])
+        for _ in range(2):
+            with suppress(ConfigError):  # of parquet files, whose parts cannot be listed then
+                run(spec(source, filters=[new]), tmp_path / "store")
+            assert stored(tmp_path / "store") == before
+    report = run(spec(source, filters=[new]), tmp_path / "store")
+    assert report.data["kept"] == report.data["records"] == 3 and stored(tmp_path / "store") == before
+    strict = {"use": "entropy", "keep": {"entropy": {"min": 99.0}}}
+    report = run(spec(source, filters=[strict]), tmp_path / "store")
+    assert report.data["stored"]["removed"] == 3, "they are known as what a curation put there, and are measured now"
+
+
+@pytest.mark.parametrize("lost", [2, 1])
+def test_a_filter_that_is_new_while_a_file_can_be_listed_and_not_read_removes_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    make_tar(tmp_path / "a.tar", range(3))
+    source = {"use": "tars", "path": str(tmp_path / "a.tar")}
+    run(spec(source), tmp_path / "store")
+    before = stored(tmp_path / "store")
+    samples = tars._samples
+
+    def breaks(*arguments: Any) -> Any:
+        yield from itertools.islice(samples(*arguments), 3 - lost)
+        raise OSError(errno.EIO, "Input/output error")
+
+    strict = {"use": "entropy", "keep": {"entropy": {"min": 99.0}}}
+    with monkeypatch.context() as patch:
+        patch.setattr(tars, "_samples", breaks)
+        report = run(spec(source, filters=[strict]), tmp_path / "store")
+    assert report.data["stored"]["removed"] == 3 - lost, "those that were measured"
+    assert stored(tmp_path / "store").items() <= before.items()
+    assert run(spec(source, filters=[strict]), tmp_path / "store").data["stored"]["removed"] == lost
 
 
 @pytest.mark.parametrize(
