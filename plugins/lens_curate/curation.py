@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -79,6 +80,7 @@ class _Curation:
         self, spec: CurationSpec, store: str, runner: str, workers: int | None, catalog: Catalog, caption_store: str
     ) -> None:
         self.spec, self.store, self.catalog = spec, store, catalog
+        self.id = uuid.uuid4().hex[:16]
         self.filters: list[Filter] = build_filters(spec, catalog)
         self.sources: list[NamedSource] = build_sources(spec.sources, catalog)
         self.names = [source.name for source in self.sources]
@@ -129,7 +131,7 @@ class _Curation:
     def _listed(self) -> Iterator[tuple[int, NamedSource, Part, bytes]]:
         for number, source in enumerate(self.sources):
             for part in source.source.parts():
-                yield number, source, part, bytes.fromhex(source.digest(part))
+                yield number, source, evolve(part, run=self.id), bytes.fromhex(source.digest(part))
 
     def _records(self) -> t.RecordArrays:
         return self.tables.records(self.names, self.listed)

@@ -20,7 +20,7 @@ class Part:
     payload: Mapping[str, Any] = field(factory=dict)
     fault: str = ""  # why it cannot be read
     retry: bool = False  # the fault may pass, see `SourceItem`
-    again: bool = False  # this run has read its records: what failed then need not be tried again
+    run: str = ""  # what names this run: what failed in it before need not be tried again
 
 
 def text_digest(*words: str) -> str:

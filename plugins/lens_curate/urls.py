@@ -88,7 +88,7 @@ class Urls:
     def read(self, part: Part) -> Iterator[SourceItem]:
         entries = part.payload["urls"]
         with ThreadPoolExecutor(min(self.config.concurrency, len(entries))) as pool:
-            fetched = pool.map(lambda entry: self._picture(entry["url"], part.again), entries)
+            fetched = pool.map(lambda entry: self._picture(entry["url"], part.run), entries)
             for entry, (answer, final) in zip(entries, fetched, strict=True):
                 name, captions = entry["url"], (entry["captions"],)
                 if isinstance(answer, bytes):
@@ -96,9 +96,9 @@ class Urls:
                 else:
                     yield SourceItem(name, fault=answer, retry=not final)
 
-    def _picture(self, url: str, again: bool) -> tuple[bytes | str, bool]:
+    def _picture(self, url: str, run: str) -> tuple[bytes | str, bool]:
         """(a picture, from the folder or the net, or why there is none; whether the next run would have the same).
-        `again`: as in `Part`."""
+        `run`: as in `Part`."""
         name = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
         place = Path(self.config.downloads).expanduser() / name[:2] / name
         fault, failures = place.with_suffix(".fault"), place.with_suffix(".failures")
@@ -106,19 +106,20 @@ class Urls:
             return readers.read_bytes(place, LARGEST_PICTURE), True
         if fault.is_file():
             return readers.read_text(fault), True
-        if again and failures.is_file():
+        before = readers.read_bytes(failures, LARGEST_TEXT) if failures.is_file() else b""
+        if run and before.lstrip(b"\0") == run.encode():
             return "not fetched", False
         for _ in range(self.config.retries + 1):
             answer, final = self._fetch(url)
             if final:
                 break
-        count = 0 if final else 1 + (failures.stat().st_size if failures.is_file() else 0)  # a byte for each
+        count = 0 if final else 1 + before.count(b"\0")  # a byte for each run in which it failed, then the last one
         final = final or count >= FAILURES
         if isinstance(answer, bytes):
             _keep(place, answer)
         else:
             with suppress(WriteError):  # a failure that cannot be noted is one, and is found again
-                _keep(fault if final else failures, answer.encode() if final else bytes(count))
+                _keep(fault if final else failures, answer.encode() if final else bytes(count) + run.encode())
         if final:
             with suppress(OSError):
                 failures.unlink(missing_ok=True)

@@ -180,7 +180,6 @@ class Worker:
             yield SourceItem(part.key, fault=why)
             return
         try:
-            part = evolve(part, again=not task.records)
             yield from (item for item in source.source.read(part) if item.fault not in NOT_COUNTED)
         except LensError as error:
             yield SourceItem(part.key, fault=one_line(error, 120), retry=True)

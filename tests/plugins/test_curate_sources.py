@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -246,6 +247,36 @@ def test_an_address_that_failed_is_tried_again_by_the_same_command_and_not_for_e
     asked.clear()
     report = run(spec({**use, "retries": 1}, duplicates={"exact": True, "distance": None}), tmp_path / "store")
     assert report.data["kept"] == 3 and asked == ["dead"], "as docs/curate.md has it"
+
+
+def test_an_address_that_failed_after_its_record_was_read_is_asked_again_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [json.dumps({"url": f"http://a.example/{name}", "caption": f"Picture {name}."}) for name in "ab"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    asked: list[str] = []
+    down: set[str] = set()
+
+    def fetch(self: Any, url: str) -> tuple[bytes | str, bool]:
+        asked.append(name := url.rpartition("/")[2])
+        return ("not fetched: HTTP 503", False) if name in down else (png(ord(name)), True)
+
+    monkeypatch.setattr(Urls, "_fetch", fetch)
+    use = {"use": "urls", "path": str(tmp_path / "list.txt"), "downloads": str(tmp_path / "kept"), "retries": 0}
+    assert run(spec(use), tmp_path / "store").data["kept"] == 2
+    before = stored(tmp_path / "store")
+    shutil.rmtree(tmp_path / "kept")
+    down.update("ab")
+    asked.clear()
+    new = [{"use": "entropy", "keep": {"entropy": {"min": 0.0}}}]
+    run(spec(use, filters=new), tmp_path / "store")
+    assert sorted(asked) == ["a", "b"] and stored(tmp_path / "store") == before, "once a run"
+    down.clear()
+    asked.clear()
+    report = run(spec(use, filters=new), tmp_path / "store")
+    assert sorted(asked) == ["a", "b"] and report.data["kept"] == 2 and stored(tmp_path / "store") == before
+    strict = [{"use": "entropy", "keep": {"entropy": {"min": 99.0}}}]
+    assert run(spec(use, filters=strict), tmp_path / "store").data["kept"] == 0, "they are measured"
 
 
 def test_a_folder_of_downloads_that_cannot_be_written_loses_none_that_are_in_it(
