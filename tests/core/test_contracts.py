@@ -155,6 +155,7 @@ def test_what_a_component_says_of_itself_is_checked(
         ({}, [{"bench": ["x"]}], None, "references returned, as bench, ['x']; it must be a text"),
         ({"bench": ["x"]}, [{}], None, "perceive returned, as bench, ['x']; it must be a text"),
         ({"x": HALF}, [{}], None, "decide returned NoneType; it must return a Decision"),
+        ({"bench": 2}, [{"bench": 1}, {"bench": 2}], None, "decide returned NoneType; it must return a Decision"),
     ],
 )
 def test_a_benchmark_that_perceives_and_decides_is_held_to_its_contract(
