@@ -261,7 +261,8 @@ def check_recipe(state: TrainingState, allow_changed: bool) -> None:
     there += [name for name in ("model", "adapters") if (state.out / name).is_dir()]
     begun = bool(there)
     start = state.recipe.pipeline.start
-    if start and not begun and state.out.resolve().is_relative_to(Path(start).expanduser().resolve()):
+    folder = Path(start or "").expanduser()  # where there is none, `start` is a name on the Hub
+    if start and not begun and folder.is_dir() and state.out.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(
             f"{state.out}: lies in the start checkpoint {start}, whose hash would change with what the run writes, so "
             "that it could not resume; choose an --output elsewhere"

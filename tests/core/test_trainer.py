@@ -24,7 +24,7 @@ from lens_core.checkpoints import manifest, tensor_files
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.io import atomic_files
 from lens_core.recipe import ComponentSpec, Evaluation, LoraSpec, PipelineSpec, Recipe, Training
-from lens_core.training import optimizers
+from lens_core.training import checkpointing, optimizers
 from lens_core.training.step import lr_factor
 from lens_core.training.trainer import Trainer
 from lens_core.types import (
@@ -374,6 +374,14 @@ def test_a_run_does_not_begin_in_its_own_start(runner: Runner) -> None:
         runner.run(plan, "start/run").train()
     assert not list((runner.folder / "start" / "run").glob("[!.]*")), "nothing is written"
     runner.run(plan, "start-run").train()
+
+
+def test_a_run_may_write_below_a_folder_that_is_named_like_its_start_on_the_hub(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runner.folder)
+    plan = evolve(recipe(steps=2), pipeline=PipelineSpec(start="org/name"))
+    checkpointing.check_recipe(types.SimpleNamespace(out=Path("org/name/run"), recipe=plan), allow_changed=False)
 
 
 def test_what_a_killed_save_left_is_removed_when_the_run_goes_on(runner: Runner) -> None:
