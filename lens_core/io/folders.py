@@ -42,7 +42,8 @@ def list_folder(root: Path) -> Iterator[tuple[str, tuple[Mapping[str, Any], ...]
             relative = f"{folder}{name}"
             if is_picture(name) and _name_digest(relative) not in listed:
                 yield relative, ()
-    yield from (fault for fault in later if fault not in faults)  # what could be listed the first time alone
+    known = set(faults)
+    yield from (fault for fault in later if fault not in known)  # what could be listed the first time alone
 
 
 def read_picture(root: Path, relative: str, captions: tuple[Mapping[str, Any], ...]) -> SourceItem:

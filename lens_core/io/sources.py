@@ -39,12 +39,8 @@ CAPTION_KEYS = ("brief", "dense", "caption", "text")
 IMAGE_NAMES = ("image", "img", "jpg", "png", "jpeg", "webp")
 """Names of what holds the picture, in columns and in tars, the likeliest first."""
 
-_ABSENT = (
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-)  # answers that another attempt would not change
+# Answers that another attempt would not change. EINVAL: a name that the file system cannot have.
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 UNREADABLE = "unreadable file"
 TOO_LARGE = f"image file larger than {LARGEST_PICTURE >> 20} MiB"
 LONG_TEXT = f"caption file larger than {LARGEST_TEXT >> 20} MiB"

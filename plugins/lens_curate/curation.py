@@ -147,7 +147,7 @@ class _Curation:
                 if first and prune and part.retry:
                     raise ConfigError(
                         f"{source.name}: {part.key} is an {part.fault} now, and --prune would remove what was in it; "
-                        "make it readable, or leave --prune out"
+                        "make it readable, delete it if it is a broken link, or leave --prune out"
                     )
                 if first:
                     if part.retry:

@@ -484,6 +484,34 @@ def test_a_picture_of_a_list_about_which_the_system_says_nothing_keeps_its_capti
     assert len(before) == 2 and list(folders.list_folder(raw)) == before
 
 
+def test_a_caption_whose_picture_the_file_system_cannot_have_is_one_without_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = make_folder(tmp_path / "raw", range(1))
+    (raw / "captions.jsonl").write_text(json.dumps({"file": "a?.png", "dense": "A texture."}))
+    stat = os.stat
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+        if "?" in str(path):
+            raise OSError(errno.EINVAL, "Invalid argument", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert [item.fault for item in folders.read_folder(raw)] == ["caption without a picture", ""]
+
+
+def test_a_broken_link_keeps_the_store_from_being_pruned_until_it_is_deleted(tmp_path: Path) -> None:
+    make_parquet(tmp_path / "raw", range(2))
+    link = tmp_path / "raw" / "b.parquet"
+    link.symlink_to(tmp_path / "not-mounted.parquet")
+    recipe = spec({"use": "parquet", "path": str(tmp_path / "raw")})
+    run(recipe, tmp_path / "store")
+    with pytest.raises(ConfigError, match=r"b\.parquet is an unreadable file now, .*delete it if it is a broken link"):
+        run(recipe, tmp_path / "store", prune=True)
+    link.unlink()
+    assert run(recipe, tmp_path / "store", prune=True).data["kept"] == 2
+
+
 @pytest.mark.parametrize("use", PIECES)
 def test_a_larger_file_about_which_the_system_says_nothing_is_never_pruned_and_read_by_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str
