@@ -5,7 +5,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from attrs import field, mutable
 
@@ -106,13 +106,18 @@ class _Member(tarfile.TarInfo):
     """A member of a tar. A header that is broken ends the archive with an error, where tarfile says nothing."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        """The next member, with the headers that extend it."""
         try:
-            made = super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(archive)
         except tarfile.HeaderError as error:
             if type(error).__name__ in ("EOFHeaderError", "EmptyHeaderError"):  # the end, with or without its mark
                 raise
             raise tarfile.ReadError(str(error)) from error
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        made = super().frombuf(buf, encoding, errors)
         extended = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *tarfile.GNU_TYPES[:2])
         if made.size < 0 or (made.type in extended and made.size > sources.LARGEST_HEADER):
             raise tarfile.ReadError(f"a header of {made.size} bytes")
