@@ -124,8 +124,9 @@ LARGEST_SCORE = 1e100
 
 
 def _averageable(score: Score) -> Score:
+    evidence = replace_surrogates(str(score.evidence))
     if score.value is None:
-        return evolve(score, evidence=replace_surrogates(str(score.evidence)))
+        return evolve(score, evidence=evidence)
     try:
         value = float(score.value)
     except OverflowError:  # an int beyond what a float can hold
@@ -133,7 +134,7 @@ def _averageable(score: Score) -> Score:
     if not abs(value) <= LARGEST_SCORE:
         what = f"beyond {LARGEST_SCORE:g}" if math.isfinite(value) else "not finite"
         return Score("failed", evidence=f"{what}: {value}")
-    return evolve(score, value=value, evidence=replace_surrogates(str(score.evidence)))
+    return evolve(score, value=value, evidence=evidence)
 
 
 def checked_loss(component: Any, loss: Any) -> Loss:

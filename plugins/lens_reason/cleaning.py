@@ -2,7 +2,7 @@
 
 Words that frame a prompt and words to be drawn can look alike. Position decides: what stands above or below the prompt,
 on lines of its own, is taken away; what the text before leads on to ("a sign that reads:") is an inscription.
-Patterns are bounded, and looked for once a line, so the time is linear in the length of the answer.
+Patterns are bounded, and each is searched once in a line, so the time is linear in the length of the answer.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import os
 import shutil
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -215,21 +215,29 @@ def test_addresses_are_fetched_once_and_within_limits(site: Any, tmp_path: Path)
     assert "private network" in again["down.png"] and set(site.requests[requests_before:]) == {"/down.png"}
 
 
-def test_an_address_that_failed_is_tried_again_by_the_same_command_and_not_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = ("good", "slow", "dead")
+def addresses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: Iterable[str], down: set[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """The source `urls` of a recipe, with an address for each name, and the names that were requested so far. Those
+    that are `down` answer 503."""
     lines = [json.dumps({"url": f"http://a.example/{name}", "caption": f"Picture {name}."}) for name in names]
     (tmp_path / "list.txt").write_text("\n".join(lines))
-    asked: list[str] = []
-    down = {"slow", "dead"}
+    requested: list[str] = []
 
     def fetch(self: Any, url: str) -> tuple[bytes | str, bool]:
-        asked.append(name := url.rpartition("/")[2])
+        requested.append(name := url.rpartition("/")[2])
         return ("not fetched: HTTP 503", False) if name in down else (png(ord(name[0])), True)
 
     monkeypatch.setattr(Urls, "_fetch", fetch)
     use = {"use": "urls", "path": str(tmp_path / "list.txt"), "downloads": str(tmp_path / "kept"), "retries": 0}
+    return use, requested
+
+
+def test_an_address_that_failed_is_tried_again_by_the_same_command_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down = {"slow", "dead"}
+    use, asked = addresses(tmp_path, monkeypatch, ("good", "slow", "dead"), down)
     assert run(spec(use, duplicates={"exact": True, "distance": None}), tmp_path / "store").data["kept"] == 1
     down.remove("slow")
     asked.clear()
@@ -252,17 +260,8 @@ def test_an_address_that_failed_is_tried_again_by_the_same_command_and_not_for_e
 def test_an_address_that_failed_after_its_record_was_read_is_asked_again_by_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = [json.dumps({"url": f"http://a.example/{name}", "caption": f"Picture {name}."}) for name in "ab"]
-    (tmp_path / "list.txt").write_text("\n".join(lines))
-    asked: list[str] = []
     down: set[str] = set()
-
-    def fetch(self: Any, url: str) -> tuple[bytes | str, bool]:
-        asked.append(name := url.rpartition("/")[2])
-        return ("not fetched: HTTP 503", False) if name in down else (png(ord(name)), True)
-
-    monkeypatch.setattr(Urls, "_fetch", fetch)
-    use = {"use": "urls", "path": str(tmp_path / "list.txt"), "downloads": str(tmp_path / "kept"), "retries": 0}
+    use, asked = addresses(tmp_path, monkeypatch, "ab", down)
     assert run(spec(use), tmp_path / "store").data["kept"] == 2
     before = stored(tmp_path / "store")
     shutil.rmtree(tmp_path / "kept")
@@ -282,19 +281,11 @@ def test_an_address_that_failed_after_its_record_was_read_is_asked_again_by_the_
 def test_a_folder_of_downloads_that_cannot_be_written_loses_none_that_are_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ("a", "dead", "b")
-    lines = [json.dumps({"url": f"http://a.example/{name}", "caption": f"Picture {name}."}) for name in names]
-    (tmp_path / "list.txt").write_text("\n".join(lines))
-
-    def fetch(self: Any, url: str) -> tuple[bytes | str, bool]:
-        name = url.rpartition("/")[2]
-        return ("not fetched: HTTP 503", False) if name == "dead" else (png(ord(name[0])), True)
+    use, _ = addresses(tmp_path, monkeypatch, ("a", "dead", "b"), {"dead"})
 
     def refused(path: Path, write: Any) -> None:
         raise WriteError(f"{path}: cannot be written: Read-only file system")
 
-    monkeypatch.setattr(Urls, "_fetch", fetch)
-    use = {"use": "urls", "path": str(tmp_path / "list.txt"), "downloads": str(tmp_path / "kept"), "retries": 0}
     run(spec(use), tmp_path / "store")
     monkeypatch.setattr(urls, "write_atomic", refused)
     assert run(spec(use), tmp_path / "other").data["kept"] == 2
