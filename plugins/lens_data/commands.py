@@ -39,7 +39,7 @@ def import_(
     update
         Replace the captions of pictures that the store has already.
     image_column
-        The column of parquet files that holds the pictures; one called image, img, jpg or png if not given.
+        The column of parquet files that holds the pictures; one called image, img, jpg, png, jpeg or webp if not given.
     text_column
         The column that holds the captions; brief, dense, caption or text if not given.
     """
