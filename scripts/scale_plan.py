@@ -147,16 +147,16 @@ def plan(seconds: float, rows: dict[str, float], search: tuple[float, float]) ->
 def main() -> None:
     reading(64)  # what is loaded and computed once
     sizes: dict[int, Any] = {side: reading(side) for side in (256, 512, 1024)}
-    print("| picture | ms of a core |\n|---|---|")
+    print("| picture | CPU ms |\n|---|---|")
     for side, (seconds, _) in sizes.items():
         print(f"| {side} x {side} px | {seconds * 1000:.0f} |")
     rows = sizes[1024][1]
-    print("\n| table | bytes of a picture |\n|---|---|")
+    print("\n| side table | bytes a picture |\n|---|---|")
     for name, size in sorted(rows.items()):
         print(f"| {name} | {size:,.0f} |")
     search = searching(300_000)
     print(f"\nsearch: {search[0] * 1e6:.0f} µs and {search[1]:,.0f} bytes a picture; arrays: {arrays()} bytes")
-    print("\n| bits turned | " + " | ".join(f"{n:,}" for n in (1_000_000, PICTURES)) + " |\n|---|---|---|")
+    print("\n| bits flipped | " + " | ".join(f"{n:,}" for n in (1_000_000, PICTURES)) + " |\n|---|---|---|")
     for turned in (0.01, 0.02, 0.04, 0.06):
         print(f"| {turned:.0%} | {band_recall(1_000_000, turned):.1%} | {band_recall(PICTURES, turned):.1%} |")
     print("\n| step | amount | dollars |\n|---|---|---|")
