@@ -29,7 +29,7 @@ def curate(
     output
         The store's folder or URI; made if it is not there.
     prune
-        Remove pictures from the store that a curation put there and that their source has no more.
+        Remove pictures from the store that a curation put there and that their source no longer has.
     preview
         Curate a sample of so many pictures, write the report of it, and leave the store alone.
     runner

@@ -213,7 +213,7 @@ def test_a_picture_that_is_deleted_leaves_the_store_and_the_report(folder: Path,
     (folder / "5.txt").unlink()
     whole = stored(tmp_path / "store")
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"raw: has no more 1 of 6 pictures .* use --prune to remove them"):
+        with pytest.raises(ConfigError, match=r"raw: no longer has 1 of 6 pictures .* use --prune to remove them"):
             run(spec(folder), tmp_path / "store")
         assert stored(tmp_path / "store") == whole
     report = run(spec(folder), tmp_path / "store", prune=True)
@@ -242,7 +242,7 @@ def test_another_folder_under_the_name_of_a_source_removes_nothing_unasked(tmp_p
             add(tmp_path / place / "raw", f"{number}.png", picture(seed))
     run(spec(tmp_path / "a" / "raw", filters=[]), tmp_path / "store")
     before = stored(tmp_path / "store")
-    with pytest.raises(ConfigError, match=r"raw: has no more 3 of 3 pictures .* another `name`"):
+    with pytest.raises(ConfigError, match=r"raw: no longer has 3 of 3 pictures .* another `name`"):
         run(spec(tmp_path / "b" / "raw", filters=[]), tmp_path / "store")
     assert stored(tmp_path / "store") == before
 

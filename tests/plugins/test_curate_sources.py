@@ -398,7 +398,7 @@ def test_a_folder_that_cannot_be_listed_is_counted_and_never_pruned(
         patch.setattr(os, "scandir", refusing)
         with pytest.raises(ConfigError, match="raw: sub is an unreadable folder now, and --prune would remove"):
             run(recipe, tmp_path / "store", prune=True)
-        with pytest.raises(ConfigError, match=r"has no more 1 of 2 .* sub is an unreadable folder now: make"):
+        with pytest.raises(ConfigError, match=r"no longer has 1 of 2 .* sub is an unreadable folder now: make"):
             run(recipe, tmp_path / "store")
         assert stored(tmp_path / "store") == before
         run(recipe, tmp_path / "other")
