@@ -191,7 +191,8 @@ class Filler:
                         else "use --prune to remove them, or give this source another `name` to keep them"
                     )
                     raise ConfigError(
-                        f"{name}: no longer has {gone:,} of {total:,} pictures that a curation put into the store; {step}"
+                        f"{name}: no longer has {gone:,} of {total:,} pictures that a curation put into the store; "
+                        f"{step}"
                     )
         if len(drop):
             self.tables.store.delete(t.hex_texts(drop))
