@@ -214,7 +214,8 @@ def _print_file(image_file: GeneratedFile, loading: float, *, as_json: bool, sho
 
 def _preset_note(pipeline: LensPipeline, steps: int | None, scale: float | None) -> str:
     """Which settings come from the checkpoint's preset, and the options that override them."""
-    preset = [f"{pipeline.presets['steps']} steps"] if steps is None else []
+    count = pipeline.presets["steps"]
+    preset = [f"{count} step{'s' * (count != 1)}"] if steps is None else []
     preset += [f"guidance {pipeline.presets['guidance_scale']:g}"] if scale is None else []
     if not preset:
         return ""

@@ -196,10 +196,16 @@ def _differing(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in several if name not in (*_SETTINGS, *_MACHINE, "prompts")]
 
 
+def steps_label(result: Mapping[str, Any]) -> str:
+    """The steps in a result's name, behind a comma; "" for a system that has none."""
+    steps = result["steps"]
+    return "" if steps is None else f", {steps} step{'s' * (steps != 1)}"
+
+
 def _name(result: Mapping[str, Any], naming: Sequence[str], *, machines: bool) -> str:
     """What a row is called; with the settings `naming`, and with dtype and device where the results have several."""
     name = str(result.get("group", result["model"]))
-    name += "" if result["steps"] is None else f", {result['steps']} steps"
+    name += steps_label(result)
     name += "" if result["guidance_scale"] is None else f", guidance {result['guidance_scale']:g}"
     name += ", refined prompts" if result.get("prompts") == "refined" else ""
     known = {n: v for n in naming if (v := _settings(result).get(n)) not in (None, "")}

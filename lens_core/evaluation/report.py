@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import asdict
@@ -17,15 +16,6 @@ from lens_core.types import Prompt
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
-
-
-def save_pictures(folder: Path, first: int, images: Tensor) -> None:
-    """Write images uint8 [B,3,H,W] as PNG files, named by their index from `first` on."""
-    from PIL import Image as pil
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, picture in enumerate(images, first):
-        pil.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{index:06d}.png")
 
 
 def result_json(result: BenchmarkResult, prompts: Sequence[Prompt], seed: int) -> dict[str, Any]:

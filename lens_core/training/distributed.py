@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import math
 import os
 import struct
 import warnings
@@ -133,14 +132,6 @@ class Ranks:
     def gradient_scale(self) -> int:
         """What a loss is multiplied by, for FSDP2 takes the mean over the processes where `add` takes the sum."""
         return self.world if self.sharded else 1
-
-    def sum_metrics(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sums over those processes that name a thing."""
-        if self.world == 1:
-            return dict(values)
-        everyone = self.all_gather(dict(values))
-        names = sorted({name for metrics in everyone for name in metrics})
-        return {name: math.fsum(metrics[name] for metrics in everyone if name in metrics) for name in names}
 
     def all_gather(self, value: Any) -> list[Any]:
         """What each process gives, in their order."""

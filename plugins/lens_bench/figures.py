@@ -54,10 +54,11 @@ def _positive(value: Any) -> TypeGuard[float]:
 
 
 def _label(result: Mapping[str, Any], several: bool) -> str:
-    steps = "" if result["steps"] is None else f", {result['steps']} steps"
+    from lens_core.evaluation.comparison import steps_label
+
     refined = ", refined prompts" if result.get("prompts") == "refined" else ""
     where = f" ({result.get('device')})" if several else ""
-    return f"{result['model']}{steps}{refined}{where}"
+    return f"{result['model']}{steps_label(result)}{refined}{where}"
 
 
 def draw(result_points: Sequence[Point], title: str, output: Path) -> None:

@@ -60,7 +60,7 @@ class Comparer:
                 changed = evolve(form, seed=seed, prompt=prompt)
             drawn, facts = self._cell(changed, value if axis == "checkpoints" else self.drawing.name)
             seed, prompt = str(facts["seed"]), facts["prompt"]
-            yield f"{value} steps" if axis == "steps" else str(value), drawn
+            yield f"{value} step{'s' * (value != 1)}" if axis == "steps" else str(value), drawn
 
     def _cell(self, form: Form, model: str) -> tuple[Any, dict[str, Any]]:
         fields = form.fields(self.drawing.grid)

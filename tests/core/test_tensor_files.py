@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import time
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,36 @@ def test_a_write_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_atomic(tmp_path / "file", stop)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_a_file_has_the_permissions_that_open_gives(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        write_json(tmp_path / "file.json", {})
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_threads_that_write_leave_the_umask_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    umask = os.umask
+
+    def slowly(mask: int) -> int:  # widens the gap between setting the umask and setting it back
+        before = umask(mask)
+        time.sleep(0.01)
+        return before
+
+    mask = umask(0o027)
+    monkeypatch.setattr(os, "umask", slowly)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda n: write_json(tmp_path / f"{n}.json", {}), range(24)))
+    finally:
+        left = umask(mask)
+    assert left == 0o027
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
