@@ -18,7 +18,7 @@ from lens_core import flow
 from lens_core.attribution import name_of
 from lens_core.protocols import BaseMethod, Sampler
 from lens_core.types import Batch, ConfigError, Loss, TextFeatures, move
-from lens_core.validators import GUIDANCE, PIXELS, STEPS, each, integer, optional, text
+from lens_core.validators import GUIDANCE, PIXELS, STEPS, each, integer, optional, real, text
 from lens_dmd2.rollout import ode
 from lens_dmd2.student import check_teacher, empty_text, grid_of, teacher_of, text_of_batch, velocity_of
 
@@ -63,8 +63,16 @@ class TrajectoryRegression(BaseMethod):
         # The teacher's; None: that of its presets.
         guidance_scale: float | None = field(default=None, validator=optional(GUIDANCE))
         teacher_steps: int = field(default=3, validator=integer(at_least=1))  # of the teacher, for one of the student
+        # Of the captions of a batch, for each of the student's steps, as ratios; (): all alike.
+        shares: tuple[float, ...] = field(default=(), validator=each(real(above=0)))
         # px, for captions without pictures; (): the preset square.
         sizes: tuple[tuple[int, int], ...] = field(default=(), validator=each(each(PIXELS)))
+
+        def __attrs_post_init__(self) -> None:
+            if self.shares and len(self.shares) != self.steps:
+                raise ConfigError(
+                    f"shares has {len(self.shares)} ratios for {self.steps} steps of the student; give one for each"
+                )
 
     def __init__(self, config: Config, pipeline: LensPipeline) -> None:
         if pipeline.sampler is None:
@@ -102,12 +110,14 @@ class TrajectoryRegression(BaseMethod):
     ) -> Iterator[Sequence[Segment]]:
         """One batch of captions a step, cut into a part for each step of the student. Where there are fewer captions
         than steps, each is used several times: all processes must make as many passes, or with FSDP all would hang."""
-        count = self.config.steps
         for batch in batches:
             grid, text = grid_of(self.pipeline, batch, self.config.sizes, rng), text_of_batch(self.pipeline, batch)
-            rows = [i % len(text) for i in range(max(count, len(text)))]
-            share = len(text) / len(rows)
-            yield [Segment(text[rows[step::count]], grid, step, share) for step in range(count)]
+            step_of_row = _shared_out(max(self.config.steps, len(text)), self.config.shares or (1,) * self.config.steps)
+            share = len(text) / len(step_of_row)
+            yield [
+                Segment(text[[row % len(text) for row, of in enumerate(step_of_row) if of == step]], grid, step, share)
+                for step in range(self.config.steps)
+            ]
 
     def loss(self, module_name: str, modules: Mapping[str, nn.Module], batch: Segment, rng: torch.Generator) -> Loss:
         """`rng` gives the noise that the student begins with."""
@@ -146,6 +156,17 @@ class TrajectoryRegression(BaseMethod):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_teacher("trajectory_regression", state["teacher"], self._teacher_version)
+
+
+def _shared_out(rows: int, ratios: Sequence[float]) -> list[int]:
+    """The step of each of `rows` rows, at least as many as steps: every step has one row or more, and after that each
+    row goes to the step that is furthest behind its share. Equal shares give 0, 1, 2, ..., 0, 1, 2, ..."""
+    counts, steps = [1] * len(ratios), list(range(len(ratios)))
+    while len(steps) < rows:
+        step = min(range(len(ratios)), key=lambda i: counts[i] / ratios[i])
+        counts[step] += 1
+        steps.append(step)
+    return steps
 
 
 def _is_euler(sampler: Sampler) -> bool:
