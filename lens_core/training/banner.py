@@ -12,6 +12,7 @@ from lens_core.io.readers import shown
 from lens_core.recipe import ComponentSpec
 from lens_core.training.muon import block_matrices
 from lens_core.training.state import TrainingState
+from lens_core.training.throughput import has_fast_bfloat16
 
 
 def lines(state: TrainingState, step: int) -> list[str]:
@@ -22,7 +23,7 @@ def lines(state: TrainingState, step: int) -> list[str]:
     rows = {
         "method": recipe.method.use,
         "device": _device(state),
-        "precision": f"{config.precision}{', compiled' if config.compile else ''}",
+        "precision": f"{config.precision}{', compiled' if config.compile else ''}{_slow(state)}",
         "learns": ", ".join(_parameters(state, name) for name in state.modules),
         "data": _data(recipe.dataset),
         "steps": f"{config.steps:,} in all{resumed}{batch}",
@@ -44,6 +45,12 @@ def _device(state: TrainingState) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     several = f", {state.ranks.world} processes" if state.ranks.world > 1 else ""
     return f"{device} ({name}){several}"
+
+
+def _slow(state: TrainingState) -> str:
+    if state.train_config.precision != "bf16" or has_fast_bfloat16(state.accelerator.device):
+        return ""
+    return "; this CPU has no bfloat16 of its own, and is several times as fast with --set train.precision=fp32"
 
 
 def _parameters(state: TrainingState, name: str) -> str:

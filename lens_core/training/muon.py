@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from lens_core.training.throughput import has_fast_bfloat16
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration that orthogonalises
 ITERATIONS = 5
 EPS = 1e-7
@@ -95,11 +97,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Matrices [K,M,N] -> bfloat16 [K,M,N] with the same singular vectors and singular values of about 1 (0.7 to 1.2),
-    by Newton and Schulz' iteration."""
+    """Matrices [K,M,N] -> [K,M,N] with the same singular vectors and singular values of about 1 (0.7 to 1.2), by Newton
+    and Schulz' iteration. In bfloat16, or in float32 where the device would be slower in bfloat16."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if has_fast_bfloat16(matrices.device) else matrices.float()
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
     for _ in range(ITERATIONS):

@@ -28,6 +28,14 @@ def peak(device: torch.device) -> float | None:
     return PEAKS.get(name.removeprefix("NVIDIA "))
 
 
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """False for an x86 CPU without instructions for bfloat16: it takes several times as long as in float32 there."""
+    if device.type != "cpu":
+        return True
+    known = torch.cpu.get_capabilities()
+    return known.get("architecture") != "x86_64" or bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
 class TimedLoader:
     """A dataset's batches, passed on; counts the samples, and the seconds that the run waits for them."""
 

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from attrs import evolve
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lens_core import Catalog, LensPipeline, Recipe, Trainer, structure
 from lens_core.recipe import Training
-from lens_core.training import memory_estimate, optimizers
+from lens_core.training import memory_estimate, muon, optimizers, throughput
 from lens_core.training.muon import Muon, block_matrices, orthogonalise
 from lens_core.types import ConfigError
 
@@ -60,7 +61,8 @@ def learn(net: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int, f
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_it_is_torchs_muon_and_torchs_adamw(decay: float) -> None:
+def test_it_is_torchs_muon_and_torchs_adamw(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "has_fast_bfloat16", lambda device: True)  # torch's is always in bfloat16
     ours, theirs = stack(), stack()
     parameters = list(theirs.parameters())
     matrices = block_matrices(theirs, parameters)
@@ -96,6 +98,36 @@ def test_orthogonalised_matrices_keep_their_singular_vectors(shape: tuple[int, .
     values = torch.diagonal(inner, dim1=1, dim2=2)
     assert values[s > 0.2 * s[:, :1]].min() > 0.6 and values.max() < 1.35
     assert (inner - torch.diag_embed(values)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_without_bfloat16_orthogonalises_in_float32(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "has_fast_bfloat16", lambda device: fast)
+    matrices = torch.randn(3, 20, 12, generator=torch.Generator().manual_seed(1))
+    exact = np.stack([m.T / np.linalg.norm(m) for m in matrices.double().numpy()])
+    for _ in range(5):
+        square = exact @ exact.transpose(0, 2, 1)
+        exact = 3.4445 * exact + (-4.775 * square + 2.0315 * square @ square) @ exact
+    error = (orthogonalise(matrices).double() - torch.from_numpy(exact.transpose(0, 2, 1))).abs().max()
+    assert error < (0.05 if fast else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "capabilities", "fast"),
+    [
+        ("cpu", {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, False),
+        ("cpu", {"architecture": "x86_64"}, False),
+        ("cpu", {"architecture": "x86_64", "avx512_bf16": True}, True),
+        ("cpu", {"architecture": "x86_64", "amx_bf16": True}, True),
+        ("cpu", {"architecture": "aarch64"}, True),
+        ("cuda", {"architecture": "x86_64"}, True),
+    ],
+)
+def test_which_devices_are_fast_in_bfloat16(
+    device: str, capabilities: dict[str, Any], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert throughput.has_fast_bfloat16(torch.device(device)) is fast
 
 
 def test_a_saved_state_goes_on_bit_for_bit() -> None:

@@ -113,6 +113,18 @@ def test_a_run_begins_with_what_it_is(catalog: Catalog, tmp_path: Path) -> None:
     assert rows["time"].endswith("evaluations come on top") and "for 3 steps" in rows["time"]
 
 
+@pytest.mark.parametrize(
+    ("precision", "fast", "hint"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
+)
+def test_bf16_on_a_cpu_without_it_is_said_to_be_slow(
+    precision: str, fast: bool, hint: bool, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(banner, "has_fast_bfloat16", lambda device: fast)
+    trainer = Trainer(recipe(precision=precision), catalog, tmp_path / "run", log=lambda line: None)
+    (line,) = [line for line in banner.lines(trainer, 0) if line.startswith("precision")]
+    assert ("--set train.precision=fp32" in line) is hint and line.split()[1].startswith(precision)
+
+
 def test_the_memory_is_that_of_weights_gradients_moments_and_averages(catalog: Catalog, tmp_path: Path) -> None:
     trainer = Trainer(RECIPE, catalog, tmp_path / "run", log=lambda line: None)
     nets = {id(net): net for net in (*trainer.pipeline.present().values(), *trainer.modules.values())}.values()
