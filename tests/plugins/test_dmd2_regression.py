@@ -160,6 +160,38 @@ def test_captions_are_shared_out_among_the_steps_each_of_which_learns_in_every_p
     assert sum(map(len, parts)) == max(4, rows)
 
 
+@pytest.mark.parametrize(
+    ("rows", "shares", "counts"),
+    [
+        (8, (1.0, 1.0, 1.0, 1.0), [2, 2, 2, 2]),
+        (8, (0.5, 0.25, 0.125, 0.125), [4, 2, 1, 1]),
+        (8, (100.0, 1.0, 1.0, 1.0), [5, 1, 1, 1]),
+        (3, (0.7, 0.1, 0.1, 0.1), [1, 1, 1, 1]),
+    ],
+)
+def test_the_steps_have_their_shares_of_the_captions_and_each_has_one(
+    rows: int, shares: tuple[float, ...], counts: list[int]
+) -> None:
+    m = method(shares=shares)
+    (parts,) = m.steps(batches(WORDS[:rows]), m.trainable_modules(), rng())
+    assert [len(part) for part in parts] == counts and [part.number for part in parts] == [0, 1, 2, 3]
+    weights = [m.loss("student", m.trainable_modules(), part, rng()).weight for part in parts]
+    assert weights == pytest.approx([count * rows / sum(counts) for count in counts])
+    everything = m.pipeline.encode(WORDS[:rows]).features
+    learned = torch.cat([part.text.features for part in parts])
+    if rows >= 4:  # every caption is learned from once
+        assert sorted(learned.flatten(1).sum(1).tolist()) == pytest.approx(
+            sorted(everything.flatten(1).sum(1).tolist())
+        )
+
+
+def test_shares_of_other_numbers_of_steps_or_of_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="shares has 3 ratios for 4 steps"):
+        TrajectoryRegression.Config(shares=(1.0, 1.0, 1.0))
+    with pytest.raises(ConfigError, match="above 0"):
+        TrajectoryRegression.Config(shares=(1.0, 1.0, 1.0, 0.0))
+
+
 def test_cached_latents_give_the_size_and_cached_text_is_not_encoded_again() -> None:
     m = method()
     text = m.pipeline.encode(["x", "yz"])
