@@ -87,7 +87,9 @@ async def _api_error(_: Request, error: Any) -> Response:
 async def _http_error(request: Request, error: Any) -> Response:
     """What the router says: no such path, or no such method."""
     what = f"{request.method} {request.url.path[:200]}"
-    words = f"there is nothing at {what}; see docs/serve.md" if error.status_code == 404 else f"{what}: {error.detail}"
+    known = sorted({route.path for route in request.app.routes if getattr(route, "methods", None)})
+    nothing = f"there is nothing at {what}; the server answers at {', '.join(known)}"
+    words = nothing if error.status_code == 404 else f"{what}: {error.detail}"
     return JSONResponse(ApiError(error.status_code, words, "not_found").body(), error.status_code, error.headers)
 
 

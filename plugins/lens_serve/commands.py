@@ -81,7 +81,7 @@ class PageOptions:
     ui: Annotated[bool, Parameter(negative="")] = False
     open_page: Annotated[bool, Parameter(name="--open", negative="")] = False
     runs: Path = Path("runs")
-    results: Path = Path("results")
+    results: Path = Path("runs")
     compare: Annotated[list[str] | None, Parameter(negative="")] = None
 
 

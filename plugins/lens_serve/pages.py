@@ -31,7 +31,7 @@ class PageSettings:
     """What a page may show beside the model: folders of the user's, and checkpoints that it may load to compare."""
 
     runs: Path = Path("runs")
-    results: Path = Path("results")
+    results: Path = Path("runs")
     models: tuple[str, ...] = ()
     scratch: Path  # a folder of the page's, which alone it serves files from
     max_upload: int = 32 * 2**20  # bytes

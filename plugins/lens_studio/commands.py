@@ -17,7 +17,7 @@ def studio(
     port: int = 7860,
     output: Annotated[Path, Parameter(alias="-o")] = Path("pictures"),
     runs: Path = Path("runs"),
-    results: Path = Path("results"),
+    results: Path = Path("runs"),
     compare: Annotated[list[str] | None, Parameter(negative="")] = None,
     offer_lora: Annotated[list[str] | None, Parameter(negative="")] = None,
     open_page: Annotated[bool, Parameter(name="--open")] = True,

@@ -1,0 +1,112 @@
+"""Which steps of a few-step student lose against its teacher: pictures of which both draw a part, and their scores.
+
+    python scripts/student_steps.py tiny:turbo --teacher tiny: --output runs/student-steps.json
+
+A pattern has a letter for each step: S, the student makes it, or T, the teacher goes the same way in three guided steps
+of Euler's method. Where TTSS is as good as the teacher, the student's last two steps cost nothing. The prompts are
+those of `shapes`, all patterns have the same noise, and differences to the first pattern are paired. A result stands in
+docs/distill.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import asdict
+from lens_dmd2.student import empty_text, velocity_of
+from lens_shapes.benchmark import ShapesBenchmark
+from torch import Tensor
+
+from lens_core import LensPipeline, flow
+from lens_core.evaluation.run import BenchmarkResult, by_task, score
+from lens_core.evaluation.statistics import paired_difference
+from lens_core.io.atomic_files import write_json
+from lens_core.types import Score, TextFeatures
+
+PATTERNS = ("SSSS", "TSSS", "TTSS", "TTTS", "SSTT", "SSST")
+FIRST = 1000  # the seed of the first picture's noise
+
+
+def step_by_step(student: Any, teacher: Any, text: TextFeatures, noise: Tensor, pattern: str, parts: int) -> Tensor:
+    """Latents of pictures whose steps student and teacher make by turns."""
+    plain = velocity_of(student.backbone, text)
+    cond, uncond = velocity_of(teacher.backbone, text), velocity_of(teacher.backbone, empty_text(text))
+    times = student.sampler.times(tuple(noise.shape[-2:]), len(pattern)).tolist()
+    x = noise
+    for letter, t, after in zip(pattern, times, times[1:], strict=False):
+        if letter == "S":
+            x = x + (after - t) * plain(x, flow.at(t, x))
+            continue
+        by = (after - t) / parts
+        for i in range(parts):
+            at = flow.at(t + i * by, x)
+            x = x + by * flow.guide(cond(x, at), uncond(x, at), teacher.presets["guidance_scale"])
+    return x
+
+
+@torch.no_grad()
+def run(student: Any, teacher: Any, benchmark: Any, pattern: str, parts: int, batch: int) -> BenchmarkResult:
+    """Draw and score the benchmark's prompts by one pattern."""
+    prompts = benchmark.prompts()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].text))  # like lengths together: little padding
+    size = [side // student.vae.downscale for side in student.size()]
+    images: dict[int, Tensor] = {}
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        noise = [
+            torch.randn(student.vae.channels, *size, generator=torch.Generator().manual_seed(FIRST + i)) for i in rows
+        ]
+        text = student.encode([prompts[i].text for i in rows])
+        drawn = student.decode(step_by_step(student, teacher, text, torch.stack(noise), pattern, parts)).float()
+        images |= zip(rows, ((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), strict=True)
+    return score(benchmark, torch.stack([images[i] for i in range(len(prompts))]), prompts)
+
+
+def against(result: BenchmarkResult, other: BenchmarkResult, prompts: Sequence[Any]) -> dict[str, float]:
+    """How much better a result is than another on the same prompts."""
+    pairs = zip(result.scores, other.scores, strict=True)
+    scores = [Score("ok", a.value - b.value) for a, b in pairs if a.value is not None and b.value is not None]
+    return dict(asdict(paired_difference(by_task(prompts, scores), result.headline)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("student")
+    parser.add_argument("--teacher", default="tiny:")
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="S and T, a letter for each step")
+    parser.add_argument("--parts", type=int, default=3, help="guided steps of the teacher for one of the student")
+    parser.add_argument("--prompts", type=int, default=350)
+    parser.add_argument("--batch", type=int, default=35)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    wrong = [p for p in options.patterns if set(p) - {"S", "T"} or len(p) != len(options.patterns[0])]
+    if wrong:
+        parser.error(f"{wrong[0]}: a pattern has a letter S or T for each step, and all have as many")
+    torch.set_num_threads(options.threads)
+    student, teacher = (LensPipeline.from_pretrained(m, device="cpu") for m in (options.student, options.teacher))
+    benchmark = ShapesBenchmark(ShapesBenchmark.Config(prompts=options.prompts, split="select", seed=1))
+    results: dict[str, BenchmarkResult] = {}
+    for pattern in options.patterns:
+        result = results[pattern] = run(student, teacher, benchmark, pattern, options.parts, options.batch)
+        first = next(iter(results.values()))
+        row = {name: estimate.value for name, estimate in result.tasks.items()}
+        print(pattern, *(f"{name} {value:.2f}" for name, value in row.items()), f"overall {result.overall.value:.3f}")
+        lines = {
+            name: {
+                "overall": asdict(one.overall),
+                "tasks": {task: estimate.value for task, estimate in one.tasks.items()},
+                "difference": against(one, first, benchmark.prompts()),
+            }
+            for name, one in results.items()
+        }
+        settings = {n: getattr(options, n) for n in ("student", "teacher", "parts", "prompts")}
+        write_json(options.output, {**settings, "patterns": lines})
+
+
+if __name__ == "__main__":
+    main()
