@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def step_by_step(student: Any, teacher: Any, text: TextFeatures, noise: Tensor, 
     cond, uncond = velocity_of(teacher.backbone, text), velocity_of(teacher.backbone, empty_text(text))
     times = student.sampler.times(tuple(noise.shape[-2:]), len(pattern)).tolist()
     x = noise
-    for letter, t, after in zip(pattern, times, times[1:], strict=False):
+    for letter, (t, after) in zip(pattern, pairwise(times), strict=True):
         if letter == "S":
             x = x + (after - t) * plain(x, flow.at(t, x))
             continue

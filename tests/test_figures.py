@@ -225,3 +225,17 @@ def test_what_learning_on_gave_is_what_its_tables_say(label: str, folder: str) -
     names = ("two", "counting", "colours", "position", "attribution", "words")
     assert tasks == [f"{float(by_task[name][0]):.2f}" for name in names]
     assert overall == f"{by_task['overall'][0]} ({by_task['overall'][1]})"
+
+
+def test_where_the_student_loses_is_what_its_results_say() -> None:
+    page = (ROOT / "docs" / "distill.md").read_text(encoding="utf-8")
+    patterns = json.loads((RESULTS / "turbo" / "steps.json").read_text(encoding="utf-8"))["patterns"]
+    for pattern, measured in patterns.items():
+        values = [measured["tasks"][t] for t in ("two", "counting", "colours", "position", "attribution", "words")]
+        row = re.search(rf"^\| {pattern}[^|]*\|(.*)\|$", page, re.MULTILINE)
+        assert row is not None, pattern
+        *tasks, overall, difference = (cell.strip() for cell in row[1].split("|"))
+        assert tasks == [f"{value:.2f}" for value in values] and overall == f"{measured['overall']['value']:.3f}"
+        gain = measured["difference"]
+        want = f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
+        assert difference == (want if pattern != "SSSS" else "")
