@@ -84,3 +84,13 @@ def parse_lora(text: str) -> tuple[Path, float]:
     if not place.exists():
         raise ConfigError(f"{place}: there is no such LoRA; give a .safetensors file or its folder, then :WEIGHT")
     return place, factor
+
+
+def checked_interval(value: Any) -> tuple[float, float]:
+    """The two times of a guidance interval. Raises ConfigError."""
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise ConfigError(f"guidance_interval is two times, 0 <= low < high <= 1, not {shown(value)}")
+    low, high = (number("guidance_interval", time, finite=False) for time in value)
+    if not 0 <= low < high <= 1:
+        raise ConfigError(f"guidance_interval is two times, 0 <= low < high <= 1, not {low:g} and {high:g}")
+    return low, high

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from lens_core.cli.options import DEFAULT_MODEL, ModelGroup, check_steps, parse_size, print_to_terminal
+from lens_core.cli.options import DEFAULT_MODEL, ModelGroup, check_steps, parse_interval, parse_size, print_to_terminal
 from lens_core.types import ConfigError
 
 
@@ -23,6 +23,7 @@ def bench(
     seed: int = 0,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_interval: str | None = None,
     size: str | None = None,
     batch_size: int | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
@@ -55,6 +56,8 @@ def bench(
         Sampler steps; the checkpoint's preset if not given.
     guidance_scale
         The checkpoint's preset if not given.
+    guidance_interval
+        LOW,HIGH in times: guidance is applied where LOW < t <= HIGH alone; t = 1 is noise.
     size
         Height x width in px; the benchmark's, or else the generator's own if not given.
     batch_size
@@ -74,6 +77,7 @@ def bench(
     settings = {
         **model.generator_options(),
         "steps": check_steps(steps), "guidance_scale": guidance_scale, "batch_size": batch_size,
+        "guidance_interval": None if guidance_interval is None else parse_interval(guidance_interval),
     }  # fmt: skip
     systems = [running.generator_spec(text, settings) for text in generator or [""]]
     if model.model is not None and generator:

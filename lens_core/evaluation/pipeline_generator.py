@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
-from lens_core.arguments import parse_lora
+from lens_core.arguments import checked_interval, parse_lora
 from lens_core.catalog import Catalog
 from lens_core.config import ComponentSpec, unstructure
 from lens_core.inference import png_metadata, refinement
 from lens_core.inference.offload_plans import PLANS
 from lens_core.inference.requests import GenerateRequest, ModelRequest
 from lens_core.types import GenerationEstimate, PictureOutcome, PictureRequest, RefusedError, SystemInfo
-from lens_core.validators import GUIDANCE, PIXELS, STEPS, each, integer, one_of, optional, real, text
+from lens_core.validators import GUIDANCE, PIXELS, STEPS, each, integer, one_of, optional, real, text, within
 
 if TYPE_CHECKING:
     from lens_core.inference.pipeline import LensPipeline
@@ -41,6 +41,8 @@ class PipelineGenerator:
         loras: tuple[str, ...] = field(default=(), validator=each(text()))  # PATH or PATH:WEIGHT
         steps: int | None = field(default=None, validator=optional(STEPS))  # the checkpoint's preset if None
         guidance_scale: float | None = field(default=None, validator=optional(GUIDANCE))
+        # low, high: guidance is at work where low < t <= high alone; t = 1 is noise
+        guidance_interval: tuple[float, float] = field(default=(0.0, 1.0), validator=each(within(0, 1)))
         negative_prompt: str | None = None
         sampler: ComponentSpec | None = None  # the checkpoint's if None
         reasoner: ComponentSpec | None = None  # rewrites each prompt; None: prompts are sent as they are
@@ -53,6 +55,9 @@ class PipelineGenerator:
         lossy_vae_tile: int | None = field(default=None, validator=optional(PIXELS))
         # For dry runs, which draw nothing; `lens bench latency` measures it.
         seconds_per_picture: float | None = field(default=None, validator=optional(real(at_least=0)))
+
+        def __attrs_post_init__(self) -> None:
+            checked_interval(self.guidance_interval)
 
         def uses(self) -> Iterator[tuple[str, str, ComponentSpec]]:
             """What is checked with this config: (path, kind, use)."""
@@ -97,11 +102,16 @@ class PipelineGenerator:
                 lossy_vae_tile=c.lossy_vae_tile,
             )
             height, width = self.planned_size or (None, None)
-            images = GenerateRequest(
-                c.negative_prompt, height=height, width=width, steps=c.steps, guidance_scale=c.guidance_scale
-            )
+            images = self._request(height, width)
             self._pipeline = request.load(lambda loaded: images.workload(loaded, c.batch_size), catalog=self.catalog)
         return self._pipeline
+
+    def _request(self, height: int | None, width: int | None) -> GenerateRequest:
+        c = self.config
+        return GenerateRequest(
+            c.negative_prompt, height=height, width=width, steps=c.steps, guidance_scale=c.guidance_scale,
+            guidance_interval=c.guidance_interval,
+        )  # fmt: skip
 
     def describe(self) -> SystemInfo:
         """The checkpoint's name and hash; settings have `prompts`: raw, or refined by a reasoner."""
@@ -111,6 +121,7 @@ class PipelineGenerator:
         settings = {
             "steps": int(presets["steps"]) if c.steps is None else c.steps,
             "guidance_scale": presets["guidance_scale"] if c.guidance_scale is None else c.guidance_scale,
+            **({} if c.guidance_interval == (0, 1) else {"guidance_interval": list(c.guidance_interval)}),
             "negative_prompt": c.negative_prompt or "",
             "sampler": None if sampler is None else unstructure(sampler),
             "prompts": "raw" if c.reasoner is None else "refined",
@@ -150,12 +161,8 @@ class PipelineGenerator:
         return {prompt: reason for one in prompts for prompt, reason in self._refused([one]).items()}
 
     def _drawn(self, batch: Sequence[PictureRequest], size: tuple[int, int] | None) -> Iterator[PictureOutcome]:
-        c = self.config
         height, width = size or (None, None)
-        images = GenerateRequest(
-            negative_prompt=c.negative_prompt, height=height, width=width, steps=c.steps,
-            guidance_scale=c.guidance_scale,
-        )  # fmt: skip
+        images = self._request(height, width)
         start = time.perf_counter()
         seeds = [request.seed for request in batch]
         result = self.pipeline([request.prompt for request in batch], seed=seeds, **images.arguments())

@@ -12,7 +12,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from lens_core.arguments import number, texts, whole
+from lens_core.arguments import checked_interval, number, texts, whole
 from lens_core.inference.picture_arguments import as_picture
 from lens_core.io.images import to_rgb
 from lens_core.io.readers import shown
@@ -37,15 +37,6 @@ def _negative(value: Any) -> str | list[str] | None:
     if value is not None:
         texts("negative_prompt", value)
     return value if value is None or isinstance(value, str) else list(value)
-
-
-def _interval(value: Any) -> tuple[float, float]:
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise ConfigError(f"guidance_interval is two times, 0 <= low < high <= 1, not {shown(value)}")
-    low, high = (number("guidance_interval", time, finite=False) for time in value)
-    if not 0 <= low < high <= 1:
-        raise ConfigError(f"guidance_interval is two times, 0 <= low < high <= 1, not {low:g} and {high:g}")
-    return low, high
 
 
 def _output_type(value: Any) -> Any:
@@ -90,7 +81,7 @@ class CallArguments:
     num_images_per_prompt: int = field(default=1, converter=_count)
     num_inference_steps: int | None = field(default=None, converter=_steps)
     guidance_scale: float | None = field(default=None, converter=_scale)
-    guidance_interval: tuple[float, float] = field(default=(0.0, 1.0), converter=_interval)
+    guidance_interval: tuple[float, float] = field(default=(0.0, 1.0), converter=checked_interval)
     image: Any = field(default=None, converter=_image)
     mask_image: Any = field(default=None, converter=_mask_image)
     height: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -12,9 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import stage_worker
 import torch
+from PIL import Image
 from stage_worker import Brightness, Dots, png, run
 
 from lens_core.catalog import Catalog
@@ -110,6 +113,24 @@ def test_what_a_reasoner_refuses_is_refused_and_the_others_are_drawn(checkpoint:
     assert (outcomes["a person"].status, outcomes["a person"].reason) == ("refused", "no persons")
     assert [outcomes[p].sent_prompt for p in ("a dog", "a cat")] == ["a dog, at noon", "a cat, at noon"]
     assert asked == [prompts, ["a dog"], ["a person"], ["a cat"]], "each is asked about alone, once"
+
+
+def test_a_guidance_interval_draws_what_the_pipeline_draws_with_it(checkpoint: Path, catalog: Catalog) -> None:
+    requests = [PictureRequest("a dog", 3, (16, 16), "0", 0)]
+    drawn = {}
+    for interval in ((0.0, 1.0), (0.0, 0.6)):
+        options: dict[str, Any] = {"guidance_scale": 9.0, "guidance_interval": interval}
+        generator = PipelineGenerator(PipelineGenerator.Config(model=str(checkpoint), steps=4, **options), catalog)
+        (outcome,) = generator.generate(requests)
+        drawn[interval] = np.asarray(Image.open(io.BytesIO(outcome.image)))
+        (picture,) = generator.pipeline("a dog", height=16, width=16, num_inference_steps=4, seed=3, **options).images
+        assert np.array_equal(drawn[interval], np.asarray(picture))
+        named = generator.describe().settings.get("guidance_interval")
+        assert named == (None if interval == (0, 1) else [0.0, 0.6]), "earlier results have no such setting"
+    assert not np.array_equal(*drawn.values())
+    for wrong, words in (((0.5, 0.5), "0 <= low < high <= 1"), ((0.0, 1.5), "at most 1"), ((0.1,), "two times")):
+        with pytest.raises(ConfigError, match=words):
+            PipelineGenerator.Config(guidance_interval=wrong)  # type: ignore[arg-type]
 
 
 def test_refusals_are_final_and_failures_are_tried_again(tmp_path: Path) -> None:
