@@ -28,7 +28,7 @@ from lens_core.evaluation.statistics import paired_difference
 from lens_core.io.atomic_files import write_json
 from lens_core.types import Score, TextFeatures
 
-PATTERNS = ("SSSS", "TSSS", "TTSS", "TTTS", "SSTT", "SSST")
+PATTERNS = ("SSSS", "TSSS", "TTSS", "TTTS", "TTTT", "SSTT", "SSST")
 FIRST = 1000  # the seed of the first picture's noise
 
 
@@ -69,8 +69,10 @@ def run(student: Any, teacher: Any, benchmark: Any, pattern: str, parts: int, ba
 
 def against(result: BenchmarkResult, other: BenchmarkResult, prompts: Sequence[Any]) -> dict[str, float]:
     """How much better a result is than another on the same prompts."""
-    pairs = zip(result.scores, other.scores, strict=True)
-    scores = [Score("ok", a.value - b.value) for a, b in pairs if a.value is not None and b.value is not None]
+    scores = [
+        Score("abstain") if a.value is None or b.value is None else Score("ok", a.value - b.value)
+        for a, b in zip(result.scores, other.scores, strict=True)
+    ]
     return dict(asdict(paired_difference(by_task(prompts, scores), result.headline)))
 
 

@@ -118,10 +118,12 @@ class PipelineGenerator:
         c, pipeline = self.config, self.pipeline
         presets, reasoner = pipeline.presets, pipeline.reasoner
         sampler = pipeline.specs.get("sampler")
+        scale = presets["guidance_scale"] if c.guidance_scale is None else c.guidance_scale
+        interval = () if scale == 1 else checked_interval(c.guidance_interval)  # without guidance it has no effect
         settings = {
             "steps": int(presets["steps"]) if c.steps is None else c.steps,
-            "guidance_scale": presets["guidance_scale"] if c.guidance_scale is None else c.guidance_scale,
-            **({} if c.guidance_interval == (0, 1) else {"guidance_interval": list(c.guidance_interval)}),
+            "guidance_scale": scale,
+            **({} if interval in ((), (0, 1)) else {"guidance_interval": list(interval)}),
             "negative_prompt": c.negative_prompt or "",
             "sampler": None if sampler is None else unstructure(sampler),
             "prompts": "raw" if c.reasoner is None else "refined",

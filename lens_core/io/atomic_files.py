@@ -8,6 +8,7 @@ import math
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,11 +43,13 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour of `path`, then move it there: whole or not at all."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Made by `open`, which heeds the umask: to read it one must set it, and another thread would see that.
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+        temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{path.suffix}"
+        # The mode that the umask leaves: to read a umask one must set it, and another thread would see that.
         temporary.touch(0o666, exist_ok=False)
+        mode = temporary.stat().st_mode
         try:
             write(temporary)
+            temporary.chmod(stat.S_IMODE(mode))  # `write` may have put another file there
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -23,7 +23,7 @@ def lines(state: TrainingState, step: int) -> list[str]:
     rows = {
         "method": recipe.method.use,
         "device": _device(state),
-        "precision": f"{config.precision}{', compiled' if config.compile else ''}{_slow(state)}",
+        "precision": f"{config.precision}{', compiled' if config.compile else ''}{'' if step else _slow(state)}",
         "learns": ", ".join(_parameters(state, name) for name in state.modules),
         "data": _data(recipe.dataset),
         "steps": f"{config.steps:,} in all{resumed}{batch}",
@@ -48,9 +48,10 @@ def _device(state: TrainingState) -> str:
 
 
 def _slow(state: TrainingState) -> str:
+    """A hint for a run that begins: one that goes on must keep its precision."""
     if state.train_config.precision != "bf16" or has_fast_bfloat16(state.accelerator.device):
         return ""
-    return "; this CPU has no bfloat16 of its own, and is several times as fast with --set train.precision=fp32"
+    return "; this CPU has no bfloat16 of its own, and is usually faster with --set train.precision=fp32"
 
 
 def _parameters(state: TrainingState, name: str) -> str:

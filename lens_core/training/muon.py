@@ -24,7 +24,8 @@ RMS = 0.2  # root mean square of a step at lr 1, as AdamW's
 
 
 class Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon` (`match_rms_adamw`) for `matrices` [M,N], `torch.optim.AdamW` for `others`, in one optimizer.
+    """`torch.optim.Muon` (`match_rms_adamw`) for `matrices` [M,N], `torch.optim.AdamW` for `others`, in one optimizer;
+    on CPUs without bfloat16 in float32, where torch's is always in bfloat16.
 
     Matrices of one shape are orthogonalised together: as few kernels as for one, where torch launches 25 for each of
     them. A learning rate that is a tensor, and a step, can be recorded in a CUDA graph.

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 @frozen
 class Segment:
     """A micro-batch: the captions' text, the latent grid (h, w), the step of the student that learns from it, and
-    the share of the captions that are not there again."""
+    what each row weighs: less than 1 where captions are there several times."""
 
     text: TextFeatures
     size: tuple[int, int]
     number: int
-    share: float = 1.0
+    row_weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.text)
@@ -63,7 +63,8 @@ class TrajectoryRegression(BaseMethod):
         # The teacher's; None: that of its presets.
         guidance_scale: float | None = field(default=None, validator=optional(GUIDANCE))
         teacher_steps: int = field(default=3, validator=integer(at_least=1))  # of the teacher, for one of the student
-        # Of the captions of a batch, for each of the student's steps, as ratios; (): all alike.
+        # Of the captions of a batch, for each of the student's steps, as ratios; (): all alike. Each step has one
+        # caption or more of every process's batch, so that small batches are shared out more evenly.
         shares: tuple[float, ...] = field(default=(), validator=each(real(above=0)))
         # px, for captions without pictures; (): the preset square.
         sizes: tuple[tuple[int, int], ...] = field(default=(), validator=each(each(PIXELS)))
@@ -113,9 +114,9 @@ class TrajectoryRegression(BaseMethod):
         for batch in batches:
             grid, text = grid_of(self.pipeline, batch, self.config.sizes, rng), text_of_batch(self.pipeline, batch)
             step_of_row = _shared_out(max(self.config.steps, len(text)), self.config.shares or (1,) * self.config.steps)
-            share = len(text) / len(step_of_row)
+            weight = len(text) / len(step_of_row)
             yield [
-                Segment(text[[row % len(text) for row, of in enumerate(step_of_row) if of == step]], grid, step, share)
+                Segment(text[[row % len(text) for row, of in enumerate(step_of_row) if of == step]], grid, step, weight)
                 for step in range(self.config.steps)
             ]
 
@@ -131,7 +132,7 @@ class TrajectoryRegression(BaseMethod):
         error = (student(x, flow.at(t, x)).float() - wanted).square().mean()
         # Against the best guess that is the same for all rows and places: what is left to learn, as a share.
         unexplained = error.detach() / wanted.var().clamp(min=1e-12)
-        return Loss(error, {"unexplained": unexplained}, weight=batch.share * len(batch))
+        return Loss(error, {"unexplained": unexplained}, weight=batch.row_weight * len(batch))
 
     @torch.no_grad()
     def _mean_velocity(self, x: Tensor, t: float, after: float, text: TextFeatures) -> Tensor:

@@ -20,6 +20,8 @@ from lens_serve.images_api import CLIENT_GONE, ImagesApi
 from lens_serve.metrics import CONTENT_TYPE, Metrics
 from lens_serve.outputs import Outputs
 
+OUTPUT = "/outputs/{name}"
+
 
 @frozen(kw_only=True)
 class AppOptions:
@@ -65,7 +67,7 @@ def make_app(engine: Engine, options: AppOptions | None = None) -> FastAPI:
             Route("/v1/models/{name:path}", api.model, methods=["GET"]),
             Route("/health", health, methods=["GET"]),
             Route("/metrics", read_metrics, methods=["GET"]),
-            Route("/outputs/{name}", output, methods=["GET"]),
+            Route(OUTPUT, output, methods=["GET"]),
         ],
         exception_handlers={
             ApiError: _api_error,
@@ -87,8 +89,10 @@ async def _api_error(_: Request, error: Any) -> Response:
 async def _http_error(request: Request, error: Any) -> Response:
     """What the router says: no such path, or no such method."""
     what = f"{request.method} {request.url.path[:200]}"
-    known = sorted({route.path for route in request.app.routes if getattr(route, "methods", None)})
-    nothing = f"there is nothing at {what}; the server answers at {', '.join(known)}"
+    known = {route.path for route in request.app.routes}  # a mounted page's too
+    if request.app.state.outputs is None:
+        known.remove(OUTPUT)
+    nothing = f"there is nothing at {what}; the server answers at {', '.join(sorted(known))}"
     words = nothing if error.status_code == 404 else f"{what}: {error.detail}"
     return JSONResponse(ApiError(error.status_code, words, "not_found").body(), error.status_code, error.headers)
 

@@ -123,6 +123,7 @@ def test_bf16_on_a_cpu_without_it_is_said_to_be_slow(
     trainer = Trainer(recipe(precision=precision), catalog, tmp_path / "run", log=lambda line: None)
     (line,) = [line for line in banner.lines(trainer, 0) if line.startswith("precision")]
     assert ("--set train.precision=fp32" in line) is hint and line.split()[1].startswith(precision)
+    assert not any("--set" in line for line in banner.lines(trainer, 1)), "a resumed run keeps its precision"
 
 
 def test_the_memory_is_that_of_weights_gradients_moments_and_averages(catalog: Catalog, tmp_path: Path) -> None:

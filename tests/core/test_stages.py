@@ -128,6 +128,9 @@ def test_a_guidance_interval_draws_what_the_pipeline_draws_with_it(checkpoint: P
         named = generator.describe().settings.get("guidance_interval")
         assert named == (None if interval == (0, 1) else [0.0, 0.6]), "earlier results have no such setting"
     assert not np.array_equal(*drawn.values())
+    for without in ({"guidance_interval": [0.0, 1.0]}, {"guidance_interval": (0.2, 1.0), "guidance_scale": 1.0}):
+        plain = PipelineGenerator(PipelineGenerator.Config(model=str(checkpoint), **without), catalog)  # type: ignore[arg-type]
+        assert "guidance_interval" not in plain.describe().settings, "it changes nothing"
     for wrong, words in (((0.5, 0.5), "0 <= low < high <= 1"), ((0.0, 1.5), "at most 1"), ((0.1,), "two times")):
         with pytest.raises(ConfigError, match=words):
             PipelineGenerator.Config(guidance_interval=wrong)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -77,10 +78,12 @@ def test_a_file_has_the_permissions_that_open_gives(tmp_path: Path, mask: int) -
     before = os.umask(mask)
     try:
         write_json(tmp_path / "file.json", {})
+        write_atomic(tmp_path / "replaced", lambda path: save_file({"x": torch.ones(1)}, path))
         (tmp_path / "plain").touch()
     finally:
         os.umask(before)
-    assert (tmp_path / "file.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    wanted = (tmp_path / "plain").stat().st_mode
+    assert [(tmp_path / name).stat().st_mode for name in ("file.json", "replaced")] == [wanted, wanted]
 
 
 def test_threads_that_write_leave_the_umask_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +107,8 @@ def test_threads_that_write_leave_the_umask_of_the_process(tmp_path: Path, monke
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "choose another output" in error(lambda: write_json(tmp_path / "file" / "below.json", {}))
+    for place in (tmp_path / "file" / "below.json", Path("."), Path("/")):
+        assert "choose another output" in error(functools.partial(write_json, place, {}))
 
 
 def test_equal_tensors_are_equal_files_that_say_what_they_are(tmp_path: Path) -> None:

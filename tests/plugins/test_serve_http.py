@@ -488,7 +488,7 @@ def test_metrics_count_what_happened(server: Running, client: OpenAI) -> None:
 def test_an_unknown_path_and_a_wrong_method_have_errors_of_the_same_form(server: Running) -> None:
     status, error = server.error("GET", "/v1/nothing")
     assert status == 404 and error["type"] == "invalid_request_error" and "/v1/nothing" in error["message"]
-    assert "answers at /health, /metrics, /outputs/{name}, /v1/images/edits, /v1/images/generations" in error["message"]
+    assert "answers at /health, /metrics, /v1/images/edits, /v1/images/generations" in error["message"]
     assert server.error("GET", "/v1/images/generations")[0] == 405
     for path in ("/docs", "/openapi.json", "/redoc"):
         assert server.error("GET", path)[0] == 404
