@@ -239,3 +239,12 @@ def test_where_the_student_loses_is_what_its_results_say() -> None:
         gain = measured["difference"]
         want = f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
         assert difference == (want if pattern != "SSSS" else "")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_more_training_at_the_first_steps_gave_is_what_its_tables_say(seed: int) -> None:
+    page = (ROOT / "docs" / "distill.md").read_text(encoding="utf-8")
+    before = result("turbo", "regression", f"seed-{seed}")["overall"]["value"]
+    text = (RESULTS / "turbo" / "trials" / "early-steps" / f"test-{seed}.md").read_text(encoding="utf-8")
+    (after,) = re.findall(r"\*\*overall\*\*[^|]*\| ([\d.]+) \|", text)
+    assert f"| `test`, seed {seed} | {before:.3f} | | {after} | {float(after) - before:+.3f} (" in page
