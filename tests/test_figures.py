@@ -239,6 +239,11 @@ def test_where_the_student_loses_is_what_its_results_say() -> None:
         gain = measured["difference"]
         want = f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
         assert difference == (want if pattern != "SSSS" else "")
+    alone, helped = json.loads((RESULTS / "turbo" / "steps-test.json").read_text(encoding="utf-8"))["patterns"].values()
+    gain = helped["difference"]
+    want = f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
+    said = f"SSSS has {alone['overall']['value']:.3f} and TTSS {helped['overall']['value']:.3f}: {want}"
+    assert said in page
 
 
 @pytest.mark.parametrize("seed", range(3))
