@@ -149,7 +149,8 @@ MUTANTS = [
         ("return total / count", "return total"),
         ("flow.guide(v, unconditional(x, at), self.guidance)", "flow.guide(unconditional(x, at), v, self.guidance)"),
         ("config.steps, batch.number, rng)", "config.steps, 0, rng)"),
-        ("text[rows[step::count]]", "text[rows[:: count]]"),
+        ("for row, of in enumerate(step_of_row) if of == step]", "for row, of in enumerate(step_of_row)]"),
+        ("counts[i] / ratios[i]", "counts[i]"),
     ),
     # flow, guidance, samplers
     *_of(

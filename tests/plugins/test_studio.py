@@ -344,7 +344,7 @@ def test_a_preview_of_the_map_costs_no_pass_of_the_vae(quick: LensPipeline, tmp_
 def test_a_comparison_has_one_seed_and_other_steps(drawer: Drawer) -> None:
     comparer = Comparer(drawer.drawing, ["tiny:turbo"])
     cells = list(comparer.cells(Form(prompt="red"), "steps", comparer.values("steps", "1, 3 1", [], [])))
-    assert [label for label, _ in cells] == ["1 steps", "3 steps", "1 steps"]
+    assert [label for label, _ in cells] == ["1 step", "3 steps", "1 step"]
     assert cells[0][1].tobytes() == cells[2][1].tobytes() != cells[1][1].tobytes()
     whole = grid(cells)
     assert whole.width == 3 * 256 + 8 and whole.height == 256 + 22
