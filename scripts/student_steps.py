@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from attrs import asdict
-from lens_dmd2.student import empty_text, velocity_of
+from lens_dmd2.regression import mean_velocity
+from lens_dmd2.student import velocity_of
 from lens_shapes.benchmark import ShapesBenchmark
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from lens_core import LensPipeline, flow
 from lens_core.evaluation.run import BenchmarkResult, by_task, score
 from lens_core.evaluation.statistics import paired_difference
 from lens_core.io.atomic_files import write_json
-from lens_core.types import Score, TextFeatures
+from lens_core.types import Prompt, Score, TextFeatures
 
 PATTERNS = ("SSSS", "TSSS", "TTSS", "TTTS", "SSTT", "SSST")
 FIRST = 1000  # the seed of the first picture's noise
@@ -34,25 +35,21 @@ FIRST = 1000  # the seed of the first picture's noise
 
 def step_by_step(student: Any, teacher: Any, text: TextFeatures, noise: Tensor, pattern: str, parts: int) -> Tensor:
     """Latents of pictures whose steps student and teacher make by turns."""
-    plain = velocity_of(student.backbone, text)
-    cond, uncond = velocity_of(teacher.backbone, text), velocity_of(teacher.backbone, empty_text(text))
+    own, scale = velocity_of(student.backbone, text), teacher.presets["guidance_scale"]
     times = student.sampler.times(tuple(noise.shape[-2:]), len(pattern)).tolist()
     x = noise
     for letter, (t, after) in zip(pattern, pairwise(times), strict=True):
-        if letter == "S":
-            x = x + (after - t) * plain(x, flow.at(t, x))
-            continue
-        by = (after - t) / parts
-        for i in range(parts):
-            at = flow.at(t + i * by, x)
-            x = x + by * flow.guide(cond(x, at), uncond(x, at), teacher.presets["guidance_scale"])
+        guided = letter == "T"
+        v = mean_velocity(teacher.backbone, text, scale, x, t, after, parts) if guided else own(x, flow.at(t, x))
+        x = x + (after - t) * v
     return x
 
 
 @torch.no_grad()
-def run(student: Any, teacher: Any, benchmark: Any, pattern: str, parts: int, batch: int) -> BenchmarkResult:
+def run(
+    student: Any, teacher: Any, benchmark: Any, prompts: Sequence[Prompt], pattern: str, parts: int, batch: int
+) -> BenchmarkResult:
     """Draw and score the benchmark's prompts by one pattern."""
-    prompts = benchmark.prompts()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].text))  # like lengths together: little padding
     size = [side // student.vae.downscale for side in student.size()]
     images: dict[int, Tensor] = {}
@@ -67,7 +64,7 @@ def run(student: Any, teacher: Any, benchmark: Any, pattern: str, parts: int, ba
     return score(benchmark, torch.stack([images[i] for i in range(len(prompts))]), prompts)
 
 
-def against(result: BenchmarkResult, other: BenchmarkResult, prompts: Sequence[Any]) -> dict[str, float]:
+def against(result: BenchmarkResult, other: BenchmarkResult, prompts: Sequence[Prompt]) -> dict[str, float]:
     """How much better a result is than another on the same prompts."""
     scores = [
         Score("abstain") if a.value is None or b.value is None else Score("ok", a.value - b.value)
@@ -94,21 +91,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     student, teacher = (LensPipeline.from_pretrained(m, device="cpu") for m in (options.student, options.teacher))
     benchmark = ShapesBenchmark(ShapesBenchmark.Config(prompts=options.prompts, split=options.split, seed=1))
-    results: dict[str, BenchmarkResult] = {}
+    settings = {n: getattr(options, n) for n in ("student", "teacher", "parts", "split", "prompts")}
+    prompts, first, lines = benchmark.prompts(), None, {}
     for pattern in options.patterns:
-        result = results[pattern] = run(student, teacher, benchmark, pattern, options.parts, options.batch)
-        first = next(iter(results.values()))
-        row = {name: estimate.value for name, estimate in result.tasks.items()}
-        print(pattern, *(f"{name} {value:.2f}" for name, value in row.items()), f"overall {result.overall.value:.3f}")
-        lines = {
-            name: {
-                "overall": asdict(one.overall),
-                "tasks": {task: estimate.value for task, estimate in one.tasks.items()},
-                "difference": against(one, first, benchmark.prompts()),
-            }
-            for name, one in results.items()
-        }
-        settings = {n: getattr(options, n) for n in ("student", "teacher", "parts", "split", "prompts")}
+        result = run(student, teacher, benchmark, prompts, pattern, options.parts, options.batch)
+        first = first or result
+        tasks = {name: estimate.value for name, estimate in result.tasks.items()}
+        print(pattern, *(f"{name} {value:.2f}" for name, value in tasks.items()), f"overall {result.overall.value:.3f}")
+        difference = against(result, first, prompts)
+        lines[pattern] = {"overall": asdict(result.overall), "tasks": tasks, "difference": difference}
         write_json(options.output, {**settings, "patterns": lines})
 
 

@@ -147,7 +147,7 @@ MUTANTS = [
         ("by = (after - t) / count", "by = after - t"),
         ("at = flow.at(t + i * by, x)", "at = flow.at(t, x)"),
         ("return total / count", "return total"),
-        ("flow.guide(v, unconditional(x, at), self.guidance)", "flow.guide(unconditional(x, at), v, self.guidance)"),
+        ("flow.guide(v, unconditional(x, at), guidance)", "flow.guide(unconditional(x, at), v, guidance)"),
         ("config.steps, batch.number, rng)", "config.steps, 0, rng)"),
         ("for row, of in enumerate(step_of_row) if of == step]", "for row, of in enumerate(step_of_row)]"),
         ("counts[i] / ratios[i]", "counts[i]"),

@@ -128,28 +128,11 @@ class TrajectoryRegression(BaseMethod):
         noise = move(noise, batch.text.features.device)
         t, after = pipeline.sampler.times(batch.size, config.steps)[batch.number : batch.number + 2].tolist()
         x = ode(pipeline.sampler, student, noise, config.steps, batch.number, rng).float()
-        wanted = self._mean_velocity(x, t, after, batch.text)
+        wanted = mean_velocity(self.teacher, batch.text, self.guidance, x, t, after, config.teacher_steps)
         error = (student(x, flow.at(t, x)).float() - wanted).square().mean()
         # Against the best guess that is the same for all rows and places: what is left to learn, as a share.
         unexplained = error.detach() / wanted.var().clamp(min=1e-12)
         return Loss(error, {"unexplained": unexplained}, weight=batch.row_weight * len(batch))
-
-    @torch.no_grad()
-    def _mean_velocity(self, x: Tensor, t: float, after: float, text: TextFeatures) -> Tensor:
-        """Of the teacher from t to `after`, evenly divided: the velocity that leads there in one step."""
-        conditional, unconditional = velocity_of(self.teacher, text), velocity_of(self.teacher, empty_text(text))
-        count = self.config.teacher_steps
-        by = (after - t) / count
-        total = torch.zeros_like(x)
-        for i in range(count):
-            at = flow.at(t + i * by, x)
-            v = conditional(x, at)
-            # Two passes, however small the batch: the pipeline joins small ones, and processes may differ in size.
-            if self.guidance != 1:
-                v = flow.guide(v, unconditional(x, at), self.guidance)
-            total += v
-            x = x + by * v
-        return total / count
 
     def state_dict(self) -> dict[str, Any]:
         """The teacher's hash: its weights are in its checkpoint."""
@@ -157,6 +140,26 @@ class TrajectoryRegression(BaseMethod):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_teacher("trajectory_regression", state["teacher"], self._teacher_version)
+
+
+@torch.no_grad()
+def mean_velocity(
+    teacher: nn.Module, text: TextFeatures, guidance: float, x: Tensor, t: float, after: float, count: int
+) -> Tensor:
+    """Of `count` guided Euler steps of the teacher from t to `after`, evenly divided: the velocity that leads there in
+    one step."""
+    conditional, unconditional = velocity_of(teacher, text), velocity_of(teacher, empty_text(text))
+    by = (after - t) / count
+    total = torch.zeros_like(x)
+    for i in range(count):
+        at = flow.at(t + i * by, x)
+        v = conditional(x, at)
+        # Two passes, however small the batch: the pipeline joins small ones, and processes may differ in size.
+        if guidance != 1:
+            v = flow.guide(v, unconditional(x, at), guidance)
+        total += v
+        x = x + by * v
+    return total / count
 
 
 def _shared_out(rows: int, ratios: Sequence[float]) -> list[int]:

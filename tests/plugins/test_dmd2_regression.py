@@ -13,7 +13,7 @@ import pytest
 import torch
 import toy
 from attrs import evolve
-from lens_dmd2.regression import Segment, TrajectoryRegression
+from lens_dmd2.regression import Segment, TrajectoryRegression, mean_velocity
 from torch import Tensor
 
 from lens_core import flow
@@ -105,7 +105,8 @@ def test_one_unguided_step_of_a_teacher_is_refused_and_more_or_guidance_teach_it
 def test_what_is_unexplained_is_a_share_of_the_variance() -> None:
     m = method(teacher_steps=2)
     loss = m.loss("student", {"student": lambda x, t, text: torch.zeros_like(x)}, segment(m, 0, 8), rng())  # type: ignore[dict-item]
-    wanted = m._mean_velocity(torch.randn(8, 4, 3, 2, generator=rng()), 1.0, 0.75, m.pipeline.encode(WORDS))
+    noise = torch.randn(8, 4, 3, 2, generator=rng())
+    wanted = mean_velocity(m.teacher, m.pipeline.encode(WORDS), 3.0, noise, 1.0, 0.75, 2)
     assert float(loss.total) == pytest.approx(float(wanted.square().mean()), rel=1e-4)
     assert float(loss.parts["unexplained"]) == pytest.approx(float(wanted.square().mean() / wanted.var()), rel=1e-4)
 

@@ -508,7 +508,7 @@ def test_the_page_is_served_and_counts_nobody(page: Running) -> None:
     )
     assert ask(page, "/v1/models")[0] == 200  # the API is beside it
     status, content = ask(page, "/")
-    assert status == 404 and b"/studio" in content, "who asks for nothing is told where the page is"
+    assert status == 404 and b"/studio" in content, "a 404 lists the page too"
 
 
 def test_no_file_outside_of_the_pages_folder_is_served(page: Running, tmp_path: Path) -> None:
