@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,11 +23,23 @@ from lens_core.inference.pipeline import LensPipeline
 
 torch.set_num_threads(1)
 
+SCRIPTS = str(Path(__file__).parent.parent / "scripts")
+
 
 @pytest.fixture(scope="session")
 def catalog() -> Catalog:
     """The toy plugin and nothing else."""
     return Catalog.of(toy)
+
+
+@pytest.fixture(scope="module")
+def import_script() -> Iterator[Callable[[str], Any]]:
+    """Imports a module of scripts/, which finds its neighbours."""
+    sys.path.insert(0, SCRIPTS)
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path.remove(SCRIPTS)
 
 
 @pytest.fixture

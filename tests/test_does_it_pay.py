@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import multiprocessing
-import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,10 @@ from PIL import Image
 from lens_core import LensPipeline
 from lens_core.types import LensError
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
 
 @pytest.fixture(scope="module")
-def scripts() -> Any:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield {name: importlib.import_module(name) for name in ("does_it_pay", "pay_training", "pay_report")}
-    finally:
-        sys.path.remove(str(SCRIPTS))
+def scripts(import_script: Callable[[str], Any]) -> Any:
+    return {name: import_script(name) for name in ("does_it_pay", "pay_training", "pay_report")}
 
 
 def row(number: int, size: tuple[int, int], torn: bool = False) -> dict[str, Any]:

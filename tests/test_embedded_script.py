@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,10 @@ import torch
 
 from lens_core import LensPipeline
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
 
 @pytest.fixture(scope="module")
-def script() -> Any:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield importlib.import_module("train_embedded")
-    finally:
-        sys.path.remove(str(SCRIPTS))
+def script(import_script: Callable[[str], Any]) -> Any:
+    return import_script("train_embedded")
 
 
 @pytest.fixture(scope="module")

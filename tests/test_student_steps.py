@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,10 @@ from attrs import evolve
 from lens_core import LensPipeline
 from lens_core.catalog import Catalog
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
 
 @pytest.fixture(scope="module")
-def script() -> Any:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield importlib.import_module("student_steps")
-    finally:
-        sys.path.remove(str(SCRIPTS))
+def script(import_script: Callable[[str], Any]) -> Any:
+    return import_script("student_steps")
 
 
 def pipeline(seed: int, guidance: float) -> LensPipeline:
