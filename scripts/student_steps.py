@@ -35,12 +35,12 @@ FIRST = 1000  # the seed of the first picture's noise
 
 def step_by_step(student: Any, teacher: Any, text: TextFeatures, noise: Tensor, pattern: str, parts: int) -> Tensor:
     """Latents of pictures whose steps student and teacher make by turns."""
-    own, scale = velocity_of(student.backbone, text), teacher.presets["guidance_scale"]
+    unguided, scale = velocity_of(student.backbone, text), teacher.presets["guidance_scale"]
     times = student.sampler.times(tuple(noise.shape[-2:]), len(pattern)).tolist()
     x = noise
     for letter, (t, after) in zip(pattern, pairwise(times), strict=True):
         guided = letter == "T"
-        v = mean_velocity(teacher.backbone, text, scale, x, t, after, parts) if guided else own(x, flow.at(t, x))
+        v = mean_velocity(teacher.backbone, text, scale, x, t, after, parts) if guided else unguided(x, flow.at(t, x))
         x = x + (after - t) * v
     return x
 
