@@ -22,6 +22,9 @@ from lens_core.io.readers import shown
 from lens_core.recipe import ComponentSpec, build, unstructure
 from lens_core.types import CheckpointError, ConfigError, did_you_mean
 
+KEYWORDS = ("catalog", "device", "dtype", "offload", "reasoner")
+"""The keywords of `from_pretrained` beside the fields of `LoadOptions`."""
+
 
 def _part_names(option: str, value: Any) -> tuple[str, ...]:
     """One name of a part, or several, in the option of this name. Raises ConfigError."""
@@ -76,7 +79,7 @@ class LoadOptions:
         names = [attribute.name for attribute in fields(cls)]
         for name in options:
             if name not in names:
-                raise ConfigError(f"from_pretrained has no option {name!r}.{did_you_mean(name, names)}")
+                raise ConfigError(f"from_pretrained has no option {name!r}.{did_you_mean(name, [*names, *KEYWORDS])}")
         return cls(**options)
 
     def __attrs_post_init__(self) -> None:

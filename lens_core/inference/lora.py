@@ -8,6 +8,7 @@ Files of DoRA, LoHa and LoKr are folded as well (`checkpoints.adapters`); LoRA a
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,6 +227,8 @@ class LoRAStack:
 
         `name`, for `reweight`, is the first of default_0, default_1 … that is free if None.
         """
+        if not isinstance(path, str | os.PathLike):  # diffusers takes a dict of tensors too
+            raise ConfigError(f"a LoRA must be a file or a folder, not {type(path).__name__}")
         weight = number("the weight of a LoRA", weight)
         taken = [adapter.name for adapter in self.adapters]
         name = next(n for i in itertools.count() if (n := f"default_{i}") not in taken) if name is None else name

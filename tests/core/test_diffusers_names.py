@@ -52,6 +52,25 @@ def test_another_pipeline_shares_the_parts_and_may_replace_some(loaded: LensPipe
         LensPipeline.from_pipe(loaded, unet=None)
 
 
+def test_a_single_file_is_read_with_the_options_of_from_pretrained() -> None:
+    class Recorder(LensPipeline):
+        @classmethod
+        def from_pretrained(cls, uri: str | Path, **options: Any) -> Any:
+            return uri, options
+
+    read: Any = Recorder.from_single_file("lens.safetensors", vae="vae.safetensors")
+    assert read == ("lens.safetensors", {"vae": "vae.safetensors"})
+
+
+def test_offloading_by_diffusers_names_is_an_offload_plan(pipe: LensPipeline) -> None:
+    plain = drawn(pipe)
+    for offload, plan in ((pipe.enable_model_cpu_offload, "model"), (pipe.enable_sequential_cpu_offload, "block")):
+        offload("cpu")
+        assert pipe.offload_manager is not None and pipe.offload_manager.estimate.plan == plan
+        assert torch.equal(drawn(pipe), plain)
+    pipe.to("cpu")
+
+
 def test_to_takes_a_device_or_a_dtype_and_refuses_a_device_that_is_not_there() -> None:
     pipe = LensPipeline.from_pretrained("tiny:")
     assert pipe.to(torch.bfloat16).dtype == "bfloat16"
@@ -77,6 +96,8 @@ def test_to_takes_a_device_or_a_dtype_and_refuses_a_device_that_is_not_there() -
     ("options", "message"),
     [
         ({"use_safetensors": True}, "from_pretrained has no option 'use_safetensors'. Known: backbone"),
+        ({"max_memory": {}}, "no option 'max_memory'. Known: .*device, dtype, offload, .*, prompt_cache, reasoner"),
+        ({"devic": "cpu"}, "from_pretrained has no option 'devic'. Did you mean 'device'"),
         ({"prompt_cach": "x"}, "from_pretrained has no option 'prompt_cach'. Did you mean 'prompt_cache'"),
         ({"deferred": ["text_encodr"]}, "a pipeline has no part 'text_encodr'. Did you mean 'text_encoder'"),
         ({"deferred": 5}, "^deferred must be a text"),
@@ -216,6 +237,9 @@ def test_adapters_are_mixed_by_name(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             pipe.set_adapters(names, weights)
+    tensors: Any = {"a": torch.zeros(1)}
+    with pytest.raises(ConfigError, match="a LoRA must be a file or a folder, not dict"):
+        pipe.load_lora_weights(tensors)
     with pytest.raises(ConfigError, match="the weight of a LoRA must be a number, not None"):
         pipe.load_lora_weights(a, None)
     with pytest.raises(ConfigError, match="adapter_name must be a text, not 5"):
