@@ -31,44 +31,47 @@ ENTRIES: dict[str, tuple[str, list[str], str, str]] = {
     ),
     "image_to_image": (
         "Image to image", ["out.png"], "out.png",
-        "A red circle, and \"a blue star\" begun at it, at strength 0.3, 0.6, 0.9.",
+        "Left the init image; then \"a blue star\" drawn from it at strength 0.3, 0.6, 0.9.",
     ),
     "inpaint": (
         "Inpaint", ["out.png"], "out.png",
-        "A picture, the mask, and its left half repainted; the right half is the same, pixel for pixel.",
+        "The picture, the mask, the result: the left half is drawn anew, the right half is the same, pixel for pixel.",
     ),
     "own_sampler": (
-        "A sampler of your own", ["out.png"], "out.png", "\"a yellow ring\", by a sampler of twelve lines.",
+        "A sampler of your own", ["out.png"], "out.png", "\"a yellow ring\", by a sampler that the script defines.",
     ),
     "another_encoder": (
         "Another text encoder", ["20", "run"], "",
-        "It trains a byte encoder with a small backbone; twenty steps draw nothing yet.",
+        "It trains a byte-level text encoder with a small backbone. Twenty steps are too few to draw anything.",
     ),
     "own_reward": (
         "A reward of your own, and ten RL steps", ["10", "run"], "run/before_and_after.png",
-        "\"a red circle\", three seeds, before and after ten steps towards a reward for blue.",
+        "\"a red circle\" for three seeds: above before, below after ten RL steps with a reward for blue.",
     ),
     "lora_on_pictures": (
         "A LoRA on twenty pictures", ["moons", "150", "runs"], "runs/moon.png",
-        "\"a red moon\" before and after 150 steps, some minutes on a CPU; `tiny:` has never seen a moon.",
+        "\"a red moon\" before and after 150 steps, a few minutes on a CPU. `tiny:` was trained without moons.",
     ),
     "two_loras": (
         "Two LoRAs mixed", ["a.safetensors", "b.safetensors", "out.png"], "out.png",
-        "Without, with one, with the other, with half of each; these LoRAs are small random ones.",
+        "Without a LoRA, with the first, with the second, with both at weight 0.5. These LoRAs are small and random.",
     ),
     "distil": (
         "Distil", ["40", "runs"], "runs/student.png",
-        "\"three green squares\" in four steps without guidance, by the teacher and, below, a student of 40 updates.",
+        "\"three green squares\" in four steps without guidance: above the teacher, below a student of 40 updates.",
     ),
     "benchmark_remote_api": (
         "Benchmark an image API", ["run"], "run/sheet.png",
-        "The sheet of a benchmark run against a local server that speaks OpenAI's protocol; green frames were right.",
+        "The sheet of a benchmark run against a local server with OpenAI's API; correct pictures have a green frame.",
     ),
     "several_gpus": (
         "Several GPUs with accelerate", ["prompts.txt", "pictures"], "pictures/0001.png",
-        "One of the pictures that the processes shared out.",
+        "One of the pictures. `accelerate launch` instead of `python` starts a process per GPU, to share the prompts.",
     ),
-    "push_to_hub": ("Export to the Hub", ["model"], "", "It writes a folder in diffusers' layout."),
+    "push_to_hub": (
+        "Export to the Hub", ["model"], "",
+        "It saves a checkpoint in diffusers' layout, and uploads it if you also name a repository.",
+    ),
 }  # fmt: skip
 PROMPTS = "a red circle\na blue star\n"  # the file that several_gpus reads
 LARGEST = 768  # px, the longest side of a picture in the docs
@@ -86,8 +89,8 @@ def page() -> str:
     parts = [
         "# Gallery",
         "",
-        "The scripts of [`examples/`](../examples), each with what it draws with `tiny:`, the small checkpoint that",
-        "comes with Lens, on a CPU. Copy one and change it. `make gallery` draws the pictures and writes this page.",
+        "Short scripts of [`examples/`](../examples) to copy and change, with the pictures that they draw. They run on",
+        "a CPU with `tiny:`, the small checkpoint inside the package. `make gallery` makes pictures and page.",
     ]  # fmt: skip
     for name, (title, arguments, picture, shown) in ENTRIES.items():
         path = EXAMPLES / f"{name}.py"
