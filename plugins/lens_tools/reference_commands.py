@@ -22,7 +22,8 @@ def components(
     Parameters
     ----------
     kind
-        vae, text_encoder, backbone, sampler, reward, reasoner, method, dataset, curator, benchmark, generator or llm.
+        vae, text_encoder, backbone, sampler, reward, reasoner, method, dataset, curator, benchmark, generator,
+        perceiver or llm.
     markdown
         Write the reference pages, one a kind, into this folder instead.
     json_

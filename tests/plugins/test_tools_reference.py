@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
 from attrs import field, frozen
 from lens_tools import reference, reference_pages
+from lens_tools.reference_commands import components
 
 from lens_core.catalog import Catalog
 from lens_core.cli.main import main
 from lens_core.protocols import KINDS
+from lens_core.recipe import ComponentSpec, Recipe
 from lens_core.types import ConfigError
 from lens_core.validators import SEED, each, integer, one_of, optional, real, text, within
 
@@ -49,6 +55,23 @@ def test_every_option_of_every_component_is_described(catalog: Catalog) -> None:
         assert [o.name for o in description.options] == [a.name for a in attrs.fields(cls.Config)]
         for option, a in zip(description.options, attrs.fields(cls.Config), strict=True):
             assert (option.default is None) == (a.default is attrs.NOTHING), (row.name, option.name)
+
+
+@pytest.mark.parametrize("kind", reference.USED_IN)
+def test_where_a_kind_is_named_in_a_recipe_is_a_place_that_recipes_have(kind: str) -> None:
+    for path in re.findall(r"([\w.]+) of a recipe", reference.USED_IN[kind]):
+        section: Any = Recipe
+        for name in path.split("."):
+            hint = typing.get_type_hints(section)[name]
+            # An optional section: the type beside None. A component's own options are of its Config.
+            section = next(t for t in (*typing.get_args(hint), hint) if t is not type(None))
+            if section is ComponentSpec:
+                break
+
+
+def test_the_help_of_components_lists_every_kind() -> None:
+    text = inspect.getdoc(components) or ""
+    assert [kind for kind in KINDS if kind not in text] == []
 
 
 class Base:
