@@ -10,9 +10,12 @@ import shlex
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 import torch
+import yaml
 from PIL import Image
 from test_architecture import FLOORS, MODULES, floor, graph
 
@@ -20,7 +23,7 @@ import lens_core
 from lens_core import Catalog, LensPipeline, hookspecs
 from lens_core.cli.main import app, mount
 from lens_core.protocols import KINDS
-from lens_core.recipe import read_recipe
+from lens_core.recipe import Evaluation, Training, read_recipe
 from lens_core.types import TextFeatures
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +186,24 @@ def test_every_room_says_what_it_is_for() -> None:
 def test_a_recipe_is_sound_and_explained(recipe: Path) -> None:
     read_recipe(recipe, Catalog.installed())
     assert recipe.name in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("heading", "section"), [("## Options of `train`", Training), ("## Evaluation during a run", Evaluation)]
+)
+def test_the_options_of_a_section_are_those_of_its_class(heading: str, section: type) -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.*?) \|", page.partition(f"\n{heading}\n")[2].partition("\n##")[0], re.MULTILINE
+    )
+    written = {name: default if default == "required" else yaml.safe_load(default) for name, default in rows}
+    assert written == {field.name: _written(field) for field in attrs.fields(section)}
+
+
+def _written(field: Any) -> Any:
+    """The default of a field as YAML has it."""
+    default = field.default.factory() if isinstance(field.default, attrs.Factory) else field.default
+    return "required" if default is attrs.NOTHING else list(default) if isinstance(default, tuple) else default
 
 
 def test_a_backbone_that_forgot_the_text_has_its_picture_stream_still(
