@@ -200,6 +200,19 @@ def test_the_options_of_a_section_are_those_of_its_class(heading: str, section: 
     assert written == {field.name: _written(field) for field in attrs.fields(section)}
 
 
+def test_the_options_of_reinforcement_learning_have_the_defaults_of_its_config() -> None:
+    page = (ROOT / "docs" / "rl.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Options\n")[2].partition("\n##")[0]
+    fields = {
+        field.name: field for field in attrs.fields(Catalog.installed().find("method", "diffusion_nft").cls.Config)
+    }
+    rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", section, re.MULTILINE)
+    assert len(rows) > 10
+    for names, defaults in rows:
+        named = re.findall(r"`(\w+)`", names)
+        assert yaml.safe_load(f"[{defaults}]") == [_written(fields[name]) for name in named]
+
+
 def _written(field: Any) -> Any:
     """The default of a field as YAML has it."""
     default = field.default.factory() if isinstance(field.default, attrs.Factory) else field.default
