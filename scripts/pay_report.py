@@ -100,7 +100,7 @@ def interval(value: float, low: float, high: float, sign: str = "") -> str:
 def scores_table(results: Results, kind: str, arms: Sequence[str]) -> list[str]:
     """Test scores by arm: means over seeds with the interval over questions, each seed, and how far they spread."""
     lines = [
-        f"| {KINDS[kind]} | {' | '.join(TASKS)} | overall (95 % over questions) | each seed | their deviation |",
+        f"| {KINDS[kind]} | {' | '.join(TASKS)} | overall (95 % over prompts) | by seed | standard deviation |",
         "|---" * (len(TASKS) + 4) + "|",
     ]
     for arm in arms:
@@ -122,7 +122,7 @@ def scores_table(results: Results, kind: str, arms: Sequence[str]) -> list[str]:
 def differences_table(results: Results, kind: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
     """Paired differences of some arms, of the mean of the held-out tasks and of single things."""
     lines = [
-        f"| {KINDS[kind]} | of | difference (95 % over questions) | each seed | their deviation | 95 % over seeds |",
+        f"| {KINDS[kind]} | score | difference (95 % over prompts) | by seed | standard deviation | 95 % over seeds |",
         "|---|---|---|---|---|---|",
     ]
     for arm, base in pairs:
