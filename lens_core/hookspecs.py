@@ -1,7 +1,7 @@
 """The hooks, on one page. `from lens_core import hookimpl` marks an implementation.
 
 Providers take no arguments, are called once, on the first look-up of their kind, and return `{short name: class}`.
-Heavy imports belong inside their bodies. Resolvers answer the first question somebody can answer.
+Heavy imports belong inside their bodies. Of a resolver, the first return value that is not None is used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def lens_samplers() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a sp
 
 @spec
 def lens_rewards() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
-    """Judges of one picture."""
+    """Scores of single pictures, for reinforcement learning."""
 
 
 @spec
@@ -65,7 +65,7 @@ def lens_curators() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a sp
 
 @spec
 def lens_benchmarks() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
-    """Held-out prompts with their judges."""
+    """Held-out prompts with their scoring."""
 
 
 @spec
@@ -86,14 +86,14 @@ def lens_llms() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec h
 @spec
 def lens_commands() -> dict[str, str]:  # type: ignore[empty-body]  # a spec has no body
     """Commands of your own, as `lens NAME`: name -> "module:attribute" of a function or a cyclopts App; "bench NAME" is
-    `lens bench NAME`. Of a function whose module has been imported, `lens --help` tells what it does."""
+    `lens bench NAME`. `lens --help` reads the docstring from the source, without importing the module."""
 
 
 @spec
 def lens_pages() -> dict[str, str]:  # type: ignore[empty-body]  # a spec has no body
-    """Pages for a browser, which `lens serve --ui` mounts on its app: name -> "module:function", called as
-    `function(app, drawing, settings)`. `drawing` starts jobs: `lens_serve.pages.Drawing`; `settings` are the folders
-    and models that the page may show."""
+    """Pages for a browser: name -> "module:function", called as `function(app, drawing, settings)`. `lens serve --ui`
+    mounts the first one by name on its app. `drawing` starts jobs: `lens_serve.pages.Drawing`; `settings` are the
+    folders and models that the page may show."""
 
 
 @spec(firstresult=True)

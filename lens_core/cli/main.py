@@ -25,7 +25,12 @@ from lens_core.cli.train import train
 from lens_core.io import readers
 from lens_core.types import LensError, NumericalError, PluginError
 
-app = App(name="lens", version=__version__, help="Text-to-image: generate, train, measure. Everything is a plugin.")
+app = App(
+    name="lens",
+    version=__version__,
+    help="Text-to-image: generate, train, measure. Everything is a plugin.",
+    help_epilogue="To use components from a Python file: lens --plugin FILE.py COMMAND …",
+)
 for _command in (generate, train, bench, compare, check, push, lora, plugins):
     app.command(_command)
 

@@ -36,7 +36,7 @@ USED_IN = {
     "reward": "method.rewards of a recipe whose method is diffusion_nft; lens rl audit",
     "reasoner": "pipeline.reasoner of a recipe, lens generate --reasoner, or LensPipeline(reasoner=…)",
     "method": "method of a recipe",
-    "dataset": "dataset of a recipe",
+    "dataset": "dataset or evaluation.validation of a recipe",
     "curator": "the filters of a lens data curate recipe",
     "benchmark": "lens bench NAME, or evaluation.benchmarks of a recipe",
     "generator": "lens bench --generator",
@@ -44,6 +44,14 @@ USED_IN = {
     "llm": "wherever an option is an llm: rewards, reasoners, captioners, lens rl prompts",
 }
 """Kind -> where its components are named."""
+FORMATS = {
+    "reward": "rewards: [{}]",
+    "curator": "filters: [{}]",
+    "benchmark": "benchmarks: [{}]",
+    "generator": "{}",
+    "perceiver": "{}",
+}
+"""Kind -> how a component is written there, if that is not `KIND: {}`."""
 
 
 @frozen
@@ -77,7 +85,7 @@ class Description:
     options: tuple[Option, ...]
     methods: tuple[str, ...]  # signatures that its kind requires
     used_in: str
-    example: str  # a line of a recipe
+    example: str  # a line of YAML that names it
 
 
 # ---- the list -------------------------------------------------------------------------------------------------------
@@ -182,17 +190,19 @@ def _description(catalog: Catalog, entry: Entry) -> Description:
 
 def _signatures(protocol: type[Any]) -> list[str]:
     methods = {n: v for n, v in vars(protocol).items() if inspect.isfunction(v) and not n.startswith("_")}
-    return [f"{n}{inspect.signature(v)}".replace("(self, ", "(").replace("'", "") for n, v in methods.items()]
+    return [
+        f"{n}{inspect.signature(v)}".replace("(self, ", "(").replace("(self)", "()").replace("'", "")
+        for n, v in methods.items()
+    ]
 
 
 def _example(entry: Entry, options: tuple[Option, ...]) -> str:
-    """A line of a recipe: what must be given, and the first option that need not be."""
+    """A line of YAML that names the component, with its required options and the first one that has a default."""
     required = [o for o in options if o.default is None]
     optional = [o for o in options if o.default not in (None, "null")]
     words = [f"{o.name}: …" for o in required] + [f"{o.name}: {o.default}" for o in optional[:1]]
-    return (
-        f"{entry.kind}: {{{', '.join([f'use: {entry.short}', *words])}}}" if words else f"{entry.kind}: {entry.short}"
-    )
+    spec = f"{{{', '.join([f'use: {entry.short}', *words])}}}" if words else entry.short
+    return FORMATS.get(entry.kind, f"{entry.kind}: {{}}").format(spec)
 
 
 def option_docs(config: type[Any]) -> list[Option]:

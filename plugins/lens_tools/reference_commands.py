@@ -54,7 +54,7 @@ def show(
     kind: str | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
-    """Describe a component: what it does, its options with types, defaults and ranges, and a line of a recipe.
+    """Describe a component: what it does, its options with types, defaults and ranges, and a line of YAML to name it.
 
     Parameters
     ----------
@@ -88,11 +88,12 @@ def new_plugin(
     Parameters
     ----------
     name
-        The package's name, lens-sparkle: a folder of this name is made.
+        The package's name, such as lens-sparkle. A folder of this name is made.
     kind
-        What it offers: vae, text_encoder, backbone, sampler, reward, method, dataset, benchmark …; may be repeated.
+        What it offers: vae, text_encoder, backbone, sampler, reward, reasoner, method, dataset, curator, benchmark,
+        generator, perceiver or llm. May be given more than once.
     output
-        The folder that the package's folder is made in.
+        The folder in which the package's folder is made.
     """
     from lens_tools.scaffold import write_plugin
 

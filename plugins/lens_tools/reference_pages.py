@@ -36,7 +36,7 @@ def as_text(component: Description) -> str:
         default = "required" if option.default is None else f"= {option.default}"
         lines.append(f"  {option.name}: {option.type} {default}" + (f"  [{option.range}]" if option.range else ""))
         lines += textwrap.wrap(option.comment, 104, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    lines += ["", f"Used in     {component.used_in}", f"In a recipe {component.example}"]
+    lines += ["", f"Used in     {component.used_in}", f"Example     {component.example}"]
     lines += ["", f"Every {component.kind} has", *(f"  {method}" for method in component.methods)]
     return "\n".join(lines)
 

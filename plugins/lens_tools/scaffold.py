@@ -1,7 +1,7 @@
 """`lens new-plugin`: a package with one component of each kind that was named, its hooks, its tests and a README.
 
 The components are the files of `templates/`, where `Example` and `lens_example` stand for the new names. The same
-files are the examples of docs/write-a-plugin.md.
+files are the examples of docs/kinds.md.
 """
 
 from __future__ import annotations

@@ -301,6 +301,7 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout and "lens_flux2" in done.stdout and "disabled: " not in done.stdout
     assert "Draw what runs have logged" in done.stdout, "a light plugin's command is described too"
+    assert "lens --plugin FILE.py" in done.stdout, "no command lists this option"
 
 
 def test_the_module_runs_as_a_program() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import subprocess
 import sys
@@ -13,8 +12,7 @@ from typing import Any
 import attrs
 import pytest
 from attrs import field, frozen
-from lens_tools import reference, reference_pages
-from lens_tools.reference_commands import components
+from lens_tools import reference, reference_commands, reference_pages
 
 from lens_core.catalog import Catalog
 from lens_core.cli.main import main
@@ -69,11 +67,6 @@ def test_where_a_kind_is_named_in_a_recipe_is_a_place_that_recipes_have(kind: st
                 break
 
 
-def test_the_help_of_components_lists_every_kind() -> None:
-    text = inspect.getdoc(components) or ""
-    assert [kind for kind in KINDS if kind not in text] == []
-
-
 class Base:
     @frozen
     class Config:
@@ -111,6 +104,28 @@ def test_a_name_of_several_kinds_describes_each_and_a_kind_chooses(catalog: Cata
     kinds = [d.kind for d in reference.describe(catalog, "shapes")]
     assert {"reward", "dataset", "benchmark"} <= set(kinds)
     assert [d.kind for d in reference.describe(catalog, "shapes", "reward")] == ["reward"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "example"),
+    [
+        ("reward", "lens_shapes:shapes", "rewards: [{use: shapes, partial: false}]"),
+        ("benchmark", "lens_shapes:novel", "benchmarks: [{use: novel, "),
+        ("curator", "lens_curate:captions", "filters: [captions]"),
+        ("generator", "lens_bench:folder", "{use: folder, folder: …, "),
+        ("sampler", "lens_flow:heun", "sampler: "),
+    ],
+)
+def test_the_example_of_a_component_has_the_key_that_recipes_read(
+    catalog: Catalog, kind: str, name: str, example: str
+) -> None:
+    assert reference.describe(catalog, name, kind)[0].example.startswith(example)
+
+
+def test_the_help_of_components_names_every_kind() -> None:
+    for command in (reference_commands.components, reference_commands.new_plugin):
+        words = re.findall(r"\w+", command.__doc__ or "")
+        assert [kind for kind in KINDS if kind not in words] == []
 
 
 def test_unknown_names_and_kinds_are_one_line(catalog: Catalog, capsys: pytest.CaptureFixture[str]) -> None:
