@@ -60,7 +60,7 @@ def lens_datasets() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a sp
 
 @spec
 def lens_curators() -> dict[str, type[Any]]:  # type: ignore[empty-body]  # a spec has no body
-    """Filters and captioners."""
+    """Measurements of pictures and captions, for the filters of a training store."""
 
 
 @spec
