@@ -174,6 +174,11 @@ class Reward(Protocol):
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Sequence[Score]:
         """Images uint8 [B,3,H,W] -> one Score each."""
 
+    # Optional: `spend: Mapping[str, float]`, what it has cost since it was built ("usd", "calls"); RL logs it.
+    # Optional: estimate(prompts, pictures: int), for a dry run: an object with `calls` and `usd`, at most, of scoring
+    # so many pictures. Sends nothing. Without it, 0 is assumed.
+    # Optional: again() -> the same reward with another seed, by which `lens rl audit` scores pictures a second time.
+
 
 @runtime_checkable
 class Reasoner(Protocol):

@@ -34,12 +34,12 @@ class Example(nn.Module):
         self.last = nn.Conv2d(config.width, config.channels, 3, padding=1)
 
     def takes(self) -> tuple[int, int, int]:
-        """(C, L, D), by which a recipe whose parts do not fit is refused before anything is loaded."""
+        """(C, L, D). A recipe whose VAE or text encoder has others is refused before anything is loaded."""
         return self.config.channels, self.config.layers, self.config.text_width
 
     @classmethod
     def fitting(cls, options: Mapping[str, Any], channels: int, layers: int, width: int) -> dict[str, Any]:
-        """The options by which it takes these, so that a recipe can say `like: neighbours` instead of them."""
+        """The options for such a VAE and encoder, so that a recipe can write `like: neighbours` instead of them."""
         return {"channels": channels, "layers": layers, "text_width": width}
 
     def forward(self, x: Tensor, t: Tensor, text: TextFeatures) -> Tensor:

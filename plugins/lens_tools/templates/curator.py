@@ -17,7 +17,7 @@ class Example:
 
     @frozen
     class Config:
-        step: int = field(default=4, validator=integer(at_least=1))  # px between the pixels that are looked at
+        step: int = field(default=4, validator=integer(at_least=1))  # px from one measured pixel to the next
 
     def __init__(self, config: Config) -> None:
         self.config = config

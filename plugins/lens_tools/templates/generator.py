@@ -14,17 +14,17 @@ from lens_core.validators import PIXELS
 
 
 class Example:
-    """Draw one colour, drawn by the seed, and refuse prompts that ask for a picture of nothing."""
+    """Draw one colour, chosen by the seed, and refuse blank prompts."""
 
     @frozen
     class Config:
-        size: int = field(default=256, validator=PIXELS)  # of a picture for which no size is asked
+        size: int = field(default=256, validator=PIXELS)  # height and width where a request names none, px
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def describe(self) -> SystemInfo:
-        """What draws."""
+        """The system's name, version and settings, as reports quote them."""
         return SystemInfo("plain colours", "1", {"size": self.config.size}, seeded=True)
 
     def generate(self, requests: Sequence[PictureRequest]) -> Iterator[PictureOutcome]:

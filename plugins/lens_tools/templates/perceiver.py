@@ -14,7 +14,7 @@ CHANNELS = {"red": 0, "green": 1, "blue": 2}
 
 
 class Example:
-    """Answer "Yes" where the picture is mostly of a colour that the question names, else "No"."""
+    """Answer "Yes" if a colour that the question names is the strongest in the picture, else "No"."""
 
     perceives = "answer"
 
@@ -26,7 +26,7 @@ class Example:
         self.config = config
 
     def describe(self) -> Mapping[str, Any]:
-        """What reads; `version` changes whenever the same picture may be read otherwise."""
+        """The model and its settings. Increase `version` whenever the answer for a picture may change."""
         return {"model": "mean colour", "revision": "1", "version": 1, "margin": self.config.margin}
 
     def perceive(self, images: Sequence[Image.Image], questions: Sequence[Any]) -> list[str]:

@@ -10,7 +10,7 @@ from lens_core.validators import text
 
 
 class Example:
-    """Write each request with a style behind it, unless it names a style itself."""
+    """Append `style` to each request that does not contain it."""
 
     @frozen
     class Config:

@@ -12,7 +12,7 @@ from lens_core.validators import within
 
 
 class Example:
-    """1 where the mean of a picture is `target`, less the further it is from it."""
+    """1 for a picture whose mean brightness is `target`, and less the further it is away."""
 
     @frozen
     class Config:

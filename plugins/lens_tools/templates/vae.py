@@ -14,7 +14,7 @@ from lens_core.validators import real
 
 
 class Example(nn.Module):
-    """Rearrange blocks of 4 x 4 pixels into 48 channels, divided by their usual size."""
+    """Rearrange blocks of 4 x 4 pixels into 48 channels, divided by their standard deviation."""
 
     channels, downscale = 48, 4
 
