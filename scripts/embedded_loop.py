@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -185,8 +186,9 @@ def draw(
 ) -> Tensor:
     """A picture of `side` px for each text, uint8 [B,3,side,side] on the CPU, from the noise of its seed."""
     cells = side // pipeline.vae.downscale
-    x = pipeline.noise([torch.Generator().manual_seed(seed) for seed in seeds], (cells, cells))
-    for _, z in pipeline.sample(text, x, steps, guidance):
+    noise = partial(pipeline.noise, [torch.Generator().manual_seed(seed) for seed in seeds], (cells, cells))
+    x = noise()
+    for _, z in pipeline.sample(text, x, steps, guidance, draw=noise):
         x = z
     return to_images(pipeline.decode(x)).cpu()
 

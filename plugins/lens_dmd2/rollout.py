@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,12 @@ from lens_core.types import move
 
 @torch.no_grad()
 def ode(sampler: Sampler, velocity: Velocity, noise: Tensor, steps: int, count: int, rng: torch.Generator) -> Tensor:
-    """x after `count` of `steps` steps of the sampler itself: what the finished student will do. Draws nothing."""
-    x = noise
-    for _, x in islice(sampler.sample(velocity, noise, steps), count):  # noqa: B007 - the last one is the answer
+    """x after `count` of `steps` steps of the sampler itself: what the finished student will do. Draws only for a
+    sampler that adds noise."""
+    x, more = noise, dict[str, Any]()
+    if getattr(sampler, "stochastic", False):
+        more["draw"] = lambda: move(torch.randn(noise.shape, generator=rng), noise.device)
+    for _, x in islice(sampler.sample(velocity, noise, steps, **more), count):  # noqa: B007 - the last one is the answer
         pass
     return x
 

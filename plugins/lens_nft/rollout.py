@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -73,8 +74,11 @@ def draw(
     for rows in group_by(requests, lambda r: r.size, batch):
         batch_requests = [requests[i] for i in rows]
         height, width = (side // pipeline.vae.downscale for side in batch_requests[0].size)
-        z = pipeline.noise([torch.Generator().manual_seed(r.seed) for r in batch_requests], (height, width))
-        for _, x in pipeline.sample(TextFeatures.cat([texts[r.prompt.id] for r in batch_requests]), z, steps, guidance):
+        generators = [torch.Generator().manual_seed(r.seed) for r in batch_requests]
+        text = TextFeatures.cat([texts[r.prompt.id] for r in batch_requests])
+        noise = partial(pipeline.noise, generators, (height, width))  # also of each step, for a sampler that adds some
+        z = noise()
+        for _, x in pipeline.sample(text, z, steps, guidance, draw=noise):
             z = x
         images = to_images(pipeline.decode(z)).cpu()
         for i, request, latent, image in zip(rows, batch_requests, z.float(), images, strict=True):

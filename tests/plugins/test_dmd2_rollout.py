@@ -7,6 +7,7 @@ import torch
 import toy
 from lens_dmd2.rollout import ode, renoise
 from lens_flow.euler import Euler
+from lens_flow.solvers import EulerAncestral
 from torch import Tensor
 
 from lens_core import flow
@@ -46,6 +47,14 @@ def test_an_ode_rollout_and_its_exit_step_are_the_samplers_walk(size: tuple[int,
         row = grid[count].expand(4)
         then = x + (grid[count + 1] - grid[count]) * Field()(x, row)
         torch.testing.assert_close(then, walk[count][1])
+
+
+def test_an_ode_rollout_of_a_sampler_that_adds_noise_is_that_samplers_walk() -> None:
+    ancestral, drawn = EulerAncestral(EulerAncestral.Config()), rng(3)
+    walk = list(ancestral.sample(Field(), noise(), 4, draw=lambda: torch.randn(noise().shape, generator=drawn)))
+    for count in range(1, 4):
+        assert torch.equal(ode(ancestral, Field(), noise(), 4, count, rng(3)), walk[count - 1][1])
+    assert not torch.equal(ode(ancestral, Field(), noise(), 4, 3, rng(4)), walk[2][1])
 
 
 def test_the_grid_goes_with_the_size_of_the_picture() -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import toy
 from attrs import evolve, frozen
+from lens_flow.solvers import EulerAncestral
 from lens_nft.method import DiffusionNFT
 from lens_nft.micro_batches import MicroBatch, interpolate
 from lens_nft.objective import advantages, reflected_loss
@@ -255,7 +256,10 @@ def test_a_picture_depends_on_seed_rollout_prompt_and_number_alone(pipeline):
     assert a.keys().isdisjoint(pictures(step(method(pipeline, pictures_per_prompt=2), seed=4)))
 
 
-def test_a_picture_is_what_the_pipeline_draws_from_its_seed(pipeline):
+@pytest.mark.parametrize("adds_noise", [False, True])
+def test_a_picture_is_what_the_pipeline_draws_from_its_seed(pipeline, adds_noise):
+    if adds_noise:
+        pipeline.sampler = EulerAncestral(EulerAncestral.Config())
     (micro_batch, *_) = step(method(pipeline))
     picture = micro_batch.samples[0].picture
     result = pipeline(picture.prompt.text, seed=picture.seed, height=16, width=32, num_inference_steps=3,
