@@ -25,6 +25,7 @@ def lines(state: TrainingState, step: int) -> list[str]:
         "device": _device(state),
         "precision": f"{config.precision}{', compiled' if config.compile else ''}{'' if step else _slow(state)}",
         "learns": ", ".join(_parameters(state, name) for name in state.modules),
+        "optimizer": _optimizer(state),
         "data": _data(recipe.dataset),
         "steps": f"{config.steps:,} in all{resumed}{batch}",
         "memory": f"about {_bytes(state) / 1e9:.2f} GB for weights, gradients and optimizer; activations come on top",
@@ -63,6 +64,23 @@ def _parameters(state: TrainingState, name: str) -> str:
     return f"{name} {_count(learned)} of {_count(whole)} (LoRA of rank {state.train_config.lora[name].rank})"
 
 
+def _optimizer(state: TrainingState) -> str:
+    """What the optimizer trains. Muon leaves a network without `blocks()` to AdamW, which nothing else would say."""
+    config = state.train_config
+    if config.optimizer != "muon":
+        return f"{config.optimizer}, lr {config.lr:g}"
+    counts = {name: sum(p.numel() for p in _matrices(state, name)) for name in state.modules}
+    parts = [f"{_count(n)} of {name}" if n else f"nothing of {name} (no repeated blocks)" for name, n in counts.items()]
+    return f"muon for {', '.join(parts)}; adamw for all else; lr {config.lr:g}"
+
+
+def _matrices(state: TrainingState, name: str) -> list[Tensor]:
+    """What of a module Muon trains."""
+    if state.train_config.optimizer != "muon":
+        return []
+    return [*block_matrices(state.modules[name], state.trainable_parameters[name])]
+
+
 def _count(parameters: int) -> str:
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if parameters >= size:
@@ -83,8 +101,7 @@ def _bytes(state: TrainingState) -> int:
     held = {id(t): t for net in parts for t in (*net.parameters(), *net.buffers())}
     total = _size(held.values()) + sum(_size(averages.values()) for averages in state.ema.values())
     for name, learned in state.trainable_parameters.items():
-        matrices = block_matrices(state.modules[name], learned) if state.train_config.optimizer == "muon" else []
-        total += 3 * _size(learned) - _size(matrices)  # a gradient and two moments; Muon keeps one of a matrix
+        total += 3 * _size(learned) - _size(_matrices(state, name))  # a gradient and two moments; Muon's matrices: one
     return total
 
 

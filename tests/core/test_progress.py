@@ -105,9 +105,21 @@ def test_a_run_begins_with_what_it_is(catalog: Catalog, tmp_path: Path) -> None:
     critic = sum(p.numel() for p in trainer.modules["critic"].parameters())
     trainer.train()
     rows = {line[:10].strip(): line[10:] for line in said if not line.startswith("step ")}
-    assert [*rows] == ["method", "device", "precision", "learns", "data", "steps", "memory", "folder", "time"]
+    assert [*rows] == [
+        "method",
+        "device",
+        "precision",
+        "learns",
+        "optimizer",
+        "data",
+        "steps",
+        "memory",
+        "folder",
+        "time",
+    ]
     assert 0 < learned < whole
     assert rows["learns"] == f"backbone {learned} of {banner._count(whole)} (LoRA of rank 2), critic {critic}"
+    assert rows["optimizer"] == "adamw, lr 0.01"
     assert rows["steps"] == "6 in all" and rows["folder"] == str(tmp_path / "run")
     assert rows["data"] == "squares" and rows["device"] == "cpu (1 threads)"
     assert rows["time"].endswith("evaluations come on top") and "for 3 steps" in rows["time"]
@@ -124,6 +136,16 @@ def test_bf16_on_a_cpu_without_it_is_said_to_be_slow(
     (line,) = [line for line in banner.lines(trainer, 0) if line.startswith("precision")]
     assert ("--set train.precision=fp32" in line) is hint and line.split()[1].startswith(precision)
     assert not any("--set" in line for line in banner.lines(trainer, 1)), "a resumed run keeps its precision"
+
+
+def test_what_muon_leaves_to_adamw_is_said(catalog: Catalog, tmp_path: Path) -> None:
+    trainer = Trainer(recipe(optimizer="muon", lr=0.02), catalog, tmp_path / "run", log=lambda line: None)
+    backbone: Any = trainer.modules["backbone"]
+    backbone.blocks = lambda: [backbone]
+    matrices = sum(p.numel() for p in backbone.parameters() if p.ndim == 2)
+    (line,) = [line for line in banner.lines(trainer, 0) if line.startswith("optimizer")]
+    part = f"muon for {matrices} of backbone, nothing of critic (no repeated blocks); adamw for all else; lr 0.02"
+    assert line == f"optimizer {part}" and matrices > 0
 
 
 def test_the_memory_is_that_of_weights_gradients_moments_and_averages(catalog: Catalog, tmp_path: Path) -> None:
