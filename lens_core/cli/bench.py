@@ -35,8 +35,8 @@ def bench(
     Parameters
     ----------
     benchmarks
-        A benchmark's name, for example shapes, or as a recipe names one: '{use: shapes, split: train}'. Several with
-        --dry-run alone.
+        A benchmark's name, for example shapes, or as a recipe names one: '{use: shapes, split: train}', or a YAML file
+        with that. Several with --dry-run alone.
     generator
         Another system than a model: a generator's name, '{use: diffusers, model: …}', or a YAML file with that.
         Several with --dry-run alone.
@@ -82,7 +82,8 @@ def bench(
     systems = [running.generator_spec(text, settings) for text in generator or [""]]
     if model.model is not None and generator:
         raise ConfigError("give --model or --generator, not both")
-    requests = [running.BenchmarkRequest(name, system, **common) for name in benchmarks for system in systems]
+    names = [running.benchmark_line(text) for text in benchmarks]
+    requests = [running.BenchmarkRequest(name, system, **common) for name in names for system in systems]
     if not requests:
         raise ConfigError("name a benchmark, for example: lens bench shapes --model tiny:")
     if dry_run:

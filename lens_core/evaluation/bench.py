@@ -243,15 +243,33 @@ def _decide(folder: Path, plan: Plan, benchmark: Any, manifest: Manifest, run: d
     return BenchmarkReport(folder, decided, measured.settings, measured.text)
 
 
-def named_generator(text: str) -> ComponentSpec:
-    """A generator as a command line names it: its name, one line of YAML, or a YAML file."""
+def benchmark_line(text: str) -> str:
+    """A benchmark as a command line names it, in one line. One in a YAML file is written out, because results record
+    this line."""
+    if not _is_yaml_file(text):
+        return text
+    import yaml
+
+    spec = named_component(text)
+    data = {"use": spec.use, **spec.options}
+    return yaml.safe_dump(
+        data, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")
+    ).strip()
+
+
+def _is_yaml_file(text: str) -> bool:
+    return Path(text).suffix.lower() in (".yaml", ".yml")
+
+
+def named_component(text: str) -> ComponentSpec:
+    """A component as a command line names it: its name, one line of YAML, or a YAML file."""
     path = Path(text)
-    if path.suffix.lower() in (".yaml", ".yml"):
+    if _is_yaml_file(text):
         data, problems = readers.read_yaml(path, missing="there is no such file")
         if problems:
             raise ConfigError([f"{path}: {problem}" for problem in problems])
         if not isinstance(data, Mapping) or not isinstance(data.get("use"), str):
-            raise ConfigError(f"{path}: must be a mapping with `use`, the generator's name, and its options")
+            raise ConfigError(f"{path}: must be a mapping with `use`, the component's name, and its options")
         return ComponentSpec(data["use"], {k: v for k, v in data.items() if k != "use"})
     return parse_use(text)
 
@@ -275,4 +293,4 @@ def generator_spec(text: str, settings: Mapping[str, Any]) -> ComponentSpec:
     if options:
         names = ", ".join(f"--{'lora' if name == 'loras' else name.replace('_', '-')}" for name in options)
         raise ConfigError(f"{names}: for --model alone; with --generator put options into '{{use: NAME, …}}'")
-    return named_generator(text)
+    return named_component(text)

@@ -264,6 +264,9 @@ def test_a_benchmark_takes_options_as_in_a_recipe(capsys: pytest.CaptureFixture[
     assert main(["bench", "{use: reds, prompts: 3}", *place, "--output", "runs/bench-reds"]) == 2
     words = "runs/bench-reds: holds another run, with prompts 2, not 3; choose another --output"
     assert words in capsys.readouterr().err
+    Path("reds.yaml").write_text("use: reds\nprompts: 2\n")
+    assert main(["bench", "reds.yaml", *place]) == 0, "the same run in a file"
+    assert json.loads(Path("runs/bench-reds/result.json").read_text())["benchmark"] == "{use: reds, prompts: 2}"
     for wrong in ("{use: [", "[1, 2]", "{split: train}"):
         capsys.readouterr()
         assert main(["bench", wrong]) == 2

@@ -23,7 +23,13 @@ from stage_worker import Brightness, Dots, png, run
 from lens_core.catalog import Catalog
 from lens_core.cli.main import main
 from lens_core.evaluation import comparison, cost, perception, stages
-from lens_core.evaluation.bench import BenchmarkRequest, generator_spec, parse_stages, run_benchmark
+from lens_core.evaluation.bench import (
+    BenchmarkRequest,
+    benchmark_line,
+    generator_spec,
+    parse_stages,
+    run_benchmark,
+)
 from lens_core.evaluation.pipeline_generator import PipelineGenerator
 from lens_core.evaluation.processes import Processes
 from lens_core.evaluation.run import picture_seed
@@ -168,6 +174,19 @@ def test_a_file_of_prompts_for_a_benchmark_that_takes_none_is_refused_by_its_opt
     ):
         with pytest.raises(ConfigError, match=r"the benchmark brightness takes no --prompts-file; leave it out$"):
             refused()
+
+
+def test_a_benchmark_in_a_yaml_file_is_recorded_with_its_options(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("# a comment\nuse: geneval\nfile: été.jsonl\ndetector:\n  use: mask2former\n  min_score: 1.0e-3\n")
+    line = benchmark_line(str(path))
+    assert line == "{use: geneval, file: été.jsonl, detector: {use: mask2former, min_score: 0.001}}"
+    assert BenchmarkRequest(line).spec() == ComponentSpec(
+        "geneval", {"file": "été.jsonl", "detector": {"use": "mask2former", "min_score": 0.001}}
+    )
+    assert benchmark_line("shapes") == "shapes"
+    with pytest.raises(ConfigError, match=r"none\.yaml: there is no such file$"):
+        benchmark_line("none.yaml")
 
 
 def test_a_generator_that_stops_keeps_what_it_finished(tmp_path: Path) -> None:
