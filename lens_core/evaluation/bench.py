@@ -252,9 +252,8 @@ def benchmark_line(text: str) -> str:
 
     spec = named_component(text)
     data = {"use": spec.use, **spec.options}
-    return yaml.safe_dump(
-        data, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")
-    ).strip()
+    line: str = yaml.safe_dump(data, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+    return line.strip()
 
 
 def _is_yaml_file(text: str) -> bool:
