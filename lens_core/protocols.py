@@ -194,6 +194,9 @@ class Reasoner(Protocol):
 class LLM(Protocol):
     def chat(self, messages: Sequence[Message]) -> str: ...
 
+    # Optional: check_requirements(), before work of hours that needs answers. Raises LensError where a key or an
+    # address is missing. Sends nothing.
+
 
 @runtime_checkable
 class Dataset(Protocol):
@@ -252,6 +255,9 @@ class Benchmark(Protocol):
     #       was read in it, to be joined with the reference of the same "bench". All pictures of a process come at once,
     #       those of one prompt together: read a few at a time. Caches go below `folder`; `log` takes lines of progress.
     #   decide(perceptions: Path) -> lens_core.evaluation.decision.Decision.
+    # Optional: check_requirements(), before the first picture is drawn. Raises LensError where something that scoring
+    # needs is missing: an option, a package, a file, a key. Loads no model and downloads nothing.
+    # Optional: close(), which frees what `score` keeps in memory between calls. Another call may follow.
 
 
 @runtime_checkable
@@ -297,6 +303,10 @@ class Perceiver(Protocol):
 
     def canary(self) -> str | None:
         """What is wrong with its answer about a picture of known content, or None. Asked once before it is used."""
+
+    # Optional: check_requirements(), before pictures are drawn for it. Raises LensError where a package, a file or a
+    # key is missing. Loads no model and downloads nothing.
+    # Optional: close(), which frees its memory. It may be used again.
 
 
 @runtime_checkable

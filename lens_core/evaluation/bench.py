@@ -92,17 +92,19 @@ def run_benchmark(
     generator = make_generator(request.generator, catalog) if "generate" in request.stages else None
     with building(name):
         benchmark = cls(config)
+    base = Path("runs") / f"bench-{request.spec().use.replace(':', '-')}"
+    if not ((folder or base) / stages.RUN).exists():  # else it may have all its pictures, and need nothing
+        check_requirements(request, benchmark)
     plan = make_plan(request, name, benchmark, decisive(config))
     if isinstance(generator, PipelineGenerator):
         generator.planned_size = plan.size
     processes = Processes.from_environment()
     info = None if generator is None else contracts.describe(generator)
-    base = Path("runs") / f"bench-{request.spec().use.replace(':', '-')}"
     folder = folder or (base if info is None else stages.default_folder(base, plan.facts(info)))
     processes.wait()  # until all have chosen the same folder
     with locked(folder, "benchmark run") if processes.rank == 0 else contextlib.nullcontext():
         if generator is not None and info is not None:
-            _generate(folder, plan, benchmark, generator, info, processes)
+            _generate(folder, plan, benchmark, generator, info, processes, request)
         run = stages.read_run(folder)
         _check_same(folder, plan, run)
         manifest = Manifest(folder, run["system"], run["revision"], processes.rank)
@@ -124,6 +126,17 @@ def build_benchmark(request: BenchmarkRequest, catalog: Catalog) -> tuple[str, t
             if flag and any(line.startswith(f"$.{name}: unknown") for line in error.problems):
                 raise ConfigError(f"the benchmark {request.spec().use} takes no {flag}; leave it out") from error
         raise
+
+
+def check_requirements(request: BenchmarkRequest, benchmark: Any) -> None:
+    """Raise ConfigError where pictures are to be drawn and then read, and what reads them is missing."""
+    if not {"generate", "perceive"} <= set(request.stages):
+        return
+    try:
+        contracts.check_requirements(benchmark)
+    except ConfigError as error:
+        *others, last = error.problems
+        raise ConfigError([*others, f"{last}. To draw alone, give --stages generate"]) from error
 
 
 def make_generator(spec: ComponentSpec, catalog: Catalog) -> Any:
@@ -159,7 +172,10 @@ def make_plan(request: BenchmarkRequest, name: str, benchmark: Any, options: Map
 # ---- stages -------------------------------------------------------------------------------------------------------
 
 
-def _generate(folder: Path, plan: Plan, benchmark: Any, generator: Any, info: SystemInfo, processes: Processes) -> None:
+def _generate(
+    folder: Path, plan: Plan, benchmark: Any, generator: Any, info: SystemInfo, processes: Processes,
+    request: BenchmarkRequest,
+) -> None:  # fmt: skip
     if processes.rank == 0:
         more = {"options": dict(plan.options), "versions": png_metadata.versions()}
         stages.begin(folder, plan.facts(info), more)
@@ -167,6 +183,8 @@ def _generate(folder: Path, plan: Plan, benchmark: Any, generator: Any, info: Sy
     manifest = Manifest(folder, info.name, info.revision, processes.rank)
     requests = plan.requests()
     missing = manifest.missing(plan.texts, plan.images)
+    if missing:
+        check_requirements(request, benchmark)
     processes.wait()  # before anything is written that another process would read as done
     try:
         if hasattr(generator, "open"):

@@ -19,6 +19,7 @@ from lens_core.attribution import calling, name_of, refuse
 from lens_core.io.readers import is_line, one_line, shown
 from lens_core.io.redaction import replace_surrogates
 from lens_core.types import (
+    ConfigError,
     GenerationEstimate,
     LensError,
     PictureOutcome,
@@ -98,6 +99,27 @@ def check_methods(benchmark: Any) -> None:
     if lacks and not {"perceive", "decide"} <= set(lacks):
         has = " and ".join(name for name in names if name not in lacks)
         raise PluginError(f"{name_of(benchmark)} has {has} and lacks {' and '.join(lacks)}; they belong together")
+
+
+def check_requirements(benchmark: Any) -> None:
+    """Raise ConfigError where a benchmark says that something it needs to score pictures is missing, before any is
+    drawn. One that has no `check_requirements` lacks nothing."""
+    if not hasattr(benchmark, "check_requirements"):
+        return
+    try:
+        with calling(benchmark, "check_requirements"):
+            benchmark.check_requirements()
+    except PluginError:
+        raise
+    except LensError as error:
+        raise ConfigError(error.problems if isinstance(error, ConfigError) else str(error)) from error
+
+
+def free(benchmark: Any) -> None:
+    """Have a benchmark free what its `score` keeps in memory between calls."""
+    if hasattr(benchmark, "close"):
+        with calling(benchmark, "close"):
+            benchmark.close()
 
 
 def workload_of(benchmark: Any, images: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ from attrs import frozen
 from lens_core.attribution import building, prompts_of
 from lens_core.catalog import Catalog
 from lens_core.evaluation import contracts
-from lens_core.evaluation.bench import BenchmarkRequest, build_benchmark, make_generator
+from lens_core.evaluation.bench import BenchmarkRequest, build_benchmark, check_requirements, make_generator
 from lens_core.io import markdown
 from lens_core.types import ConfigError, GenerationEstimate
 
@@ -25,6 +25,7 @@ class Cost:
     pictures: int
     generation: GenerationEstimate
     perceptions: Mapping[str, int]
+    missing: tuple[str, ...] = ()  # why the run would stop before its first picture
 
 
 def estimate(request: BenchmarkRequest, catalog: Catalog) -> Cost:
@@ -47,7 +48,17 @@ def estimate(request: BenchmarkRequest, catalog: Catalog) -> Cost:
     options = request.generator.options
     label = str(options.get("model", options.get("folder", "")))
     system = f"{request.generator.use} {label}".strip()
-    return Cost(request.spec().use, system, prompts, prompts * images, generation, workload)
+    return Cost(
+        request.spec().use, system, prompts, prompts * images, generation, workload, _missing(request, benchmark)
+    )
+
+
+def _missing(request: BenchmarkRequest, benchmark: Any) -> tuple[str, ...]:
+    try:
+        check_requirements(request, benchmark)
+    except ConfigError as error:
+        return error.problems
+    return ()
 
 
 def table(requests: Sequence[BenchmarkRequest], catalog: Catalog | None = None) -> str:
@@ -66,7 +77,8 @@ def table(requests: Sequence[BenchmarkRequest], catalog: Catalog | None = None) 
     if len(costs) > 1:
         rows.append(_sums(costs))
     note = "Hours and USD are of stage 1; – is not known: give seconds_per_picture or dollars_per_picture as an option."
-    return "\n".join([*rows, "", note])
+    missing = {f"{cost.benchmark} would draw nothing: {problem}" for cost in costs for problem in cost.missing}
+    return "\n".join([*rows, "", note, *sorted(missing)])
 
 
 def _row(cost: Cost) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lens_core.attribution import batches_of, building, calling, prompts_of
 from lens_core.catalog import Catalog
 from lens_core.checkpoints import manifest, tensor_files
-from lens_core.evaluation import report, run
+from lens_core.evaluation import contracts, report, run
 from lens_core.inference.parts import PIPELINE_PARTS
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.io import atomic_files
@@ -159,14 +159,7 @@ class Evaluator:
         for name, benchmark in self.benchmarks.items():
             scores, fault = {}, ""
             try:
-                outcome = run.evaluate(
-                    self.pipeline,
-                    benchmark,
-                    seed=config.seed,
-                    batch_size=config.batch_size,
-                    log=check,
-                    **self._settings(),
-                )
+                outcome = self._measure(benchmark, check)
                 scores = {name: outcome.overall.value}
                 scores |= {f"{name}/{task}": of.value for task, of in outcome.tasks.items() if of.count}
             except LensError as error:
@@ -194,6 +187,20 @@ class Evaluator:
         summary = "  ".join(f"{k} {metrics[k]:.4f}" for k in metrics if k in self.benchmarks or k == "validation/loss")
         self.log(f"step {step}: evaluation took {line['seconds']:.0f} s  {summary}".rstrip())
         return line
+
+    def _measure(self, benchmark: Any, check: Callable[..., None]) -> run.BenchmarkResult:
+        config = self.config
+        try:
+            return run.evaluate(
+                self.pipeline,
+                benchmark,
+                seed=config.seed,
+                batch_size=config.batch_size,
+                log=check,
+                **self._settings(),
+            )
+        finally:
+            contracts.free(benchmark)  # training needs the memory
 
     def _settings(self) -> dict[str, Any]:
         height, width = self.config.size or (None, None)

@@ -15,6 +15,7 @@ from attrs import field, frozen
 
 from lens_bench import decisions, prompt_files
 from lens_bench.benchmarks import BENCHMARKS
+from lens_core.catalog import Catalog
 from lens_core.config import ComponentSpec
 from lens_core.evaluation.decision import Decision
 from lens_core.types import ConfigError, Picture, Prompt, Score
@@ -22,6 +23,8 @@ from lens_core.validators import integer, matching, one_of, optional, text
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lens_bench.perception import Roles
 
 FILE = optional(text())
 COUNT = optional(integer(at_least=1))
@@ -58,26 +61,53 @@ class PublicBenchmark:
         """The fields of each line of a picture that are known without it."""
         raise NotImplementedError
 
-    def perceive(self, pictures: Sequence[Picture], folder: Path, log: Log = silent) -> Lines:
-        """What the config's perceivers read, for each picture the fields of its lines."""
+    def perceivers(self) -> Roles:
+        """Who is asked about a picture. Raises ConfigError where the config names none."""
         raise NotImplementedError
+
+    def check_requirements(self) -> None:
+        """Raise ConfigError where a perceiver is not named, is of the wrong kind, or lacks a package, a file or a key.
+        Loads no model and downloads nothing."""
+        from lens_bench.perceive.run import missing_for
+
+        if problems := missing_for(self.perceivers(), Catalog.installed()):
+            raise ConfigError(problems)
+
+    def perceive(self, pictures: Sequence[Picture], folder: Path, log: Log = silent) -> Lines:
+        """What the config's perceivers read, for each picture the fields of its lines. One model is in memory at a
+        time: what `score` kept is freed first."""
+        self.close()
+        return self._read_pictures(pictures, folder, log=log)
+
+    def _read_pictures(self, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free the perceivers that `score` keeps, in this process, for its next call."""
+        from lens_bench.perceive.kept import KEPT
+
+        with KEPT.lock:
+            KEPT.close()
 
     def decide(self, perceptions: Path) -> Decision:
         return decisions.decide(type(self).__name__, perceptions)
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> list[Score]:
         """Images uint8 [B,3,H,W] -> one Score each: perceived, decided, and the share of the verdict that is right.
-        Means of these are not always the benchmark's official score, which `decide` gives."""
+        Means of these are not always the benchmark's official score, which `decide` gives. Perceivers stay loaded for
+        the next call, in this process, until `close`, or until another benchmark has other options for the role."""
         from PIL import Image
 
-        with tempfile.TemporaryDirectory() as name:
+        from lens_bench.perceive.kept import KEPT
+
+        with tempfile.TemporaryDirectory() as name, KEPT.lock:
             pictures = []
             for place, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
                 path = Path(name) / f"{place}.png"
                 Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path)
                 digest = decisions.sha256_of(path)
                 pictures.append(Picture(path, digest, prompt, place))
-            perceived = self.perceive(pictures, Path(name) / "cache")
+            perceived = self._read_pictures(pictures, Path(name) / "cache", kept=KEPT)
         return [self._score(prompt, lines) for prompt, lines in zip(prompts, perceived, strict=True)]
 
     def _score(self, prompt: Prompt, lines: Sequence[Mapping[str, Any]]) -> Score:
@@ -153,10 +183,15 @@ class GenEval(PublicBenchmark):
     def references(self, prompt: Prompt) -> list[dict[str, Any]]:
         return [{"bench": "geneval", "metadata": dict(prompt.data["metadata"])}]
 
-    def perceive(self, pictures: Sequence[Picture], folder: Path, log: Log = silent) -> Lines:
+    def perceivers(self) -> Roles:
         from lens_bench import perception
 
-        return perception.geneval(self.config, pictures, folder, log=log)
+        return perception.geneval_roles(self.config)
+
+    def _read_pictures(self, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
+        from lens_bench import perception
+
+        return perception.geneval(self.config, pictures, folder, **options)
 
     def workload(self, images: int) -> dict[str, int]:
         return self._counts(self.total, images, {"detector": 553, "classifier": 194})  # colors and color_attr
@@ -196,10 +231,15 @@ class CVTG(PublicBenchmark):
     def references(self, prompt: Prompt) -> list[dict[str, Any]]:
         return [{"bench": "cvtg2k", "prompt": prompt.text, "category": prompt.data["category"]}]
 
-    def perceive(self, pictures: Sequence[Picture], folder: Path, log: Log = silent) -> Lines:
+    def perceivers(self) -> Roles:
         from lens_bench import perception
 
-        return perception.cvtg(self.config, pictures, folder, log=log)
+        return perception.cvtg_roles(self.config)
+
+    def _read_pictures(self, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
+        from lens_bench import perception
+
+        return perception.cvtg(self.config, pictures, folder, **options)
 
     def workload(self, images: int) -> dict[str, int]:
         return self._counts(self.total, images, {"ocr": 2000, "similarity": 2000})
@@ -251,10 +291,15 @@ class LongText(PublicBenchmark):
         bench = f"longtext_{self.config.language}"
         return [{"bench": bench, "text": list(prompt.data["text"]), "category": prompt.data["category"]}]
 
-    def perceive(self, pictures: Sequence[Picture], folder: Path, log: Log = silent) -> Lines:
+    def perceivers(self) -> Roles:
         from lens_bench import perception
 
-        return perception.longtext(self.config, pictures, folder, log=log)
+        return perception.longtext_roles(self.config)
+
+    def _read_pictures(self, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
+        from lens_bench import perception
+
+        return perception.longtext(self.config, pictures, folder, **options)
 
     def workload(self, images: int) -> dict[str, int]:
         return self._counts(self.total, images, {"reader": 160})
@@ -301,12 +346,23 @@ class OneIG(PublicBenchmark):
         benches = perception.oneig_benches(self.config, prompt)
         return [{"bench": bench, "category": prompt.data["category"], **fields} for bench in benches]
 
-    def perceive(self, pictures: Sequence[Picture], folder: Path, log: Log = silent) -> Lines:
+    def perceivers(self) -> Roles:
+        from lens_bench import perception
+
+        config = self.config
+        if (config.style_csd is None) != (config.style_encoder is None):
+            named, absent = ("style_csd", "style_encoder")[:: 1 if config.style_encoder is None else -1]
+            raise ConfigError(f"$.{absent}: OneIG's style needs it beside {named}; name both, or neither")
+        if not perception.named_dimensions(config):
+            raise ConfigError(f"oneig: no perceiver is named; name one of {', '.join(ONEIG_ROLES)}")
+        return perception.oneig_roles(config)
+
+    def _read_pictures(self, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
         from lens_bench import perception
 
         if all(getattr(self.config, role) is None for role in ONEIG_ROLES):
             raise ConfigError(f"oneig: no perceiver is named; name one of {', '.join(ONEIG_ROLES)}")
-        return perception.oneig(self.config, pictures, folder, log=log)
+        return perception.oneig(self.config, pictures, folder, **options)
 
     def workload(self, images: int) -> dict[str, int]:
         questions = {

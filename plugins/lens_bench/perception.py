@@ -3,7 +3,7 @@
 Each function takes the Config, pictures, and the folder of the caches, and returns for each picture the lines that
 stage 3 decides: JSON fields beside those of the benchmark's reference. All pictures of a prompt come in one call. A
 picture of which something could not be perceived is never a zero: LensError, and the rest is kept for the next call.
-Further arguments, `catalog` and `log`, are those of PerceptionRun.
+Further arguments, `catalog`, `kept` and `log`, are those of PerceptionRun. `…_roles` names who is asked what.
 """
 
 from __future__ import annotations
@@ -20,20 +20,31 @@ from lens_core.recipe import ComponentSpec
 from lens_core.types import ConfigError, Picture, Prompt
 
 Lines = list[list[dict[str, Any]]]
+Roles = list[tuple[str, ComponentSpec, Mapping[str, Questions]]]
+"""(role, the perceiver that is named for it, what that may perceive with the questions about a picture), in order."""
 
 
 def _once(picture: PerceivedPicture) -> list[Any]:
     return [None]
 
 
+def _ask(run: PerceptionRun, roles: Roles) -> None:
+    for role, spec, kinds in roles:
+        run.ask(role, spec, kinds)
+
+
 # ---- GenEval ------------------------------------------------------------------------------------------------------
+
+
+def geneval_roles(config: Any) -> Roles:
+    colors = {"colors": _color_questions}
+    return [("detector", config.detector, {"objects": _once}), ("classifier", config.classifier, colors)]
 
 
 def geneval(config: Any, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
     """Objects by `config.detector`, then the colours of those that a prompt asks for by `config.classifier`."""
     run = PerceptionRun(pictures, folder, **options)
-    run.ask("detector", config.detector, {"objects": _once})
-    run.ask("classifier", config.classifier, {"colors": _color_questions})
+    _ask(run, geneval_roles(config))
     perceiver = run.described("detector", "classifier")
     return [
         [{"bench": "geneval", "perceiver": perceiver, "detections": _detections(picture), "colors": _colors(picture)}]
@@ -91,13 +102,21 @@ def _text(picture: PerceivedPicture, role: str) -> str:
     return answer if isinstance(answer, str) else "\n".join(answer)
 
 
+def cvtg_roles(config: Any) -> Roles:
+    similarity = {"similarity": _prompt_question}
+    more: Roles = [] if config.similarity is None else [("similarity", config.similarity, similarity)]
+    return [("ocr", config.ocr, _reader(_read_question)), *more]
+
+
+def _prompt_question(picture: PerceivedPicture) -> list[Any]:
+    return [picture.prompt.text]
+
+
 def cvtg(config: Any, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
     """Lines by `config.ocr`; the cosine of CLIPScore by `config.similarity`, where it is not None."""
-    run, roles = PerceptionRun(pictures, folder, **options), ["ocr"]
-    run.ask("ocr", config.ocr, _reader(_read_question))
-    if config.similarity is not None:
-        run.ask("similarity", config.similarity, {"similarity": lambda picture: [picture.prompt.text]})
-        roles.append("similarity")
+    run = PerceptionRun(pictures, folder, **options)
+    _ask(run, cvtg_roles(config))
+    roles = list(run.roles)
     perceiver = run.described(*roles)
 
     def line(picture: PerceivedPicture) -> dict[str, Any]:
@@ -108,12 +127,19 @@ def cvtg(config: Any, pictures: Sequence[Picture], folder: Path, **options: Any)
     return [[line(picture)] for picture in run.pictures]
 
 
+def longtext_roles(config: Any) -> Roles:
+    """Raises ConfigError where there is no reader."""
+    if config.reader is None:
+        example = "'{use: longtext, reader: rapidocr}', or for the published numbers {use: vlm, llm: …}"
+        raise ConfigError(f"$.reader: LongText-Bench needs something that reads; name a reader, as in {example}")
+    return [("reader", config.reader, _reader(_read_question))]
+
+
 def longtext(config: Any, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
     """Text by `config.reader`."""
-    if config.reader is None:
-        raise ConfigError("$.reader: LongText-Bench needs something that reads: {use: vlm, llm: …}, or rapidocr")
+    roles = longtext_roles(config)
     run = PerceptionRun(pictures, folder, **options)
-    run.ask("reader", config.reader, _reader(_read_question))
+    _ask(run, roles)
     perceiver, bench = run.described("reader"), f"longtext_{config.language}"
     return [[{"bench": bench, "perceiver": perceiver, "ocr_raw": _text(picture, "reader")}] for picture in run.pictures]
 
@@ -124,16 +150,20 @@ NEEDS = {"text": "text_content", "alignment": "questions", "style": "style", "re
 """Dimension -> the key of `Prompt.data` that its prompts have. Every prompt counts for diversity."""
 
 
-def oneig_dimensions(config: Any, prompt: Prompt) -> list[str]:
-    """The dimensions that a prompt counts for and whose perceivers the config names."""
-    roles = {
+def named_dimensions(config: Any) -> list[str]:
+    """The dimensions whose perceivers the config names."""
+    named = {
         "text": config.reader is not None,
         "alignment": config.vlm is not None,
         "style": config.style_csd is not None and config.style_encoder is not None,
         "reasoning": config.reasoning is not None,
     }
-    dimensions = [name for name, key in NEEDS.items() if roles[name] and prompt.data.get(key)]
-    return dimensions + (["diversity"] if config.diversity is not None else [])
+    return [name for name in NEEDS if named[name]] + (["diversity"] if config.diversity is not None else [])
+
+
+def oneig_dimensions(config: Any, prompt: Prompt) -> list[str]:
+    """The dimensions that a prompt counts for and whose perceivers the config names."""
+    return [name for name in named_dimensions(config) if name not in NEEDS or prompt.data.get(NEEDS[name])]
 
 
 def oneig_benches(config: Any, prompt: Prompt) -> list[str]:
@@ -146,8 +176,7 @@ def oneig(config: Any, pictures: Sequence[Picture], folder: Path, **options: Any
     black = [files.is_black(picture.path, picture.sha256) for picture in pictures]
     shown = [picture for picture, is_black in zip(pictures, black, strict=True) if not is_black]
     run = PerceptionRun(shown, folder, jpeg=True, **options)
-    for role, spec, kinds in _oneig_roles(config):
-        run.ask(role, spec, kinds)
+    _ask(run, oneig_roles(config))
     perceived = iter(run.pictures)
     earlier: dict[Any, list[PerceivedPicture]] = {}
     lines: Lines = []
@@ -165,7 +194,7 @@ def oneig(config: Any, pictures: Sequence[Picture], folder: Path, **options: Any
     return lines
 
 
-def _oneig_roles(config: Any) -> list[tuple[str, ComponentSpec, dict[str, Questions]]]:
+def oneig_roles(config: Any) -> Roles:
     def of(dimension: str, questions: Questions) -> Questions:
         return lambda picture: questions(picture) if dimension in oneig_dimensions(config, picture.prompt) else []
 

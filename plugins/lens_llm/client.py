@@ -150,6 +150,11 @@ class OpenAI:
         most = self._most()
         return Estimate(calls, tokens * calls, most * calls, self.budget.price(tokens, most) * calls)
 
+    def check_requirements(self) -> None:
+        """Raise LLMError where there is no key, or no address to send to. Nothing is sent."""
+        self._place()
+        required_key(self.config.key_env, self.config.model, LLMError)
+
     def close(self) -> None:
         """Nothing is kept open between requests."""
 

@@ -19,6 +19,7 @@ from attrs import evolve
 from lens_core.attribution import building, prompts_of
 from lens_core.catalog import Catalog
 from lens_core.config import ComponentSpec, unstructure
+from lens_core.evaluation import contracts
 from lens_core.inference.pipeline import LensPipeline
 from lens_core.inference.reasoner_files import MAX_PROMPT
 from lens_core.io.locks import locked
@@ -63,6 +64,8 @@ def run_search(
     heldout = _unseen(dev, heldout, log)
     _check_budget(search, dev, heldout)
     start = start_of(search, default_policy())
+    for part in (dev, heldout):
+        contracts.check_requirements(part.benchmark)
     pipeline = pipeline or LensPipeline.from_pretrained(search.model, catalog=catalog, device="auto")
     with locked(folder, "search"):
         # Judgements are kept by number; where prompts were left out, these are other numbers than before.
@@ -79,6 +82,8 @@ def run_search(
                 searching.judge.judge(system, heldout, range(len(heldout.prompts)))
         finally:
             pipeline.use_reasoner(None)
+            for part in (dev, heldout):
+                contracts.free(part.benchmark)
         result = SearchResult(searching.candidates[0], best, tuple(searching.candidates), ended, files, dev, heldout)
         report.write(result, search, folder)
         return result

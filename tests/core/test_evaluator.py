@@ -388,6 +388,19 @@ def test_a_benchmark_that_fails_is_reported_and_the_run_goes_on(
     assert "score" not in runner.lines("a")[1], "no verdict is not a verdict: patience counts the other two"
 
 
+def test_what_a_benchmark_keeps_in_memory_is_freed_after_each_evaluation(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> float:
+        raise LensError("the judge is out")
+
+    closed: list[int] = []
+    monkeypatch.setattr(Scripted, "close", lambda self: closed.append(Scripted.evaluations), raising=False)
+    monkeypatch.setattr(Scripted, "script", (0.5, fail, 0.2, 0.1))
+    runner("a", JUDGED).train()
+    assert closed == [1, 2, 3, 4]
+
+
 # ---- the best -------------------------------------------------------------------------------------------------------
 
 

@@ -329,6 +329,22 @@ def test_an_answer_without_a_prompt_changes_nothing_and_ends_the_search(tmp_path
     assert len(result.candidates) == 1 and result.best == result.start and "were tried before" in result.ended
 
 
+def test_a_search_checks_its_benchmark_first_and_frees_it_last(tmp_path, monkeypatch):
+    def missing(self):
+        raise LensError("the detector is not installed")
+
+    monkeypatch.setattr(Words, "check_requirements", missing, raising=False)
+    pipeline = Fake()
+    with pytest.raises(ConfigError, match="the detector is not installed"):
+        search(tmp_path, pipeline=pipeline)
+    assert pipeline.drawn == [] and not list(tmp_path.iterdir())
+    closed = []
+    monkeypatch.setattr(Words, "check_requirements", lambda self: None)
+    monkeypatch.setattr(Words, "close", lambda self: closed.append(len(pipeline.drawn)), raising=False)
+    search(tmp_path, pipeline=pipeline)
+    assert closed and set(closed) == {len(pipeline.drawn)}, "after the last picture, and not between batches"
+
+
 def test_a_reasoner_without_a_system_prompt_cannot_be_searched(tmp_path):
     class Plain:
         @frozen

@@ -1,6 +1,7 @@
 """Stage 2 of a benchmark: models look at pictures, and what they see is stored as plain data.
 
 run          asks perceivers about pictures: canaries, batches, one model at a time
+kept         perceivers that stay in memory between calls of `score`
 cache        answers on disk, by picture, model, revision, version and question
 canary       pictures of known content, on which a perceiver proves itself before it is believed
 pictures     picture files to RGB, with what a benchmark does to them first

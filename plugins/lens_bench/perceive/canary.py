@@ -7,6 +7,7 @@ was seen instead. Pictures are drawn, but for the detector's: it knows photos, a
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,12 +118,19 @@ def object_in_photo(perceiver: Any, photo: str, name: str) -> str | None:
     return None
 
 
-def _portrait() -> Path:
-    try:
-        import matplotlib
-    except ImportError as error:
+def check_photo(photo: str) -> None:
+    """Raise ConfigError where `object_in_photo` would have no photo."""
+    if photo and not Path(photo).expanduser().is_file():
+        raise ConfigError(f"{photo}: there is no such photo; name another, or leave photo out")
+    if not photo and importlib.util.find_spec("matplotlib") is None:
         problem = "the detector is proved on a photo that matplotlib brings; pip install matplotlib"
-        raise ConfigError(f"{problem}, or name a photo and its class in photo and photo_class") from error
+        raise ConfigError(f"{problem}, or name a photo and its class in photo and photo_class")
+
+
+def _portrait() -> Path:
+    check_photo("")
+    import matplotlib
+
     return Path(matplotlib.get_data_path()) / PORTRAIT
 
 

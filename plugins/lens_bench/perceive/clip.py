@@ -64,6 +64,9 @@ class Clip:
         name, revision = weights.name_of(self.model), weights.revision_of(self.model)
         return {"model": name, "revision": revision, "version": version()}
 
+    def check_requirements(self) -> None:
+        weights.check_requirements(self.model)
+
     def close(self) -> None:
         self._loaded = None
 
@@ -140,6 +143,7 @@ class ClipColors:
         self._clip = Clip(config.model, config.device)
         self._vectors: dict[str, Tensor] = {}
         self.close = self._clip.close
+        self.check_requirements = self._clip.check_requirements
 
     def describe(self) -> dict[str, str]:
         described = self._clip.describe()
@@ -194,6 +198,7 @@ class ClipSimilarity:
         self.batch_size = config.batch_size
         self._clip = Clip(config.model, config.device)
         self.close = self._clip.close
+        self.check_requirements = self._clip.check_requirements
 
     def describe(self) -> dict[str, str]:
         described = self._clip.describe()

@@ -53,7 +53,8 @@ class DreamSim:
         self._folder = Path(config.folder).expanduser()
         self._loaded: tuple[Any, Any, str] | None = None
 
-    def describe(self) -> dict[str, str]:
+    def check_requirements(self) -> None:
+        """Raise ConfigError where the package or a file of its weights is missing."""
         if importlib.util.find_spec("dreamsim") is None:
             raise ConfigError(
                 "the package dreamsim is not installed; pip install dreamsim==0.2.1, or name no diversity"
@@ -62,6 +63,9 @@ class DreamSim:
         if lacking:
             problem = "is missing, and nothing is downloaded; unpack DreamSim's weights there"
             raise ConfigError(f"{self._folder / lacking[0]}: {problem}")
+
+    def describe(self) -> dict[str, str]:
+        self.check_requirements()
         files = sorted(path for path in self._folder.rglob("*") if path.is_file() and path.suffix != ".zip")
         revision = combined({str(path.relative_to(self._folder)): hash_of(path) for path in files})
         package = importlib.metadata.version("dreamsim")

@@ -55,6 +55,12 @@ class Mask2Former:
             "version": f"{detection.VERSION}-min{self.config.min_score:g}",
         }
 
+    def check_requirements(self) -> None:
+        """Raise LensError where a package, the model or the photo of the canary is missing."""
+        _check_packages()
+        weights.check_requirements(self.config.model)
+        canary.check_photo(self.config.photo)
+
     def close(self) -> None:
         """Free the memory; the next picture loads the model again."""
         self._model = None
@@ -85,9 +91,7 @@ class Mask2Former:
 
     def _loaded(self) -> Any:
         if self._model is None:
-            for package, needed in (("scipy", "scipy"), ("cv2", "opencv-python-headless")):
-                if importlib.util.find_spec(package) is None:  # transformers needs scipy to build the model
-                    raise ConfigError(f"mask2former needs {needed}; pip install 'lens-t2i[bench]'")
+            _check_packages()
             from transformers import Mask2FormerForUniversalSegmentation
 
             model = weights.load(Mask2FormerForUniversalSegmentation, self.config.model, "mask2former")
@@ -99,6 +103,12 @@ class Mask2Former:
                 )
             self._model = model.to(resolve_device(self.config.device))
         return self._model
+
+
+def _check_packages() -> None:
+    for package, needed in (("scipy", "scipy"), ("cv2", "opencv-python-headless")):
+        if importlib.util.find_spec(package) is None:  # transformers needs scipy to build the model
+            raise ConfigError(f"mask2former needs {needed}; pip install 'lens-t2i[bench]'")
 
 
 def _by_class(detections: Iterable[detection.Detection]) -> dict[str, list[dict[str, Any]]]:

@@ -54,6 +54,11 @@ class ClipStyle:
         version = f"{clip.version()}-{self.config.dtype}"
         return {"model": weights.name_of(self.config.model), "revision": revision, "version": version}
 
+    def check_requirements(self) -> None:
+        """Raise LensError where transformers, the model or the references are missing."""
+        weights.check_requirements(self.config.model)
+        self._path()
+
     def close(self) -> None:
         self._loaded = None
 

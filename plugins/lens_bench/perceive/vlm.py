@@ -77,6 +77,12 @@ class Vlm:
             "version": f"png-options-{digest}",
         }
 
+    def check_requirements(self) -> None:
+        """Raise LensError where the llm cannot be built, or lacks what it needs, such as a key."""
+        llm = self._llm(None)
+        if hasattr(llm, "check_requirements"):
+            llm.check_requirements()
+
     def canary(self) -> str | None:
         return canary.sentence(self, READ) or canary.questions(self, ASK)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lens_core.checkpoints.manifest import digest
 from lens_core.checkpoints.transformers_models import load_transformers_model
 from lens_core.io import readers
 from lens_core.io.atomic_files import read_json
-from lens_core.types import CheckpointError
+from lens_core.types import CheckpointError, ConfigError
 
 
 def folder_of(model: str) -> Path:
@@ -28,6 +29,20 @@ def folder_of(model: str) -> Path:
 @lru_cache(maxsize=16)  # one commit for a process, though the branch may move
 def _snapshot(name: str, revision: str | None) -> Path:
     return hub.snapshot(name, revision, index="config.json")
+
+
+def check_requirements(model: str) -> None:
+    """Raise LensError where transformers or the model is missing. Nothing is loaded or downloaded: of a model of the
+    Hub it is known offline alone whether it is there."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError("needs transformers, which is not installed; pip install transformers")
+    from huggingface_hub import constants
+
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: has no config.json; name a folder with a model of transformers")
+    if not hub.is_name(model.partition("@")[0]) or constants.is_offline_mode():
+        folder_of(model)
 
 
 def revision_of(model: str) -> str:
