@@ -182,7 +182,7 @@ def _generate(
     processes.wait()
     manifest = Manifest(folder, info.name, info.revision, processes.rank)
     requests = plan.requests()
-    missing = manifest.missing(plan.texts, plan.images)
+    missing = manifest.missing(_texts_to_draw(plan, benchmark), plan.images)
     if missing:
         check_requirements(request, benchmark)
     processes.wait()  # before anything is written that another process would read as done
@@ -202,6 +202,15 @@ def _generate(
     if processes.rank == 0 and isinstance(generator, PipelineGenerator):
         _write_ceiling(folder, plan, benchmark, generator)
     processes.wait()
+
+
+def _texts_to_draw(plan: Plan, benchmark: Any) -> Mapping[str, str]:
+    """Prompt id -> text, of the prompts whose pictures count for something that is scored; of all where none does, as
+    in a run that only draws. The others keep their ids and seeds, so that a later run can draw them too."""
+    if not hasattr(benchmark, "perceive"):
+        return plan.texts
+    scored = {name: prompt.text for name, prompt in plan.by_id.items() if perception.counts(benchmark, prompt)}
+    return scored or plan.texts
 
 
 def _write_ceiling(folder: Path, plan: Plan, benchmark: Any, generator: PipelineGenerator) -> None:

@@ -268,11 +268,11 @@ def read_lines(folder: Path, plan: Plan, benchmark: Any, manifest: Manifest) -> 
             raise ConfigError(f"{path}, line {number}: is not of the picture in the manifest; {again}")
         seen.add(key)
         yield line
-    lost = [key for key in wanted if key not in seen and _counts(benchmark, plan.by_id[key[0]])]
+    lost = [key for key in wanted if key not in seen and counts(benchmark, plan.by_id[key[0]])]
     if lost:
         raise ConfigError(f"{path}: lacks {len(lost)} pictures, {lost[0][0]}_{lost[0][1]} for one; {again}")
 
 
-def _counts(benchmark: Any, prompt: Prompt) -> bool:
+def counts(benchmark: Any, prompt: Prompt) -> bool:
     """Whether pictures of a prompt have lines: not where nothing that was named perceives them."""
     return not hasattr(benchmark, "perceive") or bool(references_of(benchmark, prompt))

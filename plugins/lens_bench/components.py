@@ -133,7 +133,8 @@ class PublicBenchmark:
         prompts, of a file, are taken to be like these."""
         english = getattr(self.config, "language", "en") == "en"  # of others there may be more
         if self.config.file is not None:
-            count = len(self.prompts())
+            prompts = self.prompts()
+            count = sum(bool(self.references(prompt)) for prompt in prompts) or len(prompts)
         elif self.config.prompts is None:
             count = total
         elif self.config.prompts > total and english:
@@ -311,7 +312,7 @@ ONEIG_ROLES = ("reader", "vlm", "style_csd", "style_encoder", "diversity", "reas
 class OneIG(PublicBenchmark):
     """OneIG-Bench: alignment, text, diversity, style, reasoning; 1,120 prompts.
 
-    Four pictures each. A dimension for which no perceiver is named is absent.
+    Four pictures each, of prompts of those dimensions alone whose perceivers are named.
     """
 
     total = 1120
@@ -331,6 +332,15 @@ class OneIG(PublicBenchmark):
         def uses(self) -> Iterator[tuple[str, str, ComponentSpec]]:
             """What is checked with this config: (path, kind, use)."""
             yield from _uses(self, ONEIG_ROLES)
+
+    def prompts(self) -> list[Prompt]:
+        """All, or a part of those that count for a dimension whose perceivers are named; of all where none is."""
+        if self._prompts is None:
+            prompts = self._read()
+            if self.config.prompts is not None:
+                prompts = [prompt for prompt in prompts if self.references(prompt)] or prompts
+            self._prompts = prompt_files.evenly(prompts, self.config.prompts)
+        return self._prompts
 
     def _read(self) -> list[Prompt]:
         language = self.config.language
@@ -365,7 +375,16 @@ class OneIG(PublicBenchmark):
         return perception.oneig(self.config, pictures, folder, **options)
 
     def workload(self, images: int) -> dict[str, int]:
+        from lens_bench import perception
+
+        dimensions = perception.named_dimensions(self.config)
+        # The prompts of style are among those of alignment; those of diversity are all.
+        counted = {"text": 200, "alignment": 695, "style": 114, "reasoning": 225, "diversity": self.total}
+        if "diversity" in dimensions or not dimensions:
+            total = self.total
+        else:
+            total = sum(counted[d] for d in dimensions if d != "style" or "alignment" not in dimensions)
         questions = {
             "reader": 200, "vlm": 11_231, "style_csd": 114, "style_encoder": 114, "diversity": 1120, "reasoning": 225
         }  # fmt: skip
-        return self._counts(self.total, images, questions)
+        return self._counts(total, images, questions)

@@ -186,6 +186,72 @@ def test_what_a_check_raises_names_the_benchmark() -> None:
     contracts.check_requirements(object())
 
 
+# ---- what is drawn of OneIG -----------------------------------------------------------------------------------------
+
+
+def oneig(folder: Path, more: str = "") -> str:
+    place = oneig_folder(folder / "oneig")
+    return f"{{use: oneig, file: {json.dumps(str(place))}{more}}}"
+
+
+def test_oneig_draws_the_prompts_of_the_dimensions_that_are_scored(tmp_path: Path) -> None:
+    place = generator(tmp_path)
+    assert main(["bench", oneig(tmp_path, ", reader: lines"), *place]) == 0
+    assert drawn(tmp_path) == ["000003_0"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert next(iter(result["official"])) == "text" and result["statuses"] == {"ok": 1} and result["coverage"] == 1
+    # A dimension that is named later takes the same folder, and the pictures that it lacks.
+    before = (tmp_path / "run" / "manifest.jsonl").read_text().splitlines()
+    assert main(["bench", oneig(tmp_path, ", reader: lines, vlm: answers"), *place]) == 0
+    assert drawn(tmp_path) == ["000000_0", "000001_0", "000002_0", "000003_0"]
+    after = (tmp_path / "run" / "manifest.jsonl").read_text().splitlines()
+    assert after[: len(before)] == before
+    seeds = {line["prompt_id"]: line["seed"] for line in map(json.loads, after)}
+    assert {"alignment", "text"} <= json.loads((tmp_path / "run" / "result.json").read_text())["official"].keys()
+    # Each picture has the seed that it has where everything is drawn.
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert main(["bench", oneig(whole), *generator(whole), "--stages", "generate"]) == 0
+    lines = map(json.loads, (whole / "run" / "manifest.jsonl").read_text().splitlines())
+    assert len(drawn(whole)) == 5 and seeds.items() <= {line["prompt_id"]: line["seed"] for line in lines}.items()
+    assert main(["bench", oneig(whole, ", reader: lines"), *generator(whole), "--stages", "perceive,decide"]) == 0
+
+
+def test_a_limit_takes_prompts_that_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(oneig_folder(tmp_path))
+    assert [p.id for p in OneIG(OneIG.Config(folder, prompts=1, reader=use("lines"))).prompts()] == [3]
+    assert [p.id for p in OneIG(OneIG.Config(folder, prompts=2, vlm=use("answers"))).prompts()] == [0, 1]
+    assert len(OneIG(OneIG.Config(folder, prompts=5)).prompts()) == 5
+    with pytest.raises(ConfigError, match="there are 1 prompts, not 2"):
+        OneIG(OneIG.Config(folder, prompts=2, reader=use("lines"))).prompts()
+
+
+@pytest.mark.parametrize(
+    ("named", "prompts"),
+    [
+        ({"reader": use("lines")}, 200),
+        ({"vlm": use("answers")}, 695),
+        ({"reader": use("lines"), "vlm": use("answers")}, 895),
+        ({"style_csd": use("style_cosine"), "style_encoder": use("style_cosine")}, 114),
+        ({"reader": use("lines"), "diversity": use("embedding")}, 1120),
+        ({}, 1120),
+    ],
+)
+def test_a_dry_run_counts_the_prompts_that_are_drawn(named: dict[str, Any], prompts: int) -> None:
+    workload = OneIG(OneIG.Config(**named)).workload(4)
+    assert workload["prompts"] == prompts
+    if "reader" in named:
+        assert workload["reader readings"] == 800
+    if set(named) == {"vlm"}:
+        assert workload["vlm readings"] == 4 * 11_231
+        assert OneIG(OneIG.Config(prompts=139, **named)).workload(1)["vlm readings"] == round(11_231 / 5)
+
+
+def test_a_dry_run_with_a_file_counts_the_prompts_that_are_drawn(tmp_path: Path) -> None:
+    config = OneIG.Config(str(oneig_folder(tmp_path)), vlm=use("answers"))
+    assert OneIG(config).workload(1)["prompts"] == 3
+
+
 # ---- score ----------------------------------------------------------------------------------------------------------
 
 
