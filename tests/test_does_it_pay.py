@@ -197,7 +197,7 @@ def test_the_report_pairs_the_same_prompts_of_the_same_seed(
     text = capsys.readouterr().out
     assert f"| curated minus dirty | overall | {measured.value:+.3f}" in text
     assert f"| curated minus dirty | single | {single.over_questions.value:+.3f}" in text
-    assert "dirty minus" not in text and "dense prompts | of |" in text  # nothing twice
+    assert "dirty minus" not in text and "dense prompts | score |" in text  # nothing twice
     for name in ("curated.png", "captions.png", "pictures.png"):
         with Image.open(tmp_path / "report" / name) as picture:
             assert picture.width > 400
