@@ -307,6 +307,7 @@ class LongText(PublicBenchmark):
 
 
 ONEIG_ROLES = ("reader", "vlm", "style_csd", "style_encoder", "diversity", "reasoning")
+NO_ONEIG_ROLE = f"oneig: no perceiver is named; name one of {', '.join(ONEIG_ROLES)}"
 
 
 class OneIG(PublicBenchmark):
@@ -364,14 +365,14 @@ class OneIG(PublicBenchmark):
             named, absent = ("style_csd", "style_encoder")[:: 1 if config.style_encoder is None else -1]
             raise ConfigError(f"$.{absent}: OneIG's style needs it beside {named}; name both, or neither")
         if not perception.named_dimensions(config):
-            raise ConfigError(f"oneig: no perceiver is named; name one of {', '.join(ONEIG_ROLES)}")
+            raise ConfigError(NO_ONEIG_ROLE)
         return perception.oneig_roles(config)
 
     def _read_pictures(self, pictures: Sequence[Picture], folder: Path, **options: Any) -> Lines:
         from lens_bench import perception
 
         if all(getattr(self.config, role) is None for role in ONEIG_ROLES):
-            raise ConfigError(f"oneig: no perceiver is named; name one of {', '.join(ONEIG_ROLES)}")
+            raise ConfigError(NO_ONEIG_ROLE)
         return perception.oneig(self.config, pictures, folder, **options)
 
     def workload(self, images: int) -> dict[str, int]:
